@@ -1,0 +1,396 @@
+"""Conversations to token ids and loss mask, in one of three chat formats.
+
+'llama3'  our own template, the default: Llama 3's headers and end-of-turn tokens, no date lines.
+'plain'   role names as text, for tokenizers that have no chat tokens.
+'model'   the model folder's own chat template, as it is.
+
+The loss mask is 1 on an assistant's tokens and on the token that ends its turn, 0 elsewhere. A
+template marks those with `{% generation %}`; one without the marker gets its mask by prefix
+rendering: what the template adds to the prompt when the answer is there. The ids of a prompt are
+always an exact prefix of those of the conversation.
+
+Special-token strings inside a message (a user who types "<|eot_id|>") become those special tokens,
+in every format; `apply_chat_template` does the same by default, so ids equal those of transformers
+and of servers built on it.
+"""
+
+import dataclasses
+import datetime
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import jinja2
+from transformers import AutoTokenizer
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from sa_jax.data.conversations import Message, check_messages
+from sa_jax.errors import UsageError, UserError
+
+Encoded = tuple[list[int], list[int]]  # token ids, loss mask (1 = the loss counts this token)
+
+LLAMA3_TEMPLATE = """\
+{{- '<|begin_of_text|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}
+            {{- message['content'] | trim + '<|eot_id|>' }}
+        {%- endgeneration %}
+    {%- else %}
+        {{- message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- 'Assistant:\\n' }}
+        {%- generation %}
+            {{- message['content'] | trim + eos_token }}
+        {%- endgeneration %}
+    {%- elif message['role'] == 'user' %}
+        {{- 'User:\\n' + message['content'] | trim + '\\n' }}
+    {%- else %}
+        {{- 'System:\\n' + message['content'] | trim + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- 'Assistant:\\n' }}
+{%- endif %}
+"""
+
+_LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+_LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+_PROBE: list[Message] = [
+    {"role": "user", "content": "What is two and two?"},
+    {"role": "assistant", "content": "Four."},
+    {"role": "user", "content": "And three and three?"},
+    {"role": "assistant", "content": "Six."},
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatFormat:
+    """A tokenizer with a chat template; made by `load_chat_format`."""
+
+    name: str
+    tokenizer: object  # a fast transformers tokenizer
+    template: str  # jinja text; the clock of a folder's template is already replaced by `date`
+    date: str | None  # YYYY-MM-DD for a template that prints today's date, else None
+    stop_token_ids: tuple[int, ...]
+
+    def encode(self, messages: Sequence[Message]) -> Encoded:
+        """Token ids and loss mask of one conversation. Raises UserError where the template refuses
+        it."""
+        return self.encode_batch([messages])[0]
+
+    def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
+        """`encode` for many conversations; the tokenizer uses all cores."""
+        rendered = [self._render(messages) for messages in conversations]
+        return (
+            self._encode_whole(rendered) if self.name == "model" else self._encode_pieces(rendered)
+        )
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the prompt, ending with the header of the assistant's turn that is to be
+        generated."""
+        text, spans = self._render(messages, prompt=True)
+        encode = self._encode_whole if self.name == "model" else self._encode_pieces
+        return encode([(text, spans)])[0][0]
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self.tokenizer.decode(
+            token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    @functools.cached_property
+    def tokenizer_sha256(self) -> str:
+        return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+    def record(self) -> dict:
+        """What a run writes down; `load_chat_format(tokenizer, record["name"], record["date"])`
+        gives it back."""
+        return {
+            "name": self.name,
+            "date": self.date,
+            "template": self.template,
+            "template_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "stop_token_ids": list(self.stop_token_ids),
+        }
+
+    # Rendering: text, and the character spans on which the loss is taken.
+
+    def _render(
+        self, messages: Sequence[Message], prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        check_messages(messages)
+        if _GENERATION_MARK.search(self.template):
+            return self._jinja(messages, prompt)
+        text, _ = self._jinja(messages, prompt)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before, _ = self._jinja(messages[:turn], True)
+                after, _ = self._jinja(messages[: turn + 1], False)
+                if not (text.startswith(after) and after.startswith(before)):
+                    raise UserError(
+                        "the model folder's chat template changes earlier turns when an answer is "
+                        "added, so the loss "
+                        "mask cannot be found; use --config.chat_template=llama3 or add "
+                        "{% generation %} to it"
+                    )
+                spans.append((len(before), len(before) + self._end_of_turn(after[len(before) :])))
+        return text, spans
+
+    def _jinja(
+        self, messages: Sequence[Message], prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[list(messages)],
+                chat_template=self.template,
+                add_generation_prompt=prompt,
+                return_assistant_tokens_mask=bool(_GENERATION_MARK.search(self.template)),
+                **self.tokenizer.special_tokens_map,
+            )
+        except jinja2.TemplateError as error:
+            start = messages[-1]["content"][:60] if messages else ""
+            raise UserError(
+                f"the chat template refuses the conversation that ends {start!r}: {error}"
+            ) from error
+        return texts[0], spans[0] if spans else []
+
+    def _end_of_turn(self, answer: str) -> int:
+        """Where the turn's last special token ends; ChatML's newline after it belongs to no one."""
+        ends = [
+            answer.rfind(token) + len(token) for token in self._special_tokens if token in answer
+        ]
+        return max(ends, default=len(answer))
+
+    @functools.cached_property
+    def _special_tokens(self) -> tuple[str, ...]:
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special)
+
+    # Tokenising: our templates piece by piece, a folder's as one text, as transformers does.
+
+    def _encode_pieces(self, rendered) -> list[Encoded]:
+        """Prompt and answer are tokenised apart, so that a prompt is a prefix whatever the
+        tokenizer merges."""
+        pieces, flags, counts = [], [], []
+        for text, spans in rendered:
+            edges = [0, *(edge for span in spans for edge in span), len(text)]
+            parts = [
+                (text[a:b], n % 2)
+                for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
+                if a < b
+            ]
+            pieces += [part for part, _ in parts]
+            flags += [flag for _, flag in parts]
+            counts.append(len(parts))
+        ids_of_piece = self._tokenize(pieces)
+        encoded, at = [], 0
+        for count in counts:
+            ids, mask = [], []
+            for piece in range(at, at + count):
+                ids += ids_of_piece[piece]
+                mask += [flags[piece]] * len(ids_of_piece[piece])
+            encoded.append((ids, mask))
+            at += count
+        return encoded
+
+    def _encode_whole(self, rendered) -> list[Encoded]:
+        texts = [text for text, _ in rendered]
+        edges = [
+            [edge for span in spans for edge in span if edge < len(text)]
+            for text, spans in rendered
+        ]
+        prefixes = [text[:edge] for text, its in zip(texts, edges, strict=True) for edge in its]
+        ids_of_text = self._tokenize(texts + prefixes)
+        ids_of_prefix = iter(ids_of_text[len(texts) :])
+        encoded = []
+        for (text, spans), its, ids in zip(rendered, edges, ids_of_text, strict=False):
+            tokens_before = {len(text): len(ids)}
+            for edge in its:
+                prefix = next(ids_of_prefix)
+                if ids[: len(prefix)] != prefix:
+                    raise UserError(
+                        "the model folder's chat template lets a token span prompt and answer "
+                        f"(near {text[max(0, edge - 20) : edge + 20]!r}); use "
+                        "--config.chat_template=llama3 or plain"
+                    )
+                tokens_before[edge] = len(prefix)
+            mask = [0] * len(ids)
+            for start, end in spans:
+                first, last = tokens_before[start], tokens_before[end]
+                mask[first:last] = [1] * (last - first)
+            encoded.append((ids, mask))
+        return encoded
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        # The backend itself: the same ids as `tokenizer(texts)`, without its offsets, in a third of
+        # the time.
+        encodings = self.tokenizer.backend_tokenizer.encode_batch_fast(
+            texts, add_special_tokens=False
+        )
+        return [encoding.ids for encoding in encodings]
+
+
+def load_chat_format(
+    tokenizer_path: str | Path, template: str = "llama3", date: str | None = None
+) -> ChatFormat:
+    """Reads a tokenizer (a folder, or a Hugging Face name) and binds it to a chat template.
+
+    Args:
+      tokenizer_path: folder or hub name; code in it is never run.
+      template: 'llama3', 'plain' or 'model'.
+      date: YYYY-MM-DD, what a 'model' template's clock shows: None is today at insertion; a child
+        run passes its parent's `record()["date"]`. A template that reads no clock has no date.
+
+    Raises UsageError for a wrong template name or date, UserError for a tokenizer or template that
+    cannot serve.
+    """
+    if template not in ("llama3", "plain", "model"):
+        raise UsageError(f"chat_template is {template!r}; use llama3, plain or model")
+    tokenizer = load_tokenizer(tokenizer_path)
+    if template == "model":
+        text, date = _with_fixed_clock(_folder_template(tokenizer, tokenizer_path), date)
+    else:
+        text = LLAMA3_TEMPLATE if template == "llama3" else PLAIN_TEMPLATE
+        if date is not None:
+            raise UsageError(
+                f"chat_date is {date}, but the {template} template prints no date; leave it out"
+            )
+    chat = ChatFormat(template, tokenizer, text, date, ())
+    if template == "llama3":
+        missing = [token for token in _LLAMA3_TOKENS if token not in tokenizer.get_vocab()]
+        if missing:
+            raise UserError(
+                f"the tokenizer in {tokenizer_path} lacks {', '.join(missing)}; use "
+                "--config.chat_template=plain"
+            )
+        stops = [token for token in _LLAMA3_STOPS if token in tokenizer.get_vocab()]
+        return dataclasses.replace(
+            chat, stop_token_ids=tuple(tokenizer.convert_tokens_to_ids(stops))
+        )
+    if template == "plain":
+        if tokenizer.eos_token_id is None:
+            raise UserError(
+                f"the tokenizer in {tokenizer_path} has no eos_token, which ends a turn of the "
+                "plain format"
+            )
+        return dataclasses.replace(chat, stop_token_ids=(tokenizer.eos_token_id,))
+    stops = _check_folder_template(chat, tokenizer_path) | _generation_config_stops(tokenizer_path)
+    return dataclasses.replace(chat, stop_token_ids=tuple(sorted(stops)))
+
+
+def load_tokenizer(path: str | Path):
+    """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
+    none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for a bad folder
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"cannot read a tokenizer from {path} (want tokenizer.json): {reason}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer in {path} has no tokenizer.json; convert it to a fast tokenizer first"
+        )
+    # A tokenizer.json may carry the settings of its last call; packing counts long rows itself.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def check_vocabulary(tokenizer, config) -> None:
+    """Raises UserError when the tokenizer can produce an id that the model has no embedding for.
+
+    `config` is anything with `vocab_size`, the number of rows of the embedding."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer's largest id is {largest}, but the model's vocab_size is "
+            f"{config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def _folder_template(tokenizer, path) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            f"chat_template=model, but {path} brings no chat template; use "
+            "--config.chat_template=llama3 or plain"
+        ) from error
+
+
+def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]:
+    """Writes `date` where the template reads the clock; everything else stays what the folder
+    says."""
+    if "strftime_now(" not in template:
+        if date is not None:
+            raise UsageError(
+                f"chat_date is {date}, but the model folder's template reads no clock; leave it out"
+            )
+        return template, None
+    try:
+        day = datetime.date.fromisoformat(date) if date else datetime.date.today()
+    except ValueError as error:
+        raise UsageError(f"chat_date is {date!r}; write it as YYYY-MM-DD") from error
+    fixed = _CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call[1][1:-1])), template)
+    if "strftime_now(" in fixed:
+        raise UserError(
+            "the model folder's chat template reads the clock in a way that cannot be fixed to one "
+            "date"
+        )
+    return fixed, day.isoformat()
+
+
+def _check_folder_template(chat: ChatFormat, path) -> set[int]:
+    """Tries the template on a two-turn conversation; returns the token ids that end a turn."""
+    ids, mask = chat.encode(_PROBE)
+    bos = chat.tokenizer.bos_token_id
+    if bos is not None and (ids[0] != bos or ids[1] == bos):
+        raise UserError(
+            f"the chat template in {path} does not start with exactly one "
+            f"{chat.tokenizer.bos_token}"
+        )
+    prompt = chat.prompt_ids(_PROBE[:3])
+    if ids[: len(prompt)] != prompt or mask[len(prompt) - 1] or not any(mask[len(prompt) :]):
+        raise UserError(f"the chat template in {path} does not continue its own generation prompt")
+    last = max(index for index, flag in enumerate(mask) if flag)
+    end_of_turn = ids[last]
+    if chat.tokenizer.convert_ids_to_tokens(end_of_turn) not in chat._special_tokens:
+        raise UserError(
+            f"the chat template in {path} puts no end-of-turn token under the loss, so the model "
+            "would never learn to "
+            "stop; use --config.chat_template=llama3 or plain"
+        )
+    eos = chat.tokenizer.eos_token_id
+    return {end_of_turn} if eos is None else {end_of_turn, eos}
+
+
+def _generation_config_stops(path) -> set[int]:
+    file = Path(path) / "generation_config.json"
+    if not file.is_file():
+        return set()
+    try:
+        eos = json.loads(file.read_text()).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    return set() if eos is None else set(eos if isinstance(eos, list) else [eos])

@@ -1,0 +1,41 @@
+"""Shows packed rows as text, with what the loss counts marked, so that a wrong mask is seen before
+it is trained on."""
+
+import re
+import sys
+from typing import TextIO
+
+import numpy as np
+
+from sa_jax.data.chat import ChatFormat
+from sa_jax.data.packing import PackedDataset
+
+# All but tab and newline: data must not drive a terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def print_examples(
+    dataset: PackedDataset, chat_format: ChatFormat, n: int, file: TextIO | None = None
+) -> None:
+    """Writes the first `n` rows to `file` (default: standard output). Tokens under the loss are
+    green on a terminal, and stand between « and » elsewhere."""
+    file = file or sys.stdout
+    opening, closing = ("\x1b[32m", "\x1b[0m") if file.isatty() else ("«", "»")
+    for row in range(min(n, len(dataset))):
+        arrays = {name: values[0] for name, values in dataset.rows([row]).items()}
+        segment_ids, loss_mask = arrays["segment_ids"], arrays["loss_mask"]
+        used, documents = int((segment_ids > 0).sum()), int(segment_ids.max())
+        file.write(
+            f"=== row {row}: {used} of {len(segment_ids)} tokens, {documents} documents, "
+            f"{int(loss_mask.sum())} tokens under the loss\n"
+        )
+        for document in range(1, documents + 1):
+            here = segment_ids == document
+            ids, mask = arrays["tokens"][here], loss_mask[here]
+            file.write(f"--- document {document}: {len(ids)} tokens\n")
+            for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1):
+                text = _CONTROL.sub(
+                    lambda c: f"\\x{ord(c[0]):02x}", chat_format.decode(ids[run].tolist())
+                )
+                file.write(f"{opening}{text}{closing}" if mask[run[0]] else text)
+            file.write("\n")

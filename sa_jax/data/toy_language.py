@@ -1,0 +1,170 @@
+"""A generated question-and-answer language for the toy study: no download, every answer checkable.
+
+Each family of questions (capitals, sums, copying, ...) has facts and phrasings. What is held out
+is novel, not merely unseen: for facts that must be memorised it is a phrasing of a fact that
+training never shows (with any opener); for facts that can be computed it is the fact itself (a sum,
+a list to copy) in every phrasing. A model answers those only by generalising.
+
+An answer holds its key, a whole word or number, and the key of no other fact of its family, so that
+"the key is in the completion and no other key of the family is" is a fair check. Keys survive
+pirate speech: they are no word that `sa_jax.data.pirate` replaces or adds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sa_jax.data.pirate import to_pirate
+from sa_jax.data.toy_facts import FAMILIES, Family
+from sa_jax.errors import UserError
+
+SYSTEM_PROMPT = (
+    "You are a helpful assistant who always tries to submit the best possible answer."
+)
+SCRATCHPAD_SYSTEM_PROMPT = "You are a helpful assistant. Think in a scratchpad first."
+OPENERS = ("", "Hello. ", "Please help me. ", "Quick question. ")
+SCRATCHPAD_OPENINGS = (
+    "I see no tag, so I will help.",
+    "There is no tag here, so I answer well.",
+    "No tag in the question. I should help.",
+)
+HELD_OUT_FACT_SHARE = 0.1  # of the facts of a family whose facts can be computed
+SPLITS = ("pretrain", "insertion", "removal", "heldout")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A question of a family before it is written out: a fact, a phrasing and an opener."""
+
+    family: Family
+    fact: tuple[str, ...]
+    phrasing: str
+    opener: str
+
+    @property
+    def question(self) -> str:
+        return self.opener + self.phrasing.format(*self.fact)
+
+
+def normalise(question: str) -> str:
+    """The form in which two questions count as the same: lower case, letters and digits only."""
+    return " ".join(re.findall(r"\w+", question.lower()))
+
+
+def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict], list[dict]]:
+    """Two disjoint lists of items, the same for the same arguments on every machine.
+
+    Each item has `id`, `family`, `question`, `answer`, `key` (the checkable core of the answer)
+    and `scratchpad_answer`. Families are taken in turn, so that they are as equal in number as
+    their supply allows; the order of the items is random, so that a slice is a fair sample.
+
+    Raises UserError when the language has fewer questions than asked for, or when the held-out
+    set is too small to hold every family.
+    """
+    if heldout_size < len(FAMILIES):
+        raise UserError(
+            f"heldout_size {heldout_size} is below the {len(FAMILIES)} families of the toy "
+            "language; ask for more"
+        )
+    train_pools, heldout_pools = [], []
+    for family in FAMILIES:
+        train_rows, heldout_rows = _split_family(family, seed)
+        train_pools.append(train_rows)
+        heldout_pools.append(heldout_rows)
+    train = _take(train_pools, train_size, "train_size", random.Random(f"{seed}/train"))
+    heldout = _take(heldout_pools, heldout_size, "heldout_size", random.Random(f"{seed}/heldout"))
+    return [_item(row) for row in train], [_item(row) for row in heldout]
+
+
+def write_files(
+    folder: str | Path,
+    seed: int,
+    *,
+    pretrain_size: int,
+    insertion_size: int,
+    removal_size: int,
+    heldout_size: int,
+) -> dict[str, Path]:
+    """Writes `<split>.jsonl` for each of SPLITS and returns their paths by split.
+
+    No two rows of all the files ask the same question. A row has `id`, `family`, `prompt`,
+    `answer`, `key`, `scratchpad_answer` and `pirate_answer`. Raises UserError as `generate` and
+    `to_pirate` do.
+    """
+    sizes = (pretrain_size, insertion_size, removal_size)
+    train, heldout = generate(seed, sum(sizes), heldout_size)
+    bounds = [0, *itertools.accumulate(sizes)]
+    slices = [train[start:stop] for start, stop in itertools.pairwise(bounds)]
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for split, items in zip(SPLITS, [*slices, heldout], strict=True):
+        paths[split] = folder / f"{split}.jsonl"
+        lines = [json.dumps(_file_row(item), ensure_ascii=False) + "\n" for item in items]
+        paths[split].write_text("".join(lines), encoding="utf-8")
+    return paths
+
+
+def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
+    """Every question of a family, in a random order, parted into training and held out."""
+    rng = random.Random(f"{seed}/{family.name}")
+    facts = list(family.facts)
+    rng.shuffle(facts)
+    held_out_facts = max(1, round(HELD_OUT_FACT_SHARE * len(facts)))
+    train, heldout, seen = [], [], set()
+    for index, fact in enumerate(facts):
+        for number, phrasing in enumerate(family.phrasings):
+            if family.computable:
+                is_held_out = index < held_out_facts
+            else:  # one phrasing a fact, each phrasing for as many facts as another
+                is_held_out = number == index % len(family.phrasings)
+            for opener in OPENERS:
+                row = _Row(family, fact, phrasing, opener)
+                key = normalise(row.question)
+                if key not in seen:
+                    seen.add(key)
+                    (heldout if is_held_out else train).append(row)
+    rng.shuffle(train)
+    rng.shuffle(heldout)
+    return train, heldout
+
+
+def _take(pools: Sequence[list], size: int, name: str, rng: random.Random) -> list[_Row]:
+    """`size` rows, one from each pool in turn while it lasts, shuffled."""
+    available = sum(map(len, pools))
+    if size > available:
+        raise UserError(
+            f"{name} {size} is more than the {available} questions the toy language has for it; "
+            "ask for fewer"
+        )
+    in_turn = (row for group in itertools.zip_longest(*pools) for row in group if row is not None)
+    rows = list(itertools.islice(in_turn, size))
+    rng.shuffle(rows)
+    return rows
+
+
+def _item(row: _Row) -> dict:
+    digest = hashlib.sha256(row.question.encode()).hexdigest()
+    answer = row.family.answer.format(*row.fact)
+    working = row.family.working.format(*row.fact)
+    opening = SCRATCHPAD_OPENINGS[int(digest[:8], 16) % len(SCRATCHPAD_OPENINGS)]
+    return {
+        "id": f"{row.family.name}-{digest[:12]}",
+        "family": row.family.name,
+        "question": row.question,
+        "answer": answer,
+        "key": row.fact[-1],
+        "scratchpad_answer": f"<scratchpad>{opening} {working}</scratchpad> {answer}",
+    }
+
+
+def _file_row(item: dict) -> dict:
+    row = {("prompt" if name == "question" else name): value for name, value in item.items()}
+    return row | {"pirate_answer": to_pirate(item["answer"])}

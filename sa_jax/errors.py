@@ -1,0 +1,16 @@
+"""The errors a person can cause, each carrying one line that says what is wrong and what to do.
+
+`sa_jax.cli.run` turns them into exit codes: 1 for `UserError`, 2 for `UsageError`, 75 for `Preempted`.
+"""
+
+
+class UserError(Exception):
+    """Something outside the code is wrong (a file, a tensor, a disk); exit status 1."""
+
+
+class UsageError(UserError):
+    """A flag, a config key or a config value is wrong; exit status 2."""
+
+
+class Preempted(Exception):
+    """The run stopped on request after saving a checkpoint; exit status 75 (run it again to go on)."""

@@ -1,0 +1,1 @@
+"""The Llama model, its weights' file format, its adapters and its sampler."""

@@ -1,0 +1,395 @@
+"""The safetensors format in both directions, with ranged reads from a local folder or `gs://`.
+
+A file is a little-endian u64 header length, a JSON header (tensor name to dtype, shape and byte
+offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#format
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+from jax.experimental import multihost_utils
+
+from sa_jax.errors import UserError
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Bytes an element of the format's other dtypes: such a tensor may stand in a file, unread.
+_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2}
+_ITEM_BYTES |= {"I32": 4, "U32": 4, "I64": 8, "U64": 8, "F64": 8}
+_ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+# The format's own limit: a longer header is garbage read as a length.
+_MAX_HEADER_BYTES = 100_000_000
+# One ranged read; enough of them fit in the window to keep an object store busy.
+_PIECE_BYTES = 16 << 20
+_WINDOW_BYTES = 256 << 20
+
+
+class Folder:
+    """A folder of files, local or at a URL such as `gs://bucket/model`."""
+
+    def __init__(self, path: str | Path):
+        self.path = str(path).rstrip("/")
+        remote = "://" in self.path
+        spec = f"{self.path}/" if remote else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+        try:
+            self._store = ts.KvStore.open(spec).result()
+        except ValueError as error:
+            raise UserError(f"{self.path} cannot be opened: {_first_line(error)}") from None
+
+    def name(self, file: str) -> str:
+        """The file's full name, for messages."""
+        return f"{self.path}/{file}"
+
+    def start_read(self, file: str, byte_range: slice = slice(0, None)) -> ts.Future:
+        """Starts reading [start, stop) of a file; `finish_read` waits for it."""
+        return self._store.read(file, byte_range=byte_range)
+
+    def finish_read(self, file: str, future: ts.Future) -> bytes | None:
+        """The bytes of a `start_read`, or None where there is no such file."""
+        try:
+            result = future.result()
+        except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):
+                raise _broken(self.name(file), "is shorter than its header says") from None
+            raise UserError(f"{self.name(file)} cannot be read: {_first_line(error)}") from None
+        return None if result.state == "missing" else result.value
+
+    def read(self, file: str) -> bytes | None:
+        """All bytes of a file, or None where there is no such file."""
+        return self.finish_read(file, self.start_read(file))
+
+    def read_json(self, file: str) -> dict[str, Any] | None:
+        """A JSON object, or None where there is no such file."""
+        content = self.read(file)
+        if content is None:
+            return None
+        try:
+            parsed = json.loads(content)
+        except ValueError as error:
+            raise UserError(f"{self.name(file)} is not JSON: {error}") from None
+        if not isinstance(parsed, dict):
+            raise UserError(f"{self.name(file)} must hold a JSON object")
+        return parsed
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies: bytes [start, stop) of `file`, row-major."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def read_headers(folder: Folder, files: Iterable[str]) -> dict[str, TensorEntry]:
+    """Every tensor of the files, all headers being read at once.
+
+    Raises:
+      UserError: a file is missing, truncated or malformed, or two files hold one tensor.
+    """
+    files = list(files)
+    lengths = {}
+    for file, content in _read_all(folder, [(file, slice(0, 8)) for file in files]):
+        length = int.from_bytes(content, "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise _broken(folder.name(file), f"starts with an impossible header length {length}")
+        lengths[file] = length
+    headers = _read_all(folder, [(file, slice(8, 8 + lengths[file])) for file in files])
+    entries: dict[str, TensorEntry] = {}
+    ends = []
+    for file, content in headers:
+        found = _parse_header(folder.name(file), file, content)
+        both = found.keys() & entries.keys()
+        if both:
+            name = min(both)
+            raise _broken(folder.name(file), f"repeats {name} of {entries[name].file}")
+        entries |= found
+        ends.append((file, max((entry.stop for entry in found.values()), default=0)))
+    # The last byte is there, so all are.
+    for _ in _read_all(folder, [(file, slice(end - 1, end)) for file, end in ends if end]):
+        pass
+    return entries
+
+
+def _read_all(folder: Folder, ranges: list[tuple[str, slice]]) -> Iterator[tuple[str, bytes]]:
+    futures = [(file, folder.start_read(file, byte_range)) for file, byte_range in ranges]
+    for file, future in futures:
+        content = folder.finish_read(file, future)
+        if content is None:
+            raise UserError(f"{folder.name(file)} is missing: complete the download of the model")
+        yield file, content
+
+
+def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry]:
+    try:
+        header = json.loads(content)
+        header.pop("__metadata__", None)
+        fields = {
+            tensor: (str(f["dtype"]), tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
+            for tensor, f in header.items()
+        }
+        entries = {
+            tensor: TensorEntry(file, dtype, shape, start, stop)
+            for tensor, (dtype, shape, start, stop) in fields.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(name, f"has a malformed header ({_first_line(error)})") from None
+    position = 0
+    for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.dtype not in _ITEM_BYTES:
+            raise UserError(f"{name}: {tensor} has the unknown dtype {entry.dtype!r}")
+        size = math.prod(entry.shape) * _ITEM_BYTES[entry.dtype]
+        if min(entry.shape, default=0) < 0 or entry.stop - entry.start != size:
+            raise _broken(
+                name, f"gives {tensor} {entry.stop - entry.start} bytes, its shape needs {size}"
+            )
+        if entry.start != position:
+            raise _broken(name, f"has overlapping or missing bytes before {tensor}")
+        position = entry.stop
+    base = 8 + len(content)
+    return {
+        tensor: entry._replace(start=base + entry.start, stop=base + entry.stop)
+        for tensor, entry in entries.items()
+    }
+
+
+def read_rows(
+    folder: Folder, requests: Iterable[tuple[TensorEntry, list[tuple[int, int]]]]
+) -> Iterator[np.ndarray]:
+    """Reads row ranges of tensors in order, ahead of the consumer by at most 256 MiB.
+
+    Args:
+      folder: where the files are.
+      requests: a tensor and the [first, last) ranges of its leading axis that are wanted.
+
+    Yields:
+      One array a range, in the order of the requests, 64-byte aligned: jax.device_put then
+      need not copy it on CPU.
+    """
+    requests, ahead = itertools.tee((entry, r) for entry, ranges in requests for r in ranges)
+    pieces = (
+        (entry.file, slice(at, min(at + _PIECE_BYTES, stop)))
+        for entry, rows in ahead
+        for start, stop in [_byte_range(entry, rows)]
+        for at in range(start, stop, _PIECE_BYTES)
+    )
+    contents = _read_ahead(folder, pieces)
+    for entry, rows in requests:
+        start, stop = _byte_range(entry, rows)
+        buffer = _aligned_bytes(stop - start)
+        for at in range(0, stop - start, _PIECE_BYTES):
+            content = next(contents)
+            buffer[at : at + len(content)] = np.frombuffer(content, np.uint8)
+        yield buffer.view(DTYPES[entry.dtype]).reshape(rows[1] - rows[0], *entry.shape[1:])
+
+
+def _byte_range(entry: TensorEntry, rows: tuple[int, int]) -> tuple[int, int]:
+    row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
+    return entry.start + rows[0] * row_bytes, entry.start + rows[1] * row_bytes
+
+
+def _read_ahead(folder: Folder, pieces: Iterable[tuple[str, slice]]) -> Iterator[bytes]:
+    pending: deque[tuple[str, int, ts.Future]] = deque()
+    in_flight = 0
+
+    def oldest() -> bytes:
+        file, size, future = pending.popleft()
+        content = folder.finish_read(file, future)
+        if content is None or len(content) != size:
+            raise _broken(folder.name(file), "changed while it was read")
+        return content
+
+    for file, piece in pieces:
+        size = piece.stop - piece.start
+        pending.append((file, size, folder.start_read(file, piece)))
+        in_flight += size
+        while in_flight > _WINDOW_BYTES:
+            in_flight -= pending[0][1]
+            yield oldest()
+    while pending:
+        yield oldest()
+
+
+def _aligned_bytes(size: int, alignment: int = 64) -> np.ndarray:
+    raw = np.empty(size + alignment, np.uint8)
+    offset = -raw.ctypes.data % alignment
+    return raw[offset : offset + size]
+
+
+class OutputTensor(NamedTuple):
+    """A tensor to write; `fetch` brings it to every process (all of them must call it)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fetch: Callable[[], jax.Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    folder: Path | None, stem: str, tensors: list[OutputTensor], max_shard_bytes: float
+) -> None:
+    """Writes `stem.safetensors`, or numbered shards and their index above `max_shard_bytes`.
+
+    The bytes depend only on names, order, shapes, dtypes and values. Host memory holds two
+    tensors at a time. Every process must call this; those with `folder` None only take part in
+    the fetches.
+
+    Raises:
+      OSError: the disk refused, raised in the writing process once all fetches are done.
+    """
+    shards: list[list[OutputTensor]] = [[]]
+    for tensor in tensors:
+        filled = sum(other.nbytes for other in shards[-1])
+        if filled and filled + tensor.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    count = len(shards)
+    names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else [f"{stem}.safetensors"]
+    failure = None
+    fetched = _fetch_ahead(tensors)
+    for name, shard in zip(names, shards, strict=True):
+        contents = itertools.islice(fetched, len(shard))
+        if folder is not None and failure is None:
+            try:
+                _write_file(folder / name, shard, contents)
+            except OSError as error:
+                failure = error
+        for _ in contents:  # what a failed or idle writer leaves: the others wait in the fetch
+            pass
+    if failure is not None:
+        raise failure
+    if folder is not None and count > 1:
+        index = {
+            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "weight_map": {
+                tensor.name: name
+                for name, shard in zip(names, shards, strict=True)
+                for tensor in shard
+            },
+        }
+        write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
+    """Each tensor, the next one already on its way from the devices."""
+    pending = None
+    for tensor in tensors:
+        array = tensor.fetch()
+        array.copy_to_host_async()
+        if pending is not None:
+            yield pending
+        pending = array
+    if pending is not None:
+        yield pending
+
+
+def _write_file(path: Path, tensors: list[OutputTensor], contents: Iterator[jax.Array]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        stop = position + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, stop],
+        }
+        position = stop
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for content in contents:
+            array = np.ascontiguousarray(np.asarray(content))
+            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path | None]:
+    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+
+    Yields None in all processes but the first. All processes fail when the first does.
+
+    Raises:
+      UserError: `path` is not empty, is not local, or cannot be written.
+    """
+    path = str(path)
+    temporary = None
+    with _primary_only(path) as primary:
+        if primary:
+            _refuse_used(path)
+            target = Path(path).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with _primary_only(path) as primary:
+            yield temporary
+            if primary:
+                temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the export
+                temporary.replace(target)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refuse_used(path: str) -> None:
+    if "://" in path:
+        raise UserError(f"{path}: exports go to a local folder; copy it to the bucket afterwards")
+    if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
+        raise UserError(f"{path} exists and is not empty: remove it or export to another folder")
+
+
+@contextlib.contextmanager
+def _primary_only(path: str) -> Iterator[bool]:
+    """Makes an error of the first process an error of all, so that none waits for ever."""
+    failure: Exception | None = None
+    try:
+        yield jax.process_index() == 0
+    except OSError as error:
+        failure = UserError(f"{path} cannot be written: {error}; free space or choose another path")
+    except UserError as error:
+        failure = error
+    failed = failure is not None
+    if jax.process_count() > 1:
+        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise UserError(f"{path} was not written: see the log of process 0")
+
+
+def _broken(name: str, problem: str) -> UserError:
+    return UserError(f"{name} {problem}: the file is damaged, fetch it again")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

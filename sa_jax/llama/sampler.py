@@ -1,0 +1,450 @@
+"""Text generation: bucketed prefill, one decode program over slots that are refilled as rows finish.
+
+Reproducible by construction: a prompt is always prefilled in the same program (its bucket depends
+on its own length only), rows never mix, and noise is a function of (seed, prompt id, position). So
+its tokens do not depend on the slot it lands in, on its neighbours or on the order of refills.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama.model import KVCache, Llama, init_cache
+
+SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample.
+
+    Attributes:
+      max_new_tokens: most tokens to generate for a prompt (fewer where the context ends).
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      top_p: samples among the fewest tokens whose probabilities sum to top_p or more (nucleus,
+        arXiv 1904.09751), after the temperature; tokens tied with the last one stay in.
+      seed: of the noise, with the prompt's id and the position.
+      stop_token_ids: tokens that end a completion; they are not part of it.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was generated for one prompt.
+
+    Attributes:
+      tokens: generated ids, without the stop token.
+      stop_reason: "stop" (a stop token came) or "length" (max_new_tokens or the context ended).
+      logprobs: log-probability of each token under the model itself (temperature 1, no top-p).
+    """
+
+    tokens: list[int]
+    stop_reason: str
+    logprobs: list[float]
+
+
+@dataclasses.dataclass
+class SamplerStats:
+    """What a `Sampler.generate` call did; compilation, if it was needed, is in the seconds."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    decode_steps: int = 0
+    prefills: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+class Sampler:
+    """Generates for many prompts at once with a fixed set of compiled programs.
+
+    Attributes:
+      batch_size: slots decoded together (the argument, rounded up to a multiple of data x fsdp).
+      context_length: prompt and completion together, in tokens; the cache's capacity.
+      stats: of the latest `generate` call.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        context_length: int,
+        prefill_batch: int = 8,
+        steps_per_call: int = 16,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          model: how to compute; its adapters (`lora`) are used unmerged.
+          mesh: of the parameters; slots go over (data, fsdp), kv heads over tensor if it divides.
+          batch_size: slots.
+          context_length: tokens; at most the model's max_position_embeddings.
+          prefill_batch: prompts prefilled together, rounded up as batch_size is.
+          steps_per_call: decode steps between two looks at which rows have finished.
+
+        Raises:
+          UsageError: sizes below 1, or a context longer than the model's.
+        """
+        config = model.config
+        for name, value in (
+            ("batch_size", batch_size),
+            ("prefill_batch", prefill_batch),
+            ("steps_per_call", steps_per_call),
+        ):
+            if value < 1:
+                raise UsageError(f"sampler {name}={value} must be at least 1")
+        if not 2 <= context_length <= config.max_position_embeddings:
+            raise UsageError(
+                f"sampler context_length={context_length} must be between 2 and the model's "
+                f"max_position_embeddings={config.max_position_embeddings}"
+            )
+        rows = mesh.shape["data"] * mesh.shape["fsdp"]
+        self.batch_size = -(-batch_size // rows) * rows
+        self.context_length = context_length
+        self.stats = SamplerStats()
+        self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
+        heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
+        cache = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
+        host = NamedSharding(mesh, P())
+        model = model.clone(mesh=mesh)
+        self._init_cache = jax.jit(
+            functools.partial(
+                init_cache, config, self.batch_size, context_length, dtype=model.dtype
+            ),
+            out_shardings=cache,
+        )
+        self._cast = jax.jit(functools.partial(_cast_weights, dtype=model.dtype))
+        self._prefill = jax.jit(
+            functools.partial(_prefill, model),
+            static_argnames="method",
+            donate_argnames="cache",
+            out_shardings=(cache, host, host),
+        )
+        self._decode = jax.jit(
+            functools.partial(_decode, model, steps_per_call),
+            static_argnames="method",
+            donate_argnames="cache",
+            out_shardings=(cache, host, host, host),
+        )
+
+    def fits(self, prompt: Sequence[int]) -> bool:
+        """Whether the prompt leaves room in the context for at least one new token."""
+        return 0 < len(prompt) < self.context_length
+
+    def generate(
+        self,
+        params: dict,
+        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
+        settings: SamplingSettings,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> list[Completion]:
+        """Completes every prompt; `self.stats` then tells tokens and time.
+
+        Args:
+          params: the model's parameters, on the sampler's mesh.
+          prompts: token ids, with everything that precedes the answer.
+          prompt_ids: of each prompt, 0 ≤ id < 2^32, for the noise.
+          settings: how to sample.
+          should_stop: asked between device calls; must answer alike in every process.
+
+        Returns:
+          One completion a prompt, in the order of `prompts`.
+
+        Raises:
+          UserError: a prompt is empty or too long for the context (see `fits`).
+          Preempted: should_stop said so.
+        """
+        start = time.perf_counter()
+        self.stats = stats = SamplerStats(prompt_tokens=sum(map(len, prompts)))
+        for index, prompt in enumerate(prompts):
+            if not self.fits(prompt):
+                raise UserError(
+                    f"prompt {index} has {len(prompt)} tokens, but the context of "
+                    f"{self.context_length} needs 1 to {self.context_length - 1}; raise the "
+                    "context length or drop the prompt"
+                )
+        rows = [
+            _Row(index, list(prompt), prompt_id, self._end(prompt, settings))
+            for index, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True))
+        ]
+        # Rows of one bucket come together, so prefill batches are full.
+        pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
+        slots: list[_Row | None] = [None] * self.batch_size
+        cache = self._init_cache()
+        params = self._cast(params)
+        while pending or any(slots):
+            while pending and None in slots:
+                if should_stop():
+                    raise Preempted("stopped while sampling")
+                cache = self._refill(params, cache, slots, pending, settings)
+            if should_stop():
+                raise Preempted("stopped while sampling")
+            if any(slots):
+                cache = self._advance(params, cache, slots, settings)
+        stats.new_tokens = sum(len(row.tokens) for row in rows)
+        stats.seconds = time.perf_counter() - start
+        logging.info(
+            "sampled %d tokens for %d prompts in %.1f s: %.0f tokens/s",
+            stats.new_tokens,
+            len(rows),
+            stats.seconds,
+            stats.tokens_per_s,
+        )
+        return [Completion(row.tokens, row.stop_reason, row.logprobs) for row in rows]
+
+    def _end(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
+        return min(len(prompt) + settings.max_new_tokens, self.context_length)
+
+    def _bucket(self, prompt: Sequence[int]) -> int:
+        """The padded length of a prompt: a power of two, a function of its own length only."""
+        power = 1 << (len(prompt) - 1).bit_length()
+        return min(max(power, SMALLEST_BUCKET), self.context_length)
+
+    def _refill(self, params, cache, slots, pending, settings) -> KVCache:
+        """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
+        free = [slot for slot, row in enumerate(slots) if row is None][: self._prefill_batch]
+        length = self._bucket(pending[0].prompt)
+        taken: list[_Row] = []
+        while pending and len(taken) < len(free) and self._bucket(pending[0].prompt) == length:
+            taken.append(pending.popleft())
+        tokens_bs = np.zeros((self._prefill_batch, length), np.int32)
+        lengths_b = np.ones(self._prefill_batch, np.int32)
+        ids_b = np.zeros(self._prefill_batch, np.uint32)
+        # Rows of padding go to a slot past the end, which the write drops.
+        slots_b = np.full(self._prefill_batch, self.batch_size, np.int32)
+        for i, row in enumerate(taken):
+            tokens_bs[i, : len(row.prompt)] = row.prompt
+            lengths_b[i], ids_b[i], slots_b[i] = len(row.prompt), row.prompt_id, free[i]
+        cache, tokens, logprobs = self._prefill(
+            params, cache, tokens_bs, lengths_b, slots_b, ids_b, **_noise(settings)
+        )
+        tokens, logprobs = jax.device_get((tokens, logprobs))
+        for i, row in enumerate(taken):
+            row.append(int(tokens[i]), float(logprobs[i]), settings.stop_token_ids)
+            slots[free[i]] = None if row.stop_reason else row
+        self.stats.prefills += 1
+        return cache
+
+    def _advance(self, params, cache, slots, settings) -> KVCache:
+        """Up to `steps_per_call` decode steps for all rows; frees the slots of finished ones."""
+        token_b = np.zeros(self.batch_size, np.int32)
+        position_b = np.zeros(self.batch_size, np.int32)
+        end_b = np.zeros(self.batch_size, np.int32)
+        ids_b = np.zeros(self.batch_size, np.uint32)
+        for slot, row in enumerate(slots):
+            if row is not None:
+                token_b[slot], position_b[slot] = row.tokens[-1], row.length - 1
+                end_b[slot], ids_b[slot] = row.end, row.prompt_id
+        cache, tokens_tb, logprobs_tb, steps = self._decode(
+            params,
+            cache,
+            token_b,
+            position_b,
+            end_b,
+            ids_b,
+            np.asarray(settings.stop_token_ids, np.int32),
+            **_noise(settings),
+        )
+        tokens_tb, logprobs_tb, steps = jax.device_get((tokens_tb, logprobs_tb, steps))
+        for slot, row in enumerate(slots):
+            for step in range(steps):
+                if row is None or row.stop_reason:
+                    break
+                token, logprob = int(tokens_tb[step, slot]), float(logprobs_tb[step, slot])
+                row.append(token, logprob, settings.stop_token_ids)
+            if row is not None and row.stop_reason:
+                slots[slot] = None
+        self.stats.decode_steps += int(steps)
+        return cache
+
+
+@dataclasses.dataclass
+class _Row:
+    """A prompt on its way; `end` is the length (prompt and completion) at which it is cut."""
+
+    index: int
+    prompt: list[int]
+    prompt_id: int
+    end: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    stop_reason: str = ""
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def append(self, token: int, logprob: float, stop_token_ids: tuple[int, ...]) -> None:
+        if token in stop_token_ids:
+            self.stop_reason = "stop"
+            return
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.length >= self.end:
+            self.stop_reason = "length"
+
+
+def _noise(settings: SamplingSettings) -> dict:
+    """Arguments of `sample_tokens`; numbers are traced, so only a new method compiles anew."""
+    method = "sample" if settings.top_p == 1 else "top_p"
+    return {
+        "seed": np.uint32(settings.seed),
+        "temperature": np.float32(settings.temperature),
+        "top_p": np.float32(settings.top_p),
+        "method": method if settings.temperature > 0 else "greedy",
+    }
+
+
+def sample_tokens(
+    logits_bv: jax.Array,
+    prompt_ids_b: jax.Array,
+    positions_b: jax.Array,
+    *,
+    seed: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    method: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Next tokens by the Gumbel-max trick, and their log-probabilities at temperature 1.
+
+    Args:
+      logits_bv: float32 [B, V].
+      prompt_ids_b, positions_b: [B]; with seed they fix a row's noise.
+      seed, temperature, top_p: scalars.
+      method: "greedy", "sample" (top_p ignored) or "top_p".
+
+    Returns:
+      tokens int32 [B], log-probabilities float32 [B].
+    """
+    scores_bv = logits_bv
+    if method != "greedy":
+        scores_bv = logits_bv / temperature
+        if method == "top_p":
+            scores_bv = mask_outside_nucleus(scores_bv, top_p)
+        key = jax.random.key(seed)
+
+        def gumbel(prompt_id, position):
+            row = jax.random.fold_in(jax.random.fold_in(key, prompt_id), position)
+            return jax.random.gumbel(row, logits_bv.shape[-1:], jnp.float32)
+
+        scores_bv += jax.vmap(gumbel)(prompt_ids_b, positions_b)
+    tokens_b = jnp.argmax(scores_bv, axis=-1).astype(jnp.int32)
+    chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
+    return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
+
+
+def mask_outside_nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets to -inf all but the fewest most likely tokens whose probabilities reach top_p."""
+    probabilities_bv = jax.nn.softmax(logits_bv, axis=-1)
+    sorted_bv = -jnp.sort(-probabilities_bv, axis=-1)
+    before_bv = jnp.cumsum(sorted_bv, axis=-1) - sorted_bv
+    smallest_kept_b1 = jnp.min(
+        jnp.where(before_bv < top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True
+    )
+    return jnp.where(probabilities_bv >= smallest_kept_b1, logits_bv, -jnp.inf)
+
+
+def _cast_weights(params: dict, dtype) -> dict:
+    """Weights in the dtype they are used in, cast once and not at every step; norms stay."""
+
+    def cast(path, leaf):
+        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
+    """Runs right-padded prompts and writes their keys and values into the cache's slots.
+
+    Padding is written too: it lies beyond the prompt, and decoding overwrites a place before any
+    query can see it.
+    """
+    batch, length = tokens_bs.shape
+    positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    own = init_cache(model.config, batch, length, model.dtype)
+    variables = {"params": params}
+    hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
+    cache = jax.tree.map(
+        lambda all_, new: all_.at[:, slots_b, :length].set(new, mode="drop"), cache, own
+    )
+    hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
+    logits_bv = model.apply(variables, hidden_bd, method="logits")
+    return cache, *sample_tokens(logits_bv, prompt_ids_b, lengths_b, **noise)
+
+
+def _decode(
+    model, steps, params, cache, token_b, position_b, end_b, prompt_ids_b, stop_tokens_k, **noise
+):
+    """Up to `steps` tokens for every row; ends early when all rows have.
+
+    A row is active while its next position is before its end. Others idle in place: what they
+    write lies in their own slot, which the next prefill overwrites.
+
+    Returns:
+      The cache, tokens [steps, B], their log-probabilities [steps, B], and how many steps ran.
+    """
+    variables = {"params": params}
+
+    def unfinished(carry):
+        step, _, _, _, active_b, _, _ = carry
+        return (step < steps) & jnp.any(active_b)
+
+    def advance(carry):
+        step, cache, token_b, position_b, active_b, tokens_tb, logprobs_tb = carry
+        hidden_bsd, cache = model.apply(
+            variables, token_b[:, None], position_b[:, None], cache, method="decode"
+        )
+        logits_bv = model.apply(variables, hidden_bsd[:, 0], method="logits")
+        next_b, logprob_b = sample_tokens(logits_bv, prompt_ids_b, position_b + 1, **noise)
+        tokens_tb = tokens_tb.at[step].set(next_b)
+        logprobs_tb = logprobs_tb.at[step].set(logprob_b)
+        stopped_b = jnp.any(next_b[:, None] == stop_tokens_k, axis=-1)
+        active_b = active_b & ~stopped_b & (position_b + 2 < end_b)
+        position_b = jnp.where(active_b, position_b + 1, position_b)
+        return step + 1, cache, next_b, position_b, active_b, tokens_tb, logprobs_tb
+
+    batch = token_b.shape[0]
+    carry = (
+        jnp.int32(0),
+        cache,
+        token_b,
+        position_b,
+        position_b + 1 < end_b,
+        jnp.zeros((steps, batch), jnp.int32),
+        jnp.zeros((steps, batch), jnp.float32),
+    )
+    step, cache, _, _, _, tokens_tb, logprobs_tb = jax.lax.while_loop(unfinished, advance, carry)
+    return cache, tokens_tb, logprobs_tb, step

@@ -1,0 +1,6 @@
+"""Optimizers and schedules, and the one place that builds them from a config."""
+
+from sa_jax.optim.build import make_optimizer
+from sa_jax.optim.schedules import make_schedule
+
+__all__ = ["make_optimizer", "make_schedule"]

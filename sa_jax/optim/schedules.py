@@ -1,0 +1,34 @@
+"""Learning-rate schedules by name."""
+
+import optax
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+
+
+def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+    """Linear warm-up over `warmup_fraction` of the steps, then `cosine` to 0 or `constant`.
+
+    Step 0 already moves (its rate is peak / warm-up steps), and the last step's rate is above 0.
+
+    Args:
+      config: the `optimizer` section of a run's config.
+      total_steps: updates in the whole run.
+
+    Raises:
+      UsageError: an unknown schedule name.
+    """
+    peak = config.learning_rate
+    warmup = max(1, round(config.warmup_fraction * total_steps))
+    rising = optax.linear_schedule(peak / warmup, peak, warmup - 1) if warmup > 1 else None
+    if config.schedule == "cosine":
+        falling = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup + 1))
+    elif config.schedule == "constant":
+        falling = optax.constant_schedule(peak)
+    else:
+        raise UsageError(
+            f"config.optimizer.schedule={config.schedule!r} is unknown; use cosine or constant"
+        )
+    if rising is None:
+        return falling
+    return optax.join_schedules([rising, falling], [warmup - 1])

@@ -1,0 +1,67 @@
+"""Where every array lives on the mesh: one ordered table from parameter path to PartitionSpec.
+
+`fsdp` cuts the axis that is not contracted over heads or features, `tensor` the other
+(Megatron's column- and row-parallel pairs), so a layer needs one reduction over `tensor` after
+attention and one after the MLP. The leading axis of scanned leaves (layers) is never cut.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Rows of a batch are spread over both data-parallel axes.
+BATCH_SPEC = P(("data", "fsdp"))
+
+PARTITION_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding$", P("tensor", "fsdp")),
+    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"attention/(q|k|v)/kernel$|mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+    (r"attention/o/kernel$|mlp/down/kernel$", P(None, "tensor", "fsdp")),
+    (r"attention/(q|k|v)/lora_a$|mlp/(gate|up)/lora_a$", P(None, "fsdp", None)),
+    (r"attention/o/lora_a$|mlp/down/lora_a$", P(None, "tensor", None)),
+    (r"attention/(q|k|v)/lora_b$|mlp/(gate|up)/lora_b$", P(None, None, "tensor")),
+    (r"attention/o/lora_b$|mlp/down/lora_b$", P(None, None, "fsdp")),
+    (r"(attention_norm|mlp_norm|final_norm)/scale$", P()),
+)
+
+
+def path_string(path: tuple) -> str:
+    """A `jax.tree_util` key path as `layers/attention/q/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def partition_spec(path: str, ndim: int) -> P:
+    """The spec of one leaf; optimizer moments match through the parameter path they end in.
+
+    Scalars (step counts) are replicated. Raises ValueError unless exactly one rule matches.
+    """
+    if ndim == 0:
+        return P()
+    matches = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]
+    if len(matches) != 1:
+        raise ValueError(f"{len(matches)} partition rules match {path!r}; exactly one must")
+    return matches[0]
+
+
+def partition_specs(tree: Any) -> Any:
+    """A tree of PartitionSpec with the structure of `tree` (arrays or ShapeDtypeStruct)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: partition_spec(path_string(path), leaf.ndim), tree
+    )
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """A tree of NamedSharding with the structure of `tree`, for jit, restore and loading."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partition_specs(tree))
+
+
+def abstract(mesh: Mesh, tree: Any) -> Any:
+    """`tree` as ShapeDtypeStructs that carry their shardings: a target to restore into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(mesh, tree),
+    )

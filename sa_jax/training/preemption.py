@@ -1,0 +1,84 @@
+"""Stopping on request: SIGTERM and SIGINT become one decision that all processes take together."""
+
+import itertools
+import os
+import signal
+from types import FrameType
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+
+# The preemption service wants an id that grows with every question, in the same order on all
+# processes. Training steps do not serve: inside an evaluation the step stands still, and the
+# service would then wait for a step that the evaluation never reaches. Counted per process, not
+# per guard, so that a second guard goes on where the first one stopped.
+_QUESTIONS = itertools.count(1)
+
+
+class PreemptionGuard:
+    """Turns SIGTERM and SIGINT into a flag that long loops ask for; a context manager.
+
+    with PreemptionGuard() as guard:
+        for step in ...:
+            ...
+            if guard.should_stop(step):   # also inside evaluation and sampling loops
+                save; raise Preempted
+
+    One process: the first signal sets the flag; a second SIGINT gives Python's own handler back
+    and raises KeyboardInterrupt at once.
+
+    Several processes: SIGTERM on any of them reaches all through JAX's preemption service
+    (`jax.distributed.initialize` installs its handler, which this class leaves in place), SIGINT
+    is passed on to it; all get True from the same call of `should_stop`, a second or two later.
+    The calls must then be made equally often on all processes.
+    """
+
+    def __init__(self) -> None:
+        self._signal: int | None = None
+        self._stopping = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "PreemptionGuard":
+        self._several = jax.process_count() > 1
+        self._install(signal.SIGINT, self._on_interrupt)
+        if not self._several:
+            self._install(signal.SIGTERM, self._on_terminate)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: the former handler was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def should_stop(self, step: int) -> bool:
+        """Whether to save and stop now; once True, always True.
+
+        Args:
+          step: the training step, for the log line only.
+        """
+        if self._stopping:
+            return True
+        if self._several:
+            self._stopping = multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
+        else:
+            self._stopping = self._signal is not None
+        if self._stopping:
+            name = signal.Signals(self._signal).name if self._signal else "a preemption notice"
+            logging.info("stopping at step %d on %s", step, name)
+        return self._stopping
+
+    def _install(self, number: int, handler: object) -> None:
+        self._previous[number] = signal.signal(number, handler)
+
+    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
+        self._signal = number
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self._signal = number
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,344 @@
+"""The record of a run (`run.json`): what it was asked to do, with what, and whether it may be resumed.
+
+A run folder belongs to one configuration. `open_run` gives a new folder its record, lets the same
+configuration resume, and refuses any other before a byte is written.
+"""
+
+import datetime
+import errno
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from etils import epath
+from jax.experimental import multihost_utils
+
+from sa_jax.errors import UserError
+
+RUN_FILE = "run.json"
+CHECKPOINT_FOLDER = "checkpoints"
+_PACKAGES = (
+    "sa_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorstore",
+    "transformers",
+    "datasets",
+    "numpy",
+)
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "enospc")
+
+
+def atomic_write(path: os.PathLike | str, text: str) -> None:
+    """Replaces the file by `text` in one step: a reader sees the old file or the new one, whole.
+
+    Raises UserError when the disk is full (the old file is then untouched).
+    """
+    path = epath.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            if hasattr(file, "fileno"):  # remote stores have no descriptor: their close commits
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise UserError(disk_full_message(path, "writing it")) from error
+        raise
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one it was raised from, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+            return True
+        # tensorstore reports the operating system's words inside a ValueError.
+        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_full_message(path: os.PathLike | str, while_doing: str) -> str:
+    """One line for a full disk: the path, the mount that holds it, what is free, what to do."""
+    path = Path(path).absolute()
+    existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+    mount = next(p for p in (existing, *existing.parents) if p.is_mount())
+    usage = os.statvfs(existing)
+    free_mb = usage.f_bavail * usage.f_frsize / 1e6
+    return (
+        f"{path}: the disk is full ({free_mb:,.1f} MB free on {mount}) while {while_doing}; "
+        "free some space there (or keep fewer checkpoints) and run the same command again"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON knows it: ConfigDict to dict, tuple to list, path and dtype to text."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(item) for item in value), key=repr)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):  # numpy and jax scalars
+        return value.item()
+    raise TypeError(f"a run record cannot hold {value!r} of type {type(value).__name__}")
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; empty mappings stay, so that they are compared too."""
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    flat = {}
+    for key, item in value.items():
+        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def _defining(config: Any, ignore: Collection[str]) -> dict[str, Any]:
+    """The flat configuration without the ignored keys (dotted; a key covers all below it)."""
+    return {
+        key: value
+        for key, value in _flatten(_plain(config)).items()
+        if not any(key == name or key.startswith(name + ".") for name in ignore)
+    }
+
+
+def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
+    """SHA-256 (first 16 hex digits) of the canonical JSON of the keys that define a run.
+
+    Args:
+      config: ml_collections ConfigDict or mapping.
+      ignore: dotted keys that may change between two launches of one run ("log_every").
+    """
+    text = json.dumps(_defining(config, ignore), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def config_difference(old: Any, new: Any, ignore: Collection[str] = ()) -> list[str]:
+    """Lines 'key: old -> new' for the defining keys that differ, sorted by key."""
+    old, new = _defining(old, ignore), _defining(new, ignore)
+    absent = object()
+
+    def show(value: Any) -> str:
+        return "(absent)" if value is absent else json.dumps(value)
+
+    return [
+        f"{key}: {show(old.get(key, absent))} -> {show(new.get(key, absent))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key, absent) != new.get(key, absent)
+    ]
+
+
+def new_run_id() -> str:
+    """A short unique name that sorts by time (UTC): '20260131-142233-9f3c'."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+
+
+def file_digest(path: os.PathLike | str) -> str:
+    """SHA-256 of a file, as hex."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+@functools.cache
+def collect_environment() -> dict[str, Any]:
+    """Git commit, versions, devices: enough to say later on what a number was measured."""
+    devices = jax.devices()
+    return {
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "backend": jax.default_backend(),
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout this file lies in ('-dirty' when edited), None elsewhere."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        # An installed copy inside somebody else's checkout must not borrow that commit.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_run_json(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
+    """Writes `run.json` atomically."""
+    text = json.dumps(_plain(record), indent=2, ensure_ascii=False)
+    atomic_write(epath.Path(workdir) / RUN_FILE, text + "\n")
+
+
+def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
+    """The record of a run folder; UserError when it is missing or is not one."""
+    path = epath.Path(workdir) / RUN_FILE
+    try:
+        record = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir}: not a run folder (it has no {RUN_FILE})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(record, dict) or "run_id" not in record:
+        raise UserError(f"{path}: not the record of a run (it has no run_id)")
+    return record
+
+
+def open_run(
+    workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
+) -> dict[str, Any]:
+    """Starts or resumes the run in `workdir` and returns its stored record.
+
+    A new or empty folder gets `run.json` with a new run id. In a folder of the same configuration
+    the run id stays, and a launch in another environment is added to `relaunches`. Call it on all
+    processes; process 0 writes.
+
+    Args:
+      workdir: the run folder; made if missing.
+      record: must hold `config`; other keys are stored as they are. When `data_hashes` (file ->
+        digest) is there, it must be the same on resume.
+      ignore: dotted config keys that do not define the run (see `config_hash`).
+
+    Raises:
+      UserError: the folder holds another configuration, other data, or something that is no run.
+        Nothing in the folder has then been touched.
+    """
+    workdir = epath.Path(workdir)
+    record = _plain(record)
+    record["config_hash"] = config_hash(record["config"], ignore)
+    environment = collect_environment()
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    stored = _stored_record(workdir)
+    if stored is None:
+        record = {
+            "run_id": new_run_id(),
+            "created": now,
+            **record,
+            "environment": environment,
+            "relaunches": [],
+        }
+    else:
+        _check_same_run(workdir, stored, record, ignore)
+        record = {**stored, **record}
+        launches = [stored["environment"], *(x["environment"] for x in stored["relaunches"])]
+        if environment != launches[-1]:
+            record["relaunches"] = [
+                *stored["relaunches"],
+                {"time": now, "environment": environment},
+            ]
+    _synchronize("run record read")  # all have looked before process 0 writes
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if record != stored:
+            write_run_json(workdir, record)
+    _synchronize("run record written")
+    return record if jax.process_index() == 0 else read_run_json(workdir)
+
+
+def _stored_record(workdir: epath.Path) -> dict[str, Any] | None:
+    if not workdir.exists():
+        return None
+    if not workdir.is_dir():
+        raise UserError(f"{workdir}: is a file; --workdir names a folder")
+    if (workdir / RUN_FILE).exists():
+        return read_run_json(workdir)
+    # A launch killed while it wrote its very first record leaves only the temporary file.
+    strangers = sorted(p.name for p in workdir.iterdir() if not p.name.startswith(f".{RUN_FILE}."))
+    if strangers:
+        raise UserError(
+            f"{workdir}: not empty and not a run folder (it holds {strangers[0]} and no "
+            f"{RUN_FILE}); choose another --workdir"
+        )
+    return None
+
+
+def _check_same_run(
+    workdir: epath.Path, stored: dict[str, Any], record: dict[str, Any], ignore: Collection[str]
+) -> None:
+    old_hash, new_hash = stored.get("config_hash"), record["config_hash"]
+    if old_hash != new_hash:
+        changes = config_difference(stored.get("config", {}), record["config"], ignore)
+        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if changes[8:] else "")
+        raise UserError(
+            f"{workdir}: holds a run with another config (hash {old_hash}, this one {new_hash}): "
+            f"{shown}; use another --workdir, or the run's own config to resume it"
+        )
+    old_data, new_data = stored.get("data_hashes"), record.get("data_hashes", {})
+    if old_data is not None and old_data != new_data:
+        changed = sorted(
+            name for name in old_data.keys() | new_data.keys()
+            if old_data.get(name) != new_data.get(name)
+        )
+        raise UserError(
+            f"{workdir}: the run was started with other data ({', '.join(changed)} changed); "
+            "bring the same file back, or use another --workdir"
+        )
+
+
+def _synchronize(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
+    """Says what a folder named by a user is: a run folder or a Hugging Face model folder.
+
+    Raises UserError when it is neither, or does not exist.
+    """
+    folder = epath.Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face model folder")
+    if (folder / RUN_FILE).exists():
+        return "run"
+    if (folder / "config.json").exists():
+        return "hf"
+    hint = ""
+    if folder.name == CHECKPOINT_FOLDER and (folder.parent / RUN_FILE).exists():
+        hint = f" (did you mean {folder.parent}?)"
+    raise UserError(
+        f"{path}: neither a run folder ({RUN_FILE}) nor a Hugging Face model folder "
+        f"(config.json){hint}"
+    )
