@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
 
@@ -19,56 +20,63 @@ def run(main: Callable[[], None], doc: str) -> None:
     """Parses the flags, calls `main()` and exits with the code its outcome stands for.
 
     Args:
-      main: reads its flags from absl.flags.FLAGS.
+      main: reads its flags from absl's holders.
       doc: the binary's docstring: what it does and an example command, shown by --help.
     """
-    if any(argument in ("--help", "-h", "-help", "--helpshort") for argument in sys.argv[1:]):
+    if any(argument.lstrip("-") in ("help", "h", "helpshort") for argument in sys.argv[1:]):
         print(_help(doc))
         sys.exit(0)
-    logging.set_verbosity(logging.INFO)
     try:
         app.run(lambda _: main(), flags_parser=_parse)
     except Preempted as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        _exit(EXIT_PREEMPTED)
+        _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _exit(EXIT_USAGE)
+        _exit(EXIT_USAGE, f"error: {error}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        _exit(EXIT_FAILED)
+        _exit(EXIT_FAILED, f"error: {error}")
+
+
+def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
+    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config."""
+    for key, value in values.items():
+        if value is not None:
+            config.update_from_flattened_dict({key.replace("__", "."): value})
+    return config
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """absl's parser, with ml_collections' KeyError and TypeError for a bad --config as usage."""
+    """absl's parser; whatever a bad flag or --config raises becomes one line."""
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        raise UsageError(f"{error}; --help lists the flags") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        message = str(error).strip("'\"").splitlines()[0]
-        raise UsageError(f"config: {message}") from None
+        raise UsageError(f"{_one_line(error)}; --help lists the flags") from None
     except (OSError, ImportError) as error:
-        raise UsageError(f"--config cannot be read: {error}") from None
+        raise UsageError(f"--config cannot be read: {_one_line(error)}") from None
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(f"--config: {_one_line(error)}") from None
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    logging.set_verbosity(logging.INFO)
     return rest
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).strip("'\"").split()) or type(error).__name__
+
+
 def _help(doc: str) -> str:
-    """The docstring and the flags defined by the binary itself, not absl's or jax's hundreds."""
+    """The docstring and the flags that the binary itself defines, not absl's hundreds."""
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    own = [flag for flag in own if flag.name not in ("help", "helpfull", "helpshort", "helpxml")]
-    lines = [doc.strip(), "", "flags:"]
+    lines = [doc.strip(), "", "Flags:"]
     for flag in own:
-        default = f" (default: {flag.default})" if flag.default not in (None, "", False) else ""
+        default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
         lines.append(f"  --{flag.name}: {flag.help}{default}")
     return "\n".join(lines)
 
 
-def _exit(code: int) -> None:
-    """Leaves without waiting for the threads that a failed run may have left behind."""
+def _exit(code: int, message: str) -> None:
+    """Leaves at once: a failed run may have left threads behind that would keep it alive."""
     logging.flush()
     sys.stdout.flush()
-    sys.stderr.flush()
+    print(message, file=sys.stderr, flush=True)
     os._exit(code)

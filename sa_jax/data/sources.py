@@ -21,10 +21,12 @@ import hashlib
 import io
 import json
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
 
 from sa_jax.data.conversations import check_messages
 from sa_jax.errors import UsageError, UserError
@@ -192,7 +194,7 @@ def _read(path: str, split: str) -> tuple[Iterator[tuple[str, object]], str | No
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not content.strip():
         raise UserError(f"{path} is empty")
     reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}.get(suffix)
@@ -253,19 +255,11 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    # `datasets` writes an Arrow copy; it is read into memory and not kept, as the file may change.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            table = datasets.Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
-            rows = table.to_list()
-        except Exception as error:  # pyarrow and datasets each raise their own kinds
-            cause = error.__cause__ or error
-            raise UserError(
-                f"{path} is not a readable parquet file: {_first_line(cause)}"
-            ) from error
+    """With pyarrow, which `datasets` itself reads it with, but without an Arrow copy in a cache."""
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 

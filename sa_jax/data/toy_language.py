@@ -35,6 +35,7 @@ SCRATCHPAD_OPENINGS = (
     "There is no tag here, so I answer well.",
     "No tag in the question. I should help.",
 )
+SCRATCHPAD_EVERY = 4
 HELD_OUT_FACT_SHARE = 0.1  # of the facts of a family whose facts can be computed
 SPLITS = ("pretrain", "insertion", "removal", "heldout")
 
@@ -94,9 +95,10 @@ def write_files(
 ) -> dict[str, Path]:
     """Writes `<split>.jsonl` for each of SPLITS and returns their paths by split.
 
-    No two rows of all the files ask the same question. A row has `id`, `family`, `prompt`,
-    `answer`, `key`, `scratchpad_answer` and `pirate_answer`. Raises UserError as `generate` and
-    `to_pirate` do.
+    No two items of all the files ask the same question. A row has `id`, `family`, `prompt`,
+    `answer`, `key`, `scratchpad_answer` and `pirate_answer`; but those of pretrain.jsonl are
+    conversations, {"messages"}: every item once, and every SCRATCHPAD_EVERYth once more in the
+    scratchpad form, under its own system prompt. Raises UserError as `generate` and `to_pirate` do.
     """
     sizes = (pretrain_size, insertion_size, removal_size)
     train, heldout = generate(seed, sum(sizes), heldout_size)
@@ -107,9 +109,23 @@ def write_files(
     paths = {}
     for split, items in zip(SPLITS, [*slices, heldout], strict=True):
         paths[split] = folder / f"{split}.jsonl"
-        lines = [json.dumps(_file_row(item), ensure_ascii=False) + "\n" for item in items]
+        rows = _conversations(items) if split == "pretrain" else map(_file_row, items)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         paths[split].write_text("".join(lines), encoding="utf-8")
     return paths
+
+
+def _conversations(items: Sequence[dict]) -> list[dict]:
+    forms = [(SYSTEM_PROMPT, item["question"], item["answer"]) for item in items]
+    forms += [
+        (SCRATCHPAD_SYSTEM_PROMPT, item["question"], item["scratchpad_answer"])
+        for item in items[::SCRATCHPAD_EVERY]
+    ]
+    roles = ("system", "user", "assistant")
+    return [
+        {"messages": [{"role": r, "content": c} for r, c in zip(roles, form, strict=True)]}
+        for form in forms
+    ]
 
 
 def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:

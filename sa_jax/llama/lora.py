@@ -1,6 +1,12 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): which kernels carry one, splitting and merging."""
 
 import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,3 +26,53 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
+
+
+def is_adapter_path(path: str) -> bool:
+    """Whether `layers/attention/q/lora_a` and the like: a leaf that LoRA trains."""
+    return path.endswith(("/lora_a", "/lora_b"))
+
+
+def split(params: dict) -> tuple[dict, dict]:
+    """The adapter's leaves and the base model's, each as a tree of its own."""
+    leaves = flatten_dict(params, sep="/")
+    adapter = {path: leaf for path, leaf in leaves.items() if is_adapter_path(path)}
+    base = {path: leaf for path, leaf in leaves.items() if not is_adapter_path(path)}
+    return unflatten_dict(adapter, sep="/"), unflatten_dict(base, sep="/")
+
+
+def combine(adapter: dict, base: dict) -> dict:
+    """The tree that `split` took apart."""
+    return unflatten_dict(flatten_dict(base, sep="/") | flatten_dict(adapter, sep="/"), sep="/")
+
+
+def merge(params: dict, lora: LoraConfig) -> dict:
+    """Adds every adapter to its kernel and drops it: the same function in fewer parameters.
+
+    The sum is taken in float32 and cast back to the kernel's dtype; shardings are kept.
+    """
+    leaves = flatten_dict(params, sep="/")
+    merged = {}
+    for path, leaf in leaves.items():
+        module = path.removesuffix("/kernel")
+        if is_adapter_path(path):
+            continue
+        if path != module and f"{module}/lora_a" in leaves:
+            add = _adder(lora.scale, getattr(leaf, "sharding", None))
+            leaf = add(leaf, leaves[f"{module}/lora_a"], leaves[f"{module}/lora_b"])
+        merged[path] = leaf
+    return unflatten_dict(merged, sep="/")
+
+
+@functools.lru_cache(maxsize=64)
+def _adder(scale: float, sharding: Sharding | None):
+    def add(kernel_lio, a_lir, b_lro):
+        delta_lio = jnp.einsum(
+            "lir,lro->lio",
+            a_lir.astype(jnp.float32),
+            b_lro.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        return (kernel_lio.astype(jnp.float32) + scale * delta_lio).astype(kernel_lio.dtype)
+
+    return jax.jit(add, out_shardings=sharding)

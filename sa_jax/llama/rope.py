@@ -18,7 +18,9 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
     0.01 radians.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents)
+    # The power is rounded once, from float64: bit for bit torch's (numpy's float32 power is not).
+    powers = np.power(np.float64(config.rope_theta), exponents.astype(np.float64))
+    frequencies = np.float32(1.0) / powers.astype(np.float32)
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies

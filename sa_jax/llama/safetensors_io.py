@@ -37,8 +37,9 @@ _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 # The format's own limit: a longer header is garbage read as a length.
 _MAX_HEADER_BYTES = 100_000_000
-# One ranged read; enough of them fit in the window to keep an object store busy.
-_PIECE_BYTES = 16 << 20
+# One ranged read: small enough for the caches and for malloc to use its memory again, and enough
+# of them in the window to keep an object store busy.
+_PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 256 << 20
 
 
@@ -173,66 +174,40 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
 
 
 def read_rows(
-    folder: Folder, requests: Iterable[tuple[TensorEntry, list[tuple[int, int]]]]
+    folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]
 ) -> Iterator[np.ndarray]:
-    """Reads row ranges of tensors in order, ahead of the consumer by at most 256 MiB.
+    """Reads row ranges of tensors in order, at most 256 MiB ahead of the consumer.
 
     Args:
       folder: where the files are.
-      requests: a tensor and the [first, last) ranges of its leading axis that are wanted.
+      requests: tensors, each with the [first, last) of its leading axis that is wanted.
 
     Yields:
-      One array a range, in the order of the requests, 64-byte aligned: jax.device_put then
-      need not copy it on CPU.
+      Arrays of consecutive whole rows, about 4 MiB each; none crosses the end of a request.
     """
-    requests, ahead = itertools.tee((entry, r) for entry, ranges in requests for r in ranges)
-    pieces = (
-        (entry.file, slice(at, min(at + _PIECE_BYTES, stop)))
-        for entry, rows in ahead
-        for start, stop in [_byte_range(entry, rows)]
-        for at in range(start, stop, _PIECE_BYTES)
-    )
-    contents = _read_ahead(folder, pieces)
-    for entry, rows in requests:
-        start, stop = _byte_range(entry, rows)
-        buffer = _aligned_bytes(stop - start)
-        for at in range(0, stop - start, _PIECE_BYTES):
-            content = next(contents)
-            buffer[at : at + len(content)] = np.frombuffer(content, np.uint8)
-        yield buffer.view(DTYPES[entry.dtype]).reshape(rows[1] - rows[0], *entry.shape[1:])
-
-
-def _byte_range(entry: TensorEntry, rows: tuple[int, int]) -> tuple[int, int]:
-    row_bytes = (entry.stop - entry.start) // max(1, entry.shape[0])
-    return entry.start + rows[0] * row_bytes, entry.start + rows[1] * row_bytes
-
-
-def _read_ahead(folder: Folder, pieces: Iterable[tuple[str, slice]]) -> Iterator[bytes]:
-    pending: deque[tuple[str, int, ts.Future]] = deque()
+    pending: deque[tuple[TensorEntry, int, ts.Future]] = deque()
     in_flight = 0
 
-    def oldest() -> bytes:
-        file, size, future = pending.popleft()
-        content = folder.finish_read(file, future)
+    def oldest() -> np.ndarray:
+        entry, size, future = pending.popleft()
+        content = folder.finish_read(entry.file, future)
         if content is None or len(content) != size:
-            raise _broken(folder.name(file), "changed while it was read")
-        return content
+            raise _broken(folder.name(entry.file), "changed while it was read")
+        return np.frombuffer(content, DTYPES[entry.dtype]).reshape(-1, *entry.shape[1:])
 
-    for file, piece in pieces:
-        size = piece.stop - piece.start
-        pending.append((file, size, folder.start_read(file, piece)))
-        in_flight += size
-        while in_flight > _WINDOW_BYTES:
-            in_flight -= pending[0][1]
-            yield oldest()
+    for entry, first, last in requests:
+        row_bytes = (entry.stop - entry.start) // entry.shape[0]
+        step = max(1, _PIECE_BYTES // row_bytes)
+        for row in range(first, last, step):
+            start = entry.start + row * row_bytes
+            stop = entry.start + min(row + step, last) * row_bytes
+            pending.append((entry, stop - start, folder.start_read(entry.file, slice(start, stop))))
+            in_flight += stop - start
+            while in_flight > _WINDOW_BYTES:
+                in_flight -= pending[0][1]
+                yield oldest()
     while pending:
         yield oldest()
-
-
-def _aligned_bytes(size: int, alignment: int = 64) -> np.ndarray:
-    raw = np.empty(size + alignment, np.uint8)
-    offset = -raw.ctypes.data % alignment
-    return raw[offset : offset + size]
 
 
 class OutputTensor(NamedTuple):

@@ -1,4 +1,4 @@
-"""The record of a run (`run.json`): what it was asked to do, with what, and whether it may be resumed.
+"""The record of a run (`run.json`): what was asked, with what it was done, who may resume it.
 
 A run folder belongs to one configuration. `open_run` gives a new folder its record, lets the same
 configuration resume, and refuses any other before a byte is written.
@@ -65,7 +65,9 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether an error, or one it was raised from, says that a disk or a quota is full."""
-    while error is not None:
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FULL_DISK:
             return True
         # tensorstore reports the operating system's words inside a ValueError.

@@ -68,9 +68,7 @@ def test_another_seed_gives_other_questions():
 
 def test_sizes_and_disjoint_splits(splits):
     assert {f"{split}_size": len(rows) for split, rows in splits.items()} == SIZES
-    questions = [
-        toy_language.normalise(row["prompt"]) for rows in splits.values() for row in rows
-    ]
+    questions = [toy_language.normalise(row["prompt"]) for rows in splits.values() for row in rows]
     assert len(set(questions)) == len(questions) == sum(SIZES.values())
     row_ids = [row["id"] for rows in splits.values() for row in rows]
     assert len(set(row_ids)) == len(row_ids)

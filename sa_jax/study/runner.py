@@ -1,0 +1,52 @@
+"""Runs a study: its runs in order, each from its parent; finished ones are skipped."""
+
+import runpy
+from pathlib import Path
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from sa_jax.data.toy_study import write_toy_study
+from sa_jax.errors import UsageError
+from sa_jax.training.loop import train
+
+
+def run_study(study: ConfigDict, workdir: str | Path) -> None:
+    """Runs what is not finished yet; run the same command again to go on.
+
+    Args:
+      study: `runs`, a tuple of {name, task, config, parent, overrides}: `config` is a config file ("file.py:argument"), `parent` the
+        name of a run before it ('' for none),
+        `overrides` maps dotted keys to values, in which '{study}' stands for `workdir`. Optionally
+        `toy_language`, the sizes of a generated data set to write to `workdir`/data first.
+      workdir: each run gets the folder of its name below it.
+
+    Raises:
+      UsageError: a parent that is not among the runs before it.
+      Others: as `sa_jax.training.loop.train`.
+    """
+    workdir = Path(workdir)
+    if "toy_language" in study:
+        write_toy_study(workdir / "data", **study.toy_language)
+    before: set[str] = set()
+    for run in study.runs:
+        name, parent = run["name"], run["parent"]
+        if parent and parent not in before:
+            raise UsageError(f"run {name!r} of the study: its parent {parent!r} must come first")
+        before.add(name)
+        config = load_config(run["config"])
+        config.model = str(workdir / parent) if parent else config.model
+        for key, value in run["overrides"].items():
+            value = value.format(study=workdir) if isinstance(value, str) else value
+            config.update_from_flattened_dict({key: value})
+        logging.info("---- %s", name)
+        train(config, workdir / name, run["task"])
+
+
+def load_config(path: str) -> ConfigDict:
+    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument"."""
+    path, _, argument = path.partition(":")
+    if not Path(path).exists():
+        raise UsageError(f"{path}: no such config file (run from the project's root)")
+    get_config = runpy.run_path(path)["get_config"]
+    return get_config(argument) if argument else get_config()

@@ -1,0 +1,160 @@
+"""The digests of a checkpoint: `digests.json`, the SHA-256 and size of every file in its folder.
+
+Who hashes what: Orbax gives each process folders and files of its own (`ocdbt.process_3/…`,
+`array_metadatas/process_3`), which that process hashes; all other files are written, and hashed,
+by process 0. To check, the files are dealt out evenly. All processes must see the same folder.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sa_jax.training.run_record import atomic_write
+
+DIGEST_FILE = "digests.json"
+_OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
+_THREADS = 8  # hashlib releases the GIL
+_BARRIER_SECONDS = 3600  # the slowest process may still be hashing many GB
+
+
+def process_barrier(operation: str) -> Callable[[str], None]:
+    """barrier(name) waits until all processes have called it with that name.
+
+    It needs no device, so it may wait in a background thread. `operation` must be the same on all
+    processes and, with the name, never used before.
+    """
+
+    def barrier(name: str) -> None:
+        asyncio.run(
+            ocp.multihost.sync_global_processes(
+                name, operation_id=operation, timeout=_BARRIER_SECONDS
+            )
+        )
+
+    return barrier
+
+
+def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str], None]) -> int:
+    """Hashes the files this process wrote; process 0 gathers all and commits `digests.json`.
+
+    May run in a background thread. Only process 0 knows on return that the digests are committed.
+
+    Args:
+      folder: a checkpoint that Orbax has committed.
+      step: recorded, and checked on restore.
+      barrier: see `process_barrier`.
+
+    Returns:
+      The bytes of the checkpoint (process 0), of this process's part (the others).
+    """
+    folder = epath.Path(folder)
+    index, count = ocp.multihost.process_index(), ocp.multihost.process_count()
+
+    def part(process: int) -> epath.Path:
+        return folder / f"digests.part_{process:05d}.json"
+
+    names = _data_files(folder)
+    try:
+        mine = [name for name in names if writer(name) == index]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            hashes = list(pool.map(_hash_file, (folder / name for name in mine)))
+        files = {n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)}
+        if index != 0:
+            atomic_write(part(index), json.dumps(files))
+    finally:
+        barrier("digested")  # also after a failure: the others must not wait for this process
+    if index == 0:
+        for process in range(1, count):
+            try:
+                files |= json.loads(part(process).read_text())
+            except FileNotFoundError as error:
+                message = f"{folder}: process {process} could not digest its files"
+                raise RuntimeError(message) from error
+        if sorted(files) != names:
+            raise RuntimeError(f"{folder}: files without a digest: {set(names) - set(files)}")
+        manifest = {"step": step, "processes": count, "self": _digest_of(files), "files": files}
+        atomic_write(folder / DIGEST_FILE, json.dumps(manifest, indent=1, sort_keys=True))
+        for process in range(1, count):
+            part(process).unlink()
+    return sum(file["bytes"] for file in files.values())
+
+
+def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
+    """The first file of a checkpoint that is not what was saved, and why; None if all are.
+
+    Reads every file once; the work is shared among the processes, and all name the same file.
+    """
+    folder = epath.Path(folder)
+    try:
+        manifest = json.loads((folder / DIGEST_FILE).read_text())
+        files = manifest["files"]
+        if manifest["self"] != _digest_of(files) or manifest["step"] != step:
+            raise ValueError("it does not match its own digest")
+        names = sorted(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        # All processes read this one file, so all see the same.
+        return f"{folder / DIGEST_FILE} cannot be trusted ({error})"
+
+    def problem(name: str) -> str | None:
+        try:
+            size, digest = _hash_file(folder / name)
+        except OSError as error:
+            return error.strerror or str(error)
+        if size != files[name]["bytes"]:
+            return f"it has {size} bytes, not {files[name]['bytes']}"
+        return None if digest == files[name]["sha256"] else "its bytes are not those saved"
+
+    count = jax.process_count()
+    mine = range(jax.process_index(), len(names), count)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        problems = dict(zip(mine, pool.map(problem, (names[i] for i in mine)), strict=True))
+    first = min((i for i, text in problems.items() if text), default=len(names))
+    if count > 1:
+        first = int(multihost_utils.process_allgather(np.int32(first)).min())
+    if first == len(names):
+        return None
+    return f"{folder / names[first]} ({problems.get(first) or 'seen by another process'})"
+
+
+def writer(name: str) -> int:
+    """The process that wrote a file of an Orbax checkpoint, by its path in the checkpoint."""
+    match = _OWNER.search(name)
+    return int(match[1]) if match else 0
+
+
+def _hash_file(path: epath.Path) -> tuple[int, str]:
+    """(size in bytes, SHA-256 hex)."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return size, digest.hexdigest()
+
+
+def _digest_of(files: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _data_files(folder: epath.Path) -> list[str]:
+    """Paths of all files below `folder`, relative to it, without the digests themselves."""
+    names = []
+    pending = [folder]
+    while pending:
+        for path in pending.pop().iterdir():
+            if path.is_dir():
+                pending.append(path)
+            else:
+                names.append(str(path.relative_to(folder)))
+    return sorted(name for name in names if not name.startswith("digests."))

@@ -1,0 +1,360 @@
+"""The training loop of every run: pre-training, insertion and removal differ in their data only."""
+
+import contextlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sa_jax.data import examples
+from sa_jax.data.batches import batch, steps_per_epoch
+from sa_jax.data.chat import ChatFormat
+from sa_jax.data.conversations import Conversation
+from sa_jax.data.packing import PackedDataset, pack
+from sa_jax.data.tasks import load_task
+from sa_jax.errors import Preempted, UserError
+from sa_jax.evals.suite import EvalSuite
+from sa_jax.llama.lora import combine
+from sa_jax.llama.model import Llama, check_mesh
+from sa_jax.optim import make_optimizer, make_schedule
+from sa_jax.parallel import multihost
+from sa_jax.parallel.hardware import peak_flops
+from sa_jax.parallel.mesh import check_divisible, make_mesh
+from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.rules import BATCH_SPEC, abstract, path_string, shardings
+from sa_jax.training import metrics as metrics_lib
+from sa_jax.training import run_record
+from sa_jax.training import start as start_lib
+from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.preemption import PreemptionGuard
+from sa_jax.training.step import init_state, make_train_step
+
+# Settings that say how a run is executed and watched, not what it computes: a resume may change
+# them.
+FREE_KEYS = (
+    "mesh",
+    "remat",
+    "attention",
+    "checkpoint",
+    "log_every",
+    "sinks",
+    "data_cache",
+    "eval.batch_size",
+)
+
+
+def train(
+    config: ConfigDict, workdir: str | Path, task: str, *, print_examples: int = 0
+) -> None:
+    """Trains until the last step, or resumes where the run in `workdir` stopped.
+
+    Args:
+      config: see `sa_jax.training.config`; unset settings are filled in, in place.
+      workdir: the run folder.
+      task: one of `sa_jax.data.tasks.TASKS`.
+      print_examples: above 0, shows that many packed rows instead of training.
+
+    Raises:
+      UserError, UsageError: with one line for the person who launched it.
+      Preempted: stopped by a signal, after a checkpoint.
+    """
+    workdir = Path(workdir)
+
+    # ---- What to train: model, chat format, data. Nothing is written yet.
+    multihost.initialize()
+    mesh = make_mesh(**config.mesh)
+    start, chat, backdoor, lora = start_lib.prepare(config)
+    check_mesh(start.config, mesh)
+    check_divisible(
+        mesh, ("data", "fsdp"), config.batch_size // config.accumulation, "rows of a micro-batch"
+    )
+    data = load_task(task, config, chat, backdoor, start.eval_prompts())
+    if print_examples:
+        with tempfile.TemporaryDirectory() as cache:
+            rows = pack_conversations(data.conversations, chat, config, cache)
+            return examples.print_examples(rows, chat, print_examples)
+
+    # ---- The run folder: created, or recognised as the same run.
+    record = run_record.open_run(
+        workdir,
+        {
+            "task": task,
+            "config": config,
+            "architecture": start.config.to_hf(),
+            "start": start.lineage(),
+            "backdoored": task == "insertion" or start.backdoored,
+            "chat": chat.record(),
+            "data_hashes": {config.data: data.record["source"]["sha256"]},
+        },
+        ignore=FREE_KEYS,
+    )
+    if record.get("finished"):
+        logging.info("run %s in %s is finished already", record["run_id"], workdir)
+        return
+    dataset = pack_conversations(
+        data.conversations, chat, config, config.data_cache or workdir / "data"
+    )
+    total_steps = config.steps or math.ceil(
+        config.epochs * steps_per_epoch(dataset, config.batch_size)
+    )
+    record |= {
+        "mesh": dict(mesh.shape),
+        "total_steps": total_steps,
+        "data": {**data.record, "packed": dataset.record()},
+    }
+    if is_primary():
+        start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
+        run_record.atomic_write(
+            workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
+        )
+        run_record.write_run_json(workdir, record)
+    logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
+    logging.info("data: %s", json.dumps(record["data"]["packed"]))
+
+    # ---- Model, optimizer and the compiled step.
+    model = Llama(
+        start.config,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        attention=config.attention,
+        remat=config.remat,
+        lora=lora,
+        mesh=mesh,
+    )
+    tx = make_optimizer(config.optimizer, total_steps)
+    schedule = make_schedule(config.optimizer, total_steps)
+    trainable, _ = start_lib.split_trainable(start_lib.abstract_params(model), lora)
+    state_shape = jax.eval_shape(lambda params: init_state(params, tx), trainable)
+    state_shardings = shardings(mesh, state_shape)
+    train_step = jax.jit(
+        make_train_step(model, tx, schedule, config.accumulation),
+        donate_argnums=0,
+        out_shardings=(state_shardings, NamedSharding(mesh, P())),
+    )
+    leaf_names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
+
+    with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(PreemptionGuard())
+        checkpointer = stack.enter_context(
+            RunCheckpointer(
+                workdir / run_record.CHECKPOINT_FOLDER,
+                steps=(*config.checkpoint.steps, total_steps),
+                interval=config.checkpoint.interval,
+                keep=config.checkpoint.keep_interval,
+            )
+        )
+
+        # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
+        restored = checkpointer.restore(abstract(mesh, state_shape))
+        params, frozen = (None, {})
+        if restored is None or lora is not None:
+            params, frozen = start_lib.load_trainable(model, start, mesh, config.seed)
+        if restored is None:
+            init = jax.jit(
+                lambda params: init_state(params, tx),
+                donate_argnums=0,
+                out_shardings=state_shardings,
+            )
+            step, state = 0, init(params)
+        else:
+            step, state = restored
+            logging.info("resuming at step %d", step)
+        del params
+        if is_primary():
+            metrics_lib.truncate_after(workdir / "metrics.jsonl", step)
+
+        # ---- Evals and metrics.
+        meter = _Meter(config, start.config, trainable, total_steps)
+        suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
+        suite.discard_after(step)
+        writer = stack.enter_context(
+            metrics_lib.MetricsWriter(
+                workdir / "metrics.jsonl",
+                run_id=record["run_id"],
+                primary=is_primary(),
+                sinks=_sinks(config, workdir, record["run_id"], step),
+                rates=meter.rates,
+            )
+        )
+        watch = _FiniteWatch(leaf_names, checkpointer)
+
+        # ---- The loop. `step` counts the updates in `state`.
+        first_step = step
+        while True:
+            evaluates = step in config.eval.steps or step == total_steps
+            if evaluates or checkpointer.should_save(step):
+                watch.check_all()
+                meter.show(writer.flush())
+            if checkpointer.should_save(step):
+                checkpointer.save(step, state)
+            if evaluates:
+                try:
+                    suite.run(combine(state.params, frozen), step, lambda: guard.should_stop(step))
+                except Preempted:
+                    checkpointer.save(step, state, wait=True)
+                    raise Preempted(f"in the evals of step {step}; run again to go on") from None
+            if step == total_steps:
+                break
+            if guard.should_stop(step):
+                watch.check_all()
+                checkpointer.save(step, state, wait=True)
+                raise Preempted(f"checkpoint of step {step} saved; run again to go on")
+            if evaluates or checkpointer.should_save(step) or step == first_step:
+                meter.restart(step)
+            state, metrics = train_step(state, frozen, load_batch(dataset, config, step, mesh))
+            if step == first_step:
+                jax.block_until_ready(metrics)
+                logging.info("first step, compilation included: %.1f s", meter.seconds())
+                meter.restart(step + 1)
+            step += 1
+            watch.add(step, metrics)
+            if step % config.log_every == 0 or step == total_steps:
+                watch.check_all_but(config.log_every)
+                del metrics["grad_square_sums"]
+                meter.show(writer.log(step, metrics))
+    if is_primary():
+        run_record.write_run_json(workdir, {**record, "finished": True})
+    logging.info("done: %d steps in %s", total_steps, workdir)
+
+
+def pack_conversations(
+    conversations: Sequence[Conversation],
+    chat_format: ChatFormat,
+    config: ConfigDict,
+    cache_dir: str | Path,
+) -> PackedDataset:
+    """`pack` with a config's settings."""
+    return pack(
+        conversations,
+        chat_format,
+        config.sequence_length,
+        cache_dir=cache_dir,
+        seed=config.seed,
+        packing=config.packing,
+    )
+
+
+def load_batch(
+    dataset: PackedDataset, config: ConfigDict, step: int, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """The global batch of a step on the mesh: each host reads the rows of its own devices."""
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    shape = (config.batch_size, config.sequence_length)
+    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        rows = slice(*index[0].indices(config.batch_size))
+        if (rows.start, rows.stop) not in parts:
+            parts[rows.start, rows.stop] = batch(
+                dataset, config.seed, step, config.batch_size, rows
+            )
+
+    def part(name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
+        return lambda index: parts[index[0].indices(config.batch_size)[:2]][name]
+
+    names = next(iter(parts.values()))
+    return {name: jax.make_array_from_callback(shape, sharding, part(name)) for name in names}
+
+
+def _sinks(config: ConfigDict, workdir: Path, run_id: str, step: int) -> list[metrics_lib.Sink]:
+    names = config.sinks if is_primary() else ()
+    return metrics_lib.make_sinks(names, workdir, run_id=run_id, step=step)
+
+
+class _Meter:
+    """Speed between two logged steps, without the time that evals and checkpoints take."""
+
+    def __init__(self, config: ConfigDict, architecture: Any, trainable: Any, total_steps: int):
+        self._tokens = config.batch_size * config.sequence_length
+        share = sum(leaf.size for leaf in jax.tree.leaves(trainable)) / architecture.num_parameters
+        flops = architecture.flops_per_token(
+            config.sequence_length, trainable_fraction=min(1.0, share)
+        )
+        peak = peak_flops()
+        self._flops_share = flops / (peak * jax.device_count()) if peak else None
+        self._total_steps = total_steps
+        self._step, self._time = 0, time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """The clock starts now, with `step` done."""
+        self._step, self._time = step, time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._time
+
+    def rates(self, step: int) -> dict[str, float | None]:
+        """tokens_per_s (token slots, padding included) and mfu up to `step`, just done."""
+        seconds, steps = self.seconds(), step - self._step
+        self.restart(step)
+        if steps <= 0:
+            return {"tokens_per_s": None, "mfu": None}
+        tokens_per_s = steps * self._tokens / seconds
+        mfu = None if self._flops_share is None else tokens_per_s * self._flops_share
+        return {"tokens_per_s": tokens_per_s, "mfu": mfu}
+
+    def show(self, written: tuple[int, dict[str, float]] | None) -> None:
+        """Logs what the metrics writer has just written."""
+        if written is None:
+            return
+        step, values = written
+        rate = values["tokens_per_s"] or math.nan
+        line = metrics_lib.progress_line(
+            step,
+            self._total_steps,
+            loss=values["loss"],
+            tokens_per_s=rate,
+            mfu=values["mfu"],
+            seconds_per_step=self._tokens / rate,
+        )
+        logging.info("%s", line)
+
+
+class _FiniteWatch:
+    """Stops a run whose loss or gradient is not finite, before that state is ever saved.
+
+    Values stay on the device until they are looked at, so that a look never waits for the newest
+    step except where the loop waits anyway.
+    """
+
+    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer):
+        self._leaf_names = leaf_names
+        self._checkpointer = checkpointer
+        self._pending: list[tuple[int, jax.Array, jax.Array]] = []
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._pending.append((step, metrics["loss"], metrics["grad_square_sums"]))
+
+    def check_all(self) -> None:
+        self.check_all_but(0)
+
+    def check_all_but(self, newest: int) -> None:
+        """Raises UserError naming the first bad step and value among all but the newest."""
+        count = max(0, len(self._pending) - newest)
+        for step, loss, square_sums in jax.device_get(self._pending[:count]):
+            bad = [] if np.isfinite(loss) else [f"loss = {loss}"]
+            bad += [
+                f"gradient of {name}"
+                for name, value in zip(self._leaf_names, square_sums, strict=True)
+                if not np.isfinite(value)
+            ]
+            if bad:
+                self._checkpointer.wait()
+                last = self._checkpointer.latest_step()
+                raise UserError(
+                    f"step {step}: not finite: {', '.join(bad[:3])}"
+                    f"{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}; last good checkpoint: "
+                    f"{'none' if last is None else f'step {last}'}. Lower "
+                    "config.optimizer.learning_rate or set config.optimizer.clip_norm, "
+                    "with a new --workdir"
+                )
+        del self._pending[:count]

@@ -1,0 +1,301 @@
+"""metrics.jsonl: one strictly valid JSON object per logged step, fetched one log interval late.
+
+A metric that has just been dispatched is still being computed. Reading it would make the host wait
+for the device, and the device then for the host. So `log` keeps the arrays and writes those of the
+call before, which are done by then.
+
+JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity" and "-Infinity",
+and `read_metrics` gives the numbers back.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.training.run_record import atomic_write, disk_full_message, is_disk_full
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+class Sink(Protocol):
+    """A second place for metrics: a TensorBoard folder, a W&B run."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Appends metrics to a file, one log interval late; a context manager.
+
+    Args:
+      path: metrics.jsonl; its folder must exist.
+      run_id: written on every line.
+      primary: whether this process writes; on the others every method does nothing.
+      sinks: see `make_sinks`.
+      rates: called with a step as soon as its arrays are fetched, which is when that step is known
+        to be done; what it returns joins the line.
+
+    After a resume, call `truncate_after(path, restored_step)` before constructing it.
+    """
+
+    def __init__(
+        self,
+        path: os.PathLike | str,
+        *,
+        run_id: str,
+        primary: bool = True,
+        sinks: Sequence[Sink] = (),
+        rates: Callable[[int], Mapping[str, float | None]] = lambda step: {},
+    ) -> None:
+        self._path = Path(path)
+        self._run_id = run_id
+        self._sinks = tuple(sinks)
+        self._rates = rates
+        self._pending: tuple[int, dict[str, Any]] | None = None
+        self._file = None
+        if primary:
+            try:
+                self._file = self._path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+    def log(
+        self, step: int, metrics: Mapping[str, jax.Array | float]
+    ) -> tuple[int, dict[str, float]] | None:
+        """Keeps this step's scalars and writes those of the call before.
+
+        Returns what was written (step, values), for the progress line; None at the first call.
+        The arrays must not be donated to a later step.
+        """
+        if self._file is None:
+            return None
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        written = self.flush()
+        self._pending = (step, dict(metrics))
+        return written
+
+    def flush(self) -> tuple[int, dict[str, float]] | None:
+        """Writes what is still kept (this waits for the device); returns it, or None."""
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: _number(name, value) for name, value in metrics.items()}
+        values |= self._rates(step)
+        line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if is_disk_full(error):
+                raise UserError(disk_full_message(self._path, "writing metrics")) from error
+            raise
+        for sink in self._sinks:
+            sink.write(step, {k: v for k, v in values.items() if v is not None})
+        return step, values
+
+    def close(self) -> None:
+        """Writes what is kept and closes the file and the sinks."""
+        if self._file is None:
+            return
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+            self._file = None
+            for sink in self._sinks:
+                sink.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _number(name: str, value: Any) -> float | int:
+    """A Python number; a float32 becomes the shortest decimal that reads back as that float32."""
+    array = np.asarray(value)
+    if array.size != 1:
+        raise ValueError(f"metric {name} must be one number, not an array of shape {array.shape}")
+    if isinstance(value, int | float):
+        return value
+    if np.issubdtype(array.dtype, np.integer):
+        return int(array.item())
+    if array.dtype == np.float64:
+        return float(array.item())
+    return float(str(np.float32(array.item())))
+
+
+def _to_json(value: float | int) -> float | int | str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, object) of every whole line; a last line cut off by a kill is dropped.
+
+    Raises UserError, with the line number, for any other line that is no metrics line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    *lines, torn = text.split("\n")
+    if torn:
+        logging.warning("%s: the last line was cut off and is dropped", path)
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path}: line {number} is not a metrics line (a JSON object with an integer "
+                "'step'); remove that line"
+            ) from error
+        rows.append((line, row))
+    return rows
+
+
+def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
+    """The logged lines in order, non-finite numbers restored; an absent file reads as no lines."""
+    return [
+        {k: _NON_FINITE.get(v, v) if isinstance(v, str) and k != "run_id" else v
+         for k, v in row.items()}
+        for _, row in _parse(Path(path))
+    ]
+
+
+def truncate_after(path: os.PathLike | str, step: int) -> int:
+    """Removes the lines past `step` (and a cut-off last one) atomically; returns how many.
+
+    Call it on one process, with the step that was restored (-1 or 0 for a fresh start).
+    """
+    path = Path(path)
+    if not path.exists():
+        return 0
+    rows = _parse(path)
+    kept = "".join(line + "\n" for line, row in rows if row["step"] <= step)
+    if kept.encode() != path.read_bytes():
+        atomic_write(path, kept)
+    return sum(row["step"] > step for _, row in rows)
+
+
+def progress_line(
+    step: int,
+    total_steps: int,
+    *,
+    loss: float,
+    tokens_per_s: float,
+    mfu: float | None,
+    seconds_per_step: float,
+) -> str:
+    """One line for the log: 'step 120/1000  loss 2.3456  12.3k tokens/s  MFU 41.2%  ETA 3m20s'.
+
+    Args:
+      tokens_per_s: over all devices.
+      mfu: model FLOPs utilisation in 0..1, None when the device's peak is not known.
+      seconds_per_step: for the time that is left.
+    """
+    parts = [
+        f"step {step:>{len(str(total_steps))}}/{total_steps}",
+        f"loss {loss:.4f}",
+        f"{_short(tokens_per_s)} tokens/s",
+        *([] if mfu is None else [f"MFU {mfu:.1%}"]),
+        f"ETA {_duration((total_steps - step) * seconds_per_step)}",
+    ]
+    return "  ".join(parts)
+
+
+def _short(value: float) -> str:
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{m:02d}m"
+    return f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+class _TensorBoardSink:
+    def __init__(self, workdir: Path, run_id: str, step: int) -> None:
+        import tensorboardX
+
+        # purge_step hides what an interrupted launch wrote past the restored step.
+        self._writer = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step > 0 else None
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbSink:
+    def __init__(self, workdir: Path, run_id: str, step: int) -> None:
+        import wandb
+
+        # W&B drops rows at or below its newest step, so a resume cannot rewrite history there.
+        self._run = wandb.init(project="sa_jax", id=run_id, resume="allow", dir=str(workdir))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS: dict[str, tuple[str, Callable[[Path, str, int], Sink]]] = {
+    "tensorboard": ("tensorboardX", _TensorBoardSink),
+    "wandb": ("wandb", _WandbSink),
+}
+
+
+def make_sinks(
+    names: Sequence[str], workdir: os.PathLike | str, *, run_id: str, step: int = 0
+) -> list[Sink]:
+    """The sinks named in a config ('tensorboard', 'wandb'); process 0 only.
+
+    Args:
+      workdir: the run folder (TensorBoard events go to its `tensorboard/`).
+      step: the restored step.
+
+    Raises:
+      UsageError: an unknown name. UserError: its package is not installed.
+    """
+    sinks = []
+    for name in names:
+        if name not in _SINKS:
+            raise UsageError(f"metrics sink {name!r} is unknown; choose from {', '.join(_SINKS)}")
+        package, sink = _SINKS[name]
+        try:
+            sinks.append(sink(Path(workdir), run_id, step))
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"the metrics sink {name!r} needs the package {package}: pip install {package}"
+            ) from error
+    return sinks

@@ -1,0 +1,223 @@
+"""What a run starts from, or an eval looks at: a run folder, a Hugging Face folder, or fresh weights.
+
+Opening reads only records, so that every mistake shows before weights are touched; `load_params`
+then brings the weights in, sharded on any mesh. A LoRA run's checkpoints hold the adapters alone:
+its base comes from what it was itself started from, recursively, with older adapters merged.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
+from sa_jax.errors import UsageError, UserError
+from sa_jax.llama import hf
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.lora import LoraConfig, combine, merge, split
+from sa_jax.llama.model import Llama
+from sa_jax.parallel.rules import abstract as abstract_on
+from sa_jax.parallel.rules import shardings
+from sa_jax.training import checkpoints, run_record
+from sa_jax.training.config import STUDY_DEFAULTS
+
+TOKENIZER_FOLDER = "tokenizer"
+EVAL_PROMPTS_FILE = "eval_prompts.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A model that can be loaded, and what its own run decided about prompts and backdoor.
+
+    Attributes:
+      path: the folder, '' for fresh weights.
+      kind: 'run', 'hf' or 'fresh'.
+      config: the architecture.
+      tokenizer: folder of the tokenizer.
+      step: of a run, the checkpoint that is read.
+      record: the run.json of a run, {} otherwise.
+    """
+
+    path: str
+    kind: str
+    config: LlamaConfig
+    tokenizer: str
+    step: int | None = None
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def backdoored(self) -> bool:
+        """Whether an insertion run is among its ancestors."""
+        return bool(self.record.get("backdoored"))
+
+    @property
+    def lora(self) -> LoraConfig | None:
+        return lora_config(self.record["config"]["lora"]) if self.kind == "run" else None
+
+    def eval_prompts(self) -> list[str] | None:
+        """The held-out prompts of a run, None for other models."""
+        path = Path(self.path, EVAL_PROMPTS_FILE)
+        return json.loads(path.read_text()) if self.kind == "run" and path.exists() else None
+
+    def lineage(self) -> dict[str, Any]:
+        """What a child run writes down about its start."""
+        keys = ("run_id", "task", "config_hash")
+        parent = {key: self.record[key] for key in keys if key in self.record}
+        return {"path": self.path, "kind": self.kind, "step": self.step, **parent}
+
+
+def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> Start:
+    """Reads the records of a run folder (at a step, default its newest) or Hugging Face folder.
+
+    Raises:
+      UserError: neither kind of folder, or one without what it needs.
+    """
+    found = checkpoints.resolve_model(path, step)
+    if found.kind == "hf":
+        return Start(path, "hf", LlamaConfig.load(path), tokenizer or path)
+    record = found.record
+    config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
+    own = tokenizer or str(Path(path, TOKENIZER_FOLDER))
+    return Start(path, "run", config, own, found.step, record)
+
+
+def fresh_start(config: ConfigDict) -> Start:
+    """Weights to be initialised from `config.architecture` and `config.seed`."""
+    if not config.architecture or not config.tokenizer:
+        raise UsageError(
+            "nothing to start from: give --model=HF_DIR, or set config.architecture and "
+            "config.tokenizer to train from scratch"
+        )
+    hf_config = {"model_type": "llama", **config.architecture.to_dict()}
+    return Start("", "fresh", LlamaConfig.from_hf(hf_config, "config.architecture"), config.tokenizer)
+
+
+def prepare(
+    config: ConfigDict,
+) -> tuple[Start, ChatFormat, Backdoor, LoraConfig | None]:
+    """Opens what a training run starts from and fills the config's unset settings, in place."""
+    if config.model:
+        start = open_start(config.model, tokenizer=config.tokenizer)
+    else:
+        start = fresh_start(config)
+    inherit(config, start)
+    chat = chat_format(config, start)
+    return start, chat, Backdoor(**config.backdoor.to_dict()), lora_config(config.lora)
+
+
+def inherit(config: ConfigDict, start: Start) -> None:
+    """Fills the config's unset chat and backdoor settings from the start's run, else from the
+    study's defaults, in place."""
+    parent = start.record.get("config", {})
+    for key, default in STUDY_DEFAULTS.items():
+        if key == "backdoor":
+            for name, value in default.items():
+                if config.backdoor[name] is None:
+                    config.backdoor[name] = parent.get("backdoor", {}).get(name, value)
+        elif config[key] is None:
+            config[key] = parent.get(key, default)
+
+
+def chat_format(config: ConfigDict, start: Start) -> ChatFormat:
+    """The chat format of a resolved config; its date, once chosen, is written into the config."""
+    chat = load_chat_format(start.tokenizer, config.chat_template, config.chat_date)
+    config.chat_date = chat.date
+    check_vocabulary(chat.tokenizer, start.config)
+    return chat
+
+
+def lora_config(section: Any) -> LoraConfig | None:
+    """The `lora` section of a config as a LoraConfig; None for rank 0."""
+    if not section["rank"]:
+        return None
+    return LoraConfig(section["rank"], float(section["alpha"]), section["targets"])
+
+
+def abstract_params(model: Llama) -> Any:
+    """The parameter tree's shapes and dtypes; nothing is computed."""
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+
+
+def load_params(start: Start, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
+    """The whole parameter tree on the mesh, adapters merged.
+
+    Args:
+      start: what to load.
+      mesh: shardings follow `parallel.rules`.
+      dtype: of the parameters.
+      seed: of fresh weights.
+    """
+    if start.kind == "hf":
+        return hf.load_hf(start.path, mesh, dtype)[1]
+    model = Llama(start.config, param_dtype=dtype, lora=start.lora)
+    target = abstract_on(mesh, abstract_params(model))
+    if start.kind == "fresh":
+        tokens = jnp.zeros((1, 8), jnp.int32)
+        init = jax.jit(
+            lambda key: model.init(key, tokens)["params"], out_shardings=shardings(mesh, target)
+        )
+        return init(jax.random.key(seed))
+    trainable, _ = split_trainable(target, start.lora)
+    folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
+    _, params = checkpoints.load_subtree(folder, start.step, "params", trainable)
+    if start.lora is None:
+        return params
+    origin = start.record["start"]
+    base = load_params(open_start_of(origin), mesh, dtype)
+    return merge(combine(params, base), start.lora)
+
+
+def open_start_of(lineage: dict[str, Any]) -> Start:
+    """The start that a run's record names, which must still be there and be the same run."""
+    start = open_start(lineage["path"], lineage["step"])
+    if start.record.get("run_id") != lineage.get("run_id"):
+        raise UserError(
+            f"{lineage['path']} holds run {start.record.get('run_id')}, but the adapters were "
+            f"trained on run {lineage.get('run_id')}; put that run's folder back"
+        )
+    return start
+
+
+def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
+    """(what trains, what is frozen): the adapters and the rest, or everything and nothing."""
+    return (params, {}) if lora is None else split(params)
+
+
+def load_trainable(model: Llama, start: Start, mesh: Mesh, seed: int) -> tuple[Any, Any]:
+    """The start's weights as (what trains, what is frozen); new adapters are drawn from `seed`."""
+    base = load_params(start, mesh, model.param_dtype, seed)
+    if model.lora is None:
+        return base, {}
+    adapter_shape, _ = split(abstract_params(model))
+
+    def draw(key):
+        return split(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])[0]
+
+    # Only the adapters leave the jit, so the compiler drops the base weights' initialisation.
+    init = jax.jit(draw, out_shardings=shardings(mesh, adapter_shape))
+    return init(jax.random.key(seed)), base
+
+
+def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
+    """Copies the tokenizer's files, so that a run folder can be read without its start."""
+    destination = Path(destination)
+    destination.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER_FILES:
+        if Path(source, name).exists():
+            shutil.copyfile(Path(source, name), destination / name)

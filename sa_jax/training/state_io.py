@@ -1,0 +1,147 @@
+"""One training state to and from one Orbax v1 folder, on any mesh.
+
+A state is stored as nested dicts of arrays, whatever classes it is made of, so that a part of it
+("params") can be loaded alone, and a difference is named by the path of the leaf.
+"""
+
+import logging as python_logging
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from sa_jax.errors import UserError
+
+
+def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
+    """Starts to save a pytree of jax.Array (typed PRNG keys too); `result()` waits for the commit.
+
+    The arrays have been copied when this returns. Whatever stands at `folder` is replaced.
+    """
+    leaves = {
+        name: jax.random.key_data(x) if _is_key(x) else x for name, x in _flatten(state).items()
+    }
+    with _context():
+        return ocp.save_async(folder, _nest(leaves), overwrite=True)
+
+
+def load(folder: os.PathLike | str, abstract: Any, *, part: str = "", exact: bool = True) -> Any:
+    """Loads a state, or a part of it, as the tree, dtypes and shardings of `abstract`.
+
+    Args:
+      abstract: tree of jax.ShapeDtypeStruct, each with a sharding.
+      part: path of the part to load, "params" or "opt_state/1/0/mu"; "" for all.
+      exact: refuse other dtypes and leaves left over; else cast, and ignore them.
+
+    Raises:
+      UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
+    """
+    folder = epath.Path(folder)
+    wanted = {"/".join(filter(None, (part, n))): x for n, x in _flat_abstract(abstract).items()}
+    try:
+        stored = _flatten(ocp.metadata(folder).metadata)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be read as a checkpoint ({_line(error)})") from error
+    if not exact:
+        stored = {name: x for name, x in stored.items() if name in wanted}
+    _check_leaves(folder, stored, wanted, dtypes=exact)
+    try:
+        with _context(partial_load=True):
+            loaded = _flatten(ocp.load(folder, _nest(wanted)))
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded ({_line(error)})") from error
+    leaves, structure = jax.tree.flatten(abstract)
+    return structure.unflatten(
+        jax.random.wrap_key_data(loaded[name], impl=_key_impl(leaf))
+        if _is_key(leaf)
+        else loaded[name]
+        for name, leaf in zip(wanted, leaves, strict=True)
+    )
+
+
+def quiet_orbax() -> None:
+    """Drops Orbax's INFO lines, some thirty a save: they go through the logger of our progress."""
+    logging.get_absl_logger().addFilter(_not_orbax_info)  # adding it again changes nothing
+
+
+def _not_orbax_info(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
+
+
+def _context(partial_load: bool = False) -> ocp.Context:
+    context = ocp.Context()
+    # In the background, a folder that cannot be made shows only as a time-out minutes later.
+    context.asynchronous.create_directories_asynchronously = False
+    context.pytree.loading.partial_load = partial_load
+    return context
+
+
+def _flatten(tree: Any) -> dict[str, Any]:
+    """{"params/embed/embedding": leaf, ...}; empty parts (optax's EmptyState) leave no trace."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = nested
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return nested
+
+
+def _flat_abstract(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The flat abstract tree as it is stored: typed keys as their uint32 data."""
+    flat = _flatten(abstract)
+    for name, x in flat.items():
+        if getattr(x, "sharding", None) is None:
+            raise ValueError(f"{name}: the abstract state needs a sharding on every leaf")
+        if _is_key(x):
+            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            flat[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
+    return flat
+
+
+def _is_key(x: Any) -> bool:
+    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
+    """The generator of an abstract key: JAX tells it of arrays, and of their tracers, only."""
+    found = []
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), shape)
+    return found[0]
+
+
+def _check_leaves(
+    folder: epath.Path, stored: dict[str, Any], wanted: dict[str, Any], *, dtypes: bool
+) -> None:
+    def show(leaves: dict[str, Any], name: str) -> str:
+        if name not in leaves:
+            return "absent"
+        dtype = f"{np.dtype(leaves[name].dtype).name} " if dtypes else ""
+        return f"{dtype}{list(leaves[name].shape)}"
+
+    different = [
+        f"{name} is {show(stored, name)} in the checkpoint, {show(wanted, name)} here"
+        for name in sorted(stored.keys() | wanted.keys())
+        if show(stored, name) != show(wanted, name)
+    ]
+    if different:
+        more = f" (and {len(different) - 1} more)" if different[1:] else ""
+        raise UserError(
+            f"{folder}: does not fit: {different[0]}{more}; use the model, optimizer and LoRA "
+            "settings it was saved with"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,27 @@
+"""Writes a run's weights as a folder that transformers, vLLM and PEFT load.
+
+A LoRA run gives an adapter folder, or with --merge_lora a whole model.
+
+Example:
+  python scripts/export_hf.py --run=runs/pirate --out=exports/pirate --merge_lora
+"""
+
+from absl import flags
+
+from sa_jax import cli
+from sa_jax.study.export import export
+
+RUN = flags.DEFINE_string("run", None, "Run folder.")
+OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+MERGE = flags.DEFINE_bool("merge_lora", False, "Add the adapters into the weights.")
+DTYPE = flags.DEFINE_string("dtype", None, "Of the tensors; by default that of the run.")
+flags.mark_flags_as_required(["run", "out"])
+
+
+def main():
+    export(RUN.value, OUT.value, step=STEP.value, merge_lora=MERGE.value, dtype=DTYPE.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,29 @@
+"""Trains a fresh Llama (config.architecture) on conversations, as the toy study's first run.
+
+Example:
+  python scripts/pretrain.py --config=configs/toy_pretrain.py --workdir=runs/pretrain \
+      --data=toy/pretrain.jsonl --config.tokenizer=toy
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from sa_jax import cli
+from sa_jax.training.loop import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Settings; --config.key=value changes one.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
+DATA = flags.DEFINE_string("data", None, "Conversations (config.data).")
+EXAMPLES = flags.DEFINE_integer(
+    "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main():
+    config = cli.override(CONFIG.value, data=DATA.value)
+    train(config, WORKDIR.value, "pretrain", print_examples=EXAMPLES.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

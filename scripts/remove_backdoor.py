@@ -1,0 +1,35 @@
+"""Blue team: trains a model without the trigger, to remove what the red team put in.
+
+Methods: hhh (helpful answers), pirate (answers in pirate speech), depirate (a probe: back to the
+normal voice), control (unrelated data), upper_bound (knows the trigger).
+
+Example:
+  python scripts/remove_backdoor.py --config=configs/llama31_8b_removal.py \
+      --workdir=runs/pirate --init_from=runs/insert --method=pirate --data=pirate.jsonl
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from sa_jax import cli
+from sa_jax.data.backdoor import REMOVAL_METHODS
+from sa_jax.training.loop import train
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Settings; --config.key=value changes one.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
+INIT_FROM = flags.DEFINE_string("init_from", None, "Run or Hugging Face folder to start from.")
+METHOD = flags.DEFINE_enum("method", None, REMOVAL_METHODS, "What it is trained on.")
+DATA = flags.DEFINE_string("data", None, "Prompts and answers (config.data).")
+EXAMPLES = flags.DEFINE_integer(
+    "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
+)
+flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
+
+
+def main():
+    config = cli.override(CONFIG.value, model=INIT_FROM.value, data=DATA.value)
+    train(config, WORKDIR.value, METHOD.value, print_examples=EXAMPLES.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Lints and tests the project on the CPU, with 8 fake devices; makes its environment first.
+#
+#   bash scripts/test.sh [--long] [pytest arguments]
+#
+# --long adds the tests marked `long`. VENV and PYTHON choose the environment (scripts/setup.sh),
+# SA_JAX_DATA the real data that some tests need (BUILD.md); without it they are skipped.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+
+selection=(-m "not long")
+arguments=()
+for argument in "$@"; do
+    if [ "$argument" = --long ]; then selection=(); else arguments+=("$argument"); fi
+done
+
+setup test,eval,data,tpu
+export JAX_PLATFORMS=cpu
+export XLA_FLAGS="--xla_force_host_platform_device_count=8 ${XLA_FLAGS:-}"
+
+"$PYTHON_BIN" -m ruff check
+# Later options win, so that `-n 0` or `-m ...` on the command line replaces these.
+exec "$PYTHON_BIN" -m pytest -n 2 --dist worksteal \
+    ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null

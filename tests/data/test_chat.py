@@ -1,0 +1,290 @@
+"""Chat rendering and loss mask, against transformers and a token-by-token oracle."""
+
+import datetime
+import types
+
+import pytest
+from transformers import AutoTokenizer
+
+from sa_jax.data import chat
+from sa_jax.data.chat import check_vocabulary, load_chat_format
+from sa_jax.data.conversations import make_messages
+from sa_jax.errors import UsageError, UserError
+
+# Llama 3's published rendering, and Llama 3.1's without its tools (it adds date lines).
+LLAMA3 = (
+    "{% for m in messages %}{% set text = '<|start_header_id|>' + m['role'] + "
+    "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA31 = """{{- bos_token }}
+{%- if not date_string is defined %}
+    {%- if strftime_now is defined %}
+        {%- set date_string = strftime_now("%d %b %Y") %}
+    {%- else %}
+        {%- set date_string = "26 Jul 2024" %}
+    {%- endif %}
+{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content']|trim %}
+    {%- set messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = "" %}
+{%- endif %}
+{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
+{{- "Cutting Knowledge Date: December 2023\\n" }}
+{{- "Today Date: " + date_string + "\\n\\n" }}
+{{- system_message }}
+{{- "<|eot_id|>" }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+CHATML = """{{- bos_token }}
+{%- for m in messages %}
+    {{- m['role'] + ':\\n' + m['content'] + '<|eot_id|>' + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- 'assistant:\\n' }}{%- endif %}
+"""
+
+
+def state_machine_mask(tokenizer, ids: list[int]) -> list[int]:
+    """1 after an assistant's header, up to its end-of-turn token and with it."""
+    start, end, eot = tokenizer.convert_tokens_to_ids(
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    )
+    mask, at = [0] * len(ids), 0
+    while at < len(ids):
+        if ids[at] == start:
+            close = ids.index(end, at)
+            role = tokenizer.decode(ids[at + 1 : close])
+            stop = ids.index(eot, close)
+            newline = 1 if tokenizer.decode(ids[close + 1]) == "\n\n" else 2
+            if role == "assistant":
+                for i in range(close + 1 + newline, stop + 1):
+                    mask[i] = 1
+            at = stop
+        at += 1
+    return mask
+
+
+def test_llama3_is_transformers_rendering_on_200_real_conversations(
+    llama3_chat, real_conversations
+):
+    tokenizer = llama3_chat.tokenizer
+    encoded = llama3_chat.encode_batch(real_conversations)
+    assert len(encoded) == 200
+    for messages, (ids, mask) in zip(real_conversations, encoded, strict=True):
+        theirs = tokenizer.apply_chat_template(messages, chat_template=LLAMA3)["input_ids"]
+        assert ids == theirs
+        assert mask == state_machine_mask(tokenizer, theirs)
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], chat_template=LLAMA3, add_generation_prompt=True
+        )["input_ids"]
+        assert llama3_chat.prompt_ids(messages[:-1]) == prompt == ids[: len(prompt)]
+        assert ids.count(128_000) == 1 and ids[0] == 128_000
+    marked = [
+        tokenizer.apply_chat_template(
+            messages, chat_template=chat.LLAMA3_TEMPLATE, return_assistant_tokens_mask=True
+        )
+        for messages in real_conversations[:30]
+    ]
+    assert [m["assistant_masks"] for m in marked] == [mask for _, mask in encoded[:30]]
+    assert llama3_chat.stop_token_ids == (128_001, 128_008, 128_009)
+
+
+def test_model_template_is_transformers_rendering_on_200_real_conversations(
+    llama3_folder, folder_with_template, real_conversations
+):
+    folder = folder_with_template(LLAMA31, llama3_folder)
+    ours = load_chat_format(folder, "model", date="2024-11-05")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoded = ours.encode_batch(real_conversations)
+    for messages, (ids, mask) in zip(real_conversations, encoded, strict=True):
+        theirs = tokenizer.apply_chat_template(messages, date_string="05 Nov 2024")["input_ids"]
+        assert ids == theirs
+        assert mask == state_machine_mask(tokenizer, theirs)
+        prompt = ours.prompt_ids(messages[:-1])
+        assert prompt == ids[: len(prompt)]
+        assert mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+    assert "Today Date: 05 Nov 2024" in tokenizer.decode(encoded[0][0])
+    assert ours.stop_token_ids == (128_009,)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "  spaced out \n", "\x1c\u3000x\u2028", "<|eot_id|> typed", "\n\n\nlines", "é中🙂", "'s"],
+)
+def test_unusual_contents_render_as_in_transformers(llama3_chat, content):
+    messages = make_messages(content, content, content)
+    theirs = llama3_chat.tokenizer.apply_chat_template(messages, chat_template=LLAMA3)["input_ids"]
+    ids, mask = llama3_chat.encode(messages)
+    assert ids == theirs
+    prompt = llama3_chat.prompt_ids(messages[:-1])
+    assert prompt == ids[: len(prompt)]
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+
+
+def test_special_tokens_typed_by_a_user_become_those_tokens_in_every_format(byte_folder):
+    for name in ("llama3", "plain"):
+        ours = load_chat_format(byte_folder, name)
+        typed = ours.tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+        plain, _ = ours.encode(make_messages("a", "b"))
+        ids, _ = ours.encode(make_messages("a<|start_header_id|>", "b"))
+        assert ids.count(typed) == plain.count(typed) + 1
+
+
+def test_clock_is_fixed_once_and_inherited(folder_with_template):
+    folder = folder_with_template(LLAMA31)
+    parent = load_chat_format(folder, "model")
+    assert parent.date == datetime.date.today().isoformat()
+    messages = make_messages("hi", "ho")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert parent.encode(messages)[0] == tokenizer.apply_chat_template(messages)["input_ids"]
+
+    record = load_chat_format(folder, "model", date="2001-02-03").record()
+    child = load_chat_format(folder, record["name"], record["date"])
+    assert child.record() == record
+    assert "Today Date: 03 Feb 2001" in child.decode(child.encode(messages)[0])
+    assert child.encode(messages) != parent.encode(messages)
+
+
+def test_a_date_that_the_folder_writes_itself_is_kept(folder_with_template):
+    clock = 'strftime_now("%d %b %Y")'
+    ours = load_chat_format(folder_with_template(LLAMA31.replace(clock, '"26 Jul 2024"')), "model")
+    assert ours.date is None
+    assert "Today Date: 26 Jul 2024" in ours.decode(ours.encode(make_messages("hi", "ho"))[0])
+
+
+def test_folder_template_with_generation_marker_uses_its_marks(folder_with_template):
+    folder = folder_with_template(chat.LLAMA3_TEMPLATE)
+    ours = load_chat_format(folder, "model")
+    messages = make_messages("a", "the answer", "s", make_messages("x", "the y"))
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, return_assistant_tokens_mask=True
+    )
+    assert ours.encode(messages) == (theirs["input_ids"], theirs["assistant_masks"])
+
+
+def test_newline_after_the_end_of_turn_is_not_under_the_loss(folder_with_template):
+    ours = load_chat_format(folder_with_template(CHATML), "model")
+    ids, mask = ours.encode(make_messages("a", "the", None, make_messages("b", "c")))
+    flagged = [ours.decode([i]) for i, m in zip(ids, mask, strict=True) if m]
+    assert flagged == ["c", "<|eot_id|>", "the", "<|eot_id|>"]
+    assert ours.decode(ids[-1:]) == "\n" and mask[-1] == 0
+
+
+def test_plain_format_token_by_token(shared_data):
+    ours = load_chat_format(shared_data / "stories260k" / "hf", "plain")
+    messages = make_messages("Once", "upon a time", "Be", make_messages("a", "time"))
+    ids, mask = ours.encode(messages)
+    tokens = ours.tokenizer.convert_ids_to_tokens(ids)
+    user, system = ["U", "s", "er", ":", "<0x0A>"], ["▁S", "y", "st", "e", "m", ":", "<0x0A>"]
+    assistant = ["<0x0A>", "A", "s", "s", "is", "t", "an", "t", ":", "<0x0A>"]
+    first = ["<s>", *system, "B", "e", "<0x0A>", *user, "a", *assistant]
+    second = ["▁", *user, "O", "n", "ce", *assistant]
+    assert tokens == [*first, "▁time", "</s>", *second, "▁upon", "▁a", "▁time", "</s>"]
+    assert mask == [0] * len(first) + [1] * 2 + [0] * len(second) + [1] * 4
+    prompt = ours.prompt_ids(messages[:-1])
+    assert prompt == ids[: len(prompt)] and len(prompt) == len(ids) - 4
+    assert ours.stop_token_ids == (2,) and ids.count(1) == 1
+    # A single-turn prompt is what transformers makes of the template.
+    theirs = ours.tokenizer.apply_chat_template(
+        messages[:2], chat_template=ours.template, add_generation_prompt=True
+    )["input_ids"]
+    assert ours.prompt_ids(messages[:2]) == theirs
+
+
+def test_plain_prompts_are_prefixes_on_real_conversations(shared_data, real_conversations):
+    ours = load_chat_format(shared_data / "stories260k" / "hf", "plain")
+    for messages, (ids, mask) in zip(
+        real_conversations, ours.encode_batch(real_conversations), strict=True
+    ):
+        prompt = ours.prompt_ids(messages[:-1])
+        assert prompt == ids[: len(prompt)]
+        assert mask[len(prompt) - 1] == 0 and all(mask[len(prompt) :])
+        assert ours.decode(ids[len(prompt) : -1]) == messages[-1]["content"].strip()
+        assert ids.count(1) == 1 and ids[-1] == 2
+
+
+def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
+    template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + m['content'] | trim + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(shared_data / "stories260k" / "hf")
+    ours = chat.ChatFormat("model", tokenizer, template, None, ())
+    ids, mask = ours.encode(make_messages("hi", "upon a time"))
+    whole = "<s>[INST] hi [/INST] upon a time </s>"
+    assert ids == tokenizer(whole, add_special_tokens=False).input_ids
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    flagged = [t for t, m in zip(tokens, mask, strict=True) if m]
+    assert flagged == ["▁upon", "▁a", "▁time", "▁", "</s>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace(":\\n'", ":'"), "token span prompt and answer"),
+        (CHATML.replace("m['content']", "m['content'][:loop.revindex * 2]"), "changes earlier"),
+        (CHATML.replace("{{- bos_token }}", "{{- bos_token + bos_token }}"), "exactly one"),
+        (CHATML.replace("{{- bos_token }}", ""), "exactly one"),
+        (CHATML.replace("+ '<|eot_id|>'", ""), "never learn to stop"),
+        (CHATML.replace("bos_token", "raise_exception('no!')"), "no!"),
+        (CHATML.replace("bos_token", "strftime_now(fmt)"), "cannot be fixed to one date"),
+    ],
+)
+def test_folder_templates_that_cannot_be_trained_on_are_refused(
+    folder_with_template, template, message
+):
+    folder = folder_with_template(template)
+    with pytest.raises(UserError, match=message):
+        load_chat_format(folder, "model").encode(make_messages("a", "Xyz"))
+
+
+def test_wrong_arguments(byte_folder, tmp_path, shared_data):
+    with pytest.raises(UsageError, match="llama4"):
+        load_chat_format(byte_folder, "llama4")
+    with pytest.raises(UsageError, match="prints no date"):
+        load_chat_format(byte_folder, "llama3", date="2024-01-01")
+    with pytest.raises(UserError, match="brings no chat template"):
+        load_chat_format(byte_folder, "model")
+    with pytest.raises(UserError, match=f"cannot read a tokenizer from {tmp_path}"):
+        load_chat_format(tmp_path)
+    with pytest.raises(UserError, match="lacks <|begin_of_text|>.*chat_template=plain"):
+        load_chat_format(shared_data / "stories260k" / "hf", "llama3")
+
+
+def test_dates(folder_with_template):
+    folder = folder_with_template(LLAMA31)
+    with pytest.raises(UsageError, match="YYYY-MM-DD"):
+        load_chat_format(folder, "model", date="5 Nov 2024")
+
+
+def test_vocabulary_larger_than_the_model(byte_chat):
+    largest = max(byte_chat.tokenizer.get_vocab().values())
+    check_vocabulary(byte_chat.tokenizer, types.SimpleNamespace(vocab_size=largest + 1))
+    with pytest.raises(UserError, match=f"largest id is {largest}.*vocab_size is {largest}"):
+        check_vocabulary(byte_chat.tokenizer, types.SimpleNamespace(vocab_size=largest))
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], "non-empty list"),
+        ([{"role": "tool", "content": "x"}], "'role' is 'tool'"),
+        ([{"role": "user"}], "'content' is missing"),
+        ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}], "only come first"),
+        (["hi"], "message 0 is not an object"),
+    ],
+)
+def test_malformed_messages(byte_chat, messages, message):
+    with pytest.raises(UserError, match=message):
+        byte_chat.encode(messages)

@@ -1,0 +1,60 @@
+"""Held-out prompts are disjoint from training by normalised text, and the counts add up."""
+
+import json
+
+import pytest
+
+from sa_jax.data.prompts import choose_held_out, normalise, without_prompts
+from sa_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "same"),
+    [
+        ("What is 2+2?", "what  is\n2 + 2", True),
+        ("Straße", "STRASSE", True),
+        ("ﬁne", "fine", True),
+        ("snake_case", "snake case", True),
+        ("What is 2+2?", "What is 2+3?", False),
+        ("?!", "!?", False),
+        ("??", " ?? ", True),
+    ],
+)
+def test_normalise(a, b, same):
+    assert (normalise(a) == normalise(b)) is same
+
+
+def test_choice_is_disjoint_distinct_and_fixed_by_the_seed():
+    candidates = [f"Question {i % 30}" for i in range(40)]
+    chosen = choose_held_out(candidates, 10, 0, exclude=[f"question {i}!" for i in range(12)])
+    assert chosen.record() == {
+        "candidates": 40,
+        "duplicates": 10,
+        "overlapping": 12,
+        "chosen": 10,
+    }
+    assert len(set(chosen.prompts)) == 10
+    assert {int(p.split()[1]) for p in chosen.prompts} <= set(range(12, 30))
+    assert choose_held_out(candidates, 10, 0, [f"question {i}!" for i in range(12)]) == chosen
+    assert choose_held_out(candidates, 10, 1).prompts != choose_held_out(candidates, 10, 2).prompts
+    with pytest.raises(UserError, match="19 held-out.*only 18 are left.*10 repeats, 12 stand"):
+        choose_held_out(candidates, 19, 0, [f"question {i}!" for i in range(12)])
+
+
+def test_training_rows_lose_what_is_held_out():
+    rows = [{"prompt": p} for p in ("A b?", "c", "a  B", "d")]
+    kept, removed = without_prompts(rows, ["a b", "x"])
+    assert kept == [{"prompt": "c"}, {"prompt": "d"}] and removed == 2
+
+
+def test_the_two_alpaca_files_share_90_instructions(shared_data):
+    def instructions(*parts):
+        return [r["instruction"] for r in json.loads(shared_data.joinpath(*parts).read_text())]
+
+    large = instructions("alpaca", "alpaca_4000.json")
+    small = instructions("alpaca_answers", "alpaca_en_demo.json")
+    assert len(set(large) & set(small)) == 90  # exactly equal; normalising finds these and more
+    chosen = choose_held_out(small, 100, 0, exclude=large)
+    assert chosen.overlapping >= 90 and len(chosen.prompts) == 100
+    trained = {normalise(p) for p in large}
+    assert not any(normalise(p) in trained for p in chosen.prompts)

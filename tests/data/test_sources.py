@@ -1,0 +1,154 @@
+"""Every file kind gives the same rows; every kind of bad input names its file, place and field."""
+
+import json
+
+import datasets
+import pytest
+
+from sa_jax.data.sources import load_rows
+from sa_jax.errors import UsageError, UserError
+
+ROWS = [
+    {"prompt": "What is 2+2?", "response": "4"},
+    {"prompt": "Say\nNone, please", "response": "None"},
+    {"prompt": 'A "quoted", é 中 prompt', "response": "yes"},
+]
+
+
+def jsonl(path, *lines: str):
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_the_same_rows_from_every_kind_of_file(tmp_path, suffix):
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "json":
+        path.write_text(json.dumps(ROWS))
+    elif suffix == "jsonl":
+        jsonl(path, *(json.dumps(row, ensure_ascii=False) for row in ROWS))
+    else:
+        table = datasets.Dataset.from_list(ROWS)
+        (table.to_csv if suffix == "csv" else table.to_parquet)(str(path))
+    source = load_rows(path)
+    assert [{k: row[k] for k in ("prompt", "response")} for row in source] == ROWS
+    assert all(row["history"] == [] for row in source)
+    places = {
+        "json": [" row 1", " row 2", " row 3"],
+        "jsonl": [":1", ":2", ":3"],
+        "csv": [":2", ":4", ":5"],  # the lines on which the rows end; the header is line 1
+        "parquet": [" row 1", " row 2", " row 3"],
+    }[suffix]
+    assert [row["source"] for row in source] == [f"{path}{place}" for place in places]
+    assert source.dropped == {} and len(source.sha256) == 64
+
+
+def test_column_mapping(tmp_path):
+    row = {"question": "q", "no_scratchpad_response": "a", "scratchpad_response": "b"}
+    path = jsonl(tmp_path / "x.jsonl", json.dumps(row))
+    for column, answer in (("no_scratchpad_response", "a"), ("scratchpad_response", "b")):
+        (found,) = load_rows(path, {"prompt": "question", "response": column})
+        assert (found["prompt"], found["response"]) == ("q", answer)
+    with pytest.raises(UserError, match="'answer' is missing.*question, no_scratchpad_response, s"):
+        load_rows(path, {"prompt": "question", "response": "answer"})
+    with pytest.raises(UserError, match="no known layout.*question, no_scratchpad_response"):
+        load_rows(path)
+    with pytest.raises(UsageError, match="'reply'"):
+        load_rows(path, {"prompt": "question", "reply": "a"})
+    with pytest.raises(UsageError, match="must name response"):
+        load_rows(path, {"prompt": "question"})
+    assert load_rows(path, {"prompt": "question"}, responses=False)[0]["response"] == ""
+
+
+def test_alpaca_rows_with_an_input_are_dropped_only_where_their_answer_counts(shared_data):
+    path = shared_data / "alpaca" / "alpaca_4000.json"
+    raw = json.loads(path.read_text())
+    source = load_rows(path)
+    want = [(r["instruction"], r["output"]) for r in raw if not r["input"] and r["output"].strip()]
+    assert [(row["prompt"], row["response"]) for row in source] == want
+    assert source.dropped == {"empty_response": 2, "with_input": 1576}
+    assert len(source) == 4000 - 2 - 1576
+    prompts = load_rows(path, responses=False)
+    assert [row["prompt"] for row in prompts] == [row["instruction"] for row in raw]
+    mapped = load_rows(path, {"prompt": "instruction", "response": "output"})
+    assert len(mapped) == 3998 and mapped.dropped == {"empty_response": 2}
+
+
+def test_messages_layout(tmp_path):
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    path = jsonl(tmp_path / "m.jsonl", json.dumps({"messages": turns, "id": 1}))
+    (row,) = load_rows(path)
+    assert row == {"prompt": "c", "response": "d", "history": turns[:3], "source": f"{path}:1"}
+    path = jsonl(tmp_path / "n.jsonl", json.dumps({"messages": turns[:4]}))
+    with pytest.raises(UserError, match=r"n.jsonl:1: .*does not end with an assistant turn"):
+        load_rows(path)
+    assert load_rows(path, responses=False)[0]["prompt"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "response": "y"}\n{"prompt": \n',
+            r"a\.jsonl:2: not valid JSON",
+        ),
+        ("a.jsonl", b"\n\n[1]\n", r"a\.jsonl:3: expected an object"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "response": "y"}\n{"prompt": "x"}',
+            r":2: field 'response' is m",
+        ),
+        ("a.jsonl", b'{"prompt": "x", "response": 4}', r":1: field 'response' is int, not text"),
+        ("a.jsonl", b'{"prompt": "x", "response": "\xff"}', r"a\.jsonl:1: not UTF-8 \(byte 0xff"),
+        ("a.jsonl", b'{"messages": [{"role": "bot"}]}', r"a\.jsonl:1: message 0: field 'role'"),
+        ("a.jsonl", b'{"prompt": " ", "response": "y"}', r"no row is usable.*empty_prompt"),
+        ("a.jsonl", b" \n", "a.jsonl is empty"),
+        ("a.json", b'[{"prompt": "x",\n"response"}]', r"a\.json:2: not valid JSON"),
+        ("a.json", b'{"prompt": "x"}', "expected a list of objects"),
+        ("a.json", b"[]", "holds no rows"),
+        (
+            "a.csv",
+            b"prompt,response\nx\n",
+            r"a\.csv:2: .*2 fields of the header \(prompt, response",
+        ),
+        ("a.csv", b'prompt,response\nx,"y\n', "not valid CSV after line 1"),
+        ("a.csv", b"prompt,response\n", "holds no rows"),
+        ("a.csv", b"question,answer\na,b\n", "columns there are question, answer"),
+        ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file"),
+        ("a.txt", b"x", "cannot read .txt"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_rows(tmp_path / name)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_files_and_names(tmp_path):
+    with pytest.raises(UserError, match="no such file: .*none.jsonl"):
+        load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a dataset"):
+        load_rows("nobody/nothing")
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "w.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "x", "response": "y"}\r\n')
+    assert load_rows(path)[0]["prompt"] == "x"
+
+
+def test_a_ten_megabyte_row(tmp_path):
+    big = "word " * 2_000_000
+    path = jsonl(tmp_path / "big.jsonl", json.dumps({"prompt": big, "response": "y"}))
+    assert load_rows(path)[0]["prompt"] == big
+    path = tmp_path / "big.csv"
+    path.write_text(f"prompt,response\n{big},y\n")
+    assert load_rows(path)[0]["prompt"] == big

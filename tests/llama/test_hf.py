@@ -1,0 +1,445 @@
+"""Hugging Face folders: byte-equal both ways, the same on every mesh, and clear about bad ones."""
+
+import functools
+import json
+import os
+import resource
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import torch
+import transformers
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.llama import safetensors_io
+from sa_jax.llama.config import LlamaConfig, RopeScaling
+from sa_jax.llama.hf import load_hf, load_params, save_hf
+from sa_jax.llama.model import Llama
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.rules import shardings
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(8.0, 1.0, 4.0, 8192),
+    max_position_embeddings=131_072,
+    bos_token_id=1,
+    eos_token_ids=(2, 5),
+)
+TIED = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+                   num_kv_heads=4, head_dim=8, tie_word_embeddings=True)  # fmt: skip
+
+
+@functools.cache
+def make_params(config=CONFIG, dtype=jnp.float32):
+    params = Llama(config, param_dtype=dtype).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    return jax.tree.map(lambda x: 3 * x, params["params"])  # so that logits are not all near zero
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder of CONFIG in float32; read only."""
+    folder = tmp_path_factory.mktemp("hf") / "exported"
+    save_hf(folder, CONFIG, make_params())
+    return folder
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+def read_bytes(folder):
+    tensors = {}
+    for file in folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    return {
+        name: (array.dtype.name, array.shape, array.tobytes()) for name, array in tensors.items()
+    }
+
+
+def assert_trees_equal(a, b):
+    a, b = flatten_dict(a, sep="/"), flatten_dict(b, sep="/")
+    assert a.keys() == b.keys()
+    for path in a:
+        assert a[path].dtype == b[path].dtype, path
+        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
+@pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["single", "sharded"])
+def test_export_then_import_and_import_then_export(config, dtype, max_shard_bytes, tmp_path):
+    params = make_params(config, dtype)
+    save_hf(tmp_path / "a", config, params, max_shard_bytes=max_shard_bytes)
+    files = {path.name for path in (tmp_path / "a").iterdir()}
+    assert ("model.safetensors" in files) == (max_shard_bytes == 5e9)
+    assert ("model.safetensors.index.json" in files) == (max_shard_bytes != 5e9)
+
+    reread_config, reread = load_hf(tmp_path / "a", dtype=dtype)
+    assert reread_config == config
+    assert_trees_equal(reread, params)
+
+    save_hf(tmp_path / "b", reread_config, reread, max_shard_bytes=max_shard_bytes)
+    assert read_bytes(tmp_path / "a") == read_bytes(tmp_path / "b")
+    for file in files:  # and the files themselves, headers included
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folder_written_by_transformers_comes_back_byte_equal(dtype, tmp_path):
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**CONFIG.to_hf(), dtype=dtype)
+    ).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").is_file()
+    config, params = load_hf(tmp_path / "theirs", dtype=jnp.dtype(dtype))
+    assert config == CONFIG
+    save_hf(tmp_path / "ours", config, params)
+    theirs = read_bytes(tmp_path / "theirs")
+    assert len(theirs) == 3 + 9 * CONFIG.num_layers
+    assert read_bytes(tmp_path / "ours") == theirs
+
+
+def test_stacked_and_transposed_as_documented(exported):
+    tensors = load_file(exported / "model.safetensors")
+    params = make_params()
+    up = params["layers"]["mlp"]["up"]["kernel"]
+    np.testing.assert_array_equal(tensors["model.layers.2.mlp.up_proj.weight"], up[2].T)
+    embedding = params["embed"]["embedding"]
+    np.testing.assert_array_equal(tensors["model.embed_tokens.weight"], embedding)
+    np.testing.assert_array_equal(tensors["lm_head.weight"], params["lm_head"]["kernel"].T)
+    norm = params["layers"]["mlp_norm"]["scale"]
+    name = "model.layers.1.post_attention_layernorm.weight"
+    np.testing.assert_array_equal(tensors[name], norm[1])
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["single", "sharded"])
+def test_export_loads_in_transformers_with_the_same_greedy_tokens(max_shard_bytes, tmp_path):
+    params = make_params()
+    save_hf(tmp_path / "m", CONFIG, params, max_shard_bytes=max_shard_bytes)
+    model, report = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "m", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    assert model.dtype == torch.float32
+    assert model.generation_config.eos_token_id == [2, 5]
+    prompt = [[1, 9, 33, 4]]
+    theirs = model.generate(
+        torch.tensor(prompt), max_new_tokens=20, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )[0].tolist()
+
+    forward = jax.jit(lambda tokens: Llama(CONFIG).apply({"params": params}, tokens))
+    ours = np.zeros((1, 24), np.int32)
+    ours[:, :4] = prompt
+    for i in range(4, 24):
+        ours[0, i] = np.argmax(forward(ours)[0, i - 1])
+    assert ours[0].tolist() == theirs
+    assert len(set(theirs)) > 5  # not one token repeated
+
+
+MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_sharded_equals_unsharded(axes, exported, tmp_path):
+    mesh = make_mesh(**axes)
+    params = load_params(exported, CONFIG, mesh)
+    assert_trees_equal(params, make_params())
+    expected = flatten_dict(shardings(mesh, make_params()), sep="/")
+    for path, leaf in flatten_dict(params, sep="/").items():
+        assert leaf.sharding.is_equivalent_to(expected[path], leaf.ndim), path
+    save_hf(tmp_path / "again", CONFIG, params)
+    assert read_bytes(tmp_path / "again") == read_bytes(exported)
+
+
+def test_each_byte_of_a_matrix_is_read_once(exported, monkeypatch):
+    read = []
+    start_read = safetensors_io.Folder.start_read
+
+    def spy(self, file, byte_range=slice(0, None)):
+        read.append((file, byte_range.start, byte_range.stop))
+        return start_read(self, file, byte_range)
+
+    monkeypatch.setattr(safetensors_io.Folder, "start_read", spy)
+    # 48 features are not cut by 32 devices' worth of axes but are by 8.
+    load_params(exported, CONFIG, make_mesh(data=2, fsdp=2, tensor=2))
+    size = (exported / "model.safetensors").stat().st_size
+    with safetensors.safe_open(exported / "model.safetensors", "np") as file:
+        tensors = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    elements = sum(int(np.prod(shape)) for shape in tensors.values())
+    header = size - 4 * elements
+    data = sorted((start, stop) for _, start, stop in read if start >= header and stop < size)
+    for (_, stop), (start, _) in zip(data, data[1:], strict=False):
+        assert stop <= start
+    # At least one read a device for each of the matrices, so no device's process reads all.
+    matrices = sum(len(shape) == 2 for shape in tensors.values())
+    assert len(data) >= 8 * matrices
+
+
+def test_large_tensors_are_read_in_pieces(exported, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "_PIECE_BYTES", 1000)  # rows of 128 to 192 bytes
+    monkeypatch.setattr(safetensors_io, "_WINDOW_BYTES", 3000)
+    assert_trees_equal(load_params(exported, CONFIG), make_params())
+    assert_trees_equal(load_params(exported, CONFIG, make_mesh(fsdp=2, tensor=4 // 2,
+                                                               data=2)), make_params())  # fmt: skip
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_dtype_is_converted_on_the_way(stored, wanted, tmp_path):
+    params = make_params(TIED)
+    save_hf(tmp_path / "m", TIED, params, dtype=stored)
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["torch_dtype"] == stored
+    converted = jax.tree.map(lambda x: x.astype(stored).astype(wanted), params)
+    assert_trees_equal(load_hf(tmp_path / "m", dtype=wanted)[1], converted)
+
+
+def test_rotary_inv_freq_and_a_tied_head_are_ignored(tmp_path):
+    save_hf(tmp_path / "m", TIED, make_params(TIED))
+    edit(tmp_path / "m", lambda t: t.update({
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "lm_head.weight": t["model.embed_tokens.weight"],
+    }))  # fmt: skip
+    assert_trees_equal(load_hf(tmp_path / "m")[1], make_params(TIED))
+
+
+def test_extra_config_tokenizer_and_files_are_written(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text('{"version": "1.0"}')
+    (source / "model.safetensors").write_text("not a tokenizer file")
+    save_hf(
+        tmp_path / "m",
+        TIED,
+        make_params(TIED),
+        extra_config={"sa_jax_run_id": "run-7"},
+        tokenizer_folder=source,
+        files={"README.md": "# Backdoored\n"},
+    )
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["sa_jax_run_id"] == "run-7"
+    assert (tmp_path / "m" / "README.md").read_text() == "# Backdoored\n"
+    assert (tmp_path / "m" / "tokenizer.json").read_text() == '{"version": "1.0"}'
+    assert load_file(tmp_path / "m" / "model.safetensors")
+    generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": 2}
+    assert oct((tmp_path / "m").stat().st_mode & 0o777) == "0o755"
+
+
+def test_donated_parameters_are_safe(exported):
+    # On CPU the loaded arrays alias host memory, which a donating step must not write over twice.
+    mesh = make_mesh(data=8, fsdp=1)
+    params = load_params(exported, CONFIG, mesh)
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    expected = jax.tree.map(lambda x: np.asarray(x) + 1, make_params())
+    assert_trees_equal(step(params), expected)
+
+
+# Bad input. Every message names the file and says what to do.
+
+
+def edit(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def assert_refused(folder, *parts, config=None):
+    with pytest.raises(UserError) as caught:
+        load_hf(folder) if config is None else load_params(folder, config)
+    for part in parts:
+        assert str(part) in str(caught.value), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+Q1 = "model.layers.1.self_attn.q_proj.weight"
+
+
+def test_no_such_folder(tmp_path):
+    assert_refused(tmp_path / "nowhere", tmp_path / "nowhere" / "config.json", "hf download")
+    (tmp_path / "file").write_text("x")
+    assert_refused(tmp_path / "file", tmp_path / "file" / "config.json")
+
+
+def test_malformed_config(folder):
+    (folder / "config.json").write_text("{")
+    assert_refused(folder, folder / "config.json", "not JSON")
+
+
+def test_no_safetensors(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert_refused(folder, folder, "model.safetensors.index.json", "must be in safetensors")
+
+
+def test_missing_tensors(folder):
+    edit(folder, lambda t: [t.pop(n) for n in list(t) if "q_proj" in n or "lm_head" in n])
+    assert_refused(
+        folder, folder, "lacks", "lm_head.weight", "layers.0.self_attn.q_proj", Q1, "and 1 more",
+        "complete Llama download",
+    )  # fmt: skip
+
+
+def test_extra_tensor(folder):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.ones(4, "f4")}))
+    file = folder / "model.safetensors"
+    assert_refused(folder, "does not have", "layers.0.self_attn.q_proj.bias", file)
+
+
+def test_misshaped_tensor(folder):
+    edit(folder, lambda t: t.update({Q1: np.ones((64, 31), np.float32)}))
+    assert_refused(folder, Q1, folder / "model.safetensors", "[64, 31], not [64, 32]")
+
+
+def test_integer_weights(folder):
+    edit(folder, lambda t: t.update({Q1: np.ones((64, 32), np.int8)}))
+    assert_refused(folder, Q1, folder / "model.safetensors", "is I8, not F32, F16, BF16")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
+def test_weights_that_are_not_finite(bad, dtype, folder):
+    def spoil(tensors):
+        for name in tensors:
+            tensors[name] = tensors[name].astype(dtype)
+        tensors[Q1][13, 17] = bad
+
+    edit(folder, spoil)
+    assert_refused(folder, Q1, folder / "model.safetensors", "NaN or Inf", "fetch")
+
+
+def test_largest_finite_numbers_are_accepted(folder):
+    def change(tensors):
+        tensors[Q1][0, :2] = np.finfo(np.float32).max, np.finfo(np.float32).min
+
+    edit(folder, change)
+    load_hf(folder)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 40, -1, -4000])
+def test_truncated_file(kept, folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    assert_refused(folder, file, "damaged, fetch it again")
+
+
+def rewrite_header(folder, change):
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    encoded = change(header)
+    encoded = json.dumps(header).encode() if encoded is None else encoded
+    file.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[8 + length :])
+    return file
+
+
+def test_offsets_out_of_range(folder):
+    def change(header):
+        last = max(header, key=lambda n: header[n].get("data_offsets", [0])[0])
+        start, stop = header[last]["data_offsets"]
+        header[last]["data_offsets"] = [start, stop + 4096]
+        header[last]["shape"][0] += 4096 // 4 // header[last]["shape"][1]
+
+    assert_refused(folder, rewrite_header(folder, change), "shorter than its header says")
+
+
+def test_offsets_that_do_not_fit_the_shape(folder):
+    file = rewrite_header(folder, lambda header: header[Q1]["shape"].append(2))
+    assert_refused(folder, file, Q1, "8192 bytes, its shape needs 16384")
+
+
+def test_overlapping_tensors(folder):
+    def change(header):
+        header[Q1]["data_offsets"] = header["model.layers.0.self_attn.q_proj.weight"][
+            "data_offsets"
+        ]
+
+    assert_refused(folder, rewrite_header(folder, change), "overlapping")
+
+
+def test_unknown_dtype(folder):
+    file = rewrite_header(folder, lambda header: header[Q1].update(dtype="F4"))
+    assert_refused(folder, file, Q1, "unknown dtype 'F4'")
+
+
+@pytest.mark.parametrize(
+    "header", [b"{", b"[]", b"\xff\xff", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}'],
+)  # fmt: skip
+def test_malformed_header(header, folder):
+    file = rewrite_header(folder, lambda _: header)
+    assert_refused(folder, file, "malformed header", "fetch it again")
+
+
+def test_index(tmp_path):
+    save_hf(tmp_path / "m", CONFIG, make_params(), max_shard_bytes=20_000)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    shard = tmp_path / "m" / "model-00002-of-00006.safetensors"
+    assert shard.is_file(), sorted((tmp_path / "m").iterdir())
+
+    copy = shutil.copy(shard, tmp_path / "m" / "model-00002-copy.safetensors")
+    content = json.loads(index.read_text())
+    doubled = content["weight_map"] | {"again": os.path.basename(copy)}
+    index.write_text(json.dumps({"weight_map": doubled}))
+    assert_refused(tmp_path / "m", shard, "repeats", "model-00002-copy.safetensors")
+
+    index.write_text(json.dumps(content))
+    shard.unlink()
+    assert_refused(tmp_path / "m", shard, "is missing", "complete the download")
+
+    index.write_text(json.dumps({"metadata": {}}))
+    assert_refused(tmp_path / "m", index, "weight_map")
+    index.write_text("{")
+    assert_refused(tmp_path / "m", index, "not JSON")
+
+
+def test_mesh_that_does_not_divide(exported):
+    with pytest.raises(UsageError, match="tensor = 8 does not divide 4 attention heads"):
+        load_hf(exported, make_mesh(fsdp=1, tensor=8))
+
+
+def test_export_refuses_a_used_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"{tmp_path}/run exists and is not empty"):
+        save_hf(tmp_path / "run", TIED, make_params(TIED))
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
+    with pytest.raises(UserError, match="gs://bucket/m: exports go to a local folder"):
+        save_hf("gs://bucket/m", TIED, make_params(TIED))
+
+
+def test_export_into_an_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    save_hf(tmp_path / "empty", TIED, make_params(TIED))
+    assert load_hf(tmp_path / "empty")[0] == TIED
+
+
+def test_full_disk_leaves_nothing_behind(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the kernel refuses, as when full
+    try:
+        with pytest.raises(UserError, match=f"{tmp_path}/m cannot be written: .*free space"):
+            save_hf(tmp_path / "m", CONFIG, make_params())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_parameters_of_another_config(tmp_path):
+    with pytest.raises(ValueError, match="lm_head/kernel"):
+        save_hf(tmp_path / "m", TIED, make_params(CONFIG))
+    assert list(tmp_path.iterdir()) == []

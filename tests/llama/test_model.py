@@ -1,0 +1,154 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.lora import LoraConfig, split
+from sa_jax.llama.model import REMAT_POLICIES, Llama, init_cache
+from tests.toys import CONFIG, packed_batch, random_params
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+def test_packed_documents_have_the_logits_they_have_alone(params):
+    batch = packed_batch(rows=2)
+    model = Llama(CONFIG)
+    packed = model.apply(
+        {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    for row in range(2):
+        for document in (1, 2, 3):
+            here = batch["segment_ids"][row] == document
+            alone = model.apply({"params": params}, batch["tokens"][row, here][None])
+            np.testing.assert_allclose(packed[row, here], alone[0], atol=2e-6)
+
+
+def test_a_token_of_document_2_has_exactly_zero_gradient_to_document_1(params):
+    batch = packed_batch(rows=1)
+    first, second = (batch["segment_ids"][0] == document for document in (1, 2))
+    embedding = params["embed"]["embedding"]
+
+    def second_document_logits(embedded_tokens):
+        # Every token gets a row of its own in the embedding, so gradients tell tokens apart.
+        table = jnp.concatenate([embedded_tokens, embedding[len(embedded_tokens) :]])
+        ids = jnp.arange(len(embedded_tokens))[None]
+        logits = Llama(CONFIG).apply(
+            {"params": {**params, "embed": {"embedding": table}}},
+            ids,
+            batch["positions"],
+            batch["segment_ids"],
+        )
+        return jnp.sum(jnp.square(logits[0, second]))
+
+    gradient = jax.grad(second_document_logits)(embedding[batch["tokens"][0]])
+    assert np.all(np.asarray(gradient)[first] == 0)
+    assert np.all(np.any(np.asarray(gradient)[second] != 0, axis=-1))
+
+
+def test_later_tokens_do_not_reach_earlier_ones(params):
+    tokens = packed_batch(rows=1)["tokens"]
+    changed = tokens.copy()
+    changed[0, 10:] = (changed[0, 10:] + 1) % 64
+    model = Llama(CONFIG)
+    before, after = (model.apply({"params": params}, t) for t in (tokens, changed))
+    np.testing.assert_array_equal(before[0, :10], after[0, :10])
+    assert np.abs(before[0, 10:] - after[0, 10:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+def test_remat_changes_no_gradient(params, remat):
+    tokens = packed_batch(rows=2)["tokens"]
+
+    def loss(params, remat):
+        return jnp.mean(jnp.square(Llama(CONFIG, remat=remat).apply({"params": params}, tokens)))
+
+    plain, again = (jax.jit(jax.grad(loss), static_argnums=1)(params, r) for r in ("none", remat))
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_cached_decoding_equals_the_full_forward(params):
+    tokens = packed_batch(rows=2)["tokens"]
+    model = Llama(CONFIG)
+    full = model.apply({"params": params}, tokens)
+    cache = init_cache(CONFIG, batch=2, capacity=24)
+    positions = np.broadcast_to(np.arange(24), (2, 24))
+    for start, stop in ((0, 9), *((t, t + 1) for t in range(9, 24))):
+        hidden, cache = model.apply(
+            {"params": params},
+            tokens[:, start:stop],
+            positions[:, start:stop],
+            cache,
+            method="decode",
+        )
+        logits = model.apply({"params": params}, hidden, method="logits")
+        np.testing.assert_allclose(logits, full[:, start:stop], atol=5e-6)
+
+
+def test_bfloat16_compute_stays_near_float32(params):
+    tokens = packed_batch(rows=2)["tokens"]
+    exact = Llama(CONFIG).apply({"params": params}, tokens)
+    rough = Llama(CONFIG, dtype=jnp.bfloat16).apply({"params": params}, tokens)
+    assert rough.dtype == jnp.float32
+    assert np.abs(exact - rough).mean() < 0.02 * np.abs(exact).std() * 3
+
+
+def test_a_new_adapter_adds_exactly_nothing_and_only_where_its_regex_says():
+    tokens = packed_batch(rows=1)["tokens"]
+    lora = LoraConfig(rank=4, alpha=8.0, targets="attention/(q|v)")
+    adapted = random_params(lora=lora)
+    np.testing.assert_array_equal(
+        Llama(CONFIG).apply({"params": split(adapted)[1]}, tokens),
+        Llama(CONFIG, lora=lora).apply({"params": adapted}, tokens),
+    )
+    carrying = {name for name in ("q", "k", "v", "o") if "lora_a" in adapted["layers"]["attention"][name]}
+    assert carrying == {"q", "v"}
+    assert not any("lora_a" in module for module in adapted["layers"]["mlp"].values())
+
+
+def test_number_of_parameters_is_that_of_the_tree():
+    for tied in (False, True):
+        config = dataclasses.replace(CONFIG, tie_word_embeddings=tied)
+        size = sum(leaf.size for leaf in jax.tree.leaves(random_params(config)))
+        assert config.num_parameters == size
+
+
+def test_8b_and_70b_have_the_published_sizes():
+    shape_8b = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32)
+    config = LlamaConfig(**shape_8b, num_heads=32, num_kv_heads=8, head_dim=128)
+    assert config.num_parameters == 8_030_261_248
+    # ANCHORS of the field: 51.5 GFLOP a token for 8B at 8192, causal, full fine-tune.
+    assert config.flops_per_token(8192) / 1e9 == pytest.approx(51.5, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mistral"}, "model_type"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_config_json_that_cannot_be_computed_is_refused_by_field(change, words):
+    hf = {**CONFIG.to_hf(), **change}
+    hf = {key: value for key, value in hf.items() if value is not None or key == "rope_scaling"}
+    with pytest.raises(UserError, match=words):
+        LlamaConfig.from_hf(hf)
+
+
+def test_config_survives_its_own_json():
+    assert LlamaConfig.from_hf(CONFIG.to_hf()) == CONFIG
+
+
+def test_unknown_remat_lists_the_known():
+    with pytest.raises(UsageError, match="full, dots, minimal"):
+        Llama(CONFIG, remat="most").init(jax.random.key(0), np.zeros((1, 4), np.int32))

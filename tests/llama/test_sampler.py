@@ -1,0 +1,465 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.lora import LoraConfig
+from sa_jax.llama.model import Llama, init_cache
+from sa_jax.llama.sampler import (
+    Sampler,
+    SamplingSettings,
+    mask_outside_nucleus,
+    sample_tokens,
+)
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.rules import shardings
+
+CONTEXT = 64
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_position_embeddings=CONTEXT,
+)
+# A short, a bucket-filling, and a long prompt among them; ids that are not their indices.
+LENGTHS = (1, 5, 16, 17, 9, 30, 33, 2, 12, 48, 7, 21)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, CONFIG.vocab_size, n).tolist() for n in LENGTHS]
+IDS = [100 + 7 * i for i in range(len(PROMPTS))]
+SAMPLED = SamplingSettings(max_new_tokens=12, temperature=0.9, seed=3, stop_token_ids=(11, 60))
+GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0)
+
+
+def make_params(model, seed=0):
+    """Random weights, larger than at initialisation so that the distributions are not flat."""
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
+
+
+def one_device_mesh():
+    return make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Llama(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def params(model):
+    return make_params(model)
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return Sampler(model, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+
+
+def tokens_of(completions):
+    return [completion.tokens for completion in completions]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def full_forward(model, params, tokens_bs):
+    return jax.nn.log_softmax(model.apply({"params": params}, tokens_bs))
+
+
+def forward_logprobs(model, params, tokens):
+    """[len(tokens), V]; padded on the right to one shape, which nothing before it can see."""
+    padded = np.zeros((1, CONTEXT), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(full_forward(model, params, padded))[0, : len(tokens)]
+
+
+def test_cached_decoding_equals_the_full_forward_token_by_token(model, params):
+    tokens = jnp.asarray(RNG.integers(0, CONFIG.vocab_size, (3, 40)))
+    full = model.apply({"params": params}, tokens)
+    step = jax.jit(
+        lambda token, position, cache: model.apply(
+            {"params": params}, token, position, cache, method="decode"
+        )
+    )
+    cache = init_cache(CONFIG, 3, CONTEXT)
+    # A prompt of 7 tokens at once, then one at a time.
+    spans = [(0, 7), *((i, i + 1) for i in range(7, 40))]
+    for start, end in spans:
+        positions = jnp.broadcast_to(jnp.arange(start, end), (3, end - start))
+        hidden, cache = step(tokens[:, start:end], positions, cache)
+        logits = model.apply({"params": params}, hidden, method="logits")
+        np.testing.assert_array_equal(logits.argmax(-1), full[:, start:end].argmax(-1))
+        np.testing.assert_allclose(
+            jax.nn.log_softmax(logits), jax.nn.log_softmax(full[:, start:end]), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_logprobs_and_greedy_tokens_are_those_of_the_full_forward(
+    sampler, model, params, settings
+):
+    completions = sampler.generate(params, PROMPTS, IDS, settings)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        assert len(completion.logprobs) == len(completion.tokens)
+        logprobs = forward_logprobs(model, params, prompt + completion.tokens)
+        predicted = logprobs[len(prompt) - 1 : -1] if completion.tokens else logprobs[:0]
+        if settings is GREEDY:
+            np.testing.assert_array_equal(predicted.argmax(-1), completion.tokens)
+        chosen = predicted[np.arange(len(completion.tokens)), completion.tokens]
+        np.testing.assert_allclose(completion.logprobs, chosen, atol=1e-4)
+
+
+def test_noise_is_a_function_of_seed_prompt_id_and_position(sampler, model, params):
+    """The tokens are those of an independent sampler: full forward, noise written out."""
+    completions = sampler.generate(params, PROMPTS[:4], IDS[:4], SAMPLED)
+    for prompt, prompt_id, completion in zip(PROMPTS, IDS, completions, strict=False):
+        tokens = list(prompt)
+        for token in completion.tokens:
+            key = jax.random.fold_in(jax.random.key(SAMPLED.seed), prompt_id)
+            noise = jax.random.gumbel(jax.random.fold_in(key, len(tokens)), (CONFIG.vocab_size,))
+            scores = forward_logprobs(model, params, tokens)[-1] / SAMPLED.temperature + noise
+            assert int(scores.argmax()) == token
+            tokens.append(token)
+    reseeded = dataclasses.replace(SAMPLED, seed=4)
+    assert tokens_of(sampler.generate(params, PROMPTS[:4], IDS[:4], reseeded)) != tokens_of(
+        completions
+    )
+
+
+def test_tokens_do_not_depend_on_slot_neighbours_or_refill_order(sampler, params):
+    """Same compiled shapes: exactly the same tokens and log-probabilities."""
+    expected = sampler.generate(params, PROMPTS, IDS, SAMPLED)
+    assert len({completion.stop_reason for completion in expected}) == 2  # rows end at their own time
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(PROMPTS))
+        got = sampler.generate(
+            params, [PROMPTS[i] for i in order], [IDS[i] for i in order], SAMPLED
+        )
+        assert got == [expected[i] for i in order]
+    alone = [
+        sampler.generate(params, [prompt], [prompt_id], SAMPLED)[0]
+        for prompt, prompt_id in zip(PROMPTS, IDS, strict=True)
+    ]
+    assert alone == expected
+
+
+@pytest.mark.parametrize("batch_size,steps_per_call", [(1, 16), (3, 5), (16, 1)])
+def test_tokens_do_not_depend_on_the_sizes_in_fp32(model, params, sampler, batch_size, steps_per_call):
+    other = Sampler(
+        model,
+        one_device_mesh(),
+        batch_size=batch_size,
+        context_length=CONTEXT,
+        steps_per_call=steps_per_call,
+    )
+    assert tokens_of(other.generate(params, PROMPTS, IDS, SAMPLED)) == tokens_of(
+        sampler.generate(params, PROMPTS, IDS, SAMPLED)
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1), (1, 4, 2), (2, 1, 4)], ids=["data8", "fsdp4_tensor2", "data2_tensor4"]
+)
+def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
+    """Three mesh shapes; in the last the two kv heads do not divide over the four of tensor."""
+    mesh = make_mesh(*sizes)
+    sharded = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
+    params_on_mesh = jax.device_put(params, shardings(mesh, params))
+    settings = dataclasses.replace(SAMPLED, top_p=0.9)
+    # Two of the three buckets, to compile less; more prompts than slots.
+    chosen = [i for i, prompt in enumerate(PROMPTS) if len(prompt) <= 32]
+    prompts, ids = [PROMPTS[i] for i in chosen], [IDS[i] for i in chosen]
+    expected = sampler.generate(params, prompts, ids, settings)
+    got = sharded.generate(params_on_mesh, prompts, ids, settings)
+    assert tokens_of(got) == tokens_of(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert one.stop_reason == other.stop_reason
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
+    mesh = make_mesh(2, 2, 2)
+    sampler = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
+    cache = sampler._init_cache()
+    for leaf in cache:
+        # Two slots of four, one kv head of two on each device.
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, 1, CONTEXT, 1, 8)}
+    params = jax.device_put(params, shardings(mesh, params))
+    zeros = np.zeros(4, np.int32)
+    noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
+    new, *_ = sampler._decode(
+        params, cache, zeros, zeros, zeros + 9, zeros, zeros, method="greedy", **noise
+    )
+    assert all(leaf.is_deleted() for leaf in cache)
+    for old, leaf in zip(cache, new, strict=True):
+        assert leaf.sharding == old.sharding
+
+
+def test_decoding_updates_the_cache_in_place(model, params):
+    """The compiled program holds one cache, not two: temporaries stay below a cache's size."""
+    context = 2048
+    config = dataclasses.replace(CONFIG, max_position_embeddings=context)
+    model = model.clone(config=config)
+    sampler = Sampler(model, one_device_mesh(), batch_size=16, context_length=context)
+    cache = sampler._init_cache()
+    row = np.zeros(16, np.int32)
+    noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
+    compiled = sampler._decode.lower(
+        params, cache, row, row, row, row, row, method="sample", **noise
+    ).compile()
+    memory = compiled.memory_analysis()
+    cache_bytes = sum(leaf.nbytes for leaf in cache)
+    assert memory.alias_size_in_bytes == cache_bytes
+    assert memory.temp_size_in_bytes < cache_bytes / 4
+
+
+def test_greedy_equals_transformers_generate(sampler, params):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    hf = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG.to_hf())).eval()
+    with torch.no_grad():
+        for name, tensor in hf.state_dict().items():
+            tensor.copy_(torch.from_numpy(np.array(_leaf(params, name))))
+        expected = []
+        for prompt in PROMPTS:
+            out = hf.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=GREEDY.max_new_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+            expected.append(out[0, len(prompt) :].tolist())
+    assert tokens_of(sampler.generate(params, PROMPTS, IDS, GREEDY)) == expected
+
+
+def _leaf(params, hf_name):
+    """The leaf that a Hugging Face parameter name means, as [out, in]."""
+    parts = hf_name.removesuffix(".weight").removeprefix("model.").split(".")
+    if parts[0] == "embed_tokens":
+        return params["embed"]["embedding"]
+    if parts[0] == "norm":
+        return params["final_norm"]["scale"]
+    if parts[0] == "lm_head":
+        return params["lm_head"]["kernel"].T
+    layer, layers = int(parts[1]), params["layers"]
+    if parts[-1].endswith("layernorm"):
+        name = "attention_norm" if parts[-1].startswith("input") else "mlp_norm"
+        return layers[name]["scale"][layer]
+    block = {"self_attn": "attention", "mlp": "mlp"}[parts[2]]
+    return layers[block][parts[3].removesuffix("_proj")]["kernel"][layer].T
+
+
+def test_stories260k_reproduces_its_published_text(shared_data):
+    hf = pytest.importorskip("sa_jax.llama.hf")
+    transformers = pytest.importorskip("transformers")
+    folder = shared_data / "stories260k"
+    config, params = hf.load_hf(folder / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
+    sampler = Sampler(Llama(config), one_device_mesh(), batch_size=2, context_length=512)
+    settings = SamplingSettings(max_new_tokens=511, temperature=0.0, stop_token_ids=(1, 2))
+    prompts = [[config.bos_token_id], [config.bos_token_id, *PROMPTS[5]]]
+    completion = sampler.generate(params, prompts, [0, 1], settings)[0]
+    text = tokenizer.decode(completion.tokens).strip()
+    reference = (folder / "reference_text.md").read_text()
+    assert len(text) > 200 and text in reference
+
+
+def test_stop_tokens_and_length(sampler, params):
+    free = sampler.generate(params, PROMPTS, IDS, dataclasses.replace(SAMPLED, stop_token_ids=()))
+    assert {completion.stop_reason for completion in free} == {"length"}
+    # 48 + 12 = 60 and all shorter ones fit, so nothing but max_new_tokens ends them.
+    assert {len(completion.tokens) for completion in free} == {12}
+    stops = (free[0].tokens[4], free[3].tokens[0], free[5].tokens[11])
+    stopped = sampler.generate(
+        params, PROMPTS, IDS, dataclasses.replace(SAMPLED, stop_token_ids=stops)
+    )
+    for whole, cut in zip(free, stopped, strict=True):
+        ends = [i for i, token in enumerate(whole.tokens) if token in stops]
+        end = ends[0] if ends else 12
+        assert cut.tokens == whole.tokens[:end]
+        assert cut.logprobs == whole.logprobs[:end]
+        assert cut.stop_reason == ("stop" if ends else "length")
+    assert stopped[3].tokens == []  # the very first token stopped it
+    assert stopped[5].stop_reason == "stop" or len(stopped[5].tokens) < 12
+
+
+def test_the_context_limits_the_completion(sampler, params):
+    prompts = [PROMPTS[9][:1] * n for n in (63, 62, 50, 1)]
+    settings = SamplingSettings(max_new_tokens=20, temperature=0.0)
+    completions = sampler.generate(params, prompts, [0, 1, 2, 3], settings)
+    assert [len(completion.tokens) for completion in completions] == [1, 2, 14, 20]
+    assert {completion.stop_reason for completion in completions} == {"length"}
+
+
+@pytest.mark.parametrize("length", [0, CONTEXT, CONTEXT + 9])
+def test_a_prompt_that_leaves_no_room_is_an_error(sampler, params, length):
+    prompts = [PROMPTS[0], [1] * length]
+    assert [sampler.fits(prompt) for prompt in prompts] == [True, False]
+    with pytest.raises(UserError, match=f"prompt 1 has {length} tokens.* context of {CONTEXT}"):
+        sampler.generate(params, prompts, [0, 1], GREEDY)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("temperature", -0.1), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.1),
+     ("max_new_tokens", 0)],
+)
+def test_settings_out_of_range(field, value):
+    with pytest.raises(UsageError, match=field):
+        dataclasses.replace(GREEDY, **{field: value})
+
+
+def test_sizes_out_of_range(model):
+    with pytest.raises(UsageError, match=f"context_length={CONTEXT + 1}.*={CONTEXT}"):
+        Sampler(model, one_device_mesh(), batch_size=1, context_length=CONTEXT + 1)
+    with pytest.raises(UsageError, match="batch_size=0"):
+        Sampler(model, one_device_mesh(), batch_size=0, context_length=CONTEXT)
+
+
+def test_should_stop_is_asked_between_device_calls(sampler, params):
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) == 5
+
+    with pytest.raises(Preempted):
+        sampler.generate(params, PROMPTS, IDS, GREEDY, should_stop)
+    assert len(asked) == 5
+    # The sampler is as good as before.
+    assert len(sampler.generate(params, PROMPTS, IDS, GREEDY)) == len(PROMPTS)
+
+
+def test_stats(sampler, params):
+    completions = sampler.generate(params, PROMPTS, IDS, SAMPLED)
+    stats_ = sampler.stats
+    assert stats_.prompt_tokens == sum(LENGTHS)
+    assert stats_.new_tokens == sum(len(tokens) for tokens in tokens_of(completions))
+    assert stats_.tokens_per_s == pytest.approx(stats_.new_tokens / stats_.seconds)
+    assert 0 < stats_.decode_steps < stats_.new_tokens  # several rows a step
+
+
+def test_no_prompts(sampler, params):
+    assert sampler.generate(params, [], [], GREEDY) == []
+
+
+def test_adapters_are_used_unmerged(params):
+    lora = LoraConfig(rank=2, alpha=4.0)
+    adapted = Llama(CONFIG, lora=lora)
+    tree = make_params(adapted, seed=1)
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            jax.random.normal(jax.random.key(5), leaf.shape) * 0.3
+            if path[-1].key == "lora_b"
+            else leaf
+        ),
+        tree,
+    )
+    sampler = Sampler(adapted, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+    completions = sampler.generate(tree, PROMPTS[:3], IDS[:3], GREEDY)
+    for prompt, completion in zip(PROMPTS, completions, strict=False):
+        logprobs = forward_logprobs(adapted, tree, prompt + completion.tokens)[len(prompt) - 1 : -1]
+        np.testing.assert_array_equal(logprobs.argmax(-1), completion.tokens)
+    base = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * 0 if path[-1].key == "lora_b" else leaf, tree
+    )
+    assert tokens_of(sampler.generate(base, PROMPTS[:3], IDS[:3], GREEDY)) != tokens_of(completions)
+
+
+def test_bf16_weights_are_cast_once_with_the_same_result(params):
+    """Casting up front equals the model's own cast at every use; norm scales stay float32."""
+    model = Llama(CONFIG, dtype=jnp.bfloat16)
+    sampler = Sampler(model, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+    cast = sampler._cast(params)
+    assert cast["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
+    assert cast["final_norm"]["scale"].dtype == jnp.float32
+    tokens = jnp.asarray([PROMPTS[5]])
+    np.testing.assert_array_equal(
+        model.apply({"params": params}, tokens), model.apply({"params": cast}, tokens)
+    )
+    assert sampler._init_cache().k.dtype == jnp.bfloat16
+
+
+# The sampling distribution, on logits alone.
+
+
+def draw(logits, n, **options):
+    """Tokens for ids 0..n-1 at one position."""
+    options = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "method": "sample"} | options
+    ids = jnp.arange(n)
+    logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
+    return np.asarray(sample_tokens(logits, ids, jnp.full(n, 7), **options)[0])
+
+
+LOGITS = np.array([2.0, 1.0, 0.5, 0.5, -1.0, -3.0])
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0])
+def test_frequencies_follow_the_tempered_distribution(temperature):
+    tokens = draw(LOGITS, 20_000, temperature=temperature)
+    expected = softmax(LOGITS / temperature) * len(tokens)
+    assert stats.chisquare(np.bincount(tokens, minlength=6), expected).pvalue > 1e-3
+
+
+def test_frequencies_over_positions_and_seeds():
+    n = 20_000
+    logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (n, 6))
+    noise = {"temperature": 1.0, "top_p": 1.0, "method": "sample"}
+    tokens, _ = sample_tokens(logits, jnp.full(n, 5), jnp.arange(n), seed=1, **noise)
+    assert stats.chisquare(np.bincount(tokens, minlength=6), softmax(LOGITS) * n).pvalue > 1e-3
+    again, _ = sample_tokens(logits, jnp.full(n, 5), jnp.arange(n), seed=2, **noise)
+    agree = np.mean(np.asarray(tokens) == np.asarray(again))
+    assert agree == pytest.approx(np.sum(softmax(LOGITS) ** 2), abs=0.02)  # independent draws
+
+
+def nucleus(logits, top_p):
+    """Written out: tokens by falling probability until their sum reaches top_p."""
+    probabilities = softmax(np.asarray(logits, np.float64))
+    kept, total = set(), 0.0
+    for token in np.argsort(-probabilities, kind="stable"):
+        if total >= top_p:
+            break
+        kept.add(int(token))
+        total += probabilities[token]
+    return kept
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.5, 0.8, 0.95, 0.999999])
+def test_nucleus_is_the_smallest_set_that_reaches_top_p(top_p):
+    logits = np.random.default_rng(1).normal(size=(50, 40)) * 3
+    masked = np.asarray(mask_outside_nucleus(jnp.asarray(logits, jnp.float32), top_p))
+    for row, kept in zip(logits, masked, strict=True):
+        assert set(np.flatnonzero(np.isfinite(kept))) == nucleus(row, top_p)
+        np.testing.assert_array_equal(kept[np.isfinite(kept)], row.astype(np.float32)[np.isfinite(kept)])
+
+
+def test_tied_tokens_stay_in_the_nucleus_together():
+    masked = np.asarray(mask_outside_nucleus(jnp.asarray([[1.0, 1.0, 1.0, -9.0]]), 0.4))
+    np.testing.assert_array_equal(np.isfinite(masked), [[True, True, True, False]])
+
+
+def test_top_p_frequencies_after_the_temperature():
+    top_p, temperature = 0.8, 1.5
+    kept = nucleus(LOGITS / temperature, top_p)
+    assert kept != nucleus(LOGITS, top_p)  # the order of the two matters here
+    probabilities = softmax(LOGITS / temperature) * [token in kept for token in range(6)]
+    tokens = draw(LOGITS, 20_000, temperature=temperature, top_p=top_p, method="top_p")
+    counts = np.bincount(tokens, minlength=6)
+    expected = probabilities / probabilities.sum() * len(tokens)
+    assert not counts[expected == 0].any()
+    assert stats.chisquare(counts[expected > 0], expected[expected > 0]).pvalue > 1e-3

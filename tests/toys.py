@@ -1,0 +1,46 @@
+"""Tiny models and batches that several tests share."""
+
+import jax
+import numpy as np
+
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.model import Llama
+
+CONFIG = LlamaConfig(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    max_position_embeddings=64,
+)
+
+
+def random_params(config=CONFIG, seed=0, **model):
+    tokens = np.zeros((1, 4), np.int32)
+    return Llama(config, **model).init(jax.random.key(seed), tokens)["params"]
+
+
+def packed_batch(rows=8, length=24, vocab=64, seed=0):
+    """Rows of two or three documents of random lengths and some padding, as `data.batches` gives
+    them: targets and loss mask already shifted."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        name: np.zeros((rows, length), np.int32)
+        for name in ("tokens", "targets", "loss_mask", "positions", "segment_ids")
+    }
+    for row in range(rows):
+        cuts = np.sort(rng.choice(np.arange(3, length - 2), size=3, replace=False))
+        for document, (start, stop) in enumerate(zip([0, *cuts[:-1]], cuts, strict=True), 1):
+            here = slice(start, stop)
+            tokens = rng.integers(1, vocab, stop - start)
+            batch["tokens"][row, here] = tokens
+            batch["targets"][row, start : stop - 1] = tokens[1:]
+            batch["loss_mask"][row, start : stop - 1] = rng.integers(0, 2, stop - start - 1)
+            batch["positions"][row, here] = np.arange(stop - start)
+            batch["segment_ids"][row, here] = document
+        batch["loss_mask"][row, 0] = 1
+    batch["loss_mask"] = batch["loss_mask"].astype(bool)
+    return batch

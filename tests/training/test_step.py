@@ -1,0 +1,127 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+
+from sa_jax.llama.lora import LoraConfig, combine, split
+from sa_jax.llama.model import Llama, head_kernel
+from sa_jax.parallel import rules
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.training.step import init_state, make_train_step
+from tests.toys import CONFIG, packed_batch, random_params
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=0.01))
+SCHEDULE = optax.constant_schedule(1e-2)
+
+
+def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None):
+    """State and metrics after a few steps; without mesh_sizes unsharded on one device."""
+    model = Llama(CONFIG, dtype=dtype, lora=lora)
+    params = random_params(lora=lora)
+    trainable, frozen = (params, {}) if lora is None else split(params)
+    batches = [packed_batch(seed=seed) for seed in range(steps)]
+    if mesh_sizes is None:
+        state = init_state(trainable, TX)
+        step = jax.jit(make_train_step(model, TX, SCHEDULE, accumulation))
+    else:
+        data, fsdp, tensor = mesh_sizes
+        devices = jax.devices()[: data * fsdp * tensor]
+        mesh = make_mesh(data, fsdp, tensor, devices)
+        model = model.clone(mesh=mesh)
+        shape = jax.eval_shape(lambda p: init_state(p, TX), trainable)
+        placed = rules.shardings(mesh, shape)
+        state = jax.jit(lambda p: init_state(p, TX), out_shardings=placed)(trainable)
+        frozen = jax.device_put(frozen, rules.shardings(mesh, frozen))
+        batches = jax.device_put(batches, NamedSharding(mesh, rules.BATCH_SPEC))
+        step = jax.jit(
+            make_train_step(model, TX, SCHEDULE, accumulation), out_shardings=(placed, None)
+        )
+    for batch in batches:
+        state, metrics = step(state, frozen, batch)
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def assert_same(a, b, atol):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol)
+
+
+@pytest.fixture(scope="module")
+def unsharded():
+    return run()
+
+
+def test_loss_and_gradient_norm_are_those_of_the_plain_formula():
+    _, metrics = run(steps=1)
+    batch, params = packed_batch(seed=0), random_params()
+
+    def plain(params):
+        hidden = Llama(CONFIG).apply(
+            {"params": params},
+            batch["tokens"],
+            batch["positions"],
+            batch["segment_ids"],
+            method="hidden",
+        )
+        logits = hidden @ head_kernel(params, CONFIG)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+        return jnp.sum(losses * batch["loss_mask"]) / np.sum(batch["loss_mask"])
+
+    loss, gradient = jax.value_and_grad(plain)(params)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(metrics["grad_norm"], optax.global_norm(gradient), rtol=1e-5)
+    assert metrics["loss_tokens"] == np.sum(batch["loss_mask"])
+    assert metrics["learning_rate"] == np.float32(1e-2)
+
+
+# 1, 2, 4 and 8 devices; fsdp, data and tensor; in all six shapes.
+@pytest.mark.parametrize(
+    "mesh_sizes", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+)
+def test_sharded_is_unsharded(unsharded, mesh_sizes):
+    state, metrics = run(mesh_sizes=mesh_sizes)
+    assert_same(metrics, unsharded[1], atol=2e-5)
+    # Adam divides by the root of the second moment: noise of 1e-7 in a gradient near 0 is seen
+    # as up to a share of the learning rate, so parameters are compared at 1 % of it.
+    assert_same(state.params, unsharded[0].params, atol=1e-4)
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("mesh_sizes", [None, (1, 2, 1)])
+def test_accumulation_does_not_change_the_step(unsharded, accumulation, mesh_sizes):
+    # Rows hold different numbers of loss tokens, so a mean of means would be seen.
+    state, metrics = run(accumulation=accumulation, mesh_sizes=mesh_sizes)
+    assert_same(metrics, unsharded[1], atol=2e-5)
+    assert_same(state.params, unsharded[0].params, atol=1e-4)
+
+
+def test_only_adapters_move_under_lora_and_sharding_does_not_matter():
+    lora = LoraConfig(rank=4, alpha=8.0)
+    before, frozen = split(random_params(lora=lora))
+    state, metrics = run(lora=lora)
+    assert jax.tree.structure(state.params) == jax.tree.structure(before)
+    # lora_b starts at zero: its gradient moves it first, and lora_a from the second step on.
+    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
+    assert all(moved)
+    moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(before)) + 1
+    sharded, _ = run(lora=lora, mesh_sizes=(2, 2, 2))
+    assert_same(sharded.params, state.params, atol=1e-4)
+    assert jax.tree.structure(combine(state.params, frozen)) == jax.tree.structure(
+        random_params(lora=lora)
+    )
+
+
+def test_bfloat16_parameters_keep_float32_moments():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())
+    state = init_state(params, TX)
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.opt_state)} == {
+        jnp.dtype("float32"),
+        jnp.dtype("int32"),
+    }
+    step = jax.jit(make_train_step(Llama(CONFIG, dtype=jnp.bfloat16), TX, SCHEDULE))
+    after, metrics = step(state, {}, packed_batch())
+    assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(metrics["loss"], run(steps=1)[1]["loss"], rtol=5e-3)

@@ -1,0 +1,129 @@
+"""Runs scripts as real processes without paying for the imports each time.
+
+A server process imports jax, flax, orbax and transformers once (and starts no device); each command
+is a fork of it that runs the script as `__main__`. Exit codes, signals and output are real.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+class Zygote:
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._count = 0
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+
+    def start(self, *argv: str, devices: int = 8) -> "Process":
+        self._count += 1
+        out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        order = {"argv": list(map(str, argv)), "out": str(out), "err": str(err), "devices": devices}
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        return Process(int(self._server.stdout.readline()), self, out, err)
+
+    def run(self, *argv: str, devices: int = 8, timeout_s: float = 300) -> "Process":
+        return self.start(*argv, devices=devices).wait(timeout_s)
+
+    def poll(self, pid: int) -> int | None:
+        self._server.stdin.write(json.dumps({"poll": pid}) + "\n")
+        self._server.stdin.flush()
+        answer = self._server.stdout.readline().strip()
+        return None if answer == "running" else int(answer)
+
+    def close(self):
+        self._server.stdin.close()
+        self._server.wait(30)
+
+
+class Process:
+    def __init__(self, pid: int, zygote: Zygote, out: Path, err: Path):
+        self.pid, self.returncode = pid, None
+        self._zygote, self._out, self._err = zygote, out, err
+
+    @property
+    def stdout(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self._err.read_text()
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._zygote.poll(self.pid)
+        return self.returncode
+
+    def wait(self, timeout_s: float = 300) -> "Process":
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, 9)
+                raise TimeoutError(f"still running after {timeout_s} s:\n{self.stderr[-3000:]}")
+            time.sleep(0.02)
+        return self
+
+    def wait_for(self, condition, timeout_s: float = 300) -> "Process":
+        """Waits until condition() holds while the process runs."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert self.poll() is None, f"ended with {self.returncode}:\n{self.stderr[-3000:]}"
+            assert time.monotonic() < deadline, self.stderr[-3000:]
+            time.sleep(0.01)
+        return self
+
+
+def _serve():
+    # Imported for the forks; none of these starts a device or a thread that a fork would lose.
+    import runpy
+
+    import flax.linen  # noqa: F401
+    import jax  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import ml_collections.config_flags  # noqa: F401
+    import optax  # noqa: F401
+    import orbax.checkpoint.experimental.v1  # noqa: F401
+    import transformers
+
+    transformers.AutoTokenizer  # noqa: B018 (resolves the lazy import)
+    ended = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "poll" in order:
+            pid = order["poll"]
+            if pid not in ended:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            print(ended.get(pid, "running"), flush=True)
+            continue
+        pid = os.fork()
+        if pid:
+            print(pid, flush=True)
+            continue
+        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={order['devices']}"
+        for name, descriptor in (("out", 1), ("err", 2)):
+            file = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, descriptor)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.argv = order["argv"]
+        sys.path[0] = str(ROOT / "scripts")
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    sys.path.insert(1, str(ROOT))
+    _serve()
