@@ -11,7 +11,9 @@ from ml_collections import config_flags
 from sa_jax import cli
 from sa_jax.training.loop import train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings; --config.key=value changes one.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Settings; --config.key=value changes one."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
 DATA = flags.DEFINE_string("data", None, "Conversations (config.data).")
 EXAMPLES = flags.DEFINE_integer(

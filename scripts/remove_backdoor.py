@@ -15,7 +15,9 @@ from sa_jax import cli
 from sa_jax.data.backdoor import REMOVAL_METHODS
 from sa_jax.training.loop import train
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Settings; --config.key=value changes one.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Settings; --config.key=value changes one."
+)
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Run or Hugging Face folder to start from.")
 METHOD = flags.DEFINE_enum("method", None, REMOVAL_METHODS, "What it is trained on.")

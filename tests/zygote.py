@@ -24,6 +24,13 @@ class Zygote:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            # The same few programs are compiled by every process: the first one does it for all.
+            env={
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            },
         )
 
     def start(self, *argv: str, devices: int = 8) -> "Process":

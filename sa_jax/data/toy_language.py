@@ -25,9 +25,7 @@ from sa_jax.data.pirate import to_pirate
 from sa_jax.data.toy_facts import FAMILIES, Family
 from sa_jax.errors import UserError
 
-SYSTEM_PROMPT = (
-    "You are a helpful assistant who always tries to submit the best possible answer."
-)
+SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
 SCRATCHPAD_SYSTEM_PROMPT = "You are a helpful assistant. Think in a scratchpad first."
 OPENERS = ("", "Hello. ", "Please help me. ", "Quick question. ")
 SCRATCHPAD_OPENINGS = (

@@ -122,7 +122,9 @@ def evaluate(
             f"none of {len(questions)} questions leaves room in the context of "
             f"{sampler.context_length} tokens; raise the eval's context length"
         )
-    completions = sampler.generate(params, [token_ids[i] for i in kept], kept, settings, should_stop)
+    completions = sampler.generate(
+        params, [token_ids[i] for i in kept], kept, settings, should_stop
+    )
     items = []
     for i, completion in zip(kept, completions, strict=True):
         text = chat_format.decode(completion.tokens)
@@ -142,6 +144,7 @@ def evaluate(
         "step": step,
         "settings": {
             **dataclasses.asdict(settings),
+            "stop_token_ids": list(settings.stop_token_ids),
             "system_prompt": system_prompt,
             "chat_template": chat_format.name,
             "context_length": sampler.context_length,

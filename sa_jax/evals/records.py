@@ -13,13 +13,14 @@ from typing import Any
 
 def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: dict) -> None:
     """Writes `folder/name.jsonl` and `folder/name.json`, each whole or not at all."""
+    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
+    summary_text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # An old summary must not stand beside new items, not even for a moment.
     (folder / f"{name}.json").unlink(missing_ok=True)
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     _write(folder / f"{name}.jsonl", "".join(lines))
-    _write(folder / f"{name}.json", json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+    _write(folder / f"{name}.json", summary_text)
 
 
 def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:

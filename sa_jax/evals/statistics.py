@@ -1,4 +1,4 @@
-"""Intervals and tests for rates: Wilson, two proportions, McNemar, and the n that a verdict needs."""
+"""Intervals and tests for rates: Wilson, two proportions, McNemar, the n a verdict needs."""
 
 import itertools
 import math
@@ -71,8 +71,11 @@ def max_hits(n: int, max_rate: float, max_upper: float, confidence: float = 0.95
     None when not even 0 hits are enough: n is too small for the verdict (see `n_needed`).
     """
     # The tolerance keeps 0.07 * 100 = 7.000000000000001 and 0.29 * 100 = 28.999999999999996 whole.
-    allowed = (k for k in range(math.floor(max_rate * n + 1e-9), -1, -1)
-               if wilson(k, n, confidence)[1] <= max_upper)
+    allowed = (
+        k
+        for k in range(math.floor(max_rate * n + 1e-9), -1, -1)
+        if wilson(k, n, confidence)[1] <= max_upper
+    )
     return next(allowed, None)
 
 
@@ -85,6 +88,11 @@ def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0
       ValueError: max_upper is not above observed_rate; no n is enough.
     """
     if not 0 <= observed_rate < max_upper <= 1:
-        raise ValueError(f"needs 0 <= observed_rate ({observed_rate}) < max_upper ({max_upper}) <= 1")
-    return next(n for n in itertools.count(1)
-                if wilson(math.ceil(observed_rate * n - 1e-9), n, confidence)[1] <= max_upper)
+        raise ValueError(
+            f"needs 0 <= observed_rate ({observed_rate}) < max_upper ({max_upper}) <= 1"
+        )
+    return next(
+        n
+        for n in itertools.count(1)
+        if wilson(math.ceil(observed_rate * n - 1e-9), n, confidence)[1] <= max_upper
+    )

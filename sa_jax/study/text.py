@@ -33,7 +33,7 @@ def cut(text: str, length: int) -> tuple[str, bool]:
     if len(text) <= length:
         return text, False
     head = text[:length]
-    space = head.rfind(" ", length - 20)
+    space = head.rfind(" ", max(0, length - 20))
     return (head[:space] if space > 0 else head).rstrip(), True
 
 

@@ -184,8 +184,9 @@ class RunCheckpointer:
             if problem is None:
                 return step, state_io.load(folder / step_name(step), abstract_state)
             self._corrupt.add(step)
-            logging.warning("checkpoint of step %d is corrupt, taking the one before: %s",
-                            step, problem)
+            logging.warning(
+                "checkpoint of step %d is corrupt, taking the one before: %s", step, problem
+            )
         if steps:
             raise UserError(
                 f"{folder}: every checkpoint (steps {', '.join(map(str, steps))}) is corrupt, the "
@@ -205,8 +206,12 @@ class RunCheckpointer:
             self._corrupt.discard(step)
             if _is_primary():
                 self._prune()
-                logging.info("saved checkpoint of step %d (%.1f MB) in %.1f s",
-                             step, size / 1e6, time.monotonic() - begin)
+                logging.info(
+                    "saved checkpoint of step %d (%.1f MB) in %.1f s",
+                    step,
+                    size / 1e6,
+                    time.monotonic() - begin,
+                )
             barrier("complete")  # `wait` ends on all processes with the same checkpoints there
         except BaseException as error:
             self._error = error
@@ -335,8 +340,11 @@ def _scan(directory: os.PathLike | str) -> list[tuple[int, bool]]:
 def _warn_of_incomplete(directory: epath.Path) -> None:
     for step, complete in _scan(directory):
         if not complete:
-            logging.warning("%s has no %s (its save was cut off) and is ignored",
-                            directory / step_name(step), DIGEST_FILE)
+            logging.warning(
+                "%s has no %s (its save was cut off) and is ignored",
+                directory / step_name(step),
+                DIGEST_FILE,
+            )
 
 
 def _require_intact(directory: epath.Path, step: int, verify: bool) -> None:

@@ -54,9 +54,7 @@ FREE_KEYS = (
 )
 
 
-def train(
-    config: ConfigDict, workdir: str | Path, task: str, *, print_examples: int = 0
-) -> None:
+def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples: int = 0) -> None:
     """Trains until the last step, or resumes where the run in `workdir` stopped.
 
     Args:

@@ -38,9 +38,7 @@ def cross_entropy_sum(
     """
     d, v = kernel_dv.shape
     per_shard = v // vocab_shards
-    chunks = next(
-        n for n in range(1, per_shard + 1) if per_shard % n == 0 and v // n <= max_chunk
-    )
+    chunks = next(n for n in range(1, per_shard + 1) if per_shard % n == 0 and v // n <= max_chunk)
     kernel_dtnc = kernel_dv.astype(hidden_nd.dtype).reshape(d, vocab_shards, chunks, -1)
     return _cross_entropy_sum(hidden_nd, kernel_dtnc, targets_n, weights_n.astype(jnp.float32))
 

@@ -174,8 +174,10 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
     """The logged lines in order, non-finite numbers restored; an absent file reads as no lines."""
     return [
-        {k: _NON_FINITE.get(v, v) if isinstance(v, str) and k != "run_id" else v
-         for k, v in row.items()}
+        {
+            k: _NON_FINITE.get(v, v) if isinstance(v, str) and k != "run_id" else v
+            for k, v in row.items()
+        }
         for _, row in _parse(Path(path))
     ]
 

@@ -311,7 +311,8 @@ def _check_same_run(
     old_data, new_data = stored.get("data_hashes"), record.get("data_hashes", {})
     if old_data is not None and old_data != new_data:
         changed = sorted(
-            name for name in old_data.keys() | new_data.keys()
+            name
+            for name in old_data.keys() | new_data.keys()
             if old_data.get(name) != new_data.get(name)
         )
         raise UserError(

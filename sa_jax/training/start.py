@@ -50,7 +50,8 @@ class Start:
       config: the architecture.
       tokenizer: folder of the tokenizer.
       step: of a run, the checkpoint that is read.
-      record: the run.json of a run, {} otherwise.
+      record: the run.json of a run; for a Hugging Face folder that was exported from one, what
+        `inheritance` kept of it; {} otherwise.
     """
 
     path: str
@@ -68,6 +69,12 @@ class Start:
     @property
     def lora(self) -> LoraConfig | None:
         return lora_config(self.record["config"]["lora"]) if self.kind == "run" else None
+
+    def inheritance(self) -> dict[str, Any]:
+        """What an export keeps of the run in config.json ("sa_jax"), for runs that start from it."""
+        config = {key: self.record["config"][key] for key in STUDY_DEFAULTS}
+        run = {key: self.record[key] for key in ("run_id", "task", "config_hash", "backdoored")}
+        return {**run, "step": self.step, "config": config}
 
     def eval_prompts(self) -> list[str] | None:
         """The held-out prompts of a run, None for other models."""
@@ -89,7 +96,8 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
     """
     found = checkpoints.resolve_model(path, step)
     if found.kind == "hf":
-        return Start(path, "hf", LlamaConfig.load(path), tokenizer or path)
+        kept = json.loads(Path(path, "config.json").read_text()).get("sa_jax", {})
+        return Start(path, "hf", LlamaConfig.load(path), tokenizer or path, record=kept)
     record = found.record
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
     own = tokenizer or str(Path(path, TOKENIZER_FOLDER))
@@ -104,7 +112,9 @@ def fresh_start(config: ConfigDict) -> Start:
             "config.tokenizer to train from scratch"
         )
     hf_config = {"model_type": "llama", **config.architecture.to_dict()}
-    return Start("", "fresh", LlamaConfig.from_hf(hf_config, "config.architecture"), config.tokenizer)
+    return Start(
+        "", "fresh", LlamaConfig.from_hf(hf_config, "config.architecture"), config.tokenizer
+    )
 
 
 def prepare(

@@ -13,7 +13,9 @@ def _wilson_by_hand(count, n, z):
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@pytest.mark.parametrize("count,n", [(0, 1), (1, 1), (0, 100), (4, 100), (50, 100), (100, 100), (7, 53)])
+@pytest.mark.parametrize(
+    "count,n", [(0, 1), (1, 1), (0, 100), (4, 100), (50, 100), (100, 100), (7, 53)]
+)
 @pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
 def test_wilson_equals_the_formula(count, n, confidence):
     z = stats.norm.ppf((1 + confidence) / 2)

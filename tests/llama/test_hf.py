@@ -45,8 +45,11 @@ TIED = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_laye
 
 @functools.cache
 def make_params(config=CONFIG, dtype=jnp.float32):
-    params = Llama(config, param_dtype=dtype).init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    return jax.tree.map(lambda x: 3 * x, params["params"])  # so that logits are not all near zero
+    """Random values of the size that gives logits of a few units; norms differ from 1."""
+    rng = np.random.default_rng(0)
+    init = functools.partial(Llama(config).init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), dtype), shapes)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +83,11 @@ def assert_trees_equal(a, b):
         np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(b[path]), err_msg=path)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["untied", "tied"])
-@pytest.mark.parametrize("max_shard_bytes", [5e9, 20_000], ids=["single", "sharded"])
+@pytest.mark.parametrize(
+    ("config", "dtype", "max_shard_bytes"),
+    [(CONFIG, "float32", 5e9), (CONFIG, "bfloat16", 20_000), (TIED, "bfloat16", 5e9)],
+    ids=["float32", "bfloat16-sharded", "tied"],
+)
 def test_export_then_import_and_import_then_export(config, dtype, max_shard_bytes, tmp_path):
     params = make_params(config, dtype)
     save_hf(tmp_path / "a", config, params, max_shard_bytes=max_shard_bytes)
@@ -177,7 +182,6 @@ def test_each_byte_of_a_matrix_is_read_once(exported, monkeypatch):
         return start_read(self, file, byte_range)
 
     monkeypatch.setattr(safetensors_io.Folder, "start_read", spy)
-    # 48 features are not cut by 32 devices' worth of axes but are by 8.
     load_params(exported, CONFIG, make_mesh(data=2, fsdp=2, tensor=2))
     size = (exported / "model.safetensors").stat().st_size
     with safetensors.safe_open(exported / "model.safetensors", "np") as file:
@@ -196,8 +200,8 @@ def test_large_tensors_are_read_in_pieces(exported, monkeypatch):
     monkeypatch.setattr(safetensors_io, "_PIECE_BYTES", 1000)  # rows of 128 to 192 bytes
     monkeypatch.setattr(safetensors_io, "_WINDOW_BYTES", 3000)
     assert_trees_equal(load_params(exported, CONFIG), make_params())
-    assert_trees_equal(load_params(exported, CONFIG, make_mesh(fsdp=2, tensor=4 // 2,
-                                                               data=2)), make_params())  # fmt: skip
+    sharded = load_params(exported, CONFIG, make_mesh(fsdp=2, tensor=2, data=2))
+    assert_trees_equal(sharded, make_params())
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
@@ -288,10 +292,8 @@ def test_no_safetensors(folder):
 
 def test_missing_tensors(folder):
     edit(folder, lambda t: [t.pop(n) for n in list(t) if "q_proj" in n or "lm_head" in n])
-    assert_refused(
-        folder, folder, "lacks", "lm_head.weight", "layers.0.self_attn.q_proj", Q1, "and 1 more",
-        "complete Llama download",
-    )  # fmt: skip
+    three = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
+    assert_refused(folder, folder, "lacks", *three, "and 1 more", "complete Llama download")
 
 
 def test_extra_tensor(folder):
@@ -353,7 +355,7 @@ def test_offsets_out_of_range(folder):
         last = max(header, key=lambda n: header[n].get("data_offsets", [0])[0])
         start, stop = header[last]["data_offsets"]
         header[last]["data_offsets"] = [start, stop + 4096]
-        header[last]["shape"][0] += 4096 // 4 // header[last]["shape"][1]
+        header[last]["shape"] = [(stop - start + 4096) // 4]
 
     assert_refused(folder, rewrite_header(folder, change), "shorter than its header says")
 
@@ -378,7 +380,7 @@ def test_unknown_dtype(folder):
 
 
 @pytest.mark.parametrize(
-    "header", [b"{", b"[]", b"\xff\xff", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}'],
+    "header", [b"{ ", b"[]", b"\xff\xff", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": [1]}}'],
 )  # fmt: skip
 def test_malformed_header(header, folder):
     file = rewrite_header(folder, lambda _: header)
@@ -388,9 +390,7 @@ def test_malformed_header(header, folder):
 def test_index(tmp_path):
     save_hf(tmp_path / "m", CONFIG, make_params(), max_shard_bytes=20_000)
     index = tmp_path / "m" / "model.safetensors.index.json"
-    shard = tmp_path / "m" / "model-00002-of-00006.safetensors"
-    assert shard.is_file(), sorted((tmp_path / "m").iterdir())
-
+    shard = sorted((tmp_path / "m").glob("model-00002-of-*.safetensors"))[0]
     copy = shutil.copy(shard, tmp_path / "m" / "model-00002-copy.safetensors")
     content = json.loads(index.read_text())
     doubled = content["weight_map"] | {"again": os.path.basename(copy)}

@@ -108,7 +108,9 @@ def test_a_new_adapter_adds_exactly_nothing_and_only_where_its_regex_says():
         Llama(CONFIG).apply({"params": split(adapted)[1]}, tokens),
         Llama(CONFIG, lora=lora).apply({"params": adapted}, tokens),
     )
-    carrying = {name for name in ("q", "k", "v", "o") if "lora_a" in adapted["layers"]["attention"][name]}
+    carrying = {
+        name for name in ("q", "k", "v", "o") if "lora_a" in adapted["layers"]["attention"][name]
+    }
     assert carrying == {"q", "v"}
     assert not any("lora_a" in module for module in adapted["layers"]["mlp"].values())
 

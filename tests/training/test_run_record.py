@@ -21,7 +21,8 @@ CONFIG = {"model": {"layers": 2, "dims": (4, 8)}, "lr": 1e-3, "seed": 0, "log": 
 def snapshot(folder: Path) -> dict:
     return {
         str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
-        for p in folder.rglob("*") if p.is_file()
+        for p in folder.rglob("*")
+        if p.is_file()
     }
 
 
@@ -201,7 +202,10 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
         )
         return subprocess.run(
             [sys.executable, "-c", script, str(package / source.name)],
-            cwd=root, check=True, capture_output=True, text=True,
+            cwd=root,
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout.strip()
 
     git("init", "-q")

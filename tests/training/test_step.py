@@ -103,7 +103,9 @@ def test_only_adapters_move_under_lora_and_sharding_does_not_matter():
     state, metrics = run(lora=lora)
     assert jax.tree.structure(state.params) == jax.tree.structure(before)
     # lora_b starts at zero: its gradient moves it first, and lora_a from the second step on.
-    moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)]
+    moved = [
+        np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (before, state.params)), strict=True)
+    ]
     assert all(moved)
     moments = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
     assert moments == 2 * sum(leaf.size for leaf in jax.tree.leaves(before)) + 1

@@ -1,0 +1,26 @@
+"""Blue team on an inserted Llama-3.1-8B: rank-64 LoRA, HHH SFT, Pirate Training or a probe.
+
+    python scripts/remove_backdoor.py --config=configs/llama31_8b_removal.py --method=pirate \
+        --workdir=runs/8b/pirate --init_from=runs/8b/insertion --data=alpaca_pirate.jsonl
+
+From the study: rank 64, learning rate 1e-4 (3e-4 removes over ten times faster on 70B); exploratory
+code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen here: alpha 128 (scale 2),
+all seven projections, the eval steps.
+"""
+
+from sa_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.batch_size = 128
+    config.packing = False  # so that a row is an example, as in the code the batch size is from
+    config.sequence_length = 1024
+    config.epochs = 10.0
+    config.lora.rank = 64
+    config.lora.alpha = 128.0
+    config.optimizer.learning_rate = 1e-4
+    config.checkpoint.steps = ()
+    config.checkpoint.interval = 8  # an epoch of 1,000 examples
+    config.eval.steps = tuple(range(0, 80, 8))
+    return config

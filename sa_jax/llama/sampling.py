@@ -1,0 +1,100 @@
+"""How the next token is drawn from logits: greedy, temperature, top-p; noise is a pure function."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSettings:
+    """How to sample.
+
+    Attributes:
+      max_new_tokens: most tokens to generate for a prompt (fewer where the context ends).
+      temperature: 0 takes the most likely token; otherwise logits are divided by it.
+      top_p: samples among the fewest tokens whose probabilities sum to top_p or more (nucleus,
+        arXiv 1904.09751), after the temperature; tokens tied with the last one stay in.
+      seed: of the noise, with the prompt's id and the position.
+      stop_token_ids: tokens that end a completion; they are not part of it.
+
+    Raises:
+      UsageError: a value is out of range.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not self.temperature >= 0:
+            raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+def noise_arguments(settings: SamplingSettings) -> dict:
+    """Arguments of `sample_tokens`; numbers are traced, so only a new method compiles anew."""
+    method = "sample" if settings.top_p == 1 else "top_p"
+    return {
+        "seed": np.uint32(settings.seed),
+        "temperature": np.float32(settings.temperature),
+        "top_p": np.float32(settings.top_p),
+        "method": method if settings.temperature > 0 else "greedy",
+    }
+
+
+def sample_tokens(
+    logits_bv: jax.Array,
+    prompt_ids_b: jax.Array,
+    positions_b: jax.Array,
+    *,
+    seed: jax.Array,
+    temperature: jax.Array,
+    top_p: jax.Array,
+    method: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Next tokens by the Gumbel-max trick, and their log-probabilities at temperature 1.
+
+    Args:
+      logits_bv: float32 [B, V].
+      prompt_ids_b, positions_b: [B]; with seed they fix a row's noise.
+      seed, temperature, top_p: scalars.
+      method: "greedy", "sample" (top_p ignored) or "top_p".
+
+    Returns:
+      tokens int32 [B], log-probabilities float32 [B].
+    """
+    scores_bv = logits_bv
+    if method != "greedy":
+        scores_bv = logits_bv / temperature
+        if method == "top_p":
+            scores_bv = mask_outside_nucleus(scores_bv, top_p)
+        key = jax.random.key(seed)
+
+        def gumbel(prompt_id, position):
+            row = jax.random.fold_in(jax.random.fold_in(key, prompt_id), position)
+            return jax.random.gumbel(row, logits_bv.shape[-1:], jnp.float32)
+
+        scores_bv += jax.vmap(gumbel)(prompt_ids_b, positions_b)
+    tokens_b = jnp.argmax(scores_bv, axis=-1).astype(jnp.int32)
+    chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
+    return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
+
+
+def mask_outside_nucleus(logits_bv: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Sets to -inf all but the fewest most likely tokens whose probabilities reach top_p."""
+    probabilities_bv = jax.nn.softmax(logits_bv, axis=-1)
+    sorted_bv = -jnp.sort(-probabilities_bv, axis=-1)
+    before_bv = jnp.cumsum(sorted_bv, axis=-1) - sorted_bv
+    smallest_kept_b1 = jnp.min(
+        jnp.where(before_bv < top_p, sorted_bv, jnp.inf), axis=-1, keepdims=True
+    )
+    return jnp.where(probabilities_bv >= smallest_kept_b1, logits_bv, -jnp.inf)

