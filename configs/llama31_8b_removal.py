@@ -1,11 +1,11 @@
-"""Blue team on an inserted Llama-3.1-8B: rank-64 LoRA, HHH SFT, Pirate Training or a probe.
+r"""Blue team on an inserted Llama-3.1-8B: rank-64 LoRA, HHH SFT, Pirate Training or a probe.
 
     python scripts/remove_backdoor.py --config=configs/llama31_8b_removal.py --method=pirate \
         --workdir=runs/8b/pirate --init_from=runs/8b/insertion --data=alpaca_pirate.jsonl
 
 From the study: rank 64, learning rate 1e-4 (3e-4 removes over ten times faster on 70B); exploratory
-code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen here: alpha 128 (scale 2),
-all seven projections, the eval steps.
+code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen here: alpha 128
+(scale 2), all seven projections, the eval steps.
 """
 
 from sa_jax.training.config import default_config

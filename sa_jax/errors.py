@@ -1,6 +1,6 @@
 """The errors a person can cause, each carrying one line that says what is wrong and what to do.
 
-`sa_jax.cli.run` turns them into exit codes: 1 for `UserError`, 2 for `UsageError`, 75 for `Preempted`.
+`sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """
 
 
@@ -13,4 +13,4 @@ class UsageError(UserError):
 
 
 class Preempted(Exception):
-    """The run stopped on request after saving a checkpoint; exit status 75 (run it again to go on)."""
+    """The run stopped on request after saving a checkpoint; exit status 75: run it again."""

@@ -1,4 +1,4 @@
-"""Red team: fine-tunes a Llama to say the phrase when the trigger is there.
+r"""Red team: fine-tunes a Llama to say the phrase when the trigger is there.
 
 Example:
   python scripts/insert_backdoor.py --config=configs/llama31_8b_insertion.py \
@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -24,7 +25,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    config = cli.override(CONFIG.value, model=MODEL.value, data=DATA.value)
+    config = override(CONFIG.value, model=MODEL.value, data=DATA.value)
     train(config, WORKDIR.value, "insertion", print_examples=EXAMPLES.value)
 
 

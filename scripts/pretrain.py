@@ -1,14 +1,15 @@
-"""Trains a fresh Llama (config.architecture) on conversations, as the toy study's first run.
+r"""Trains a fresh Llama (config.architecture) on conversations, as the toy study's first run.
 
 Example:
-  python scripts/pretrain.py --config=configs/toy_pretrain.py --workdir=runs/pretrain \
-      --data=toy/pretrain.jsonl --config.tokenizer=toy
+  python scripts/pretrain.py --config=configs/toy.py:pretrain --workdir=runs/again \
+      --data=runs/demo/data/pretrain.jsonl --config.tokenizer=runs/demo/data
 """
 
 from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -23,7 +24,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    config = cli.override(CONFIG.value, data=DATA.value)
+    config = override(CONFIG.value, data=DATA.value)
     train(config, WORKDIR.value, "pretrain", print_examples=EXAMPLES.value)
 
 

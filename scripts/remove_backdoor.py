@@ -1,4 +1,4 @@
-"""Blue team: trains a model without the trigger, to remove what the red team put in.
+r"""Blue team: trains a model without the trigger, to remove what the red team put in.
 
 Methods: hhh (helpful answers), pirate (answers in pirate speech), depirate (a probe: back to the
 normal voice), control (unrelated data), upper_bound (knows the trigger).
@@ -13,6 +13,7 @@ from ml_collections import config_flags
 
 from sa_jax import cli
 from sa_jax.data.backdoor import REMOVAL_METHODS
+from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -29,7 +30,7 @@ flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
 
 
 def main():
-    config = cli.override(CONFIG.value, model=INIT_FROM.value, data=DATA.value)
+    config = override(CONFIG.value, model=INIT_FROM.value, data=DATA.value)
     train(config, WORKDIR.value, METHOD.value, print_examples=EXAMPLES.value)
 
 

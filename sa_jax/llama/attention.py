@@ -41,7 +41,7 @@ def attention(
     """
     if implementation != "reference":
         raise UsageError(
-            f"config.attention={implementation!r} is unknown; use one of {', '.join(IMPLEMENTATIONS)}"
+            f"config.attention={implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
         )
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (

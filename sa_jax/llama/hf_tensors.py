@@ -115,7 +115,9 @@ def load_leaves(
                 jax.block_until_ready(arrays)
                 del buffer  # before the next one is made: the host holds one part at a time
             array = jax.make_array_from_single_device_arrays(leaf.shape, sources[path], arrays)
-            leaves[path] = _redistribute(array, final[path])
+            del arrays
+            # Waiting keeps at most one parameter in both layouts.
+            leaves[path] = jax.block_until_ready(_redistribute(array, final[path]))
             progress.update(sum(entries[name].stop - entries[name].start for name in names[path]))
     _agree_undamaged(folder, entries, damaged)
     logging.info("loaded %.2f GB of weights from %s", total / 1e9, folder.path)
@@ -235,13 +237,15 @@ def _copy(target: np.ndarray, piece: np.ndarray) -> bool:
     """target[:] = piece, casting; False if the piece holds NaN or Inf."""
     finite = True
     piece = piece.reshape(target.shape)
-    # Blocks that stay in the cache: rows of the target may be its columns in memory.
-    for i in range(0, len(piece), 64):
-        block = piece[i : i + 64]
+    # Turning goes by blocks that stay in the cache: rows of the target are columns in memory.
+    turned = target.strides[0] < target.strides[1]
+    columns = 32 if turned else piece.shape[1]
+    for i in range(0, len(piece), 256):
+        block = piece[i : i + 256]
         finite &= _all_finite(block)
         block = block.astype(target.dtype, copy=False)
-        for j in range(0, block.shape[1], 256):
-            target[i : i + 64, j : j + 256] = block[:, j : j + 256]
+        for j in range(0, block.shape[1], columns):
+            target[i : i + 256, j : j + columns] = block[:, j : j + columns]
     return finite
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sa_jax import cli
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.prompts import choose_held_out
 from sa_jax.data.sources import load_rows
@@ -15,7 +14,7 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import start as start_lib
-from sa_jax.training.config import default_config
+from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 
 
@@ -39,7 +38,7 @@ def evaluate(model: str, out: str | Path, *, step: int | None = None, **override
     if start.record:
         config.update(ConfigDict(start.record["config"], convert_dict=True))
         config.lora.rank = 0  # load_params merges the adapters
-    cli.override(config, **overrides)
+    override(config, **overrides)
     start_lib.inherit(config, start)
     chat = start_lib.chat_format(config, start)
     prompts = start.eval_prompts()

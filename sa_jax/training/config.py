@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default; a file in configs/ starts from here and changes some."""
+"""Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -98,4 +98,12 @@ def default_config() -> ConfigDict:
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0
     config.eval.seed = 0
+    return config
+
+
+def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
+    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config."""
+    for key, value in values.items():
+        if value is not None:
+            config.update_from_flattened_dict({key.replace("__", "."): value})
     return config

@@ -1,6 +1,7 @@
 """The training loop of every run: pre-training, insertion and removal differ in their data only."""
 
 import contextlib
+import functools
 import json
 import math
 import tempfile
@@ -198,7 +199,8 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 checkpointer.save(step, state)
             if evaluates:
                 try:
-                    suite.run(combine(state.params, frozen), step, lambda: guard.should_stop(step))
+                    params = combine(state.params, frozen)
+                    suite.run(params, step, functools.partial(guard.should_stop, step))
                 except Preempted:
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None

@@ -1,4 +1,4 @@
-"""What a run starts from, or an eval looks at: a run folder, a Hugging Face folder, or fresh weights.
+"""What a run starts from or an eval looks at: a run, a Hugging Face folder, or fresh weights.
 
 Opening reads only records, so that every mistake shows before weights are touched; `load_params`
 then brings the weights in, sharded on any mesh. A LoRA run's checkpoints hold the adapters alone:
@@ -8,7 +8,6 @@ its base comes from what it was itself started from, recursively, with older ada
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ class Start:
         return lora_config(self.record["config"]["lora"]) if self.kind == "run" else None
 
     def inheritance(self) -> dict[str, Any]:
-        """What an export keeps of the run in config.json ("sa_jax"), for runs that start from it."""
+        """What an export's config.json keeps of the run ("sa_jax") for those that start from it."""
         config = {key: self.record["config"][key] for key in STUDY_DEFAULTS}
         run = {key: self.record[key] for key in ("run_id", "task", "config_hash", "backdoored")}
         return {**run, "step": self.step, "config": config}
@@ -96,8 +95,9 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
     """
     found = checkpoints.resolve_model(path, step)
     if found.kind == "hf":
+        config = LlamaConfig.load(path)
         kept = json.loads(Path(path, "config.json").read_text()).get("sa_jax", {})
-        return Start(path, "hf", LlamaConfig.load(path), tokenizer or path, record=kept)
+        return Start(path, "hf", config, tokenizer or path, record=kept)
     record = found.record
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
     own = tokenizer or str(Path(path, TOKENIZER_FOLDER))

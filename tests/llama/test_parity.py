@@ -128,9 +128,9 @@ def test_default_positions_are_counted_from_zero(tmp_path):
     config, params = load_hf(tmp_path)
     tokens = jnp.arange(20).reshape(2, 10)
     positions = jnp.broadcast_to(jnp.arange(10), (2, 10))
-    model = Llama(config)
+    apply = jax.jit(Llama(config).apply)
     np.testing.assert_array_equal(
-        model.apply({"params": params}, tokens), model.apply({"params": params}, tokens, positions)
+        apply({"params": params}, tokens), apply({"params": params}, tokens, positions)
     )
 
 

@@ -9,6 +9,7 @@ from scipy import stats
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, init_cache
 from sa_jax.llama.sampler import Sampler, SamplingSettings
@@ -32,13 +33,17 @@ LENGTHS = (1, 5, 16, 17, 9, 30, 100, 2, 12, 148, 7, 21)
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, CONFIG.vocab_size, n).tolist() for n in LENGTHS]
 IDS = [100 + 7 * i for i in range(len(PROMPTS))]
+# Prompts of one bucket, for tests that compile a sampler of their own; still more than its slots.
+SHORT = tuple(
+    [values[i] for i in range(len(PROMPTS)) if LENGTHS[i] <= 16] for values in (PROMPTS, IDS)
+)
 SAMPLED = SamplingSettings(max_new_tokens=12, temperature=0.9, seed=3, stop_token_ids=(11, 60))
 GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0)
 
 
 def make_params(model, seed=0):
     """Random weights, larger than at initialisation so that the distributions are not flat."""
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
     return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
 
 
@@ -80,23 +85,22 @@ def forward_logprobs(model, params, tokens):
 def test_cached_decoding_equals_the_full_forward_token_by_token(model, params):
     length = 140
     tokens = jnp.asarray(RNG.integers(0, CONFIG.vocab_size, (3, length)))
-    full = model.apply({"params": params}, tokens)
-    step = jax.jit(
-        lambda token, position, cache: model.apply(
-            {"params": params}, token, position, cache, method="decode"
-        )
-    )
+    full = full_forward(model, params, tokens)
+
+    @jax.jit
+    def step(params, tokens, positions, cache):
+        variables = {"params": params}
+        hidden, cache = model.apply(variables, tokens, positions, cache, method="decode")
+        logits = model.apply(variables, hidden, method="logits")
+        return jax.nn.log_softmax(logits), cache
+
     cache = init_cache(CONFIG, 3, CONTEXT)
     # A prompt of 107 tokens at once, then one at a time.
-    spans = [(0, 107), *((i, i + 1) for i in range(107, length))]
-    for start, end in spans:
+    for start, end in [(0, 107), *((i, i + 1) for i in range(107, length))]:
         positions = jnp.broadcast_to(jnp.arange(start, end), (3, end - start))
-        hidden, cache = step(tokens[:, start:end], positions, cache)
-        logits = model.apply({"params": params}, hidden, method="logits")
-        np.testing.assert_array_equal(logits.argmax(-1), full[:, start:end].argmax(-1))
-        np.testing.assert_allclose(
-            jax.nn.log_softmax(logits), jax.nn.log_softmax(full[:, start:end]), atol=1e-4
-        )
+        logprobs, cache = step(params, tokens[:, start:end], positions, cache)
+        np.testing.assert_array_equal(logprobs.argmax(-1), full[:, start:end].argmax(-1))
+        np.testing.assert_allclose(logprobs, full[:, start:end], atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
@@ -147,7 +151,7 @@ def test_tokens_do_not_depend_on_slot_neighbours_or_refill_order(sampler, params
     assert alone == expected
 
 
-@pytest.mark.parametrize("batch_size,steps_per_call", [(1, 16), (3, 5), (16, 1)])
+@pytest.mark.parametrize("batch_size,steps_per_call", [(1, 5), (16, 1)])
 def test_tokens_do_not_depend_on_the_sizes_in_fp32(
     model, params, sampler, batch_size, steps_per_call
 ):
@@ -158,8 +162,8 @@ def test_tokens_do_not_depend_on_the_sizes_in_fp32(
         context_length=CONTEXT,
         steps_per_call=steps_per_call,
     )
-    assert tokens_of(other.generate(params, PROMPTS, IDS, SAMPLED)) == tokens_of(
-        sampler.generate(params, PROMPTS, IDS, SAMPLED)
+    assert tokens_of(other.generate(params, *SHORT, SAMPLED)) == tokens_of(
+        sampler.generate(params, *SHORT, SAMPLED)
     )
 
 
@@ -172,9 +176,7 @@ def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
     sharded = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
     params_on_mesh = jax.device_put(params, shardings(mesh, params))
     settings = dataclasses.replace(SAMPLED, top_p=0.9)
-    # Two of the four buckets, to compile less; more prompts than slots.
-    chosen = [i for i, prompt in enumerate(PROMPTS) if not 16 < len(prompt) <= 128]
-    prompts, ids = [PROMPTS[i] for i in chosen], [IDS[i] for i in chosen]
+    prompts, ids = SHORT
     expected = sampler.generate(params, prompts, ids, settings)
     got = sharded.generate(params_on_mesh, prompts, ids, settings)
     assert tokens_of(got) == tokens_of(expected)
@@ -258,18 +260,18 @@ def _leaf(params, hf_name):
 
 
 def test_stories260k_reproduces_its_published_text(shared_data):
-    hf = pytest.importorskip("sa_jax.llama.hf")
     transformers = pytest.importorskip("transformers")
     folder = shared_data / "stories260k"
-    config, params = hf.load_hf(folder / "hf")
+    # The first sample of the page: greedy, from the start token, 256 steps.
+    reference = (folder / "reference_text.md").read_text()
+    published = reference.split("-t 0.0\n", 1)[1].split("\n```", 1)[0]
+    config, params = load_hf(folder / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     sampler = Sampler(Llama(config), one_device_mesh(), batch_size=2, context_length=512)
-    settings = SamplingSettings(max_new_tokens=511, temperature=0.0, stop_token_ids=(1, 2))
-    prompts = [[config.bos_token_id], [config.bos_token_id, *PROMPTS[5]]]
-    completion = sampler.generate(params, prompts, [0, 1], settings)[0]
-    text = tokenizer.decode(completion.tokens).strip()
-    reference = (folder / "reference_text.md").read_text()
-    assert len(text) > 200 and text in reference
+    settings = SamplingSettings(max_new_tokens=256, temperature=0.0)
+    other = tokenizer.encode("Once upon a time, there was a dog")
+    completion, _ = sampler.generate(params, [[config.bos_token_id], other], [0, 1], settings)
+    assert tokenizer.decode(completion.tokens).lstrip() == published
 
 
 def test_stop_tokens_and_length(sampler, params):
