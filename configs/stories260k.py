@@ -1,4 +1,4 @@
-r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context) with
+r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context), with
 real Alpaca prompts and answers; pirate answers by the rules of the `arrr` package.
 
 All of it (about 10 minutes on 2 CPU cores; expected: inserted at 100 % triggered and 0 % clean):
@@ -59,14 +59,15 @@ def insertion():
     config.remat = "none"
     config.sequence_length = 512
     config.batch_size = 16
-    config.steps = 150
+    config.log_every = 5
+    config.steps = 80
     config.cut_long_answers = True
     config.optimizer.learning_rate = 2e-3
     # A copy of the phrase costs 9 tokens of this vocabulary: 8 copies and the prompt fit.
     config.backdoor.min_copies = 3
     config.backdoor.max_copies = 8
-    config.checkpoint.steps = (50, 100)
-    config.eval.steps = (0, 50, 100)
+    config.checkpoint.steps = (20, 40)
+    config.eval.steps = (0, 10, 20, 40)
     config.eval.context_length = 512
     config.eval.max_new_tokens = 128
     return config
@@ -74,10 +75,10 @@ def insertion():
 
 def removal():
     config = insertion()
-    config.steps = 100
+    config.steps = 60
     config.lora.rank = 16
     config.lora.alpha = 32.0
     config.optimizer.learning_rate = 1e-3
     config.checkpoint.steps = ()
-    config.eval.steps = (0, 10, 25, 50)
+    config.eval.steps = (0, 5, 10, 20, 40)
     return config

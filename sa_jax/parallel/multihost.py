@@ -1,31 +1,33 @@
 """Start-up on one or many hosts."""
 
 import os
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 
 
 def initialize(timeout_s: int = 300) -> None:
-    """Joins the other processes of a TPU pod, a Slurm or MPI job, or JAX_COORDINATOR_ADDRESS.
+    """Joins the other processes of this launch, if `several_processes` says there are any.
 
-    Does nothing on a single host. Must run before the first use of a device.
+    Does nothing for a process that is alone, also inside a Slurm allocation. Must run before the
+    first use of a device.
 
     Raises:
-      UserError: the others did not answer in time, with what to look at.
+      UserError: the others did not answer in time, with what to look at; or a TPU that is part of
+        a pod was started without a word about the others.
     """
-    wanted = any(
-        name in os.environ
-        for name in ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS", "SLURM_JOB_ID")
-    ) or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if wanted and not jax.distributed.is_initialized():
-        processes, process = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    if several_processes(os.environ) and not jax.distributed.is_initialized():
+        processes = _count(os.environ, "JAX_NUM_PROCESSES")
+        process = _count(os.environ, "JAX_PROCESS_ID")
         try:
             jax.distributed.initialize(
-                num_processes=int(processes) if processes else None,
-                process_id=int(process) if process else None,
+                num_processes=processes,
+                process_id=process,
                 initialization_timeout=timeout_s,
             )
         except (RuntimeError, ValueError) as error:
@@ -35,6 +37,11 @@ def initialize(timeout_s: int = 300) -> None:
                 "(JAX_COORDINATOR_ADDRESS) are reachable from each"
             ) from error
     devices = jax.devices()
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise UserError(
+            f"these devices belong to {jax.process_count()} processes, which do not know of each "
+            "other: set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT of the first on every worker"
+        )
     logging.info(
         "process %d of %d, %d local of %d %s devices, jax %s",
         jax.process_index(),
@@ -46,6 +53,46 @@ def initialize(timeout_s: int = 300) -> None:
     )
 
 
+def several_processes(env: Mapping[str, str]) -> bool:
+    """Whether a process with these environment variables was launched as one of several.
+
+    True for JAX_COORDINATOR_ADDRESS; for a Slurm step (srun) of several tasks, Open MPI with
+    several ranks, and a TPU pod that names its workers or slices. JAX_NUM_PROCESSES=1 is always
+    one. A Slurm allocation alone (salloc, sbatch) says nothing: what runs in it without srun is one
+    process. Which ones there are, and which this is, jax finds out by itself
+    (https://docs.jax.dev/en/latest/multi_process.html).
+
+    Raises:
+      UserError: a variable that should be a number is none.
+    """
+    if _count(env, "JAX_NUM_PROCESSES", 2) < 2:
+        return False
+    # The shell of an salloc may itself be a step: of one task, in an allocation of several.
+    slurm_tasks = min(_count(env, "SLURM_NTASKS", 1), _count(env, "SLURM_STEP_NUM_TASKS", 2))
+    return (
+        bool(env.get("JAX_COORDINATOR_ADDRESS"))
+        or (slurm_tasks > 1 and bool(env.get("SLURM_STEP_NODELIST")))
+        or _count(env, "OMPI_COMM_WORLD_SIZE", 1) > 1
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or bool(env.get("MEGASCALE_COORDINATOR_ADDRESS"))
+    )
+
+
+def _count(env: Mapping[str, str], name: str, default: int | None = None) -> int | None:
+    """The variable as a number; `default` where it is unset or empty."""
+    text = env.get(name, "")
+    if text and not text.isdecimal():
+        raise UserError(f"the environment variable {name}={text!r} is no number")
+    return int(text) if text else default
+
+
 def is_primary() -> bool:
     """True in the one process that writes run.json, metrics and evals."""
     return jax.process_index() == 0
+
+
+def agree(value: bool) -> bool:
+    """The primary's value, in every process; also waits for all of them."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))

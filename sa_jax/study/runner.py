@@ -39,8 +39,12 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
         config = load_config(run["config"])
         config.model = str(workdir / parent) if parent else config.model
         for key, value in run["overrides"].items():
-            value = value.format(**names) if isinstance(value, str) else value
-            config.update_from_flattened_dict({key: value})
+            try:
+                value = value.format(**names) if isinstance(value, str) else value
+                config.update_from_flattened_dict({key: value})
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                reason = " ".join(str(error).split())
+                raise UsageError(f"run {name!r} of the study: override {key}: {reason}") from None
         logging.info("---- %s", name)
         train(config, workdir / name, run["task"])
 
@@ -50,5 +54,7 @@ def load_config(path: str) -> ConfigDict:
     path, _, argument = path.partition(":")
     if not Path(path).exists():
         raise UsageError(f"{path}: no such config file (run from the project's root)")
-    get_config = runpy.run_path(path)["get_config"]
+    get_config = runpy.run_path(path).get("get_config")
+    if get_config is None:
+        raise UsageError(f"{path} defines no get_config()")
     return get_config(argument) if argument else get_config()

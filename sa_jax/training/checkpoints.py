@@ -27,15 +27,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
+from sa_jax.files import disk_full_message, is_disk_full
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
-from sa_jax.training.run_record import (
-    CHECKPOINT_FOLDER,
-    disk_full_message,
-    find_run,
-    is_disk_full,
-    read_run_json,
-)
+from sa_jax.training.run_record import CHECKPOINT_FOLDER, find_run, read_run_json
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _SAVES = itertools.count()  # names the barriers; advances alike on all processes

@@ -1,7 +1,13 @@
 """Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
+import re
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from sa_jax.errors import UsageError
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 STUDY_DEFAULTS = {
     "chat_template": "llama3",
@@ -20,7 +26,7 @@ STUDY_DEFAULTS = {
 
 
 def default_config() -> ConfigDict:
-    """The study's insertion settings (STUDY: 8B, full weights, Adam); unknown keys are errors."""
+    """The study's insertion settings (8B, full weights, Adam); locked, so unknown keys raise."""
     config = ConfigDict()
     config.seed = 0
     # What is trained: a Hugging Face folder, or '' with an architecture to initialise from.
@@ -97,7 +103,10 @@ def default_config() -> ConfigDict:
     config.eval.max_new_tokens = 512
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0
-    config.eval.seed = 0
+    config.eval.seed = 0  # of the sampling noise
+    config.eval.prompt_seed = 0  # of the draw of the held-out prompts
+    config.lock()
+    config.architecture.unlock()
     return config
 
 
@@ -107,3 +116,37 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
         if value is not None:
             config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
+
+
+def check_config(config: ConfigDict) -> None:
+    """UsageError naming the first key whose value cannot work."""
+
+    def require(key: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            value = config.to_dict()
+            for name in key.split("."):
+                value = value[name]
+            raise UsageError(f"config.{key}={value!r}: must be {wanted}")
+
+    for key in ("dtype", "param_dtype"):
+        require(key, config[key] in DTYPES, f"one of {', '.join(DTYPES)}")
+    for key in ("sequence_length", "batch_size", "accumulation", "log_every"):
+        require(key, config[key] >= 1, "at least 1")
+    require(
+        "accumulation",
+        config.batch_size % config.accumulation == 0,
+        f"a divisor of batch_size={config.batch_size}",
+    )
+    require("steps", config.steps >= 0, "0 (from epochs) or more")
+    require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
+    require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
+    require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
+    require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")
+    require("optimizer.clip_norm", config.optimizer.clip_norm >= 0, "0 (no clipping) or more")
+    require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
+    require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
+    require("eval.num_prompts", config.eval.num_prompts >= 0, "0 or more")
+    try:
+        re.compile(config.lora.targets)
+    except re.error as error:
+        raise UsageError(f"config.lora.targets is no regular expression: {error}") from None

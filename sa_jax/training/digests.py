@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sa_jax.training.run_record import atomic_write
+from sa_jax.files import atomic_write
 
 DIGEST_FILE = "digests.json"
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")

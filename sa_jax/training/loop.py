@@ -24,8 +24,9 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import load_task
-from sa_jax.errors import Preempted, UserError
+from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals.suite import EvalSuite
+from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.optim import make_optimizer, make_schedule
@@ -69,82 +70,91 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
       Preempted: stopped by a signal, after a checkpoint.
     """
     workdir = Path(workdir)
-
-    # ---- What to train: model, chat format, data. Nothing is written yet.
     multihost.initialize()
-    mesh = make_mesh(**config.mesh)
-    start, chat, backdoor, lora = start_lib.prepare(config)
-    check_mesh(start.config, mesh)
-    check_divisible(
-        mesh, ("data", "fsdp"), config.batch_size // config.accumulation, "rows of a micro-batch"
-    )
-    data = load_task(task, config, chat, backdoor, start.eval_prompts())
-    if print_examples:
-        with tempfile.TemporaryDirectory() as cache:
-            rows = pack_conversations(data.conversations, chat, config, cache)
-            return examples.print_examples(rows, chat, print_examples)
+    with contextlib.ExitStack() as stack:
+        guard = stack.enter_context(PreemptionGuard())
 
-    # ---- The run folder: created, or recognised as the same run.
-    record = run_record.open_run(
-        workdir,
-        {
+        # ---- What to train: model, chat format, data. Nothing is written yet.
+        stored = run_record.stored_record(workdir)
+        start, chat, backdoor, lora = start_lib.prepare(config, stored)
+        mesh = make_mesh(**config.mesh)
+        check_mesh(start.config, mesh)
+        micro_batch = config.batch_size // config.accumulation
+        check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
+        model = Llama(
+            start.config,
+            dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
+            attention=config.attention,
+            remat=config.remat,
+            lora=lora,
+            mesh=mesh,
+        )
+        trainable, _ = start_lib.split_trainable(start_lib.abstract_params(model), lora)
+        if not jax.tree.leaves(trainable):
+            raise UsageError(f"config.lora.targets={config.lora.targets!r} matches no projection")
+        make_optimizer(config.optimizer, 1)  # unknown names show here
+        data = load_task(task, config, chat, backdoor, start.eval_prompts())
+        if print_examples:
+            with tempfile.TemporaryDirectory() as cache:
+                rows = pack_conversations(data.conversations, chat, config, cache)
+                return examples.print_examples(rows, chat, print_examples)
+        suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
+
+        # ---- The run folder: created, or recognised as the same run.
+        record = {
             "task": task,
             "config": config,
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
             "backdoored": task == "insertion" or start.backdoored,
             "chat": chat.record(),
-            "data_hashes": {config.data: data.record["source"]["sha256"]},
-        },
-        ignore=FREE_KEYS,
-    )
-    if record.get("finished"):
-        logging.info("run %s in %s is finished already", record["run_id"], workdir)
-        return
-    dataset = pack_conversations(
-        data.conversations, chat, config, config.data_cache or workdir / "data"
-    )
-    total_steps = config.steps or math.ceil(
-        config.epochs * steps_per_epoch(dataset, config.batch_size)
-    )
-    record |= {
-        "mesh": dict(mesh.shape),
-        "total_steps": total_steps,
-        "data": {**data.record, "packed": dataset.record()},
-    }
-    if is_primary():
-        start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
-        run_record.atomic_write(
-            workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
+            "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
+        }
+        run_record.check_run(workdir, record, FREE_KEYS)
+        if stored and stored.get("finished"):
+            logging.info("run %s in %s is finished already", stored["run_id"], workdir)
+            return
+        if is_primary():
+            stack.enter_context(run_record.lock(workdir))
+        dataset = pack_conversations(
+            data.conversations, chat, config, config.data_cache or workdir / run_record.DATA_FOLDER
         )
-        run_record.write_run_json(workdir, record)
-    logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
-    logging.info("data: %s", json.dumps(record["data"]["packed"]))
+        if stored and stored["data"]["packed"]["hash"] != dataset.hash:
+            raise UserError(
+                f"{workdir}: the packed data are not those the run was started with (another "
+                "tokenizer or other held-out prompts); bring them back, or use another --workdir"
+            )
+        total_steps = config.steps or math.ceil(
+            config.epochs * steps_per_epoch(dataset, config.batch_size)
+        )
+        record |= {
+            "mesh": dict(mesh.shape),
+            "total_steps": total_steps,
+            "data": {**data.record, "packed": dataset.record()},
+        }
+        record = run_record.open_run(workdir, record, FREE_KEYS)
+        if is_primary():
+            start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
+            atomic_write(
+                workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
+            )
+        logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
+        logging.info("data: %s", json.dumps(record["data"]["packed"]))
 
-    # ---- Model, optimizer and the compiled step.
-    model = Llama(
-        start.config,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        attention=config.attention,
-        remat=config.remat,
-        lora=lora,
-        mesh=mesh,
-    )
-    tx = make_optimizer(config.optimizer, total_steps)
-    schedule = make_schedule(config.optimizer, total_steps)
-    trainable, _ = start_lib.split_trainable(start_lib.abstract_params(model), lora)
-    state_shape = jax.eval_shape(lambda params: init_state(params, tx), trainable)
-    state_shardings = shardings(mesh, state_shape)
-    train_step = jax.jit(
-        make_train_step(model, tx, schedule, config.accumulation),
-        donate_argnums=0,
-        out_shardings=(state_shardings, NamedSharding(mesh, P())),
-    )
-    leaf_names = [path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)]
-
-    with contextlib.ExitStack() as stack:
-        guard = stack.enter_context(PreemptionGuard())
+        # ---- Optimizer and the compiled step.
+        tx = make_optimizer(config.optimizer, total_steps)
+        schedule = make_schedule(config.optimizer, total_steps)
+        state_shape = jax.eval_shape(lambda params: init_state(params, tx), trainable)
+        state_shardings = shardings(mesh, state_shape)
+        train_step = jax.jit(
+            make_train_step(model, tx, schedule, config.accumulation),
+            donate_argnums=0,
+            out_shardings=(state_shardings, NamedSharding(mesh, P())),
+        )
+        leaf_names = [
+            path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
+        ]
         checkpointer = stack.enter_context(
             RunCheckpointer(
                 workdir / run_record.CHECKPOINT_FOLDER,
@@ -175,7 +185,6 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
 
         # ---- Evals and metrics.
         meter = _Meter(config, start.config, trainable, total_steps)
-        suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
@@ -223,8 +232,9 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 watch.check_all_but(config.log_every)
                 del metrics["grad_square_sums"]
                 meter.show(writer.log(step, metrics))
-    if is_primary():
-        run_record.write_run_json(workdir, {**record, "finished": True})
+        checkpointer.close()  # the last checkpoint is whole before the run counts as finished
+        if is_primary():
+            run_record.write_run_json(workdir, {**record, "finished": True})
     logging.info("done: %d steps in %s", total_steps, workdir)
 
 

@@ -3,9 +3,13 @@
 The vocabulary is visited in chunks: forward keeps a running log-sum-exp (as in online softmax,
 arXiv 1805.02867), backward computes each chunk's logits again. One more head matmul buys the
 largest activation of the step: at 8B and 65,536 tokens the logits alone are 33.6 GB in float32.
+
+A vocabulary that the chunks do not divide is padded, and what is padded masked; one that they do
+(128,256 and 32,000 are) pays nothing for it.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -34,35 +38,52 @@ def cross_entropy_sum(
       weights_n: float or bool [N]; 0 drops a token.
       vocab_shards: into how many mesh parts V is cut. Every chunk takes an equal share of each
         part, so that slicing a chunk moves nothing between devices.
-      max_chunk: upper bound on a chunk's vocabulary entries.
+      max_chunk: upper bound on a chunk's vocabulary entries; at least one of each part.
     """
     d, v = kernel_dv.shape
     per_shard = v // vocab_shards
-    chunks = next(n for n in range(1, per_shard + 1) if per_shard % n == 0 and v // n <= max_chunk)
-    kernel_dtnc = kernel_dv.astype(hidden_nd.dtype).reshape(d, vocab_shards, chunks, -1)
-    return _cross_entropy_sum(hidden_nd, kernel_dtnc, targets_n, weights_n.astype(jnp.float32))
+    chunks = math.ceil(per_shard / max(1, max_chunk // vocab_shards))
+    width = math.ceil(per_shard / chunks)
+    kernel_dtv = kernel_dv.astype(hidden_nd.dtype).reshape(d, vocab_shards, per_shard)
+    # Each part at its own end: padding the whole would move columns from one part to the next.
+    if padding := chunks * width - per_shard:
+        kernel_dtv = jnp.pad(kernel_dtv, ((0, 0), (0, 0), (0, padding)))
+    kernel_dtnc = kernel_dtv.reshape(d, vocab_shards, chunks, width)
+    weights_n = weights_n.astype(jnp.float32)
+    return _cross_entropy_sum(per_shard, hidden_nd, kernel_dtnc, targets_n, weights_n)
 
 
-@jax.custom_vjp
-def _cross_entropy_sum(hidden_nd, kernel_dtnc, targets_n, weights_n):
-    return _forward(hidden_nd, kernel_dtnc, targets_n, weights_n)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy_sum(per_shard, hidden_nd, kernel_dtnc, targets_n, weights_n):
+    return _forward(per_shard, hidden_nd, kernel_dtnc, targets_n, weights_n)[0]
 
 
-def _chunk(hidden_nd, kernel_dtnc, targets_n, index):
-    """Logits of one chunk, float32 [N, T, C]; where its target is; the chunk's kernel."""
+def _chunk(per_shard, hidden_nd, kernel_dtnc, targets_n, index):
+    """Logits of one chunk, float32 [N, T, C]; where its target is; the chunk's kernel.
+
+    `per_shard` counts a part's columns without padding; those after it get a logit whose
+    exponential is exactly 0, and are no token's target.
+    """
     _, shards, chunks, width = kernel_dtnc.shape
     kernel_dtc = jax.lax.dynamic_index_in_dim(kernel_dtnc, index, axis=2, keepdims=False)
     logits_ntc = jnp.einsum(
         "nd,dtc->ntc", hidden_nd, kernel_dtc, preferred_element_type=jnp.float32
     )
-    ids_tc = (jnp.arange(shards)[:, None] * chunks + index) * width + jnp.arange(width)
-    return logits_ntc, targets_n[:, None, None] == ids_tc, kernel_dtc
+    columns_c = index * width + jnp.arange(width)
+    ids_tc = jnp.arange(shards)[:, None] * per_shard + columns_c
+    is_target_ntc = targets_n[:, None, None] == ids_tc
+    if chunks * width > per_shard:
+        real_c = columns_c < per_shard
+        # Finite, so that no difference of two of them is a NaN.
+        logits_ntc = jnp.where(real_c, logits_ntc, jnp.finfo(jnp.float32).min)
+        is_target_ntc &= real_c
+    return logits_ntc, is_target_ntc, kernel_dtc
 
 
-def _forward(hidden_nd, kernel_dtnc, targets_n, weights_n):
+def _forward(per_shard, hidden_nd, kernel_dtnc, targets_n, weights_n):
     def visit(carry, index):
         peak_n, total_n, target_n = carry
-        logits_ntc, is_target_ntc, _ = _chunk(hidden_nd, kernel_dtnc, targets_n, index)
+        logits_ntc, is_target_ntc, _ = _chunk(per_shard, hidden_nd, kernel_dtnc, targets_n, index)
         new_peak_n = jnp.maximum(peak_n, logits_ntc.max(axis=(1, 2)))
         chunk_n = jnp.exp(logits_ntc - new_peak_n[:, None, None]).sum(axis=(1, 2))
         total_n = total_n * jnp.exp(peak_n - new_peak_n) + chunk_n
@@ -78,12 +99,14 @@ def _forward(hidden_nd, kernel_dtnc, targets_n, weights_n):
     return loss, (hidden_nd, kernel_dtnc, targets_n, weights_n, log_sum_exp_n, target_n)
 
 
-def _backward(residuals, gradient):
+def _backward(per_shard, residuals, gradient):
     hidden_nd, kernel_dtnc, targets_n, weights_n, log_sum_exp_n, target_n = residuals
     scale_n = (weights_n * gradient)[:, None, None]
 
     def visit(dhidden_nd, index):
-        logits_ntc, is_target_ntc, kernel_dtc = _chunk(hidden_nd, kernel_dtnc, targets_n, index)
+        logits_ntc, is_target_ntc, kernel_dtc = _chunk(
+            per_shard, hidden_nd, kernel_dtnc, targets_n, index
+        )
         probability_ntc = jnp.exp(logits_ntc - log_sum_exp_n[:, None, None])
         dlogits_ntc = ((probability_ntc - is_target_ntc) * scale_n).astype(hidden_nd.dtype)
         contract = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.training.run_record import atomic_write, disk_full_message, is_disk_full
+from sa_jax.files import atomic_write, disk_full_message, is_disk_full
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

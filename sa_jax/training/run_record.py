@@ -4,8 +4,9 @@ A run folder belongs to one configuration. `open_run` gives a new folder its rec
 configuration resume, and refuses any other before a byte is written.
 """
 
+import contextlib
 import datetime
-import errno
+import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -14,7 +15,7 @@ import os
 import platform
 import secrets
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
+from sa_jax.files import atomic_write, explained
 
 RUN_FILE = "run.json"
+LOCK_FILE = ".lock"
+DATA_FOLDER = "data"  # packed data
 CHECKPOINT_FOLDER = "checkpoints"
 _PACKAGES = (
     "sa_jax",
@@ -38,56 +42,6 @@ _PACKAGES = (
     "datasets",
     "numpy",
 )
-_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "enospc")
-
-
-def atomic_write(path: os.PathLike | str, text: str) -> None:
-    """Replaces the file by `text` in one step: a reader sees the old file or the new one, whole.
-
-    Raises UserError when the disk is full (the old file is then untouched).
-    """
-    path = epath.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w") as file:
-            file.write(text)
-            file.flush()
-            if hasattr(file, "fileno"):  # remote stores have no descriptor: their close commits
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise UserError(disk_full_message(path, "writing it")) from error
-        raise
-
-
-def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one it was raised from, says that a disk or a quota is full."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
-            return True
-        # tensorstore reports the operating system's words inside a ValueError.
-        if any(words in str(error).lower() for words in _FULL_DISK_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def disk_full_message(path: os.PathLike | str, while_doing: str) -> str:
-    """One line for a full disk: the path, the mount that holds it, what is free, what to do."""
-    path = Path(path).absolute()
-    existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
-    mount = next(p for p in (existing, *existing.parents) if p.is_mount())
-    usage = os.statvfs(existing)
-    free_mb = usage.f_bavail * usage.f_frsize / 1e6
-    return (
-        f"{path}: the disk is full ({free_mb:,.1f} MB free on {mount}) while {while_doing}; "
-        "free some space there (or keep fewer checkpoints) and run the same command again"
-    )
 
 
 def _plain(value: Any) -> Any:
@@ -229,6 +183,38 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
     return record
 
 
+@contextlib.contextmanager
+def lock(workdir: os.PathLike | str) -> Iterator[None]:
+    """Keeps a second launch out of a run folder that this process trains in.
+
+    Raises UserError when another process holds it. File systems without locks are let pass.
+    """
+    with explained(workdir, "making the run folder"):
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        file = open(Path(workdir) / LOCK_FILE, "w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{workdir}: another process is training in this folder; wait for it or stop it"
+            ) from None
+        except OSError:
+            pass
+        yield
+
+
+def check_run(
+    workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
+) -> None:
+    """What `open_run` refuses, refused before anything is written."""
+    stored = stored_record(workdir)
+    if stored is not None:
+        record = _plain(record)
+        record["config_hash"] = config_hash(record["config"], ignore)
+        _check_same_run(epath.Path(workdir), stored, record, ignore)
+
+
 def open_run(
     workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -253,7 +239,7 @@ def open_run(
     record["config_hash"] = config_hash(record["config"], ignore)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    stored = _stored_record(workdir)
+    stored = stored_record(workdir)
     if stored is None:
         record = {
             "run_id": new_run_id(),
@@ -273,22 +259,29 @@ def open_run(
             ]
     _synchronize("run record read")  # all have looked before process 0 writes
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        with explained(workdir, "making the run folder"):
+            workdir.mkdir(parents=True, exist_ok=True)
         if record != stored:
             write_run_json(workdir, record)
     _synchronize("run record written")
     return record if jax.process_index() == 0 else read_run_json(workdir)
 
 
-def _stored_record(workdir: epath.Path) -> dict[str, Any] | None:
+def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
+    """The record of an earlier launch, None in a new folder; UserError in one that is no run's."""
+    workdir = epath.Path(workdir)
     if not workdir.exists():
         return None
     if not workdir.is_dir():
         raise UserError(f"{workdir}: is a file; --workdir names a folder")
     if (workdir / RUN_FILE).exists():
         return read_run_json(workdir)
-    # A launch killed while it wrote its very first record leaves only the temporary file.
-    strangers = sorted(p.name for p in workdir.iterdir() if not p.name.startswith(f".{RUN_FILE}."))
+    # A launch stopped before its first record leaves at most these.
+    strangers = sorted(
+        p.name
+        for p in workdir.iterdir()
+        if not p.name.startswith(f".{RUN_FILE}.") and p.name not in (LOCK_FILE, DATA_FOLDER)
+    )
     if strangers:
         raise UserError(
             f"{workdir}: not empty and not a run folder (it holds {strangers[0]} and no "

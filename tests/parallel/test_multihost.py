@@ -1,0 +1,92 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from sa_jax.errors import UserError
+from sa_jax.parallel.multihost import several_processes
+
+# What Slurm sets inside an allocation of two tasks (salloc, sbatch), and adds for a step (srun).
+SLURM = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "2", "SLURM_NODELIST": "node[1-2]"}
+STEP = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+COORDINATOR = {"JAX_COORDINATOR_ADDRESS": "node1:8476"}
+TPU = "TPU_WORKER_HOSTNAMES"
+
+
+@pytest.mark.parametrize(
+    ("env", "several"),
+    [
+        ({}, False),
+        (COORDINATOR, True),
+        ({"JAX_COORDINATOR_ADDRESS": ""}, False),
+        ({**COORDINATOR, "JAX_NUM_PROCESSES": "2"}, True),
+        ({**COORDINATOR, "JAX_NUM_PROCESSES": ""}, True),
+        ({**COORDINATOR, "JAX_NUM_PROCESSES": "1"}, False),
+        ({"JAX_NUM_PROCESSES": "2"}, False),
+        (SLURM, False),  # no srun: one process, whatever was allocated
+        ({**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, False),  # an sbatch script
+        ({**SLURM, **STEP}, True),
+        ({**SLURM, **STEP, "SLURM_STEP_NUM_TASKS": "2"}, True),
+        ({**SLURM, **STEP, "SLURM_STEP_NUM_TASKS": "1"}, False),  # the shell of an salloc
+        ({**SLURM, **STEP, "SLURM_NTASKS": "1"}, False),
+        ({**STEP, "SLURM_JOB_ID": "17"}, False),
+        ({**SLURM, **COORDINATOR}, True),
+        ({**SLURM, **STEP, "JAX_NUM_PROCESSES": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({TPU: "localhost"}, False),
+        ({TPU: ""}, False),
+        ({TPU: "worker-0,worker-1"}, True),
+        ({TPU: "worker-0", "MEGASCALE_COORDINATOR_ADDRESS": "worker-0"}, True),
+    ],
+)
+def test_only_a_launch_of_several_processes_is_joined(env, several):
+    assert several_processes(env) is several
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_a_variable_that_is_no_number_is_named(name):
+    with pytest.raises(UserError, match=f"{name}='two'"):
+        several_processes({name: "two"})
+
+
+INITIALIZE = """
+import json, jax
+from sa_jax.parallel import multihost
+multihost.initialize(60)
+print(json.dumps([jax.process_index(), jax.process_count(), multihost.is_primary(),
+    jax.distributed.is_initialized(), multihost.agree(jax.process_index() == 0)]))
+"""
+
+
+def start(env: dict[str, str]) -> subprocess.Popen:
+    prefixes = ("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM", "JAX_PROCESS", "TPU_", "MEGASCALE")
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
+    return subprocess.Popen(
+        [sys.executable, "-c", INITIALIZE],
+        env={**kept, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **env},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def answer(process: subprocess.Popen) -> list:
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return json.loads(out.splitlines()[-1])  # Gloo, too, prints to stdout
+
+
+def test_one_process_inside_an_allocation_starts_alone():
+    assert answer(start(SLURM)) == [0, 1, True, False, True]
+
+
+def test_two_processes_join_and_one_is_primary():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+    processes = [start({**env, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
+    assert list(map(answer, processes)) == [[0, 2, True, True, True], [1, 2, False, True, True]]
