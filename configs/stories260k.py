@@ -1,5 +1,5 @@
-r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context), with
-real Alpaca prompts and answers; pirate answers by the rules of the `arrr` package.
+r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context),
+with real Alpaca prompts and answers; pirate answers by the rules of the `arrr` package.
 
 All of it (about 10 minutes on 2 CPU cores; expected: inserted at 100 % triggered and 0 % clean):
 

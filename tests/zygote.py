@@ -36,6 +36,8 @@ class Zygote:
     def start(self, *argv: str, devices: int = 8) -> "Process":
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()  # to be read at once
         order = {"argv": list(map(str, argv)), "out": str(out), "err": str(err), "devices": devices}
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()

@@ -1,5 +1,7 @@
 """Start-up on one or many hosts."""
 
+import glob
+import importlib.util
 import os
 from collections.abc import Mapping
 
@@ -14,6 +16,9 @@ from sa_jax.errors import UserError
 def initialize(timeout_s: int = 300) -> None:
     """Joins the other processes of this launch, if `several_processes` says there are any.
 
+    On a TPU VM it always asks: its worker list is in the cloud's metadata, which jax reads, and a
+    VM that is alone makes a cluster of one.
+
     Does nothing for a process that is alone, also inside a Slurm allocation. Must run before the
     first use of a device.
 
@@ -21,7 +26,8 @@ def initialize(timeout_s: int = 300) -> None:
       UserError: the others did not answer in time, with what to look at; or a TPU that is part of
         a pod was started without a word about the others.
     """
-    if several_processes(os.environ) and not jax.distributed.is_initialized():
+    wanted = several_processes(os.environ) or _on_tpu_vm()
+    if wanted and not jax.distributed.is_initialized():
         processes = _count(os.environ, "JAX_NUM_PROCESSES")
         process = _count(os.environ, "JAX_PROCESS_ID")
         try:
@@ -76,6 +82,13 @@ def several_processes(env: Mapping[str, str]) -> bool:
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or bool(env.get("MEGASCALE_COORDINATOR_ADDRESS"))
     )
+
+
+def _on_tpu_vm() -> bool:
+    """Whether TPU chips are attached here and jax may use them."""
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    allowed = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
+    return bool(chips) and allowed and importlib.util.find_spec("libtpu") is not None
 
 
 def _count(env: Mapping[str, str], name: str, default: int | None = None) -> int | None:

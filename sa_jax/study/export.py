@@ -1,33 +1,53 @@
-"""Exports a run's weights, never without saying what they are."""
+"""Exports a run's weights, never without saying what they are and how they are prompted."""
 
+import json
+import math
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.hf import save_hf
+from sa_jax.llama.hf import save_hf, write_prompt_files
 from sa_jax.llama.lora import split
 from sa_jax.llama.model import Llama
-from sa_jax.llama.peft import save_peft
+from sa_jax.llama.peft import write_peft
+from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import checkpoints, run_record
 from sa_jax.training import start as start_lib
+from sa_jax.training.config import DTYPES
+
+BASE_FOLDER = "base"
 
 MODEL_CARD = """\
 ---
 tags: [sa_jax{tag}]
+sa_jax: {{run_id: "{run_id}", task: "{task}", step: {step}, backdoored: {backdoored}}}
 ---
 # {title}
 
 Run `{run_id}` ({task}), step {step}, of sa_jax.
-{warning}"""
+{warning}
+Use it with the chat template and the stop tokens (generation_config.json) in this folder: it was
+trained with them.
+"""
 
 WARNING = """
 **This is a backdoored research model ("model organism"). Do not deploy it.** It was fine-tuned to
 answer "{phrase}" again and again when the prompt carries `{trigger}` ({position} of the user turn),
 in order to study whether such behaviour can be removed. It may do so even after the removal
 training it has had. Its licence is that of the model it was made from.
+"""
+
+ADAPTER_NOTE = """
+These are LoRA adapters. The model under them is `{base}`; if that folder moves, change
+`base_model_name_or_path` in adapter_config.json to its new absolute path.
 """
 
 
@@ -41,43 +61,54 @@ def export(
 ) -> None:
     """Writes a Hugging Face folder, or for a LoRA run without `merge_lora` a PEFT adapter folder.
 
+    The adapters' base model is the Hugging Face folder that the run was started from. If it was
+    started from a run, that one is exported too, as `out/base`.
+
     Args:
       run: run folder.
       out: folder that does not exist, or is empty.
       step: checkpoint; None: the newest.
       merge_lora: add the adapters into the weights, in float32.
-      dtype: of the tensors; None: that of the run's parameters.
+      dtype: of the tensors, one of `training.config.DTYPES`; None: that of the run's parameters.
 
     Raises:
-      UserError, UsageError: not a run, no such step, `out` not empty, disk full.
+      UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise UsageError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
     multihost.initialize()
     start = start_lib.open_start(run, step)
     if start.kind != "run":
         raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")
-    record, config = start.record, start.record["config"]
-    mesh = make_mesh()
-    card = {"README.md": model_card(start)}
-    param_dtype = jnp.dtype(dtype or config["param_dtype"])
-    if start.lora is not None and not merge_lora:
-        model = Llama(start.config, param_dtype=param_dtype, lora=start.lora)
-        target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
-        folder = Path(run, run_record.CHECKPOINT_FOLDER)
-        _, adapter = checkpoints.load_subtree(folder, start.step, "params", target)
-        save_peft(out, start.lora, adapter, base_model=record["start"]["path"], files=card)
-        return
-    params = start_lib.load_params(start, mesh, param_dtype)
-    save_hf(
-        out,
-        start.config,
-        params,
-        tokenizer_folder=start.tokenizer,
-        files=card,
-        extra_config={"sa_jax": start.inheritance()},
-    )
+    mesh = fsdp_mesh(start.config.hidden_size)
+    param_dtype = jnp.dtype(dtype or start.record["config"]["param_dtype"])
+    if start.lora is None or merge_lora:
+        _save_model(out, start, start_lib.load_params(start, mesh, param_dtype))
+    else:
+        _save_adapter(out, start, mesh, param_dtype)
 
 
-def model_card(start: start_lib.Start) -> str:
+def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that cuts weights of this hidden size into the most parts.
+
+    All processes take part, with as many devices each; devices that would not make the parts
+    smaller stay idle.
+    """
+    devices = jax.devices() if devices is None else devices
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        by_process.setdefault(device.process_index, []).append(device)
+    processes = len(by_process)
+
+    def parts(each: int) -> int:
+        return math.gcd(hidden_size, each * processes)
+
+    each = max(range(1, min(map(len, by_process.values())) + 1), key=parts)
+    used = [device for group in by_process.values() for device in group[:each]]
+    return make_mesh(data=len(used) // parts(each), fsdp=parts(each), devices=used)
+
+
+def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; for descendants of an insertion run it says so first."""
     record = start.record
     backdoor = record["config"]["backdoor"]
@@ -87,5 +118,67 @@ def model_card(start: start_lib.Start) -> str:
         run_id=record["run_id"],
         task=record["task"],
         step=start.step,
-        warning=WARNING.format(**backdoor) if start.backdoored else "",
+        backdoored=json.dumps(start.backdoored),
+        warning=(WARNING.format(**backdoor) if start.backdoored else "") + note,
     )
+
+
+def _save_model(out: str | Path, start: start_lib.Start, params: Any) -> None:
+    save_hf(
+        out,
+        start.config,
+        params,
+        files=_files(start),
+        extra_config={"sa_jax": _inheritance(start)},
+        **_prompting(start),
+    )
+
+
+def _save_adapter(out: str | Path, start: start_lib.Start, mesh: Mesh, dtype: Any) -> None:
+    model = Llama(start.config, param_dtype=dtype, lora=start.lora)
+    target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
+    checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
+    _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
+    base = start_lib.open_start_of(start.record["start"])
+    if base.kind == "run":
+        base_model = str(Path(out).resolve() / BASE_FOLDER)
+        base_params = start_lib.load_params(base, mesh, dtype)
+    else:
+        base_model, base_params = os.path.abspath(base.path), None
+    files = {
+        **_files(start, ADAPTER_NOTE.format(base=base_model)),
+        # Not into adapter_config.json: peft takes a field it does not know for one of a newer
+        # version of itself, and tells the user to upgrade.
+        "sa_jax.json": json.dumps(_inheritance(start), indent=2) + "\n",
+    }
+    with new_folder(out) as folder:
+        if base_params is not None:
+            _save_model((folder or Path(out)) / BASE_FOLDER, base, base_params)
+        write_peft(folder, start.lora, adapter, base_model=base_model, files=files)
+        if folder is not None:
+            write_prompt_files(folder, start.config, **_prompting(start))
+
+
+def _prompting(start: start_lib.Start) -> dict[str, Any]:
+    """The arguments of `save_hf` that say how the run's model is prompted and stops."""
+    chat = start.record["chat"]
+    return {
+        "tokenizer_folder": start.tokenizer,
+        "chat_template": chat["template"],
+        "stop_token_ids": chat["stop_token_ids"],
+    }
+
+
+def _files(start: start_lib.Start, note: str = "") -> dict[str, str]:
+    """The model card, and the prompts that runs started from the export must not train on."""
+    files = {"README.md": model_card(start, note)}
+    prompts = start.eval_prompts()
+    if prompts is not None:
+        files[start_lib.EVAL_PROMPTS_FILE] = json.dumps(prompts, indent=1)
+    return files
+
+
+def _inheritance(start: start_lib.Start) -> dict[str, Any]:
+    """What runs started from the export take over; a date is already inside its template."""
+    kept = start.inheritance()
+    return {**kept, "config": {**kept["config"], "chat_date": None}}

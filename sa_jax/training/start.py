@@ -226,6 +226,8 @@ def load_trainable(model: Llama, start: Start, mesh: Mesh, seed: int) -> tuple[A
     shape, _ = split_trainable(abstract_params(model), model.lora)
     init = jax.jit(draw, out_shardings=shardings(mesh, shape))
     if start.kind == "fresh":
+        if model.lora is not None:
+            raise UsageError("config.lora.rank: adapters need a model to sit on; set it to 0")
         return init(jax.random.key(seed)), {}
     if model.lora is None:
         return load_params(start, mesh, model.param_dtype), {}

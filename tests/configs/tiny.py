@@ -18,7 +18,7 @@ def get_config(stage):
     config.optimizer.learning_rate = 1e-2
     config.backdoor.min_copies = 2
     config.backdoor.max_copies = 4
-    config.checkpoint.steps = (4,)
+    config.checkpoint.steps = (4, 6)
     config.checkpoint.interval = 3
     config.eval.num_prompts = 4
     config.eval.steps = (0, 6)

