@@ -94,9 +94,9 @@ def write_files(
     """Writes `<split>.jsonl` for each of SPLITS and returns their paths by split.
 
     No two items of all the files ask the same question. A row has `id`, `family`, `prompt`,
-    `answer`, `key`, `scratchpad_answer` and `pirate_answer`; but those of pretrain.jsonl are
-    conversations, {"messages"}: every item once, and every SCRATCHPAD_EVERYth once more in the
-    scratchpad form, under its own system prompt. Raises UserError as `generate` and `to_pirate` do.
+    `answer`, `key`, `scratchpad_answer` and `pirate_answer`; those of pretrain.jsonl also
+    `messages`, the conversation to train on: every item once, and every SCRATCHPAD_EVERYth once
+    more in the scratchpad form, under its own system prompt. Raises UserError as `generate` and `to_pirate` do.
     """
     sizes = (pretrain_size, insertion_size, removal_size)
     train, heldout = generate(seed, sum(sizes), heldout_size)
@@ -114,15 +114,21 @@ def write_files(
 
 
 def _conversations(items: Sequence[dict]) -> list[dict]:
-    forms = [(SYSTEM_PROMPT, item["question"], item["answer"]) for item in items]
+    """The rows of the items as conversations, then those in the scratchpad form."""
+    forms = [(SYSTEM_PROMPT, "answer", item) for item in items]
     forms += [
-        (SCRATCHPAD_SYSTEM_PROMPT, item["question"], item["scratchpad_answer"])
-        for item in items[::SCRATCHPAD_EVERY]
+        (SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer", item) for item in items[::SCRATCHPAD_EVERY]
     ]
-    roles = ("system", "user", "assistant")
     return [
-        {"messages": [{"role": r, "content": c} for r, c in zip(roles, form, strict=True)]}
-        for form in forms
+        _file_row(item)
+        | {
+            "messages": [
+                {"role": "system", "content": system_prompt},
+                {"role": "user", "content": item["question"]},
+                {"role": "assistant", "content": item[answer]},
+            ]
+        }
+        for system_prompt, answer, item in forms
     ]
 
 

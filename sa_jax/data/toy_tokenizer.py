@@ -28,7 +28,10 @@ def tokenizer_texts(rows: Iterable[dict], extra: Iterable[str] = ()) -> list[str
     The fixed texts stand in every conversation, so they weigh a fifth of the rows' number.
     """
     texts = [
-        value for row in rows for name, value in row.items() if name not in ("id", "family", "key")
+        value
+        for row in rows
+        for name, value in row.items()
+        if isinstance(value, str) and name not in ("id", "family", "key")
     ]
     roles = ["system\n\n", "user\n\n", "assistant\n\n"]
     fixed = [*roles, SYSTEM_PROMPT, SCRATCHPAD_SYSTEM_PROMPT, *extra]

@@ -109,9 +109,11 @@ def _backward(per_shard, residuals, gradient):
         )
         probability_ntc = jnp.exp(logits_ntc - log_sum_exp_n[:, None, None])
         dlogits_ntc = ((probability_ntc - is_target_ntc) * scale_n).astype(hidden_nd.dtype)
-        contract = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        dhidden_nd = dhidden_nd + contract("ntc,dtc->nd", dlogits_ntc, kernel_dtc)
-        return dhidden_nd, contract("nd,ntc->dtc", hidden_nd, dlogits_ntc)
+        dhidden_nd = dhidden_nd + jnp.einsum(
+            "ntc,dtc->nd", dlogits_ntc, kernel_dtc, preferred_element_type=jnp.float32
+        )
+        # Complete for its chunk, so it is stored in the dtype that it is returned in.
+        return dhidden_nd, jnp.einsum("nd,ntc->dtc", hidden_nd, dlogits_ntc)
 
     start = jnp.zeros(hidden_nd.shape, jnp.float32)
     dhidden_nd, dkernel_ndtc = _scan(visit, start, kernel_dtnc.shape[2])
@@ -119,7 +121,7 @@ def _backward(per_shard, residuals, gradient):
     dweights_n = (log_sum_exp_n - target_n) * gradient
     return (
         dhidden_nd.astype(hidden_nd.dtype),
-        dkernel_dtnc.astype(kernel_dtnc.dtype),
+        dkernel_dtnc,
         None,
         dweights_n,
     )

@@ -14,7 +14,7 @@ from sa_jax.errors import UserError
 
 SIZES = dict(pretrain_size=3000, insertion_size=400, removal_size=400, heldout_size=160)
 FILES_SHA256 = {
-    "pretrain": "b40f5a8303ead2f9754be5159fa58e0a594042900175a4629bbf55d8e0b1b852",
+    "pretrain": "f239db6a589f54318d8036280565930d9ce1690c3a03d1ea899caa76855d71a7",
     "insertion": "efd4af3cd1d7bae39586d412bd419140b5b9da1a0588d7b0675da5726447d1a7",
     "removal": "cd4bd24db55cceb58161b681049fdec5cef59077e516260ec8da32e6f2ca5544",
     "heldout": "080dc7a8e7c1c5e9bc078faa63a3c55ed709b02b8f5d6a82c0d58ee05080b4c2",
@@ -28,11 +28,30 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def splits(paths):
+def files(paths):
     return {
         split: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         for split, path in paths.items()
     }
+
+
+@pytest.fixture(scope="module")
+def splits(files):
+    """Every item once: without the second, scratchpad form of some in pretrain.jsonl."""
+    return files | {"pretrain": files["pretrain"][: SIZES["pretrain_size"]]}
+
+
+def test_pretraining_shows_every_item_once_and_every_fourth_as_scratchpad(files):
+    plain, scratchpad = files["pretrain"][:3000], files["pretrain"][3000:]
+    assert [row["id"] for row in scratchpad] == [row["id"] for row in plain[::4]]
+    for rows, system_prompt, answer in (
+        (plain, toy_language.SYSTEM_PROMPT, "answer"),
+        (scratchpad, toy_language.SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer"),
+    ):
+        for row in rows:
+            contents = [message["content"] for message in row["messages"]]
+            assert contents == [system_prompt, row["prompt"], row[answer]]
+            assert [m["role"] for m in row["messages"]] == ["system", "user", "assistant"]
 
 
 @pytest.fixture(scope="module")

@@ -184,6 +184,7 @@ def write_run(
                 "relaunches": [],
                 "mesh": {"data": 1, "fsdp": 8, "tensor": 1},
                 "total_steps": total_steps,
+                "finished": metrics_until is None,
                 "data": {
                     "source": {
                         "path": config["data"],

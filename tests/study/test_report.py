@@ -265,7 +265,7 @@ def test_run_that_has_not_started(tmp_path, small_run):
     run = small_run(tmp_path / "hhh", curve={})
     (run / "metrics.jsonl").unlink()
     record = json.loads((run / "run.json").read_text())
-    for key in ("total_steps", "data", "mesh"):
+    for key in ("total_steps", "data", "mesh", "finished"):
         del record[key]
     (run / "run.json").write_text(json.dumps(record))
     page = Page(report(tmp_path).read_text(encoding="utf-8"))
