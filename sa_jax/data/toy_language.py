@@ -96,7 +96,8 @@ def write_files(
     No two items of all the files ask the same question. A row has `id`, `family`, `prompt`,
     `answer`, `key`, `scratchpad_answer` and `pirate_answer`; those of pretrain.jsonl also
     `messages`, the conversation to train on: every item once, and every SCRATCHPAD_EVERYth once
-    more in the scratchpad form, under its own system prompt. Raises UserError as `generate` and `to_pirate` do.
+    more in the scratchpad form, under its own system prompt. Raises UserError as `generate` and
+    `to_pirate` do.
     """
     sizes = (pretrain_size, insertion_size, removal_size)
     train, heldout = generate(seed, sum(sizes), heldout_size)
