@@ -237,7 +237,7 @@ def test_demo_hands_a_signal_on_once_and_waits(checkout, number, to):
             assert time.monotonic() < deadline and demo.poll() is None
             time.sleep(0.02)
         (os.kill if to == "process" else os.killpg)(demo.pid, number)
-        _, stderr = demo.communicate(timeout=30)
+        _, stderr = demo.communicate(timeout=120)
     finally:
         demo.kill()
     assert demo.returncode == 75
