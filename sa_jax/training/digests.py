@@ -148,7 +148,10 @@ def _digest_of(files: dict[str, Any]) -> str:
 
 
 def _data_files(folder: epath.Path) -> list[str]:
-    """Paths of all files below `folder`, relative to it, without the digests themselves."""
+    """Paths of all files below `folder`, relative to it, without the digests themselves.
+
+    Another process may be writing its part right now: its temporary file is a digest file too.
+    """
     names = []
     pending = [folder]
     while pending:
@@ -157,4 +160,4 @@ def _data_files(folder: epath.Path) -> list[str]:
                 pending.append(path)
             else:
                 names.append(str(path.relative_to(folder)))
-    return sorted(name for name in names if not name.startswith("digests."))
+    return sorted(name for name in names if not name.lstrip(".").startswith("digests."))

@@ -532,6 +532,19 @@ TWO_PROCESSES = """
 """
 
 
+def test_another_processs_unfinished_digests_are_not_data(tmp_path):
+    with RunCheckpointer(tmp_path) as saver:
+        saver.save(1, make_state(mesh_of(4, 2)), wait=True)
+        folder = tmp_path / "step_000001"
+        (folder / "digests.json").unlink()
+        for name in (".digests.part_00001.json.77.tmp", "digests.part_00001.json"):
+            (folder / name).write_text("{}")  # as process 1 has it when it comes first
+        digests.write_digests(folder, 1, barrier=lambda name: None)
+        for name in (".digests.part_00001.json.77.tmp", "digests.part_00001.json"):
+            (folder / name).unlink()
+        assert digests.find_corruption(folder, 1) is None
+
+
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
 def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal_name):
     with socket.socket() as probe:
