@@ -5,21 +5,35 @@ from pathlib import Path
 
 from sa_jax.data.toy_language import write_files
 from sa_jax.data.toy_tokenizer import tokenizer_texts, train_tokenizer
+from sa_jax.errors import UserError
+from sa_jax.files import atomic_write
 
 
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
     """Writes what `toy_language.write_files` and `toy_tokenizer.train_tokenizer` do, once.
 
     Args:
-      folder: left as it is if its tokenizer, which is written last, is there.
+      folder: left as it is if its record of these settings, which is written last, is there.
       vocab_size: of the tokenizer.
       extra_texts: for it to learn besides the language: the trigger, the phrase.
       sizes: of the splits, and the seed, for `write_files`.
+
+    Raises:
+      UserError: the folder was written with other settings.
     """
     folder = Path(folder)
-    if (folder / "tokenizer_config.json").exists():
+    record = folder / "toy_study.json"
+    settings = {"vocab_size": vocab_size, "extra_texts": list(extra_texts), **sizes}
+    if record.exists():
+        written = json.loads(record.read_text())
+        if written != settings:
+            raise UserError(
+                f"{record}: these data were made with {written}, the study now asks for "
+                f"{settings}; use another --workdir, or the settings they were made with"
+            )
         return
     paths = write_files(folder, **sizes)
     splits = [paths["insertion"], paths["removal"]]
     rows = [json.loads(line) for path in splits for line in path.read_text("utf-8").splitlines()]
     train_tokenizer(tokenizer_texts(rows, extra_texts), folder, vocab_size)
+    atomic_write(record, json.dumps(settings))

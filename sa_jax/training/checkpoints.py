@@ -145,9 +145,7 @@ class RunCheckpointer:
                 raise
             logging.error("%s", error)  # must not hide the error that ended the block
 
-    def restore(
-        self, abstract_state: Any, step: int | None = None, *, required: bool = False
-    ) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
         """Restores the newest intact checkpoint, or exactly `step`.
 
         A corrupt checkpoint is passed over for the one before it, with a warning that names the
@@ -157,10 +155,9 @@ class RunCheckpointer:
           abstract_state: tree of jax.ShapeDtypeStruct with shardings, on any mesh; the structure,
             shapes and dtypes must be those that were saved.
           step: take this one or fail.
-          required: fail, rather than return None, when there is no checkpoint at all.
 
         Returns:
-          (step, state), the state with the shardings asked for; or None.
+          (step, state), the state with the shardings asked for; None if there is no checkpoint.
 
         Raises:
           UserError: `step` is absent or corrupt; all checkpoints are corrupt; the checkpoint holds
@@ -187,8 +184,6 @@ class RunCheckpointer:
                 f"{folder}: every checkpoint (steps {', '.join(map(str, steps))}) is corrupt, the "
                 f"oldest: {problem}; start again in another --workdir, or restore the files"
             )
-        if required:
-            raise UserError(f"{folder}: no checkpoint to restore")
         return None
 
     def _complete(self, step: int, response: Any, save_number: int, begin: float) -> None:

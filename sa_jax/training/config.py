@@ -88,6 +88,7 @@ def default_config() -> ConfigDict:
     config.checkpoint.steps = (100, 200, 400, 800, 1600)  # and always the last
     config.checkpoint.interval = 0  # steps between; 0: only the list
     config.checkpoint.keep_interval = 2  # newest interval checkpoints kept; listed ones all stay
+    config.checkpoint.verify = True  # check every byte against the digests before resuming
 
     config.log_every = 10  # steps
     config.sinks = ()  # besides metrics.jsonl: 'tensorboard', 'wandb'

@@ -161,6 +161,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 steps=(*config.checkpoint.steps, total_steps),
                 interval=config.checkpoint.interval,
                 keep=config.checkpoint.keep_interval,
+                verify=config.checkpoint.verify,
             )
         )
 

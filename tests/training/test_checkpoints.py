@@ -263,8 +263,6 @@ def test_no_checkpoint_is_none_or_an_error(tmp_path):
     target = abstract_state(mesh_of(1, 1))
     checkpointer = RunCheckpointer(tmp_path / "none")
     assert checkpointer.latest_step() is None and checkpointer.restore(target) is None
-    with pytest.raises(UserError, match="no checkpoint to restore"):
-        checkpointer.restore(target, required=True)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are none"):
         checkpointer.restore(target, 7)
 
@@ -420,7 +418,7 @@ def test_killed_while_saving_the_last_complete_checkpoint_loads(tmp_path):
         process.send_signal(signal.SIGKILL)
         rest = process.communicate()[0].split()
         printed = int((lines + rest)[-1])
-        step, state = RunCheckpointer(folder).restore(target, required=True)
+        step, state = RunCheckpointer(folder).restore(target)
         assert printed - 1 <= step <= printed + 1 and step > last
         assert np.array_equal(state["x"], np.full((600, 1000), step, np.float32))
         last = step
