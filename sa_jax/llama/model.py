@@ -45,7 +45,8 @@ _dot_general_f32 = functools.partial(jax.lax.dot_general, preferred_element_type
 
 
 class KVCache(NamedTuple):
-    """Keys and values of past tokens, each [L, B, kv_heads, capacity, head_dim]."""
+    """Keys [L, B, kv_heads, head_dim, capacity] and values [L, B, capacity, kv_heads, head_dim] of
+    past tokens: each with the axis last that its product in attention does not sum over."""
 
     k: jax.Array
     v: jax.Array
@@ -53,32 +54,41 @@ class KVCache(NamedTuple):
 
 def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32) -> KVCache:
     """An empty cache for `batch` rows of up to `capacity` tokens."""
-    shape = (config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    heads = (config.num_kv_heads, config.head_dim)
+    return KVCache(
+        jnp.zeros((config.num_layers, batch, *heads, capacity), dtype),
+        jnp.zeros((config.num_layers, batch, capacity, *heads), dtype),
+    )
 
 
-def _write(positions_bs: jax.Array, cache_lbgch: jax.Array, new_lbsgh: jax.Array) -> jax.Array:
-    """Puts the new keys (or values) of all layers at their positions: one write, in place.
+def _write(cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh: jax.Array):
+    """Puts the new keys and values of all layers at their positions: one write each, in place.
 
-    A scatter whose row, layer and head axes are batch axes: no index crosses a device, and XLA
+    Scatters whose layer, row (and head) axes are batch axes: no index crosses a device, and XLA
     need not bring another axis to the front, which would copy the cache.
     """
-    new_lbgsh = new_lbsgh.transpose(0, 1, 3, 2, 4).astype(cache_lbgch.dtype)
-    shape = new_lbgsh.shape[:4]
-    positions_lbgs1 = jnp.broadcast_to(positions_bs[:, None, :], shape)[..., None]
-    return jax.lax.scatter(
-        cache_lbgch,
-        positions_lbgs1,
-        new_lbgsh,
-        jax.lax.ScatterDimensionNumbers(
-            update_window_dims=(4,),
-            inserted_window_dims=(3,),
-            scatter_dims_to_operand_dims=(3,),
-            operand_batching_dims=(0, 1, 2),
-            scatter_indices_batching_dims=(0, 1, 2),
-        ),
-        unique_indices=True,
-        mode="promise_in_bounds",
+
+    def scatter(leaf, updates, window, time_axis, batch_axes):
+        shape = updates.shape[: len(batch_axes) + 1]
+        positions = positions_bs[:, None] if len(batch_axes) == 3 else positions_bs
+        return jax.lax.scatter(
+            leaf,
+            jnp.broadcast_to(positions, shape)[..., None],
+            updates.astype(leaf.dtype),
+            jax.lax.ScatterDimensionNumbers(
+                update_window_dims=window,
+                inserted_window_dims=(time_axis,),
+                scatter_dims_to_operand_dims=(time_axis,),
+                operand_batching_dims=batch_axes,
+                scatter_indices_batching_dims=batch_axes,
+            ),
+            unique_indices=True,
+            mode="promise_in_bounds",
+        )
+
+    return KVCache(
+        scatter(cache.k, k_lbsgh.transpose(0, 1, 3, 2, 4), (4,), 4, (0, 1, 2)),
+        scatter(cache.v, v_lbsgh, (3, 4), 2, (0, 1)),
     )
 
 
@@ -320,7 +330,21 @@ class Llama(nn.Module):
         Returns:
           The stream after the final norm [B, S, D] (see `logits`) and the new cache.
         """
-        return self._run(tokens_bs, positions_bs, None, cache)
+        hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, None, cache)
+        return hidden_bsd, _write(cache, positions_bs, *new_kv)
+
+    def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
+        """Runs tokens after a past that all rows share; nothing is kept of them.
+
+        Args:
+          tokens_bs: int [B, S].
+          positions_bs: int [B, S], consecutive in a row from the length of its past on.
+          prefix: a cache of one row.
+
+        Returns:
+          The stream after the final norm [B, S, D] (see `logits`).
+        """
+        return self._run(tokens_bs, positions_bs, None, prefix)[0]
 
     def logits(self, hidden_bsd: jax.Array) -> jax.Array:
         """Projects [..., D] onto the vocabulary: float32 [..., V], accumulated in float32."""
@@ -334,9 +358,7 @@ class Llama(nn.Module):
         rope = rope_angles(self.config, positions_bs)
         carry = (x_bsd, jnp.zeros((), jnp.int32))
         (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)
-        if cache is not None:
-            cache = KVCache(*map(functools.partial(_write, positions_bs), cache, new_kv))
-        return self.final_norm(x_bsd), cache
+        return self.final_norm(x_bsd), new_kv
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:

@@ -106,7 +106,11 @@ class Sampler:
         self.stats = SamplerStats()
         self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        cache = NamedSharding(mesh, P(None, ("data", "fsdp"), heads))
+        rows_axes = ("data", "fsdp")
+        cache = KVCache(
+            NamedSharding(mesh, P(None, rows_axes, heads)),
+            NamedSharding(mesh, P(None, rows_axes, None, heads)),
+        )
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
         self._init_cache = jax.jit(
@@ -140,6 +144,7 @@ class Sampler:
         prompt_ids: Sequence[int],
         settings: SamplingSettings,
         should_stop: Callable[[], bool] = lambda: False,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
         """Completes every prompt; `self.stats` then tells tokens and time.
 
@@ -149,6 +154,7 @@ class Sampler:
           prompt_ids: of each prompt, 0 ≤ id < 2^32, for the noise.
           settings: how to sample.
           should_stop: asked between device calls; must answer alike in every process.
+          on_done: called with a prompt's index and its completion as soon as it is complete.
 
         Returns:
           One completion a prompt, in the order of `prompts`.
@@ -180,10 +186,12 @@ class Sampler:
                 if should_stop():
                     raise Preempted("stopped while sampling")
                 cache = self._refill(params, cache, slots, pending, settings)
+                _free_finished(slots, on_done)
             if should_stop():
                 raise Preempted("stopped while sampling")
             if any(slots):
                 cache = self._advance(params, cache, slots, settings)
+                _free_finished(slots, on_done)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start
         logging.info(
@@ -193,7 +201,7 @@ class Sampler:
             stats.seconds,
             stats.tokens_per_s,
         )
-        return [Completion(row.tokens, row.stop_reason, row.logprobs) for row in rows]
+        return [row.completion() for row in rows]
 
     def _end(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
         return min(len(prompt) + settings.max_new_tokens, self.context_length)
@@ -223,13 +231,13 @@ class Sampler:
         )
         tokens, logprobs = jax.device_get((tokens, logprobs))
         for i, row in enumerate(taken):
-            row.append(int(tokens[i]), float(logprobs[i]), settings.stop_token_ids)
-            slots[free[i]] = None if row.stop_reason else row
+            row.extend(tokens[i : i + 1], logprobs[i : i + 1], settings.stop_token_ids)
+            slots[free[i]] = row
         self.stats.prefills += 1
         return cache
 
     def _advance(self, params, cache, slots, settings) -> KVCache:
-        """Up to `steps_per_call` decode steps for all rows; frees the slots of finished ones."""
+        """Up to `steps_per_call` decode steps for all rows."""
         token_b = np.zeros(self.batch_size, np.int32)
         position_b = np.zeros(self.batch_size, np.int32)
         end_b = np.zeros(self.batch_size, np.int32)
@@ -250,13 +258,10 @@ class Sampler:
         )
         tokens_tb, logprobs_tb, steps = jax.device_get((tokens_tb, logprobs_tb, steps))
         for slot, row in enumerate(slots):
-            for step in range(steps):
-                if row is None or row.stop_reason:
-                    break
-                token, logprob = int(tokens_tb[step, slot]), float(logprobs_tb[step, slot])
-                row.append(token, logprob, settings.stop_token_ids)
-            if row is not None and row.stop_reason:
-                slots[slot] = None
+            if row is not None:
+                row.extend(
+                    tokens_tb[:steps, slot], logprobs_tb[:steps, slot], settings.stop_token_ids
+                )
         self.stats.decode_steps += int(steps)
         return cache
 
@@ -277,14 +282,29 @@ class _Row:
     def length(self) -> int:
         return len(self.prompt) + len(self.tokens)
 
-    def append(self, token: int, logprob: float, stop_token_ids: tuple[int, ...]) -> None:
-        if token in stop_token_ids:
+    def extend(
+        self, tokens_t: np.ndarray, logprobs_t: np.ndarray, stop_token_ids: tuple[int, ...]
+    ) -> None:
+        """Takes what was decoded up to a stop token or the row's end; the rest is idle work."""
+        room = self.end - self.length
+        stops = np.flatnonzero(np.isin(tokens_t[:room], stop_token_ids))
+        count = int(stops[0]) if stops.size else min(room, len(tokens_t))
+        self.tokens += tokens_t[:count].tolist()
+        self.logprobs += logprobs_t[:count].tolist()
+        if stops.size:
             self.stop_reason = "stop"
-            return
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.length >= self.end:
+        elif self.length == self.end:
             self.stop_reason = "length"
+
+    def completion(self) -> Completion:
+        return Completion(self.tokens, self.stop_reason, self.logprobs)
+
+
+def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completion], None]) -> None:
+    for slot, row in enumerate(slots):
+        if row is not None and row.stop_reason:
+            slots[slot] = None
+            on_done(row.index, row.completion())
 
 
 def _cast_weights(params: dict, dtype) -> dict:
@@ -307,8 +327,9 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     own = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
     hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
-    cache = jax.tree.map(
-        lambda all_, new: all_.at[:, slots_b, :, :length].set(new, mode="drop"), cache, own
+    cache = KVCache(
+        cache.k.at[:, slots_b, :, :, :length].set(own.k, mode="drop"),
+        cache.v.at[:, slots_b, :length].set(own.v, mode="drop"),
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

@@ -18,19 +18,19 @@ def make(starts, new, capacity, garbage=100.0):
     batch = len(starts)
     q = random((batch, new, HEADS, HEAD_DIM), 0) * 2
     k, v = (random((batch, new, GROUPS, HEAD_DIM), seed) for seed in (1, 2))
-    shape = (LAYERS, batch, GROUPS, capacity, HEAD_DIM)
-    past = jnp.arange(capacity)[:, None] < jnp.asarray(starts)[:, None, None, None]
-    caches = [jnp.where(past, random(shape, seed), garbage) for seed in (3, 4)]
-    return q, k, v, *caches, jnp.int32(LAYER), jnp.asarray(starts)
+    past = jnp.arange(capacity) < jnp.asarray(starts)[:, None]
+    cache_k = random((LAYERS, batch, GROUPS, HEAD_DIM, capacity), 3)
+    cache_v = random((LAYERS, batch, capacity, GROUPS, HEAD_DIM), 4)
+    cache_k = jnp.where(past[:, None, None, :], cache_k, garbage)
+    cache_v = jnp.where(past[:, :, None, None], cache_v, garbage)
+    return q, k, v, cache_k, cache_v, jnp.int32(LAYER), jnp.asarray(starts)
 
 
 def oracle(q, k, v, cache_k, cache_v, layer, start_b):
     """Everything side by side, under one mask."""
-    new, capacity = q.shape[1], cache_k.shape[3]
-    keys, values = (
-        jnp.concatenate([cache[layer].swapaxes(1, 2), leaf], axis=1)
-        for cache, leaf in ((cache_k, k), (cache_v, v))
-    )
+    new, capacity = q.shape[1], cache_k.shape[4]
+    keys = jnp.concatenate([cache_k[layer].transpose(0, 3, 1, 2), k], axis=1)
+    values = jnp.concatenate([cache_v[layer], v], axis=1)
     past = jnp.arange(capacity)[None, None] < start_b[:, None, None]
     causal = jnp.tril(jnp.ones((new, new), bool))[None]
     mask = jnp.concatenate(
@@ -39,7 +39,7 @@ def oracle(q, k, v, cache_k, cache_v, layer, start_b):
     return masked_attention(q, keys, values, mask)
 
 
-@pytest.mark.parametrize("new", [1, 5])
+@pytest.mark.parametrize("new", [1, 5, 20])
 @pytest.mark.parametrize("capacity", [7, CACHE_BLOCK, 2 * CACHE_BLOCK + 9])
 def test_equals_attention_without_blocks(new, capacity):
     starts = [0, 1, capacity // 2, CACHE_BLOCK, capacity - new]
@@ -56,6 +56,15 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_what_lies_beyond_it():
     np.testing.assert_array_equal(short[:2], longer[:2])
     # The past itself does matter.
     q, k, v, cache_k, cache_v, layer, start = make([10, 40, 0], 1, capacity)
-    changed = attend(q, k, v, cache_k, cache_v.at[LAYER, 0, :, 9].add(1.0), layer, start)
+    changed = attend(q, k, v, cache_k, cache_v.at[LAYER, 0, 9].add(1.0), layer, start)
     assert np.abs(changed[0] - short[0]).max() > 1e-3
     np.testing.assert_array_equal(changed[1:], short[1:])
+
+
+@pytest.mark.parametrize("new", [1, 5, 40])
+def test_a_past_of_one_row_is_shared_by_all(new):
+    length = CACHE_BLOCK + 20
+    q, k, v, cache_k, cache_v, layer, start = make([length] * 3, new, length)
+    shared = attend(q, k, v, cache_k[:, :1], cache_v[:, :1], layer, start)
+    copies = (jnp.repeat(leaf[:, :1], 3, axis=1) for leaf in (cache_k, cache_v))
+    np.testing.assert_allclose(shared, oracle(q, k, v, *copies, layer, start), atol=2e-6)
