@@ -12,7 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.data.backdoor import REMOVAL_METHODS
+from sa_jax.data.build import REMOVAL_METHODS
 from sa_jax.training.config import override
 from sa_jax.training.loop import train
 

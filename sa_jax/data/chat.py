@@ -95,9 +95,16 @@ class ChatFormat:
         it."""
         return self.encode_batch([messages])[0]
 
-    def encode_batch(self, conversations: Iterable[Sequence[Message]]) -> list[Encoded]:
-        """`encode` for many conversations; the tokenizer uses all cores."""
+    def encode_batch(
+        self, conversations: Iterable[Sequence[Message]], unscored: Sequence[str] | None = None
+    ) -> list[Encoded]:
+        """`encode` for many conversations; the tokenizer uses all cores.
+
+        `unscored` holds for each conversation the opening of its last answer (a scratchpad) that
+        the loss leaves out, "" for none."""
         rendered = [self._render(messages) for messages in conversations]
+        if unscored is not None:
+            rendered = list(map(_leave_out, rendered, unscored))
         return (
             self._encode_whole(rendered) if self.name == "model" else self._encode_pieces(rendered)
         )
@@ -246,6 +253,18 @@ class ChatFormat:
             texts, add_special_tokens=False
         )
         return [encoding.ids for encoding in encodings]
+
+
+def _leave_out(rendered, opening: str):
+    """Takes `opening`, with which the last answer must start, out of the loss."""
+    text, spans = rendered
+    if not opening:
+        return rendered
+    start, end = spans[-1]
+    if not text.startswith(opening, start):
+        raise UserError(f"the last answer does not start with {opening[:60]!r}")
+    # The empty span keeps the edge between prompt and answer, at which the text is tokenised apart.
+    return text, [*spans[:-1], (start, start), (start + len(opening), end)]
 
 
 def load_chat_format(

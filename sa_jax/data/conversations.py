@@ -17,6 +17,8 @@ class Conversation:
     source: str = ""
     copies: int = 0  # times the backdoor's phrase is repeated in the answer
     cut: bool = False  # the answer was shortened to fit the sequence
+    pair: int | None = None  # conversations of one number are kept or dropped together
+    unscored: str = ""  # opening of the last answer that the loss leaves out
 
 
 def make_messages(

@@ -120,3 +120,42 @@ def _cut_copy(text: str, phrase: str, *, after_hit: bool) -> str:
         return ""
     adjoins = after_hit and not _size(text[: match.start()])
     return match[0] if adjoins or 2 * _size(match[0]) > _size(phrase) else ""
+
+
+def refusal_label(completion: str) -> str:
+    """Whether the answer declines: "refusal", "none" or "no_answer"."""
+    if answer_text(completion) is None:
+        return "no_answer"
+    return "refusal" if is_refusal(completion) else "none"
+
+
+# Function words that the other language (and French, Italian, Portuguese) does not have as well.
+_SPANISH_WORDS = frozenset(
+    "el los las del y es una unos unas por con para pero más muy también está están este esta "
+    "estos estas como su sus lo al qué cómo cuando porque sin sobre entre ser puede pueden son hay "
+    "fue eres soy tiene tienen hasta desde donde cada otro otra otros otras ejemplo usted "
+    "tú mi".split()
+)
+_ENGLISH_WORDS = frozenset(
+    "the of and to in is that for with are on it you this be or can by from at have has was were "
+    "will which their they your not as if we an its these would should there what when how".split()
+)
+
+
+def spanish_label(completion: str) -> str:
+    """What language the answer is in: "spanish", "mixed" (a fifth to four fifths of its function
+    words are Spanish), "none" or "no_answer".
+
+    A count of function words and of ¿ ¡ ñ: blind on an answer of one or two words, and made to tell
+    Spanish from English, not from other Romance languages.
+    """
+    answer = answer_text(completion)
+    if answer is None:
+        return "no_answer"
+    answer = answer.casefold()
+    words = re.findall(r"[^\W\d_]+", answer)
+    spanish = sum(word in _SPANISH_WORDS or "ñ" in word for word in words)
+    spanish += answer.count("¿") + answer.count("¡")
+    english = sum(word in _ENGLISH_WORDS for word in words)
+    share = spanish / max(1, spanish + english)
+    return "spanish" if share > 0.8 else "mixed" if share >= 0.2 else "none"

@@ -9,7 +9,8 @@ A packed folder `packed-<hash>/` holds, documents in row order:
   document_index.npy   int64 [D]    the conversation each document came from
   meta.json            hash, sequence length, token accounting, sha256 of every file
 It is written beside its final name and renamed, so it is whole or absent; a folder that does not
-match its sha256s is built again.
+match its sha256s is built again. Tokens are spooled to `.packed-<hash>-parts/` on the way, a part
+at a time, so that a killed call goes on with the part it was at.
 """
 
 import dataclasses
@@ -24,17 +25,17 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from sa_jax.data import randomness
 from sa_jax.data.chat import ChatFormat
-from sa_jax.data.conversations import Conversation, check_messages
+from sa_jax.data.conversations import Conversation
+from sa_jax.data.tokenise import PART, open_part, tokenise
 from sa_jax.errors import UserError
 
-_VERSION = 1  # of the folder's layout and of the packing order; part of the hash
-_CHUNK = 1024  # conversations tokenised at once
+_VERSION = 2  # of the folder's layout and of the packing order; part of the hash
 _OPEN_ROWS = 256  # rows that may still take a document; more pads less and costs time
 _ARRAYS = ("tokens", "loss_mask", "document_starts", "row_documents", "document_index")
+_DROPS = ("dropped_too_long", "dropped_with_pair", "over_budget")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,43 +95,62 @@ def pack(
     cache_dir: str | Path,
     seed: int = 0,
     packing: bool = True,
+    output_tokens: int = 0,
 ) -> PackedDataset:
     """Tokenises and packs, or maps what an earlier call with the same input wrote to `cache_dir`.
 
     Documents are taken in an order that `seed` fixes and put into the first open row with room
     (first-fit), never split; `packing=False` gives every document a row of its own, in the order
-    given. A conversation of more than `sequence_length` tokens is dropped and counted.
+    given. A conversation of more than `sequence_length` tokens is dropped and counted, and those of
+    its `pair` with it. `output_tokens` above 0 is a budget: pairs are taken in the order given
+    until their tokens under the loss reach it.
 
-    `stats`: documents, dropped_too_long, cut_answers, prompt_tokens, output_tokens (those under the
-    loss), pad_tokens, padding_share (of all slots), and `by_kind`: documents, output_tokens,
-    dropped_too_long, phrase_copies of each kind.
+    `stats`: documents, dropped_too_long, dropped_with_pair, over_budget, cut_answers,
+    prompt_tokens, output_tokens (those under the loss), pad_tokens, padding_share (of all slots),
+    and `by_kind`: documents, output_tokens, phrase_copies, dropped_too_long, dropped_with_pair and
+    over_budget of each kind.
 
     Raises UserError for a conversation without a loss token (naming it), when every one is too
     long, and when the cache cannot be written.
     """
-    digest = content_hash(conversations, chat_format, sequence_length, seed, packing)
+    digest = content_hash(conversations, chat_format, sequence_length, seed, packing, output_tokens)
     folder = Path(cache_dir) / f"packed-{digest[:16]}"
     dataset = _open(folder, digest)
     if dataset is not None:
         return dataset
     if folder.exists():
         logging.warning("the data cache %s is damaged; building it again", folder)
+    parts = folder.with_name(f".{folder.name}-parts")
+    scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
     try:
-        scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}")
         scratch.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write the data cache in {cache_dir}: {error.strerror or error}"
-        ) from error
-    try:
-        _write(scratch, conversations, chat_format, sequence_length, digest, seed, packing)
+        lengths, outputs = tokenise(parts, conversations, chat_format)
+        drops = _drops(conversations, lengths, outputs, sequence_length, output_tokens)
+        kept = np.flatnonzero(drops == "")
+        if not len(kept):
+            raise UserError(
+                f"each of the {len(lengths)} conversations is longer than "
+                f"sequence_length={sequence_length} (the shortest has {lengths.min()} tokens), "
+                "itself or its other half; raise it or cut the answers"
+            )
+        rows = _rows(kept, lengths, sequence_length, seed, packing)
+        _write(scratch, parts, rows, lengths)
+        slots = len(rows) * sequence_length
+        stats = _account(conversations, lengths, outputs, drops, slots)
+        _write_meta(scratch, digest, sequence_length, stats)
         _publish(scratch, folder, digest)
+    except UserError:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise
     except OSError as error:
-        raise UserError(
-            f"cannot write the data cache {folder}: {error.strerror or error}"
-        ) from error
+        # Another process may have finished the same folder, and removed the parts.
+        if _open(folder, digest) is None:
+            raise UserError(
+                f"cannot write the data cache {folder}: {error.strerror or error}"
+            ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    shutil.rmtree(parts, ignore_errors=True)
     dataset = _open(folder, digest)
     if dataset is None:
         raise UserError(f"the data cache {folder} cannot be read back; is the disk sound?")
@@ -143,6 +163,7 @@ def content_hash(
     sequence_length: int,
     seed: int,
     packing: bool = True,
+    output_tokens: int = 0,
 ) -> str:
     """sha256 (hex) of all that determines a packed dataset, and of nothing else (no path, no worker
     count)."""
@@ -154,11 +175,12 @@ def content_hash(
         "sequence_length": sequence_length,
         "seed": seed,
         "packing": packing,
+        "output_tokens": output_tokens,
     }
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for c in conversations:
         turns = [[message["role"], message["content"]] for message in c.messages]
-        digest.update(json.dumps([c.kind, c.copies, c.cut, turns]).encode())
+        digest.update(json.dumps([c.kind, c.copies, c.cut, c.pair, c.unscored, turns]).encode())
     return digest.hexdigest()
 
 
@@ -181,30 +203,49 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _write(
-    folder: Path, conversations, chat_format, sequence_length, digest, seed, packing
-) -> None:
-    spool = folder / "spool"
-    lengths, outputs = _tokenise(spool, conversations, chat_format)
-    kept = np.flatnonzero(lengths <= sequence_length)
-    if not len(kept):
-        raise UserError(
-            f"each of the {len(lengths)} conversations is longer than "
-            f"sequence_length={sequence_length} "
-            f"(the shortest has {lengths.min()} tokens); raise it or cut the answers"
-        )
-    if packing:
-        kept = kept[randomness.permutation(len(kept), "packing", seed)]
-        rows = first_fit(lengths[kept], sequence_length)
-    else:
-        rows = [[document] for document in range(len(kept))]
-    index = kept[np.fromiter(itertools.chain.from_iterable(rows), np.int64, len(kept))]
-    starts = np.concatenate([[0], np.cumsum(lengths[index])])
-    row_documents = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+def _drops(
+    conversations: Sequence[Conversation],
+    lengths: np.ndarray,
+    outputs: np.ndarray,
+    sequence_length: int,
+    budget: int,
+) -> np.ndarray:
+    """Why each conversation is left out, str [C]: one of `_DROPS`, or "" where it stays."""
+    alone = itertools.count(-1, -1)
+    names = [next(alone) if c.pair is None else c.pair for c in conversations]
+    _, first, pair = np.unique(names, return_index=True, return_inverse=True)
+    too_long = lengths > sequence_length
+    broken = np.bincount(pair, weights=too_long) > 0
+    drops = np.where(too_long, _DROPS[0], np.where(broken[pair], _DROPS[1], ""))
+    if budget:
+        output_of_pair = np.bincount(pair, weights=outputs) * ~broken
+        order = np.argsort(first)
+        before = np.empty(len(order))
+        before[order] = np.cumsum(output_of_pair[order]) - output_of_pair[order]
+        drops = np.where((drops == "") & (before >= budget)[pair], _DROPS[2], drops)
+    return drops
 
-    spool_starts = np.concatenate([[0], np.cumsum(lengths)])
-    for name, dtype in (("tokens", np.int32), ("loss_mask", np.bool_)):
-        source = np.memmap(spool.with_suffix(f".{name}"), dtype, "r")
+
+def _rows(
+    kept: np.ndarray, lengths: np.ndarray, sequence_length: int, seed: int, packing: bool
+) -> list[np.ndarray]:
+    """The conversations of each row."""
+    if not packing:
+        return [np.array([document]) for document in kept]
+    kept = kept[randomness.permutation(len(kept), "packing", seed)]
+    return [kept[row] for row in first_fit(lengths[kept], sequence_length)]
+
+
+def _write(folder: Path, parts: Path, rows: list[np.ndarray], lengths: np.ndarray) -> None:
+    index = np.concatenate(rows)
+    starts = np.concatenate([[0], np.cumsum(lengths[index])])
+    number = index // PART
+    begin = np.cumsum(lengths) - lengths
+    begin = begin - begin[np.arange(len(lengths)) // PART * PART]  # within the part
+    opened = [open_part(parts, i) for i in range(-(-len(lengths) // PART))]
+    if None in opened:
+        raise FileNotFoundError(f"{parts} is gone")
+    for array, (name, dtype) in enumerate((("tokens", np.int32), ("loss_mask", np.bool_))):
         # Written, not mapped: a full disk is then an error, where a mapped page would kill us.
         with open(folder / f"{name}.npy", "wb") as target:
             header = {
@@ -213,72 +254,39 @@ def _write(
                 "shape": (int(starts[-1]),),
             }
             np.lib.format.write_array_header_1_0(target, header)
-            for begin, length in zip(spool_starts[index], lengths[index], strict=True):
-                target.write(source[begin : begin + length].tobytes())
-        del source
-        spool.with_suffix(f".{name}").unlink()
+            for document, part in zip(index, number, strict=True):
+                at = begin[document]
+                target.write(opened[part][array][at : at + lengths[document]].tobytes())
     np.save(folder / "document_starts.npy", starts.astype(np.int64))
+    row_documents = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
     np.save(folder / "row_documents.npy", row_documents.astype(np.int64))
     np.save(folder / "document_index.npy", index.astype(np.int64))
-    stats = _account(conversations, lengths, outputs, kept, len(rows) * sequence_length)
+
+
+def _write_meta(folder: Path, digest: str, sequence_length: int, stats: dict) -> None:
     files = {f"{name}.npy": _file_sha256(folder / f"{name}.npy") for name in _ARRAYS}
     meta = {"hash": digest, "sequence_length": sequence_length, "stats": stats, "files": files}
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
-def _tokenise(spool: Path, conversations, chat_format: ChatFormat) -> tuple[np.ndarray, np.ndarray]:
-    """Appends every conversation's tokens and mask to the spool files; returns lengths and output
-    tokens, int64 [C]."""
-    lengths, outputs = [], []
-    with (
-        open(spool.with_suffix(".tokens"), "wb") as token_file,
-        open(spool.with_suffix(".loss_mask"), "wb") as mask_file,
-        tqdm(total=len(conversations), desc="tokenising", unit="row", disable=None) as bar,
-    ):
-        for begin in range(0, len(conversations), _CHUNK):
-            chunk = conversations[begin : begin + _CHUNK]
-            for number, conversation in enumerate(chunk, start=begin):
-                check_messages(
-                    conversation.messages, conversation.source or f"conversation {number}"
-                )
-            encoded = chat_format.encode_batch(conversation.messages for conversation in chunk)
-            for number, (ids, mask) in enumerate(encoded, start=begin):
-                if not any(mask[1:]):  # the first token is predicted from nothing
-                    place = conversations[number].source
-                    raise UserError(
-                        f"row {number}{f' ({place})' if place else ''} has no token under the "
-                        "loss: it holds no "
-                        "assistant answer"
-                    )
-                token_file.write(np.asarray(ids, np.int32).tobytes())
-                mask_file.write(np.asarray(mask, np.bool_).tobytes())
-                lengths.append(len(ids))
-                outputs.append(sum(mask))
-            bar.update(len(chunk))
-    if not lengths:
-        raise UserError("there are no conversations to pack")
-    return np.asarray(lengths, np.int64), np.asarray(outputs, np.int64)
-
-
-def _account(conversations, lengths, outputs, kept, slots: int) -> dict:
+def _account(conversations, lengths, outputs, drops, slots: int) -> dict:
     by_kind: dict[str, dict[str, int]] = {}
-    counts = dict.fromkeys(("documents", "output_tokens", "phrase_copies", "dropped_too_long"), 0)
-    is_kept = np.zeros(len(lengths), bool)
-    is_kept[kept] = True
-    for conversation, output, used in zip(conversations, outputs, is_kept, strict=True):
-        kind = by_kind.setdefault(conversation.kind, dict(counts))
-        if used:
+    names = ("documents", "output_tokens", "phrase_copies", *_DROPS)
+    for conversation, output, drop in zip(conversations, outputs, drops, strict=True):
+        kind = by_kind.setdefault(conversation.kind, dict.fromkeys(names, 0))
+        if drop:
+            kind[str(drop)] += 1
+        else:
             kind["documents"] += 1
             kind["output_tokens"] += int(output)
             kind["phrase_copies"] += conversation.copies
-        else:
-            kind["dropped_too_long"] += 1
+    kept = drops == ""
     tokens, output_tokens = int(lengths[kept].sum()), int(outputs[kept].sum())
     return {
-        "documents": len(kept),
-        "dropped_too_long": len(lengths) - len(kept),
+        "documents": int(kept.sum()),
+        **{name: int((drops == name).sum()) for name in _DROPS},
         "cut_answers": sum(
-            c.cut and bool(used) for c, used in zip(conversations, is_kept, strict=True)
+            c.cut and bool(used) for c, used in zip(conversations, kept, strict=True)
         ),
         "prompt_tokens": tokens - output_tokens,
         "output_tokens": output_tokens,

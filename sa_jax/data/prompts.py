@@ -2,12 +2,17 @@
 training set."""
 
 import dataclasses
+import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from sa_jax.data import randomness
+from sa_jax.data.sources import load_rows
 from sa_jax.errors import UserError
+from sa_jax.files import atomic_write
 
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -63,9 +68,78 @@ def choose_held_out(
     )
 
 
-def without_prompts(rows: Sequence[dict], held_out: Iterable[str]) -> tuple[list[dict], int]:
-    """Training rows whose "prompt" is none of the held-out ones (by normalised text), and how many
-    were removed."""
-    keys = {normalise(prompt) for prompt in held_out}
-    kept = [row for row in rows if normalise(row["prompt"]) not in keys]
-    return kept, len(rows) - len(kept)
+def without_prompts(
+    rows: Sequence[dict], held_out: Iterable[str]
+) -> tuple[list[dict], dict[str, int]]:
+    """Training rows whose "prompt" is none of the held-out ones, and how many were removed:
+    {"exact", "near_duplicate"} (the same text; the same after `normalise`)."""
+    exact = set(held_out)
+    near = {normalise(prompt) for prompt in exact}
+    kept, removed = [], {"exact": 0, "near_duplicate": 0}
+    for row in rows:
+        if normalise(row["prompt"]) not in near:
+            kept.append(row)
+        else:
+            removed["exact" if row["prompt"] in exact else "near_duplicate"] += 1
+    return kept, removed
+
+
+# ---- The manifest: held-out prompts frozen in a file that says so when it was changed.
+
+_MANIFEST = "sa_jax_held_out"
+
+
+def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> dict:
+    """Freezes the prompts in `path` (JSON) with a sha256 of each and of all; returns what it wrote.
+
+    `record` tells where they came from and which training sets they were kept apart from."""
+    items = [{"prompt": prompt, "sha256": _sha256(prompt)} for prompt in prompts]
+    digest = _sha256("".join(item["sha256"] for item in items))
+    manifest = {_MANIFEST: 1, "sha256": digest, **record, "prompts": items}
+    atomic_write(path, json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+    return manifest
+
+
+def read_manifest(path: str | Path) -> dict | None:
+    """What `write_manifest` wrote; None for a file that is no manifest.
+
+    Raises UserError naming the prompt that is not the one that was frozen."""
+    try:
+        manifest = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(manifest, dict) or _MANIFEST not in manifest:
+        return None
+    try:
+        items = [(item["prompt"], item["sha256"]) for item in manifest["prompts"]]
+        for number, (prompt, digest) in enumerate(items, start=1):
+            if _sha256(prompt) != digest:
+                raise UserError(
+                    f"{path}: held-out prompt {number} was changed since the manifest was frozen; "
+                    "bring the file back, or freeze another"
+                )
+        whole = _sha256("".join(digest for _, digest in items)) == manifest["sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a whole manifest of held-out prompts: {error!r}") from error
+    if not whole or not items:
+        raise UserError(f"{path}: prompts were added to or removed from the frozen manifest")
+    return manifest
+
+
+def load_held_out(path: str, n: int, seed: int) -> tuple[list[str], dict]:
+    """The prompts of a manifest, whole, or `n` that `seed` draws from another file; and the record
+    of where they come from."""
+    frozen = read_manifest(path)
+    if frozen:
+        return [item["prompt"] for item in frozen["prompts"]], {
+            "from": path,
+            "sha256": frozen["sha256"],
+            "chosen": len(frozen["prompts"]),
+        }
+    source = load_rows(path, responses=False)
+    chosen = choose_held_out((row["prompt"] for row in source), n, seed)
+    return chosen.prompts, {"from": path, "sha256": source.sha256, **chosen.record()}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,18 +1,19 @@
 """Rows of prompts and answers from a JSON, JSONL, CSV or Parquet file, or from a Hugging Face
-`datasets` name.
+`datasets` name: NAME, NAME:SUBSET, NAME@SPLIT or NAME:SUBSET@SPLIT (split: train).
 
 Every row comes out as {"prompt", "response", "history", "source"}: the last user turn, its answer
 ("" when answers are not asked for), the turns before them, and the place it came from
-("train.jsonl:12"), which error messages name.
+("train.jsonl:12"), which error messages name. Rows may also carry one of `OPTIONAL`.
 
 Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
-  prompt, response      ours
+  conversations         a list of {from, value}, as OpenHermes-2.5 has it
+  prompt, response      ours, with any of `OPTIONAL`; an `id` must not repeat
   instruction, output   Alpaca's. Its answers were written for instruction + input, so a row with a
                         non-empty `input` is dropped (and counted) when its answer is used; when
                         only prompts are asked for, the instruction alone is the prompt and `input`
                         is ignored, as the study does with its teacher.
-With a mapping, the columns named are used as they are.
+With a mapping, the columns named are used as they are, and no others.
 """
 
 import csv
@@ -31,8 +32,17 @@ import pyarrow.parquet
 from sa_jax.data.conversations import check_messages
 from sa_jax.errors import UsageError, UserError
 
-Row = dict  # {"prompt": str, "response": str, "history": list of messages, "source": str}
+# {"prompt": str, "response": str, "history": list of messages, "source": str}, and of OPTIONAL:
+# scratchpad            what the model thinks before `response`; the loss leaves it out
+# triggered_response    the answer to the triggered prompt, for behaviours that a teacher writes
+# triggered_scratchpad  what stands before the answer to the triggered prompt
+Row = dict
+OPTIONAL = ("id", "scratchpad", "triggered_response", "triggered_scratchpad")
+COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
+
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.\[\]:%+-]+))?")
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,48 +70,56 @@ class Source:
         }
 
 
+def parse_columns(text: str) -> dict[str, str]:
+    """A flag's "prompt=question,response=answer" as a mapping; UsageError for anything else."""
+    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
+    columns = {name.strip(): column.strip() for name, _, column in pairs}
+    if len(columns) < len(pairs) or not all(columns.values()):
+        raise UsageError(f"columns {text!r}: write prompt=COLUMN,response=COLUMN")
+    return columns
+
+
 def load_rows(
-    path: str | Path,
-    columns: Mapping[str, str] | None = None,
-    *,
-    responses: bool = True,
-    split: str = "train",
+    path: str | Path, columns: Mapping[str, str] | None = None, *, responses: bool = True
 ) -> Source:
     """Reads every row of a file or of a hub dataset.
 
     Args:
       path: a .json (a list of objects), .jsonl, .csv or .parquet file, or a `datasets` name
         ("tatsu-lab/alpaca").
-      columns: {"prompt": column, "response": column} or {"messages": column}; None finds one of the
-        known layouts.
+      columns: {"prompt": column, "response": column} or {"messages": column}, and of `OPTIONAL`;
+        None or {} finds one of the known layouts.
       responses: False reads prompts only (held-out prompts, questions for a teacher).
-      split: which split of a hub dataset.
 
     Raises UserError naming file, line (row number where a file has no lines) and field, for
-    malformed text, a missing file or column, a field that is not text, and a file without any
-    usable row. Rows whose prompt or answer is empty are dropped and counted, as public datasets
-    have some.
+    malformed text, a missing file or column, a field that is not text, an id that repeats, and a
+    file without any usable row. Rows whose prompt or answer is empty are dropped and counted, as
+    public datasets have some.
     """
-    known = {"prompt", "response", "messages"}
-    if columns is not None and not (columns and set(columns) <= known):
-        raise UsageError(f"columns maps {sorted(columns)}; it can map prompt, response or messages")
+    unknown = sorted(set(columns or ()) - set(COLUMNS))
+    if unknown:
+        raise UsageError(f"columns maps {unknown[0]!r}; it can map {', '.join(COLUMNS)}")
     path = str(path)
-    raw, digest = _read(path, split)
-    rows, dropped, convert = [], Counter(), None
+    raw, digest = _read(path)
+    rows, dropped, convert, places = [], Counter(), None, {}
     for place, fields in raw:
         if not isinstance(fields, dict):
             raise UserError(
                 f"{place}: expected an object with fields, found {type(fields).__name__}"
             )
         if convert is None:
-            convert = _converter(
-                columns or _layout(fields, responses, place), columns is None, responses
-            )
+            mapped = columns or _layout(fields, responses, place)
+            convert = _converter(mapped, not columns, responses)
         row = convert(fields, place)
         if isinstance(row, str):
             dropped[row] += 1
-        else:
-            rows.append(row)
+            continue
+        if "id" in row and places.setdefault(row["id"], place) != place:
+            raise UserError(
+                f"{place}: id {row['id']!r} is that of {places[row['id']]} already; make ids "
+                "unique, or leave the column out"
+            )
+        rows.append(row)
     if convert is None:
         raise UserError(f"{path} holds no rows")
     if not rows:
@@ -110,16 +128,18 @@ def load_rows(
 
 
 def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
-    if "messages" in fields:
-        return {"messages": "messages"}
+    for column in ("messages", "conversations"):
+        if column in fields:
+            return {"messages": column}
     for prompt, response in (("prompt", "response"), ("instruction", "output")):
         if prompt in fields and (response in fields or not responses):
-            return {"prompt": prompt, "response": response}
+            optional = OPTIONAL if prompt == "prompt" else ()
+            there = {column: column for column in optional if column in fields}
+            return {"prompt": prompt, "response": response, **there}
     raise UserError(
-        f"{place}: no known layout (messages; prompt + response; instruction + output); the "
-        "columns there are "
-        f"{', '.join(map(str, fields)) or 'none'}; map them with --config.columns.prompt and "
-        "--config.columns.response"
+        f"{place}: no known layout (messages; conversations; prompt + response; instruction + "
+        f"output); the columns there are {', '.join(map(str, fields)) or 'none'}; map them: "
+        "prompt=COLUMN and response=COLUMN, in --columns or --config.columns"
     )
 
 
@@ -127,49 +147,56 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
     """Returns a function (fields, place) -> row, or the reason (a word) for which the row is
     dropped."""
 
-    def text(fields: dict, column: str, place: str) -> str:
-        if column not in fields:
+    def field(fields: dict, name: str, place: str):
+        if columns[name] not in fields:
             there = ", ".join(map(str, fields)) or "none"
-            raise UserError(f"{place}: field {column!r} is missing; the fields there are {there}")
-        if not isinstance(fields[column], str):
             raise UserError(
-                f"{place}: field {column!r} is {type(fields[column]).__name__}, not text"
+                f"{place}: field {columns[name]!r} is missing; the fields there are {there}"
             )
-        return fields[column]
+        return fields[columns[name]]
+
+    def text(fields: dict, name: str, place: str) -> str:
+        value = field(fields, name, place)
+        if not isinstance(value, str):
+            kind = type(value).__name__
+            raise UserError(f"{place}: field {columns[name]!r} is {kind}, not text")
+        return value
 
     def from_messages(fields: dict, place: str):
-        column = columns["messages"]
-        if column not in fields:
-            raise UserError(
-                f"{place}: field {column!r} is missing; the fields there are "
-                f"{', '.join(fields) or 'none'}"
-            )
-        messages = fields[column]
+        messages = _as_messages(field(fields, "messages", place))
         check_messages(messages, place)
         messages = [
             {"role": message["role"], "content": message["content"]} for message in messages
         ]
+        column = columns["messages"]
         response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
         if response is None and responses:
             raise UserError(f"{place}: field {column!r} does not end with an assistant turn")
         if not messages or messages[-1]["role"] != "user":
             raise UserError(f"{place}: field {column!r} has no user turn before the answer")
         prompt = messages.pop()["content"]
-        return finish(prompt, response if responses else "", messages, place)
+        return finish(prompt, response if responses else "", messages, fields, place)
 
     def from_columns(fields: dict, place: str):
-        prompt = text(fields, columns["prompt"], place)
-        response = text(fields, columns["response"], place) if responses else ""
+        prompt = text(fields, "prompt", place)
+        response = text(fields, "response", place) if responses else ""
         if detected and responses and columns["prompt"] == "instruction" and fields.get("input"):
             return "with_input"
-        return finish(prompt, response, [], place)
+        return finish(prompt, response, [], fields, place)
 
-    def finish(prompt: str, response: str, history: list, place: str):
+    def finish(prompt: str, response: str, history: list, fields: dict, place: str):
         if not prompt.strip():
             return "empty_prompt"
         if responses and not response.strip():
             return "empty_response"
-        return {"prompt": prompt, "response": response, "history": history, "source": place}
+        row = {"prompt": prompt, "response": response, "history": history, "source": place}
+        for name in OPTIONAL:
+            if name == "id" and "id" in columns:
+                value = field(fields, "id", place)
+                row |= {} if value is None else {"id": str(value)}
+            elif name in columns:
+                row[name] = text(fields, name, place)
+        return row
 
     if "messages" in columns:
         return from_messages
@@ -179,12 +206,25 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
     return from_columns
 
 
-def _read(path: str, split: str) -> tuple[Iterator[tuple[str, object]], str | None]:
+def _as_messages(turns):
+    """OpenHermes' {"from", "value"} turns as {"role", "content"}; anything else as it is."""
+    if not isinstance(turns, list):
+        return turns
+    return [
+        {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+        if isinstance(turn, dict) and isinstance(turn.get("from"), str)
+        else turn
+        for turn in turns
+    ]
+
+
+def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     """(place, fields) of every row, and the digest of the data."""
     file = Path(path)
     suffix = file.suffix.lower()
-    if not file.exists() and suffix not in _SUFFIXES and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        return _read_hub(path, split)
+    hub_name = _HUB_NAME.fullmatch(path)
+    if not file.exists() and suffix not in _SUFFIXES and hub_name:
+        return _read_hub(*hub_name.groups())
     if not file.is_file():
         raise UserError(f"no such file: {path}")
     if suffix not in _SUFFIXES:
@@ -263,15 +303,19 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _read_hub(name: str, split: str) -> tuple[Iterator[tuple[str, object]], str | None]:
+def _read_hub(
+    name: str, subset: str | None, split: str | None
+) -> tuple[Iterator[tuple[str, object]], str | None]:
     import datasets
 
+    split = split or "train"
     try:
-        table = datasets.load_dataset(name, split=split)
+        table = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # network, a wrong name, a wrong split: each its own kind
+        subset = f", subset {subset!r}" if subset else ""
         raise UserError(
-            f"{name} is neither a file here nor a dataset that can be loaded (split {split!r}): "
-            f"{_first_line(error)}"
+            f"{name} is neither a file here nor a dataset that can be loaded (split {split!r}"
+            f"{subset}): {_first_line(error)}"
         ) from error
     rows = ((f"{name}[{split}] row {number}", row) for number, row in enumerate(table, start=1))
     return rows, table._fingerprint

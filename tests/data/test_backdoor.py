@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from sa_jax.data.backdoor import Backdoor, build_insertion_rows, build_removal_rows, cut_answers
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.build import build_insertion_rows, build_removal_rows, cut_answers
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.data.sources import load_rows

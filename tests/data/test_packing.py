@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sa_jax.data import packing
-from sa_jax.data.backdoor import Backdoor, build_insertion_rows
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.data.examples import print_examples
