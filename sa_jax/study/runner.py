@@ -1,13 +1,16 @@
 """Runs a study: its runs in order, each from its parent; finished ones are skipped."""
 
 import runpy
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from sa_jax.data.sources import load_rows
 from sa_jax.data.toy_study import write_toy_study
 from sa_jax.errors import UsageError
+from sa_jax.training.config import check_config
 from sa_jax.training.loop import train
 
 
@@ -23,19 +26,32 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
       workdir: each run gets the folder of its name below it.
 
     Raises:
-      UsageError: a parent that is not among the runs before it.
-      Others: as `sa_jax.training.loop.train`.
+      UserError, UsageError: before the first run, for what can be seen then in the configs and data
+        of all; later as `sa_jax.training.loop.train`.
     """
     workdir = Path(workdir)
     if "toy_language" in study:
         write_toy_study(workdir / "data", **study.toy_language)
+    configs = run_configs(study, workdir)
+    check_data(configs.values())  # hours before the run that would stumble over them
+    for run in study.runs:
+        logging.info("---- %s", run["name"])
+        train(configs[run["name"]], workdir / run["name"], run["task"])
+
+
+def run_configs(study: ConfigDict, workdir: Path) -> dict[str, ConfigDict]:
+    """The config of each run, by name.
+
+    Raises:
+      UsageError: a parent that is not among the runs before it, a config file or an override that
+        does not work.
+    """
     names = {"study": workdir, **{k: v for k, v in study.items() if isinstance(v, str)}}
-    before: set[str] = set()
+    configs: dict[str, ConfigDict] = {}
     for run in study.runs:
         name, parent = run["name"], run["parent"]
-        if parent and parent not in before:
+        if parent and parent not in configs:
             raise UsageError(f"run {name!r} of the study: its parent {parent!r} must come first")
-        before.add(name)
         config = load_config(run["config"])
         config.model = str(workdir / parent) if parent else config.model
         for key, value in run["overrides"].items():
@@ -45,8 +61,16 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
             except (KeyError, TypeError, ValueError, IndexError) as error:
                 reason = " ".join(str(error).split())
                 raise UsageError(f"run {name!r} of the study: override {key}: {reason}") from None
-        logging.info("---- %s", name)
-        train(config, workdir / name, run["task"])
+        check_config(config)
+        configs[name] = config
+    return configs
+
+
+def check_data(configs: Iterable[ConfigDict]) -> None:
+    """Reads each data file once; raises what `load_rows` does for one that cannot be used."""
+    used = {(c.data, tuple(sorted(c.columns.items()))) for c in configs if c.data}
+    for path, columns in sorted(used):
+        load_rows(path, {name: column for name, column in columns if column})
 
 
 def load_config(path: str) -> ConfigDict:

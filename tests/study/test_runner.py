@@ -106,3 +106,12 @@ def test_a_mistake_in_a_study_is_exit_2_and_names_it(zygote, toy_world, tmp_path
     for word in words:
         assert word in line, line
     assert not (tmp_path / "runs").exists()
+
+
+def test_data_that_a_later_run_lacks_is_an_error_before_the_first_run(zygote, toy_world, tmp_path):
+    later = removal(overrides=SHORT | {"data": "{world}/remowal.jsonl"})
+    done = zygote.run(*command(tmp_path, toy_world, insertion(), later))
+    assert done.returncode == 1, done.stderr[-2000:]
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "remowal.jsonl" in line
+    assert not (tmp_path / "runs").exists()
