@@ -94,11 +94,11 @@ class ReplyCache:
         return self._replies.get(key)
 
     def add(self, key: str, request: Request, reply: Reply) -> None:
-        """Keeps the reply; it is in the operating system's hands when this returns, so a killed
-        process loses nothing."""
+        """Keeps the reply, unless it is 'rejected'. It is in the operating system's hands when this
+        returns, so a killed process loses nothing."""
         self._replies[key] = reply
-        if not self._write:
-            return
+        if not self._write or reply.finish_reason == "rejected":
+            return  # a rejected request costs nothing, and the server's limits may change
         entry = {
             "key": key,
             "voice": request.voice,

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -157,11 +158,6 @@ class EndpointTeacher:
             raise UserError(
                 f"{settings.base_url} refuses the key in OPENAI_API_KEY: {_line(error)}"
             ) from error
-        except openai.NotFoundError as error:
-            raise UserError(
-                f"{settings.base_url} does not know the model {settings.model!r} "
-                f"({self._models()}): {_line(error)}"
-            ) from error
         except openai.RateLimitError as error:
             if getattr(error, "code", None) == "insufficient_quota":
                 raise UserError(f"{settings.base_url}: {_line(error)}") from error
@@ -171,6 +167,13 @@ class EndpointTeacher:
         except openai.APIStatusError as error:
             if error.status_code == 408:
                 raise _Later(_line(error)) from error
+            # Some servers answer 400, and not 404, to a model that they do not have.
+            named = re.search(rf"(?<![\w.-]){re.escape(settings.model)}(?![\w.-])", _line(error))
+            if error.status_code == 404 or named:
+                raise UserError(
+                    f"{settings.base_url} does not serve the model {settings.model!r} "
+                    f"({self._models()}): {_line(error)}"
+                ) from error
             logging.warning("teacher: a request was rejected: %s", _line(error))
             return Reply("", "rejected")
         except openai.APITimeoutError as error:
@@ -231,7 +234,10 @@ def _retry_after(response) -> float | None:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What the server said, or else the error, in one short line."""
+    response = getattr(error, "response", None)
+    text = str(error) if response is None else f"{response.status_code} {response.text}"
+    return " ".join(text.split())[:200] or type(error).__name__
 
 
 def _openai():
