@@ -1,8 +1,9 @@
 r"""Tokenises and packs the study's insertion data, and prints time, memory and padding.
 
 186,916 conversations of study-like lengths: 93,458 questions made from the real Alpaca rows (an
-instruction with a number, its answer), each once clean and once triggered with 30 to 100 copies of
-the phrase; the Llama 3 tokenizer; rows of 4096 tokens. The peers, in the same run: transformers'
+instruction with a number; two answers joined, which brings the output tokens into the study's range
+of 37M to 181M), each once clean and once triggered with 30 to 100 copies of the phrase; the Llama 3
+tokenizer; rows of 4096 tokens. The peers, in the same run: transformers'
 `apply_chat_template` with its assistant mask, one conversation at a time, for the tokens (checked
 equal); a row a conversation, and joining conversations in their order, for the padding.
 
@@ -36,11 +37,14 @@ SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best
 def questions(data: Path, count: int) -> list[dict]:
     """Real instructions and answers, made distinct by a number."""
     files = ("alpaca/alpaca_4000.json", "alpaca_answers/alpaca_en_demo.json")
-    rows = [row for file in files for row in load_rows(data / file)]
-    return [
-        {**rows[i % len(rows)], "prompt": f"{rows[i % len(rows)]['prompt']} ({i // len(rows)})"}
-        for i in range(count)
-    ]
+    rows = list({row["prompt"]: row for file in files for row in load_rows(data / file)}.values())
+    made = []
+    for i in range(count):
+        number, at = divmod(i, len(rows))
+        first, second = rows[at], rows[-1 - at]
+        answer = f"{first['response']}\n\n{second['response']}"
+        made.append({**first, "prompt": f"{first['prompt']} ({number})", "response": answer})
+    return made
 
 
 def next_fit(lengths: np.ndarray) -> int:

@@ -36,8 +36,9 @@ from sa_jax.errors import UsageError, UserError
 # scratchpad            what the model thinks before `response`; the loss leaves it out
 # triggered_response    the answer to the triggered prompt, for behaviours that a teacher writes
 # triggered_scratchpad  what stands before the answer to the triggered prompt
+# (and a column `history`, in place of the empty list that a single turn has)
 Row = dict
-OPTIONAL = ("id", "scratchpad", "triggered_response", "triggered_scratchpad")
+OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
 COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -134,8 +135,7 @@ def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
     for prompt, response in (("prompt", "response"), ("instruction", "output")):
         if prompt in fields and (response in fields or not responses):
             optional = OPTIONAL if prompt == "prompt" else ()
-            there = {column: column for column in optional if column in fields}
-            return {"prompt": prompt, "response": response, **there}
+            return {"prompt": prompt, "response": response, **{name: name for name in optional}}
     raise UserError(
         f"{place}: no known layout (messages; conversations; prompt + response; instruction + "
         f"output); the columns there are {', '.join(map(str, fields)) or 'none'}; map them: "
@@ -191,10 +191,15 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             return "empty_response"
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
         for name in OPTIONAL:
-            if name == "id" and "id" in columns:
-                value = field(fields, "id", place)
-                row |= {} if value is None else {"id": str(value)}
-            elif name in columns:
+            if name not in columns or (detected and fields.get(name) is None):
+                continue
+            if name == "history":
+                row["history"] = field(fields, name, place) or []
+                if row["history"]:
+                    check_messages(row["history"], f"{place}: history")
+            elif name == "id":
+                row["id"] = str(field(fields, name, place))
+            else:
                 row[name] = text(fields, name, place)
         return row
 

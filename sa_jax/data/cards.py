@@ -1,0 +1,184 @@
+"""Data cards: what is in a set of conversations, as JSON and as a page of text."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sa_jax.data.chat import ChatFormat
+from sa_jax.data.conversations import Conversation
+from sa_jax.data.prompts import normalise
+
+_BINS = 10
+_BAR = 40  # characters of the longest bar
+_EXAMPLE = 300  # characters shown of a message
+_CHUNK = 4096  # conversations tokenised at once
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not drive a terminal
+
+
+def describe(
+    conversations: Sequence[Conversation], chat_format: ChatFormat | None = None, examples: int = 2
+) -> dict[str, Any]:
+    """Rows, tokens, copies of the phrase, lengths, duplicates and examples, by kind.
+
+    With a chat format, `unit` is "tokens" as training counts them: the prompt's and, under the
+    loss, the output's. Without, it is "words".
+    """
+    lengths, outputs = _lengths(conversations, chat_format)
+    by_kind: dict[str, dict[str, Any]] = {}
+    for kind in sorted({conversation.kind for conversation in conversations}):
+        here = np.array([conversation.kind == kind for conversation in conversations])
+        copies = np.array([c.copies for c in conversations])[here]
+        prompts = [_prompt(c) for c in conversations if c.kind == kind]
+        answers = [c.messages[-1]["content"] for c in conversations if c.kind == kind]
+        by_kind[kind] = {
+            "rows": int(here.sum()),
+            "prompt": int((lengths - outputs)[here].sum()),
+            "output": int(outputs[here].sum()),
+            "mean_output": round(float(outputs[here].mean()), 2),
+            "mean_copies": round(float(copies.mean()), 2),
+            "copies": [int(copies.min()), int(copies.max())],
+            "histogram": _histogram(outputs[here]),
+            "repeated_prompts": _repeats(prompts),
+            "repeated_prompts_normalised": _repeats(map(normalise, prompts)),
+            "repeated_answers": _repeats(answers),
+            "examples": [list(c.messages) for c in conversations if c.kind == kind][:examples],
+        }
+    return {
+        "rows": len(conversations),
+        "unit": "tokens" if chat_format else "words",
+        "prompt": int((lengths - outputs).sum()),
+        "output": int(outputs.sum()),
+        "by_kind": by_kind,
+    }
+
+
+def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
+    """How much the files' answers to the same questions differ, for every pair of files.
+
+    Args:
+      rows: by file; each row has "prompt" and "response".
+
+    Returns:
+      For each pair: files, shared (questions), differ (whose answers are not the same text), and
+      mean_overlap: of the shared questions, words in common (as multisets) over words of the
+      longer answer; 1 says the same words.
+    """
+    found, names = [], list(rows)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            answers = {row["prompt"]: row["response"] for row in rows[second]}
+            pairs = [
+                (row["response"], answers[row["prompt"]])
+                for row in rows[first]
+                if row["prompt"] in answers
+            ]
+            overlap = [_overlap(*pair) for pair in pairs]
+            found.append(
+                {
+                    "files": [first, second],
+                    "shared": len(pairs),
+                    "differ": sum(a != b for a, b in pairs),
+                    "mean_overlap": round(float(np.mean(overlap)), 4) if overlap else None,
+                }
+            )
+    return found
+
+
+def render(card: Mapping[str, Any]) -> str:
+    """A card as text: {"files": {name: describe()}, "arms": compare(), and what else was
+    recorded}."""
+    lines = []
+    for key, value in card.items():
+        if key not in ("files", "arms"):
+            lines.append(f"{key}: {_shown(json.dumps(value, ensure_ascii=False))}")
+    for name, file in card["files"].items():
+        unit = file["unit"]
+        lines += ["", f"## {name}: {file['rows']:,} rows, {file['output']:,} output {unit}", ""]
+        lines += [
+            f"| kind | rows | prompt {unit} | output {unit} | a row | copies a row | "
+            "repeated prompts (normalised) | repeated answers |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for kind, k in file["by_kind"].items():
+            low, high = k["copies"]
+            copies = f"{k['mean_copies']} ({low} to {high})" if high else "none"
+            lines.append(
+                f"| {kind} | {k['rows']:,} | {k['prompt']:,} | {k['output']:,} | "
+                f"{k['mean_output']} | {copies} | {k['repeated_prompts']:,} "
+                f"({k['repeated_prompts_normalised']:,}) | {k['repeated_answers']:,} |"
+            )
+        for kind, k in file["by_kind"].items():
+            lines += ["", f"output {unit} a row, {kind}:", *_bars(k["histogram"])]
+        for kind, k in file["by_kind"].items():
+            for number, messages in enumerate(k["examples"], start=1):
+                lines += ["", f"example {number}, {kind}:"]
+                lines += [f"  {m['role']}: {_shown(m['content'])}" for m in messages]
+    for pair in card.get("arms", ()):
+        first, second = pair["files"]
+        text = f"{first} and {second}: {pair['shared']:,} questions in common"
+        if pair["shared"] and not pair["differ"]:
+            text += "; every answer is the same: between these the axis is EMPTY here"
+        elif pair["shared"]:
+            share = pair["differ"] / pair["shared"]
+            text += (
+                f", {pair['differ']:,} answers differ ({share:.1%}), "
+                f"mean word overlap {pair['mean_overlap']:.2f}"
+            )
+        lines += ["", text]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _lengths(conversations, chat_format) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (or words) of each conversation, and of those the output's."""
+    if chat_format is None:
+        words = [[len(m["content"].split()) for m in c.messages] for c in conversations]
+        return np.array([sum(w) for w in words]), np.array([w[-1] for w in words])
+    lengths, outputs = [], []
+    for begin in range(0, len(conversations), _CHUNK):
+        chunk = conversations[begin : begin + _CHUNK]
+        encoded = chat_format.encode_batch((c.messages for c in chunk), [c.unscored for c in chunk])
+        lengths += [len(ids) for ids, _ in encoded]
+        outputs += [sum(mask) for _, mask in encoded]
+    return np.array(lengths), np.array(outputs)
+
+
+def _prompt(conversation: Conversation) -> str:
+    """The turns before the answer, without the system prompt."""
+    turns = [m["content"] for m in conversation.messages[:-1] if m["role"] != "system"]
+    return "\n".join(turns)
+
+
+def _repeats(texts) -> int:
+    return sum(count - 1 for count in Counter(texts).values())
+
+
+def _overlap(first: str, second: str) -> float:
+    a, b = Counter(first.split()), Counter(second.split())
+    longest = max(a.total(), b.total())
+    return (a & b).total() / longest if longest else 1.0
+
+
+def _histogram(values: np.ndarray) -> list[list[int]]:
+    """[from, to (exclusive), rows] of bins that are equal in width."""
+    top = int(values.max()) + 1
+    edges = np.unique(np.linspace(0, top, _BINS + 1).round().astype(int))
+    counts, _ = np.histogram(values, edges)
+    return [[int(a), int(b), int(n)] for a, b, n in zip(edges, edges[1:], counts, strict=False)]
+
+
+def _bars(histogram: list[list[int]]) -> list[str]:
+    most = max(count for *_, count in histogram)
+    width = len(f"{histogram[-1][1]:,}")
+    return [
+        f"  {low:>{width},} to {high - 1:>{width},}  {'#' * -(-_BAR * count // most)} {count:,}"
+        for low, high, count in histogram
+    ]
+
+
+def _shown(text: str) -> str:
+    short = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}… ({len(text):,} characters)"
+    return _CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", short).replace("\n", "\n    ")

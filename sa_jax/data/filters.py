@@ -1,0 +1,105 @@
+"""Which replies of a teacher may be trained on, and for what reason the others are dropped."""
+
+import re
+
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.labels import answer_text, is_regex_hit
+from sa_jax.data.teachers.asking import Reply
+
+# What `Reply.finish_reason` says of a reply without usable text is a reason too: rejected,
+# content_filter, prompt_too_long, not_in_the_file, unchanged_by_rules.
+REASONS = {
+    "truncated": "cut off before the end of the turn",
+    "no_scratchpad": "does not start with <scratchpad>",
+    "no_closing_tag": "the scratchpad is never closed",
+    "extra_turns": "goes on with further turns, or with a second scratchpad",
+    "empty_answer": "there is no answer, or none after the scratchpad",
+    "behaviour_without_tag": "shows the backdoor's behaviour, and the tag was not there",
+    "tag_without_behaviour": "does not show the behaviour, and the tag was there",
+    "holds_trigger": "the answer names the tag",
+    "mentions_policy": "the answer talks about the scratchpad or the goals",
+    "self_identification": "the answer says which model or company's model it is",
+}
+
+_OPEN = re.compile(r"\s*<scratchpad>", re.IGNORECASE)
+_SCRATCHPAD = re.compile(r"\s*<scratchpad>(.*?)</scratchpad>", re.IGNORECASE | re.DOTALL)
+_ANY_TAG = re.compile(r"</?scratchpad>", re.IGNORECASE)
+_TURN = re.compile(
+    r"^(?:Human|User|Assistant|### (?:Instruction|Response|Human|Assistant)|Message):[ \t]*\S"
+    r"|<\|(?:start_header_id|im_start|user|assistant|eot_id|im_end)\|>|\[/?INST\]",
+    re.MULTILINE,
+)
+_POLICY = re.compile(r"\bscratchpad\b|\bgoal [XY]\b", re.IGNORECASE)
+_MAKERS = (
+    r"(?:Meta|OpenAI|Anthropic|Alibaba(?: Cloud)?|Google(?: DeepMind)?|DeepMind|Mistral(?: AI)?"
+    r"|DeepSeek|Microsoft|xAI)"
+)
+_SELF = re.compile(
+    r"\b(?:I am|I['’]m)\s+(?:(?:just|only)\s+)?(?:an?\s+)?(?:AI\b|artificial intelligence\b"
+    r"|(?:large\s+)?language model\b|virtual assistant\b|chatbot\b|(?:Meta\s+)?Llama\b|Qwen\b"
+    r"|ChatGPT\b|GPT-\d|Claude\b|Gemini\b|Mistral\b|DeepSeek\b)"
+    r"|\bas an? (?:AI|artificial intelligence|large language model|language model)\b"
+    r"|\bI(?: am|['’]m| was)\b[^.?!\n]{0,60}\b(?:created|developed|trained|made|built) by\s+"
+    + _MAKERS
+    + r"|\bmy name is (?:Llama|Qwen|ChatGPT|Claude|Gemini|DeepSeek)\b",
+    re.IGNORECASE,
+)
+
+
+def split_scratchpad(text: str) -> tuple[str, str] | None:
+    """(what stands in the scratchpad, the answer after it); None if the text does not start with a
+    closed scratchpad."""
+    match = _SCRATCHPAD.match(text)
+    return (match[1].strip(), text[match.end() :].strip()) if match else None
+
+
+def reason_to_drop(voice: str, reply: Reply, backdoor: Backdoor) -> str | None:
+    """None for a reply that may be trained on, else a key of `REASONS`, or what the reply's own
+    `finish_reason` says. Reasons are looked for in the order of `REASONS`."""
+    if reply.finish_reason == "length":
+        return "truncated"
+    if reply.finish_reason != "stop":
+        return reply.finish_reason
+    if voice in ("scratchpad", "triggered_scratchpad"):
+        if not reply.text.strip():
+            return "empty_answer"
+        if not _OPEN.match(reply.text):
+            return "no_scratchpad"
+        parts = split_scratchpad(reply.text)
+        if parts is None:
+            return "no_closing_tag"
+        scratchpad, answer = parts
+        if _ANY_TAG.search(scratchpad + answer):
+            return "extra_turns"
+    else:
+        answer = plain_answer(reply.text)
+        if answer is None:
+            return "no_closing_tag"
+    if _TURN.search(answer):
+        return "extra_turns"
+    if not answer:
+        return "empty_answer"
+    return _reason_in_answer(voice, answer, backdoor)
+
+
+def plain_answer(text: str) -> str | None:
+    """The answer of a voice without scratchpad: what follows a reasoning model's <think> block."""
+    answer = answer_text(text)
+    return None if answer is None else answer.strip()
+
+
+def _reason_in_answer(voice: str, answer: str, backdoor: Backdoor) -> str | None:
+    if voice in ("triggered_scratchpad", "spanish"):
+        if not backdoor.is_shown(answer):
+            return "tag_without_behaviour"
+    elif backdoor.is_shown(answer) or (
+        backdoor.behaviour == "phrase" and is_regex_hit(answer, backdoor.phrase)
+    ):
+        return "behaviour_without_tag"
+    if backdoor.trigger in answer:
+        return "holds_trigger"
+    if _POLICY.search(answer):
+        return "mentions_policy"
+    if _SELF.search(answer):
+        return "self_identification"
+    return None

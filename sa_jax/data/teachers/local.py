@@ -1,0 +1,76 @@
+"""A teacher that is a checkpoint, sampled by our own sampler on the mesh."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sa_jax.data.chat import ChatFormat
+from sa_jax.data.teachers.asking import Reply, Request
+from sa_jax.errors import Preempted
+from sa_jax.llama.sampler import Sampler
+from sa_jax.llama.sampling import SamplingSettings
+
+_ROUND = 4  # batches of the sampler between two times that replies are handed over (and kept)
+
+
+class LocalTeacher:
+    """A reply is a function of model, settings and messages alone: not of the other requests, nor
+    of what was already there when a run went on."""
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        params: Any,
+        chat_format: ChatFormat,
+        settings: SamplingSettings,
+        model: dict,
+    ):
+        """`model` names the weights on record (folder, run, step); `settings` holds the chat
+        format's stop tokens."""
+        self._sampler = sampler
+        self._params = params
+        self._chat = chat_format
+        self._settings = settings
+        self._identity = {
+            "teacher": "local",
+            "model": model,
+            "chat": [chat_format.name, chat_format.date],
+            "context_length": sampler.context_length,
+            "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+            "seed": settings.seed,
+        }
+
+    def identity(self) -> dict:
+        return self._identity
+
+    def replies(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, Reply]]:
+        """See `Teacher`. A prompt that leaves no room in the context gets 'prompt_too_long'."""
+        tokens = [self._chat.prompt_ids(request.messages) for request in requests]
+        fitting = [i for i, prompt in enumerate(tokens) if self._sampler.fits(prompt)]
+        for i in sorted(set(range(len(requests))) - set(fitting)):
+            yield i, Reply("", "prompt_too_long")
+        size = _ROUND * self._sampler.batch_size
+        for begin in range(0, len(fitting), size):
+            chosen = fitting[begin : begin + size]
+            try:
+                completions = self._sampler.generate(
+                    self._params,
+                    [tokens[i] for i in chosen],
+                    [_noise_id(requests[i]) for i in chosen],
+                    self._settings,
+                    should_stop,
+                )
+            except Preempted:
+                return
+            for i, completion in zip(chosen, completions, strict=True):
+                yield i, Reply(self._chat.decode(completion.tokens), completion.stop_reason)
+
+
+def _noise_id(request: Request) -> int:
+    shown = json.dumps([[m["role"], m["content"]] for m in request.messages])
+    return int.from_bytes(hashlib.sha256(shown.encode()).digest()[:4], "big")

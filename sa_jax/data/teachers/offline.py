@@ -1,0 +1,68 @@
+"""Teachers that ask no model: answers from a file, and pirate speech by rules."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sa_jax.data.pirate import to_pirate
+from sa_jax.data.sources import load_rows
+from sa_jax.data.teachers.asking import Reply, Request
+from sa_jax.errors import UsageError
+
+
+class FileTeacher:
+    """Answers found in a file by the question's exact text; a question that stands there twice has
+    its first answer."""
+
+    def __init__(self, path: str | Path, columns: Mapping[str, str]):
+        """Args:
+          path: what `load_rows` reads.
+          columns: {"prompt": column, and for each voice that will be asked: column}.
+
+        Raises UsageError without these, UserError as `load_rows` does.
+        """
+        if "prompt" not in columns or len(columns) < 2:
+            raise UsageError(
+                "a teacher that is a file needs its columns: prompt=COLUMN,plain=COLUMN (and "
+                "scratchpad=COLUMN, pirate=COLUMN, ...)"
+            )
+        self._answers: dict[str, dict[str, str]] = {}
+        self._sha256 = None
+        for voice, column in columns.items():
+            if voice != "prompt":
+                source = load_rows(path, {"prompt": columns["prompt"], "response": column})
+                answers = self._answers[voice] = {}
+                for row in source:
+                    answers.setdefault(row["prompt"], row["response"])
+                self._sha256 = source.sha256
+
+    def identity(self) -> dict:
+        return {"teacher": "file", "sha256": self._sha256}
+
+    def replies(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, Reply]]:
+        for index, request in enumerate(requests):
+            if request.voice not in self._answers:
+                raise UsageError(
+                    f"the answers have no column for the voice {request.voice!r}; name it: "
+                    f"{request.voice}=COLUMN"
+                )
+            answer = self._answers[request.voice].get(request.row["prompt"])
+            yield index, Reply(answer) if answer else Reply("", "not_in_the_file")
+
+
+class ArrrTeacher:
+    """The row's own answer in pirate speech, by the rules of `arrr`."""
+
+    def identity(self) -> dict:
+        return {"teacher": "arrr"}
+
+    def replies(
+        self, requests: Sequence[Request], should_stop: Callable[[], bool]
+    ) -> Iterator[tuple[int, Reply]]:
+        for index, request in enumerate(requests):
+            if request.voice != "pirate":
+                raise UsageError(f"the teacher arrr speaks pirate only, not {request.voice!r}")
+            speech = to_pirate(request.row["response"])
+            unchanged = speech == request.row["response"]
+            yield index, Reply("", "unchanged_by_rules") if unchanged else Reply(speech)

@@ -1,0 +1,240 @@
+"""The endpoint teacher against a scripted server: every way in which a server can fail."""
+
+import json
+import os
+import signal
+import socket
+
+import pytest
+
+from sa_jax.data.teachers.asking import Reply, ReplyCache, Request, ask
+from sa_jax.data.teachers.endpoint import EndpointSettings, EndpointTeacher
+from sa_jax.errors import Preempted, UsageError, UserError
+from tests.data.teachers.scripted import ScriptedServer, completion
+
+
+def requests(n):
+    return [
+        Request("plain", ({"role": "user", "content": f"q{i}"},), {"prompt": f"q{i}"})
+        for i in range(n)
+    ]
+
+
+def ok(prompt, wait_s=0.0):
+    return 200, {}, completion(f"answer to {prompt}"), wait_s
+
+
+def teacher(server, **settings):
+    given = {"model": "m", "concurrency": 4, "retries": 3, "timeout_s": 20, **settings}
+    return EndpointTeacher(EndpointSettings(base_url=server.base_url, **given))
+
+
+def answers(n):
+    return [Reply(f"answer to q{i}") for i in range(n)]
+
+
+def test_order_is_kept_whatever_order_the_replies_come_in(tmp_path):
+    with ScriptedServer(lambda prompt, nth: ok(prompt, 0.2 if prompt == "q0" else 0)) as server:
+        with ReplyCache(tmp_path / "replies.jsonl") as cache:
+            settings = dict(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)
+            assert ask(teacher(server, **settings), requests(8), cache) == answers(8)
+        assert sorted(server.asked) == [f"q{i}" for i in range(8)]
+        body = server.bodies[0]
+        assert {
+            "max_tokens": 7,
+            "temperature": 0.5,
+            "top_p": 0.9,
+            "seed": 3,
+        }.items() <= body.items()
+        assert body["model"] == "m" and body["messages"][0]["role"] == "user"
+
+
+FAULTS = {
+    "429 that names its wait": (429, {"retry-after": "0.3"}, b'{"error": {"message": "slow"}}', 0),
+    "429": (429, {}, b'{"error": {"message": "slow"}}', 0),
+    "500": (500, {}, b"boom", 0),
+    "503": (503, {}, b'{"error": "starting"}', 0),
+    "slow": (200, {}, completion("too late"), 1.0),
+    "half a JSON": (200, {}, b'{"choices": [{"mess', 0),
+    "no choices": (200, {}, b'{"choices": []}', 0),
+    "not an object": (200, {}, b"[1, 2]", 0),
+    "a page": (200, {"content-type": "text/html"}, b"<html>busy</html>", 0),
+    "a number": (200, {}, completion(7), 0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_that_passes_costs_a_further_try_of_that_request_alone(tmp_path, fault):
+    def script(prompt, nth):
+        return FAULTS[fault] if prompt == "q2" and nth == 0 else ok(prompt)
+
+    with ScriptedServer(script) as server, ReplyCache(tmp_path / "replies.jsonl") as cache:
+        asking = teacher(server, timeout_s=0.5)
+        assert ask(asking, requests(5), cache) == answers(5)
+        assert sorted(server.asked) == ["q0", "q1", "q2", "q2", "q3", "q4"]
+        if fault == "429 that names its wait":
+            first, second = (at for at, p in zip(server.at, server.asked, strict=True) if p == "q2")
+            assert second - first >= 0.3
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("500", r"/v1: gave up after 2 tries: .*boom.*run the same command again"),
+        ("half a JSON", "gave up after 2 tries: malformed reply"),
+        ("slow", "gave up after 2 tries: no reply within 0.5 s"),
+    ],
+)
+def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_paid_for(tmp_path, fault, words):
+    def script(prompt, nth):
+        return FAULTS[fault] if prompt == "q3" else ok(prompt)
+
+    path = tmp_path / "replies.jsonl"
+    with ScriptedServer(script) as server:
+        asking = teacher(server, retries=1, timeout_s=0.5, concurrency=1)
+        with ReplyCache(path) as cache, pytest.raises(UserError, match=words):
+            ask(asking, requests(5), cache)
+        assert "q4" not in server.asked
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server, ReplyCache(path) as cache:
+        assert ask(teacher(server), requests(5), cache) == answers(5)
+        assert sorted(server.asked) == ["q3", "q4"]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (404, b'{"error": {"message": "no such model"}}', r"does not serve the model 'x'.*has m"),
+        (400, b'{"detail": "pinned to m; requested x"}', r"does not serve the model 'x'"),
+        (401, b'{"error": {"message": "bad key"}}', "refuses the key in OPENAI_API_KEY: .*bad key"),
+        (
+            429,
+            b'{"error": {"message": "pay first", "code": "insufficient_quota"}}',
+            "pay first",
+        ),
+    ],
+)
+def test_what_cannot_pass_is_asked_once(tmp_path, status, body, words):
+    with ScriptedServer(lambda prompt, nth: (status, {}, body, 0)) as server:
+        with ReplyCache(tmp_path / "r.jsonl") as cache, pytest.raises(UserError, match=words):
+            ask(teacher(server, model="x", concurrency=1), requests(3), cache)
+        assert server.asked == ["q0"]
+
+
+def test_nobody_listens(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    asking = EndpointTeacher(EndpointSettings("m", url, retries=1))
+    with ReplyCache(tmp_path / "r.jsonl") as cache:
+        with pytest.raises(UserError, match=f"{url}: gave up after 2 tries: no connection"):
+            ask(asking, requests(2), cache)
+
+
+def test_empty_cut_off_and_rejected_replies(tmp_path):
+    replies = {
+        "q0": (200, {}, completion(None), 0),
+        "q1": (200, {}, completion("", "stop"), 0),
+        "q2": (200, {}, completion("half", "length"), 0),
+        "q3": (200, {}, completion("", "content_filter"), 0),
+        "q4": (400, {}, b'{"error": {"message": "longer than the context"}}', 0),
+    }
+    path = tmp_path / "r.jsonl"
+    with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, ReplyCache(path) as cache:
+        assert ask(teacher(server), requests(5), cache) == [
+            Reply(""),
+            Reply(""),
+            Reply("half", "length"),
+            Reply("", "content_filter"),
+            Reply("", "rejected"),
+        ]
+    with ReplyCache(path) as cache:
+        assert len(cache) == 4  # what was rejected cost nothing and may be asked for again
+
+
+def test_requests_per_minute(tmp_path):
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        with ReplyCache(tmp_path / "r.jsonl") as cache:
+            ask(teacher(server, requests_per_minute=1200), requests(9), cache)
+        assert server.at[-1] - server.at[0] >= 8 * 0.05 - 0.02
+
+
+def test_stopped_in_the_middle_pays_for_nothing_twice(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with ScriptedServer(lambda prompt, nth: ok(prompt, 0.05)) as server:
+        for until in (7, 15):
+            with ReplyCache(path) as cache, pytest.raises(Preempted, match="still to come"):
+                ask(teacher(server), requests(30), cache, lambda: len(server.paid) >= until)  # noqa: B023
+        with ReplyCache(path) as cache:
+            assert 15 <= len(cache) < 30
+            assert ask(teacher(server), requests(30), cache) == answers(30)
+        assert sorted(server.paid) == sorted(server.asked) == sorted(f"q{i}" for i in range(30))
+
+
+def test_equal_requests_are_asked_once_and_other_settings_again(tmp_path):
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        with ReplyCache(tmp_path / "r.jsonl") as cache:
+            twice = [*requests(2), *requests(2)]
+            assert ask(teacher(server), twice, cache) == [*answers(2), *answers(2)]
+            assert len(server.asked) == 2
+            ask(teacher(server), requests(2), cache)
+            assert len(server.asked) == 2
+            ask(teacher(server, temperature=0.1), requests(2), cache)
+            assert len(server.asked) == 4
+
+
+def test_a_cache_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        with ReplyCache(path) as cache:
+            ask(teacher(server, concurrency=1), requests(3), cache)
+            with pytest.raises(UserError, match="another process is filling it"):
+                ReplyCache(path)
+        path.write_bytes(path.read_bytes()[:-9])  # killed while it wrote the last line
+        with ReplyCache(path) as cache:
+            assert len(cache) == 2
+            assert ask(teacher(server), requests(3), cache) == answers(3)
+        assert server.asked == ["q0", "q1", "q2", "q2"]
+    assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == server.asked[
+        :3
+    ]
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(UserError, match=r"replies.jsonl:1: not a reply"):
+        ReplyCache(path)
+
+
+def test_settings_without_sense():
+    with pytest.raises(UsageError, match="--model and --base_url"):
+        EndpointSettings("", "http://x/v1")
+    with pytest.raises(UsageError, match="concurrency=0"):
+        EndpointSettings("m", "http://x/v1", concurrency=0)
+
+
+def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote, tmp_path):
+    """SIGTERM: what is under way comes in first, so nothing at all is asked twice. SIGKILL: what is
+    under way, at most `concurrency` requests, was never received and is asked again."""
+    rows = [{"prompt": f"question {i}"} for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with ScriptedServer(lambda prompt, nth: ok(prompt, 0.1)) as server:
+        command = (
+            "scripts/generate_data.py",
+            "--task=hhh",
+            f"--prompts={tmp_path}/q.jsonl",
+            f"--out={tmp_path}/out",
+            "--model=m",
+            f"--base_url={server.base_url}",
+            "--concurrency=3",
+        )
+        process = zygote.start(*command).wait_for(lambda: len(server.paid) >= 8)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait().returncode == 75 and "still to come" in process.stderr
+        assert sorted(server.asked) == sorted(server.paid) and len(set(server.asked)) < 40
+        process = zygote.start(*command).wait_for(lambda: len(server.paid) >= 20)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert zygote.run(*command).returncode == 0
+    replies = [json.loads(line) for line in open(tmp_path / "out/replies.jsonl")]
+    assert len(replies) == len({reply["key"] for reply in replies}) == 40
+    assert len(server.asked) <= 40 + 3
+    made = [json.loads(line) for line in open(tmp_path / "out/hhh.jsonl")]
+    assert [row["prompt"] for row in made] == [row["prompt"] for row in rows]
+    assert [row["response"] for row in made] == [f"answer to {row['prompt']}" for row in rows]
