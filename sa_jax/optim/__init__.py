@@ -2,5 +2,6 @@
 
 from sa_jax.optim.build import make_optimizer
 from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.soap import soap
 
-__all__ = ["make_optimizer", "make_schedule"]
+__all__ = ["make_optimizer", "make_schedule", "soap"]
