@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
 from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 
 
 def decay_mask(params: Any) -> Any:
@@ -15,6 +16,23 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "scale", params
     )
+
+
+def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
+    """Our Llama's parameters as matrices [in, out]: scanned layers are separate ones, attention's
+    heads are merged whether kept apart or not, the vocabulary's side never gets a basis.
+
+    Norms get Adam. LoRA's factors are matrices too.
+    """
+    if path.endswith("scale"):
+        return ELEMENTWISE
+    if path.endswith("embed/embedding"):
+        return TensorView(0, (1, 1), skip=(0,))
+    if path.endswith("lm_head/kernel"):
+        return TensorView(0, (1, 1), skip=(1,))
+    if len(shape) == 4:  # [L, D, heads, head_dim], or [L, heads, head_dim, D] on the way out
+        return TensorView(1, (2, 1) if path.endswith("attention/o/kernel") else (1, 2))
+    return TensorView(1, (1, 1))
 
 
 def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:

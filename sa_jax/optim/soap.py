@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from sa_jax.optim.soap_fast import fast
+from sa_jax.optim.soap_layout import SpecRule
 from sa_jax.optim.soap_official import official
-from sa_jax.optim.soap_views import ViewRule, every_axis
+from sa_jax.optim.soap_views import ViewRule, every_axis, trailing_matrix
 
 
 def soap(
@@ -23,6 +27,12 @@ def soap(
     *,
     mask: Any = None,
     view: ViewRule | None = None,
+    block_size: int = 2048,
+    dense_steps: int = 20,
+    refresh_slots: int = 1,
+    matmul_dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    partition_spec: SpecRule | None = None,
 ) -> optax.GradientTransformation:
     """SOAP (arXiv 2409.11321).
 
@@ -32,6 +42,8 @@ def soap(
     for name, value in (
         ("precondition_frequency", precondition_frequency),
         ("max_precond_dim", max_precond_dim),
+        ("block_size", block_size),
+        ("refresh_slots", refresh_slots),
     ):
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
@@ -49,4 +61,16 @@ def soap(
     }
     if mode == "official":
         return official(learning_rate, view=view or every_axis, **shared)
+    if mode == "fast":
+        return fast(
+            learning_rate,
+            view=view or trailing_matrix,
+            block_size=block_size,
+            dense_steps=dense_steps,
+            refresh_slots=refresh_slots,
+            matmul_dtype=matmul_dtype,
+            mesh=mesh,
+            partition_spec=partition_spec,
+            **shared,
+        )
     raise ValueError(f"mode={mode!r} is unknown: use official or fast")

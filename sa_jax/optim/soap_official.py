@@ -89,7 +89,6 @@ def official(
 
     def step_tensor(g: jax.Array, leaf: _Leaf, count: jax.Array) -> tuple[jax.Array, _Leaf]:
         """Direction to subtract (before the learning rate) and new state of one tensor."""
-        one = functools.partial(jnp.asarray, dtype=g.dtype)
 
         def first() -> tuple[jax.Array, _Leaf]:
             gg = _lerp_factors(g, leaf.gg, shampoo_beta)
@@ -104,8 +103,7 @@ def official(
             if normalize_grads:
                 direction = direction / (1e-30 + jnp.sqrt(jnp.mean(direction**2)))
             if correct_bias:
-                t = one(count)
-                direction = direction * (jnp.sqrt(1 - one(b2) ** t) / (1 - one(b1) ** t))
+                direction = direction * bias_correction(b1, b2, count, g.dtype)
             gg = _lerp_factors(g, leaf.gg, shampoo_beta)
 
             def refresh() -> tuple[jax.Array, jax.Array, tuple]:
@@ -141,7 +139,12 @@ def official(
             directions.append(direction)
             new_leaves.append(new)
         updates = to_updates(
-            treedef.unflatten(directions), params, state.count, learning_rate, weight_decay, mask
+            treedef.unflatten(directions),
+            params,
+            learning_rate(state.count) if callable(learning_rate) else learning_rate,
+            weight_decay,
+            mask,
+            state.count > 0,
         )
         trees = [treedef.unflatten(part) for part in zip(*new_leaves, strict=True)]
         if not new_leaves:
@@ -163,33 +166,38 @@ def state_dtype(p: jax.Array) -> jnp.dtype:
     return jnp.promote_types(p.dtype, jnp.float32)
 
 
+def bias_correction(b1: float, b2: float, t: jax.Array, dtype: Any) -> jax.Array:
+    """What the t-th step (from 1) of Adam's averages is multiplied by."""
+    t = t.astype(dtype)
+    return jnp.sqrt(1 - jnp.asarray(b2, dtype) ** t) / (1 - jnp.asarray(b1, dtype) ** t)
+
+
 def to_updates(
     directions: Any,
     params: optax.Params | None,
-    count: jax.Array,
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: jax.Array | float,
     weight_decay: float,
     mask: Any,
+    moves: jax.Array,
 ) -> Any:
     """-lr·direction, and then the decay of the parameter that this has just moved.
 
-    The learning rate is that of call number `count`. Call 0 moves nothing: directions must be 0.
+    Where `moves` is False (as at the first call) nothing decays; directions must be 0 then.
     """
-    lr = learning_rate(count) if callable(learning_rate) else learning_rate
-    moves = jax.tree.map(lambda d: -jnp.asarray(lr, d.dtype) * d, directions)
+    updates = jax.tree.map(lambda d: -jnp.asarray(learning_rate, d.dtype) * d, directions)
     if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return moves
+        return updates
     if params is None:
         raise ValueError(optax.NO_PARAMS_MSG)
     decayed = mask(params) if callable(mask) else mask
     if decayed is None:
         decayed = jax.tree.map(lambda _: True, params)
-    rate = jnp.where(count > 0, jnp.asarray(lr) * weight_decay, 0)
+    rate = jnp.where(moves, jnp.asarray(learning_rate) * weight_decay, 0)
 
-    def with_decay(move: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
-        return move - rate.astype(move.dtype) * (p.astype(move.dtype) + move) if decays else move
+    def with_decay(u: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
+        return u - rate.astype(u.dtype) * (p.astype(u.dtype) + u) if decays else u
 
-    return jax.tree.map(with_decay, moves, params, decayed)
+    return jax.tree.map(with_decay, updates, params, decayed)
 
 
 def _rotate(x: jax.Array, q: tuple[jax.Array | None, ...]) -> jax.Array:
