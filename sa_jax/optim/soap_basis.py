@@ -92,7 +92,7 @@ def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
 
 
 def _triangular_factor(v: jax.Array, tau: jax.Array) -> jax.Array:
-    """T of H_1·…·H_p = I - V·T·Vᵀ: (I + D·U)⁻¹·D, where D = diag(τ), U is VᵀV above its diagonal."""
+    """T of H_1·…·H_p = I - V·T·Vᵀ: (I + D·U)⁻¹·D, D = diag(τ), U = VᵀV above the diagonal."""
     upper = jnp.triu(jnp.einsum("bnp,bnq->bpq", v, v, precision=_HIGHEST), 1)
     system = jnp.eye(tau.shape[-1], dtype=v.dtype) + tau[:, :, None] * upper
     d = tau[:, :, None] * jnp.eye(tau.shape[-1], dtype=v.dtype)

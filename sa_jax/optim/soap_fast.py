@@ -336,14 +336,22 @@ def _adam(g: jax.Array, mu: jax.Array, nu: jax.Array, b1: float, b2: float):
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
-    """Operands in `dtype`, float32 accumulation."""
-    highest = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    return jnp.einsum(
-        subscripts,
-        x.astype(dtype),
-        y.astype(dtype),
-        precision=highest,
-        preferred_element_type=jnp.float32,
+    """Operands rounded to `dtype`, accumulation in float32."""
+    if dtype == jnp.float32:
+        return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)
+    kind = jnp.finfo(dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        # XLA's CPU backend lacks the batched product; the float32 one of rounded values equals it.
+        cpu=lambda x, y: jnp.einsum(subscripts, rounded(x), rounded(y)),
+        default=lambda x, y: jnp.einsum(
+            subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+        ),
     )
 
 
