@@ -39,14 +39,22 @@ def soap(
     Raises:
       ValueError: a frequency or size that is not positive, or an unknown mode.
     """
-    for name, value in (
-        ("precondition_frequency", precondition_frequency),
-        ("max_precond_dim", max_precond_dim),
-        ("block_size", block_size),
-        ("refresh_slots", refresh_slots),
+    for name, value, least in (
+        ("precondition_frequency", precondition_frequency, 1),
+        ("max_precond_dim", max_precond_dim, 1),
+        ("block_size", block_size, 1),
+        ("dense_steps", dense_steps, 0),
+        ("refresh_slots", refresh_slots, 1),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value}: must be at least 1")
+        if value < least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if refresh_slots > precondition_frequency:
+        raise ValueError(
+            f"refresh_slots={refresh_slots}: must be at most "
+            f"precondition_frequency={precondition_frequency}"
+        )
+    if mesh is not None and partition_spec is None:
+        raise ValueError("mesh: needs partition_spec, which says how parameters are cut over it")
     shared = {
         "b1": b1,
         "b2": b2,

@@ -35,7 +35,7 @@ def refreshed_bases(
     n = gg.shape[-1]
     scale = jnp.trace(gg, axis1=1, axis2=2)[:, None, None] / n
     eye = jnp.eye(n, dtype=gg.dtype)
-    a = jnp.where(scale > 0, gg / jnp.where(scale > 0, scale, 1) + lift * eye, eye)
+    a = jnp.where(scale == 0, eye, gg / jnp.where(scale == 0, 1, scale) + lift * eye)
 
     def iterate(_, q):
         y = jnp.matmul(a, q, precision=_HIGHEST)
@@ -46,6 +46,8 @@ def refreshed_bases(
     new = jax.lax.fori_loop(0, iterations, iterate, q)
     gram = jnp.einsum("bij,bik->bjk", new, new, precision=_HIGHEST)
     good = jnp.max(jnp.abs(gram - eye), axis=(1, 2)) < _ORTHOGONALITY  # False for NaN
+    # What is expressed in a spoilt basis could not be expressed in another.
+    good &= jnp.all(jnp.isfinite(q) & jnp.isfinite(gg), axis=(1, 2))
     return jnp.where(good[:, None, None], new, q), good
 
 

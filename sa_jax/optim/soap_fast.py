@@ -228,14 +228,19 @@ def fast(
         plan: StackPlan, g: jax.Array, stack: Stack, t: jax.Array, finite: jax.Array
     ) -> tuple[Stack, jax.Array, jax.Array]:
         """Moments, direction [n, rows, cols] and factors; and which matrices were sound, [n]."""
+
+        def lerp(gg: jax.Array | None, gram: jax.Array | None) -> jax.Array | None:
+            return None if gg is None else gg + (1 - shampoo_beta) * (gram - gg)
+
         rotate = functools.partial(_rotate, dtype=matmul_dtype)
         q = (stack.q_rows, stack.q_cols)
         gram_rows = _gram(g, stack.gg_rows, 1, matmul_dtype)
         if gram_rows is not None and plan.split_axes:
             gram_rows = jax.lax.psum(gram_rows, plan.split_axes)
         gram_cols = _gram(g, stack.gg_cols, 2, matmul_dtype)
+        gg_rows, gg_cols = lerp(stack.gg_rows, gram_rows), lerp(stack.gg_cols, gram_cols)
         sound = jnp.ones(g.shape[0], bool)
-        for x in (*q, gram_rows, gram_cols):
+        for x in (*q, gg_rows, gg_cols):
             if x is not None:
                 sound &= jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
         if plan.split_axes:
@@ -253,18 +258,15 @@ def fast(
             mean = square_sum / (plan.rows.size * plan.cols.size)
             direction = direction / (1e-30 + jnp.sqrt(mean))
 
-        def lerp(gg: jax.Array | None, gram: jax.Array | None) -> jax.Array | None:
-            if gg is None:
-                return None
-            moved = gg + (1 - shampoo_beta) * (gram - gg)
-            return jnp.where(learn[:, None, None, None], moved, gg)
+        def keep(new: jax.Array | None, old: jax.Array | None) -> jax.Array | None:
+            return None if old is None else jnp.where(learn[:, None, None, None], new, old)
 
         stack = dataclasses.replace(
             stack,
             mu=mu,
             nu=nu,
-            gg_rows=lerp(stack.gg_rows, gram_rows),
-            gg_cols=lerp(stack.gg_cols, gram_cols),
+            gg_rows=keep(gg_rows, stack.gg_rows),
+            gg_cols=keep(gg_cols, stack.gg_cols),
         )
         return stack, direction, sound
 
