@@ -121,8 +121,10 @@ def make_layout(
             continue
         spec = P() if partition_spec is None else partition_spec(path, len(shape))
         axes = _side_axes(path, leaf_view, shape, spec, mesh)
-        # The longer side, or the one without a basis, is the one that may be cut.
-        transposed = (not sides[0].blocks, sides[0].size) > (not sides[1].blocks, sides[1].size)
+        # Columns, which may be cut, are the side without a basis, or else the longer one. Square
+        # matrices are turned so that those that are cut in opposite ways make one stack.
+        ranks = [(not s.blocks, s.size, names) for s, names in zip(sides, axes, strict=True)]
+        transposed = ranks[0] > ranks[1]
         key = (*sides[::-1], *axes[::-1]) if transposed else (*sides, *axes)
         leaf = Leaf(path, tuple(shape), leaf_view.batch_size(shape), transposed, spec)
         grouped.setdefault(key, []).append(leaf)
