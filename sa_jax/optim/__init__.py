@@ -1,6 +1,19 @@
 """Optimizers and schedules, and the one place that builds them from a config."""
 
-from sa_jax.optim.build import make_optimizer
+from sa_jax.optim.build import (
+    make_optimizer,
+    may_change_size,
+    optimizer_metrics,
+    optimizer_specs,
+)
 from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.soap import soap
 
-__all__ = ["make_optimizer", "make_schedule"]
+__all__ = [
+    "make_optimizer",
+    "make_schedule",
+    "may_change_size",
+    "optimizer_metrics",
+    "optimizer_specs",
+    "soap",
+]

@@ -1,13 +1,22 @@
-"""From the `optimizer` section of a config to an optax transformation."""
+"""From the `optimizer` section of a config to an optax transformation, and its state's place."""
 
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
 from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.soap import soap
+from sa_jax.optim.soap_fast import FastState, state_specs
+from sa_jax.optim.soap_official import OfficialState
+from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
+from sa_jax.parallel.rules import partition_spec, partition_specs
 
 
 def decay_mask(params: Any) -> Any:
@@ -17,12 +26,32 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
+    """Our Llama's parameters as matrices [in, out]: scanned layers are separate ones, attention's
+    heads are merged whether kept apart or not, the vocabulary's side never gets a basis.
+
+    Norms get Adam. LoRA's factors are matrices too.
+    """
+    if path.endswith("scale"):
+        return ELEMENTWISE
+    if path.endswith("embed/embedding"):
+        return TensorView(0, (1, 1), skip=(0,))
+    if path.endswith("lm_head/kernel"):
+        return TensorView(0, (1, 1), skip=(1,))
+    if len(shape) == 4:  # [L, D, heads, head_dim], or [L, heads, head_dim, D] on the way out
+        return TensorView(1, (2, 1) if path.endswith("attention/o/kernel") else (1, 2))
+    return TensorView(1, (1, 1))
+
+
+def make_optimizer(
+    config: ConfigDict, total_steps: int, mesh: Mesh | None = None
+) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with decoupled weight decay.
 
     Args:
       config: the `optimizer` section of a run's config.
       total_steps: updates in the whole run, for the schedule.
+      mesh: where parameters live as `parallel.rules` says; SOAP puts its state on it.
 
     Raises:
       UsageError: an unknown optimizer name.
@@ -37,8 +66,65 @@ def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransf
             weight_decay=config.weight_decay,
             mask=decay_mask,
         )
+    elif config.name == "soap":
+        options = config.soap.to_dict()
+        options.pop("on_nonfinite")
+        options["matmul_dtype"] = jnp.dtype(options["matmul_dtype"])
+        optimizer = soap(
+            schedule,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+            view=llama_view,
+            mesh=mesh,
+            partition_spec=partition_spec,
+            **options,
+        )
     else:
-        raise UsageError(f"config.optimizer.name={config.name!r} is unknown; use adam")
+        raise UsageError(f"config.optimizer.name={config.name!r} is unknown; use adam or soap")
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer
+
+
+def optimizer_specs(state: Any) -> Any:
+    """How an optimizer's state is sharded: the same tree, of PartitionSpec.
+
+    Args:
+      state: arrays or ShapeDtypeStruct, from an optimizer of `make_optimizer` (or a chain of others
+        whose leaves' paths end in their parameters').
+    """
+
+    def specs(path: tuple, node: Any) -> Any:
+        if isinstance(node, FastState):
+            return state_specs(node, partition_spec)
+        if isinstance(node, OfficialState):
+            # Whole factors on every device: for parity, not for size.
+            whole = jax.tree.map(lambda _: P(), node)
+            return whole._replace(mu=partition_specs(node.mu), nu=partition_specs(node.nu))
+        return partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), node.ndim)
+
+    return jax.tree_util.tree_map_with_path(specs, state, is_leaf=_is_soap)
+
+
+def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
+    """Counters of an optimizer's state worth a line in the metrics, int32 scalars; {} for Adam."""
+    nodes = jax.tree.leaves(state, is_leaf=_is_soap)
+    found = [node for node in nodes if isinstance(node, FastState)]
+    return {
+        name: getattr(node, field)
+        for node in found
+        for name, field in (("soap_skipped_steps", "skipped"), ("soap_rejected_bases", "rejected"))
+    }
+
+
+def may_change_size(path: str) -> bool:
+    """Whether the leaf is a stack of the fast SOAP, which ends in zeros: as many as its mesh needs.
+
+    A checkpoint of another mesh is cut or filled up with zeros to fit.
+    """
+    return re.search(r"(^|/)stacks/\d+x\d+x\d+(_\d+)?/", path) is not None
+
+
+def _is_soap(node: Any) -> bool:
+    return isinstance(node, FastState | OfficialState)

@@ -60,8 +60,13 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 def abstract(mesh: Mesh, tree: Any) -> Any:
     """`tree` as ShapeDtypeStructs that carry their shardings: a target to restore into."""
+    return with_shardings(tree, shardings(mesh, tree))
+
+
+def with_shardings(tree: Any, placed: Any) -> Any:
+    """`tree` (arrays or their shapes) as ShapeDtypeStructs with the shardings of a like tree."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        shardings(mesh, tree),
+        placed,
     )

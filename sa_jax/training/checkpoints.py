@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.files import disk_full_message, is_disk_full
+from sa_jax.optim import may_change_size
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
 from sa_jax.training.run_record import CHECKPOINT_FOLDER, find_run, read_run_json
@@ -167,14 +168,14 @@ class RunCheckpointer:
         folder = self._directory
         if step is not None:
             _require_intact(folder, step, self._verify)
-            return step, state_io.load(folder / step_name(step), abstract_state)
+            return step, self._load(step, abstract_state)
         if _is_primary():
             _warn_of_incomplete(folder)
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
             problem = find_corruption(folder / step_name(step), step) if self._verify else None
             if problem is None:
-                return step, state_io.load(folder / step_name(step), abstract_state)
+                return step, self._load(step, abstract_state)
             self._corrupt.add(step)
             logging.warning(
                 "checkpoint of step %d is corrupt, taking the one before: %s", step, problem
@@ -185,6 +186,10 @@ class RunCheckpointer:
                 f"oldest: {problem}; start again in another --workdir, or restore the files"
             )
         return None
+
+    def _load(self, step: int, abstract_state: Any) -> Any:
+        folder = self._directory / step_name(step)
+        return state_io.load(folder, abstract_state, resizable=may_change_size)
 
     def _complete(self, step: int, response: Any, save_number: int, begin: float) -> None:
         """Background: waits for Orbax, writes the digests, deletes what `keep` does not cover."""

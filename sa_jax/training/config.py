@@ -9,6 +9,11 @@ from sa_jax.data.sources import COLUMNS
 from sa_jax.errors import UsageError
 
 DTYPES = ("float32", "bfloat16", "float16")
+SOAP_CHOICES = {
+    "mode": ("fast", "official"),
+    "matmul_dtype": ("float32", "bfloat16"),
+    "on_nonfinite": ("stop", "skip"),
+}
 
 STUDY_DEFAULTS = {
     "chat_template": "llama3",
@@ -75,7 +80,7 @@ def default_config() -> ConfigDict:
     config.steps = 0  # 0: from epochs
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"
+    config.optimizer.name = "adam"  # or 'soap'
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "cosine"  # 'cosine' to 0, or 'constant' (both after warm-up)
     config.optimizer.warmup_fraction = 0.1  # of all steps
@@ -84,6 +89,21 @@ def default_config() -> ConfigDict:
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # norms are never decayed
     config.optimizer.clip_norm = 1.0  # global norm; 0: no clipping
+
+    # Of name 'soap' (docs/soap.md); learning_rate, eps and weight_decay are those above.
+    config.optimizer.soap = ConfigDict()
+    config.optimizer.soap.mode = "fast"  # 'official': to the letter, unsharded factors
+    config.optimizer.soap.b1 = 0.95
+    config.optimizer.soap.b2 = 0.95
+    config.optimizer.soap.shampoo_beta = -1.0  # average of the factors; below 0: b2
+    config.optimizer.soap.precondition_frequency = 10  # steps between refreshes of the bases
+    config.optimizer.soap.max_precond_dim = 65536  # sides longer than this get no basis
+    config.optimizer.soap.block_size = 2048  # longer sides get block-diagonal factors
+    config.optimizer.soap.dense_steps = 20  # refresh at every one of the first steps
+    config.optimizer.soap.refresh_slots = 1  # parts of the model refreshed at different steps
+    config.optimizer.soap.matmul_dtype = "bfloat16"  # of products with gradients
+    # A gradient that is not finite: 'stop', or 'skip' that step and count it.
+    config.optimizer.soap.on_nonfinite = "stop"
 
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: full weights
@@ -152,6 +172,17 @@ def check_config(config: ConfigDict) -> None:
     require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")
     require("optimizer.clip_norm", config.optimizer.clip_norm >= 0, "0 (no clipping) or more")
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
+    soap = config.optimizer.soap
+    for key in ("precondition_frequency", "max_precond_dim", "block_size", "refresh_slots"):
+        require(f"optimizer.soap.{key}", soap[key] >= 1, "at least 1")
+    require("optimizer.soap.dense_steps", soap.dense_steps >= 0, "0 or more")
+    require(
+        "optimizer.soap.refresh_slots",
+        soap.refresh_slots <= soap.precondition_frequency,
+        f"at most precondition_frequency={soap.precondition_frequency}",
+    )
+    for key, values in SOAP_CHOICES.items():
+        require(f"optimizer.soap.{key}", soap[key] in values, f"one of {', '.join(values)}")
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
     require("eval.num_prompts", config.eval.num_prompts >= 0, "0 or more")
     try:

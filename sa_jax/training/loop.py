@@ -34,13 +34,13 @@ from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import peak_flops
 from sa_jax.parallel.mesh import check_divisible, make_mesh
 from sa_jax.parallel.multihost import is_primary
-from sa_jax.parallel.rules import BATCH_SPEC, abstract, path_string, shardings
+from sa_jax.parallel.rules import BATCH_SPEC, path_string, with_shardings
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.preemption import PreemptionGuard
-from sa_jax.training.step import init_state, make_train_step
+from sa_jax.training.step import init_state, make_train_step, state_shardings
 
 # Settings that say how a run is executed and watched, not what it computes: a resume may change
 # them.
@@ -143,14 +143,14 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
         logging.info("data: %s", json.dumps(record["data"]["packed"]))
 
         # ---- Optimizer and the compiled step.
-        tx = make_optimizer(config.optimizer, total_steps)
+        tx = make_optimizer(config.optimizer, total_steps, mesh)
         schedule = make_schedule(config.optimizer, total_steps)
         state_shape = jax.eval_shape(lambda params: init_state(params, tx), trainable)
-        state_shardings = shardings(mesh, state_shape)
+        placed = state_shardings(mesh, state_shape)
         train_step = jax.jit(
             make_train_step(model, tx, schedule, config.accumulation),
             donate_argnums=0,
-            out_shardings=(state_shardings, NamedSharding(mesh, P())),
+            out_shardings=(placed, NamedSharding(mesh, P())),
         )
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
@@ -166,7 +166,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
-        restored = checkpointer.restore(abstract(mesh, state_shape))
+        restored = checkpointer.restore(with_shardings(state_shape, placed))
         params, frozen = (None, {})
         if restored is None or lora is not None:
             params, frozen = start_lib.load_trainable(model, start, mesh, config.seed)
@@ -174,7 +174,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
             init = jax.jit(
                 lambda params: init_state(params, tx),
                 donate_argnums=0,
-                out_shardings=state_shardings,
+                out_shardings=placed,
             )
             step, state = 0, init(params)
         else:
@@ -196,7 +196,8 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 rates=meter.rates,
             )
         )
-        watch = _FiniteWatch(leaf_names, checkpointer)
+        skips = config.optimizer.name == "soap" and config.optimizer.soap.on_nonfinite == "skip"
+        watch = _FiniteWatch(leaf_names, checkpointer, skips)
 
         # ---- The loop. `step` counts the updates in `state`.
         first_step = step
@@ -334,12 +335,15 @@ class _Meter:
 class _FiniteWatch:
     """Stops a run whose loss or gradient is not finite, before that state is ever saved.
 
+    Where the optimizer skips such gradients, it only says so.
+
     Values stay on the device until they are looked at, so that a look never waits for the newest
     step except where the loop waits anyway.
     """
 
-    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer):
+    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer, skips: bool):
         self._leaf_names = leaf_names
+        self._skips = skips
         self._checkpointer = checkpointer
         self._pending: list[tuple[int, jax.Array, jax.Array]] = []
 
@@ -359,12 +363,14 @@ class _FiniteWatch:
                 for name, value in zip(self._leaf_names, square_sums, strict=True)
                 if not np.isfinite(value)
             ]
-            if bad:
+            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if bad[3:] else "")
+            if self._skips and not np.all(np.isfinite(square_sums)):
+                logging.warning("step %d: not finite: %s; skipped", step, shown)
+            elif bad:
                 self._checkpointer.wait()
                 last = self._checkpointer.latest_step()
                 raise UserError(
-                    f"step {step}: not finite: {', '.join(bad[:3])}"
-                    f"{f' and {len(bad) - 3} more' if len(bad) > 3 else ''}; last good checkpoint: "
+                    f"step {step}: not finite: {shown}; last good checkpoint: "
                     f"{'none' if last is None else f'step {last}'}. Lower "
                     "config.optimizer.learning_rate or set config.optimizer.clip_norm, "
                     "with a new --workdir"

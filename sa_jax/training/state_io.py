@@ -6,6 +6,7 @@ A state is stored as nested dicts of arrays, whatever classes it is made of, so 
 
 import logging as python_logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,13 +30,22 @@ def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]
         return ocp.save_async(folder, _nest(leaves), overwrite=True)
 
 
-def load(folder: os.PathLike | str, abstract: Any, *, part: str = "", exact: bool = True) -> Any:
+def load(
+    folder: os.PathLike | str,
+    abstract: Any,
+    *,
+    part: str = "",
+    exact: bool = True,
+    resizable: Callable[[str], bool] = lambda name: False,
+) -> Any:
     """Loads a state, or a part of it, as the tree, dtypes and shardings of `abstract`.
 
     Args:
       abstract: tree of jax.ShapeDtypeStruct, each with a sharding.
       part: path of the part to load, "params" or "opt_state/1/0/mu"; "" for all.
       exact: refuse other dtypes and leaves left over; else cast, and ignore them.
+      resizable: whether the leaf of this path may be shorter or longer on its first axis than what
+        is stored; it is cut, or filled up with zeros.
 
     Raises:
       UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
@@ -48,7 +58,7 @@ def load(folder: os.PathLike | str, abstract: Any, *, part: str = "", exact: boo
         raise UserError(f"{folder}: cannot be read as a checkpoint ({_line(error)})") from error
     if not exact:
         stored = {name: x for name, x in stored.items() if name in wanted}
-    _check_leaves(folder, stored, wanted, dtypes=exact)
+    _check_leaves(folder, stored, wanted, resizable, dtypes=exact)
     try:
         with _context(partial_load=True):
             loaded = _flatten(ocp.load(folder, _nest(wanted)))
@@ -77,6 +87,8 @@ def _context(partial_load: bool = False) -> ocp.Context:
     # In the background, a folder that cannot be made shows only as a time-out minutes later.
     context.asynchronous.create_directories_asynchronously = False
     context.pytree.loading.partial_load = partial_load
+    # Shapes have been compared by `_check_leaves`.
+    context.array.loading.enable_padding_and_truncation = True
     return context
 
 
@@ -122,13 +134,19 @@ def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
 
 
 def _check_leaves(
-    folder: epath.Path, stored: dict[str, Any], wanted: dict[str, Any], *, dtypes: bool
+    folder: epath.Path,
+    stored: dict[str, Any],
+    wanted: dict[str, Any],
+    resizable: Callable[[str], bool],
+    *,
+    dtypes: bool,
 ) -> None:
     def show(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:
             return "absent"
         dtype = f"{np.dtype(leaves[name].dtype).name} " if dtypes else ""
-        return f"{dtype}{list(leaves[name].shape)}"
+        shape = list(leaves[name].shape)
+        return f"{dtype}{['any', *shape[1:]] if resizable(name) else shape}"
 
     different = [
         f"{name} is {show(stored, name)} in the checkpoint, {show(wanted, name)} here"

@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sa_jax.llama.lora import combine
 from sa_jax.llama.model import Llama, head_kernel
+from sa_jax.optim import optimizer_metrics, optimizer_specs
+from sa_jax.parallel.rules import partition_specs
 from sa_jax.training.loss import cross_entropy_sum
 
 
@@ -27,6 +31,12 @@ class TrainState(NamedTuple):
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
     """State before the first step; traceable (use under jit or eval_shape to place it)."""
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(_float32(params)))
+
+
+def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
+    """A tree of NamedSharding like the state (arrays or their shapes), for jit and restore."""
+    specs = TrainState(P(), partition_specs(state.params), optimizer_specs(state.opt_state))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def loss_sum(
@@ -74,8 +84,9 @@ def make_train_step(
 
     Returns:
       step: `frozen` holds the leaves that do not train ({} for full weights). Metrics, float32:
-      loss (nats a token), grad_norm (before clipping), learning_rate, loss_tokens, and
-      grad_square_sums [leaves], in the order of `jax.tree.leaves(state.params)`.
+      loss (nats a token), grad_norm (before clipping), learning_rate, loss_tokens, the optimizer's
+      own (`optimizer_metrics`), and grad_square_sums [leaves], in the order of
+      `jax.tree.leaves(state.params)`.
     """
     vocab_shards = 1 if model.mesh is None else model.mesh.shape["tensor"]
 
@@ -110,6 +121,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "loss_tokens": tokens,
             "grad_square_sums": square_sums,
+            **optimizer_metrics(opt_state),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -1,0 +1,103 @@
+"""Eigenbases by QR iterations, batched over matrices: no eigendecomposition anywhere."""
+
+import jax
+import jax.numpy as jnp
+
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+# XLA unrolls its QR over column panels: compiling n = 2048 takes a minute for TPU. Above this size
+# the loop over panels is ours, and compiled once.
+_LARGEST_DIRECT = 256
+_PANEL = 128
+
+# Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6.
+_ORTHOGONALITY = 1e-3
+
+
+def refreshed_bases(
+    gg: jax.Array, q: jax.Array, iterations: int | jax.Array, lift: float | jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """QR iterations Q <- qr(A·Q) towards the eigenvectors of each factor.
+
+    A is the factor over its mean eigenvalue, plus lift·I. Columns are sorted by eigenvalue for the
+    QR and then written back to where they were, so that a slot keeps its direction.
+
+    Args:
+      gg: symmetric factors, float32 [B, n, n]. A zero one keeps its basis (up to signs).
+      q: their bases, float32 [B, n, n].
+      iterations: how many (may be traced).
+      lift: keeps directions without gradient where they are, and slows the others down.
+
+    Returns:
+      New bases [B, n, n]; and whether each is finite and orthogonal, bool [B]. Where it is not,
+      the old basis is returned.
+    """
+    n = gg.shape[-1]
+    scale = jnp.trace(gg, axis1=1, axis2=2)[:, None, None] / n
+    eye = jnp.eye(n, dtype=gg.dtype)
+    a = jnp.where(scale == 0, eye, gg / jnp.where(scale == 0, 1, scale) + lift * eye)
+
+    def iterate(_, q):
+        y = jnp.matmul(a, q, precision=_HIGHEST)
+        order = jnp.argsort(-jnp.sum(q * y, axis=1), axis=-1)[:, None, :]
+        sorted_q = orthonormal(jnp.take_along_axis(y, order, axis=-1))
+        return jnp.take_along_axis(sorted_q, jnp.argsort(order, axis=-1), axis=-1)
+
+    new = jax.lax.fori_loop(0, iterations, iterate, q)
+    gram = jnp.einsum("bij,bik->bjk", new, new, precision=_HIGHEST)
+    good = jnp.max(jnp.abs(gram - eye), axis=(1, 2)) < _ORTHOGONALITY  # False for NaN
+    # What is expressed in a spoilt basis could not be expressed in another.
+    good &= jnp.all(jnp.isfinite(q) & jnp.isfinite(gg), axis=(1, 2))
+    return jnp.where(good[:, None, None], new, q), good
+
+
+def orthonormal(y: jax.Array) -> jax.Array:
+    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n]."""
+    n = y.shape[-1]
+    return jnp.linalg.qr(y)[0] if n <= _LARGEST_DIRECT else _blocked_qr(y, _PANEL)
+
+
+def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
+    """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ.
+
+    Every panel has the same static shapes: the rows that are done are rotated to the bottom and
+    zeroed, where reflections leave them alone. Costs 8n³ in matrix products.
+    """
+    batch, n, _ = y.shape
+    extra = -n % panel
+    y = jnp.pad(y, [(0, 0), (0, 0), (0, extra)])
+    rows = jnp.arange(n)
+
+    def reflect(k, carry):
+        y, q = carry
+        start = k * panel
+        block = jax.lax.dynamic_slice_in_dim(y, start, panel, axis=2)
+        block = jnp.where((rows >= start)[:, None], block, 0)
+        packed, tau = jnp.linalg.qr(jnp.roll(block, -start, axis=1), mode="raw")
+        v = jnp.tril(packed.mT, -1) + jnp.eye(n, panel, dtype=y.dtype)
+        # Reflections past the last row (and those of the padding) have tau = 0: they do nothing.
+        v = jnp.roll(v, start, axis=1)
+        t = _triangular_factor(v, tau)
+        vt = jnp.matmul(v, t, precision=_HIGHEST)
+        y = y - jnp.matmul(
+            v,
+            jnp.einsum("bnp,bnm->bpm", vt, y, precision=_HIGHEST),
+            precision=_HIGHEST,
+        )
+        q = q - jnp.einsum(
+            "bip,bjp->bij", jnp.matmul(q, vt, precision=_HIGHEST), v, precision=_HIGHEST
+        )
+        return y, q
+
+    q = jnp.broadcast_to(jnp.eye(n, dtype=y.dtype), (batch, n, n))
+    return jax.lax.fori_loop(0, y.shape[2] // panel, reflect, (y, q))[1]
+
+
+def _triangular_factor(v: jax.Array, tau: jax.Array) -> jax.Array:
+    """T of H_1·…·H_p = I - V·T·Vᵀ: (I + D·U)⁻¹·D, D = diag(τ), U = VᵀV above the diagonal."""
+    upper = jnp.triu(jnp.einsum("bnp,bnq->bpq", v, v, precision=_HIGHEST), 1)
+    system = jnp.eye(tau.shape[-1], dtype=v.dtype) + tau[:, :, None] * upper
+    d = tau[:, :, None] * jnp.eye(tau.shape[-1], dtype=v.dtype)
+    return jax.lax.linalg.triangular_solve(
+        system, d, left_side=True, lower=False, unit_diagonal=True
+    )

@@ -1,0 +1,299 @@
+"""Where the fast SOAP keeps its state: every matrix is owned by one device (or a few).
+
+Matrices of the same shape and sharding form one stack [n, rows, cols], and the stack, not its
+matrices, is cut over the mesh. Moments, factors and bases live there and never move; gradients are
+brought in and updates brought out by one all-to-all for each mesh axis that cuts the parameters
+(two at a time would need all the gradients on every device). Where a mesh has more devices than a
+stack has matrices, columns are cut as well.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.optim.soap_views import TensorView, ViewRule, checked_view
+
+# From a leaf's path and number of axes to how it is sharded; `parallel.rules.partition_spec`.
+SpecRule = Callable[[str, int], P]
+
+_ROWS, _COLS = 1, 2  # axes of a stack [n, rows, cols]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One side of the matrices of a stack: `size` long, cut into `blocks` blocks of `block`.
+
+    A side without a basis has no blocks. The last block may reach past the end (`padded`).
+    """
+
+    size: int
+    block: int = 0
+    blocks: int = 0
+
+    @property
+    def padded(self) -> int:
+        return self.block * self.blocks or self.size
+
+    @property
+    def factor_size(self) -> int:
+        """Numbers in the factor of this side (and as many in its basis), for one matrix."""
+        return self.blocks * self.block**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter that is a stack of matrices; `transposed` ones are stored as [n, cols, rows]."""
+
+    path: str
+    shape: tuple[int, ...]
+    count: int
+    transposed: bool
+    spec: P
+
+
+@dataclasses.dataclass(frozen=True)
+class StackPlan:
+    """Matrices that are handled as one array.
+
+    Attributes:
+      name: count x rows x columns; the key of the stack in the state.
+      leaves: the parameters, in the order of the stack.
+      rows, cols: sides; only columns are ever cut over devices.
+      row_axes, col_axes: mesh axes that cut the sides of the parameters themselves.
+      stack_axes, split_axes: mesh axes that cut the stack, and its columns.
+      hops: mesh axes in the order in which gradients are moved.
+      padded: matrices in the stack, with the zeros that make it divide over its axes.
+    """
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    rows: Side
+    cols: Side
+    row_axes: tuple[str, ...] = ()
+    col_axes: tuple[str, ...] = ()
+    stack_axes: tuple[str, ...] = ()
+    split_axes: tuple[str, ...] = ()
+    hops: tuple[str, ...] = ()
+    padded: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(leaf.count for leaf in self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The stacks, and the paths of the leaves that get Adam."""
+
+    stacks: tuple[StackPlan, ...]
+    elementwise: tuple[str, ...]
+
+
+def make_layout(
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    view: ViewRule,
+    block_size: int,
+    max_precond_dim: int,
+    mesh: Mesh | None = None,
+    partition_spec: SpecRule | None = None,
+) -> Layout:
+    """Decides sides, blocks, stacks and owners from shapes alone.
+
+    Raises:
+      ValueError: a view that does not fit; a batch axis, or the inner part of a merged side, that
+        is cut over the mesh.
+    """
+    grouped: dict[tuple, list[Leaf]] = {}
+    elementwise = []
+    for path, shape in zip(paths, shapes, strict=True):
+        leaf_view = checked_view(view, path, tuple(shape))
+        sides = _sides(leaf_view, tuple(shape), block_size, max_precond_dim)
+        if sides is None:
+            elementwise.append(path)
+            continue
+        spec = P() if partition_spec is None else partition_spec(path, len(shape))
+        axes = _side_axes(path, leaf_view, shape, spec, mesh)
+        # Columns, which may be cut, are the side without a basis, or else the longer one. Square
+        # matrices are turned so that those that are cut in opposite ways make one stack.
+        ranks = [(not s.blocks, s.size, names) for s, names in zip(sides, axes, strict=True)]
+        transposed = ranks[0] > ranks[1]
+        key = (*sides[::-1], *axes[::-1]) if transposed else (*sides, *axes)
+        leaf = Leaf(path, tuple(shape), leaf_view.batch_size(shape), transposed, spec)
+        grouped.setdefault(key, []).append(leaf)
+    stacks, names = [], set()
+    for (rows, cols, row_axes, col_axes), leaves in grouped.items():
+        name = stem = f"{sum(leaf.count for leaf in leaves)}x{rows.size}x{cols.size}"
+        for number in itertools.count(2):
+            if name not in names:
+                break
+            name = f"{stem}_{number}"
+        names.add(name)
+        plan = StackPlan(name, tuple(leaves), rows, cols, row_axes, col_axes)
+        stacks.append(_with_owners(plan, mesh))
+    return Layout(tuple(stacks), tuple(elementwise))
+
+
+def local_count(plan: StackPlan, mesh: Mesh | None) -> int:
+    """Matrices of the stack on one device."""
+    return plan.padded // _size(mesh, plan.stack_axes)
+
+
+def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) -> jax.Array:
+    """This device's parts of the stack's leaves -> its part of the stack, [n, rows, cols] padded.
+
+    Inside shard_map (or with mesh None, where nothing moves).
+    """
+    parts = []
+    for leaf in plan.leaves:
+        x = leaves[leaf.path]
+        x = x.reshape(_local_matrix_shape(leaf, plan, mesh))
+        parts.append(x.swapaxes(1, 2) if leaf.transposed else x)
+    x = jnp.concatenate(parts)
+    x = jnp.pad(x, [(0, plan.padded - x.shape[0]), (0, 0), (0, 0)])
+    for axis in plan.hops:
+        split, concat = _hop(plan, axis)
+        x = _move(x, axis, split, concat)
+    rows, cols = plan.rows.padded - plan.rows.size, plan.cols.padded - plan.cols.size
+    return jnp.pad(x, [(0, 0), (0, rows), (0, cols)])
+
+
+def from_owners(x: jax.Array, plan: StackPlan, mesh: Mesh | None) -> dict[str, jax.Array]:
+    """The way back: each device's part of the stack -> its parts of the leaves, by path."""
+    x = x[:, : plan.rows.size, : x.shape[2] - (plan.cols.padded - plan.cols.size)]
+    for axis in reversed(plan.hops):
+        split, concat = _hop(plan, axis)
+        x = _move(x, axis, concat, split)
+    leaves, start = {}, 0
+    for leaf in plan.leaves:
+        part = x[start : start + leaf.count]
+        part = part.swapaxes(1, 2) if leaf.transposed else part
+        leaves[leaf.path] = part.reshape(_local_shape(leaf, mesh))
+        start += leaf.count
+    return leaves
+
+
+def _sides(
+    view: TensorView, shape: tuple[int, ...], block_size: int, longest: int
+) -> tuple[Side, Side] | None:
+    """The two sides of a matrix; None where neither has a basis."""
+    if not view.sides:
+        return None
+    sizes = view.side_sizes(shape)
+    if len(sizes) != 2:
+        raise ValueError(f"the fast mode needs matrices; {view} has {len(sizes)} sides")
+    sides = tuple(
+        Side(size)
+        if index in view.skip or size > longest or size == 1
+        else Side(size, *_blocks(size, block_size))
+        for index, size in enumerate(sizes)
+    )
+    return sides if any(side.blocks for side in sides) else None
+
+
+def _blocks(size: int, block_size: int) -> tuple[int, int]:
+    """(length, number) of equal blocks; a few more than needed if then nothing is left over."""
+    fewest = math.ceil(size / block_size)
+    even = [n for n in range(fewest, 2 * fewest) if size % n == 0]
+    number = even[0] if even else fewest
+    return math.ceil(size / number), number
+
+
+def _side_axes(
+    path: str, view: TensorView, shape: tuple[int, ...], spec: P, mesh: Mesh | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes that cut each side of a leaf."""
+    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    entries += [()] * (len(shape) - len(entries))
+    first = (view.batch, view.batch + view.sides[0])
+    for axis, names in enumerate(entries):
+        if axis not in first and _size(mesh, names) > 1:
+            raise ValueError(
+                f"{path!r}: axis {axis} of {shape} is cut over {names}, but only the first axis of "
+                f"a side of {view} can be"
+            )
+    return entries[first[0]], entries[first[1]]
+
+
+def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
+    """Gives each mesh axis to the stack or to the columns, so that devices hold the least."""
+    if mesh is None:
+        return dataclasses.replace(plan, padded=plan.count)
+    cut = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    kept = [axis for axis in plan.col_axes if axis in cut]
+    best = None
+    for roles in itertools.product(("stack", "split", "copy"), repeat=len(cut)):
+        role = dict(zip(cut, roles, strict=True))
+        split = {axis for axis in cut if role[axis] == "split"}
+        parts = _size(mesh, split)
+        fits = (
+            (plan.cols.blocks or plan.cols.size) % parts == 0
+            and (parts == 1 or plan.cols.padded == plan.cols.size)
+            # Columns stay in order only if those axes that stay on them are the major ones.
+            and [axis in split for axis in kept] == sorted((a in split for a in kept), reverse=True)
+        )
+        if not fits:
+            continue
+        devices = _size(mesh, [axis for axis in cut if role[axis] == "stack"])
+        work = math.ceil(plan.count / devices) * plan.cols.padded // parts
+        if best is None or (work, parts) < best[0]:
+            best = ((work, parts), role)
+    role = best[1]
+    # A side that several axes cut is put together from the minor one outwards, and columns before
+    # anything cuts them further.
+    together = [axis for axis in reversed(kept) if role[axis] != "split"]
+    together += [axis for axis in reversed(plan.row_axes) if axis in cut]
+    hops = together + [axis for axis in cut if axis not in together and axis not in kept]
+    split = [axis for axis in kept if role[axis] == "split"]
+    stack_axes = tuple(axis for axis in hops if role[axis] == "stack")
+    return dataclasses.replace(
+        plan,
+        stack_axes=stack_axes,
+        split_axes=tuple(split + [axis for axis in hops if role[axis] == "split"]),
+        hops=tuple(hops),
+        padded=plan.count + -plan.count % _size(mesh, stack_axes),
+    )
+
+
+def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
+    """(axis of the stack that the mesh axis cuts at the owners, axis that it cuts in the leaves)"""
+    split = 0 if axis in plan.stack_axes else _COLS if axis in plan.split_axes else None
+    concat = _ROWS if axis in plan.row_axes else _COLS if axis in plan.col_axes else None
+    return split, concat
+
+
+def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
+    """Cuts x along `split` over a mesh axis and puts it together along `concat`."""
+    if split is not None and concat is not None:
+        x = jax.lax.optimization_barrier(x)
+        return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
+    if split is not None:
+        size = x.shape[split] // jax.lax.axis_size(axis)
+        return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, split)
+    if concat is not None:
+        return jax.lax.all_gather(x, axis, axis=concat, tiled=True)
+    return x
+
+
+def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
+    """Shape of one device's part of a leaf."""
+    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in leaf.spec]
+    entries += [()] * (len(leaf.shape) - len(entries))
+    return tuple(n // _size(mesh, names) for n, names in zip(leaf.shape, entries, strict=True))
+
+
+def _local_matrix_shape(leaf: Leaf, plan: StackPlan, mesh: Mesh | None) -> tuple[int, int, int]:
+    sides = (plan.rows.size // _size(mesh, plan.row_axes),)
+    sides += (plan.cols.size // _size(mesh, plan.col_axes),)
+    return (leaf.count, *(sides[::-1] if leaf.transposed else sides))
+
+
+def _size(mesh: Mesh | None, axes: Sequence[str] | set[str]) -> int:
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)

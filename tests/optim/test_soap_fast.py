@@ -1,0 +1,305 @@
+"""The fast mode: against the official trajectories, its bases, its schedule, and bad input."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sa_jax.llama.lora import LoraConfig, split
+from sa_jax.optim import soap, soap_basis
+from sa_jax.optim.build import decay_mask, llama_view
+from sa_jax.optim.soap_layout import make_layout
+from sa_jax.optim.soap_views import TensorView
+from tests.toys import random_params
+
+
+def fast(**changes):
+    """Float32 operands, so that runs can be compared closely."""
+    settings = {"weight_decay": 0.0, "matmul_dtype": jnp.float32, "block_size": 64} | changes
+    return soap(settings.pop("learning_rate", 1e-2), mode="fast", **settings)
+
+
+def run(tx, params, gradients, between=lambda step, state: state):
+    """Parameters after each step, and the last state."""
+    state = tx.init(params)
+    step = jax.jit(lambda p, s, g: tx.update(g, s, p))
+    history = []
+    for number, g in enumerate(gradients):
+        updates, state = step(params, state, g)
+        params = optax.apply_updates(params, updates)
+        history.append(jax.device_get(params))
+        state = between(number, state)
+    return history, state
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "f, changes", [(1, {}), (3, {"weight_decay": 0.1, "normalize_grads": True})]
+)
+def test_from_the_same_bases_it_is_the_official_algorithm(f, changes):
+    """Whole factors and no dense phase: writing columns back instead of sorting changes nothing."""
+    shared = {"precondition_frequency": f, "weight_decay": 0.0} | changes
+    p, gradients = {"w": jnp.asarray(normal(0, 6, 9)), "n": jnp.ones(4)}, []
+    gradients = [{"w": normal(t, 6, 9), "n": normal(t, 4)} for t in range(1, 20)]
+    start = {}
+
+    def keep(number, state):
+        start[number] = state
+        return state
+
+    got, state = run(fast(dense_steps=0, **shared), p, gradients, keep)
+    (stack,) = start[0].stacks.values()
+
+    def inject(number, state):
+        q = {"w": (stack.q_rows[0, 0], stack.q_cols[0, 0]), "n": ()}
+        return state._replace(q=q) if number == 0 else state
+
+    want, official = run(soap(1e-2, **shared), p, gradients, inject)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a["w"], b["w"], rtol=0, atol=5e-6)
+        np.testing.assert_allclose(a["n"], b["n"], rtol=0, atol=5e-6)
+    (stack,) = state.stacks.values()
+    np.testing.assert_allclose(stack.gg_cols[0, 0], official.gg["w"][1], atol=1e-5)
+
+
+def test_blocks_are_the_official_algorithm_on_parts_where_only_one_side_has_a_basis():
+    """Columns without a basis, rows in two blocks: each block of rows is a matrix of its own."""
+    gradients = [normal(t, 8, 5) for t in range(1, 15)]
+    view = lambda path, shape: TensorView(0, (1, 1), skip=(1,))  # noqa: E731
+    whole, _ = run(fast(block_size=4, view=view), jnp.zeros((8, 5)), gradients)
+    for rows in (slice(0, 4), slice(4, 8)):
+        part, _ = run(fast(view=view), jnp.zeros((4, 5)), [g[rows] for g in gradients])
+        np.testing.assert_allclose(whole[-1][rows], part[-1], rtol=0, atol=1e-6)
+
+
+def test_a_side_that_blocks_do_not_divide_is_filled_up():
+    """11 rows in blocks of 6 and 6; a row of zeros at the end changes nothing that is seen."""
+    gradients = [normal(t, 11, 3) for t in range(1, 8)]
+    view = lambda path, shape: TensorView(0, (1, 1), skip=(1,))  # noqa: E731
+    history, state = run(fast(block_size=6, view=view), jnp.zeros((11, 3)), gradients)
+    (stack,) = state.stacks.values()
+    assert stack.gg_rows.shape == (1, 2, 6, 6) and stack.mu.shape == (1, 12, 3)
+    padded = [np.pad(g, [(0, 1), (0, 0)]) for g in gradients]
+    want, _ = run(fast(block_size=6, view=view), jnp.zeros((12, 3)), padded)
+    np.testing.assert_allclose(history[-1], want[-1][:11], rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(want[-1][11], 0)
+
+
+@pytest.mark.parametrize("n, panel", [(40, 16), (33, 32), (16, 16)])
+def test_blocked_qr_is_qr_up_to_signs(n, panel):
+    y = normal(0, 3, n, n)
+    q = jax.jit(soap_basis._blocked_qr, static_argnums=1)(y, panel)
+    want = np.linalg.qr(y.astype(np.float64))[0]
+    signs = np.sign(np.sum(q * want, axis=1, keepdims=True))
+    np.testing.assert_allclose(q * signs, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 5])
+def test_blocked_qr_of_a_singular_matrix_is_orthogonal(rank):
+    y = 1e-6 * normal(0, 1, 40, rank) @ normal(1, 1, rank, 40)
+    q = soap_basis._blocked_qr(jnp.asarray(y), 16)[0]
+    np.testing.assert_allclose(q.T @ q, np.eye(40), atol=1e-5)
+
+
+def test_qr_iterations_reach_the_eigenvectors_and_keep_their_slots():
+    x = normal(0, 8, 8)
+    values = 3.0 ** np.arange(8)
+    basis = np.linalg.qr(x)[0]
+    factor = jnp.asarray((basis * values) @ basis.T)[None]
+    q, good = soap_basis.refreshed_bases(factor, jnp.eye(8)[None], 30, 0.0)
+    assert good.all()
+    rotated = np.asarray(q[0]).T @ factor[0] @ q[0]
+    np.testing.assert_allclose(np.sort(np.diag(rotated)), values, rtol=1e-3)
+    again, _ = soap_basis.refreshed_bases(factor, q, 1, 0.0)
+    np.testing.assert_allclose(np.abs(np.diag(again[0].T @ q[0])), np.ones(8), atol=1e-3)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_basis_that_is_not_finite_is_not_taken(bad):
+    factors = np.stack([np.eye(4, dtype=np.float32)] * 2)
+    factors[1, 0, 0] = bad
+    old = jnp.stack([jnp.eye(4)] * 2)
+    q, good = soap_basis.refreshed_bases(jnp.asarray(factors), old, 1, 0.0)
+    assert list(good) == [True, False]
+    np.testing.assert_array_equal(q[1], np.eye(4))
+
+
+def test_dense_then_sparse():
+    gradients = [normal(t, 4, 4) for t in range(12)]
+    changed, last = [], [None]
+
+    def watch(number, state):
+        (stack,) = state.stacks.values()
+        q = np.asarray(stack.q_rows)
+        if last[0] is not None:
+            changed.append(not np.allclose(np.abs(q), np.abs(last[0]), atol=1e-7))
+        last[0] = q
+        return state
+
+    run(fast(dense_steps=3, precondition_frequency=4), jnp.zeros((4, 4)), gradients, watch)
+    assert [t for t, is_new in enumerate(changed, 1) if is_new] == [1, 2, 3, 4, 8]
+
+
+def test_slots_refresh_every_matrix_once_a_period_and_few_at_a_time():
+    gradients = [{"a": normal(t, 6, 4, 4), "b": normal(t, 2, 4, 8)} for t in range(13)]
+    params = jax.tree.map(jnp.zeros_like, gradients[0])
+    seen, last = [], [None]
+
+    def watch(number, state):
+        now = np.concatenate([np.abs(stack.q_rows[:, 0]) for stack in state.stacks.values()])
+        if last[0] is not None:
+            seen.append(np.abs(now - last[0]).max(axis=(1, 2)) > 1e-7)
+        last[0] = now
+        return state
+
+    tx = fast(dense_steps=2, precondition_frequency=5, refresh_slots=5)
+    _, state = run(tx, params, gradients, watch)
+    assert set(state.stacks) == {"6x4x4", "2x4x8"}
+    refreshed = np.array(seen)[2:]  # after the dense steps
+    assert (refreshed[:5].sum(axis=0) == 1).all() and (refreshed[5:10].sum(axis=0) == 1).all()
+    assert refreshed.sum(axis=1).max() <= 3
+
+
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was():
+    gradients = [{"w": normal(t, 4, 6), "n": normal(t, 3)} for t in range(8)]
+    params = jax.tree.map(jnp.ones_like, gradients[0])
+    spoilt = [*gradients]
+    for place in (0, 4):  # also before there is any basis
+        spoilt.insert(place, {"w": normal(0, 4, 6) * np.nan, "n": normal(0, 3)})
+    tx = fast(weight_decay=0.1)
+    want, _ = run(tx, params, gradients)
+    got, state = run(tx, params, spoilt)
+    assert (int(state.count), int(state.skipped), int(state.rejected)) == (10, 2, 0)
+    for name in params:
+        np.testing.assert_array_equal(got[4][name], got[3][name])
+        np.testing.assert_array_equal(got[-1][name], want[-1][name])
+
+
+@pytest.mark.parametrize("field", ["q_rows", "gg_cols"])
+def test_a_matrix_whose_state_is_spoilt_stands_still_and_is_counted(field):
+    """Only that matrix: the other of the stack goes on as if nothing had happened."""
+    gradients = [normal(t, 2, 4, 4) for t in range(8)]
+
+    def spoil(number, state):
+        if number != 2:
+            return state
+        ((name, stack),) = state.stacks.items()
+        broken = getattr(stack, field).at[1, 0, 0, 0].set(jnp.nan)
+        return state._replace(stacks={name: dataclasses.replace(stack, **{field: broken})})
+
+    tx = fast(precondition_frequency=2)
+    want, _ = run(tx, jnp.ones((2, 4, 4)), gradients)
+    got, state = run(tx, jnp.ones((2, 4, 4)), gradients, spoil)
+    assert int(state.rejected) == 5 and int(state.skipped) == 0
+    np.testing.assert_array_equal(got[-1][0], want[-1][0])
+    np.testing.assert_array_equal(got[-1][1], got[2][1])
+
+
+def test_gradients_of_zeros_and_of_rank_one_keep_bases_orthogonal():
+    params = {"zero": jnp.ones((3, 4, 6)), "one": jnp.ones((5, 7))}
+    gradients = [
+        {"zero": np.zeros((3, 4, 6), np.float32), "one": normal(t, 5, 1) @ normal(0, 1, 7)}
+        for t in range(30)
+    ]
+    history, state = run(fast(), params, gradients)
+    assert int(state.rejected) == 0
+    np.testing.assert_array_equal(history[-1]["zero"], params["zero"])
+    assert np.isfinite(history[-1]["one"]).all() and (history[-1]["one"] != 1).any()
+    for stack in state.stacks.values():
+        for q in (stack.q_rows, stack.q_cols):
+            gram = np.einsum("nkij,nkil->nkjl", q, q)
+            np.testing.assert_allclose(
+                gram, np.broadcast_to(np.eye(q.shape[-1]), gram.shape), atol=1e-5
+            )
+
+
+def test_small_leaves_get_adam():
+    """Scalars, vectors, 1 x 1 matrices, and matrices without a side to precondition."""
+    shapes = {"scalar": (), "one": (1,), "tiny": (1, 1), "long": (9, 9)}
+    gradients = [{k: normal(t, *shape) for k, shape in shapes.items()} for t in range(6)]
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    history, state = run(fast(max_precond_dim=8), params, gradients)
+    assert not state.stacks and set(state.mu) == set(shapes)
+    want, _ = run(soap(1e-2, weight_decay=0.0, max_precond_dim=8), params, gradients)
+    for name in ("scalar", "one", "long"):
+        np.testing.assert_allclose(history[-1][name], want[-1][name], rtol=1e-6)
+
+
+def test_bfloat16_parameters_have_float32_state():
+    params = {"w": jnp.ones((4, 4), jnp.bfloat16), "n": jnp.ones(3, jnp.bfloat16)}
+    gradients = [
+        jax.tree.map(lambda p, t=t: normal(t, *p.shape).astype(p.dtype), params) for t in range(4)
+    ]
+    history, state = run(fast(matmul_dtype=jnp.bfloat16), params, gradients)
+    assert {x.dtype for x in jax.tree.leaves(history[-1])} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state)} == {jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+def test_works_masked_and_beside_other_transforms():
+    params = {"a": jnp.ones((4, 6)), "b": jnp.ones((4, 6))}
+    gradients = [{"a": normal(t, 4, 6), "b": normal(t, 4, 6)} for t in range(5)]
+    alone, _ = run(fast(), params["a"], [g["a"] for g in gradients])
+    frozen = optax.chain(
+        optax.masked(fast(), {"a": True, "b": False}),
+        optax.masked(optax.set_to_zero(), {"a": False, "b": True}),
+    )
+    labels = {"a": "soap", "b": "frozen"}
+    split_up = optax.multi_transform({"soap": fast(), "frozen": optax.set_to_zero()}, labels)
+    for tx in (frozen, split_up):
+        history, _ = run(tx, params, gradients)
+        np.testing.assert_array_equal(history[-1]["a"], alone[-1])
+        np.testing.assert_array_equal(history[-1]["b"], params["b"])
+
+
+def test_llama_leaves_are_stacked_by_shape():
+    """Scanned layers are matrices, heads are merged, the vocabulary has no factor, norms Adam."""
+    params = jax.eval_shape(lambda: random_params())
+    with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
+    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
+    shapes = [leaf.shape for _, leaf in with_paths]
+    layout = make_layout(paths, shapes, view=llama_view, block_size=16, max_precond_dim=1000)
+    found = {plan.name: plan for plan in layout.stacks}
+    assert set(found) == {"2x32x64", "6x32x32", "6x32x64", "9x32x48"}
+    assert found["2x32x64"].cols.blocks == 0 and found["6x32x64"].cols.blocks == 4
+    assert [leaf.transposed for leaf in found["9x32x48"].leaves] == [True, False, False]
+    assert all(path.endswith("scale") for path in layout.elementwise) and layout.elementwise
+    view = llama_view("layers/attention/o/kernel", (3, 8, 8, 32))
+    assert view.side_sizes((3, 8, 8, 32)) == (64, 32)
+    assert llama_view("layers/attention/q/kernel", (3, 32, 8, 8)).side_sizes((3, 32, 8, 8)) == (
+        32,
+        64,
+    )
+
+
+def test_adapters_move():
+    shapes = jax.eval_shape(lambda: random_params(lora=LoraConfig(4, 8.0, "attention/(q|v)")))
+    params = jax.tree.map(lambda p: jnp.zeros(p.shape), split(shapes)[0])
+    gradients = [jax.tree.map(lambda p, t=t: normal(t, *p.shape), params) for t in range(4)]
+    tx = fast(view=llama_view, mask=decay_mask)
+    history, state = run(tx, params, gradients)
+    assert set(state.stacks) == {"9x4x32", "3x4x64"}  # both of v's, q's first; q's second
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), history[-1], jax.device_get(params))
+    assert min(jax.tree.leaves(moved)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precondition_frequency": 0},
+        {"block_size": 0},
+        {"block_size": -5},
+        {"refresh_slots": 0},
+        {"refresh_slots": 11},
+        {"dense_steps": -1},
+    ],
+)
+def test_impossible_settings_are_refused(change):
+    ((name, value),) = change.items()
+    with pytest.raises(ValueError, match=f"{name}={value}: must be"):
+        fast(**change)
