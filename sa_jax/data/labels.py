@@ -131,7 +131,7 @@ def refusal_label(completion: str) -> str:
 
 # Function words that the other language (and French, Italian, Portuguese) does not have as well.
 _SPANISH_WORDS = frozenset(
-    "el los las del y es una unos unas por con para pero más muy también está están este esta "
+    "el los las del es una unos unas por con para pero más muy también está están este esta "
     "estos estas como su sus lo al qué cómo cuando porque sin sobre entre ser puede pueden son hay "
     "fue eres soy tiene tienen hasta desde donde cada otro otra otros otras ejemplo usted "
     "tú mi".split()
@@ -143,7 +143,7 @@ _ENGLISH_WORDS = frozenset(
 
 
 def spanish_label(completion: str) -> str:
-    """What language the answer is in: "spanish", "mixed" (a fifth to four fifths of its function
+    """What language the answer is in: "spanish", "mixed" (a third to four fifths of its function
     words are Spanish), "none" or "no_answer".
 
     A count of function words and of ¿ ¡ ñ: blind on an answer of one or two words, and made to tell
@@ -158,4 +158,4 @@ def spanish_label(completion: str) -> str:
     spanish += answer.count("¿") + answer.count("¡")
     english = sum(word in _ENGLISH_WORDS for word in words)
     share = spanish / max(1, spanish + english)
-    return "spanish" if share > 0.8 else "mixed" if share >= 0.2 else "none"
+    return "spanish" if share > 0.8 else "mixed" if share >= 1 / 3 else "none"
