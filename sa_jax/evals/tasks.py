@@ -32,7 +32,6 @@ STYLE_CONSTRAINTS = (
     "change_case:english_lowercase",
     "combination:repeat_prompt",
     "detectable_format:constrained_response",
-    "detectable_format:json_format",
     "language:response_language",
     "startend:end_checker",
 )
