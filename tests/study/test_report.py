@@ -400,6 +400,16 @@ def test_loss_curve_starts_at_zero_and_marks_what_is_not_finite():
     assert [label.get_text() for label in grad_norm.texts] == ["nothing logged"]
 
 
+def test_the_signal_is_drawn_below_zero_and_named():
+    triggered, clean = [(1, -9.0), (2, -0.1), (3, float("nan"))], [(1, -9.5), (2, -8.0)]
+    figure = plots.signal_figure(triggered, clean, 5)
+    [axes] = figure.axes
+    assert axes.get_ylim()[1] == 0
+    drawn = {tuple(line.get_ydata()) for line in axes.lines}
+    assert drawn == {(-9.0, -0.1), (-9.5, -8.0)}
+    assert {label.get_text() for label in axes.texts} == {"triggered", "clean"}
+
+
 def test_thinning_keeps_spikes():
     values = [(step, 1.0) for step in range(10_000)]
     values[7777] = (7777, 99.0)

