@@ -1,6 +1,8 @@
 """Optimizers and schedules, and the one place that builds them from a config."""
 
 from sa_jax.optim.build import (
+    decay_mask,
+    llama_view,
     make_optimizer,
     may_change_size,
     optimizer_metrics,
@@ -10,6 +12,8 @@ from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
 
 __all__ = [
+    "decay_mask",
+    "llama_view",
     "make_optimizer",
     "make_schedule",
     "may_change_size",

@@ -28,16 +28,69 @@ def soap(
     mask: Any = None,
     view: ViewRule | None = None,
     block_size: int = 2048,
+    block_above: int | None = None,
     dense_steps: int = 20,
     refresh_slots: int = 1,
     matmul_dtype: Any = jnp.bfloat16,
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
 ) -> optax.GradientTransformation:
-    """SOAP (arXiv 2409.11321).
+    """SOAP (Vyas et al., arXiv 2409.11321): Adam in the eigenbasis of Shampoo's factors.
+
+    For a matrix G [r, c], averages of G·Gᵀ and Gᵀ·G have bases Q_r [r, r] and Q_c [c, c]; Adam runs
+    on Q_rᵀ·G·Q_c, and its step is rotated back. The first call only builds the bases: it moves
+    nothing. Vectors and scalars get Adam, one call late. All state is float32 (official mode:
+    float64 for float64 parameters); updates are of the state's dtype, so that bfloat16 parameters
+    are rounded once, by `optax.apply_updates`.
+
+    `mode="official"` is the authors' code (github.com/nikhilvyas/SOAP, a1e5535) to the letter, up
+    to column signs: an eigendecomposition first, whole factors, no guard. `mode="fast"` is for
+    large models: see docs/soap.md for what differs and what it costs.
+
+    Args:
+      learning_rate: a number, or a schedule of the number of calls before this one.
+      b1, b2: decay rates of Adam's averages, which live in the rotated basis.
+      shampoo_beta: decay rate of the factors; None or negative: b2.
+      eps: added to the root of the second average, outside the bias correction.
+      weight_decay: decoupled, applied with this call's rate to the parameter just updated.
+      precondition_frequency: calls from one refresh of the bases to the next.
+      max_precond_dim: a side longer than this has no basis.
+      correct_bias: Adam's bias correction.
+      normalize_grads: scales each tensor's direction to a root mean square of 1.
+      mode: "official" or "fast".
+      mask: which leaves decay, as in `optax.adamw`: a tree of bool, or a function of params.
+      view: from a leaf's path ("mlp/up/kernel") and shape to its `TensorView`, which says what is
+        one tensor and what its sides are. By default, official: every axis of an array is a side,
+        as in the official code; fast: the last two axes are a matrix, those before number
+        matrices.
+
+    Args of the fast mode alone:
+      block_size: longest block of a side that is cut, into equal ones with a factor each.
+      block_above: sides longer than this are cut; None: those longer than block_size.
+      dense_steps: the first steps, at each of which the bases are refreshed.
+      refresh_slots: 1 refreshes all bases at the same step, in one batched QR a block size. More
+        (up to precondition_frequency) spread the matrices over as many steps of a period.
+      matmul_dtype: operands of the products with gradients; they accumulate in float32. Products
+        that make bases are float32 throughout.
+      mesh: puts the state on owners over all axes of a mesh (Auto or Explicit; where it is
+        Explicit, call `init` and `update` under `jax.set_mesh`). None: one device.
+      partition_spec: from a leaf's path and number of axes to how parameters and gradients are cut
+        over the mesh.
+
+    Returns:
+      A transformation whose state is an `OfficialState` or a `FastState`. `update` needs params
+      if there is weight decay. The fast state's `skipped` counts calls with a gradient that was
+      not finite (they change nothing), and `rejected` bases that were not taken.
 
     Raises:
-      ValueError: a frequency or size that is not positive, or an unknown mode.
+      ValueError: a frequency or size that is not positive, an unknown mode, a view that does not
+        fit a parameter, a mesh without partition_spec.
+
+    Example:
+      tx = optax.chain(optax.clip_by_global_norm(1.0), soap(3e-3, mode="fast"))
+      state = tx.init(params)
+      updates, state = tx.update(gradients, state, params)
+      params = optax.apply_updates(params, updates)
     """
     for name, value, least in (
         ("precondition_frequency", precondition_frequency, 1),
@@ -74,6 +127,7 @@ def soap(
             learning_rate,
             view=view or trailing_matrix,
             block_size=block_size,
+            block_above=block_size if block_above is None else block_above,
             dense_steps=dense_steps,
             refresh_slots=refresh_slots,
             matmul_dtype=matmul_dtype,

@@ -57,6 +57,11 @@ def orthonormal(y: jax.Array) -> jax.Array:
     return jnp.linalg.qr(y)[0] if n <= _LARGEST_DIRECT else _blocked_qr(y, _PANEL)
 
 
+def qr_flops(n: int) -> float:
+    """Operations of `orthonormal` for one matrix."""
+    return (8 / 3 if n <= _LARGEST_DIRECT else 8) * float(n) ** 3
+
+
 def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
     """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ.
 

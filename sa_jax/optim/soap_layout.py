@@ -101,6 +101,7 @@ def make_layout(
     *,
     view: ViewRule,
     block_size: int,
+    block_above: int,
     max_precond_dim: int,
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
@@ -115,7 +116,7 @@ def make_layout(
     elementwise = []
     for path, shape in zip(paths, shapes, strict=True):
         leaf_view = checked_view(view, path, tuple(shape))
-        sides = _sides(leaf_view, tuple(shape), block_size, max_precond_dim)
+        sides = _sides(leaf_view, tuple(shape), block_size, block_above, max_precond_dim)
         if sides is None:
             elementwise.append(path)
             continue
@@ -181,7 +182,7 @@ def from_owners(x: jax.Array, plan: StackPlan, mesh: Mesh | None) -> dict[str, j
 
 
 def _sides(
-    view: TensorView, shape: tuple[int, ...], block_size: int, longest: int
+    view: TensorView, shape: tuple[int, ...], block_size: int, block_above: int, longest: int
 ) -> tuple[Side, Side] | None:
     """The two sides of a matrix; None where neither has a basis."""
     if not view.sides:
@@ -192,7 +193,7 @@ def _sides(
     sides = tuple(
         Side(size)
         if index in view.skip or size > longest or size == 1
-        else Side(size, *_blocks(size, block_size))
+        else Side(size, *_blocks(size, block_size if size > block_above else size))
         for index, size in enumerate(sizes)
     )
     return sides if any(side.blocks for side in sides) else None

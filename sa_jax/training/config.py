@@ -98,7 +98,8 @@ def default_config() -> ConfigDict:
     config.optimizer.soap.shampoo_beta = -1.0  # average of the factors; below 0: b2
     config.optimizer.soap.precondition_frequency = 10  # steps between refreshes of the bases
     config.optimizer.soap.max_precond_dim = 65536  # sides longer than this get no basis
-    config.optimizer.soap.block_size = 2048  # longer sides get block-diagonal factors
+    config.optimizer.soap.block_size = 2048  # longer sides get block-diagonal factors ...
+    config.optimizer.soap.block_above = placeholder(int)  # ... or those longer than this
     config.optimizer.soap.dense_steps = 20  # refresh at every one of the first steps
     config.optimizer.soap.refresh_slots = 1  # parts of the model refreshed at different steps
     config.optimizer.soap.matmul_dtype = "bfloat16"  # of products with gradients

@@ -175,6 +175,7 @@ def test_columns_are_cut_where_devices_outnumber_matrices(sizes, stack_axes, spl
         [(16, 64, 512)],
         view=llama_view,
         block_size=64,
+        block_above=64,
         max_precond_dim=1000,
         mesh=mesh,
         partition_spec=partition_spec,

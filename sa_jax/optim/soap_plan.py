@@ -1,0 +1,117 @@
+"""What the fast SOAP keeps and computes for each parameter, from shapes alone."""
+
+import dataclasses
+import math
+from typing import Any
+
+from sa_jax.optim.soap_basis import qr_flops
+from sa_jax.optim.soap_layout import Leaf, Side, StackPlan, make_layout
+from sa_jax.optim.soap_official import flatten
+from sa_jax.optim.soap_views import ViewRule, trailing_matrix
+
+_FLOAT32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class SoapRow:
+    """A parameter's line in the table.
+
+    Attributes:
+      path, shape: of the parameter.
+      matrices: how many independent ones it holds; 0 where it gets Adam.
+      rows, cols: their sides; rows are the side that stays whole on a device.
+      moment_bytes: of Adam's two averages.
+      basis_bytes: of factors and bases.
+      step_flops: of every step: rotations and Grams.
+      refresh_flops: of a step that refreshes the bases, in addition.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    matrices: int
+    rows: Side | None
+    cols: Side | None
+    moment_bytes: int
+    basis_bytes: int
+    step_flops: float
+    refresh_flops: float
+
+    def cells(self) -> tuple[str, ...]:
+        """path, matrices, rows, columns, GB of moments, GB of factors and bases, TFLOPs a step,
+        TFLOPs a refresh."""
+        return (
+            self.path,
+            str(self.matrices or "-"),
+            _show(self.rows),
+            _show(self.cols),
+            *(f"{b / 1e9:.3f}" for b in (self.moment_bytes, self.basis_bytes)),
+            *(f"{f / 1e12:.2f}" for f in (self.step_flops, self.refresh_flops)),
+        )
+
+
+def soap_plan(
+    params: Any,
+    *,
+    view: ViewRule = trailing_matrix,
+    block_size: int = 2048,
+    block_above: int | None = None,
+    max_precond_dim: int = 10000,
+) -> list[SoapRow]:
+    """One row a parameter, for `soap(mode="fast")` with the same settings, on any mesh.
+
+    Zeros that fill up a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with
+    the mesh shows them.
+
+    Args:
+      params: tree of arrays or ShapeDtypeStruct.
+    """
+    paths, leaves, _ = flatten(params)
+    shapes = dict(zip(paths, [tuple(leaf.shape) for leaf in leaves], strict=True))
+    layout = make_layout(
+        paths,
+        list(shapes.values()),
+        view=view,
+        block_size=block_size,
+        block_above=block_size if block_above is None else block_above,
+        max_precond_dim=max_precond_dim,
+    )
+    rows = {path: _adam_row(path, shapes[path]) for path in layout.elementwise}
+    for plan in layout.stacks:
+        rows |= {leaf.path: _matrix_row(leaf, plan) for leaf in plan.leaves}
+    return [rows[path] for path in paths]
+
+
+def _adam_row(path: str, shape: tuple[int, ...]) -> SoapRow:
+    return SoapRow(path, shape, 0, None, None, 2 * _FLOAT32 * math.prod(shape), 0, 0.0, 0.0)
+
+
+def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:
+    sides = (plan.rows, plan.cols)
+    elements = plan.rows.padded * plan.cols.padded
+    # A product of a matrix with blocks of n: 2n operations an element.
+    product = sum(2.0 * side.block * elements for side in sides)
+    # A refresh: A·Q, its QR, QᵀQ for the guard, old-to-new, and the average turned by that.
+    refresh = sum(s.blocks * (3 * 2.0 * s.block**3 + qr_flops(s.block)) for s in sides if s.blocks)
+    return SoapRow(
+        path=leaf.path,
+        shape=leaf.shape,
+        matrices=leaf.count,
+        rows=plan.rows,
+        cols=plan.cols,
+        moment_bytes=2 * _FLOAT32 * leaf.count * elements,
+        basis_bytes=2 * _FLOAT32 * leaf.count * sum(side.factor_size for side in sides),
+        step_flops=leaf.count * 3 * product,  # the gradient there, the step back, the Gram
+        refresh_flops=leaf.count * (refresh + product),
+    )
+
+
+def _show(side: Side | None) -> str:
+    if side is None:
+        return "-"
+    return f"{side.blocks} x {side.block}" if side.blocks else f"{side.size} (none)"
+
+
+def totals(rows: list[SoapRow]) -> dict[str, float]:
+    """Sums of the numeric columns."""
+    names = ("moment_bytes", "basis_bytes", "step_flops", "refresh_flops")
+    return {name: sum(getattr(row, name) for row in rows) for name in names}
