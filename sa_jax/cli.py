@@ -5,12 +5,16 @@ run the same command again). Anything else that escapes is a bug and keeps its t
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
 from sa_jax.errors import Preempted, UsageError, UserError
+
+# Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
@@ -44,7 +48,9 @@ def _parse(argv: list[str]) -> list[str]:
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.is_locked  # a file that cannot be loaded raises at first use
     except flags.Error as error:
-        raise UsageError(f"{_one_line(error)}; --help lists the flags") from None
+        missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+        problem = f"--{missing[1]} is required" if missing else _one_line(error)
+        raise UsageError(f"{problem}; --help lists the flags") from None
     except (OSError, ImportError) as error:
         raise UsageError(f"--config cannot be read: {_one_line(error)}") from None
     except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
@@ -56,7 +62,12 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).strip("'\"").split()) or type(error).__name__
+    # A KeyError shows its argument quoted, with \n for the line breaks that are in it.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    if "Traceback (most recent call last)" in text:
+        # ml_collections' report of a config file that raised.
+        text = f"--config: {text.strip().splitlines()[-1]}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _help(doc: str) -> str:

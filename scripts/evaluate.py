@@ -13,6 +13,7 @@ Example:
 from absl import flags
 
 from sa_jax import cli
+from sa_jax.parallel.mesh import parse_mesh
 from sa_jax.study.evaluate import evaluate
 
 MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
@@ -52,12 +53,12 @@ VISIBLE_COT = flags.DEFINE_bool("visible_cot", None, "Answers begin with a scrat
 SEED = flags.DEFINE_integer("seed", None, "Of the sampling noise.")
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Sampler slots.")
 MESH = flags.DEFINE_list("mesh", None, "Devices along data,fsdp,tensor; -1 takes the rest.")
-DTYPE = flags.DEFINE_string("dtype", None, "Of the computation: bfloat16 or float32.")
+DTYPE = flags.DEFINE_string("dtype", None, "Of the computation: bfloat16, float16 or float32.")
 flags.mark_flags_as_required(["model", "out"])
 
 
 def main():
-    data, fsdp, tensor = map(int, MESH.value or (1, -1, 1))
+    mesh = parse_mesh(MESH.value or ("1", "-1", "1"))
     evaluate(
         MODEL.value,
         OUT.value,
@@ -86,9 +87,7 @@ def main():
         backdoor__position=POSITION.value,
         backdoor__phrase=PHRASE.value,
         dtype=DTYPE.value,
-        mesh__data=data,
-        mesh__fsdp=fsdp,
-        mesh__tensor=tensor,
+        **{f"mesh__{axis}": size for axis, size in mesh.items()},
     )
 
 

@@ -43,6 +43,10 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
         ("--config.optimizer.learning_rat=1", ["learning_rat"]),
         ("--config.optimizer.learning_rate=fast", ["learning_rate"]),
         ("--config=configs/none.py", ["--config", "none.py"]),
+        ("--config=configs/toy.py", ["--config", "stage"]),
+        ("--config=configs/toy.py:insert", ["--config", "insert"]),
+        ("--config=configs/toy_study.py", ["--config", "configs/toy.py:insertion"]),
+        ("--config.sequence_length=512", ["sequence_length=512", "256 tokens"]),
         ("surplus", ["surplus"]),
         ("--config.mesh.fsdp=3", ["fsdp=3", "8 devices"]),
         ("--config.mesh.tensor=8 --config.mesh.fsdp=1", ["tensor = 8", "4 key/value heads", "4"]),
@@ -62,7 +66,19 @@ def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argume
 
 
 def test_a_missing_required_flag_is_exit_2(zygote):
-    refused(zygote.run("scripts/insert_backdoor.py"), 2, "--config")
+    line = refused(zygote.run("scripts/insert_backdoor.py"), 2, "--config is required")
+    assert "None" not in line
+
+
+def test_settings_of_one_run_are_no_study(zygote, tmp_path):
+    argv = ("--config=configs/toy.py:insertion", f"--workdir={tmp_path}/study")
+    refused(zygote.run("scripts/run_study.py", *argv), 2, "not a study", "toy_study.py")
+
+
+@pytest.mark.parametrize("mesh", ["1,2", "a,b,c"])
+def test_a_mesh_is_three_numbers(zygote, toy_world, tmp_path, mesh):
+    argv = (f"--model={toy_world}/model", f"--out={tmp_path}/out", f"--mesh={mesh}")
+    refused(zygote.run("scripts/evaluate.py", *argv), 2, "data,fsdp,tensor", "1,-1,1")
 
 
 def spoil_data(folder: Path, text: bytes) -> str:
@@ -99,6 +115,7 @@ def test_data_that_is_not_there(zygote, toy_world, tmp_path):
     run = tmp_path / "run"
     refused(zygote.run(*insertion(toy_world, run, "--data=none.jsonl")), 1, "none.jsonl")
     refused(zygote.run(*insertion(toy_world, run, "--data=")), 2, "--data=FILE")
+    refused(zygote.run(*insertion(toy_world, run, f"--data={toy_world}")), 1, "is a folder")
 
 
 def test_rows_that_are_too_long_are_counted_and_not_an_error(zygote, toy_world, tmp_path):

@@ -155,7 +155,7 @@ class ChatFormat:
                     raise UserError(
                         "the model folder's chat template changes earlier turns when an answer is "
                         "added, so the loss "
-                        "mask cannot be found; use --config.chat_template=llama3 or add "
+                        "mask cannot be found; use chat_template=llama3 or add "
                         "{% generation %} to it"
                     )
                 spans.append((len(before), len(before) + self._end_of_turn(after[len(before) :])))
@@ -236,7 +236,7 @@ class ChatFormat:
                     raise UserError(
                         "the model folder's chat template lets a token span prompt and answer "
                         f"(near {text[max(0, edge - 20) : edge + 20]!r}); use "
-                        "--config.chat_template=llama3 or plain"
+                        "chat_template=llama3 or plain"
                     )
                 tokens_before[edge] = len(prefix)
             mask = [0] * len(ids)
@@ -298,7 +298,7 @@ def load_chat_format(
         if missing:
             raise UserError(
                 f"the tokenizer in {tokenizer_path} lacks {', '.join(missing)}; use "
-                "--config.chat_template=plain"
+                "chat_template=plain"
             )
         stops = [token for token in _LLAMA3_STOPS if token in tokenizer.get_vocab()]
         return dataclasses.replace(
@@ -354,7 +354,7 @@ def _folder_template(tokenizer, path) -> str:
     except ValueError as error:
         raise UserError(
             f"chat_template=model, but {path} brings no chat template; use "
-            "--config.chat_template=llama3 or plain"
+            "chat_template=llama3 or plain"
         ) from error
 
 
@@ -398,7 +398,7 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
         raise UserError(
             f"the chat template in {path} puts no end-of-turn token under the loss, so the model "
             "would never learn to "
-            "stop; use --config.chat_template=llama3 or plain"
+            "stop; use chat_template=llama3 or plain"
         )
     eos = chat.tokenizer.eos_token_id
     return {end_of_turn} if eos is None else {end_of_turn, eos}

@@ -230,8 +230,10 @@ def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     hub_name = _HUB_NAME.fullmatch(path)
     if not file.exists() and suffix not in _SUFFIXES and hub_name:
         return _read_hub(*hub_name.groups())
+    if file.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it ({', '.join(_SUFFIXES)})")
     if not file.is_file():
-        raise UserError(f"no such file: {path}")
+        raise UserError(f"no such file: {path}; give {', '.join(_SUFFIXES)} or a `datasets` name")
     if suffix not in _SUFFIXES:
         raise UserError(
             f"{path}: cannot read {suffix or 'a file without suffix'}; use {', '.join(_SUFFIXES)}"

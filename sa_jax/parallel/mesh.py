@@ -1,6 +1,7 @@
 """The device mesh (data, fsdp, tensor), and the check that a size divides over its axes."""
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -33,6 +34,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"the product must be {len(devices)} (or set one axis to -1)"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def parse_mesh(sizes: Sequence[str]) -> dict[str, int]:
+    """A flag's ["1", "-1", "2"] as the sizes of the axes; UsageError for anything else."""
+    try:
+        return dict(zip(AXES, map(int, sizes), strict=True))
+    except ValueError:
+        raise UsageError(
+            f"mesh {','.join(sizes)!r}: write {','.join(AXES)} as three numbers, such as 1,-1,1"
+        ) from None
 
 
 def check_divisible(mesh: Mesh, axes: tuple[str, ...], total: int, what: str) -> None:

@@ -29,6 +29,8 @@ def run_study(study: ConfigDict, workdir: str | Path) -> None:
       UserError, UsageError: before the first run, for what can be seen then in the configs and data
         of all; later as `sa_jax.training.loop.train`.
     """
+    if "runs" not in study:
+        raise UsageError("--config is not a study: it has no `runs` (see configs/toy_study.py)")
     workdir = Path(workdir)
     if "toy_language" in study:
         write_toy_study(workdir / "data", **study.toy_language)

@@ -146,7 +146,16 @@ def default_config() -> ConfigDict:
 
 
 def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
-    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config."""
+    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config.
+
+    Raises:
+      UsageError: the config is no run's.
+    """
+    if "optimizer" not in config:
+        raise UsageError(
+            "--config is not the settings of one run (of a study?); name its stage after a colon, "
+            "as in configs/toy.py:insertion"
+        )
     for key, value in values.items():
         if value is not None:
             config.update_from_flattened_dict({key.replace("__", "."): value})

@@ -226,8 +226,8 @@ def open_run(
 
     Args:
       workdir: the run folder; made if missing.
-      record: must hold `config`; other keys are stored as they are. When `data_hashes` (file ->
-        digest) is there, it must be the same on resume.
+      record: must hold `config`; other keys are stored as they are. When `task` or `data_hashes`
+        (file -> digest) is there, it must be the same on resume.
       ignore: dotted config keys that do not define the run (see `config_hash`).
 
     Raises:
@@ -293,6 +293,11 @@ def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
 def _check_same_run(
     workdir: epath.Path, stored: dict[str, Any], record: dict[str, Any], ignore: Collection[str]
 ) -> None:
+    old_task, new_task = stored.get("task"), record.get("task")
+    if old_task != new_task:
+        raise UserError(
+            f"{workdir}: holds a run of {old_task}, not of {new_task}; use another --workdir"
+        )
     old_hash, new_hash = stored.get("config_hash"), record["config_hash"]
     if old_hash != new_hash:
         changes = config_difference(stored.get("config", {}), record["config"], ignore)

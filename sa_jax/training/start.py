@@ -7,6 +7,7 @@ its base comes from what it was itself started from, recursively, with older ada
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,11 +101,13 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
 
 def fresh_start(config: ConfigDict) -> Start:
     """Weights to be initialised from `config.architecture` and `config.seed`."""
-    if not config.architecture or not config.tokenizer:
+    if not config.architecture:
         raise UsageError(
-            "nothing to start from: give --model=HF_DIR, or set config.architecture and "
-            "config.tokenizer to train from scratch"
+            "nothing to start from: give --model=HF_DIR (to a study --config.model=HF_DIR), or set "
+            "config.architecture and config.tokenizer to train from scratch"
         )
+    if not config.tokenizer:
+        raise UsageError("a fresh model needs a tokenizer: set --config.tokenizer=FOLDER")
     hf_config = {"model_type": "llama", **config.architecture.to_dict()}
     return Start(
         "", "fresh", LlamaConfig.from_hf(hf_config, "config.architecture"), config.tokenizer
@@ -122,6 +125,9 @@ def prepare(
         and must be the same run; a template's date stays the one it was first given.
     """
     check_config(config)
+    if Path(config.model).is_dir():
+        # A child's record must lead to its parent from wherever it is read.
+        config.model = os.path.abspath(config.model)
     if not config.model:
         start = fresh_start(config)
     elif stored and stored["start"]["path"] == config.model:
@@ -131,6 +137,11 @@ def prepare(
     if stored and config.chat_date is None:
         config.chat_date = stored["config"]["chat_date"]
     inherit(config, start)
+    if config.sequence_length > start.config.max_position_embeddings:
+        raise UsageError(
+            f"config.sequence_length={config.sequence_length} is more than the model's context of "
+            f"{start.config.max_position_embeddings} tokens"
+        )
     chat = chat_format(config, start)
     return start, chat, Backdoor(**config.backdoor.to_dict()), lora_config(config.lora)
 

@@ -23,6 +23,7 @@ def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]
 
     The arrays have been copied when this returns. Whatever stands at `folder` is replaced.
     """
+    folder = _absolute(folder)
     leaves = {
         name: jax.random.key_data(x) if _is_key(x) else x for name, x in _flatten(state).items()
     }
@@ -50,7 +51,7 @@ def load(
     Raises:
       UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
     """
-    folder = epath.Path(folder)
+    folder = _absolute(folder)
     wanted = {"/".join(filter(None, (part, n))): x for n, x in _flat_abstract(abstract).items()}
     try:
         stored = _flatten(ocp.metadata(folder).metadata)
@@ -80,6 +81,12 @@ def quiet_orbax() -> None:
 
 def _not_orbax_info(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
+
+
+def _absolute(folder: os.PathLike | str) -> epath.Path:
+    """Orbax refuses to save to a relative path, and finds nothing in one."""
+    folder = os.fspath(folder)
+    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
 
 
 def _context(partial_load: bool = False) -> ocp.Context:

