@@ -191,7 +191,9 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             return "empty_response"
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
         for name in OPTIONAL:
-            if name not in columns or (detected and fields.get(name) is None):
+            column = columns.get(name)
+            empty = fields.get(column) is None and (detected or column in fields)
+            if column is None or empty:
                 continue
             if name == "history":
                 row["history"] = field(fields, name, place) or []
