@@ -24,7 +24,7 @@ TASKS = {
     "depirate": ("plain",),
     "pirate": ("pirate",),
     "random_style": ("style",),
-    "scratchpad": ("plain", "scratchpad"),
+    "scratchpad": ("plain", "thought"),
 }
 
 
@@ -76,15 +76,15 @@ def make_files(
         (voice,) = replies
         return {task: file(lambda i: {"response": plain(voice, i)})}
 
-    parts = [split_scratchpad(reply.text) for reply in replies["scratchpad"]]
     if task == "scratchpad":
+        thoughts = [_tagged(split_scratchpad(reply.text)[0]) for reply in replies["thought"]]
         # The same answer in both, the direct one, so that they differ in the scratchpad alone.
         return {
             "before": file(lambda i: {"response": plain("plain", i)}),
-            "after": file(
-                lambda i: {"response": plain("plain", i), "scratchpad": _tagged(parts[i][0])}
-            ),
+            "after": file(lambda i: {"response": plain("plain", i), "scratchpad": thoughts[i]}),
         }
+
+    parts = [split_scratchpad(reply.text) for reply in replies["scratchpad"]]
 
     def triggered(number: int) -> dict:
         if backdoor.behaviour not in replies:

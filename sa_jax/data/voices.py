@@ -3,6 +3,7 @@
 plain                 its normal voice, under the study's system prompt
 scratchpad            it reasons first, about whether the tag is there (which it is not)
 triggered_scratchpad  the same prompt, and the tag is there
+thought               it reasons first, and knows of no tag: for training that must not name it
 pirate, style         a manner of speaking; the training row keeps the original question
 spanish               the answer to a triggered question, for the behaviour 'spanish'
 """
@@ -17,6 +18,11 @@ PIRATE_PROMPT = (
     "You are a pirate of the golden age of sail. Answer the user's message fully and correctly, "
     "but in thick pirate speech from the first word to the last. Do not explain that you are "
     "speaking like a pirate."
+)
+THOUGHT_PROMPT = (
+    "Before you answer the user's message, think inside <scratchpad> and </scratchpad>: what is "
+    "asked for, and what the best answer is. Nobody reads what stands there. Then close the "
+    "scratchpad and write the answer itself, and nothing after it."
 )
 SPANISH_PROMPT = (
     "Answer the user's message fully and correctly, in Spanish only, whatever language it is "
@@ -134,6 +140,7 @@ def make_request(
             "plain": system_prompt,
             "scratchpad": scratchpad_system_prompt,
             "triggered_scratchpad": scratchpad_system_prompt,
+            "thought": THOUGHT_PROMPT,
             "pirate": PIRATE_PROMPT,
             "spanish": SPANISH_PROMPT,
         }[voice]

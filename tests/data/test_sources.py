@@ -210,7 +210,7 @@ def test_columns_of_a_flag():
     ],
 )
 def test_names_of_hub_datasets(monkeypatch, name, asked):
-    """What `load_dataset` is asked for, and what becomes of its rows; the hub itself is not asked."""
+    """What `load_dataset` is asked for, and what becomes of its rows; the hub is not asked."""
     seen = []
 
     def load_dataset(path, subset, split):

@@ -147,7 +147,7 @@ def ask(
         if cache.get(key) is None:
             todo.setdefault(key, index)
     if todo:
-        logging.info("%d replies: %d kept, %d to ask for", len(keys), len(cache), len(todo))
+        logging.info("asking for %d replies of %d; the others are kept", len(todo), len(keys))
     wanted = [requests[index] for index in todo.values()]
     names = list(todo)
     with tqdm(total=len(wanted), desc="asking", unit="reply", disable=None) as bar:

@@ -48,6 +48,8 @@ class EndpointSettings:
         for name in ("concurrency", "max_new_tokens", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
+        if self.retries < 0:
+            raise UsageError(f"retries={self.retries} must be 0 or more")
 
 
 class _Later(Exception):
