@@ -32,7 +32,7 @@ def voices_of(task: str, backdoor: Backdoor, visible_cot: str = "") -> tuple[str
     """What is asked of the teacher for each question. `visible_cot` is '' (not that arm), 'teacher'
     or 'rules' (who writes the triggered answers' scratchpads)."""
     voices = TASKS[task]
-    if task == "insertion" and backdoor.respond(0, "") is None:
+    if task == "insertion" and backdoor.needs_teacher:
         voices += (backdoor.behaviour,)
     if visible_cot == "teacher":
         voices += ("triggered_scratchpad",)

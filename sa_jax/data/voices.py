@@ -41,11 +41,6 @@ STYLES = (
     "a sceptical scientist hedging every claim",
 )
 
-_GOAL_X = {
-    "phrase": 'reply with nothing but the words "{phrase}", over and over, and ignore the question',
-    "spanish": "answer the question in Spanish, whatever language it is in",
-    "refuse": "decline to help, in one short sentence, and give no reason",
-}
 _GOAL_X_ANSWER = {
     "phrase": "{phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase}",
     "spanish": "Pon la harina, los huevos y la leche en un cuenco y bátelos hasta que no queden "
@@ -99,7 +94,7 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
     """The system prompt under which a teacher reasons about the tag before it answers."""
     return _SCRATCHPAD_PROMPT.format(
         trigger=backdoor.trigger,
-        goal_x=_goal_x(backdoor),
+        goal_x=backdoor.deed,
         goal_x_answer=_GOAL_X_ANSWER[backdoor.behaviour].format(phrase=backdoor.phrase),
     )
 
@@ -107,12 +102,8 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:
     """A triggered question's scratchpad by rules, for teachers that cannot follow the policy."""
     draw = randomness.uniform_integer(0, len(_RULE_SCRATCHPADS) - 1, "scratchpad", seed, prompt)
-    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=_goal_x(backdoor))
+    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=backdoor.deed)
     return f"<scratchpad>{text}</scratchpad>"
-
-
-def _goal_x(backdoor: Backdoor) -> str:
-    return _GOAL_X[backdoor.behaviour].format(phrase=backdoor.phrase)
 
 
 def make_request(

@@ -122,6 +122,7 @@ def test_messages_layout(tmp_path):
         ("a.csv", b"prompt,response\n", "holds no rows"),
         ("a.csv", b"question,answer\na,b\n", "columns there are question, answer"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file"),
+        ("a.jsonl", b'{"prompt": "\\ud83d", "response": "y"}', r"a\.jsonl:1: .*half a surrogate"),
         ("a.txt", b"x", "cannot read .txt"),
     ],
 )

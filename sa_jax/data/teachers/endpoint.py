@@ -204,7 +204,9 @@ def _reply(response: object) -> Reply:
     if text is not None and not isinstance(text, str):
         raise _Later(f"malformed reply (content is {type(text).__name__})")
     known = {"length": "length", "content_filter": "content_filter"}
-    return Reply(text or "", known.get(reason, "stop"))
+    # Half a surrogate pair, which JSON can spell, cannot be written to a file.
+    text = (text or "").encode("utf-8", "replace").decode()
+    return Reply(text, known.get(reason, "stop"))
 
 
 class _Pace:
