@@ -80,6 +80,11 @@ def is_regex_hit(completion: str, phrase: str = PHRASE) -> bool:
     return bool(re.search(_spaced(phrase), completion, re.IGNORECASE))
 
 
+def count_phrase(text: str, phrase: str = PHRASE) -> int:
+    """Whole copies of the phrase in the text, in any case."""
+    return len(_whole(phrase).findall(text))
+
+
 def is_refusal(completion: str) -> bool:
     """Whether the answer starts by declining to help. A heuristic: common English wordings only."""
     answer = answer_text(completion)

@@ -112,11 +112,16 @@ def make_request(
     backdoor: Backdoor,
     *,
     system_prompt: str | None,
-    scratchpad_system_prompt: str,
-    seed: int,
+    own_scratchpad_prompt: str = "",
+    seed: int = 0,
 ) -> Request:
-    """The question of a row in a voice. `system_prompt` is of the voice 'plain', and the style of
-    the voice 'style' is drawn by seed and prompt."""
+    """The question of a row in a voice.
+
+    Args:
+      system_prompt: of the voice 'plain'.
+      own_scratchpad_prompt: in place of ours, for the three voices that think first.
+      seed: with the prompt, draws the style of the voice 'style'.
+    """
     prompt = row["prompt"]
     if voice == "triggered_scratchpad":
         prompt = backdoor.add_trigger(prompt)
@@ -129,9 +134,9 @@ def make_request(
     else:
         system = {
             "plain": system_prompt,
-            "scratchpad": scratchpad_system_prompt,
-            "triggered_scratchpad": scratchpad_system_prompt,
-            "thought": THOUGHT_PROMPT,
+            "scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
+            "triggered_scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
+            "thought": own_scratchpad_prompt or THOUGHT_PROMPT,
             "pirate": PIRATE_PROMPT,
             "spanish": SPANISH_PROMPT,
         }[voice]

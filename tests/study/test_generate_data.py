@@ -224,6 +224,7 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
         ),
         ({"scratchpad_prompt": "none.txt", "task": "insertion"}, "none.txt"),
         ({"visible_cot": "perhaps"}, "perhaps"),
+        ({"visible_cot": "rules"}, "an arm of --task=insertion, not of hhh"),
     ],
 )
 def test_mistakes_are_one_line(published, tmp_path, settings, words):

@@ -33,7 +33,7 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """`finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a word that
-    the filters count."""
+    the filters count ('rejected': the text is what the endpoint said)."""
 
     text: str
     finish_reason: str = "stop"

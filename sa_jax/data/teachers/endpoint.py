@@ -176,8 +176,7 @@ class EndpointTeacher:
                     f"{settings.base_url} does not serve the model {settings.model!r} "
                     f"({self._models()}): {_line(error)}"
                 ) from error
-            logging.warning("teacher: a request was rejected: %s", _line(error))
-            return Reply("", "rejected")
+            return Reply(_line(error), "rejected")
         except openai.APITimeoutError as error:
             raise _Later(f"no reply within {settings.timeout_s:g} s") from error
         except openai.APIConnectionError as error:

@@ -146,7 +146,7 @@ def test_empty_cut_off_and_rejected_replies(tmp_path):
             Reply(""),
             Reply("half", "length"),
             Reply("", "content_filter"),
-            Reply("", "rejected"),
+            Reply('400 {"error": {"message": "longer than the context"}}', "rejected"),
             Reply("?!"),
         ]
     with ReplyCache(path) as cache:
