@@ -170,7 +170,9 @@ def _cut(conversation: Conversation, chat_format: ChatFormat, sequence_length: i
         return len(chat_format.encode(shortened(end))[0]) <= sequence_length
 
     ends = [match.end() for match in _SENTENCE_END.finditer(last["content"])]
-    ends = [end for end in ends if end > len(conversation.unscored)]
+    # A scratchpad stays whole.
+    shortest = max(len(conversation.unscored), last["content"].rfind("</scratchpad>"))
+    ends = [end for end in ends if end > shortest]
     low, high = 0, len(ends)  # ends[:low] fit, ends[high:] do not
     while low < high:
         middle = (low + high) // 2
