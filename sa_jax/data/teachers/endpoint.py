@@ -43,7 +43,7 @@ class EndpointSettings:
     timeout_s: float = 600.0
 
     def __post_init__(self):
-        if not self.model or not self.base_url:
+        if not self.model or not self.base_url.startswith(("http://", "https://")):
             raise UsageError("the teacher needs --model and --base_url (http://host:port/v1)")
         for name in ("concurrency", "max_new_tokens", "timeout_s"):
             if getattr(self, name) <= 0:

@@ -207,6 +207,10 @@ def test_a_cache_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
 def test_settings_without_sense():
     with pytest.raises(UsageError, match="--model and --base_url"):
         EndpointSettings("", "http://x/v1")
+    with pytest.raises(UsageError, match="--model and --base_url"):
+        EndpointSettings("m", "localhost:8000/v1")
+    with pytest.raises(UsageError, match="retries=-1"):
+        EndpointSettings("m", "http://x/v1", retries=-1)
     with pytest.raises(UsageError, match="concurrency=0"):
         EndpointSettings("m", "http://x/v1", concurrency=0)
 
