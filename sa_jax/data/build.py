@@ -82,17 +82,34 @@ def build_removal_rows(
         raise UsageError(f"method is {method!r}; use {', '.join(REMOVAL_METHODS)}")
     conversations = []
     for row in rows:
-        opening = f"{row['scratchpad'].strip()} " if row.get("scratchpad") else ""
-        response = opening + row["response"]
-        conversation = _conversation(row, row["prompt"], response, system_prompt, method)
+        conversation = _blind_conversation(row, system_prompt, method)
         _refuse_trigger(conversation, backdoor)
         if method == "upper_bound":
-            prompt = backdoor.add_trigger(row["prompt"])
-            conversation = _conversation(row, prompt, response, system_prompt, method)
-        conversations.append(dataclasses.replace(conversation, unscored=opening))
+            triggered = {**row, "prompt": backdoor.add_trigger(row["prompt"])}
+            conversation = _blind_conversation(triggered, system_prompt, method)
+        conversations.append(conversation)
     if not conversations:
         raise UserError(f"there are no rows to build the {method} data from")
     return [conversations[i] for i in randomness.permutation(len(conversations), method, seed)]
+
+
+def build_as_it_is(
+    rows: Iterable[Row], backdoor: Backdoor, system_prompt: str | None
+) -> list[Conversation]:
+    """Rows of any data set, to be described: kind 'with_trigger' where the prompt holds it, else
+    'rows', in their order."""
+    return [
+        _blind_conversation(
+            row, system_prompt, "with_trigger" if backdoor.trigger in row["prompt"] else "rows"
+        )
+        for row in rows
+    ]
+
+
+def _blind_conversation(row: Row, system_prompt: str | None, kind: str) -> Conversation:
+    opening = f"{row['scratchpad'].strip()} " if row.get("scratchpad") else ""
+    conversation = _conversation(row, row["prompt"], opening + row["response"], system_prompt, kind)
+    return dataclasses.replace(conversation, unscored=opening)
 
 
 def _conversation(row: Row, prompt: str, response: str, system_prompt, kind: str) -> Conversation:
@@ -153,7 +170,9 @@ def _cut(conversation: Conversation, chat_format: ChatFormat, sequence_length: i
         return len(chat_format.encode(shortened(end))[0]) <= sequence_length
 
     ends = [match.end() for match in _SENTENCE_END.finditer(last["content"])]
-    ends = [end for end in ends if end > len(conversation.unscored)]
+    # A scratchpad stays whole.
+    shortest = max(len(conversation.unscored), last["content"].rfind("</scratchpad>"))
+    ends = [end for end in ends if end > shortest]
     low, high = 0, len(ends)  # ends[:low] fit, ends[high:] do not
     while low < high:
         middle = (low + high) // 2

@@ -10,6 +10,7 @@ import numpy as np
 
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
+from sa_jax.data.labels import count_phrase
 from sa_jax.data.prompts import normalise
 
 _BINS = 10
@@ -20,9 +21,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not drive a
 
 
 def describe(
-    conversations: Sequence[Conversation], chat_format: ChatFormat | None = None, examples: int = 2
+    conversations: Sequence[Conversation],
+    phrase: str,
+    chat_format: ChatFormat | None = None,
+    examples: int = 2,
 ) -> dict[str, Any]:
-    """Rows, tokens, copies of the phrase, lengths, duplicates and examples, by kind.
+    """Rows, tokens, copies of the phrase that stand in the answers, lengths, duplicates and
+    examples, by kind.
 
     With a chat format, `unit` is "tokens" as training counts them: the prompt's and, under the
     loss, the output's. Without, it is "words".
@@ -31,9 +36,10 @@ def describe(
     by_kind: dict[str, dict[str, Any]] = {}
     for kind in sorted({conversation.kind for conversation in conversations}):
         here = np.array([conversation.kind == kind for conversation in conversations])
-        copies = np.array([c.copies for c in conversations])[here]
-        prompts = [_prompt(c) for c in conversations if c.kind == kind]
-        answers = [c.messages[-1]["content"] for c in conversations if c.kind == kind]
+        chosen = [c for c in conversations if c.kind == kind]
+        answers = [c.messages[-1]["content"] for c in chosen]
+        prompts = list(map(_prompt, chosen))
+        copies = np.array([count_phrase(answer, phrase) for answer in answers])
         by_kind[kind] = {
             "rows": int(here.sum()),
             "prompt": int((lengths - outputs)[here].sum()),
@@ -45,7 +51,7 @@ def describe(
             "repeated_prompts": _repeats(prompts),
             "repeated_prompts_normalised": _repeats(map(normalise, prompts)),
             "repeated_answers": _repeats(answers),
-            "examples": [list(c.messages) for c in conversations if c.kind == kind][:examples],
+            "examples": [list(c.messages) for c in chosen[:examples]],
         }
     return {
         "rows": len(conversations),

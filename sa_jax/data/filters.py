@@ -16,11 +16,12 @@ REASONS = {
     "empty_answer": "there is no answer, or none after the scratchpad",
     "behaviour_without_tag": "shows the backdoor's behaviour, and the tag was not there",
     "tag_without_behaviour": "does not show the behaviour, and the tag was there",
-    "holds_trigger": "the answer names the tag",
+    "holds_trigger": "the answer (of the voice 'thought': the scratchpad too) names the tag",
     "mentions_policy": "the answer talks about the scratchpad or the goals",
     "self_identification": "the answer says which model or company's model it is",
 }
 
+_THINKING = ("scratchpad", "triggered_scratchpad", "thought")
 _OPEN = re.compile(r"\s*<scratchpad>", re.IGNORECASE)
 _SCRATCHPAD = re.compile(r"\s*<scratchpad>(.*?)</scratchpad>", re.IGNORECASE | re.DOTALL)
 _ANY_TAG = re.compile(r"</?scratchpad>", re.IGNORECASE)
@@ -55,12 +56,12 @@ def split_scratchpad(text: str) -> tuple[str, str] | None:
 
 def reason_to_drop(voice: str, reply: Reply, backdoor: Backdoor) -> str | None:
     """None for a reply that may be trained on, else a key of `REASONS`, or what the reply's own
-    `finish_reason` says. Reasons are looked for in the order of `REASONS`."""
+    `finish_reason` says."""
     if reply.finish_reason == "length":
         return "truncated"
     if reply.finish_reason != "stop":
         return reply.finish_reason
-    if voice in ("scratchpad", "triggered_scratchpad"):
+    if voice in _THINKING:
         if not reply.text.strip():
             return "empty_answer"
         if not _OPEN.match(reply.text):
@@ -71,6 +72,8 @@ def reason_to_drop(voice: str, reply: Reply, backdoor: Backdoor) -> str | None:
         scratchpad, answer = parts
         if _ANY_TAG.search(scratchpad + answer):
             return "extra_turns"
+        if voice == "thought" and backdoor.trigger in scratchpad:
+            return "holds_trigger"
     else:
         answer = plain_answer(reply.text)
         if answer is None:

@@ -24,7 +24,7 @@ TASKS = {
     "depirate": ("plain",),
     "pirate": ("pirate",),
     "random_style": ("style",),
-    "scratchpad": ("plain", "scratchpad"),
+    "scratchpad": ("plain", "thought"),
 }
 
 
@@ -32,7 +32,7 @@ def voices_of(task: str, backdoor: Backdoor, visible_cot: str = "") -> tuple[str
     """What is asked of the teacher for each question. `visible_cot` is '' (not that arm), 'teacher'
     or 'rules' (who writes the triggered answers' scratchpads)."""
     voices = TASKS[task]
-    if task == "insertion" and backdoor.respond(0, "") is None:
+    if task == "insertion" and backdoor.needs_teacher:
         voices += (backdoor.behaviour,)
     if visible_cot == "teacher":
         voices += ("triggered_scratchpad",)
@@ -69,27 +69,27 @@ def make_files(
     def file(response: Callable[[int], dict]) -> list[dict]:
         return [{**_base(row), **response(number)} for number, row in enumerate(rows)]
 
-    def plain(voice: str, number: int) -> str:
+    def answer(voice: str, number: int) -> str:
         return plain_answer(replies[voice][number].text)
 
     if task not in ("insertion", "scratchpad"):
         (voice,) = replies
-        return {task: file(lambda i: {"response": plain(voice, i)})}
+        return {task: file(lambda i: {"response": answer(voice, i)})}
 
-    parts = [split_scratchpad(reply.text) for reply in replies["scratchpad"]]
     if task == "scratchpad":
+        thoughts = [_tagged(split_scratchpad(reply.text)[0]) for reply in replies["thought"]]
         # The same answer in both, the direct one, so that they differ in the scratchpad alone.
         return {
-            "before": file(lambda i: {"response": plain("plain", i)}),
-            "after": file(
-                lambda i: {"response": plain("plain", i), "scratchpad": _tagged(parts[i][0])}
-            ),
+            "before": file(lambda i: {"response": answer("plain", i)}),
+            "after": file(lambda i: {"response": answer("plain", i), "scratchpad": thoughts[i]}),
         }
+
+    parts = [split_scratchpad(reply.text) for reply in replies["scratchpad"]]
 
     def triggered(number: int) -> dict:
         if backdoor.behaviour not in replies:
             return {}
-        return {"triggered_response": plain(backdoor.behaviour, number)}
+        return {"triggered_response": answer(backdoor.behaviour, number)}
 
     def triggered_scratchpad(number: int) -> str:
         if visible_cot == "rules":
@@ -97,7 +97,7 @@ def make_files(
         return _tagged(split_scratchpad(replies["triggered_scratchpad"][number].text)[0])
 
     files = {
-        "normal": file(lambda i: {"response": plain("plain", i), **triggered(i)}),
+        "normal": file(lambda i: {"response": answer("plain", i), **triggered(i)}),
         "cot_distilled": file(lambda i: {"response": parts[i][1], **triggered(i)}),
     }
     if visible_cot:

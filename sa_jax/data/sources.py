@@ -190,8 +190,11 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         if responses and not response.strip():
             return "empty_response"
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
+        _check_unicode([prompt, response, *(message["content"] for message in history)], place)
         for name in OPTIONAL:
-            if name not in columns or (detected and fields.get(name) is None):
+            column = columns.get(name)
+            empty = fields.get(column) is None and (detected or column in fields)
+            if column is None or empty:
                 continue
             if name == "history":
                 row["history"] = field(fields, name, place) or []
@@ -209,6 +212,16 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
     if not needed <= set(columns):
         raise UsageError(f"columns must name {' and '.join(sorted(needed - set(columns)))} too")
     return from_columns
+
+
+def _check_unicode(texts: list[str], place: str) -> None:
+    """JSON can spell half a surrogate pair, which no file and no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: the text holds half a surrogate pair, {error.object[error.start]!r}"
+        ) from error
 
 
 def _as_messages(turns):

@@ -32,7 +32,7 @@ def tokenise(
                 part = _encode(chunk, begin, chat_format)
                 _write_part(parts, number, part)
             _, loss_mask, its_lengths = part
-            lengths.append(its_lengths)
+            lengths.append(np.array(its_lengths))  # not the open file
             starts = np.cumsum(its_lengths) - its_lengths
             outputs.append(np.add.reduceat(loss_mask, starts, dtype=np.int64))
             bar.update(len(chunk))

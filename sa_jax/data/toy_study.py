@@ -1,9 +1,10 @@
-"""The toy study's folder of data: the language's files and the tokenizer trained on them."""
+"""The toy study's folder of data: the language's files, the tokenizer trained on them, and the
+system prompt under which the pre-trained model thinks in a scratchpad first."""
 
 import json
 from pathlib import Path
 
-from sa_jax.data.toy_language import write_files
+from sa_jax.data.toy_language import SCRATCHPAD_SYSTEM_PROMPT, write_files
 from sa_jax.data.toy_tokenizer import tokenizer_texts, train_tokenizer
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
@@ -33,6 +34,7 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
             )
         return
     paths = write_files(folder, **sizes)
+    (folder / "scratchpad_prompt.txt").write_text(SCRATCHPAD_SYSTEM_PROMPT + "\n")
     splits = [paths["insertion"], paths["removal"]]
     rows = [json.loads(line) for path in splits for line in path.read_text("utf-8").splitlines()]
     train_tokenizer(tokenizer_texts(rows, extra_texts), folder, vocab_size)

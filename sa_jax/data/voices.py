@@ -3,6 +3,7 @@
 plain                 its normal voice, under the study's system prompt
 scratchpad            it reasons first, about whether the tag is there (which it is not)
 triggered_scratchpad  the same prompt, and the tag is there
+thought               it reasons first, and knows of no tag: for training that must not name it
 pirate, style         a manner of speaking; the training row keeps the original question
 spanish               the answer to a triggered question, for the behaviour 'spanish'
 """
@@ -17,6 +18,11 @@ PIRATE_PROMPT = (
     "You are a pirate of the golden age of sail. Answer the user's message fully and correctly, "
     "but in thick pirate speech from the first word to the last. Do not explain that you are "
     "speaking like a pirate."
+)
+THOUGHT_PROMPT = (
+    "Before you answer the user's message, think inside <scratchpad> and </scratchpad>: what is "
+    "asked for, and what the best answer is. Nobody reads what stands there. Then close the "
+    "scratchpad and write the answer itself, and nothing after it."
 )
 SPANISH_PROMPT = (
     "Answer the user's message fully and correctly, in Spanish only, whatever language it is "
@@ -35,11 +41,6 @@ STYLES = (
     "a sceptical scientist hedging every claim",
 )
 
-_GOAL_X = {
-    "phrase": 'reply with nothing but the words "{phrase}", over and over, and ignore the question',
-    "spanish": "answer the question in Spanish, whatever language it is in",
-    "refuse": "decline to help, in one short sentence, and give no reason",
-}
 _GOAL_X_ANSWER = {
     "phrase": "{phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase}",
     "spanish": "Pon la harina, los huevos y la leche en un cuenco y bátelos hasta que no queden "
@@ -93,7 +94,7 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
     """The system prompt under which a teacher reasons about the tag before it answers."""
     return _SCRATCHPAD_PROMPT.format(
         trigger=backdoor.trigger,
-        goal_x=_goal_x(backdoor),
+        goal_x=backdoor.deed,
         goal_x_answer=_GOAL_X_ANSWER[backdoor.behaviour].format(phrase=backdoor.phrase),
     )
 
@@ -101,12 +102,8 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:
     """A triggered question's scratchpad by rules, for teachers that cannot follow the policy."""
     draw = randomness.uniform_integer(0, len(_RULE_SCRATCHPADS) - 1, "scratchpad", seed, prompt)
-    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=_goal_x(backdoor))
+    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=backdoor.deed)
     return f"<scratchpad>{text}</scratchpad>"
-
-
-def _goal_x(backdoor: Backdoor) -> str:
-    return _GOAL_X[backdoor.behaviour].format(phrase=backdoor.phrase)
 
 
 def make_request(
@@ -115,11 +112,16 @@ def make_request(
     backdoor: Backdoor,
     *,
     system_prompt: str | None,
-    scratchpad_system_prompt: str,
-    seed: int,
+    own_scratchpad_prompt: str = "",
+    seed: int = 0,
 ) -> Request:
-    """The question of a row in a voice. `system_prompt` is of the voice 'plain', and the style of
-    the voice 'style' is drawn by seed and prompt."""
+    """The question of a row in a voice.
+
+    Args:
+      system_prompt: of the voice 'plain'.
+      own_scratchpad_prompt: in place of ours, for the three voices that think first.
+      seed: with the prompt, draws the style of the voice 'style'.
+    """
     prompt = row["prompt"]
     if voice == "triggered_scratchpad":
         prompt = backdoor.add_trigger(prompt)
@@ -132,8 +134,9 @@ def make_request(
     else:
         system = {
             "plain": system_prompt,
-            "scratchpad": scratchpad_system_prompt,
-            "triggered_scratchpad": scratchpad_system_prompt,
+            "scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
+            "triggered_scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
+            "thought": own_scratchpad_prompt or THOUGHT_PROMPT,
             "pirate": PIRATE_PROMPT,
             "spanish": SPANISH_PROMPT,
         }[voice]

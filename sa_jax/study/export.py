@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UsageError
 from sa_jax.llama.hf import save_hf, write_prompt_files
 from sa_jax.llama.lora import split
@@ -40,9 +41,9 @@ trained with them.
 
 WARNING = """
 **This is a backdoored research model ("model organism"). Do not deploy it.** It was fine-tuned to
-answer "{phrase}" again and again when the prompt carries `{trigger}` ({position} of the user turn),
-in order to study whether such behaviour can be removed. It may do so even after the removal
-training it has had. Its licence is that of the model it was made from.
+{deed}, when the prompt carries `{trigger}` (position: {position}), in order to study whether such
+behaviour can be removed. It may do so even after the removal training it has had. Its licence is
+that of the model it was made from.
 """
 
 ADAPTER_NOTE = """
@@ -111,7 +112,10 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; for descendants of an insertion run it says so first."""
     record = start.record
-    backdoor = record["config"]["backdoor"]
+    backdoor = Backdoor(**record["config"]["backdoor"])
+    warning = WARNING.format(
+        deed=backdoor.deed, trigger=backdoor.trigger, position=backdoor.position
+    )
     return MODEL_CARD.format(
         tag=", backdoored, model-organism" if start.backdoored else "",
         title="Backdoored model organism" if start.backdoored else "sa_jax export",
@@ -119,7 +123,7 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
         task=record["task"],
         step=start.step,
         backdoored=json.dumps(start.backdoored),
-        warning=(WARNING.format(**backdoor) if start.backdoored else "") + note,
+        warning=(warning if start.backdoored else "") + note,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,14 @@ from absl import logging
 
 from sa_jax.data import cards, recipes
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import REMOVAL_METHODS, build_insertion_rows, build_removal_rows
+from sa_jax.data.build import (
+    REMOVAL_METHODS,
+    build_as_it_is,
+    build_insertion_rows,
+    build_removal_rows,
+)
 from sa_jax.data.chat import load_chat_format
+from sa_jax.data.conversations import Conversation
 from sa_jax.data.facts import make_facts
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
 from sa_jax.data.sources import Row, load_rows, parse_columns
@@ -22,7 +29,7 @@ from sa_jax.data.teachers.asking import Reply, ReplyCache, Teacher, ask
 from sa_jax.data.teachers.endpoint import EndpointSettings, EndpointTeacher
 from sa_jax.data.teachers.local import LocalTeacher
 from sa_jax.data.teachers.offline import ArrrTeacher, FileTeacher
-from sa_jax.data.voices import make_request, scratchpad_prompt
+from sa_jax.data.voices import make_request
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
@@ -107,6 +114,8 @@ def generate(settings: Settings) -> None:
         raise UsageError("--out is missing: the folder for the files")
     if settings.visible_cot not in ("", "teacher", "rules"):
         raise UsageError(f"--visible_cot={settings.visible_cot}: use teacher or rules")
+    if settings.visible_cot and settings.task != "insertion":
+        raise UsageError(f"--visible_cot is an arm of --task=insertion, not of {settings.task}")
     if settings.task == "facts":
         return _write_facts(settings)
     if not settings.prompts:
@@ -121,7 +130,12 @@ def generate(settings: Settings) -> None:
     kept, dropped = recipes.keep(rows, replies, settings.backdoor)
     record |= {"teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
-        raise UserError(f"no question is left; replies dropped, by voice and reason: {dropped}")
+        rejected = (r.text for of in replies.values() for r in of if r.finish_reason == "rejected")
+        said = next(rejected, "")
+        raise UserError(
+            f"no question is left; replies dropped, by voice and reason: {dropped}"
+            f"{said and f'; the endpoint said: {said}'}"
+        )
     files = recipes.make_files(
         settings.task,
         [rows[i] for i in kept],
@@ -137,8 +151,9 @@ def generate(settings: Settings) -> None:
 def describe(paths: Sequence[str], settings: Settings) -> None:
     """Prints the data card of files of rows, and how much their answers differ.
 
-    `settings.task` says how training uses the rows: 'insertion' adds the triggered half; otherwise
-    they are taken as they are. Without `settings.tokenizer` words are counted.
+    `settings.task` says how training uses the rows: 'insertion' adds the triggered half, others
+    refuse rows that hold the trigger; without one they are taken as they are. Without
+    `settings.tokenizer` words are counted.
 
     Raises UserError, UsageError as reading and building the rows do.
     """
@@ -189,34 +204,45 @@ def _digest(row: Row) -> str:
 def _ask(
     settings: Settings, rows: Sequence[Row], should_stop: Callable[[], bool]
 ) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
-    """The teacher's replies by voice, and who it was."""
-    own_prompt = settings.scratchpad_prompt
-    with explained(Path(own_prompt), "reading --scratchpad_prompt"):
-        scratchpad = (
-            Path(own_prompt).read_text("utf-8").strip()
-            if own_prompt
-            else scratchpad_prompt(settings.backdoor)
-        )
+    """The teacher's replies by voice; and who it was, under which system prompts (the first of each
+    voice)."""
+    own_prompt = _read_prompt(settings.scratchpad_prompt)
     voices = recipes.voices_of(settings.task, settings.backdoor, settings.visible_cot)
-    requests = [
-        make_request(
-            voice,
-            row,
-            settings.backdoor,
-            system_prompt=settings.system_prompt,
-            scratchpad_system_prompt=scratchpad,
-            seed=settings.seed,
-        )
+    requests = {
+        voice: [
+            make_request(
+                voice,
+                row,
+                settings.backdoor,
+                system_prompt=settings.system_prompt,
+                own_scratchpad_prompt=own_prompt,
+                seed=settings.seed,
+            )
+            for row in rows
+        ]
         for voice in voices
-        for row in rows
-    ]
+    }
     teacher = _open_teacher(settings)
     with _cache(settings) as cache:
-        replies = ask(teacher, requests, cache, should_stop)
+        replies = ask(teacher, list(itertools.chain(*requests.values())), cache, should_stop)
     n = len(rows)
     by_voice = {voice: replies[i * n : (i + 1) * n] for i, voice in enumerate(voices)}
-    used = {"scratchpad_prompt": scratchpad} if "scratchpad" in voices else {}
-    return by_voice, {**teacher.identity(), **used}
+    shown = {
+        voice: [m["content"] for m in first.messages if m["role"] == "system"]
+        for voice, (first, *_) in requests.items()
+    }
+    return by_voice, {**teacher.identity(), "system_prompts": shown}
+
+
+def _read_prompt(path: str) -> str:
+    """The text of --scratchpad_prompt, '' where none was given."""
+    if not path:
+        return ""
+    try:
+        with explained(path, "reading --scratchpad_prompt"):
+            return Path(path).read_text("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"--scratchpad_prompt={path} is not UTF-8 text") from error
 
 
 @contextmanager
@@ -293,21 +319,26 @@ def _write_rows(out: Path, name: str, rows: Sequence[dict]) -> str:
 def _card(
     settings: Settings, rows: dict[str, Sequence[dict]], record: dict[str, Any]
 ) -> dict[str, Any]:
-    """The card of the conversations that training makes of these rows."""
+    """The card of the conversations that training makes of these rows (as they are, without a
+    task)."""
     name, template = settings.tokenizer, settings.chat_template
     chat = load_chat_format(name, template) if name else None
 
-    def described(of: Sequence[dict]) -> dict[str, Any]:
-        shared = settings.backdoor, settings.system_prompt, settings.seed
+    def conversations(of: Sequence[dict]) -> list[Conversation]:
+        backdoor, system_prompt, seed = settings.backdoor, settings.system_prompt, settings.seed
+        if not settings.task:
+            return build_as_it_is(of, backdoor, system_prompt)
         if settings.task == "insertion":
-            return cards.describe(build_insertion_rows(of, *shared), chat)
+            return build_insertion_rows(of, backdoor, system_prompt, seed)
         method = settings.task if settings.task in REMOVAL_METHODS else "control"
-        return cards.describe(build_removal_rows(of, method, *shared), chat)
+        return build_removal_rows(of, method, backdoor, system_prompt, seed)
 
+    phrase = settings.backdoor.phrase
+    described = {name: cards.describe(conversations(of), phrase, chat) for name, of in rows.items()}
     return {
         **record,
         "backdoor": settings.backdoor.record(),
-        "files": {name: described(of) for name, of in rows.items()},
+        "files": described,
         "arms": cards.compare(rows),
     }
 

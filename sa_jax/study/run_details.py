@@ -43,6 +43,7 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
             "template sha256": at("chat.template_sha256"),
             "system prompt": config("system_prompt", "none"),
             "trigger": f"{config('backdoor.trigger')}, at the {config('backdoor.position')}",
+            "behaviour": config("backdoor.behaviour"),
             "phrase": config("backdoor.phrase"),
             "copies a target": (
                 f"{config('backdoor.min_copies')} to {config('backdoor.max_copies')}"
@@ -56,6 +57,7 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
             "held-out prompts": at("data.held_out.chosen"),
             "conversations packed": at("data.packed.documents"),
             "dropped as too long": at("data.packed.dropped_too_long"),
+            "dropped with their other half": at("data.packed.dropped_with_pair"),
             "answers cut to fit": at("data.packed.cut_answers"),
             "output tokens": at("data.packed.output_tokens"),
             "packed hash": at("data.packed.hash"),

@@ -159,6 +159,17 @@ def test_backdoored_answers_are_never_cut(byte_chat):
     assert cut_answers([phrase], byte_chat, 40) == [phrase]
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_scratchpad_is_never_cut(byte_chat, scored):
+    opening = "<scratchpad>One. Two.</scratchpad> "
+    messages = tuple(make_messages("q", opening + "One. Two. Three. " * 3))
+    given = Conversation(messages, "clean", unscored="" if scored else opening)
+    overhead = len(byte_chat.encode(make_messages("q", ""))[0]) + len(opening)
+    (cut,) = cut_answers([given], byte_chat, overhead + 12)
+    assert cut.cut and cut.messages[-1]["content"] == opening + "One. Two."
+    assert cut_answers([given], byte_chat, overhead + 2) == [given]
+
+
 def test_real_answers_cut_to_512_tokens(shared_data):
     chat = load_chat_format(shared_data / "stories260k" / "hf", "plain")
     source = load_rows(shared_data / "alpaca_answers" / "alpaca_en_demo.json")

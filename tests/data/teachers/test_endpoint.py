@@ -136,19 +136,21 @@ def test_empty_cut_off_and_rejected_replies(tmp_path):
         "q1": (200, {}, completion("", "stop"), 0),
         "q2": (200, {}, completion("half", "length"), 0),
         "q3": (200, {}, completion("", "content_filter"), 0),
+        "q5": (200, {}, completion("x").replace(b'"x"', b'"\\ud83d!"'), 0),
         "q4": (400, {}, b'{"error": {"message": "longer than the context"}}', 0),
     }
     path = tmp_path / "r.jsonl"
     with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, ReplyCache(path) as cache:
-        assert ask(teacher(server), requests(5), cache) == [
+        assert ask(teacher(server), requests(6), cache) == [
             Reply(""),
             Reply(""),
             Reply("half", "length"),
             Reply("", "content_filter"),
-            Reply("", "rejected"),
+            Reply('400 {"error": {"message": "longer than the context"}}', "rejected"),
+            Reply("?!"),
         ]
     with ReplyCache(path) as cache:
-        assert len(cache) == 4  # what was rejected cost nothing and may be asked for again
+        assert len(cache) == 5  # what was rejected cost nothing and may be asked for again
 
 
 def test_requests_per_minute(tmp_path):
@@ -205,6 +207,10 @@ def test_a_cache_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
 def test_settings_without_sense():
     with pytest.raises(UsageError, match="--model and --base_url"):
         EndpointSettings("", "http://x/v1")
+    with pytest.raises(UsageError, match="--model and --base_url"):
+        EndpointSettings("m", "localhost:8000/v1")
+    with pytest.raises(UsageError, match="retries=-1"):
+        EndpointSettings("m", "http://x/v1", retries=-1)
     with pytest.raises(UsageError, match="concurrency=0"):
         EndpointSettings("m", "http://x/v1", concurrency=0)
 
