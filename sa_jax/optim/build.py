@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
-from sa_jax.optim.soap_fast import FastState, state_specs
 from sa_jax.optim.soap_official import OfficialState
+from sa_jax.optim.soap_state import FastState, state_specs
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.rules import partition_spec, partition_specs
 
