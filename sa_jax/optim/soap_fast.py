@@ -96,14 +96,15 @@ def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
         directions, stacks, rejected = {}, {}, jnp.zeros((), jnp.int32)
         if layout.stacks:
             specs = {leaf.path: leaf.spec for plan in layout.stacks for leaf in plan.leaves}
-            matrices = place({path: g[path] for path in specs}, specs)
+            # Products round their operands in any case: rounded before, they are sent as such.
+            matrices = {path: g[path].astype(own.matmul_dtype) for path in specs}
             run = _on_devices(
                 functools.partial(_update_stacks, settings, own, layout.stacks),
                 own.mesh,
                 specs,
                 state_specs(state, None).stacks,
             )
-            directions, stacks, rejected = run(matrices, state.stacks, t, finite)
+            directions, stacks, rejected = run(place(matrices, specs), state.stacks, t, finite)
 
         mu, nu = dict(state.mu), dict(state.nu)
         for path in layout.elementwise:

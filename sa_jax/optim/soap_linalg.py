@@ -23,7 +23,7 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array
     kind = jnp.finfo(dtype)
 
     def rounded(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+        return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
 
     return jax.lax.platform_dependent(
         x,
@@ -89,10 +89,11 @@ def refreshed_bases(
     a = jnp.where(scale == 0, eye, gg / jnp.where(scale == 0, 1, scale) + lift * eye)
 
     def iterate(_, q):
-        y = jnp.matmul(a, q, precision=_HIGHEST)
-        order = jnp.argsort(-jnp.sum(q * y, axis=1), axis=-1)[:, None, :]
-        sorted_q = orthonormal(jnp.take_along_axis(y, order, axis=-1))
-        return jnp.take_along_axis(sorted_q, jnp.argsort(order, axis=-1), axis=-1)
+        # Columns as rows: a permutation then moves what lies together in memory.
+        y_rows = jnp.einsum("bij,bjk->bki", a, q, precision=_HIGHEST)
+        order = jnp.argsort(-jnp.sum(q.mT * y_rows, axis=2), axis=1)[:, :, None]
+        sorted_q = orthonormal(jnp.take_along_axis(y_rows, order, axis=1).mT)
+        return jnp.take_along_axis(sorted_q.mT, jnp.argsort(order, axis=1), axis=1).mT
 
     new = jax.lax.fori_loop(0, iterations, iterate, q)
     gram = jnp.einsum("bij,bik->bjk", new, new, precision=_HIGHEST)
