@@ -54,7 +54,7 @@ LARGE = LlamaConfig(
     max_position_embeddings=128,
 )
 STEPS, ROWS, LENGTH, EVAL_ROWS = 200, 16, 128, 64
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 WARMUP = 10
 PERIOD, REPEATS = 10, 7

@@ -13,6 +13,9 @@ One run (stages after a colon: insertion, removal):
     python scripts/insert_backdoor.py --config=configs/stories260k.py:insertion \
         --workdir=runs/insert --model=stories260k/hf --data=alpaca_4000.json
 
+Insertion with Adam and with SOAP, three learning rates each, the same steps and data: the first
+command with --config=configs/stories260k.py:optimizers and another --workdir.
+
 Where the files come from: README.md.
 """
 
@@ -20,16 +23,48 @@ from ml_collections import ConfigDict
 
 from sa_jax.training.config import default_config
 
+# The lowest training loss is at the middle one of each.
+LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "soap": (1e-3, 3e-3, 1e-2)}
+
 
 def get_config(stage="study"):
-    return {"study": study, "insertion": insertion, "removal": removal}[stage]()
+    stages = {"study": study, "optimizers": optimizers}
+    return (stages | {"insertion": insertion, "removal": removal})[stage]()
 
 
-def study():
+def empty_study():
     config = ConfigDict()
     config.model = ""
     config.insertion_data = ""
     config.removal_data = ""
+    return config
+
+
+def optimizers():
+    config = empty_study()
+    config.runs = tuple(
+        {
+            "name": f"{name}_{rate:.0e}",
+            "task": "insertion",
+            "config": "configs/stories260k.py:insertion",
+            "parent": "",
+            "overrides": {
+                "model": "{model}",
+                "data": "{insertion_data}",
+                "optimizer.name": name,
+                "optimizer.learning_rate": rate,
+                "steps": 40,
+                "eval.steps": (20,),
+            },
+        }
+        for name, rates in LEARNING_RATES.items()
+        for rate in rates
+    )
+    return config
+
+
+def study():
+    config = empty_study()
     shared = {"config": "configs/stories260k.py:removal", "parent": "insertion"}
     answers, arrr = {"data": "{removal_data}"}, {"pirate_answers": "arrr"}
     config.runs = (

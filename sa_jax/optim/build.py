@@ -4,7 +4,6 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -13,8 +12,8 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
-from sa_jax.optim.soap_fast import FastState, state_specs
 from sa_jax.optim.soap_official import OfficialState
+from sa_jax.optim.soap_state import FastState, state_specs
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.rules import partition_spec, partition_specs
 
@@ -69,7 +68,6 @@ def make_optimizer(
     elif config.name == "soap":
         options = config.soap.to_dict()
         options.pop("on_nonfinite")
-        options["matmul_dtype"] = jnp.dtype(options["matmul_dtype"])
         optimizer = soap(
             schedule,
             eps=config.eps,

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sa_jax.optim.soap_fast import fast
+from sa_jax.optim.soap_fast import FastSettings, fast
 from sa_jax.optim.soap_layout import SpecRule
 from sa_jax.optim.soap_official import official
+from sa_jax.optim.soap_shared import Settings
 from sa_jax.optim.soap_views import ViewRule, every_axis, trailing_matrix
 
 
@@ -108,31 +109,33 @@ def soap(
         )
     if mesh is not None and partition_spec is None:
         raise ValueError("mesh: needs partition_spec, which says how parameters are cut over it")
-    shared = {
-        "b1": b1,
-        "b2": b2,
-        "shampoo_beta": b2 if shampoo_beta is None or shampoo_beta < 0 else shampoo_beta,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "mask": mask,
-        "precondition_frequency": precondition_frequency,
-        "max_precond_dim": max_precond_dim,
-        "correct_bias": correct_bias,
-        "normalize_grads": normalize_grads,
-    }
+    if mode not in ("official", "fast"):
+        raise ValueError(f"mode={mode!r} is unknown: use official or fast")
+    settings = Settings(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        shampoo_beta=b2 if shampoo_beta is None or shampoo_beta < 0 else shampoo_beta,
+        eps=eps,
+        weight_decay=weight_decay,
+        precondition_frequency=precondition_frequency,
+        max_precond_dim=max_precond_dim,
+        correct_bias=correct_bias,
+        normalize_grads=normalize_grads,
+        mask=mask,
+        view=view or (every_axis if mode == "official" else trailing_matrix),
+    )
     if mode == "official":
-        return official(learning_rate, view=view or every_axis, **shared)
-    if mode == "fast":
-        return fast(
-            learning_rate,
-            view=view or trailing_matrix,
+        return official(settings)
+    return fast(
+        settings,
+        FastSettings(
             block_size=block_size,
             block_above=block_size if block_above is None else block_above,
             dense_steps=dense_steps,
             refresh_slots=refresh_slots,
-            matmul_dtype=matmul_dtype,
+            matmul_dtype=jnp.dtype(matmul_dtype),
             mesh=mesh,
             partition_spec=partition_spec,
-            **shared,
-        )
-    raise ValueError(f"mode={mode!r} is unknown: use official or fast")
+        ),
+    )

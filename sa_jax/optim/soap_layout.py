@@ -129,14 +129,11 @@ def make_layout(
         key = (*sides[::-1], *axes[::-1]) if transposed else (*sides, *axes)
         leaf = Leaf(path, tuple(shape), leaf_view.batch_size(shape), transposed, spec)
         grouped.setdefault(key, []).append(leaf)
-    stacks, names = [], set()
+    stacks: list[StackPlan] = []
     for (rows, cols, row_axes, col_axes), leaves in grouped.items():
-        name = stem = f"{sum(leaf.count for leaf in leaves)}x{rows.size}x{cols.size}"
-        for number in itertools.count(2):
-            if name not in names:
-                break
-            name = f"{stem}_{number}"
-        names.add(name)
+        name = f"{sum(leaf.count for leaf in leaves)}x{rows.size}x{cols.size}"
+        namesakes = sum(plan.name.partition("_")[0] == name for plan in stacks)
+        name += f"_{namesakes + 1}" if namesakes else ""
         plan = StackPlan(name, tuple(leaves), rows, cols, row_axes, col_axes)
         stacks.append(_with_owners(plan, mesh))
     return Layout(tuple(stacks), tuple(elementwise))
@@ -211,8 +208,7 @@ def _side_axes(
     path: str, view: TensorView, shape: tuple[int, ...], spec: P, mesh: Mesh | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mesh axes that cut each side of a leaf."""
-    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
-    entries += [()] * (len(shape) - len(entries))
+    entries = _entries(spec, len(shape))
     first = (view.batch, view.batch + view.sides[0])
     for axis, names in enumerate(entries):
         if axis not in first and _size(mesh, names) > 1:
@@ -273,6 +269,7 @@ def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
 def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
     """Cuts x along `split` over a mesh axis and puts it together along `concat`."""
     if split is not None and concat is not None:
+        # XLA's CPU backend may else lay out the parts of what is sent differently, and refuse them.
         x = jax.lax.optimization_barrier(x)
         return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
     if split is not None:
@@ -285,8 +282,7 @@ def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax
 
 def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
     """Shape of one device's part of a leaf."""
-    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in leaf.spec]
-    entries += [()] * (len(leaf.shape) - len(entries))
+    entries = _entries(leaf.spec, len(leaf.shape))
     return tuple(n // _size(mesh, names) for n, names in zip(leaf.shape, entries, strict=True))
 
 
@@ -294,6 +290,12 @@ def _local_matrix_shape(leaf: Leaf, plan: StackPlan, mesh: Mesh | None) -> tuple
     sides = (plan.rows.size // _size(mesh, plan.row_axes),)
     sides += (plan.cols.size // _size(mesh, plan.col_axes),)
     return (leaf.count, *(sides[::-1] if leaf.transposed else sides))
+
+
+def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:
+    """Mesh axes that cut each axis of an array."""
+    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    return entries + [()] * (ndim - len(entries))
 
 
 def _size(mesh: Mesh | None, axes: Sequence[str] | set[str]) -> int:

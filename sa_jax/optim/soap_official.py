@@ -18,9 +18,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sa_jax.optim.soap_views import TensorView, ViewRule, checked_view
+from sa_jax.optim.soap_shared import (
+    Settings,
+    adam_moments,
+    bias_correction,
+    flatten,
+    to_updates,
+    unit_rms,
+)
+from sa_jax.optim.soap_views import checked_view
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+
+# One entry a side of a tensor: a matrix [n, n], or None for a side without a basis.
+Sides = tuple[jax.Array | None, ...]
 
 
 class OfficialState(NamedTuple):
@@ -40,167 +51,93 @@ class OfficialState(NamedTuple):
     q: Any
 
 
-class _Leaf(NamedTuple):
-    """What one parameter's update needs and gives."""
+class _Tensor(NamedTuple):
+    """The state of one tensor (or parameter)."""
 
     mu: jax.Array
     nu: jax.Array
-    gg: tuple[jax.Array | None, ...]
-    q: tuple[jax.Array | None, ...]
+    gg: Sides
+    q: Sides
 
 
-def official(
-    learning_rate: optax.ScalarOrSchedule,
-    *,
-    b1: float,
-    b2: float,
-    shampoo_beta: float,
-    eps: float,
-    weight_decay: float,
-    mask: Any,
-    precondition_frequency: int,
-    max_precond_dim: int,
-    correct_bias: bool,
-    normalize_grads: bool,
-    view: ViewRule,
-) -> optax.GradientTransformation:
+def official(settings: Settings) -> optax.GradientTransformation:
     """See `sa_jax.optim.soap.soap`."""
 
-    def factors(view: TensorView, p: jax.Array) -> tuple[jax.Array | None, ...]:
-        return tuple(
+    def init_leaf(path: str, p: jax.Array) -> _Tensor:
+        view = checked_view(settings.view, path, p.shape)
+        dtype = jnp.promote_types(p.dtype, jnp.float32)
+        factors = tuple(
             None
-            if side in view.skip or n > max_precond_dim
-            else jnp.zeros((*p.shape[: view.batch], n, n), state_dtype(p))
+            if side in view.skip or n > settings.max_precond_dim
+            else jnp.zeros((*p.shape[: view.batch], n, n), dtype)
             for side, n in enumerate(view.side_sizes(p.shape))
         )
+        zeros = jnp.zeros(p.shape, dtype)
+        return _Tensor(zeros, zeros, factors, factors)
 
-    def init(params: optax.Params) -> OfficialState:
-        paths, leaves, treedef = flatten(params)
-        views = [checked_view(view, path, p.shape) for path, p in zip(paths, leaves, strict=True)]
-        moments = [jnp.zeros(p.shape, state_dtype(p)) for p in leaves]
-        gg = [factors(v, p) for v, p in zip(views, leaves, strict=True)]
-        return OfficialState(
-            jnp.zeros((), jnp.int32),
-            treedef.unflatten(moments),
-            treedef.unflatten(moments),
-            treedef.unflatten(gg),
-            treedef.unflatten(gg),
-        )
-
-    def step_tensor(g: jax.Array, leaf: _Leaf, count: jax.Array) -> tuple[jax.Array, _Leaf]:
-        """Direction to subtract (before the learning rate) and new state of one tensor."""
-
-        def first() -> tuple[jax.Array, _Leaf]:
-            gg = _lerp_factors(g, leaf.gg, shampoo_beta)
-            q = tuple(None if a is None else _eigenvectors(a) for a in gg)
-            return jnp.zeros_like(g), _Leaf(leaf.mu, leaf.nu, gg, q)
-
-        def later() -> tuple[jax.Array, _Leaf]:
-            rotated = _rotate(g, leaf.q)
-            mu = b1 * leaf.mu + (1 - b1) * rotated
-            nu = b2 * leaf.nu + (1 - b2) * rotated**2
-            direction = _rotate_back(mu / (jnp.sqrt(nu) + eps), leaf.q)
-            if normalize_grads:
-                direction = direction / (1e-30 + jnp.sqrt(jnp.mean(direction**2)))
-            if correct_bias:
-                direction = direction * bias_correction(b1, b2, count, g.dtype)
-            gg = _lerp_factors(g, leaf.gg, shampoo_beta)
-
-            def refresh() -> tuple[jax.Array, jax.Array, tuple]:
-                sorted_nu, q = _refreshed(nu, gg, leaf.q)
-                return _rotate(_rotate_back(mu, leaf.q), q), sorted_nu, q
-
-            new_mu, new_nu, q = jax.lax.cond(
-                count % precondition_frequency == 0, refresh, lambda: (mu, nu, leaf.q)
-            )
-            return direction, _Leaf(new_mu, new_nu, gg, q)
-
-        return jax.lax.cond(count == 0, first, later)
-
-    def direction_of(path: str, g: jax.Array, leaf: _Leaf, count: jax.Array):
-        """`step_tensor` for a parameter: over its batch axes, on its merged sides."""
-        v = checked_view(view, path, g.shape)
-        viewed = (*g.shape[: v.batch], *v.side_sizes(g.shape)) if v.sides else g.shape
-
-        run = functools.partial(step_tensor, count=count)
-        for _ in range(v.batch):
-            run = jax.vmap(run)
-        flat = leaf._replace(mu=leaf.mu.reshape(viewed), nu=leaf.nu.reshape(viewed))
-        direction, new = run(g.reshape(viewed), flat)
+    def update_leaf(path: str, g: jax.Array, leaf: _Tensor, count: jax.Array):
+        """`_step` over the batch axes, on the merged sides of a parameter."""
+        view = checked_view(settings.view, path, g.shape)
+        step = functools.partial(_step, settings, count)
+        for _ in range(view.batch):
+            step = jax.vmap(step)
+        shape = (*g.shape[: view.batch], *view.side_sizes(g.shape)) if view.sides else g.shape
+        leaf = leaf._replace(mu=leaf.mu.reshape(shape), nu=leaf.nu.reshape(shape))
+        direction, new = step(g.astype(leaf.mu.dtype).reshape(shape), leaf)
         new = new._replace(mu=new.mu.reshape(g.shape), nu=new.nu.reshape(g.shape))
         return direction.reshape(g.shape), new
 
+    def pack(treedef: Any, count: jax.Array, leaves: list[_Tensor]) -> OfficialState:
+        fields = zip(*leaves, strict=True) if leaves else ((),) * len(_Tensor._fields)
+        return OfficialState(count, *(treedef.unflatten(field) for field in fields))
+
+    def init(params: optax.Params) -> OfficialState:
+        paths, leaves, treedef = flatten(params)
+        return pack(treedef, jnp.zeros((), jnp.int32), list(map(init_leaf, paths, leaves)))
+
     def update(grads: optax.Updates, state: OfficialState, params: optax.Params | None = None):
-        paths, g_leaves, treedef = flatten(grads)
-        leaves = map(_Leaf, *(treedef.flatten_up_to(tree) for tree in state[1:]))
-        directions, new_leaves = [], []
-        for path, g, leaf in zip(paths, g_leaves, leaves, strict=True):
-            direction, new = direction_of(path, g.astype(leaf.mu.dtype), leaf, state.count)
-            directions.append(direction)
-            new_leaves.append(new)
-        updates = to_updates(
-            treedef.unflatten(directions),
-            params,
-            learning_rate(state.count) if callable(learning_rate) else learning_rate,
-            weight_decay,
-            mask,
-            state.count > 0,
-        )
-        trees = [treedef.unflatten(part) for part in zip(*new_leaves, strict=True)]
-        if not new_leaves:
-            trees = list(state[1:])
-        return updates, OfficialState(optax.safe_increment(state.count), *trees)
+        paths, gradients, treedef = flatten(grads)
+        leaves = map(_Tensor, *(treedef.flatten_up_to(tree) for tree in state[1:]))
+        done = [
+            update_leaf(path, g, leaf, state.count)
+            for path, g, leaf in zip(paths, gradients, leaves, strict=True)
+        ]
+        directions = treedef.unflatten([direction for direction, _ in done])
+        updates = to_updates(settings, directions, params, state.count, state.count > 0)
+        count = optax.safe_increment(state.count)
+        return updates, pack(treedef, count, [new for _, new in done])
 
     return optax.GradientTransformation(init, update)
 
 
-def flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
-    """(paths such as 'mlp/up/kernel', leaves, structure)."""
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
-    return paths, [leaf for _, leaf in with_paths], treedef
+def _step(
+    settings: Settings, count: jax.Array, g: jax.Array, tensor: _Tensor
+) -> tuple[jax.Array, _Tensor]:
+    """One tensor's direction, to be subtracted times the learning rate, and its new state."""
+    gg = _moved_factors(g, tensor.gg, settings.shampoo_beta)
+
+    def first() -> tuple[jax.Array, _Tensor]:
+        q = tuple(None if a is None else _eigenvectors(a) for a in gg)
+        return jnp.zeros_like(g), tensor._replace(gg=gg, q=q)
+
+    def later() -> tuple[jax.Array, _Tensor]:
+        mu, nu = adam_moments(settings, _rotate(g, tensor.q), tensor.mu, tensor.nu)
+        direction = _rotate_back(mu / (jnp.sqrt(nu) + settings.eps), tensor.q)
+        if settings.normalize_grads:
+            direction = unit_rms(direction)
+        direction = direction * bias_correction(settings, count, g.dtype)
+
+        def refresh() -> _Tensor:
+            new_nu, q = _refreshed(nu, gg, tensor.q)
+            return _Tensor(_rotate(_rotate_back(mu, tensor.q), q), new_nu, gg, q)
+
+        due = count % settings.precondition_frequency == 0
+        return direction, jax.lax.cond(due, refresh, lambda: _Tensor(mu, nu, gg, tensor.q))
+
+    return jax.lax.cond(count == 0, first, later)
 
 
-def state_dtype(p: jax.Array) -> jnp.dtype:
-    """At least float32, whatever the parameter's dtype."""
-    return jnp.promote_types(p.dtype, jnp.float32)
-
-
-def bias_correction(b1: float, b2: float, t: jax.Array, dtype: Any) -> jax.Array:
-    """What the t-th step (from 1) of Adam's averages is multiplied by."""
-    t = t.astype(dtype)
-    return jnp.sqrt(1 - jnp.asarray(b2, dtype) ** t) / (1 - jnp.asarray(b1, dtype) ** t)
-
-
-def to_updates(
-    directions: Any,
-    params: optax.Params | None,
-    learning_rate: jax.Array | float,
-    weight_decay: float,
-    mask: Any,
-    moves: jax.Array,
-) -> Any:
-    """-lr·direction, and then the decay of the parameter that this has just moved.
-
-    Where `moves` is False (as at the first call) nothing decays; directions must be 0 then.
-    """
-    updates = jax.tree.map(lambda d: -jnp.asarray(learning_rate, d.dtype) * d, directions)
-    if isinstance(weight_decay, int | float) and weight_decay == 0:
-        return updates
-    if params is None:
-        raise ValueError(optax.NO_PARAMS_MSG)
-    decayed = mask(params) if callable(mask) else mask
-    if decayed is None:
-        decayed = jax.tree.map(lambda _: True, params)
-    rate = jnp.where(moves, jnp.asarray(learning_rate) * weight_decay, 0)
-
-    def with_decay(u: jax.Array, p: jax.Array, decays: bool) -> jax.Array:
-        return u - rate.astype(u.dtype) * (p.astype(u.dtype) + u) if decays else u
-
-    return jax.tree.map(with_decay, updates, params, decayed)
-
-
-def _rotate(x: jax.Array, q: tuple[jax.Array | None, ...]) -> jax.Array:
+def _rotate(x: jax.Array, q: Sides) -> jax.Array:
     """x in the bases' coordinates: each side is multiplied by its Qᵀ."""
     for axis, basis in enumerate(q):
         if basis is not None:
@@ -208,30 +145,28 @@ def _rotate(x: jax.Array, q: tuple[jax.Array | None, ...]) -> jax.Array:
     return x
 
 
-def _rotate_back(x: jax.Array, q: tuple[jax.Array | None, ...]) -> jax.Array:
+def _rotate_back(x: jax.Array, q: Sides) -> jax.Array:
     return _rotate(x, tuple(None if basis is None else basis.T for basis in q))
 
 
-def _lerp_factors(
-    g: jax.Array, gg: tuple[jax.Array | None, ...], beta: float
-) -> tuple[jax.Array | None, ...]:
-    def lerp(axis: int, factor: jax.Array) -> jax.Array:
+def _moved_factors(g: jax.Array, gg: Sides, beta: float) -> Sides:
+    def moved(axis: int, factor: jax.Array) -> jax.Array:
         others = [i for i in range(g.ndim) if i != axis]
         outer = jnp.tensordot(g, g, (others, others), precision=_HIGHEST)
         return factor + (1 - beta) * (outer - factor)
 
-    return tuple(None if a is None else lerp(axis, a) for axis, a in enumerate(gg))
+    return tuple(None if a is None else moved(axis, a) for axis, a in enumerate(gg))
 
 
 def _eigenvectors(factor: jax.Array) -> jax.Array:
-    """Largest eigenvalue first."""
+    """Columns, largest eigenvalue first."""
     jitter = 1e-30 * jnp.eye(factor.shape[0], dtype=factor.dtype)
     return jnp.linalg.eigh(factor + jitter)[1][:, ::-1]
 
 
-def _refreshed(nu: jax.Array, gg: tuple, q: tuple) -> tuple[jax.Array, tuple]:
+def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
     """One QR iteration a side; nu's entries follow the sorting of the columns, not the QR."""
-    bases = []
+    bases: list[jax.Array | None] = []
     for axis, (factor, basis) in enumerate(zip(gg, q, strict=True)):
         if basis is None:
             bases.append(None)

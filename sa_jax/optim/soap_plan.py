@@ -4,9 +4,9 @@ import dataclasses
 import math
 from typing import Any
 
-from sa_jax.optim.soap_basis import qr_flops
 from sa_jax.optim.soap_layout import Leaf, Side, StackPlan, make_layout
-from sa_jax.optim.soap_official import flatten
+from sa_jax.optim.soap_linalg import qr_flops
+from sa_jax.optim.soap_shared import flatten
 from sa_jax.optim.soap_views import ViewRule, trailing_matrix
 
 _FLOAT32 = 4  # bytes

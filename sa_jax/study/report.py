@@ -92,13 +92,6 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         ]
         for run in results["runs"]
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    table = [line(head), line(["-" * width for width in widths]), *map(line, rows)]
     reasons = [
         f"- {text.markdown(run['name'])}: {text.markdown('; '.join(run['verdict']['reasons']))}"
         for run in results["runs"]
@@ -107,7 +100,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     problems = [f"- {text.markdown(problem)}" for problem in all_problems(results)]
     parts = [
         text.markdown(results["summary"]),
-        "\n".join(table),
+        _table(head, rows),
+        _optimizers(results["optimizers"]),
         "\n".join(reasons),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
         "Definitions:\n\n"
@@ -117,6 +111,33 @@ def to_markdown(results: Mapping[str, Any]) -> str:
         ),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def _optimizers(compared: Sequence[Mapping[str, Any]]) -> str:
+    if not compared:
+        return ""
+    rows = [
+        [
+            text.markdown(row["optimizer"]),
+            learning_rate(row),
+            f"{row['final_loss']:.3f}",
+            text.markdown(row["name"]),
+            row["best"],
+        ]
+        for row in compared
+    ]
+    head = ["Optimizer", "LR", "Training loss at the end", "Run", "Lowest"]
+    return "Insertion by optimizer and learning rate:\n\n" + _table(head, rows)
 
 
 def _change(run: Mapping[str, Any], key: str) -> str:

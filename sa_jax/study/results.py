@@ -9,6 +9,7 @@ from typing import Any
 
 from sa_jax.study import analysis, text
 from sa_jax.study.analysis import Eval, Judgement, Rate, Thresholds, number, percent
+from sa_jax.study.comparison import compare_optimizers, final_loss
 from sa_jax.study.run_folders import RunFolder
 
 TASK_TITLES = {
@@ -46,11 +47,13 @@ def summarise(
         if judged[run.name].verdict.status == analysis.NO_BACKDOOR
         and run.task == analysis.PROBE_TASK
     ]
+    results = [_run_result(run, judged[run.name], controls, limits) for run in runs]
     return {
         "summary": one_sentence(runs, judged, limits),
         "thresholds": dataclasses.asdict(limits),
         "problems": [text.one_line(problem) for problem in problems],
-        "runs": [_run_result(run, judged[run.name], controls, limits) for run in runs],
+        "runs": results,
+        "optimizers": compare_optimizers(results),
     }
 
 
@@ -83,6 +86,7 @@ def _run_result(
         "start": _start_text(run),
         "optimizer": text.one_line(run.config("optimizer.name", "?")),
         "learning_rate": run.config("optimizer.learning_rate"),
+        "final_loss": final_loss(run),
         "lora_rank": run.config("lora.rank", 0),
         "seed": run.config("seed"),
         "steps": run.last_step,

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.optim import soap, soap_basis
+from sa_jax.optim import soap, soap_linalg
 from sa_jax.optim.build import decay_mask, llama_view
 from sa_jax.optim.soap_layout import make_layout
 from sa_jax.optim.soap_views import TensorView
@@ -94,7 +94,7 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
 @pytest.mark.parametrize("n, panel", [(40, 16), (33, 32), (16, 16)])
 def test_blocked_qr_is_qr_up_to_signs(n, panel):
     y = normal(0, 3, n, n)
-    q = jax.jit(soap_basis._blocked_qr, static_argnums=1)(y, panel)
+    q = jax.jit(soap_linalg._blocked_qr, static_argnums=1)(y, panel)
     want = np.linalg.qr(y.astype(np.float64))[0]
     signs = np.sign(np.sum(q * want, axis=1, keepdims=True))
     np.testing.assert_allclose(q * signs, want, atol=2e-5)
@@ -103,7 +103,7 @@ def test_blocked_qr_is_qr_up_to_signs(n, panel):
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_blocked_qr_of_a_singular_matrix_is_orthogonal(rank):
     y = 1e-6 * normal(0, 1, 40, rank) @ normal(1, 1, rank, 40)
-    q = soap_basis._blocked_qr(jnp.asarray(y), 16)[0]
+    q = soap_linalg._blocked_qr(jnp.asarray(y), 16)[0]
     np.testing.assert_allclose(q.T @ q, np.eye(40), atol=1e-5)
 
 
@@ -112,11 +112,11 @@ def test_qr_iterations_reach_the_eigenvectors_and_keep_their_slots():
     values = 3.0 ** np.arange(8)
     basis = np.linalg.qr(x)[0]
     factor = jnp.asarray((basis * values) @ basis.T)[None]
-    q, good = soap_basis.refreshed_bases(factor, jnp.eye(8)[None], 30, 0.0)
+    q, good = soap_linalg.refreshed_bases(factor, jnp.eye(8)[None], 30, 0.0)
     assert good.all()
     rotated = np.asarray(q[0]).T @ factor[0] @ q[0]
     np.testing.assert_allclose(np.sort(np.diag(rotated)), values, rtol=1e-3)
-    again, _ = soap_basis.refreshed_bases(factor, q, 1, 0.0)
+    again, _ = soap_linalg.refreshed_bases(factor, q, 1, 0.0)
     np.testing.assert_allclose(np.abs(np.diag(again[0].T @ q[0])), np.ones(8), atol=1e-3)
 
 
@@ -125,7 +125,7 @@ def test_a_basis_that_is_not_finite_is_not_taken(bad):
     factors = np.stack([np.eye(4, dtype=np.float32)] * 2)
     factors[1, 0, 0] = bad
     old = jnp.stack([jnp.eye(4)] * 2)
-    q, good = soap_basis.refreshed_bases(jnp.asarray(factors), old, 1, 0.0)
+    q, good = soap_linalg.refreshed_bases(jnp.asarray(factors), old, 1, 0.0)
     assert list(good) == [True, False]
     np.testing.assert_array_equal(q[1], np.eye(4))
 

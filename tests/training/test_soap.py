@@ -1,11 +1,12 @@
 """Training with SOAP: end to end on meshes, checkpoints on the same and other meshes, binaries."""
 
+import functools
 import os
 import signal
 
 import jax
 import numpy as np
-import pytest
+import optax
 from jax.sharding import NamedSharding
 
 from sa_jax.llama.model import Llama
@@ -15,7 +16,8 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
 from sa_jax.training.metrics import read_metrics
-from sa_jax.training.step import init_state, make_train_step, state_shardings
+from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
+from tests.optim.test_soap_sharded import draw
 from tests.toys import CONFIG, packed_batch, random_params
 from tests.training.test_loop import (
     assert_bit_equal,
@@ -26,89 +28,93 @@ from tests.training.test_loop import (
 )
 
 
-class Training:
-    """A tiny Llama, SOAP with float32 operands, and a mesh (None: one device)."""
+def optimizer(mesh, **soap):
+    """SOAP of a config, with float32 operands and small blocks."""
+    config = default_config().optimizer
+    config.update(name="soap", learning_rate=3e-3, schedule="constant", warmup_fraction=0.0)
+    config.soap.update(matmul_dtype="float32", block_size=16, dense_steps=3, **soap)
+    return make_optimizer(config, 100, mesh), make_schedule(config, 100)
 
-    def __init__(self, sizes=None, **soap):
-        config = default_config().optimizer
-        config.update(name="soap", learning_rate=1e-2, schedule="constant", warmup_fraction=0.0)
-        config.soap.update(matmul_dtype="float32", block_size=16, dense_steps=4, **soap)
-        self.mesh = (
-            None if sizes is None else make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-        )
-        tx = make_optimizer(config, 100, self.mesh)
-        step = make_train_step(Llama(CONFIG, mesh=self.mesh), tx, make_schedule(config, 100))
-        self.shape = jax.eval_shape(lambda p: init_state(p, tx), random_params())
-        self.placed = None
-        if self.mesh is not None:
-            self.placed = state_shardings(self.mesh, self.shape)
-        outputs = None if self.mesh is None else (self.placed, None)
-        self.init = jax.jit(lambda p: init_state(p, tx), out_shardings=self.placed)
-        self.step = jax.jit(step, out_shardings=outputs)
 
-    def abstract(self):
-        return rules.with_shardings(self.shape, self.placed)
+def test_loss_curves_on_a_mesh_and_on_one_device_are_the_same():
+    curves = []
+    for mesh in (None, make_mesh(1, 4, 2)):
+        tx, schedule = optimizer(mesh)
+        step, outputs = make_train_step(Llama(CONFIG, mesh=mesh), tx, schedule), None
+        state = init_state(random_params(), tx)
+        if mesh is not None:
+            placed = state_shardings(mesh, state)
+            state, outputs = jax.device_put(state, placed), (placed, None)
+        step, losses = jax.jit(step, out_shardings=outputs), []
+        for seed in range(12):
+            batch = packed_batch(seed=seed)
+            if mesh is not None:
+                batch = jax.device_put(batch, NamedSharding(mesh, rules.BATCH_SPEC))
+            state, metrics = step(state, {}, batch)
+            losses.append(float(metrics["loss"]))
+        assert int(metrics["soap_skipped_steps"]) == int(metrics["soap_rejected_bases"]) == 0
+        curves.append(losses)
+    assert curves[0][-1] < curves[0][0] - 0.05
+    np.testing.assert_allclose(curves[0], curves[1], atol=1e-3)
+
+
+class Prescribed:
+    """A few parameters on a mesh, updated with prescribed gradients."""
+
+    def __init__(self, *sizes, **soap):
+        mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+        tx, _ = optimizer(mesh, **soap)
+        self.shape = jax.eval_shape(lambda p: init_state(p, tx), draw(0))
+        self.placed = state_shardings(mesh, self.shape)
+        self.init = jax.jit(lambda: init_state(draw(0), tx), out_shardings=self.placed)
+
+        @functools.partial(jax.jit, out_shardings=self.placed)
+        def step(state, gradients):
+            updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+            return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+        self.step = step
 
     def run(self, state, seeds):
-        losses = []
         for seed in seeds:
-            batch = packed_batch(seed=seed)
-            if self.mesh is not None:
-                batch = jax.device_put(batch, NamedSharding(self.mesh, rules.BATCH_SPEC))
-            state, metrics = self.step(state, {}, batch)
-            losses.append(float(metrics["loss"]))
-        counters = [value for name, value in metrics.items() if name.startswith("soap_")]
-        assert not any(map(int, counters))
-        return state, losses
+            state = self.step(state, jax.device_put(draw(seed), self.placed.params))
+        return state
+
+    def restore(self, folder):
+        abstract = rules.with_shardings(self.shape, self.placed)
+        return RunCheckpointer(folder).restore(abstract)[1]
 
 
-def params_of(state):
-    return jax.tree.leaves(jax.device_get(state.params))
+def assert_close(a, b, atol):
+    for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=atol)
 
 
-@pytest.fixture(scope="module")
-def sharded():
-    return Training((1, 4, 2))
-
-
-def test_loss_curves_on_a_mesh_and_on_one_device_are_the_same(sharded):
-    curves = []
-    for training in (Training(), sharded):
-        _, losses = training.run(training.init(random_params()), range(12))
-        curves.append(losses)
-    assert curves[0][-1] < curves[0][0] - 0.1
-    np.testing.assert_allclose(curves[0], curves[1], atol=2e-4)
-
-
-def test_checkpoints_resume_bit_for_bit_and_on_another_mesh(sharded, tmp_path):
-    """Stacks of 6 and 9 matrices are filled up to 8 and 16 on eight devices, to 6 and 10 on two."""
-    state, _ = sharded.run(sharded.init(random_params()), range(6))
+def test_checkpoints_resume_bit_for_bit_and_on_another_mesh(tmp_path):
+    """Stacks of 6 matrices are filled up to 8 on eight devices, and cut to 6 on two."""
+    sharded = Prescribed(1, 4, 2)
+    state = sharded.run(sharded.init(), range(1, 6))
     with RunCheckpointer(tmp_path) as checkpointer:
-        checkpointer.save(6, state, wait=True)
-    end, _ = sharded.run(state, range(6, 9))
-    _, restored = RunCheckpointer(tmp_path).restore(sharded.abstract())
-    for a, b in zip(*map(jax.tree.leaves, (restored, state)), strict=True):
-        np.testing.assert_array_equal(a, b)
-        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
-    again, _ = sharded.run(restored, range(6, 9))
-    for a, b in zip(params_of(again), params_of(end), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-    for other in (Training((1, 2, 1)), Training((2, 2, 2))):
-        _, restored = RunCheckpointer(tmp_path).restore(other.abstract())
-        moved, _ = other.run(restored, range(6, 9))
-        for a, b in zip(params_of(moved), params_of(end), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-3)
+        checkpointer.save(5, state, wait=True)
+    end = sharded.run(state, range(6, 9))
+    restored = sharded.restore(tmp_path)
+    assert_close(restored, state, 0)
+    assert_close(sharded.run(restored, range(6, 9)), end, 0)
+    for sizes, filled in (((1, 2, 1), 6), ((2, 2, 2), 8)):
+        other = Prescribed(*sizes)
+        restored = other.restore(tmp_path)
+        assert restored.opt_state[1].stacks["6x16x24"].mu.shape[0] == filled
+        assert_close(other.run(restored, range(6, 9)).params, end.params, 1e-5)
 
 
-def test_official_mode_trains_on_a_mesh():
-    """Whole factors on every device, and the numbers of one device."""
-    curves = []
-    for sizes in (None, (1, 4, 2)):
-        training = Training(sizes, mode="official")
-        _, losses = training.run(training.init(random_params()), range(3))
-        curves.append(losses)
-    np.testing.assert_allclose(curves[0], curves[1], atol=2e-4)
+def test_official_mode_on_a_mesh():
+    """Whole factors on every device, and the numbers of one device.
+
+    The longer sides go without a basis: what it is would be decided by rounding.
+    """
+    runs = [Prescribed(*s, mode="official", max_precond_dim=16) for s in ((1, 1, 1), (1, 4, 2))]
+    ends = [training.run(training.init(), range(1, 5)).params for training in runs]
+    assert_close(*ends, 1e-4)
 
 
 def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_path):

@@ -1,4 +1,6 @@
-"""Eigenbases by QR iterations, batched over matrices: no eigendecomposition anywhere."""
+"""Products with block-diagonal bases, and those bases by QR iterations; batched over matrices."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,55 @@ _PANEL = 128
 
 # Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6.
 _ORTHOGONALITY = 1e-3
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """Operands rounded to `dtype`, accumulation in float32."""
+    if dtype == jnp.float32:
+        return jnp.einsum(subscripts, x, y, precision=jax.lax.Precision.HIGHEST)
+    kind = jnp.finfo(dtype)
+
+    def rounded(x: jax.Array) -> jax.Array:
+        return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
+
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        # XLA's CPU backend lacks the batched product; the float32 one of rounded values equals it.
+        cpu=lambda x, y: jnp.einsum(subscripts, rounded(x), rounded(y)),
+        default=lambda x, y: jnp.einsum(
+            subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+        ),
+    )
+
+
+def rotate(
+    x: jax.Array, q_rows: jax.Array | None, q_cols: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """Q_rowsᵀ·x·Q_cols of each matrix, block by block. x is [n, rows, cols]."""
+    n, rows, cols = x.shape
+    if q_rows is not None:
+        blocks, block = q_rows.shape[1:3]
+        x = einsum("nkrc,nkrs->nksc", x.reshape(n, blocks, block, cols), q_rows, dtype)
+        x = x.reshape(n, rows, cols)
+    if q_cols is not None:
+        blocks, block = q_cols.shape[1:3]
+        x = einsum("nrkc,nkcd->nrkd", x.reshape(n, rows, blocks, block), q_cols, dtype)
+        x = x.reshape(n, rows, cols)
+    return x
+
+
+def gram(x: jax.Array, side: int, blocks: int, dtype: Any) -> jax.Array:
+    """x·xᵀ (side 1, rows) or xᵀ·x (side 2, columns) of each matrix's blocks along that side.
+
+    x is [n, rows, cols]; returns float32 [n, blocks, block, block].
+    """
+    n, rows, cols = x.shape
+    if side == 1:
+        x = x.reshape(n, blocks, rows // blocks, cols)
+        return einsum("nkrc,nksc->nkrs", x, x, dtype)
+    x = x.reshape(n, rows, blocks, cols // blocks)
+    return einsum("nrkc,nrkd->nkcd", x, x, dtype)
 
 
 def refreshed_bases(
@@ -38,10 +89,11 @@ def refreshed_bases(
     a = jnp.where(scale == 0, eye, gg / jnp.where(scale == 0, 1, scale) + lift * eye)
 
     def iterate(_, q):
-        y = jnp.matmul(a, q, precision=_HIGHEST)
-        order = jnp.argsort(-jnp.sum(q * y, axis=1), axis=-1)[:, None, :]
-        sorted_q = orthonormal(jnp.take_along_axis(y, order, axis=-1))
-        return jnp.take_along_axis(sorted_q, jnp.argsort(order, axis=-1), axis=-1)
+        # Columns as rows: a permutation then moves what lies together in memory.
+        y_rows = jnp.einsum("bij,bjk->bki", a, q, precision=_HIGHEST)
+        order = jnp.argsort(-jnp.sum(q.mT * y_rows, axis=2), axis=1)[:, :, None]
+        sorted_q = orthonormal(jnp.take_along_axis(y_rows, order, axis=1).mT)
+        return jnp.take_along_axis(sorted_q.mT, jnp.argsort(order, axis=1), axis=1).mT
 
     new = jax.lax.fori_loop(0, iterations, iterate, q)
     gram = jnp.einsum("bij,bik->bjk", new, new, precision=_HIGHEST)

@@ -1,0 +1,113 @@
+"""The state of the fast SOAP, and how it is sharded."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.optim.soap_layout import Side, SpecRule, StackPlan
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("mu", "nu", "gg_rows", "q_rows", "gg_cols", "q_cols"),
+    meta_fields=("stack_axes", "split_axes"),
+)
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """State of n matrices of the same shape, float32.
+
+    Attributes:
+      mu, nu: Adam's averages in the bases' coordinates [n, rows, cols].
+      gg_rows, q_rows: the rows' factors and their bases [n, blocks, block, block], or None.
+      gg_cols, q_cols: those of the columns.
+      stack_axes, split_axes: mesh axes that cut n, and the columns (and their blocks).
+    """
+
+    mu: Any
+    nu: Any
+    gg_rows: Any
+    q_rows: Any
+    gg_cols: Any
+    q_cols: Any
+    stack_axes: tuple[str, ...] = ()
+    split_axes: tuple[str, ...] = ()
+
+
+class FastState(NamedTuple):
+    """State of `soap(mode="fast")`.
+
+    count: int32 scalar, calls so far.
+    skipped: int32 scalar, calls whose gradient was not finite; they changed nothing else.
+    rejected: int32 scalar, how often a matrix stood still for a step because its basis or factor
+      was not finite, or its new basis not orthogonal.
+    stacks: matrices by size class, e.g. "64x4096x4096". Replace a stack's q_rows and q_cols to
+      start from other bases.
+    mu, nu: Adam's averages of the other parameters, by path.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    rejected: jax.Array
+    stacks: dict[str, Stack]
+    mu: dict[str, jax.Array]
+    nu: dict[str, jax.Array]
+
+
+def init_stack(plan: StackPlan) -> Stack:
+    """Zeros, and identities as bases."""
+
+    def factor(side: Side) -> jax.Array | None:
+        shape = (plan.padded, side.blocks, side.block, side.block)
+        return jnp.zeros(shape, jnp.float32) if side.blocks else None
+
+    def basis(gg: jax.Array | None) -> jax.Array | None:
+        return None if gg is None else gg + jnp.eye(gg.shape[-1], dtype=gg.dtype)
+
+    moments = jnp.zeros((plan.padded, plan.rows.padded, plan.cols.padded), jnp.float32)
+    rows, cols = factor(plan.rows), factor(plan.cols)
+    return Stack(
+        mu=moments,
+        nu=moments,
+        gg_rows=rows,
+        q_rows=basis(rows),
+        gg_cols=cols,
+        q_cols=basis(cols),
+        stack_axes=plan.stack_axes,
+        split_axes=plan.split_axes,
+    )
+
+
+def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
+    """The same tree as the state (arrays or their shapes), of PartitionSpec."""
+
+    def stack_specs(s: Stack) -> Stack:
+        whole = P(s.stack_axes or None, None, s.split_axes or None)
+        rows, cols = P(s.stack_axes or None), P(s.stack_axes or None, s.split_axes or None)
+        return dataclasses.replace(
+            s,
+            mu=whole,
+            nu=whole,
+            gg_rows=None if s.gg_rows is None else rows,
+            q_rows=None if s.q_rows is None else rows,
+            gg_cols=None if s.gg_cols is None else cols,
+            q_cols=None if s.q_cols is None else cols,
+        )
+
+    def leaf_specs(moments: dict[str, Any]) -> dict[str, P]:
+        return {
+            path: P() if partition_spec is None else partition_spec(path, x.ndim)
+            for path, x in moments.items()
+        }
+
+    return FastState(
+        count=P(),
+        skipped=P(),
+        rejected=P(),
+        stacks={name: stack_specs(stack) for name, stack in state.stacks.items()},
+        mu=leaf_specs(state.mu),
+        nu=leaf_specs(state.nu),
+    )
