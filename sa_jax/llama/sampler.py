@@ -108,8 +108,8 @@ class Sampler:
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         rows_axes = ("data", "fsdp")
         cache = KVCache(
-            NamedSharding(mesh, P(None, rows_axes, heads)),
-            NamedSharding(mesh, P(None, rows_axes, None, heads)),
+            NamedSharding(mesh, P(None, None, rows_axes, heads)),
+            NamedSharding(mesh, P(None, None, rows_axes, None, heads)),
         )
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
@@ -119,7 +119,7 @@ class Sampler:
             ),
             out_shardings=cache,
         )
-        self._cast = jax.jit(functools.partial(_cast_weights, dtype=model.dtype))
+        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
         self._prefill = jax.jit(
             functools.partial(_prefill, model),
             static_argnames="method",
@@ -307,7 +307,7 @@ def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completio
             on_done(row.index, row.completion())
 
 
-def _cast_weights(params: dict, dtype) -> dict:
+def cast_weights(params: dict, dtype) -> dict:
     """Weights in the dtype they are used in, cast once and not at every step; norms stay."""
 
     def cast(path, leaf):
@@ -327,9 +327,10 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     own = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
     hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
+    blocks, block = own.v.shape[1], own.v.shape[3]
     cache = KVCache(
-        cache.k.at[:, slots_b, :, :, :length].set(own.k, mode="drop"),
-        cache.v.at[:, slots_b, :length].set(own.v, mode="drop"),
+        cache.k.at[:, :blocks, slots_b, :, :, :block].set(own.k, mode="drop"),
+        cache.v.at[:, :blocks, slots_b, :block].set(own.v, mode="drop"),
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

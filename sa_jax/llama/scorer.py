@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.model import KVCache, Llama, init_cache
+from sa_jax.llama.sampler import cast_weights
 
 MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own
 MIN_SHARERS = 8  # rows
@@ -90,6 +91,7 @@ class Scorer:
         )
         # The shared beginning is one row, so it cannot be cut over the mesh.
         self._prefix = jax.jit(functools.partial(_run_prefix, model.clone(mesh=None)))
+        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
 
     def score(
         self,
@@ -112,6 +114,7 @@ class Scorer:
         self.stats = stats = ScorerStats()
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
         stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
+        params = self._cast(params)
         scores: list[list[Score | None]] = [[None] * len(q.continuations) for q in queries]
         for group, shared in share_prefixes(rows):
             prefix = self._cached(params, group[0].tokens[:shared]) if shared else None

