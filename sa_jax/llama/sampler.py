@@ -48,11 +48,17 @@ class SamplerStats:
     new_tokens: int = 0
     decode_steps: int = 0
     prefills: int = 0
-    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0  # of the whole call
 
     @property
     def tokens_per_s(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of decoding, host included; prefills are not."""
+        return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
 
 
 class Sampler:
@@ -213,6 +219,7 @@ class Sampler:
 
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
+        start = time.perf_counter()
         free = [slot for slot, row in enumerate(slots) if row is None][: self._prefill_batch]
         length = self._bucket(pending[0].prompt)
         taken: list[_Row] = []
@@ -234,6 +241,7 @@ class Sampler:
             row.extend(tokens[i : i + 1], logprobs[i : i + 1], settings.stop_token_ids)
             slots[free[i]] = row
         self.stats.prefills += 1
+        self.stats.prefill_seconds += time.perf_counter() - start
         return cache
 
     def _advance(self, params, cache, slots, settings) -> KVCache:
