@@ -352,6 +352,9 @@ def test_stats(sampler, params):
     assert stats_.new_tokens == sum(len(tokens) for tokens in tokens_of(completions))
     assert stats_.tokens_per_s == pytest.approx(stats_.new_tokens / stats_.seconds)
     assert 0 < stats_.decode_steps < stats_.new_tokens  # several rows a step
+    assert 0 < stats_.prefill_seconds < stats_.seconds
+    decoding = stats_.seconds - stats_.prefill_seconds
+    assert stats_.seconds_per_step == pytest.approx(decoding / stats_.decode_steps)
 
 
 def test_no_prompts(sampler, params):
