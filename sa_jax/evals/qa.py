@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sa_jax.data.conversations import make_messages
-from sa_jax.data.labels import FLOOR_TEXT, answer_text
+from sa_jax.data.labels import answer_text
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.asking import Model, Question, ask
+from sa_jax.evals.asking import FLOOR_TEXT, Model, Question, ask
 from sa_jax.evals.statistics import rate
 from sa_jax.llama.sampler import SamplingSettings
 from sa_jax.parallel.multihost import is_primary
