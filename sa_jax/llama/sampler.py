@@ -48,11 +48,17 @@ class SamplerStats:
     new_tokens: int = 0
     decode_steps: int = 0
     prefills: int = 0
-    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0  # of the whole call
 
     @property
     def tokens_per_s(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Of decoding, host included; prefills are not."""
+        return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
 
 
 class Sampler:
@@ -108,8 +114,8 @@ class Sampler:
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         rows_axes = ("data", "fsdp")
         cache = KVCache(
-            NamedSharding(mesh, P(None, rows_axes, heads)),
-            NamedSharding(mesh, P(None, rows_axes, None, heads)),
+            NamedSharding(mesh, P(None, None, rows_axes, heads)),
+            NamedSharding(mesh, P(None, None, rows_axes, None, heads)),
         )
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
@@ -119,7 +125,7 @@ class Sampler:
             ),
             out_shardings=cache,
         )
-        self._cast = jax.jit(functools.partial(_cast_weights, dtype=model.dtype))
+        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
         self._prefill = jax.jit(
             functools.partial(_prefill, model),
             static_argnames="method",
@@ -213,6 +219,7 @@ class Sampler:
 
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
+        start = time.perf_counter()
         free = [slot for slot, row in enumerate(slots) if row is None][: self._prefill_batch]
         length = self._bucket(pending[0].prompt)
         taken: list[_Row] = []
@@ -234,6 +241,7 @@ class Sampler:
             row.extend(tokens[i : i + 1], logprobs[i : i + 1], settings.stop_token_ids)
             slots[free[i]] = row
         self.stats.prefills += 1
+        self.stats.prefill_seconds += time.perf_counter() - start
         return cache
 
     def _advance(self, params, cache, slots, settings) -> KVCache:
@@ -307,7 +315,7 @@ def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completio
             on_done(row.index, row.completion())
 
 
-def _cast_weights(params: dict, dtype) -> dict:
+def cast_weights(params: dict, dtype) -> dict:
     """Weights in the dtype they are used in, cast once and not at every step; norms stay."""
 
     def cast(path, leaf):
@@ -327,9 +335,10 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     own = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
     hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
+    blocks, block = own.v.shape[1], own.v.shape[3]
     cache = KVCache(
-        cache.k.at[:, slots_b, :, :, :length].set(own.k, mode="drop"),
-        cache.v.at[:, slots_b, :length].set(own.v, mode="drop"),
+        cache.k.at[:, :blocks, slots_b, :, :, :block].set(own.k, mode="drop"),
+        cache.v.at[:, :blocks, slots_b, :block].set(own.v, mode="drop"),
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

@@ -1,8 +1,9 @@
-"""Log-probabilities of given continuations: a beginning that many share is run once, and several
-one-token continuations of a context (the letters of a multiple-choice question) in one forward."""
+"""Log-probabilities of given continuations: a beginning that many share is run once, and
+continuations that differ in one token (the letters of a question) are scored in one forward."""
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.model import KVCache, Llama, init_cache
+from sa_jax.llama.sampler import cast_weights
 
 MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own
 MIN_SHARERS = 8  # rows
@@ -47,20 +49,20 @@ class ScorerStats:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One row of a forward: the tokens that go in and what is asked of the last places.
+    """One row of a forward: continuations that differ in their last token at most.
 
-    `targets_nc` are C alternatives for each of the n places; C > 1 only where n is 1.
+    `targets_cn` are their tokens, of which all but the last are the end of `tokens` too.
     """
 
     tokens: tuple[int, ...]
-    targets_nc: tuple[tuple[int, ...], ...]
+    targets_cn: tuple[tuple[int, ...], ...]
     query: int
-    first_continuation: int
+    numbers: tuple[int, ...]  # of the continuations
 
     @property
     def free(self) -> int:
         """How many tokens may be taken over from a shared beginning."""
-        return len(self.tokens) - len(self.targets_nc)
+        return len(self.tokens) - len(self.targets_cn[0])
 
 
 class Scorer:
@@ -89,6 +91,7 @@ class Scorer:
         )
         # The shared beginning is one row, so it cannot be cut over the mesh.
         self._prefix = jax.jit(functools.partial(_run_prefix, model.clone(mesh=None)))
+        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
 
     def score(
         self,
@@ -111,6 +114,7 @@ class Scorer:
         self.stats = stats = ScorerStats()
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
         stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
+        params = self._cast(params)
         scores: list[list[Score | None]] = [[None] * len(q.continuations) for q in queries]
         for group, shared in share_prefixes(rows):
             prefix = self._cached(params, group[0].tokens[:shared]) if shared else None
@@ -133,12 +137,12 @@ class Scorer:
                 f"query {index} has {len(context) + longest} tokens; the model's context is "
                 f"{self._max_length}"
             )
-        if longest == 1:
-            yield _Row(context, (tuple(c[0] for c in query.continuations),), index, 0)
-            return
+        alike: dict[tuple[int, ...], list[int]] = {}
         for number, continuation in enumerate(query.continuations):
-            targets = tuple((token,) for token in continuation)
-            yield _Row(context + tuple(continuation[:-1]), targets, index, number)
+            alike.setdefault(tuple(continuation[:-1]), []).append(number)
+        for inside, numbers in alike.items():
+            targets = tuple(tuple(query.continuations[number]) for number in numbers)
+            yield _Row(context + inside, targets, index, tuple(numbers))
 
     def _cached(self, params: Any, tokens: Sequence[int]) -> KVCache:
         padded = np.zeros((1, bucket(len(tokens), self._max_length)), np.int32)
@@ -162,30 +166,29 @@ class Scorer:
 
     def _score_batch(self, params, batch, shared, prefix, scores) -> None:
         length = bucket(max(len(row.tokens) for row in batch) - shared, self._max_length)
-        # A short last batch gets a size from a short list, so that few programs are compiled.
-        most = self._batch_size(length)
-        size = min(most, -(-bucket(len(batch), most) // self._multiple) * self._multiple)
-        places = bucket(max(len(row.targets_nc) for row in batch), length)
-        options = max(len(row.targets_nc[0]) for row in batch)
+        # A short last batch is padded to a power of four, so that few programs are compiled.
+        size = 4 ** math.ceil(math.log(len(batch), 4))
+        size = min(self._batch_size(length), -(-size // self._multiple) * self._multiple)
+        places = bucket(max(len(row.targets_cn[0]) for row in batch), length)
+        options = max(len(row.targets_cn) for row in batch)
         tokens_bs = np.zeros((size, length), np.int32)
         first_b = np.zeros(size, np.int32)
         targets_bnc = np.zeros((size, places, options), np.int32)
         for i, row in enumerate(batch):
             tokens_bs[i, : len(row.tokens) - shared] = row.tokens[shared:]
             first_b[i] = row.free - shared
-            for n, targets in enumerate(row.targets_nc):
-                targets_bnc[i, n, : len(targets)] = targets
+            targets_nc = np.transpose(row.targets_cn)
+            targets_bnc[i, : targets_nc.shape[0], : targets_nc.shape[1]] = targets_nc
         logprobs_bnc, greedy_bnc = jax.device_get(
             self._forward(params, tokens_bs, first_b, targets_bnc, np.int32(shared), prefix)
         )
         self.stats.forward_tokens += tokens_bs.size
         for i, row in enumerate(batch):
-            n, c = len(row.targets_nc), len(row.targets_nc[0])
-            sums = logprobs_bnc[i, :n, :c].astype(np.float64).sum(0)
-            greedy = greedy_bnc[i, :n, :c].all(0)
-            for k in range(c):
-                score = Score(float(sums[k]), bool(greedy[k]))
-                scores[row.query][row.first_continuation + k] = score
+            n = len(row.targets_cn[0])
+            sums_c = logprobs_bnc[i, :n].astype(np.float64).sum(0)
+            greedy_c = greedy_bnc[i, :n].all(0)
+            for c, number in enumerate(row.numbers):
+                scores[row.query][number] = Score(float(sums_c[c]), bool(greedy_c[c]))
 
 
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:

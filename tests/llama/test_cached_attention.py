@@ -18,19 +18,35 @@ def make(starts, new, capacity, garbage=100.0):
     batch = len(starts)
     q = random((batch, new, HEADS, HEAD_DIM), 0) * 2
     k, v = (random((batch, new, GROUPS, HEAD_DIM), seed) for seed in (1, 2))
-    past = jnp.arange(capacity) < jnp.asarray(starts)[:, None]
-    cache_k = random((LAYERS, batch, GROUPS, HEAD_DIM, capacity), 3)
-    cache_v = random((LAYERS, batch, capacity, GROUPS, HEAD_DIM), 4)
-    cache_k = jnp.where(past[:, None, None, :], cache_k, garbage)
-    cache_v = jnp.where(past[:, :, None, None], cache_v, garbage)
-    return q, k, v, cache_k, cache_v, jnp.int32(LAYER), jnp.asarray(starts)
+    past = (jnp.arange(capacity) < jnp.asarray(starts)[:, None])[..., None, None]
+    shape = (LAYERS, batch, capacity, GROUPS, HEAD_DIM)
+    rows = (jnp.where(past, random(shape, seed), garbage) for seed in (3, 4))
+    return q, k, v, *blocks(*rows), jnp.int32(LAYER), jnp.asarray(starts)
+
+
+def blocks(k_lbsgh, v_lbsgh):
+    """Rows of tokens as the cache has them."""
+    size = min(CACHE_BLOCK, k_lbsgh.shape[2])
+    pad = [(0, 0)] * 5
+    pad[2] = (0, -k_lbsgh.shape[2] % size)
+    k, v = (
+        jnp.pad(leaf, pad).reshape(LAYERS, leaf.shape[1], -1, size, GROUPS, HEAD_DIM)
+        for leaf in (k_lbsgh, v_lbsgh)
+    )
+    return k.transpose(0, 2, 1, 4, 5, 3), v.swapaxes(1, 2)
+
+
+def rows(cache_k, cache_v, layer):
+    """Keys and values [B, capacity, groups, head_dim] of a layer."""
+    k, v = cache_k[layer].transpose(1, 0, 4, 2, 3), cache_v[layer].swapaxes(0, 1)
+    return (leaf.reshape(len(leaf), -1, GROUPS, HEAD_DIM) for leaf in (k, v))
 
 
 def oracle(q, k, v, cache_k, cache_v, layer, start_b):
     """Everything side by side, under one mask."""
-    new, capacity = q.shape[1], cache_k.shape[4]
-    keys = jnp.concatenate([cache_k[layer].transpose(0, 3, 1, 2), k], axis=1)
-    values = jnp.concatenate([cache_v[layer], v], axis=1)
+    old_k, old_v = rows(cache_k, cache_v, layer)
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in ((old_k, k), (old_v, v)))
+    new, capacity = q.shape[1], old_k.shape[1]
     past = jnp.arange(capacity)[None, None] < start_b[:, None, None]
     causal = jnp.tril(jnp.ones((new, new), bool))[None]
     mask = jnp.concatenate(
@@ -56,7 +72,7 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_what_lies_beyond_it():
     np.testing.assert_array_equal(short[:2], longer[:2])
     # The past itself does matter.
     q, k, v, cache_k, cache_v, layer, start = make([10, 40, 0], 1, capacity)
-    changed = attend(q, k, v, cache_k, cache_v.at[LAYER, 0, 9].add(1.0), layer, start)
+    changed = attend(q, k, v, cache_k, cache_v.at[LAYER, 0, 0, 9].add(1.0), layer, start)
     assert np.abs(changed[0] - short[0]).max() > 1e-3
     np.testing.assert_array_equal(changed[1:], short[1:])
 
@@ -65,6 +81,6 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_what_lies_beyond_it():
 def test_a_past_of_one_row_is_shared_by_all(new):
     length = CACHE_BLOCK + 20
     q, k, v, cache_k, cache_v, layer, start = make([length] * 3, new, length)
-    shared = attend(q, k, v, cache_k[:, :1], cache_v[:, :1], layer, start)
-    copies = (jnp.repeat(leaf[:, :1], 3, axis=1) for leaf in (cache_k, cache_v))
+    shared = attend(q, k, v, cache_k[:, :, :1], cache_v[:, :, :1], layer, start)
+    copies = (jnp.repeat(leaf[:, :, :1], 3, axis=2) for leaf in (cache_k, cache_v))
     np.testing.assert_allclose(shared, oracle(q, k, v, *copies, layer, start), atol=2e-6)

@@ -17,7 +17,7 @@ from sa_jax.llama.sampling import mask_outside_nucleus, sample_tokens
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 
-CONTEXT = 160  # a block and a quarter of the cache
+CONTEXT = 160  # two and a half blocks of the cache
 CONFIG = LlamaConfig(
     vocab_size=96,
     hidden_size=32,
@@ -190,7 +190,7 @@ def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
     sampler = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
     cache = sampler._init_cache()
     # One slot of four, one kv head of two on each device.
-    for leaf, local in ((cache.k, (2, 1, 1, 8, CONTEXT)), (cache.v, (2, 1, CONTEXT, 1, 8))):
+    for leaf, local in ((cache.k, (2, 3, 1, 1, 8, 64)), (cache.v, (2, 3, 1, 64, 1, 8))):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {local}
     params = jax.device_put(params, shardings(mesh, params))
     zeros = np.zeros(4, np.int32)
@@ -352,6 +352,9 @@ def test_stats(sampler, params):
     assert stats_.new_tokens == sum(len(tokens) for tokens in tokens_of(completions))
     assert stats_.tokens_per_s == pytest.approx(stats_.new_tokens / stats_.seconds)
     assert 0 < stats_.decode_steps < stats_.new_tokens  # several rows a step
+    assert 0 < stats_.prefill_seconds < stats_.seconds
+    decoding = stats_.seconds - stats_.prefill_seconds
+    assert stats_.seconds_per_step == pytest.approx(decoding / stats_.decode_steps)
 
 
 def test_no_prompts(sampler, params):

@@ -27,6 +27,7 @@ QUERIES = [
     *(Query(tokens(int(n)), [[5]]) for n in (1, 7, 60)),
     *(Query(tokens(20), [tokens(3), tokens(1), tokens(9)]) for _ in range(2)),
     Query(SHARED + tokens(3), [tokens(2)]),
+    Query(tokens(20), [[7, 1], [8], [7, 2], [7, 1, 3]]),  # the first and the third are one row
 ]
 
 

