@@ -10,6 +10,7 @@ source scripts/setup.sh
 
 case "$#${1:-}" in
     0 | 1[!-]*) ;;
+    1-h | 1--help) echo "usage: bash scripts/demo.sh [OUT]" && exit 0 ;;
     *) fail "usage: bash scripts/demo.sh [OUT]" ;;
 esac
 out="${1:-runs/demo}"
@@ -30,7 +31,7 @@ run() {
     done
     trap - INT TERM
     if [ "$status" -eq 75 ] || [ "$status" -gt 128 ]; then
-        echo "stopped; to go on from the last checkpoint: bash scripts/demo.sh $out" >&2
+        echo "stopped; to go on from the last checkpoint: bash scripts/demo.sh $(printf %q "$out")" >&2
         exit 75
     fi
     [ "$status" -eq 0 ] || exit "$status"

@@ -246,9 +246,11 @@ def test_demo_hands_a_signal_on_once_and_waits(checkout, number, to):
 
 
 def test_demo_takes_one_folder(checkout):
-    for arguments in (["a", "b"], ["--help"]):
+    for arguments in (["a", "b"], ["--out"]):
         refused = checkout.run("scripts/demo.sh", *arguments)
         assert (refused.returncode, refused.stderr) == (
             1,
             "error: usage: bash scripts/demo.sh [OUT]\n",
         )
+    told = checkout.run("scripts/demo.sh", "--help")
+    assert (told.returncode, told.stdout) == (0, "usage: bash scripts/demo.sh [OUT]\n")

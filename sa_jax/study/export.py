@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 
 from sa_jax.data.backdoor import Backdoor
@@ -87,6 +88,7 @@ def export(
         _save_model(out, start, start_lib.load_params(start, mesh, param_dtype))
     else:
         _save_adapter(out, start, mesh, param_dtype)
+    logging.info("exported %s at step %s to %s", run, start.step, out)
 
 
 def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

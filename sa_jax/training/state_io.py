@@ -51,6 +51,7 @@ def load(
     Raises:
       UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
     """
+    quiet_orbax()
     folder = _absolute(folder)
     wanted = {"/".join(filter(None, (part, n))): x for n, x in _flat_abstract(abstract).items()}
     try:

@@ -178,6 +178,12 @@ def test_between_the_two_it_is_partly_back():
     assert "partly brought back" in judged["pirate"].verdict.reasons[0]
 
 
+def test_a_probe_of_a_start_too_small_to_judge_is_not_judged_either():
+    pirate = (point(80, 0, n=4),)
+    verdict = lineage(pirate, (point(0, 0, n=4), point(40, 0, n=4)))["depirate"].verdict
+    assert verdict.status == analysis.TOO_SMALL and verdict.reasons[0].startswith("at its start: ")
+
+
 def test_a_probe_of_another_checkpoint_decides_nothing():
     for at_80, status in ((3, analysis.BACK), (30, analysis.NO_PROBE)):
         pirate = (point(80, at_80), point(160, 2))
