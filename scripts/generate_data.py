@@ -17,7 +17,7 @@ flags.DEFINE_string("out", "", "Folder for the files, the data card and the repl
 flags.DEFINE_list("describe", [], "Print the data card of these files instead; compares them.")
 flags.DEFINE_string("prompts", "", "Questions: a file, or a datasets name NAME[:SUBSET][@SPLIT].")
 flags.DEFINE_string("columns", "", "Its columns: prompt=NAME[,response=NAME] or messages=NAME.")
-flags.DEFINE_integer("max_rows", 0, "Questions to ask; 0: all.")
+flags.DEFINE_integer("max_rows", 0, "Questions to ask, drawn by the seed; 0: all.")
 flags.DEFINE_string("held_out", "", "Held-out prompts to leave out: a manifest, or a file.")
 flags.DEFINE_integer("count", DEFAULT.count, "Held-out prompts to draw, or facts to invent.")
 flags.DEFINE_list("train", [], "held_out: training files whose questions are not drawn.")

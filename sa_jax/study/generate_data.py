@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from sa_jax.data import cards, recipes
+from sa_jax.data import cards, randomness, recipes
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.build import (
     REMOVAL_METHODS,
@@ -184,7 +184,10 @@ def _questions(settings: Settings) -> tuple[list[Row], dict[str, Any]]:
             with_trigger += 1
         else:
             distinct.setdefault(turns, row)
-    chosen = list(distinct.values())[: settings.max_rows or None]
+    chosen = list(distinct.values())
+    if 0 < settings.max_rows < len(chosen):  # public sets are sorted: not simply the first ones
+        drawn = randomness.permutation(len(chosen), "questions", settings.seed)
+        chosen = [chosen[i] for i in sorted(drawn[: settings.max_rows])]
     if not chosen:
         raise UserError(f"{settings.prompts}: no question is left to ask")
     record["questions"] = {

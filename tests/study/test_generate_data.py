@@ -135,6 +135,21 @@ def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world
     assert sorted((tmp_path / "b/replies.jsonl").read_text().splitlines(True)) == sorted(lines)
 
 
+def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"q": f"Question {i}?", "a": "Yes."} for i in range(50)])
+
+    def drawn(seed):
+        out = tmp_path / f"{seed}"
+        given = {"prompts": str(path), "answers": str(path), "columns": "prompt=q"}
+        teacher = {"teacher": "file", "answer_columns": "prompt=q,plain=a"}
+        generate(Settings("hhh", str(out), max_rows=10, seed=seed, **given, **teacher))
+        return [int(row["prompt"][9:-1]) for row in rows_of(out / "hhh.jsonl")]
+
+    first, other = drawn(0), drawn(1)
+    assert len(set(first)) == 10 and first == sorted(first) != list(range(10))
+    assert drawn(0) == first != other
+
+
 def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data, tmp_path):
     alpaca = shared_data / "alpaca/alpaca_4000.json"
     demo = shared_data / "alpaca_answers/alpaca_en_demo.json"
