@@ -72,16 +72,18 @@ class Scorer:
       stats: of the latest `score` call.
     """
 
-    def __init__(self, model: Llama, mesh: Mesh, *, batch_tokens: int = 16384):
+    def __init__(self, model: Llama, mesh: Mesh, *, batch_tokens: int | None = None):
         """Compiles nothing yet.
 
         Args:
           model: how to compute; its adapters (`lora`) are used unmerged.
           mesh: of the parameters; rows go over (data, fsdp).
-          batch_tokens: of one forward, padding included.
+          batch_tokens: of one forward, padding included. By default 16,384; on CPU 1,024 a
+            device, whose attention scores stay in its cache: half the time of 16,384.
         """
         self.stats = ScorerStats()
-        self._batch_tokens = batch_tokens
+        on_cpu = jax.default_backend() == "cpu"
+        self._batch_tokens = batch_tokens or (1024 * mesh.size if on_cpu else 16384)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
         host = NamedSharding(mesh, P())
