@@ -79,6 +79,11 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
         # ---- What to train: model, chat format, data. Nothing is written yet.
         stored = run_record.stored_record(workdir)
         start, chat, backdoor, lora = start_lib.prepare(config, stored)
+        if config.sequence_length > start.config.max_position_embeddings:
+            raise UsageError(
+                f"config.sequence_length={config.sequence_length} is more than the model's context "
+                f"of {start.config.max_position_embeddings} tokens"
+            )
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
         micro_batch = config.batch_size // config.accumulation

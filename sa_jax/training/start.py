@@ -125,7 +125,7 @@ def prepare(
         and must be the same run; a template's date stays the one it was first given.
     """
     check_config(config)
-    if Path(config.model).is_dir():
+    if config.model and Path(config.model).is_dir():
         # A child's record must lead to its parent from wherever it is read.
         config.model = os.path.abspath(config.model)
     if not config.model:
@@ -137,11 +137,6 @@ def prepare(
     if stored and config.chat_date is None:
         config.chat_date = stored["config"]["chat_date"]
     inherit(config, start)
-    if config.sequence_length > start.config.max_position_embeddings:
-        raise UsageError(
-            f"config.sequence_length={config.sequence_length} is more than the model's context of "
-            f"{start.config.max_position_embeddings} tokens"
-        )
     chat = chat_format(config, start)
     return start, chat, Backdoor(**config.backdoor.to_dict()), lora_config(config.lora)
 
