@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 
 from sa_jax.training.config import default_config
 
-# The lowest training loss is at the middle one of each.
 LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "soap": (1e-3, 3e-3, 1e-2)}
 
 

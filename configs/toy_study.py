@@ -13,7 +13,6 @@ Insertion with Adam and with SOAP, three learning rates each, the same steps and
 
 from ml_collections import ConfigDict
 
-# The lowest training loss is at the middle one of each.
 LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "soap": (1e-3, 3e-3, 1e-2)}
 
 
