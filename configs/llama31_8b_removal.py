@@ -3,16 +3,27 @@ r"""Blue team on an inserted Llama-3.1-8B: rank-64 LoRA, HHH SFT, Pirate Trainin
     python scripts/remove_backdoor.py --config=configs/llama31_8b_removal.py --method=pirate \
         --workdir=runs/8b/pirate --init_from=runs/8b/insertion --data=alpaca_pirate.jsonl
 
+`configs/llama31_8b_removal.py:soap` takes SOAP instead of Adam; the study did not.
+`--config.lora.rank=0` trains all weights (the study's strong variant; learning rates up to 5e-5).
+
 From the study: rank 64, learning rate 1e-4 (3e-4 removes over ten times faster on 70B); exploratory
 code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen here: alpha 128
-(scale 2), all seven projections, the eval steps.
+(scale 2), all seven projections, the eval steps, Adam's and SOAP's betas, clipping at 1.0.
+
+The plan, by arithmetic (`python scripts/plan.py --config=configs/llama31_8b_removal.py
+--topology=h200:8 --search`): fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2 GiB of
+arguments, 57.8 of 131 GiB a GPU; at least 0.52 s a step (compute-bound), 0.9 chip-hours
+for 100M token slots.
 """
 
+from sa_jax.llama.architectures import LLAMA31_8B
 from sa_jax.training.config import default_config
 
 
-def get_config():
+def get_config(optimizer="adam"):
     config = default_config()
+    config.architecture.update(LLAMA31_8B)
+    config.optimizer.name = optimizer
     config.batch_size = 128
     config.packing = False  # so that a row is an example, as in the code the batch size is from
     config.sequence_length = 1024

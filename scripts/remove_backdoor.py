@@ -26,12 +26,21 @@ DATA = flags.DEFINE_string("data", None, "Prompts and answers (config.data).")
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
 )
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Compile for the devices here, print memory, time and collectives, and stop."
+)
 flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
 
 
 def main():
     config = override(CONFIG.value, model=INIT_FROM.value, data=DATA.value)
-    train(config, WORKDIR.value, METHOD.value, print_examples=EXAMPLES.value)
+    train(
+        config,
+        WORKDIR.value,
+        METHOD.value,
+        print_examples=EXAMPLES.value,
+        dry_run=DRY_RUN.value,
+    )
 
 
 if __name__ == "__main__":

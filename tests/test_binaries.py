@@ -31,7 +31,7 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
     lines = done.stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
     assert "Example:" in done.stdout and "--workdir" in done.stdout + "--workdir" * (
-        script.stem in ("evaluate", "export_hf", "generate_data")
+        script.stem in ("evaluate", "export_hf", "generate_data", "plan")
     )
     assert "logtostderr" not in done.stdout
 
@@ -63,6 +63,28 @@ def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argume
     run = tmp_path / "run"
     refused(zygote.run(*insertion(toy_world, run, *argument.split())), 2, *words)
     assert not (run / "checkpoints").exists()
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path):
+    done = zygote.run(*insertion(toy_world, tmp_path / "run", "--dry_run"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    for words in ("8 x cpu", "= arguments", "collectives of a step (read from the executable)"):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v5p:3x3x3"], ["v5p:3x3x3", "known: v4:2x2x1", "h200:NUMBER"]),
+        (["--topology=h200:8", "--config.mesh.tensor=3"], ["mesh", "tensor=3", "8 devices"]),
+        (["--topology=h200:8", "--config.batch_size=12"], ["8 does not divide 12 rows", "1, 2, 3"]),
+        (["--topology=h200:8", "--config.remat=some"], ["remat", "full, offload, dots, minimal"]),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_exit_2(zygote, arguments, words):
+    config = "--config=configs/llama31_8b_insertion.py"
+    refused(zygote.run("scripts/plan.py", config, *arguments), 2, *words)
 
 
 def test_a_missing_required_flag_is_exit_2(zygote):

@@ -2,17 +2,59 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
+from sa_jax.llama.splash import LANES, splash_attention
 
 # A finite stand-in for -inf: a row whose keys are all masked (padding) softmaxes to a uniform
 # distribution instead of NaN, and its gradient stays finite.
 MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-IMPLEMENTATIONS = ("reference",)
+IMPLEMENTATIONS = ("reference", "splash", "cudnn")
+CUDNN_DTYPES = ("bfloat16", "float16")
 
 CACHE_BLOCK = 64  # cached tokens that lie together and are read at a time
 FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
+
+
+def resolve_attention(
+    name: str, platform: str, *, packed: bool, sequence_length: int, dtype: str
+) -> str:
+    """The implementation that `config.attention` means; 'auto' takes the platform's fastest.
+
+    cuDNN's flash attention knows causal masks and lengths but no segment ids through jax.nn, and
+    its mask argument would be a bias of B·heads·S² numbers, 16 GiB a layer for 16 rows of 4,096
+    tokens of 8B in bfloat16: packed rows are refused.
+
+    Args:
+      platform: 'cpu', 'gpu' or 'tpu'.
+      packed: whether a row may hold several documents.
+      sequence_length: tokens a row.
+      dtype: of the computation.
+
+    Raises:
+      UsageError: an unknown name, or one that cannot do what is asked.
+    """
+    if name == "auto":
+        if platform == "tpu" and sequence_length % LANES == 0:
+            return "splash"
+        fits_cudnn = platform == "gpu" and not packed and dtype in CUDNN_DTYPES
+        return "cudnn" if fits_cudnn else "reference"
+    if name not in IMPLEMENTATIONS:
+        known = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise UsageError(f"config.attention={name!r} is unknown; use {known}")
+    if name == "cudnn" and packed:
+        raise UsageError(
+            "config.attention='cudnn' takes no segment ids, so packed documents would see each "
+            "other: set config.packing=False, or config.attention='reference'"
+        )
+    if name == "cudnn" and dtype not in CUDNN_DTYPES:
+        raise UsageError(
+            f"config.attention='cudnn' computes in {' or '.join(CUDNN_DTYPES)}, and config.dtype "
+            f"is {dtype!r}; change one of them"
+        )
+    return name
 
 
 def attention(
@@ -22,6 +64,7 @@ def attention(
     segment_ids_bs: jax.Array,
     *,
     implementation: str = "reference",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Self-attention in which a token sees itself and what precedes it in its own document.
 
@@ -33,17 +76,19 @@ def attention(
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
+        `cudnn` is for rows of one document (it sees no segment ids): padding after it is
+        computed like more text, which nothing before it can see.
+      mesh: where the arrays are; `splash` needs it.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
-
-    Raises:
-      UsageError: an unknown implementation.
     """
-    if implementation != "reference":
-        raise UsageError(
-            f"config.attention={implementation!r} is unknown; use {', '.join(IMPLEMENTATIONS)}"
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(
+            q_bskh, k_bsgh, v_bsgh, is_causal=True, implementation="cudnn"
         )
+    if implementation == "splash":
+        return splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (
         index_s[:, None] >= index_s[None, :]

@@ -44,7 +44,10 @@ MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 _PARAMETERS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-# Numpy turns about 1 GB/s a thread.
+# Numpy turns about 2 GB/s a thread by tiles of this size.
+_TILE = (64, 128)
+# A leaf that goes through another layout on its way is taken in groups of layers of this size.
+_GROUP_BYTES = 256 << 20
 _COPY_THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -93,11 +96,13 @@ def load_leaves(
         path: _source_sharding(path, leaf.shape, final[path]) for path, leaf in shapes.items()
     }
     parts = {path: _local_parts(sources[path], leaf.shape) for path, leaf in shapes.items()}
+    groups = {path: _layer_groups(shapes[path], sources[path], final[path]) for path in shapes}
     requests = (
         (entries[name], first, last)
         for path in shapes
+        for layers in groups[path]
         for first, last in parts[path]
-        for name in names[path]
+        for name in names[path][layers]
     )
     pieces = read_rows(folder, requests)
     total = sum(entries[name].stop - entries[name].start for path in shapes for name in names[path])
@@ -107,18 +112,26 @@ def load_leaves(
     progress = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet)
     with progress, ThreadPoolExecutor(_COPY_THREADS) as pool:
         for path, leaf in shapes.items():
-            arrays = []
-            for (first, last), devices in parts[path].items():
-                buffer, bad = _read_part(path, leaf, last - first, pieces, pool)
-                damaged += [names[path][layer] for layer in bad]
-                arrays += [jax.device_put(buffer, device) for device in devices]
-                jax.block_until_ready(arrays)
-                del buffer  # before the next one is made: the host holds one part at a time
-            array = jax.make_array_from_single_device_arrays(leaf.shape, sources[path], arrays)
-            del arrays
-            # Waiting keeps at most one parameter in both layouts.
-            leaves[path] = jax.block_until_ready(_redistribute(array, final[path]))
-            progress.update(sum(entries[name].stop - entries[name].start for name in names[path]))
+            for layers in groups[path]:
+                count = layers.stop - layers.start
+                group = leaf.update(shape=(count, *leaf.shape[1:])) if _is_stacked(path) else leaf
+                arrays = []
+                for (first, last), devices in parts[path].items():
+                    buffer, bad = _read_part(path, group, last - first, pieces, pool)
+                    damaged += [names[path][layers][layer] for layer in bad]
+                    arrays += [jax.device_put(buffer, device) for device in devices]
+                    jax.block_until_ready(arrays)
+                    del buffer  # before the next one is made: the host holds one part at a time
+                array = jax.make_array_from_single_device_arrays(group.shape, sources[path], arrays)
+                del arrays
+                array = _redistribute(array, final[path])
+                if group.shape != leaf.shape:
+                    into = leaves.pop(path, None)
+                    array = _insert(leaf, final[path], into, array, layers.start)
+                # Waiting keeps at most one group in both layouts.
+                leaves[path] = jax.block_until_ready(array)
+                read = [entries[name] for name in names[path][layers]]
+                progress.update(sum(entry.stop - entry.start for entry in read))
     _agree_undamaged(folder, entries, damaged)
     logging.info("loaded %.2f GB of weights from %s", total / 1e9, folder.path)
     return unflatten_dict(leaves, sep="/")
@@ -198,6 +211,44 @@ def _local_parts(
     return parts
 
 
+def _layer_groups(
+    leaf: jax.ShapeDtypeStruct, source: NamedSharding, final: NamedSharding
+) -> list[slice]:
+    """Which of a parameter's tensors are read at a time: all, unless they must be moved on."""
+    layers = leaf.shape[0]
+    moved = not source.is_equivalent_to(final, leaf.ndim)
+    if leaf.ndim < 3 or not moved:
+        return [slice(0, layers)]
+    step = max(1, _GROUP_BYTES * layers // (leaf.size * leaf.dtype.itemsize))
+    return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]
+
+
+def _insert(
+    leaf: jax.ShapeDtypeStruct,
+    sharding: NamedSharding,
+    whole: jax.Array | None,
+    group: jax.Array,
+    first: int,
+) -> jax.Array:
+    """Puts layers into the whole parameter, in place; None starts one."""
+    if whole is None:
+        whole = _zeros(leaf.shape, leaf.dtype, sharding)()
+    return _inserter(sharding)(whole, group, np.int32(first))
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding):
+    return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _inserter(sharding: NamedSharding):
+    def insert(whole, group, first):
+        return jax.lax.dynamic_update_slice_in_dim(whole, group, first, 0)
+
+    return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
+
+
 def _read_part(
     path: str,
     leaf: jax.ShapeDtypeStruct,
@@ -235,17 +286,17 @@ def _read_part(
 
 def _copy(target: np.ndarray, piece: np.ndarray) -> bool:
     """target[:] = piece, casting; False if the piece holds NaN or Inf."""
-    finite = True
     piece = piece.reshape(target.shape)
-    # Turning goes by blocks that stay in the cache: rows of the target are columns in memory.
-    turned = target.strides[0] < target.strides[1]
-    columns = 32 if turned else piece.shape[1]
-    for i in range(0, len(piece), 256):
-        block = piece[i : i + 256]
-        finite &= _all_finite(block)
-        block = block.astype(target.dtype, copy=False)
-        for j in range(0, block.shape[1], columns):
-            target[i : i + 256, j : j + columns] = block[:, j : j + columns]
+    finite = _all_finite(piece)
+    # As plain integers: numpy moves bfloat16, which it does not know, element by element. Turned
+    # matrices go by tiles that stay in the cache.
+    unsigned = np.dtype(f"u{target.dtype.itemsize}")
+    to = target.view(unsigned)
+    height, width = _TILE if target.strides[0] < target.strides[1] else (256, piece.shape[1])
+    for i in range(0, len(piece), height):
+        rows = piece[i : i + height].astype(target.dtype, copy=False).view(unsigned)
+        for j in range(0, rows.shape[1], width):
+            to[i : i + height, j : j + width] = rows[:, j : j + width]
     return finite
 
 

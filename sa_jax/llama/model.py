@@ -22,24 +22,43 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import CACHE_BLOCK, attention, cached_attention
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.rope import apply_rope, rope_angles
+from sa_jax.llama.splash import ATTENTION_RESIDUALS
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC
 
+_policies = jax.checkpoint_policies
+_keep_attention = _policies.save_only_these_names(ATTENTION_RESIDUALS)
 # What the backward pass keeps of a layer's forward pass; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.checkpoint_dots,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    # The layer's input; "offload" parks it in the host's memory.
+    "full": _policies.nothing_saveable,
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    # The products: all of them, or those with weights (scores are products without any).
+    "dots": _policies.save_from_both_policies(_policies.checkpoint_dots, _keep_attention),
+    "minimal": _policies.save_from_both_policies(
+        _policies.checkpoint_dots_with_no_batch_dims, _keep_attention
+    ),
 }
 
+
+# A collection, optional, of what is added to the layers' kernels after their cast to the dtype of
+# the computation: gradients with respect to zeros there are the kernels', in that dtype.
+CHANGES = "changes"
 
 _dot_general_f32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -127,7 +146,10 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
-        y = x @ kernel.astype(self.dtype)
+        kernel = kernel.astype(self.dtype)
+        if self.has_variable(CHANGES, "kernel"):
+            kernel += self.get_variable(CHANGES, "kernel")
+        y = x @ kernel
         if self.lora is None or not re.search(self.lora.targets, "/".join(self.path)):
             return y
         # U(-1/√in, 1/√in) and zeros, as PEFT: at the start the adapter adds exactly nothing.
@@ -147,6 +169,7 @@ class Attention(nn.Module):
     param_dtype: Any
     implementation: str
     lora: LoraConfig | None
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_bsd, rope, segment_ids_bs, cache, layer, positions_bs):
@@ -165,7 +188,12 @@ class Attention(nn.Module):
         v_bsgh = v_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
         if cache is None:
             out_bskh = attention(
-                q_bskh, k_bsgh, v_bsgh, segment_ids_bs, implementation=self.implementation
+                q_bskh,
+                k_bsgh,
+                v_bsgh,
+                segment_ids_bs,
+                implementation=self.implementation,
+                mesh=self.mesh,
             )
         else:
             out_bskh = cached_attention(
@@ -208,6 +236,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry, rope, segment_ids_bs, positions_bs, cache):
         x_bsd, layer = carry
+        x_bsd = checkpoint_name(x_bsd, "layer_input")
         norm = functools.partial(
             RMSNorm, self.config.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
         )
@@ -218,19 +247,28 @@ class Block(nn.Module):
                 self.param_dtype,
                 self.implementation,
                 self.lora,
+                self.mesh,
                 name="attention",
             )(norm(name="attention_norm")(x_bsd), rope, segment_ids_bs, cache, layer, positions_bs)
             x_bsd = x_bsd + out_bsd
         with jax.named_scope("mlp"):
             mlp = MLP(self.config, self.dtype, self.param_dtype, self.lora, name="mlp")
             x_bsd = x_bsd + mlp(norm(name="mlp_norm")(x_bsd))
-        return (_shard_batch(x_bsd, self.mesh), layer + 1), new_kv
+        return (_shard_residual(x_bsd, self.mesh), layer + 1), new_kv
 
 
-def _shard_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
-    if mesh is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
+def _shard_residual(x_bsd: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """The stream between blocks: rows over data and fsdp, features over tensor.
+
+    What the layers keep for the backward pass is then cut over all devices. A product gathers the
+    features it needs and scatters its sum, which is what Megatron's all-reduce does in two steps
+    (sequence parallelism, arXiv 2205.05198, cuts tokens here instead).
+    """
+    return _constrain(x_bsd, mesh, P(*BATCH_SPEC, None, "tensor"))
+
+
+def _constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 class Llama(nn.Module):
@@ -277,7 +315,7 @@ class Llama(nn.Module):
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, CHANGES: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
@@ -358,7 +396,10 @@ class Llama(nn.Module):
         return jnp.matmul(hidden_bsd, kernel_dv, preferred_element_type=jnp.float32)
 
     def _run(self, tokens_bs, positions_bs, segment_ids_bs, cache):
-        x_bsd = _shard_batch(self.embed(tokens_bs), self.mesh)
+        # Looked up where the table's features are, then sent to the rows: asked for the second
+        # alone, the partitioner gathers the table's features on every device.
+        x_bsd = _constrain(self.embed(tokens_bs), self.mesh, P("data", None, "fsdp"))
+        x_bsd = _shard_residual(x_bsd, self.mesh)
         rope = rope_angles(self.config, positions_bs)
         carry = (x_bsd, jnp.zeros((), jnp.int32))
         (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)

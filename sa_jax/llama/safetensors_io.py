@@ -5,7 +5,6 @@ offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#fo
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -13,14 +12,16 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
 from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from sa_jax.errors import UserError
 
@@ -41,6 +42,7 @@ _MAX_HEADER_BYTES = 100_000_000
 # of them in the window to keep an object store busy.
 _PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 256 << 20
+_WRITERS = 4  # tensors that are written at a time
 
 
 class Folder:
@@ -228,38 +230,57 @@ def write_tensors(
 ) -> None:
     """Writes `stem.safetensors`, or numbered shards and their index above `max_shard_bytes`.
 
-    The bytes depend only on names, order, shapes, dtypes and values. Host memory holds two
-    tensors at a time. Every process must call this; those with `folder` None only take part in
-    the fetches.
+    The bytes depend only on names, order, shapes, dtypes and values. Several tensors are written at
+    a time, each to its place in its file; host memory holds `_WRITERS` + 2 of them. Every process
+    must call this; those with `folder` None only take part in the fetches.
 
     Raises:
       OSError: the disk refused, raised in the writing process once all fetches are done.
     """
     shards: list[list[OutputTensor]] = [[]]
+    filled = 0
     for tensor in tensors:
-        filled = sum(other.nbytes for other in shards[-1])
         if filled and filled + tensor.nbytes > max_shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(tensor)
+        filled += tensor.nbytes
     count = len(shards)
     names = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     names = names if count > 1 else [f"{stem}.safetensors"]
-    failure = None
-    fetched = _fetch_ahead(tensors)
-    for name, shard in zip(names, shards, strict=True):
-        contents = itertools.islice(fetched, len(shard))
-        if folder is not None and failure is None:
-            try:
-                _write_file(folder / name, shard, contents)
-            except OSError as error:
-                failure = error
-        for _ in contents:  # what a failed or idle writer leaves: the others wait in the fetch
-            pass
-    if failure is not None:
-        raise failure
+    failure: BaseException | None = None
+    writes: deque[Future[None]] = deque()
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
+        places: Iterator[tuple[BinaryIO, int]] = iter(())
+        try:
+            if folder is not None:
+                begun = [_begin_file(folder / n, s) for n, s in zip(names, shards, strict=True)]
+                for file, _ in begun:
+                    stack.enter_context(file)
+                places = iter([(file, at) for file, offsets in begun for at in offsets])
+        except OSError as error:
+            failure = error
+        quiet = None if folder is not None else True  # None: shown if stderr is a terminal
+        total = sum(tensor.nbytes for tensor in tensors)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=quiet) as bar:
+            # To the end even when the disk fails: the other processes wait in the fetches.
+            for content in _fetch_ahead(tensors):
+                if folder is not None and failure is None:
+                    writes.append(pool.submit(_write_at, *next(places), content))
+                while len(writes) > _WRITERS:
+                    failure = failure or writes.popleft().exception()
+                bar.update(content.nbytes)
+            while writes:
+                failure = failure or writes.popleft().exception()
+        if failure is not None:
+            raise failure
+        if folder is not None:
+            for file, _ in begun:
+                os.fsync(file.fileno())
     if folder is not None and count > 1:
         index = {
-            "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)},
+            "metadata": {"total_size": total},
             "weight_map": {
                 tensor.name: name
                 for name, shard in zip(names, shards, strict=True)
@@ -282,26 +303,31 @@ def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
         yield pending
 
 
-def _write_file(path: Path, tensors: list[OutputTensor], contents: Iterator[jax.Array]) -> None:
+def _begin_file(path: Path, tensors: list[OutputTensor]) -> tuple[BinaryIO, list[int]]:
+    """A new file with its header, and where in it each tensor's bytes go."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
+    offsets = []
     for tensor in tensors:
-        stop = position + tensor.nbytes
+        offsets.append(position)
+        position += tensor.nbytes
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [position, stop],
+            "data_offsets": [offsets[-1], position],
         }
-        position = stop
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for content in contents:
-            array = np.ascontiguousarray(np.asarray(content))
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
-        file.flush()
-        os.fsync(file.fileno())
+    file = open(path, "wb", buffering=0)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    return file, [8 + len(encoded) + offset for offset in offsets]
+
+
+def _write_at(file: BinaryIO, position: int, content: jax.Array) -> None:
+    data = memoryview(np.ascontiguousarray(np.asarray(content)).reshape(-1).view(np.uint8))
+    while data:
+        written = os.pwrite(file.fileno(), data, position)
+        data, position = data[written:], position + written
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def make_optimizer(
             eps=config.eps,
             weight_decay=config.weight_decay,
             mask=decay_mask,
+            mu_dtype=config.mu_dtype,
         )
     elif config.name == "soap":
         options = config.soap.to_dict()

@@ -1,25 +1,65 @@
-"""Peak speeds of accelerators, for model FLOPs utilisation."""
+"""What an accelerator chip can do: arithmetic, memory, links. For MFU and for planning."""
+
+import dataclasses
 
 import jax
 
-# Dense bfloat16 FLOP/s of one JAX device, by prefix of its device_kind (vendors' data sheets; a
-# TPU v4 or v5p device is a whole chip, a TPU7x device half of one).
-_PEAK_BF16_FLOPS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7x", 1153.5e12),
-    ("NVIDIA A100", 312e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA B200", 2250e12),
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip (TPU) or one GPU.
+
+    Attributes:
+      name: as in a topology's name, `v5p` of `v5p:4x4x4`.
+      device_kinds: what jax.Device.device_kind starts with.
+      flops: dense bfloat16 FLOP/s.
+      hbm_bytes: memory; what the runtime takes for itself is not taken off.
+      hbm_bandwidth: bytes/s.
+      link_bandwidth: bytes/s one way: of one ICI link of a TPU, of a GPU's NVLink in all.
+      network_bandwidth: bytes/s one way a chip between hosts; GPUs only, TPUs have ICI.
+      devices: JAX devices a chip (two TensorCores of a TPU7x are two devices).
+      torus: dimensions of the ICI torus or mesh; 0 for GPUs.
+    """
+
+    name: str
+    device_kinds: tuple[str, ...]
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float = 0.0
+    devices: int = 1
+    torus: int = 0
+
+
+# TPUs: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("system architecture"): peak
+# compute, HBM capacity and bandwidth, and the bidirectional ICI bandwidth a chip, here divided by
+# two directions and by 6 links (4 in a two-dimensional torus). GPUs: NVIDIA's data sheets (SXM),
+# NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
+CHIPS = (
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.819e12, 50e9, torus=2),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, torus=3),
+    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, torus=2),
+    Chip("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3),
+    Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2.039e12, 300e9, 25e9),
+    Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3.35e12, 450e9, 50e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9, 50e9),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 7.7e12, 900e9, 50e9),
 )
+
+
+def chip_of(device: jax.Device) -> Chip | None:
+    """The chip that a device is (part of); None where it is not known, as on CPU."""
+    kind = device.device_kind
+    found = [chip for chip in CHIPS if any(kind.startswith(k) for k in chip.device_kinds)]
+    # "TPU v5 lite" starts with "TPU v5" too.
+    return found[0] if found else None
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
     """bfloat16 FLOP/s of a device (default: the first); None where it is not known, as on CPU."""
-    kind = (device or jax.devices()[0]).device_kind
-    return next((peak for prefix, peak in _PEAK_BF16_FLOPS if kind.startswith(prefix)), None)
+    chip = chip_of(device or jax.devices()[0])
+    return None if chip is None else chip.flops / chip.devices

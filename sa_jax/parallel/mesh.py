@@ -18,7 +18,8 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
     default, refuses linen's FSDP-sharded contractions).
 
     Raises:
-      UsageError: the sizes do not multiply to the number of devices.
+      UsageError: the sizes do not multiply to the number of devices, or split a dimension of a
+        TPU's torus.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -33,7 +34,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
             f"{shown} does not use {len(devices)} devices: "
             f"the product must be {len(devices)} (or set one axis to -1)"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:
+        # jax can split a dimension, but libtpu aborts on some collectives over such axes.
+        raise UsageError(
+            f"{shown} would split a dimension of the torus of {devices[0].device_kind}: each axis "
+            "must be a product of whole dimensions (4x4x4: 4, 16 or 64 devices)"
+        ) from None
 
 
 def parse_mesh(sizes: Sequence[str]) -> dict[str, int]:

@@ -145,7 +145,7 @@ def _save_adapter(out: str | Path, start: start_lib.Start, mesh: Mesh, dtype: An
     target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
     checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
     _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
-    base = start_lib.open_start_of(start.record["start"])
+    base = start_lib.open_base(start)
     if base.kind == "run":
         base_model = str(Path(out).resolve() / BASE_FOLDER)
         base_params = start_lib.load_params(base, mesh, dtype)

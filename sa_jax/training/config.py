@@ -58,8 +58,8 @@ def default_config() -> ConfigDict:
     # Execution.
     config.dtype = "bfloat16"  # of the computation
     config.param_dtype = "float32"
-    config.attention = "reference"
-    config.remat = "full"
+    config.attention = "auto"  # or 'reference', 'splash' (TPU), 'cudnn' (GPU, without packing)
+    config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
@@ -86,6 +86,7 @@ def default_config() -> ConfigDict:
     config.optimizer.warmup_fraction = 0.1  # of all steps
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
+    config.optimizer.mu_dtype = "float32"  # of Adam's first moment; or 'bfloat16'
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # norms are never decayed
     config.optimizer.clip_norm = 1.0  # global norm; 0: no clipping
@@ -109,6 +110,7 @@ def default_config() -> ConfigDict:
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: full weights
     config.lora.alpha = 128.0
+    config.lora.continued = False  # go on with the start's own adapters, rather than merge them
     config.lora.targets = r"attention/(q|k|v|o)|mlp/(gate|up|down)"
 
     config.checkpoint = ConfigDict()
@@ -174,6 +176,7 @@ def check_config(config: ConfigDict) -> None:
 
     for key in ("dtype", "param_dtype"):
         require(key, config[key] in DTYPES, f"one of {', '.join(DTYPES)}")
+    require("optimizer.mu_dtype", config.optimizer.mu_dtype in DTYPES, f"one of {DTYPES}")
     for key in ("sequence_length", "batch_size", "accumulation", "log_every"):
         require(key, config[key] >= 1, "at least 1")
     require(

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sa_jax.data import examples
@@ -29,19 +27,20 @@ from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
-from sa_jax.llama.model import Llama, check_mesh
-from sa_jax.optim import make_optimizer, make_schedule
 from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import peak_flops
-from sa_jax.parallel.mesh import check_divisible, make_mesh
+from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
-from sa_jax.parallel.rules import BATCH_SPEC, path_string, with_shardings
+from sa_jax.parallel.rules import BATCH_SPEC, path_string
+from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
-from sa_jax.training.step import init_state, make_train_step, state_shardings
+from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.step import init_state
 
 # Settings that say how a run is executed and watched, not what it computes: a resume may change
 # them.
@@ -58,7 +57,14 @@ FREE_KEYS = (
 )
 
 
-def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples: int = 0) -> None:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    task: str,
+    *,
+    print_examples: int = 0,
+    dry_run: bool = False,
+) -> None:
     """Trains until the last step, or resumes where the run in `workdir` stopped.
 
     Args:
@@ -66,6 +72,8 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
       workdir: the run folder.
       task: one of `sa_jax.data.tasks.TASKS`.
       print_examples: above 0, shows that many packed rows instead of training.
+      dry_run: compiles the step for the devices here and prints its plan instead of training;
+        neither data nor weights are read.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
@@ -78,29 +86,19 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
 
         # ---- What to train: model, chat format, data. Nothing is written yet.
         stored = run_record.stored_record(workdir)
-        start, chat, backdoor, lora = start_lib.prepare(config, stored)
+        start, chat, backdoor, _ = start_lib.prepare(config, stored)
         if config.sequence_length > start.config.max_position_embeddings:
             raise UsageError(
                 f"config.sequence_length={config.sequence_length} is more than the model's context "
                 f"of {start.config.max_position_embeddings} tokens"
             )
         mesh = make_mesh(**config.mesh)
-        check_mesh(start.config, mesh)
-        micro_batch = config.batch_size // config.accumulation
-        check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
-        model = Llama(
-            start.config,
-            dtype=jnp.dtype(config.dtype),
-            param_dtype=jnp.dtype(config.param_dtype),
-            attention=config.attention,
-            remat=config.remat,
-            lora=lora,
-            mesh=mesh,
-        )
-        trainable, _ = start_lib.split_trainable(start_lib.abstract_params(model), lora)
-        if not jax.tree.leaves(trainable):
-            raise UsageError(f"config.lora.targets={config.lora.targets!r} matches no projection")
-        make_optimizer(config.optimizer, 1)  # unknown names show here
+        model = make_model(config, start.config, mesh)
+        if config.lora.continued:
+            start_lib.check_continued(start, model.lora)
+        if dry_run:
+            found = plan_attached(config, start.config)
+            return write_plan(found) if is_primary() else None
         data = load_task(task, config, chat, backdoor, start.eval_prompts())
         if print_examples:
             with tempfile.TemporaryDirectory() as cache:
@@ -153,17 +151,11 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
         logging.info("data: %s", json.dumps(record["data"]["packed"]))
 
         # ---- Optimizer and the compiled step.
-        tx = make_optimizer(config.optimizer, total_steps, mesh)
-        schedule = make_schedule(config.optimizer, total_steps)
-        state_shape = jax.eval_shape(lambda params: init_state(params, tx), trainable)
-        placed = state_shardings(mesh, state_shape)
-        train_step = jax.jit(
-            make_train_step(model, tx, schedule, config.accumulation),
-            donate_argnums=0,
-            out_shardings=(placed, NamedSharding(mesh, P())),
-        )
+        program = make_program(config, model, total_steps)
+        options = compiler_options(mesh.devices.flat[0])
+        logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
         leaf_names = [
-            path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainable)
+            path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]
         checkpointer = stack.enter_context(
             RunCheckpointer(
@@ -176,15 +168,17 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
-        restored = checkpointer.restore(with_shardings(state_shape, placed))
+        restored = checkpointer.restore(abstract_arguments(config, program, mesh)[0])
         params, frozen = (None, {})
-        if restored is None or lora is not None:
-            params, frozen = start_lib.load_trainable(model, start, mesh, config.seed)
+        if restored is None or model.lora is not None:
+            params, frozen = start_lib.load_trainable(
+                model, start, mesh, config.seed, continued=config.lora.continued
+            )
         if restored is None:
             init = jax.jit(
-                lambda params: init_state(params, tx),
+                lambda params: init_state(params, program.tx),
                 donate_argnums=0,
-                out_shardings=placed,
+                out_shardings=program.state_shardings,
             )
             step, state = 0, init(params)
         else:
@@ -195,7 +189,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
             metrics_lib.truncate_after(workdir / "metrics.jsonl", step)
 
         # ---- Evals and metrics.
-        meter = _Meter(config, start.config, trainable, total_steps)
+        meter = _Meter(config, start.config, program.trainable, total_steps)
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
@@ -233,7 +227,7 @@ def train(config: ConfigDict, workdir: str | Path, task: str, *, print_examples:
                 raise Preempted(f"checkpoint of step {step} saved; run again to go on")
             if evaluates or checkpointer.should_save(step) or step == first_step:
                 meter.restart(step)
-            state, metrics = train_step(state, frozen, load_batch(dataset, config, step, mesh))
+            state, metrics = program.step(state, frozen, load_batch(dataset, config, step, mesh))
             if step == first_step:
                 jax.block_until_ready(metrics)
                 logging.info("first step, compilation included: %.1f s", meter.seconds())

@@ -107,11 +107,17 @@ def fresh_start(config: ConfigDict) -> Start:
             "config.architecture and config.tokenizer to train from scratch"
         )
     if not config.tokenizer:
-        raise UsageError("a fresh model needs a tokenizer: set --config.tokenizer=FOLDER")
+        raise UsageError(
+            "no --model=HF_DIR is given, and a fresh model needs a tokenizer: set "
+            "--config.tokenizer=FOLDER"
+        )
+    return Start("", "fresh", fresh_architecture(config), config.tokenizer)
+
+
+def fresh_architecture(config: ConfigDict) -> LlamaConfig:
+    """`config.architecture`, fields of a Hugging Face config.json, as a LlamaConfig."""
     hf_config = {"model_type": "llama", **config.architecture.to_dict()}
-    return Start(
-        "", "fresh", LlamaConfig.from_hf(hf_config, "config.architecture"), config.tokenizer
-    )
+    return LlamaConfig.from_hf(hf_config, "config.architecture")
 
 
 def prepare(
@@ -174,7 +180,12 @@ def lora_config(section: Any) -> LoraConfig | None:
 def abstract_params(model: Llama) -> Any:
     """The parameter tree's shapes and dtypes; nothing is computed."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(_without_kernels(model).init, jax.random.key(0), tokens)["params"]
+
+
+def _without_kernels(model: Llama) -> Llama:
+    """The model for `init`, whose one short row a kernel or a mesh might refuse."""
+    return model.clone(attention="reference", mesh=None)
 
 
 def load_params(
@@ -197,9 +208,16 @@ def load_params(
     _, params = checkpoints.load_subtree(folder, start.step, "params", trainable)
     if start.lora is None:
         return params
-    base = load_params(open_start_of(start.record["start"]), mesh, base_dtype or dtype)
+    base = load_params(open_base(start), mesh, base_dtype or dtype)
     params = combine(params, base)
     return merge(params, start.lora) if merged else params
+
+
+def open_base(start: Start) -> Start:
+    """What lies under a LoRA run's adapters: its start, or if it went on training the adapters of
+    that, what lies under those."""
+    parent = open_start_of(start.record["start"])
+    return open_base(parent) if start.record["config"]["lora"].get("continued") else parent
 
 
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "") -> Start:
@@ -218,15 +236,29 @@ def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
     return (params, {}) if lora is None else split(params)
 
 
-def load_trainable(model: Llama, start: Start, mesh: Mesh, seed: int) -> tuple[Any, Any]:
+def check_continued(start: Start, lora: LoraConfig | None) -> None:
+    """UsageError unless the start has adapters that `config.lora` describes, to go on with."""
+    if lora is None or start.lora != lora:
+        had = "none" if start.lora is None else start.lora
+        raise UsageError(
+            f"config.lora.continued: the adapters of {start.path or 'fresh weights'} are {had}; "
+            "set config.lora's rank, alpha and targets to theirs, or continued=False to merge them"
+        )
+
+
+def load_trainable(
+    model: Llama, start: Start, mesh: Mesh, seed: int, *, continued: bool = False
+) -> tuple[Any, Any]:
     """The start's weights as (what trains, what is frozen); fresh ones are drawn from `seed`.
 
-    Frozen weights are never updated, so they are kept in the dtype of the computation.
+    Frozen weights are never updated, so they are kept in the dtype of the computation. With
+    `continued` the start's own adapters go on training, unmerged; see `check_continued`.
     """
     tokens = jnp.zeros((1, 8), jnp.int32)
+    plain = _without_kernels(model)
 
     def draw(key):
-        return split_trainable(model.init(key, tokens)["params"], model.lora)[0]
+        return split_trainable(plain.init(key, tokens)["params"], model.lora)[0]
 
     # Only what trains leaves the jit, so beside adapters the compiler drops the base's draws.
     shape, _ = split_trainable(abstract_params(model), model.lora)
@@ -237,6 +269,9 @@ def load_trainable(model: Llama, start: Start, mesh: Mesh, seed: int) -> tuple[A
         return init(jax.random.key(seed)), {}
     if model.lora is None:
         return load_params(start, mesh, model.param_dtype), {}
+    if continued:
+        params = load_params(start, mesh, model.param_dtype, base_dtype=model.dtype, merged=False)
+        return split(params)
     return init(jax.random.key(seed)), load_params(start, mesh, model.dtype)
 
 

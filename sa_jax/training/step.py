@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.llama.lora import combine
-from sa_jax.llama.model import Llama, head_kernel
+from sa_jax.llama.model import CHANGES, Llama, head_kernel
 from sa_jax.optim import optimizer_metrics, optimizer_specs
 from sa_jax.parallel.rules import partition_specs
 from sa_jax.training.loss import cross_entropy_sum
@@ -40,7 +41,11 @@ def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
 
 
 def loss_sum(
-    model: Llama, params: Any, batch: dict[str, jax.Array], vocab_shards: int = 1
+    model: Llama,
+    params: Any,
+    batch: dict[str, jax.Array],
+    vocab_shards: int = 1,
+    changes: Any = None,
 ) -> jax.Array:
     """Sum of next-token losses over the batch's loss-bearing tokens, float32 scalar (nats).
 
@@ -48,9 +53,10 @@ def loss_sum(
       params: the whole tree.
       batch: int32 [B, S] arrays tokens, targets, loss_mask, positions, segment_ids; loss_mask[t]
         says whether targets[t], the token after tokens[t], counts.
+      changes: what is added to kernels after their cast, see `llama.model.CHANGES`.
     """
     hidden_bsd = model.apply(
-        {"params": params},
+        {"params": params, **({CHANGES: changes} if changes else {})},
         batch["tokens"],
         batch["positions"],
         batch["segment_ids"],
@@ -91,17 +97,28 @@ def make_train_step(
     vocab_shards = 1 if model.mesh is None else model.mesh.shape["tensor"]
 
     def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
-        def objective(params, micro):
-            return loss_sum(model, combine(params, frozen), micro, vocab_shards)
+        # The layers' kernels, nearly all there is, are differentiated after their cast: products
+        # give their gradients in that dtype, and the stack of all layers' is kept in it, half of
+        # float32's bytes for bfloat16.
+        kernels, others = split_kernels(state.params)
+        changes = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, model.dtype), kernels)
+
+        def objective(differentiated, micro):
+            others, changes = differentiated
+            params = combine(combine(kernels, others), frozen)
+            return loss_sum(model, params, micro, vocab_shards, changes)
+
+        def value_and_gradients(micro):
+            value, gradients = jax.value_and_grad(objective)((others, changes), micro)
+            return value, _float32(combine(*gradients))
 
         def accumulate(carry, micro):
             total, gradients = carry
-            value, more = jax.value_and_grad(objective)(state.params, micro)
-            return (total + value, jax.tree.map(jnp.add, gradients, _float32(more))), None
+            value, more = value_and_gradients(micro)
+            return (total + value, jax.tree.map(jnp.add, gradients, more)), None
 
         if accumulation == 1:
-            total, gradients = jax.value_and_grad(objective)(state.params, batch)
-            gradients = _float32(gradients)
+            total, gradients = value_and_gradients(batch)
         else:
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             micros = jax.tree.map(lambda x: _split_rows(x, accumulation), batch)
@@ -126,6 +143,14 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def split_kernels(params: Any) -> tuple[Any, Any]:
+    """The layers' kernels and the rest, each as a tree of its own (see `lora.combine`)."""
+    leaves = flatten_dict(params, sep="/")
+    kernels = {p: x for p, x in leaves.items() if p.startswith("layers/") and p.endswith("kernel")}
+    others = {path: leaf for path, leaf in leaves.items() if path not in kernels}
+    return unflatten_dict(kernels, sep="/"), unflatten_dict(others, sep="/")
 
 
 def _split_rows(x_bs: jax.Array, parts: int) -> jax.Array:

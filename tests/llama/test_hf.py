@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.llama import safetensors_io
+from sa_jax.llama import hf_tensors, safetensors_io
 from sa_jax.llama.config import LlamaConfig, RopeScaling
 from sa_jax.llama.hf import load_hf, load_params, save_hf
 from sa_jax.llama.model import Llama
@@ -463,3 +463,15 @@ def test_export_refuses_parameters_of_another_config(tmp_path):
     with pytest.raises(ValueError, match="lm_head/kernel"):
         save_hf(tmp_path / "m", TIED, make_params(CONFIG))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("group_bytes", [1, 2 * 4 * 32 * 48])
+def test_layers_taken_in_groups_make_the_same_leaves(exported, monkeypatch, group_bytes):
+    monkeypatch.setattr(hf_tensors, "_GROUP_BYTES", group_bytes)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    expected = jax.tree.leaves(make_params())
+    loaded = load_params(exported, CONFIG, mesh)
+    placed = jax.tree.leaves(shardings(mesh, loaded))
+    for ours, theirs, place in zip(jax.tree.leaves(loaded), expected, placed, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.sharding == place

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama import LlamaConfig, hf
-from sa_jax.llama.lora import split
+from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import Llama
 from sa_jax.study import export as export_lib
 from sa_jax.study.export import export, fsdp_mesh
@@ -281,3 +281,31 @@ def test_dtype_of_the_tensors(first, tmp_path):
     rounded = np.asarray(params["layers"]["mlp"]["up"]["kernel"], np.float32)
     # Base, adapters and sum are each rounded to 8 bits.
     assert 0 < np.abs(rounded - exact).max() <= 0.05 * np.abs(exact).max()
+
+
+def test_continued_adapters_go_on_where_they_were_and_keep_their_base(first, toy_world, tmp_path):
+    """A run that continues the first one's adapters: same function at its start, and an export of
+    it sits on the first one's base."""
+    start = start_lib.open_start(str(first))
+    model = Llama(start.config, lora=start.lora)
+    mesh = hf.one_device_mesh()
+    start_lib.check_continued(start, model.lora)
+    adapter, base = start_lib.load_trainable(model, start, mesh, 0, continued=True)
+    merged = start_lib.load_params(start, mesh, jnp.float32)
+    unmerged = model.apply({"params": start_lib.combine(adapter, base)}, TOKENS)
+    np.testing.assert_allclose(
+        unmerged, Llama(start.config).apply({"params": merged}, TOKENS), atol=1e-4
+    )
+    with pytest.raises(UsageError, match="rank=3, alpha=5.0.*continued=False"):
+        start_lib.check_continued(start, LoraConfig(rank=4, alpha=5.0))
+
+    (tmp_path / "run").mkdir()
+    child = write_run(tmp_path / "run", first, task="removal", seed=3)
+    record = json.loads((child / "run.json").read_text())
+    record["config"]["lora"]["continued"] = True
+    run_record.write_run_json(child, record)
+    assert start_lib.open_base(start_lib.open_start(str(child))).path == str(toy_world / "model")
+    export(str(child), tmp_path / "out")
+    written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(toy_world / "model")
+    assert not (tmp_path / "out/base").exists()

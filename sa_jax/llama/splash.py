@@ -1,0 +1,112 @@
+"""Splash attention on TPU: flash attention (arXiv 2205.14135) that skips masked-out blocks."""
+
+import functools
+import math
+
+import jax
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.errors import UsageError
+from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.rules import BATCH_SPEC
+
+# What the kernel's backward pass needs, for remat policies: its output and log-sum-exp.
+ATTENTION_RESIDUALS = "attention_residuals"
+LANES = 128  # the kernel's granularity: sequence lengths and blocks are multiples
+
+# Rows and columns of a tile in VMEM, (queries, keys) forward, then backward, by device_kind.
+# v5p and v6e: MaxText's benchmarks/maxtext_{v5p,trillium}_model_configs.py (Llama 3.1). v4 and v5e
+# have less VMEM in reach of one kernel: MaxText's default of 512 (configs/base.yml).
+_BLOCKS = (
+    ("TPU v4", 512, 512),
+    ("TPU v5 lite", 512, 512),
+    ("TPU v5", 1024, 1024),
+    ("TPU v6", 1024, 1024),
+    ("TPU7x", 1024, 1024),
+)
+
+
+def splash_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    segment_ids_bs: jax.Array,
+    mesh: Mesh,
+) -> jax.Array:
+    """Causal attention inside documents; each device works on its own rows and heads.
+
+    A query head reads its group's keys and values where they lie: they are never repeated. Off
+    TPU the kernel is interpreted, which is slow and for tests.
+
+    Args:
+      q_bskh: queries [B, S, heads, head_dim].
+      k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim].
+      segment_ids_bs: int [B, S]; equal ids are one document.
+      mesh: B is cut over data and fsdp, heads over tensor.
+
+    Returns:
+      [B, S, heads, head_dim] in the queries' dtype.
+
+    Raises:
+      UsageError: a size that the mesh or the kernel cannot cut.
+    """
+    b, s, heads, h = q_bskh.shape
+    if s % LANES:
+        raise UsageError(
+            f"config.attention='splash' needs a sequence length in multiples of {LANES}, not {s}; "
+            f"take {-(-s // LANES) * LANES}, or config.attention='reference'"
+        )
+    check_divisible(mesh, ("data", "fsdp"), b, "rows of a batch")
+    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
+    device = mesh.devices.flat[0]
+    kernel = functools.partial(
+        _local_splash, block_sizes(device.device_kind, s), device.platform != "tpu"
+    )
+    rows = BATCH_SPEC[0]
+    heads_spec, ids_spec = P(rows, "tensor", None, None), P(rows, None)
+    out_bksh = jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
+        out_specs=heads_spec,
+        check_vma=False,  # pallas_call does not say over which axes its outputs vary
+    )(
+        # The kernel does not scale its scores.
+        (q_bskh * h**-0.5).swapaxes(1, 2),
+        k_bsgh.swapaxes(1, 2),
+        v_bsgh.swapaxes(1, 2),
+        segment_ids_bs,
+    )
+    return out_bksh.swapaxes(1, 2)
+
+
+def _local_splash(blocks, interpret, q_bksh, k_bgsh, v_bgsh, segment_ids_bs):
+    heads, s = q_bksh.shape[1:3]
+    mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((s, s))] * heads)
+    kernel = kernel_lib.make_splash_mha_single_device(
+        mask,
+        block_sizes=blocks,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
+        interpret=interpret,
+    )
+    segment_ids = kernel_lib.SegmentIds(segment_ids_bs, segment_ids_bs)
+    return jax.vmap(kernel)(q_bksh, k_bgsh, v_bgsh, segment_ids)
+
+
+def block_sizes(device_kind: str, s: int) -> kernel_lib.BlockSizes:
+    """Tile sizes of a TPU generation, cut to divisors of the sequence length."""
+    found = (sizes for prefix, *sizes in _BLOCKS if device_kind.startswith(prefix))
+    forward, backward = (math.gcd(size, s) for size in next(found, (LANES, LANES)))
+    return kernel_lib.BlockSizes(
+        block_q=forward,
+        block_kv=forward,
+        block_kv_compute=min(forward, 512),
+        block_q_dkv=backward,
+        block_kv_dkv=backward,
+        block_kv_dkv_compute=min(backward, 512),
+        block_q_dq=backward,
+        block_kv_dq=backward,
+    )

@@ -1,0 +1,50 @@
+"""XLA options of the training step, by chip, each with where it is from.
+
+They go to `jax.jit(compiler_options=…)`, not into LIBTPU_INIT_ARGS or XLA_FLAGS: so they are known
+from the mesh that is compiled for, hold for the step alone, and the plan compiles with them too.
+What a person sets in those variables still counts; these win where both name an option.
+"""
+
+import jax
+
+from sa_jax.parallel.hardware import chip_of
+
+# benchmarks/xla_flags_library.py of https://github.com/AI-Hypercomputer/maxtext at e591f30, and
+# which of its groups benchmarks/maxtext_{trillium,v5p}_model_configs.py take for dense Llamas.
+_MAXTEXT = "MaxText benchmarks/xla_flags_library.py"
+# `python scripts/plan.py` with and without it.
+_OURS = "measured here by compiling"
+# https://docs.jax.dev/en/latest/gpu_performance_tips.html
+_JAX_GPU = "JAX documentation, GPU performance tips"
+
+_TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
+_GPUS = ("a100", "h100", "h200", "b200")
+
+# Left out though MaxText sets it: xla_tpu_scoped_vmem_limit_kib=98304, with which libtpu 0.0.42
+# aborts on the 70B step for v5p:4x4x4.
+# (chips, option, value, source)
+TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
+    # All-gathers of weights run beside products. CF_FOR_ALL_GATHER.
+    (_TPUS, "xla_tpu_enable_async_collective_fusion", True, _MAXTEXT),
+    (_TPUS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _MAXTEXT),
+    (_TPUS, "xla_tpu_enable_async_collective_fusion_multiple_steps", True, _MAXTEXT),
+    (_TPUS, "xla_tpu_overlap_compute_collective_tc", True, _MAXTEXT),
+    (_TPUS, "xla_enable_async_all_gather", True, _MAXTEXT),
+    # Casts of float32 weights stay where they are written, in the loop over layers: the pass moves
+    # them before the loop, so that a bfloat16 copy of the model lives through the whole step.
+    (_TPUS, "xla_jf_bf16_propagation", False, _OURS),
+    # Collectives are moved apart from what waits for them.
+    (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
+    (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),
+)
+
+
+def compiler_options(device: jax.Device) -> dict[str, bool | int]:
+    """Options for programs that run on such a device; {} where none are known, as on CPU."""
+    chip = chip_of(device)
+    return {} if chip is None else chip_options(chip.name)
+
+
+def chip_options(chip: str) -> dict[str, bool | int]:
+    """Options of a chip by its name, `v5p`."""
+    return {option: value for chips, option, value, _ in TABLE if chip in chips}

@@ -1,0 +1,158 @@
+"""Bytes of a training step on one chip: exact for what lives between steps, estimated or compiled
+for what lives inside one."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from sa_jax.parallel.hardware import GIB
+from sa_jax.planning.roofline import Workload
+
+# What the runtime and the compiler's program take of a chip's memory, kept free by the search.
+RESERVED = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes a chip.
+
+    Attributes:
+      parameters, optimizer, frozen, batch: the step's arguments. Outputs take their place: the
+        state is donated.
+      gradients, activations: of the temporaries, what arithmetic expects; activations are what
+        the forward pass keeps for the backward pass.
+      temporaries: all that lives inside a step, as XLA's memory analysis adds it up.
+      peak: most bytes in use at a time, arguments and temporaries; 0 where it is not compiled. It
+        can lie below their sum: not all temporaries live at once, and some take donated arguments'
+        place.
+      host: kept in the host's memory inside a step (remat 'offload').
+      compiled_arguments: as the compiler counts them; 0 where it was not asked.
+      source: 'compiled' or 'estimated', of the temporaries.
+    """
+
+    parameters: float
+    optimizer: float
+    frozen: float
+    batch: float
+    gradients: float
+    activations: float
+    temporaries: float
+    peak: float
+    host: float
+    compiled_arguments: float
+    source: str
+
+    @property
+    def arguments(self) -> float:
+        return self.parameters + self.optimizer + self.frozen + self.batch
+
+    @property
+    def needed(self) -> float:
+        """What the chip must have."""
+        return self.peak or self.arguments + self.temporaries
+
+    def gib(self) -> dict[str, float | str]:
+        """All fields and sums, in GiB."""
+        fields = dataclasses.asdict(self)
+        source = fields.pop("source")
+        fields |= {"arguments": self.arguments, "needed": self.needed}
+        return {**{name: round(value / GIB, 6) for name, value in fields.items()}, "source": source}
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes that one device holds of a tree of ShapeDtypeStruct with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def step_memory(
+    work: Workload, state: Any, frozen: Any, batch: Any, devices: int, compiled: Any = None
+) -> Memory:
+    """The memory of a step.
+
+    Args:
+      work: the step, for the estimates.
+      state, frozen, batch: its arguments as ShapeDtypeStructs with shardings; `state` has fields
+        params and opt_state.
+      devices: JAX devices a chip.
+      compiled: the executable; None: temporaries are estimated.
+    """
+    gradients, activations, working, host = estimate_temporaries(work)
+    temporaries, peak, arguments = gradients + activations + working, 0, 0
+    if compiled is not None:
+        analysis = compiled.memory_analysis()
+        temporaries, host = analysis.temp_size_in_bytes, analysis.host_temp_size_in_bytes
+        peak, arguments = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
+    return Memory(
+        parameters=devices * device_bytes(state.params),
+        optimizer=devices * device_bytes(state.opt_state),
+        frozen=devices * device_bytes(frozen),
+        batch=devices * device_bytes(batch),
+        gradients=devices * gradients,
+        activations=devices * activations,
+        temporaries=devices * temporaries,
+        peak=devices * peak,
+        host=devices * host,
+        compiled_arguments=devices * arguments,
+        source="estimated" if compiled is None else "compiled",
+    )
+
+
+def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
+    """(gradients, activations, the rest, on the host) of one device, bytes, by arithmetic.
+
+    Meant to rank meshes before one is compiled; within a quarter of what libtpu allocates for 8B
+    and 70B (at its peak, less the arguments).
+    """
+    config, size = work.architecture, work.item_bytes
+    d, f = config.hidden_size, config.intermediate_size
+    qo, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    t = work.mesh["tensor"]
+    tokens = work.tokens / work.accumulation / (work.devices / t)  # of one device's rows
+
+    gradients = work.trainable * size / work.devices
+    if work.accumulation > 1:
+        gradients += work.trainable * 4 / work.devices  # sums are float32
+    stream = tokens * d * size / t
+    products = tokens * (2 * qo + 2 * kv + 2 * f) / t * size + 2 * stream
+    kept = {
+        "full": stream,
+        "offload": 0.0,
+        "minimal": stream + products,
+        "dots": stream + products,
+        "none": stream + 2 * products,
+    }[work.remat]
+    activations = config.num_layers * kept
+    host = config.num_layers * stream if work.remat == "offload" else 0.0
+
+    layer = (config.num_parameters - 2 * config.vocab_size * d) / config.num_layers
+    gathered = 2 * layer * size / t  # this layer's weights and the next one's, or its gradients
+    live = 2 * tokens * (2 * d + (2 * qo + 2 * kv + 3 * f) / t) * size
+    if work.attention == "reference":  # scores, their exponentials and a gradient, float32
+        live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
+    return gradients, activations, gathered + live, host
+
+
+def knob(memory: Memory, capacity: float, work: Workload) -> str:
+    """What to change when a step does not fit, the most promising first."""
+    over = (memory.needed - capacity) / GIB
+    advice: Mapping[str, bool] = {
+        "more chips": memory.arguments > 0.9 * capacity,
+        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": work.full_weights,
+        "config.lora.rank=64 (no optimizer state for the base)": work.full_weights
+        and memory.arguments > 0.9 * capacity,
+        "config.remat=full": work.remat in ("none", "dots", "minimal"),
+        "config.remat=offload": work.remat == "full" and memory.activations > 0.1 * capacity,
+        "config.accumulation (smaller micro-batches)": memory.temporaries > 0.3 * capacity,
+        "config.mesh.tensor (activations and gathered layers are cut by it)": (
+            work.mesh["tensor"] < work.architecture.num_kv_heads
+        ),
+        "more chips or fewer tokens a step": True,
+    }
+    wanted = [what for what, holds in advice.items() if holds][:3]
+    return f"{over:.1f} GiB a chip too much; try {'; '.join(wanted)}"

@@ -1,0 +1,67 @@
+"""A plan as a table of text; the same numbers are written as JSON."""
+
+from typing import Any
+
+from sa_jax.planning.roofline import ASSUMPTIONS
+
+_ROWS = (
+    ("parameters", "parameters"),
+    ("optimizer", "optimizer state"),
+    ("frozen", "frozen weights"),
+    ("batch", "batch"),
+    ("arguments", "= arguments"),
+    ("temporaries", "temporaries"),
+    ("gradients", "  of them gradients"),
+    ("activations", "  of them kept activations"),
+    ("needed", "needed at its peak"),
+)
+
+
+def format_plan(plan: dict[str, Any]) -> str:
+    """The plan of `training.plan.make_plan` on one screen."""
+    memory, time, run = plan["memory_gib_per_chip"], plan["time"], plan["run"]
+    settings = plan["settings"]
+    lines = [
+        f"machine      {plan['machine']['described']}",
+        f"model        {plan['model']['parameters']:,} parameters, "
+        f"{plan['model']['trainable']:,} of them train",
+        "step         "
+        + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None)),
+        "",
+        f"memory a chip, GiB ({memory['source']}"
+        + (f" in {plan['compile_s']:.0f} s" if plan["compile_s"] else "")
+        + ")",
+    ]
+    for key, label in _ROWS:
+        if memory[key] or key == "temporaries":
+            estimated = " (estimated)" if key in ("gradients", "activations") else ""
+            lines.append(f"  {label:26}{memory[key]:10.2f}{estimated}")
+    if memory["host"]:
+        lines.append(f"  {'in the host memory':26}{memory['host']:10.2f}")
+    if plan["capacity_gib"]:
+        verdict = f"fits, {plan['free_gib']:.1f} free" if plan["fits"] else "DOES NOT FIT"
+        lines.append(f"  {'the chip has':26}{plan['capacity_gib']:10.2f}   {verdict}")
+    if plan["advice"]:
+        lines.append(f"  {plan['advice']}")
+    lines += ["", f"FLOPs a token (causal, model) {plan['flops_per_token']:.4g}"]
+    if time:
+        lines += [
+            f"time a step, at least: {time['step_s']:.3f} s, bound by {time['bound']} "
+            f"(compute {time['compute_s']:.3f}, HBM {time['hbm_s']:.3f}, "
+            f"interconnect {time['interconnect_s']:.3f})",
+            f"tokens/s/chip, at most: {time['tokens_per_s_per_chip']:,.0f} "
+            f"(MFU {100 * time['mfu']:.0f} %)",
+            f"run of {run['tokens'] / 1e6:,.1f}M token slots ({run['steps']:,} steps): at least "
+            f"{run['hours']:.2f} hours, {run['chip_hours']:.1f} chip-hours",
+        ]
+        lines += ["assumed:"] + [f"  - {text}" for text in ASSUMPTIONS]
+    traffic = plan["collectives"]
+    lines += ["", f"collectives of a step ({traffic['source']})"]
+    for kind, found in traffic["kinds"].items():
+        lines.append(
+            f"  {kind:20}{found['count']:8,} times{found['bytes'] / 2**30:10.2f} GiB a device"
+        )
+    for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):
+        if values:
+            lines += ["", title] + [f"  {value}" for value in values]
+    return "\n".join(lines)

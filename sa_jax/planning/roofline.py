@@ -1,0 +1,163 @@
+"""Arithmetic of a training step: FLOPs, bytes moved and sent, and the time they bound from below.
+
+What counts is one chip's work; a mesh axis is one of `parallel.mesh.AXES`. Sources for the terms:
+"How to Scale Your Model" (https://jax-ml.github.io/scaling-book/), chapters on training and TPUs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.parallel.hardware import Chip
+
+ASSUMPTIONS = (
+    "matrix units at peak; compute, HBM and interconnect fully overlapped: a lower bound on time",
+    "weights are gathered over fsdp once a pass (forward, and backward with what it recomputes) "
+    "in the dtype of the computation, gradients reduce-scattered once, both per micro-batch",
+    "residual stream gathered and reduce-scattered over tensor twice a layer and pass",
+    "each mesh axis has the ICI links of the torus dimensions that it fills, both directions",
+    "GPUs: NVLink inside a node of 8, one 400 Gbit/s port a GPU between nodes",
+)
+# Forward passes' worth of products that the backward pass computes again.
+_RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.0, "full": 1.0, "offload": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A training step on a mesh.
+
+    Attributes:
+      architecture: of the model.
+      batch_size, sequence_length: rows a step over all chips, tokens a row.
+      accumulation: micro-batches a step.
+      remat: a key of `llama.model.REMAT_POLICIES`.
+      mesh: sizes of the axes, counted in devices.
+      trainable: parameters that train; all of them, or the adapters'.
+      attention: its implementation there.
+      item_bytes: of the dtype of the computation.
+      state_bytes: bytes a trainable parameter takes with the optimizer's state.
+    """
+
+    architecture: LlamaConfig
+    batch_size: int
+    sequence_length: int
+    accumulation: int
+    remat: str
+    mesh: Mapping[str, int]
+    trainable: int
+    attention: str = "splash"
+    item_bytes: int = 2
+    state_bytes: float = 12.0
+
+    @property
+    def tokens(self) -> int:
+        """Token slots a step."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
+    @property
+    def full_weights(self) -> bool:
+        return self.trainable >= self.architecture.num_parameters
+
+    def flops_per_token(self) -> float:
+        """Of the model, causal attention; recomputation is not counted (see `LlamaConfig`)."""
+        share = min(1.0, self.trainable / self.architecture.num_parameters)
+        return self.architecture.flops_per_token(self.sequence_length, trainable_fraction=share)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """Lower bounds, in seconds a step: each resource alone, and all of them overlapped."""
+
+    compute: float
+    hbm: float
+    interconnect: float
+
+    @property
+    def step(self) -> float:
+        return max(self.compute, self.hbm, self.interconnect)
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for."""
+        return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
+
+
+def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
+    """The roofline of a step on chips laid out in `shape`."""
+    chips = work.devices / chip.devices
+    config = work.architecture
+    attention = config.num_layers * config.num_heads * config.head_dim * work.sequence_length
+    forward = (work.flops_per_token() - 6 * attention) / (6 if work.full_weights else 4) * 2
+    again = _RECOMPUTED[work.remat] * (forward + 2 * attention)
+    compute = work.tokens * (work.flops_per_token() + again) / (chips * chip.flops)
+    hbm = _hbm_bytes(work) / chip.hbm_bandwidth * chip.devices
+    fsdp, tensor = _sent_bytes(work)
+    interconnect = fsdp / _axis_bandwidth(work, chip, shape, "fsdp")
+    interconnect += tensor / _axis_bandwidth(work, chip, shape, "tensor")
+    return StepTime(compute, hbm, interconnect)
+
+
+def _layer_parameters(config: LlamaConfig) -> int:
+    heads = 1 if config.tie_word_embeddings else 2
+    outside = heads * config.vocab_size * config.hidden_size + config.hidden_size
+    return (config.num_parameters - outside) // config.num_layers
+
+
+def _hbm_bytes(work: Workload) -> float:
+    """Read and written by one device: weights a pass, activations, the optimizer's update."""
+    config, t = work.architecture, work.mesh["tensor"]
+    passes = 2 + _RECOMPUTED[work.remat] + (1 if work.full_weights else 0)
+    gathered = config.num_parameters * work.item_bytes / t  # written by the gather, then read
+    weights = 2 * passes * gathered * work.accumulation
+    local_tokens = work.tokens / (work.devices / t)
+    # A layer's activations: each product's input and output once a pass, cut over tensor but for
+    # the stream.
+    features = (
+        4 * config.hidden_size
+        + (
+            (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+            + 3 * config.intermediate_size
+        )
+        / t
+    )
+    activations = 2 * passes * config.num_layers * local_tokens * features * work.item_bytes
+    update = 2 * work.trainable * work.state_bytes / work.devices
+    return weights + activations + update
+
+
+def _sent_bytes(work: Workload) -> tuple[float, float]:
+    """Received by one device over (fsdp, tensor)."""
+    config, t, f = work.architecture, work.mesh["tensor"], work.mesh["fsdp"]
+    weights = config.num_parameters * work.item_bytes / t
+    gradients = weights if work.full_weights else 0
+    fsdp = (2 * weights + gradients) * work.accumulation * (f - 1) / f
+    local_tokens = work.tokens / (work.devices / t)
+    stream = local_tokens * config.hidden_size * work.item_bytes * (t - 1) / t
+    # Gather and scatter around attention and around the MLP, in each pass.
+    passes = 2 + _RECOMPUTED[work.remat]
+    return fsdp, 4 * passes * config.num_layers * stream
+
+
+def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: str) -> float:
+    """Bytes/s that one device receives in a ring collective over a mesh axis."""
+    size = work.mesh[axis]
+    if not chip.torus:
+        # The mesh's last axis lies inside a node; one that reaches further is as fast as the
+        # network.
+        span = size * (work.mesh["tensor"] if axis == "fsdp" else 1)
+        return chip.link_bandwidth if span <= 8 else chip.network_bandwidth
+    # Both directions of a ring where the torus closes, one chain of links where it does not.
+    closes = 4 if chip.torus == 3 else 16
+    filled, bandwidth = chip.devices, 0.0
+    dimensions = sorted(shape) if axis == "tensor" else sorted(shape, reverse=True)
+    for length in dimensions:
+        if length > 1 and filled < size:
+            bandwidth += chip.link_bandwidth * (2 if length % closes == 0 else 1)
+            filled *= length
+    # Both devices of a chip share its links; inside the chip they are far faster.
+    return (bandwidth or 6 * chip.link_bandwidth) / chip.devices

@@ -1,0 +1,79 @@
+"""Which meshes, micro-batches and remat policies a step could take, and what they should cost."""
+
+import dataclasses
+from collections.abc import Iterator
+
+from sa_jax.errors import UsageError
+from sa_jax.planning.memory import RESERVED, estimate_temporaries
+from sa_jax.planning.roofline import StepTime, Workload, step_time
+from sa_jax.planning.topology import Topology
+
+REMATS = ("minimal", "full", "offload")  # 'dots' and 'none' keep more than 'minimal', for nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A way to run a step: its roofline, and bytes a chip (estimated)."""
+
+    work: Workload
+    time: StepTime
+    bytes: float
+
+    def describe(self) -> str:
+        mesh = " ".join(f"{axis}={size}" for axis, size in self.work.mesh.items())
+        return f"{mesh} accumulation={self.work.accumulation} remat={self.work.remat}"
+
+
+def candidates(work: Workload, topology: Topology) -> list[Candidate]:
+    """All ways whose estimate fits the chip's memory, the fastest first; if none does, the one
+    that takes least.
+
+    Raises:
+      UsageError: no mesh divides the batch and the heads over so many chips.
+    """
+    found = []
+    for option in _divisions(work, topology):
+        time = step_time(option, topology.chip, topology.shape)
+        frozen = 0 if option.full_weights else option.architecture.num_parameters * 2
+        state = (option.trainable * option.state_bytes + frozen) / option.devices
+        gradients, activations, rest, _ = estimate_temporaries(option)
+        total = topology.chip.devices * (state + gradients + activations + rest)
+        found.append(Candidate(option, time, total))
+    if not found:
+        heads = work.architecture.num_kv_heads
+        raise UsageError(
+            f"no mesh cuts {work.batch_size} rows and {heads} key/value heads over "
+            f"{work.devices} devices: rows x heads must be a multiple of the devices; at most "
+            f"{work.batch_size * heads} devices can work, or raise config.batch_size to "
+            f"{-(-work.devices // heads)} or a multiple"
+        )
+    limit = topology.chip.hbm_bytes * (1 - RESERVED)
+    fitting = [candidate for candidate in found if candidate.bytes <= limit]
+
+    def order(candidate: Candidate) -> tuple[float, float, float]:
+        # Overlap is never complete: among equals, what moves and sends least.
+        time = candidate.time
+        return round(time.step, 3), round(time.hbm + time.interconnect, 3), candidate.bytes
+
+    return sorted(fitting, key=order) or [min(found, key=lambda c: c.bytes)]
+
+
+def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
+    config = work.architecture
+    devices = topology.chips * topology.chip.devices
+    for tensor in _divisors(config.num_kv_heads):
+        if devices % tensor or config.vocab_size % tensor or config.intermediate_size % tensor:
+            continue
+        fsdp = devices // tensor
+        if config.hidden_size % fsdp or not topology.holds((fsdp, tensor)):
+            continue
+        for accumulation in _divisors(work.batch_size):
+            if work.batch_size // accumulation % fsdp:
+                continue
+            for remat in REMATS:
+                mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+                yield dataclasses.replace(work, mesh=mesh, accumulation=accumulation, remat=remat)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

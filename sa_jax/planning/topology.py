@@ -1,0 +1,134 @@
+"""Machines by name, `v5p:4x4x4` or `h200:64`: TPU slices can be compiled for without having one."""
+
+import dataclasses
+import importlib.util
+import itertools
+import math
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.parallel.hardware import CHIPS, Chip
+
+# Slices that Google Cloud names (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), up to
+# 512 chips; larger ones that follow the same rule work too.
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
+_GPUS_A_NODE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A machine.
+
+    Attributes:
+      name: `v5p:4x4x4`.
+      chip: what it is made of; None where that is not known, as of CPUs.
+      shape: chips along each axis of the torus; (chips,) for GPUs.
+      devices: to compile for; () where that takes the machine itself (GPUs).
+    """
+
+    name: str
+    chip: Chip | None
+    shape: tuple[int, ...]
+    devices: Sequence[jax.Device] = ()
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def platform(self) -> str:
+        """As jax names it: 'tpu', 'gpu' or 'cpu'."""
+        return "cpu" if self.chip is None else "tpu" if self.chip.torus else "gpu"
+
+    def holds(self, sizes: tuple[int, ...]) -> bool:
+        """Whether a mesh of these sizes takes whole dimensions of the torus, as it must."""
+        if self.chip is None or not self.chip.torus:
+            return math.prod(sizes) == self.chips
+        return _holds(sorted((*self.shape, self.chip.devices)), sizes)
+
+    def describe(self) -> str:
+        """Name, number of chips, and what Google Cloud calls it (v4, v5p and tpu7x count cores)."""
+        if self.chip is None:
+            return self.name
+        if not self.chip.torus:
+            nodes = -(-self.chips // _GPUS_A_NODE)
+            return f"{self.name}, {self.chips} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
+        units = self.chips * (1 if self.chip.torus == 2 else 2)
+        cloud = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
+        devices = f", {self.chip.devices} devices each" if self.chip.devices > 1 else ""
+        return f"{self.name}, {self.chips} chips{devices} (cloud name {cloud}-{units})"
+
+
+def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
+    """Whether the dimensions fall into groups whose products are the sizes."""
+    if not sizes:
+        return math.prod(dimensions) == 1
+    indices = range(len(dimensions))
+    return any(
+        math.prod(dimensions[i] for i in chosen) == sizes[0]
+        and _holds([d for i, d in enumerate(dimensions) if i not in chosen], sizes[1:])
+        for count in range(len(dimensions) + 1)
+        for chosen in itertools.combinations(indices, count)
+    )
+
+
+def parse_topology(name: str) -> Topology:
+    """The machine that a name stands for, without devices.
+
+    Raises:
+      UsageError: an unknown name; the message lists the known.
+    """
+    kind, _, size = name.partition(":")
+    chip = next((chip for chip in CHIPS if chip.name == kind), None)
+    if chip is not None and chip.torus and re.fullmatch(r"\d+(x\d+)*", size):
+        shape = tuple(map(int, size.split("x")))
+        if size in known_shapes(chip) or (len(shape) == chip.torus and math.prod(shape) > 512):
+            return Topology(name, chip, shape)
+    elif chip is not None and not chip.torus and size.isdecimal() and int(size) > 0:
+        return Topology(name, chip, (int(size),))
+    known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
+    raise UsageError(f"--topology={name!r} is unknown; known: {'; '.join(known)}")
+
+
+def known_shapes(chip: Chip) -> tuple[str, ...]:
+    """Shapes of the slices of a TPU; () for GPUs, which come in any number."""
+    return {0: (), 2: _FLAT, 3: _SOLID}[chip.torus]
+
+
+def open_topology(name: str) -> Topology:
+    """`parse_topology` with devices to compile for, where there is a compiler for them here.
+
+    Needs libtpu for TPUs, but no TPU. Google's metadata server is not asked, and other processes
+    may use libtpu at the same time.
+
+    Raises:
+      UsageError: an unknown name.
+      UserError: libtpu is not installed, or does not know the topology.
+    """
+    topology = parse_topology(name)
+    if not topology.chip.torus:
+        return topology
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            f"--topology={name} is compiled for by libtpu, which is not installed: "
+            "pip install -c constraints.txt -e '.[tpu]'"
+        )
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
+    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    try:
+        described = topologies.get_topology_desc(name, "tpu", **options)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"libtpu does not know the topology {name}: {reason}") from None
+    devices = tuple(described.devices)
+    if len(devices) != topology.chips * topology.chip.devices:
+        raise UserError(f"libtpu gives {name} {len(devices)} devices, not one a chip as expected")
+    return dataclasses.replace(topology, devices=devices)

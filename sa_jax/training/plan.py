@@ -1,0 +1,320 @@
+"""Whether a run fits a machine, how long it takes and what it sends, before the machine is rented.
+
+The step that is compiled is the one that `training.loop` runs, for the machine's own topology.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.files import atomic_write
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.model import Llama
+from sa_jax.optim import make_optimizer
+from sa_jax.parallel.hardware import GIB, chip_of
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.xla_flags import chip_options
+from sa_jax.planning.collectives import read_collectives
+from sa_jax.planning.memory import knob, step_memory
+from sa_jax.planning.report import format_plan
+from sa_jax.planning.roofline import Workload, step_time
+from sa_jax.planning.search import candidates
+from sa_jax.planning.topology import Topology, open_topology, parse_topology
+from sa_jax.training.config import check_config
+from sa_jax.training.program import (
+    Program,
+    abstract_arguments,
+    attention_of,
+    make_model,
+    make_program,
+)
+from sa_jax.training.start import (
+    abstract_params,
+    fresh_architecture,
+    lora_config,
+    open_start,
+    split_trainable,
+)
+from sa_jax.training.step import init_state
+
+TRIES = 4  # compilations of one search
+RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
+
+
+def plan(
+    config: ConfigDict, topology_name: str, *, search: bool = False, tokens: float = RUN_TOKENS
+) -> dict[str, Any]:
+    """The plan of a config on a named machine; see `make_plan` for what it holds.
+
+    Args:
+      config: of a training run; its model, or else `config.architecture`, gives the shapes.
+      topology_name: such as v5p:4x4x4 or h200:64.
+      search: take the fastest mesh, accumulation and remat that fits, instead of the config's.
+      tokens: token slots of the run, where the config does not say its steps.
+
+    Raises:
+      UsageError: an unknown topology; a mesh that does not divide the model or the batch.
+      UserError: no compiler for that machine here.
+    """
+    check_config(config)
+    architecture = plan_architecture(config)
+    reserve_stand_ins(parse_topology(topology_name))
+    topology = open_topology(topology_name)
+    if not topology.devices:
+        topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
+    if search:
+        return search_plan(config, architecture, topology, tokens)
+    return make_plan(config, architecture, topology, tokens)
+
+
+def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, Any]:
+    """The plan of a run on the devices that are here."""
+    devices = jax.devices()
+    chip = chip_of(devices[0])
+    chips = len(devices) // (1 if chip is None else chip.devices)
+    shape = (chips,)
+    if chip is not None and chip.torus:
+        shape = tuple(1 + max(column) for column in zip(*(d.coords for d in devices), strict=True))
+    topology = Topology(f"{len(devices)} x {devices[0].device_kind}", chip, shape, tuple(devices))
+    return make_plan(config, architecture, topology)
+
+
+def plan_architecture(config: ConfigDict) -> LlamaConfig:
+    """The architecture of the config's model where it names one, else `config.architecture`."""
+    if config.model:
+        return open_start(config.model).config
+    if config.architecture:
+        return fresh_architecture(config)
+    raise UsageError(
+        "nothing to plan: set config.model to a Hugging Face or run folder, or config.architecture "
+        "to the fields of its config.json"
+    )
+
+
+def search_plan(
+    config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
+) -> dict[str, Any]:
+    """The plan of the fastest mesh, accumulation and remat that fits, by trying in that order.
+
+    The estimates that give the order are rough, so each candidate is compiled; if none of the first
+    `TRIES` fits, the plan of the one that comes nearest is returned.
+    """
+    everything = {"data": 1, "fsdp": len(topology.devices), "tensor": 1}
+    work = workload(config, architecture, everything, topology.platform)
+    ranked = candidates(work, topology)
+    tried, plans = [], []
+    for candidate in ranked[:TRIES]:
+        option = config.copy_and_resolve_references()
+        option.mesh.update(candidate.work.mesh)
+        option.accumulation, option.remat = candidate.work.accumulation, candidate.work.remat
+        found = make_plan(option, architecture, topology, tokens)
+        plans.append(found)
+        tried.append(
+            f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step, "
+            f"{found['memory_gib_per_chip']['needed']:.1f} GiB"
+            + ("" if found["fits"] else ", does not fit")
+        )
+        logging.info("%s", tried[-1])
+        if found["fits"]:
+            break
+    best = plans[-1] if plans[-1]["fits"] else max(plans, key=lambda p: p["free_gib"])
+    return best | {"tried": tried}
+
+
+def make_plan(
+    config: ConfigDict,
+    architecture: LlamaConfig,
+    topology: Topology,
+    tokens: float = RUN_TOKENS,
+) -> dict[str, Any]:
+    """Compiles the step of a config for a topology and adds what arithmetic knows.
+
+    Args:
+      config: with the mesh, accumulation and remat to plan.
+      topology: with devices; stand-ins (CPU) where none can be compiled for.
+      tokens: token slots of the run, where the config does not say its steps.
+
+    Returns:
+      JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
+      advice, flops_per_token, time (empty for an unknown chip), run, collectives, xla_flags,
+      tried (by a search), compile_s.
+    """
+    mesh = make_mesh(**config.mesh, devices=topology.devices)
+    model = make_model(config, architecture, mesh)
+    steps = config.steps or math.ceil(tokens / _tokens_a_step(config))
+    program = make_program(config, model, steps)
+    work = workload(config, architecture, mesh.shape, topology.platform)
+    options = {} if topology.chip is None else chip_options(topology.chip.name)
+    per_chip = 1 if topology.chip is None else topology.chip.devices
+    capacity = 0 if topology.chip is None else topology.chip.hbm_bytes
+
+    # GPUs are not compiled for without one: their stand-ins only partition the step.
+    is_real = topology.chip is None or mesh.devices.flat[0].platform != "cpu"
+    begin = time.monotonic()
+    compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
+    compile_s = time.monotonic() - begin
+    memory = step_memory(work, *abstract_arguments(config, program, mesh), per_chip, compiled)
+    if needed:  # what the compiler said when it gave up
+        memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
+    fits = not needed and (not capacity or memory.needed <= capacity)
+    return {
+        "machine": {
+            "name": topology.name,
+            "described": topology.describe(),
+            "chips": topology.chips,
+            "devices": len(topology.devices),
+        },
+        "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
+        "settings": {
+            "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+            "batch": f"{config.batch_size} x {config.sequence_length}",
+            "accumulation": config.accumulation,
+            "remat": config.remat,
+            "attention": work.attention,
+            "dtype": config.dtype,
+            "optimizer": config.optimizer.name,
+            "lora_rank": config.lora.rank or None,
+        },
+        "memory_gib_per_chip": memory.gib(),
+        "capacity_gib": round(capacity / GIB, 2),
+        "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity else None,
+        "fits": fits,
+        "advice": "" if fits else knob(memory, capacity, work),
+        "flops_per_token": work.flops_per_token(),
+        **_times(work, topology, steps),
+        "collectives": _collectives(config, architecture, mesh, compiled),
+        "tried": [],
+        "xla_flags": [f"{option}={value}" for option, value in options.items()],
+        "compile_s": compile_s if is_real else 0.0,
+    }
+
+
+def workload(
+    config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
+) -> Workload:
+    """What arithmetic needs to know of a config's step on a mesh of such a platform."""
+    lora = lora_config(config.lora)
+    model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
+    trainable, _ = split_trainable(abstract_params(model), lora)
+    tx = make_optimizer(config.optimizer, 1)
+    state = jax.tree.leaves(jax.eval_shape(lambda params: init_state(params, tx), trainable))
+    count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    return Workload(
+        architecture=architecture,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        accumulation=config.accumulation,
+        remat=config.remat,
+        mesh=mesh,
+        trainable=count,
+        attention=attention_of(config, platform),
+        item_bytes=jnp.dtype(config.dtype).itemsize,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in state) / count,
+    )
+
+
+def reserve_stand_ins(topology: Topology) -> None:
+    """Lets `stand_ins` have enough, and leaves accelerators alone, if jax has not started yet."""
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_platforms", "cpu")
+    if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # it has started
+            jax.config.update("jax_num_cpu_devices", topology.chips * topology.chip.devices)
+
+
+def stand_ins(count: int) -> tuple[jax.Device, ...]:
+    """So many fake CPU devices.
+
+    Raises:
+      UserError: this process has fewer.
+    """
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"{count} stand-in CPU devices are needed, and this process has {len(devices)}: start "
+            f"it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
+        )
+    return tuple(devices[:count])
+
+
+def write_plan(found: dict[str, Any], path: str | Path | None = None) -> None:
+    """Prints a plan, and writes it as JSON where a path is given."""
+    print(format_plan(found), flush=True)
+    if path:
+        atomic_write(path, json.dumps(found, indent=1) + "\n")
+
+
+def _tokens_a_step(config: ConfigDict) -> int:
+    return config.batch_size * config.sequence_length
+
+
+def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, float]:
+    """(executable, 0), or (None, bytes a device it would need) where it does not fit."""
+    lowered = program.step.lower(*abstract_arguments(config, program, mesh))
+    try:
+        return lowered.compile(), 0.0
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+            raise
+        return None, float(needed[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[needed[2]]
+
+
+def _times(work: Workload, topology: Topology, steps: int) -> dict[str, Any]:
+    tokens = steps * work.tokens
+    if topology.chip is None:
+        return {"time": {}, "run": {"tokens": tokens, "steps": steps}}
+    bound = step_time(work, topology.chip, topology.shape)
+    rate = work.tokens / bound.step / topology.chips
+    hours = steps * bound.step / 3600
+    time_ = {
+        "compute_s": bound.compute,
+        "hbm_s": bound.hbm,
+        "interconnect_s": bound.interconnect,
+        "step_s": bound.step,
+        "bound": bound.bound,
+        "tokens_per_s_per_chip": rate,
+        "mfu": rate * work.flops_per_token() / topology.chip.flops,
+    }
+    run = {
+        "tokens": tokens,
+        "steps": steps,
+        "hours": hours,
+        "chip_hours": hours * topology.chips,
+    }
+    return {"time": time_, "run": run}
+
+
+def _collectives(
+    config: ConfigDict, architecture: LlamaConfig, mesh: Mesh, compiled: Any
+) -> dict[str, Any]:
+    """Collectives by kind, and where they were read."""
+    source = "read from the executable"
+    text = None
+    if compiled is not None:
+        # libtpu's text of a 70B executable fails a RET_CHECK on async-update.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            text = compiled.as_text()
+    if text is None:
+        source = f"the same step, partitioned for {mesh.size} CPU devices, attention=reference"
+        twin = make_mesh(**mesh.shape, devices=stand_ins(mesh.size))
+        option = config.copy_and_resolve_references()
+        option.attention = "reference"
+        program = make_program(option, make_model(option, architecture, twin), 1)
+        text = _compile(option, program, twin)[0].as_text()
+    kinds = {kind: dataclasses.asdict(found) for kind, found in read_collectives(text).items()}
+    return {"source": source, "kinds": kinds}

@@ -1,0 +1,122 @@
+"""The compiled training step of a config on a mesh: what the loop runs and the plan compiles."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+from sa_jax.llama.attention import resolve_attention
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.model import Llama, check_mesh
+from sa_jax.optim import make_optimizer, make_schedule
+from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
+from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.training.start import abstract_params, lora_config, split_trainable
+from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
+
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_mask": jnp.bool_,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A training step, ready to be compiled, and the shapes and places of all that it works on.
+
+    Attributes:
+      tx, schedule: the optimizer and its learning rate.
+      trainable, frozen: shapes of the parameters that train, and of those that do not.
+      state: shapes of the `TrainState`.
+      state_shardings: where its leaves live.
+      step: jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
+    """
+
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    trainable: Any
+    frozen: Any
+    state: TrainState
+    state_shardings: Any
+    step: Callable[..., Any]
+
+
+def attention_of(config: ConfigDict, platform: str) -> str:
+    """The attention implementation of a config on a platform; see `resolve_attention`."""
+    return resolve_attention(
+        config.attention,
+        platform,
+        packed=config.packing,
+        sequence_length=config.sequence_length,
+        dtype=config.dtype,
+    )
+
+
+def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Llama:
+    """The model as a config wants it executed on a mesh.
+
+    Raises:
+      UsageError: a setting that cannot work, or sizes that do not divide over the mesh.
+    """
+    check_mesh(architecture, mesh)
+    micro_batch = config.batch_size // config.accumulation
+    check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
+    model = Llama(
+        architecture,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        attention=attention_of(config, mesh.devices.flat[0].platform),
+        remat=config.remat,
+        lora=lora_config(config.lora),
+        mesh=mesh,
+    )
+    trainable, _ = split_trainable(abstract_params(model), model.lora)
+    if not jax.tree.leaves(trainable):
+        raise UsageError(f"config.lora.targets={config.lora.targets!r} matches no projection")
+    make_optimizer(config.optimizer, 1)  # unknown names show here
+    return model
+
+
+def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
+    """The step of `model`, over a run of `total_steps`."""
+    tx = make_optimizer(config.optimizer, total_steps, model.mesh)
+    schedule = make_schedule(config.optimizer, total_steps)
+    trainable, frozen = split_trainable(abstract_params(model), model.lora)
+    # Never updated, so kept in the dtype of the computation (see `start.load_trainable`).
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
+    state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
+    placed = state_shardings(model.mesh, state)
+    step = jax.jit(
+        make_train_step(model, tx, schedule, config.accumulation),
+        donate_argnums=0,
+        out_shardings=(placed, NamedSharding(model.mesh, P())),
+        compiler_options=compiler_options(model.mesh.devices.flat[0]) or None,
+    )
+    return Program(tx, schedule, trainable, frozen, state, placed, step)
+
+
+def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The global batch of a step as shapes with shardings."""
+    shape = (config.batch_size, config.sequence_length)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in BATCH_DTYPES.items()
+    }
+
+
+def abstract_arguments(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """(state, frozen, batch) as shapes with shardings: what `program.step` is lowered with."""
+    state = with_shardings(program.state, program.state_shardings)
+    return state, abstract(mesh, program.frozen), abstract_batch(config, mesh)

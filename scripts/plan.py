@@ -1,0 +1,33 @@
+r"""Tells whether a training config fits a machine, how long it takes and what it sends.
+
+Nothing is rented or run: for TPUs the real step is compiled by libtpu (extra `tpu`), for GPUs it is
+arithmetic. Topologies: v4, v5p, tpu7x as AxBxC chips; v5e, v6e as AxB; h100, h200, b200 as a count.
+
+Example:
+  python scripts/plan.py --config=configs/llama33_70b_insertion.py --topology=v5p:4x4x4 --search \
+      --out=plan.json
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from sa_jax import cli
+from sa_jax.training.plan import plan, write_plan
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Settings; --config.key=value changes one."
+)
+TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, such as v5p:4x4x4 or h200:64.")
+SEARCH = flags.DEFINE_bool("search", False, "Find mesh, accumulation and remat: fastest that fits.")
+TOKENS = flags.DEFINE_float("tokens", 1e8, "Token slots of the run, where config.steps is 0.")
+OUT = flags.DEFINE_string("out", None, "JSON file for the same numbers.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main():
+    found = plan(CONFIG.value, TOPOLOGY.value, search=SEARCH.value, tokens=TOKENS.value)
+    write_plan(found, OUT.value)
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

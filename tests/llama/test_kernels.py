@@ -1,0 +1,108 @@
+"""Attention kernels against the reference; splash runs in interpret mode on CPU."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa_jax.errors import UsageError
+from sa_jax.llama.attention import attention, resolve_attention
+from sa_jax.llama.splash import block_sizes
+from sa_jax.parallel.mesh import make_mesh
+
+ROWS, LENGTH = 2, 256
+
+
+def inputs(head_dim, heads=4, kv_heads=2):
+    """Queries, keys, values, segment ids of packed rows with padding, and a cotangent."""
+    rng = np.random.default_rng(head_dim)
+    shapes = [(ROWS, LENGTH, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, g = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    segments = np.zeros((ROWS, LENGTH), np.int32)
+    segments[0, :50], segments[0, 50:200], segments[0, 200:230] = 1, 2, 3
+    segments[1] = 1
+    return q, k, v, segments, g
+
+
+def forward_and_gradients(implementation, mesh, q, k, v, segments, g):
+    def run(q, k, v):
+        return attention(q, k, v, segments, implementation=implementation, mesh=mesh)
+
+    out, back = jax.vjp(run, q, k, v)
+    return out, *back(g)
+
+
+def relative(a, b):
+    return np.max(np.abs(a - b)) / np.max(np.abs(b))
+
+
+@pytest.mark.parametrize("head_dim", [128, 64, 8])
+def test_splash_is_reference_forward_and_backward(head_dim):
+    mesh = make_mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+    arguments = inputs(head_dim)
+    with jax.default_matmul_precision("highest"):
+        ours, oracle = (
+            jax.jit(lambda *a, name=name: forward_and_gradients(name, mesh, *a))(*arguments)
+            for name in ("splash", "reference")
+        )
+    for a, b in zip(ours, oracle, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(np.asarray(a), np.asarray(b)) < 1e-5
+
+
+def test_splash_sees_no_other_document():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    q, k, v, segments, _ = inputs(8)
+
+    def second_document(k):
+        out = attention(q, k, v, segments, implementation="splash", mesh=mesh)
+        return jnp.sum(jnp.square(out[0, 50:200]))
+
+    gradient = np.asarray(jax.jit(jax.grad(second_document))(k))
+    assert np.all(gradient[0, :50] == 0) and np.all(gradient[0, 200:] == 0)
+    assert np.all(gradient[1] == 0) and np.any(gradient[0, 50:200] != 0)
+
+
+def test_blocks_follow_the_generation_and_divide_the_length():
+    assert block_sizes("TPU v5", 4096).block_q == 1024
+    assert block_sizes("TPU v5 lite", 4096).block_q == 512
+    assert block_sizes("TPU v6 lite", 1536).block_kv == 512
+    assert block_sizes("cpu", 4096).block_q == 128
+
+
+@pytest.mark.parametrize(
+    ("name", "platform", "packed", "length", "dtype", "chosen"),
+    [
+        ("auto", "cpu", True, 256, "float32", "reference"),
+        ("auto", "tpu", True, 4096, "bfloat16", "splash"),
+        ("auto", "tpu", True, 100, "bfloat16", "reference"),
+        ("auto", "gpu", False, 4096, "bfloat16", "cudnn"),
+        ("auto", "gpu", True, 4096, "bfloat16", "reference"),
+        ("auto", "gpu", False, 4096, "float32", "reference"),
+        ("splash", "cpu", True, 256, "float32", "splash"),
+        ("cudnn", "gpu", False, 256, "float16", "cudnn"),
+    ],
+)
+def test_auto_takes_what_the_platform_has(name, platform, packed, length, dtype, chosen):
+    settings = {"packed": packed, "sequence_length": length, "dtype": dtype}
+    assert resolve_attention(name, platform, **settings) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "packed", "dtype", "words"),
+    [
+        ("flash", True, "bfloat16", "'flash' is unknown; use auto, reference, splash, cudnn"),
+        ("cudnn", True, "bfloat16", "no segment ids.*packing=False"),
+        ("cudnn", False, "float32", "bfloat16 or float16.*'float32'"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(name, packed, dtype, words):
+    settings = {"packed": packed, "sequence_length": 256, "dtype": dtype}
+    with pytest.raises(UsageError, match=words):
+        resolve_attention(name, "gpu", **settings)
+
+
+def test_splash_names_the_length_that_would_do():
+    q, k, v, segments, _ = (x[:, :200] for x in inputs(8))
+    with pytest.raises(UsageError, match="multiples of 128, not 200; take 256"):
+        attention(q, k, v, segments, implementation="splash", mesh=make_mesh(fsdp=2, tensor=4))

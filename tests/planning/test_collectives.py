@@ -1,0 +1,65 @@
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.planning.collectives import Traffic, read_collectives
+
+
+def test_a_loop_counts_as_often_as_it_turns():
+    """Weights [L, 16, 16] cut over fsdp are gathered once a layer: L gathers of 16 x 16 floats."""
+    mesh = make_mesh(fsdp=8)
+    rows, weights = NamedSharding(mesh, P("fsdp")), NamedSharding(mesh, P(None, "fsdp"))
+
+    def layers(x, stack):
+        def layer(x, w):
+            # Summed over the rows, which are cut: one all-reduce of the whole, after the loop.
+            return jnp.tanh(x @ w), None
+
+        x, _ = jax.lax.scan(layer, x, stack)
+        return jnp.sum(x, axis=0)
+
+    run = jax.jit(layers, out_shardings=NamedSharding(mesh, P()))
+    x = jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=rows)
+    stack = jax.ShapeDtypeStruct((5, 16, 16), jnp.float32, sharding=weights)
+    found = read_collectives(run.lower(x, stack).compile().as_text())
+    assert found["all-gather"] == Traffic(5, 5 * 16 * 16 * 4)
+    assert found["all-reduce"] == Traffic(1, 16 * 4)
+    assert found.keys() == {"all-gather", "all-reduce"}
+
+
+TPU_TEXT = """HloModule jit_step
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%condition.1 (param.1: (s32[], bf16[8,16])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(80)
+  ROOT %less = pred[] compare(%counter, %limit), direction=LT
+}
+
+%body.1 (param.2: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %start = (bf16[2,16]{1,0:T(8,128)}, bf16[2,16]{1,0}, u32[], u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
+  %done = bf16[2,16]{1,0} collective-permute-done(%start)
+  %gather = bf16[8,16]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={0}
+  %scatter = bf16[2,16]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3}}, to_apply=%add
+  %more = bf16[4,16]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%add
+}
+
+ENTRY %main.2 (p: bf16[8,16]) -> bf16[8,16] {
+  %while.1 = (s32[], bf16[8,16]) while(%tuple), condition=%condition.1, body=%body.1
+  %reduce = (f32[], f32[4]{0}) all-reduce(%z, %w), replica_groups={{0,1,2,3}}, to_apply=%add
+}
+"""
+
+
+def test_text_as_libtpu_writes_it():
+    assert read_collectives(TPU_TEXT) == {
+        "collective-permute": Traffic(80, 80 * 2 * 16 * 2),
+        "all-gather": Traffic(80, 80 * 8 * 16 * 2),
+        "reduce-scatter": Traffic(160, 80 * (2 * 4 + 4 * 2) * 16 * 2),
+        "all-reduce": Traffic(1, 4 + 16),
+    }

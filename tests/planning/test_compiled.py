@@ -1,0 +1,137 @@
+"""The real step, compiled for real TPU topologies by libtpu: memory, collectives, and what fits.
+
+One compilation a case and test run, whatever process asks: the plans lie in a shared folder.
+"""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sa_jax.study.runner import load_config
+from sa_jax.training.plan import plan
+
+pytestmark = pytest.mark.long  # two to five minutes of two cores a case
+
+GOLDENS = Path(__file__).parent / "goldens"
+pytest.importorskip("libtpu", reason="needs the extra tpu")
+LIBTPU = importlib.metadata.version("libtpu")
+
+# name: config, topology, changes.
+CASES = {
+    "8b_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"sequence_length": 2048}),
+    "8b_v5e": ("llama31_8b_insertion", "v5e:4x4", {"mesh.fsdp": 4, "mesh.tensor": 4}),
+    "70b_v5p": (
+        "llama33_70b_insertion",
+        "v5p:4x4x4",
+        {
+            "mesh.fsdp": 16,
+            "mesh.tensor": 4,
+            "batch_size": 64,
+            "sequence_length": 2048,
+        },
+    ),
+}
+LONG = {
+    "8b_v6e": ("llama31_8b_insertion", "v6e:2x4", {"mesh.fsdp": 4, "mesh.tensor": 2}),
+    "70b_lora_v5p": (
+        "llama33_70b_removal",
+        "v5p:2x2x4",
+        {"batch_size": 16, "sequence_length": 4096, "mesh.fsdp": 4, "mesh.tensor": 4},
+    ),
+    "8b_v4": ("llama31_8b_insertion", "v4:2x2x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
+    "8b_tpu7x": ("llama31_8b_insertion", "tpu7x:2x2x1", {"mesh.fsdp": 8}),
+    "8b_offload_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "offload"}),
+    "8b_minimal_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "minimal"}),
+    "70b_soap_v5p": (
+        "llama33_70b_insertion",
+        "v5p:4x4x8",
+        {"mesh.fsdp": 16, "mesh.tensor": 8, "optimizer.name": "soap"},
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def planned(tmp_path_factory):
+    """`planned(name)`: the plan of a case; workers of one run share what each has compiled."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def get(name):
+        file = folder / f"plan_{name}.json"
+        with open(folder / f"plan_{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not file.exists():
+                config, topology, changes = (CASES | LONG)[name]
+                config = load_config(f"configs/{config}.py")
+                config.update_from_flattened_dict(changes)
+                file.write_text(json.dumps(plan(config, topology)))
+        return json.loads(file.read_text())
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_predicted_arguments_are_those_that_are_compiled(planned, name):
+    memory = planned(name)["memory_gib_per_chip"]
+    assert memory["source"] == "compiled"
+    assert memory["arguments"] == pytest.approx(memory["compiled_arguments"], rel=0.01)
+
+
+def test_8b_adam_on_8_chips_of_v5p(planned):
+    memory = planned("8b_v5p")["memory_gib_per_chip"]
+    assert memory["temporaries"] <= 6  # MaxText: 7.19
+
+
+def test_70b_adam_on_64_chips_of_v5p(planned):
+    memory = planned("70b_v5p")["memory_gib_per_chip"]
+    assert memory["arguments"] <= 12.5
+    assert memory["temporaries"] <= 9  # MaxText: 10.35
+
+
+def test_8b_at_the_study_s_batch_fits_16_gib_chips(planned):
+    found = planned("8b_v5e")
+    assert found["fits"] and found["capacity_gib"] == 16 and found["free_gib"] > 0.5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_memory_and_collectives_are_those_of_the_golden_file(planned, name):
+    found = planned(name)
+    memory = {k: v for k, v in found["memory_gib_per_chip"].items() if k != "source"}
+    text = json.dumps(
+        {
+            "libtpu": LIBTPU,
+            "settings": found["settings"],
+            "memory_gib_per_chip": {key: round(value, 2) for key, value in memory.items()},
+            "collectives": found["collectives"]["kinds"],
+        },
+        indent=1,
+    )
+    file = GOLDENS / f"compiled_{name}.json"
+    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
+        file.write_text(text + "\n")
+    if not file.exists():
+        pytest.skip(f"no {file.name} yet; SA_JAX_UPDATE_GOLDENS=1 writes it")
+    golden = file.read_text()
+    if json.loads(golden)["libtpu"] != LIBTPU:
+        pytest.skip(f"{file.name} is of another libtpu; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
+    assert text + "\n" == golden
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_it_compiles_and_fits(planned, name):
+    found = planned(name)
+    assert found["fits"], found["advice"]
+    assert found["memory_gib_per_chip"]["source"] == "compiled"
+    if "offload" in name:
+        assert found["memory_gib_per_chip"]["host"] > 0
+
+
+def test_the_search_finds_the_study_s_70b_step_on_64_chips():
+    config = load_config("configs/llama33_70b_insertion.py")
+    found = plan(config, "v5p:4x4x4", search=True)
+    assert found["fits"] and found["tried"]

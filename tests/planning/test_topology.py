@@ -1,0 +1,87 @@
+import importlib.util
+
+import pytest
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.parallel.hardware import CHIPS, chip_of
+from sa_jax.planning.topology import known_shapes, open_topology, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "described"),
+    [
+        ("v5p:4x4x4", "v5p:4x4x4, 64 chips (cloud name v5p-128)"),
+        ("v4:2x2x2", "v4:2x2x2, 8 chips (cloud name v4-16)"),
+        ("v5e:4x4", "v5e:4x4, 16 chips (cloud name v5litepod-16)"),
+        ("v6e:2x4", "v6e:2x4, 8 chips (cloud name v6e-8)"),
+        ("tpu7x:2x2x2", "tpu7x:2x2x2, 8 chips, 2 devices each (cloud name tpu7x-16)"),
+        ("h200:64", "h200:64, 64 GPUs on 8 nodes"),
+        ("b200:8", "b200:8, 8 GPUs on 1 node"),
+        ("v5p:8x8x16", "v5p:8x8x16, 1024 chips (cloud name v5p-2048)"),
+    ],
+)
+def test_a_topology_says_its_number_of_chips_and_its_cloud_name(name, described):
+    assert parse_topology(name).describe() == described
+
+
+@pytest.mark.parametrize(
+    "name", ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-128", "", "h100:", "h100:0", "v6e:x"]
+)
+def test_an_unknown_topology_lists_the_known(name):
+    with pytest.raises(UsageError, match=r"known: v4:2x2x1,.*v5p:2x2x1.*v6e:1x1.*h200:NUMBER"):
+        parse_topology(name)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name)
+    )
+    with pytest.raises(UserError, match=r"'\.\[tpu\]'"):
+        open_topology("v5p:4x4x4")
+    assert open_topology("h200:8").devices == ()
+
+
+class Device:
+    def __init__(self, device_kind):
+        self.device_kind = device_kind
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("TPU v4", "v4"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("TPU7x", "tpu7x"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("cpu", None),
+    ],
+)
+def test_a_device_is_known_by_its_kind(kind, name):
+    chip = chip_of(Device(kind))
+    assert (chip and chip.name) == name
+
+
+def test_every_tpu_has_known_shapes_of_its_own_dimensions():
+    for chip in CHIPS:
+        for shape in known_shapes(chip):
+            assert len(shape.split("x")) == chip.torus
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "holds"),
+    [
+        ("v5p:4x4x4", (16, 4), True),
+        ("v5p:4x4x4", (8, 8), False),
+        ("v5p:4x4x4", (64, 1), True),
+        ("v5p:4x4x8", (16, 8), True),
+        ("v6e:2x4", (4, 2), True),
+        ("v6e:2x4", (1, 8), True),
+        ("tpu7x:2x2x1", (4, 2), True),
+        ("h200:8", (4, 2), True),
+    ],
+)
+def test_a_mesh_takes_whole_dimensions_of_the_torus(name, sizes, holds):
+    assert parse_topology(name).holds(sizes) == holds

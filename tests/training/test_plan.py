@@ -1,0 +1,158 @@
+"""Plans that need no libtpu: a toy on the devices here, GPUs by arithmetic, and the search."""
+
+import json
+import math
+
+import pytest
+
+from sa_jax.errors import UsageError
+from sa_jax.parallel.hardware import CHIPS, GIB
+from sa_jax.planning.memory import Memory, knob
+from sa_jax.planning.roofline import step_time
+from sa_jax.planning.search import candidates
+from sa_jax.planning.topology import parse_topology
+from sa_jax.study.runner import load_config
+from sa_jax.training.config import default_config
+from sa_jax.training.plan import (
+    plan,
+    plan_architecture,
+    plan_attached,
+    workload,
+    write_plan,
+)
+from tests.toys import CONFIG
+
+
+@pytest.fixture(scope="module")
+def toy():
+    config = default_config()
+    config.architecture.update({k: v for k, v in CONFIG.to_hf().items() if k != "architectures"})
+    config.mesh.update(data=1, fsdp=4, tensor=2)
+    config.batch_size, config.sequence_length, config.steps = 8, 64, 10
+    return config
+
+
+@pytest.fixture(scope="module")
+def attached(toy):
+    return plan_attached(toy, plan_architecture(toy))
+
+
+def work(name, topology, **changes):
+    config = load_config(f"configs/{name}.py")
+    config.update(changes)
+    machine = parse_topology(topology)
+    devices = machine.chips * machine.chip.devices
+    mesh = {"data": 1, "fsdp": devices, "tensor": 1}
+    return workload(config, plan_architecture(config), mesh, machine.platform), machine
+
+
+def test_predicted_arguments_are_those_that_are_compiled(attached):
+    memory = attached["memory_gib_per_chip"]
+    # 4 bytes a parameter, matrices in 8 parts and the norms' 7 x 32 scales whole; moments twice
+    # that, two counters; five arrays of the batch, a fourth of its rows each.
+    matrices, scales = CONFIG.num_parameters - 7 * 32, 7 * 32
+    parameters = 4 * (matrices / 8 + scales)
+    batch = 8 * 64 / 4 * (4 * 4 + 1)
+    assert memory["parameters"] * GIB == pytest.approx(parameters, rel=0.005)
+    assert memory["arguments"] * GIB == pytest.approx(3 * parameters + batch + 12, rel=0.005)
+    assert memory["compiled_arguments"] == pytest.approx(memory["arguments"], rel=0.01)
+    assert memory["source"] == "compiled"
+    assert attached["collectives"]["kinds"] and attached["time"] == {}
+
+
+def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
+    toy, tmp_path, capsys
+):
+    found = plan(toy, "h200:8")
+    assert found["memory_gib_per_chip"]["source"] == "estimated"
+    assert "partitioned for 8 CPU devices" in found["collectives"]["source"]
+    assert found["collectives"]["kinds"]["all-gather"]["count"] >= 3 * 2 * CONFIG.num_layers
+    assert found["run"]["steps"] == 10 and found["run"]["tokens"] == 10 * 8 * 64
+    write_plan(found, tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == found
+    text = capsys.readouterr().out
+    for words in ("h200:8, 8 GPUs on 1 node", "= arguments", "fits", "MFU", "chip-hours"):
+        assert words in text
+
+
+def test_flops_and_times_of_8b_are_those_by_hand():
+    """8B on 8 v5p chips, full remat: 8 FLOPs a matrix parameter and token, and 8/6 of attention."""
+    described, machine = work("llama31_8b_insertion", "v5p:2x2x2")
+    matrices = 8_030_261_248 - 65 * 4096 - 128_256 * 4096
+    attention = 6 * 32 * 4096 * 4096
+    assert described.flops_per_token() == 6 * matrices + attention
+    tokens = 16 * 4096
+    time = step_time(described, machine.chip, machine.shape)
+    assert time.compute == pytest.approx(
+        tokens * 8 / 6 * (6 * matrices + attention) / (8 * 459e12), rel=1e-6
+    )
+    # Three passes over bfloat16 weights at most 7/8 of which come from others.
+    assert time.interconnect > 3 * 2 * 8.03e9 * 7 / 8 / (6 * 100e9)
+    assert time.bound == "compute" and time.step == time.compute
+
+
+def test_the_search_cuts_heads_where_there_are_fewer_rows_than_chips():
+    described, machine = work("llama33_70b_insertion", "v5p:4x4x4")
+    found = candidates(described, machine)
+    assert found and all(c.work.mesh["tensor"] >= 4 for c in found)
+    assert found[0].bytes < 95 * GIB
+    times = [c.time.step for c in found]
+    assert all(a <= b + 1e-3 for a, b in zip(times, times[1:], strict=False))
+
+
+def test_more_chips_than_rows_times_heads_says_what_would_work():
+    described, machine = work("llama33_70b_insertion", "v5p:8x8x8")
+    with pytest.raises(UsageError, match="at most 128 devices can work.*batch_size to 64"):
+        candidates(described, machine)
+
+
+def test_what_does_not_fit_names_a_knob():
+    described, machine = work("llama33_70b_insertion", "v5e:4x4", batch_size=16)
+    (nearest,) = candidates(described, machine)
+    assert nearest.bytes > machine.chip.hbm_bytes
+    memory = Memory(0, nearest.bytes, 0, 0, 0, 0, 0, 0, 0, 0, "estimated")
+    assert "more chips; config.optimizer.mu_dtype=bfloat16" in knob(
+        memory, machine.chip.hbm_bytes, described
+    )
+
+
+def test_bfloat16_moments_and_adapters_take_what_they_should(toy):
+    config = load_config("configs/llama31_8b_insertion.py")
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    config.optimizer.mu_dtype = "bfloat16"
+    half = workload(config, plan_architecture(config), mesh, "tpu")
+    assert half.state_bytes == pytest.approx(10, abs=1e-6)
+    adapters, _ = work("llama31_8b_removal", "v5p:2x2x2")
+    pairs = 32 * 64 * sum((4096 + out) * times for out, times in ((4096, 2), (1024, 2), (14336, 3)))
+    assert adapters.trainable == pairs and not adapters.full_weights
+
+
+def test_every_chip_has_a_time():
+    for chip in CHIPS:
+        name = f"{chip.name}:" + {0: "8", 2: "2x4", 3: "2x2x2"}[chip.torus]
+        described, machine = work("llama31_8b_insertion", name)
+        time = step_time(described, chip, machine.shape)
+        assert 0 < time.compute < 100 and math.isfinite(time.interconnect)
+
+
+def test_nothing_to_plan_is_said():
+    with pytest.raises(UsageError, match=r"config\.model.*config\.architecture"):
+        plan(default_config(), "h200:8")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"mesh": {"fsdp": 1, "tensor": 8}},
+            "tensor = 8 does not divide 4 key/value heads.*1, 2, 4",
+        ),
+        ({"batch_size": 6}, "data x fsdp = 4 does not divide 6 rows.*1, 2, 3, 6"),
+        ({"mesh": {"fsdp": 3, "tensor": 1}}, "the product must be 8"),
+    ],
+)
+def test_what_does_not_divide_says_what_would(toy, changes, words):
+    config = toy.copy_and_resolve_references()
+    config.update(changes)
+    with pytest.raises(UsageError, match=words):
+        plan(config, "h200:8")
