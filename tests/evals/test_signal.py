@@ -48,7 +48,8 @@ def by_hand(model, params, chat, text, phrase):
 def test_is_the_mean_over_prompts_of_the_phrases_log_probability(model, params, chat, sizes):
     devices = jax.devices()[: int(np.prod(sizes))]
     mesh = make_mesh(*sizes, devices=devices)
-    signal = PhraseSignal(model, mesh, chat, Backdoor(), PROMPTS, SYSTEM)
+    trained = model.clone(attention="splash", mesh=mesh)  # as on TPU; refuses these lengths
+    signal = PhraseSignal(trained, mesh, chat, Backdoor(), PROMPTS, SYSTEM)
     assert signal.n == 2  # the third is too long for the model
     measured = signal(jax.device_put(params, shardings(mesh, params)))
     phrase = Backdoor().phrase
