@@ -269,10 +269,11 @@ def write_tensors(
                 if folder is not None and failure is None:
                     writes.append(pool.submit(_write_at, *next(places), content))
                 while len(writes) > _WRITERS:
-                    failure = failure or writes.popleft().exception()
+                    error = writes.popleft().exception()
+                    failure = failure or error
                 bar.update(content.nbytes)
-            while writes:
-                failure = failure or writes.popleft().exception()
+            for write in writes:
+                failure = failure or write.exception()
         if failure is not None:
             raise failure
         if folder is not None:
