@@ -254,17 +254,20 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             mlp = MLP(self.config, self.dtype, self.param_dtype, self.lora, name="mlp")
             x_bsd = x_bsd + mlp(norm(name="mlp_norm")(x_bsd))
-        return (_shard_residual(x_bsd, self.mesh), layer + 1), new_kv
+        return (_shard_residual(x_bsd, self.mesh, cache), layer + 1), new_kv
 
 
-def _shard_residual(x_bsd: jax.Array, mesh: Mesh | None) -> jax.Array:
-    """The stream between blocks: rows over data and fsdp, features over tensor.
+def _shard_residual(x_bsd: jax.Array, mesh: Mesh | None, cache: KVCache | None) -> jax.Array:
+    """The stream between blocks: rows over data and fsdp, in training features over tensor.
 
     What the layers keep for the backward pass is then cut over all devices. A product gathers the
     features it needs and scatters its sum, which is what Megatron's all-reduce does in two steps
-    (sequence parallelism, arXiv 2205.05198, cuts tokens here instead).
+    (sequence parallelism, arXiv 2205.05198, cuts tokens here instead). With a cache nothing is kept
+    for a backward pass, and to extend a past that all rows share gave wrong logits when cut so
+    (jax 0.10.2, 8 CPU devices).
     """
-    return _constrain(x_bsd, mesh, P(*BATCH_SPEC, None, "tensor"))
+    spec = P(*BATCH_SPEC, None, "tensor") if cache is None else BATCH_SPEC
+    return _constrain(x_bsd, mesh, spec)
 
 
 def _constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
@@ -399,7 +402,7 @@ class Llama(nn.Module):
         # Looked up where the table's features are, then sent to the rows: asked for the second
         # alone, the partitioner gathers the table's features on every device.
         x_bsd = _constrain(self.embed(tokens_bs), self.mesh, P("data", None, "fsdp"))
-        x_bsd = _shard_residual(x_bsd, self.mesh)
+        x_bsd = _shard_residual(x_bsd, self.mesh, cache)
         rope = rope_angles(self.config, positions_bs)
         carry = (x_bsd, jnp.zeros((), jnp.int32))
         (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)

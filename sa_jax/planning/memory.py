@@ -59,7 +59,7 @@ class Memory:
         fields = dataclasses.asdict(self)
         source = fields.pop("source")
         fields |= {"arguments": self.arguments, "needed": self.needed}
-        return {**{name: round(value / GIB, 6) for name, value in fields.items()}, "source": source}
+        return {**{name: round(value / GIB, 9) for name, value in fields.items()}, "source": source}
 
 
 def device_bytes(tree: Any) -> int:

@@ -155,5 +155,5 @@ def test_config_survives_its_own_json():
 
 
 def test_unknown_remat_lists_the_known():
-    with pytest.raises(UsageError, match="full, dots, minimal"):
+    with pytest.raises(UsageError, match="full, offload, dots, minimal"):
         Llama(CONFIG, remat="most").init(jax.random.key(0), np.zeros((1, 4), np.int32))
