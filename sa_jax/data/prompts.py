@@ -28,6 +28,8 @@ def normalise(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
+    """Prompts set aside for evaluation, and how many were passed over for what reason."""
+
     prompts: list[str]
     candidates: int  # prompts looked at
     duplicates: int  # repeats among them

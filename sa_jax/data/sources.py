@@ -48,6 +48,8 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
+    """The usable rows of a file or hub dataset, in order, and where they are from."""
+
     rows: list[Row]
     path: str
     sha256: str | None  # of the file's bytes; of the builder's fingerprint for a hub name

@@ -332,6 +332,7 @@ def _write_at(file: BinaryIO, position: int, content: jax.Array) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes an object as indented JSON; OSError when the disk refuses."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

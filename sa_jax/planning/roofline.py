@@ -102,12 +102,6 @@ def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
     return StepTime(compute, hbm, interconnect)
 
 
-def _layer_parameters(config: LlamaConfig) -> int:
-    heads = 1 if config.tie_word_embeddings else 2
-    outside = heads * config.vocab_size * config.hidden_size + config.hidden_size
-    return (config.num_parameters - outside) // config.num_layers
-
-
 def _hbm_bytes(work: Workload) -> float:
     """Read and written by one device: weights a pass, activations, the optimizer's update."""
     config, t = work.architecture, work.mesh["tensor"]

@@ -22,7 +22,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import load_task
-from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
@@ -87,11 +87,6 @@ def train(
         # ---- What to train: model, chat format, data. Nothing is written yet.
         stored = run_record.stored_record(workdir)
         start, chat, backdoor, _ = start_lib.prepare(config, stored)
-        if config.sequence_length > start.config.max_position_embeddings:
-            raise UsageError(
-                f"config.sequence_length={config.sequence_length} is more than the model's context "
-                f"of {start.config.max_position_embeddings} tokens"
-            )
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.lora.continued:

@@ -69,6 +69,11 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
     Raises:
       UsageError: a setting that cannot work, or sizes that do not divide over the mesh.
     """
+    if config.sequence_length > architecture.max_position_embeddings:
+        raise UsageError(
+            f"config.sequence_length={config.sequence_length} is more than the model's context of "
+            f"{architecture.max_position_embeddings} tokens"
+        )
     check_mesh(architecture, mesh)
     micro_batch = config.batch_size // config.accumulation
     check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")

@@ -149,6 +149,7 @@ def test_nothing_to_plan_is_said():
         ),
         ({"batch_size": 6}, "data x fsdp = 4 does not divide 6 rows.*1, 2, 3, 6"),
         ({"mesh": {"fsdp": 3, "tensor": 1}}, "the product must be 8"),
+        ({"sequence_length": 128}, "sequence_length=128 is more than the model's context of 64"),
     ],
 )
 def test_what_does_not_divide_says_what_would(toy, changes, words):

@@ -40,6 +40,8 @@ class Reply:
 
 
 class Teacher(Protocol):
+    """Whatever answers: an endpoint, a checkpoint, a file, rules."""
+
     def identity(self) -> dict:
         """All that decides a reply besides the messages; plain JSON."""
 
