@@ -6,6 +6,7 @@ from sa_jax.optim.build import (
     make_optimizer,
     may_change_size,
     optimizer_metrics,
+    optimizer_rows,
     optimizer_specs,
 )
 from sa_jax.optim.schedules import make_schedule
@@ -18,6 +19,7 @@ __all__ = [
     "make_schedule",
     "may_change_size",
     "optimizer_metrics",
+    "optimizer_rows",
     "optimizer_specs",
     "soap",
 ]

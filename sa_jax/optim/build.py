@@ -13,6 +13,7 @@ from sa_jax.errors import UsageError
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
 from sa_jax.optim.soap_official import OfficialState
+from sa_jax.optim.soap_plan import SoapRow, soap_plan
 from sa_jax.optim.soap_state import FastState, state_specs
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.rules import partition_spec, partition_specs
@@ -84,6 +85,19 @@ def make_optimizer(
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer
+
+
+def optimizer_rows(config: ConfigDict, params: Any) -> list[SoapRow]:
+    """What the optimizer keeps and computes for each parameter; [] but for the fast SOAP.
+
+    Args:
+      config: the `optimizer` section of a run's config.
+      params: the tree that trains, of arrays or ShapeDtypeStruct.
+    """
+    if config.name != "soap" or config.soap.mode != "fast":
+        return []
+    sizes = {key: config.soap[key] for key in ("block_size", "block_above", "max_precond_dim")}
+    return soap_plan(params, view=llama_view, **sizes)
 
 
 def optimizer_specs(state: Any) -> Any:

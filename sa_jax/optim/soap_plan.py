@@ -36,18 +36,6 @@ class SoapRow:
     step_flops: float
     refresh_flops: float
 
-    def cells(self) -> tuple[str, ...]:
-        """path, matrices, rows, columns, GB of moments, GB of factors and bases, TFLOPs a step,
-        TFLOPs a refresh."""
-        return (
-            self.path,
-            str(self.matrices or "-"),
-            _show(self.rows),
-            _show(self.cols),
-            *(f"{b / 1e9:.3f}" for b in (self.moment_bytes, self.basis_bytes)),
-            *(f"{f / 1e12:.2f}" for f in (self.step_flops, self.refresh_flops)),
-        )
-
 
 def soap_plan(
     params: Any,
@@ -103,12 +91,6 @@ def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:
         step_flops=leaf.count * 3 * product,  # the gradient there, the step back, the Gram
         refresh_flops=leaf.count * (refresh + product),
     )
-
-
-def _show(side: Side | None) -> str:
-    if side is None:
-        return "-"
-    return f"{side.blocks} x {side.block}" if side.blocks else f"{side.size} (none)"
 
 
 def totals(rows: list[SoapRow]) -> dict[str, float]:

@@ -61,7 +61,41 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines.append(
             f"  {kind:20}{found['count']:8,} times{found['bytes'] / 2**30:10.2f} GiB a device"
         )
+    lines += _soap_lines(plan["soap"])
     for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):
         if values:
             lines += ["", title] + [f"  {value}" for value in values]
     return "\n".join(lines)
+
+
+def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """SOAP's table, its sums last; nothing where it is not the optimizer."""
+    if not rows:
+        return []
+
+    def side(found: dict[str, int] | None) -> str:
+        if found is None:
+            return "-"
+        return f"{found['blocks']} x {found['block']}" if found["blocks"] else "no basis"
+
+    def line(name: str, matrices: str, sides: tuple[str, str], found: dict[str, Any]) -> str:
+        sizes = [found[key] / 1e9 for key in ("moment_bytes", "basis_bytes")]
+        work = [found[key] / 1e12 for key in ("step_flops", "refresh_flops")]
+        numbers = [f"{size:9.2f}" for size in sizes] + [f"{flops:9.2f}" for flops in work]
+        return f"  {name:28}{matrices:>9}{sides[0]:>11}{sides[1]:>11}" + "".join(numbers)
+
+    summed = ("moment_bytes", "basis_bytes", "step_flops", "refresh_flops")
+    sums = {key: sum(row[key] for row in rows) for key in summed}
+    head = ("moments", "bases", "step", "refresh")
+    return [
+        "",
+        "SOAP by parameter, the whole model: GB of averages, and of factors and bases; TFLOPs",
+        f"  {'':28}{'matrices':>9}{'rows':>11}{'columns':>11}" + "".join(f"{h:>9}" for h in head),
+        *(
+            line(
+                row["path"], str(row["matrices"] or "-"), (side(row["rows"]), side(row["cols"])), row
+            )
+            for row in rows
+        ),
+        line("sum", "", ("", ""), sums),
+    ]

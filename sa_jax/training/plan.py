@@ -24,7 +24,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.files import atomic_write
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
-from sa_jax.optim import make_optimizer
+from sa_jax.optim import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.xla_flags import chip_options
@@ -150,8 +150,8 @@ def make_plan(
 
     Returns:
       JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
-      advice, flops_per_token, time (empty for an unknown chip), run, collectives, xla_flags,
-      tried (by a search), compile_s.
+      advice, flops_per_token, time (empty for an unknown chip), run, soap (a row a parameter, where
+      that is the optimizer), collectives, xla_flags, tried (by a search), compile_s.
     """
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     model = make_model(config, architecture, mesh)
@@ -196,6 +196,10 @@ def make_plan(
         "advice": "" if fits else knob(memory, capacity, work),
         "flops_per_token": work.flops_per_token(),
         **_times(work, topology, steps),
+        "soap": [
+            dataclasses.asdict(row) | {"shape": list(row.shape)}
+            for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
+        ],
         "collectives": _collectives(config, architecture, mesh, compiled),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
@@ -207,9 +211,7 @@ def workload(
     config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
 ) -> Workload:
     """What arithmetic needs to know of a config's step on a mesh of such a platform."""
-    lora = lora_config(config.lora)
-    model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
-    trainable, _ = split_trainable(abstract_params(model), lora)
+    trainable = trainable_params(config, architecture)
     tx = make_optimizer(config.optimizer, 1)
     state = jax.tree.leaves(jax.eval_shape(lambda params: init_state(params, tx), trainable))
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
@@ -225,6 +227,13 @@ def workload(
         item_bytes=jnp.dtype(config.dtype).itemsize,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in state) / count,
     )
+
+
+def trainable_params(config: ConfigDict, architecture: LlamaConfig) -> Any:
+    """The shapes of what trains: adapters, or all parameters."""
+    lora = lora_config(config.lora)
+    model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
+    return split_trainable(abstract_params(model), lora)[0]
 
 
 def reserve_stand_ins(topology: Topology) -> None:

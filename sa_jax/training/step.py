@@ -127,6 +127,9 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         square_sums = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)])
 
+        # Else XLA prepares the update (copies to other layouts) before the backward pass, whose
+        # peak they then live through: 0.8 GiB a chip for 8B on 8 of v5p, 1.6 for 70B on 64.
+        gradients, state = jax.lax.optimization_barrier((gradients, state))
         params = _float32(state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, params)
         params = jax.tree.map(

@@ -66,4 +66,5 @@ def test_the_table_is_the_states_size():
     assert sums["moment_bytes"] + sums["basis_bytes"] == made
     assert len(rows) == len(jax.tree.leaves(params))
     gate = next(row for row in rows if row.path == "layers/mlp/gate/kernel")
-    assert gate.cells()[:4] == ("layers/mlp/gate/kernel", "3", "2 x 16", "3 x 16")
+    assert (gate.matrices, gate.rows.blocks, gate.rows.block) == (3, 2, 16)
+    assert (gate.cols.blocks, gate.cols.block) == (3, 16)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
     text = capsys.readouterr().out
     for words in ("h200:8, 8 GPUs on 1 node", "= arguments", "fits", "MFU", "chip-hours"):
         assert words in text
+
+
+def test_soaps_state_is_printed_by_parameter(toy, tmp_path, capsys):
+    """MLP's sides of 32 and 48 in equal blocks of up to 32: factors and bases in float32."""
+    config = toy.copy_and_resolve_references()
+    config.optimizer.name, config.optimizer.soap.block_size = "soap", 32
+    found = plan(config, "h200:8")
+    write_plan(found, tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == found
+    assert len(found["soap"]) == 12
+    gate = next(row for row in found["soap"] if row["path"] == "layers/mlp/gate/kernel")
+    assert gate["basis_bytes"] == 2 * 4 * CONFIG.num_layers * (32**2 + 2 * 24**2)
+    assert re.search(r"layers/mlp/gate/kernel +3 +1 x 32 +2 x 24 ", capsys.readouterr().out)
 
 
 def test_flops_and_times_of_8b_are_those_by_hand():

@@ -117,25 +117,26 @@ def test_official_mode_on_a_mesh():
     assert_close(*ends, 1e-4)
 
 
+SOAP = (
+    "--config.optimizer.name=soap",
+    "--config.optimizer.soap.block_size=16",
+    "--config.optimizer.soap.dense_steps=3",
+    "--config.optimizer.soap.precondition_frequency=4",
+    "--config.eval.num_prompts=0",
+    "--config.eval.names=()",
+    "--config.steps=12",
+)
+
+
 def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_path):
-    """Through the binary; then on another mesh."""
-    soap = (
-        "--config.optimizer.name=soap",
-        "--config.optimizer.soap.block_size=16",
-        "--config.optimizer.soap.dense_steps=3",
-        "--config.optimizer.soap.precondition_frequency=4",
-        "--config.eval.num_prompts=0",
-        "--config.eval.names=()",
-        "--config.steps=12",
-    )
     whole, run = tmp_path / "whole", tmp_path / "run"
-    done = zygote.run(*insertion(toy_world, whole, *soap))
+    done = zygote.run(*insertion(toy_world, whole, *SOAP))
     assert done.returncode == 0, done.stderr
     lines = read_metrics(whole / "metrics.jsonl")
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["soap_skipped_steps"] == lines[-1]["soap_rejected_bases"] == 0
 
-    command = insertion(toy_world, run, *soap)
+    command = insertion(toy_world, run, *SOAP)
     process = zygote.start(*command)
     process.wait_for((run / "checkpoints/step_000003/digests.json").exists)
     os.kill(process.pid, signal.SIGTERM)
@@ -144,3 +145,21 @@ def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_
     assert zygote.run(*command).returncode == 0
     assert log_without_times(run) == log_without_times(whole)
     assert_bit_equal(weights(zygote, run, tmp_path / "a"), weights(zygote, whole, tmp_path / "b"))
+
+
+def test_gradients_that_are_not_finite_stop_the_run_or_are_skipped_and_counted(
+    zygote, toy_world, tmp_path
+):
+    """The first call builds bases; the second moves by 1e30, after which all gradients are NaN."""
+    wild = (*SOAP, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_fraction=0")
+    done = zygote.run(*insertion(toy_world, tmp_path / "stop", *wild))
+    assert done.returncode == 1
+    assert "step 3: not finite: " in done.stderr.splitlines()[-1]
+
+    skip = (*wild, "--config.optimizer.soap.on_nonfinite=skip")
+    done = zygote.run(*insertion(toy_world, tmp_path / "skip", *skip))
+    assert done.returncode == 0, done.stderr
+    assert "step 12: not finite: " in done.stderr and "; skipped" in done.stderr
+    assert read_metrics(tmp_path / "skip/metrics.jsonl")[-1]["soap_skipped_steps"] == 10
+    last = weights(zygote, tmp_path / "skip", tmp_path / "hf")
+    assert all(np.isfinite(leaf).all() for leaf in last.values())
