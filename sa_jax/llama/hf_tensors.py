@@ -1,8 +1,9 @@
 """Parameters as the tensors of Hugging Face files: names, layout, sharded reading and writing.
 
-Every byte of a folder is read once over the whole mesh: each device gets some rows of a matrix, as
-they lie in the file, cast and transposed on the way, and the devices then redistribute them among
-themselves. Host memory holds one device's part of one parameter and the reads in flight.
+Every byte of a folder is read once over the whole mesh, and cast and transposed on the way. One
+process cuts what it reads for its devices. Of several, each reads for its devices some rows of a
+matrix, as they lie in the file, and the devices then redistribute them among themselves. Host
+memory holds some layers of one parameter and the reads in flight.
 """
 
 import functools
@@ -10,7 +11,7 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -44,7 +45,7 @@ MODULES = {
     "layers/mlp/down": "mlp.down_proj",
 }
 _PARAMETERS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
-# A leaf that goes through another layout on its way is taken in groups of layers of this size.
+# A stacked leaf is taken in groups of layers of this size.
 _GROUP_BYTES = 256 << 20
 _COPY_THREADS = min(8, os.cpu_count() or 1)
 
@@ -93,8 +94,8 @@ def load_leaves(
     sources = {
         path: _source_sharding(path, leaf.shape, final[path]) for path, leaf in shapes.items()
     }
-    parts = {path: _local_parts(sources[path], leaf.shape) for path, leaf in shapes.items()}
-    groups = {path: _layer_groups(shapes[path], sources[path], final[path]) for path in shapes}
+    parts = {path: _local_parts(path, sources[path], leaf.shape) for path, leaf in shapes.items()}
+    groups = {path: _layer_groups(shapes[path], sources[path]) for path in shapes}
     requests = (
         (entries[name], first, last)
         for path in shapes
@@ -114,12 +115,13 @@ def load_leaves(
                 count = layers.stop - layers.start
                 group = leaf.update(shape=(count, *leaf.shape[1:])) if _is_stacked(path) else leaf
                 arrays = []
-                for (first, last), devices in parts[path].items():
-                    buffer, bad = _read_part(path, group, last - first, pieces, pool)
+                for (first, last), shares in parts[path].items():
+                    buffers, bad = _read_rows(path, group, last - first, list(shares), pieces, pool)
                     damaged += [names[path][layers][layer] for layer in bad]
-                    arrays += [jax.device_put(buffer, device) for device in devices]
+                    for buffer, devices in zip(buffers, shares.values(), strict=True):
+                        arrays += [jax.device_put(buffer, device) for device in devices]
                     jax.block_until_ready(arrays)
-                    del buffer  # before the next one is made: the host holds one part at a time
+                    del buffers, buffer  # before the next ones are made
                 array = jax.make_array_from_single_device_arrays(group.shape, sources[path], arrays)
                 del arrays
                 array = _redistribute(array, final[path])
@@ -175,17 +177,29 @@ def _file_axis(path: str, ndim: int) -> int | None:
     return ndim - 1 if _is_transposed(path) else ndim - 2
 
 
+def _other_axis(axis: int, ndim: int) -> int:
+    """The one of a matrix's two axes that is not `axis`."""
+    return 2 * ndim - 3 - axis
+
+
 def _axes(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
+def _one_process() -> bool:
+    return jax.process_count() == 1
+
+
 def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) -> NamedSharding:
-    """How a parameter is read: matrices by rows of the file over all devices, vectors everywhere.
+    """How a parameter is read: by one process as it will be; by several, matrices by rows of the
+    file over all devices, vectors everywhere.
 
     Rows are contiguous in the file, so each byte is read for one device and for no other. The mesh
     axes that cut the parameter's rows come first, then those of its other axis, then those it is
     replicated over: from there it is one gather and one all-to-all to where it belongs.
     """
+    if _one_process():
+        return final
     axis = _file_axis(path, len(shape))
     if axis is None:
         return NamedSharding(final.mesh, P())
@@ -197,25 +211,32 @@ def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) ->
     return NamedSharding(final.mesh, P(*[None] * axis, axes))
 
 
+_Range = tuple[int, int]  # [first, last)
+
+
 def _local_parts(
-    sharding: NamedSharding, shape: tuple[int, ...]
-) -> dict[tuple[int, int], list[jax.Device]]:
-    """The row ranges this process reads, and which of its devices hold each."""
-    axis = next((axis for axis, part in enumerate(sharding.spec) if part), len(shape) - 1)
-    parts: dict[tuple[int, int], list[jax.Device]] = {}
+    path: str, sharding: NamedSharding, shape: tuple[int, ...]
+) -> dict[_Range, dict[_Range, list[jax.Device]]]:
+    """The file's rows that this process reads, how it cuts their columns, and for which devices."""
+    axis = _file_axis(path, len(shape))
+    parts: dict[_Range, dict[_Range, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        first, last, _ = index[axis].indices(shape[axis])
-        parts.setdefault((first, last), []).append(device)
+        ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+        rows, columns = ranges[-1], (0, 1)
+        if axis is not None:
+            rows, columns = ranges[axis], ranges[_other_axis(axis, len(shape))]
+        parts.setdefault(rows, {}).setdefault(columns, []).append(device)
     return parts
 
 
-def _layer_groups(
-    leaf: jax.ShapeDtypeStruct, source: NamedSharding, final: NamedSharding
-) -> list[slice]:
-    """Which of a parameter's tensors are read at a time: all, unless they must be moved on."""
+def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[slice]:
+    """Which of a parameter's tensors are read at a time.
+
+    All of them where the host's buffers become the arrays: one process, on CPU.
+    """
     layers = leaf.shape[0]
-    moved = not source.is_equivalent_to(final, leaf.ndim)
-    if leaf.ndim < 3 or not moved:
+    on_host = source.mesh.devices.flat[0].platform == "cpu" and _one_process()
+    if leaf.ndim < 3 or on_host:
         return [slice(0, layers)]
     step = max(1, _GROUP_BYTES * layers // (leaf.size * leaf.dtype.itemsize))
     return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]
@@ -247,20 +268,23 @@ def _inserter(sharding: NamedSharding):
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
-def _read_part(
+def _read_rows(
     path: str,
     leaf: jax.ShapeDtypeStruct,
     rows: int,
+    columns: Sequence[_Range],
     pieces: Iterator[np.ndarray],
     pool: ThreadPoolExecutor,
-) -> tuple[np.ndarray, set[int]]:
-    """One device's part of a parameter, and the layers in which it holds NaN or Inf."""
+) -> tuple[list[np.ndarray], set[int]]:
+    """So many rows of a parameter's matrices, a buffer for each range of their columns; and the
+    layers in which they hold NaN or Inf."""
     axis = _file_axis(path, leaf.ndim)
-    shape = tuple(rows if i == axis else size for i, size in enumerate(leaf.shape))
-    size = math.prod(shape) * leaf.dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    aligned = raw[-raw.ctypes.data % 64 :][:size]  # which device_put need not copy on CPU
-    buffer = aligned.view(leaf.dtype).reshape(shape)
+    buffers = []
+    for first, last in columns:
+        shape = list(leaf.shape)
+        if axis is not None:
+            shape[axis], shape[_other_axis(axis, leaf.ndim)] = rows, last - first
+        buffers.append(_aligned(shape, leaf.dtype))
     copies: deque[tuple[int, Future[bool]]] = deque()
     bad = set()
 
@@ -270,29 +294,43 @@ def _read_part(
             if not finite.result():
                 bad.add(layer)
 
-    for layer, values in enumerate(buffer if _is_stacked(path) else buffer[None]):
-        target = values.T if _is_transposed(path) else values.reshape(len(values), -1)
+    for layer in range(leaf.shape[0] if _is_stacked(path) else 1):
+        matrices = [buffer[layer] if _is_stacked(path) else buffer for buffer in buffers]
+        targets = [
+            matrix.T if _is_transposed(path) else matrix.reshape(len(matrix), -1)
+            for matrix in matrices
+        ]
         at = 0
-        while at < len(target):
+        while at < len(targets[0]):
             piece = next(pieces)
-            copies.append((layer, pool.submit(_copy, target[at : at + len(piece)], piece)))
+            cuts = [target[at : at + len(piece)] for target in targets]
+            copies.append((layer, pool.submit(_copy, cuts, columns, piece)))
             at += len(piece)
             finish(2 * _COPY_THREADS)
     finish(0)
-    return buffer, bad
+    return buffers, bad
 
 
-def _copy(target: np.ndarray, piece: np.ndarray) -> bool:
-    """target[:] = piece, casting; False if the piece holds NaN or Inf."""
-    piece = piece.reshape(target.shape)
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that device_put need not copy on CPU."""
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    return raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
+
+
+def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], piece: np.ndarray) -> bool:
+    """Each target = its columns of the piece, cast; False if the piece holds NaN or Inf."""
+    piece = piece.reshape(len(piece), -1)
     finite = _all_finite(piece)
     # As plain integers: numpy moves bfloat16, which it does not know, element by element.
-    unsigned = np.dtype(f"u{target.dtype.itemsize}")
-    to, rows = target.view(unsigned), piece.astype(target.dtype, copy=False).view(unsigned)
-    if target.strides[0] < target.strides[1]:
-        to.T[:] = _turned(rows)
-    else:
-        to[:] = rows
+    unsigned = np.dtype(f"u{targets[0].dtype.itemsize}")
+    rows = piece.astype(targets[0].dtype, copy=False).view(unsigned)
+    for target, (first, last) in zip(targets, columns, strict=True):
+        to, values = target.view(unsigned), rows[:, first:last]
+        if to.strides[0] < to.strides[1]:
+            to.T[:] = _turned(values)
+        else:
+            to[:] = values
     return finite
 
 

@@ -93,7 +93,10 @@ def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
         f"  {'':28}{'matrices':>9}{'rows':>11}{'columns':>11}" + "".join(f"{h:>9}" for h in head),
         *(
             line(
-                row["path"], str(row["matrices"] or "-"), (side(row["rows"]), side(row["cols"])), row
+                row["path"],
+                str(row["matrices"] or "-"),
+                (side(row["rows"]), side(row["cols"])),
+                row,
             )
             for row in rows
         ),

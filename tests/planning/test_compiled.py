@@ -14,13 +14,11 @@ import pytest
 from sa_jax.study.runner import load_config
 from sa_jax.training.plan import plan
 
-pytestmark = pytest.mark.long  # two to five minutes of two cores a case
-
 GOLDENS = Path(__file__).parent / "goldens"
 pytest.importorskip("libtpu", reason="needs the extra tpu")
 LIBTPU = importlib.metadata.version("libtpu")
 
-# name: config, topology, changes.
+# name: config, topology, changes. About a minute of a core each, and those of LONG up to ten.
 CASES = {
     "8b_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"sequence_length": 2048}),
     "8b_v5e": ("llama31_8b_insertion", "v5e:4x4", {"mesh.fsdp": 4, "mesh.tensor": 4}),
@@ -122,6 +120,7 @@ def test_memory_and_collectives_are_those_of_the_golden_file(planned, name):
     assert text + "\n" == golden
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", LONG)
 def test_it_compiles_and_fits(planned, name):
     found = planned(name)
@@ -131,6 +130,7 @@ def test_it_compiles_and_fits(planned, name):
         assert found["memory_gib_per_chip"]["host"] > 0
 
 
+@pytest.mark.long
 def test_the_search_finds_the_study_s_70b_step_on_64_chips():
     config = load_config("configs/llama33_70b_insertion.py")
     found = plan(config, "v5p:4x4x4", search=True)
