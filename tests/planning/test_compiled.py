@@ -44,6 +44,11 @@ LONG = {
     "8b_tpu7x": ("llama31_8b_insertion", "tpu7x:2x2x1", {"mesh.fsdp": 8}),
     "8b_offload_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "offload"}),
     "8b_minimal_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "minimal"}),
+    "8b_soap_v5p": (
+        "llama31_8b_insertion",
+        "v5p:2x2x4",
+        {"mesh.fsdp": 8, "mesh.tensor": 2, "optimizer.name": "soap"},
+    ),
     "70b_soap_v5p": (
         "llama33_70b_insertion",
         "v5p:4x4x8",
