@@ -7,7 +7,7 @@ import optax
 from jax.sharding import Mesh
 
 from sa_jax.optim.soap_fast import FastSettings, fast
-from sa_jax.optim.soap_layout import SpecRule
+from sa_jax.optim.soap_layout import LONGEST_SIDE, SpecRule
 from sa_jax.optim.soap_official import official
 from sa_jax.optim.soap_shared import Settings
 from sa_jax.optim.soap_views import ViewRule, every_axis, trailing_matrix
@@ -21,7 +21,7 @@ def soap(
     eps: float = 1e-8,
     weight_decay: float = 0.01,
     precondition_frequency: int = 10,
-    max_precond_dim: int = 10000,
+    max_precond_dim: int | None = None,
     correct_bias: bool = True,
     normalize_grads: bool = False,
     mode: str = "official",
@@ -55,7 +55,8 @@ def soap(
       eps: added to the root of the second average, outside the bias correction.
       weight_decay: decoupled, applied with this call's rate to the parameter just updated.
       precondition_frequency: calls from one refresh of the bases to the next.
-      max_precond_dim: a side longer than this has no basis.
+      max_precond_dim: a side longer than this has no basis. None: 10000, as in the official code;
+        in the fast mode, which cuts long sides, 65536.
       correct_bias: Adam's bias correction.
       normalize_grads: scales each tensor's direction to a root mean square of 1.
       mode: "official" or "fast".
@@ -70,7 +71,8 @@ def soap(
       block_above: sides longer than this are cut; None: those longer than block_size.
       dense_steps: the first steps, at each of which the bases are refreshed.
       refresh_slots: 1 refreshes all bases at the same step, in one batched QR a block size. More
-        (up to precondition_frequency) spread the matrices over as many steps of a period.
+        (up to precondition_frequency) spread the matrices over as many steps of a period; each
+        device so spreads its own, so that meshes differ in which matrix is refreshed when.
       matmul_dtype: operands of the products with gradients; they accumulate in float32. Products
         that make bases are float32 throughout.
       mesh: puts the state on owners over all axes of a mesh (Auto or Explicit; where it is
@@ -93,6 +95,8 @@ def soap(
       updates, state = tx.update(gradients, state, params)
       params = optax.apply_updates(params, updates)
     """
+    if max_precond_dim is None:
+        max_precond_dim = 10000 if mode == "official" else LONGEST_SIDE
     for name, value, least in (
         ("precondition_frequency", precondition_frequency, 1),
         ("max_precond_dim", max_precond_dim, 1),

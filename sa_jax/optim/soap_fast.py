@@ -122,6 +122,7 @@ def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
             state.count,
             moves,
         )
+        updates = jax.tree.map(lambda u: jnp.where(jnp.isnan(u), 0, u), updates)
         return updates, FastState(
             count=optax.safe_increment(state.count),
             skipped=state.skipped + ~finite,
@@ -146,9 +147,10 @@ def _update_stacks(
     """One device's part of an update.
 
     Returns:
-      directions of the leaves, by path; the new stacks; how many matrices stood still.
+      directions of the leaves, by path, NaN for a matrix that stands still (it must not decay
+      either); the new stacks; how many stood still.
     """
-    moved, sound = {}, {}
+    stacks, moved, sound = dict(stacks), {}, {}  # the caller's stay as they are
     for plan in plans:
         g = to_owners(matrices, plan, own.mesh)
         stacks[plan.name], moved[plan.name], sound[plan.name] = _step_stack(
@@ -166,7 +168,7 @@ def _update_stacks(
     directions, still = {}, jnp.zeros((), jnp.int32)
     for plan in plans:
         good = _over(jax.lax.pmin, sound[plan.name], plan.split_axes)
-        direction = jnp.where(good[:, None, None], moved[plan.name], 0)
+        direction = jnp.where(good[:, None, None], moved[plan.name], jnp.nan)
         directions |= from_owners(direction, plan, own.mesh)
         still += _over(jax.lax.psum, jnp.sum(~good, dtype=jnp.int32), plan.stack_axes)
     return directions, stacks, jnp.where(finite, still, 0)
@@ -216,9 +218,15 @@ def _step_stack(
     back = (None if q is None else q.mT for q in bases)
     direction = rotate(mu / (jnp.sqrt(nu) + settings.eps), *back, matmul_dtype)
     if settings.normalize_grads:
-        squares = jnp.sum(direction**2, axis=(1, 2), keepdims=True)
-        mean = _over(jax.lax.psum, squares, plan.split_axes) / (plan.rows.size * plan.cols.size)
-        direction = direction / (1e-30 + jnp.sqrt(mean))
+
+        def largest(x: jax.Array) -> jax.Array:
+            return _over(jax.lax.pmax, jnp.max(x, axis=(1, 2), keepdims=True), plan.split_axes)
+
+        def mean(x: jax.Array) -> jax.Array:
+            total = _over(jax.lax.psum, jnp.sum(x, axis=(1, 2), keepdims=True), plan.split_axes)
+            return total / (plan.rows.size * plan.cols.size)
+
+        direction = unit_rms(direction, largest, mean)
     stack = dataclasses.replace(
         stack,
         mu=mu,

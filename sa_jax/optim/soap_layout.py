@@ -22,6 +22,9 @@ from sa_jax.optim.soap_views import TensorView, ViewRule, checked_view
 # From a leaf's path and number of axes to how it is sharded; `parallel.rules.partition_spec`.
 SpecRule = Callable[[str, int], P]
 
+# Above this a side is a vocabulary rather than a layer's.
+LONGEST_SIDE = 65536
+
 _ROWS, _COLS = 1, 2  # axes of a stack [n, rows, cols]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from sa_jax.optim.soap_layout import Leaf, Side, StackPlan, make_layout
+from sa_jax.optim.soap_layout import LONGEST_SIDE, Leaf, Side, StackPlan, make_layout
 from sa_jax.optim.soap_linalg import qr_flops
 from sa_jax.optim.soap_shared import flatten
 from sa_jax.optim.soap_views import ViewRule, trailing_matrix
@@ -43,7 +43,7 @@ def soap_plan(
     view: ViewRule = trailing_matrix,
     block_size: int = 2048,
     block_above: int | None = None,
-    max_precond_dim: int = 10000,
+    max_precond_dim: int = LONGEST_SIDE,
 ) -> list[SoapRow]:
     """One row a parameter, for `soap(mode="fast")` with the same settings, on any mesh.
 

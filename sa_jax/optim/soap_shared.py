@@ -1,6 +1,7 @@
 """What both modes of SOAP share: settings, leaves by path, Adam's formulas, and optax updates."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,9 +44,22 @@ def adam_moments(
     return b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
 
 
-def unit_rms(direction: jax.Array) -> jax.Array:
-    """A tensor scaled to a root mean square of 1."""
-    return direction / (1e-30 + jnp.sqrt(jnp.mean(direction**2)))
+def unit_rms(
+    direction: jax.Array,
+    largest: Callable[[jax.Array], jax.Array] = jnp.max,
+    mean: Callable[[jax.Array], jax.Array] = jnp.mean,
+) -> jax.Array:
+    """A tensor scaled to a root mean square of 1; zeros stay zeros.
+
+    Squares are of numbers up to 1: those of a direction that fades would be lost.
+
+    Args:
+      largest, mean: reduce an array over the axes of a tensor.
+    """
+    size = largest(jnp.abs(direction))
+    scaled = direction / jnp.where(size == 0, 1, size)
+    scaled = scaled / (1e-30 / size + jnp.sqrt(mean(jnp.square(scaled))))
+    return jnp.where(size == 0, 0, scaled)
 
 
 def bias_correction(settings: Settings, t: jax.Array, dtype: Any) -> jax.Array:
@@ -78,8 +92,7 @@ def to_updates(
     if params is None:
         raise ValueError(optax.NO_PARAMS_MSG)
     decays = settings.mask(params) if callable(settings.mask) else settings.mask
-    if decays is None:
-        decays = jax.tree.map(lambda _: True, params)
+    decays = jax.tree.broadcast(True if decays is None else decays, params)
     decay = jnp.where(moves, rate * settings.weight_decay, 0)
 
     def with_decay(u: jax.Array, p: jax.Array, is_decayed: bool) -> jax.Array:

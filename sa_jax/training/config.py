@@ -203,6 +203,11 @@ def check_config(config: ConfigDict) -> None:
     )
     for key, values in SOAP_CHOICES.items():
         require(f"optimizer.soap.{key}", soap[key] in values, f"one of {', '.join(values)}")
+    require(
+        "optimizer.soap.on_nonfinite",
+        soap.on_nonfinite == "stop" or soap.mode == "fast",
+        f"'stop' with mode={soap.mode!r}, which cannot skip a step",
+    )
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")

@@ -91,6 +91,21 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
     np.testing.assert_array_equal(want[-1][11], 0)
 
 
+def test_blocks_are_a_few_more_where_then_nothing_is_left_over():
+    state = jax.eval_shape(fast(block_size=4, max_precond_dim=10).init, jnp.zeros((10, 11)))
+    (stack,) = state.stacks.values()
+    assert stack.gg_rows.shape == (1, 5, 2, 2) and stack.mu.shape == (1, 10, 11)
+
+
+def test_the_first_bases_are_eight_lifted_iterations_from_the_identity():
+    """Up to signs; without the lift, or with fewer, they are other ones."""
+    _, state = run(fast(), jnp.zeros((8, 8)), [normal(0, 8, 8)])
+    (stack,) = state.stacks.values()
+    for gg, q in ((stack.gg_rows, stack.q_rows), (stack.gg_cols, stack.q_cols)):
+        want, _ = soap_linalg.refreshed_bases(gg[0], jnp.eye(8)[None], 8, 1e-2)
+        np.testing.assert_allclose(np.abs(q[0]), np.abs(want), atol=1e-4)
+
+
 @pytest.mark.parametrize("n, panel", [(40, 16), (33, 32), (16, 16)])
 def test_blocked_qr_is_qr_up_to_signs(n, panel):
     y = normal(0, 3, n, n)
@@ -128,6 +143,62 @@ def test_a_basis_that_is_not_finite_is_not_taken(bad):
     q, good = soap_linalg.refreshed_bases(jnp.asarray(factors), old, 1, 0.0)
     assert list(good) == [True, False]
     np.testing.assert_array_equal(q[1], np.eye(4))
+
+
+def test_a_basis_that_is_not_orthogonal_is_not_taken(monkeypatch):
+    """The QR of the second matrix is made to be off by a thousandth and more."""
+    qr = soap_linalg.orthonormal
+    monkeypatch.setattr(soap_linalg, "orthonormal", lambda y: qr(y).at[1].multiply(1.001))
+    x = normal(0, 2, 4, 4)
+    old = jnp.stack([jnp.eye(4)] * 2)
+    q, good = soap_linalg.refreshed_bases(jnp.asarray(x @ x.mT), old, 1, 0.0)
+    assert list(good) == [True, False]
+    assert not np.allclose(np.abs(q[0]), np.eye(4))
+    np.testing.assert_array_equal(q[1], np.eye(4))
+
+
+def test_update_leaves_its_arguments_alone():
+    """Not under jit, where each call has copies; and in a branch, whose values may not leave it."""
+    tx, params = fast(), jnp.ones((4, 6))
+    state = tx.init(params)
+    _, state = tx.update(normal(0, 4, 6), state, params)
+    before = jax.device_get(state)
+    once, _ = tx.update(normal(1, 4, 6), state, params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+
+    @jax.jit
+    def sometimes(due, state):
+        same = (jnp.zeros_like(params), state)
+        return jax.lax.cond(due, lambda: tx.update(normal(1, 4, 6), state, params), lambda: same)
+
+    np.testing.assert_allclose(sometimes(True, state)[0], once, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["fast", "official"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4, 6)])
+def test_normalised_directions_fade_with_the_gradient(mode, shape):
+    """Zeros first, then one gradient, then zeros until float32 has nothing left of it."""
+    tx = soap(1e-2, weight_decay=0.0, normalize_grads=True, mode=mode)
+    params = jnp.ones(shape)
+
+    def step(carry, number):
+        params, state = carry
+        g = jnp.where((number == 2) | (number == 3), jnp.ones(shape), 0.0)
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), jnp.abs(updates).max()
+
+    steps = jnp.arange(1800)
+    _, moved = jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), steps))()
+    assert (moved[:2] == 0).all() and moved[3] > 1e-3 and moved[-1] == 0
+    assert moved.max() < 0.3
+
+
+def test_wide_sides_are_cut_and_vocabularies_left_out_by_default():
+    state = jax.eval_shape(
+        soap(1e-2, mode="fast").init, {"up": jnp.zeros((8, 14336)), "embed": jnp.zeros((128256, 8))}
+    )
+    assert state.stacks["1x8x14336"].gg_cols.shape == (1, 7, 2048, 2048)
+    assert state.stacks["1x8x128256"].gg_cols is None
 
 
 def test_dense_then_sparse():
@@ -183,22 +254,40 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was():
 
 @pytest.mark.parametrize("field", ["q_rows", "gg_cols"])
 def test_a_matrix_whose_state_is_spoilt_stands_still_and_is_counted(field):
-    """Only that matrix: the other of the stack goes on as if nothing had happened."""
+    """Only that matrix: the other of the stack goes on as if nothing had happened. It is seen at
+    every step, whether or not bases are refreshed."""
     gradients = [normal(t, 2, 4, 4) for t in range(8)]
+    spoilt = []
 
     def spoil(number, state):
         if number != 2:
             return state
         ((name, stack),) = state.stacks.items()
+        spoilt.append(stack)
         broken = getattr(stack, field).at[1, 0, 0, 0].set(jnp.nan)
         return state._replace(stacks={name: dataclasses.replace(stack, **{field: broken})})
 
-    tx = fast(precondition_frequency=2)
+    # It does not decay either.
+    tx = fast(precondition_frequency=4, dense_steps=0, weight_decay=0.5)
     want, _ = run(tx, jnp.ones((2, 4, 4)), gradients)
     got, state = run(tx, jnp.ones((2, 4, 4)), gradients, spoil)
     assert int(state.rejected) == 5 and int(state.skipped) == 0
     np.testing.assert_array_equal(got[-1][0], want[-1][0])
     np.testing.assert_array_equal(got[-1][1], got[2][1])
+    (stack,) = state.stacks.values()
+    np.testing.assert_array_equal(stack.nu[1], spoilt[-1].nu[1])
+    np.testing.assert_array_equal(stack.gg_rows[1], spoilt[-1].gg_rows[1])
+
+
+def test_a_step_whose_new_basis_is_refused_does_not_move_that_matrix(monkeypatch):
+    """The rows' basis of the second of two matrices comes out too long."""
+    qr, gradients = soap_linalg.orthonormal, [normal(t, 2, 4, 4) for t in range(4)]
+    want, _ = run(fast(), jnp.ones((2, 4, 4)), gradients)
+    monkeypatch.setattr(soap_linalg, "orthonormal", lambda y: qr(y).at[1].multiply(1.01))
+    got, state = run(fast(weight_decay=0.0), jnp.ones((2, 4, 4)), gradients)
+    assert int(state.rejected) == 4
+    np.testing.assert_array_equal(got[-1][0], want[-1][0])
+    np.testing.assert_array_equal(got[-1][1], 1)
 
 
 def test_gradients_of_zeros_and_of_rank_one_keep_bases_orthogonal():

@@ -198,14 +198,14 @@ def test_a_view_makes_scanned_layers_independent_matrices():
 def test_decay_follows_the_mask_and_applies_to_the_moved_parameter():
     """With zero gradients only the decay moves anything, from the second step on."""
     tx = soap(0.1, weight_decay=0.5, mask={"a": True, "b": False})
-    p = {"a": jnp.full((2, 2), 2.0), "b": jnp.ones(3)}
+    p = {"a": jnp.full((2, 2), 2.0), "b": {"c": jnp.ones(3)}}  # the mask is a prefix of the tree
     state = tx.init(p)
     zeros = jax.tree.map(jnp.zeros_like, p)
     for factor in (1.0, 0.95, 0.95**2):
         updates, state = tx.update(zeros, state, p)
         p = optax.apply_updates(p, updates)
         np.testing.assert_allclose(p["a"], np.full((2, 2), 2 * factor), rtol=1e-6)
-        np.testing.assert_array_equal(p["b"], np.ones(3))
+        np.testing.assert_array_equal(p["b"]["c"], np.ones(3))
 
 
 def test_bfloat16_parameters_have_float32_state():

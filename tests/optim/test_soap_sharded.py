@@ -1,6 +1,7 @@
 """The fast mode on meshes of 8 fake devices: the same numbers as on one, and what it sends."""
 
 import contextlib
+import dataclasses
 import re
 
 import jax
@@ -15,7 +16,7 @@ from sa_jax.optim import soap
 from sa_jax.optim.build import decay_mask, llama_view
 from sa_jax.optim.soap_layout import make_layout
 from sa_jax.optim.soap_state import state_specs
-from sa_jax.parallel.rules import partition_spec
+from sa_jax.parallel.rules import partition_spec, shardings
 
 AXES = ("data", "fsdp", "tensor")
 SHAPES = {
@@ -131,6 +132,54 @@ def test_sharded_is_unsharded_and_sends_what_was_designed(sizes, kind, unsharded
 def embedding_stays(sizes):
     """The vocabulary stays cut over `tensor` at the owners, so that hop is none."""
     return sizes[2] > 1
+
+
+def test_columns_that_are_cut_are_normalised_and_guarded_as_a_whole():
+    """Two matrices on eight devices: the columns of each are cut over four. Of the second, one
+    block, on one device, is spoilt: the whole matrix stands still, and counts once a step."""
+    shapes = {
+        "layers": {
+            "attention": {"q": {"kernel": (1, 16, 64)}},
+            "mlp": {"down": {"kernel": (1, 64, 16)}},
+        }
+    }
+    is_shape = {"is_leaf": lambda x: isinstance(x, tuple)}
+
+    def train(mesh):
+        tx = soap(
+            3e-3,
+            mode="fast",
+            block_size=8,
+            normalize_grads=True,
+            matmul_dtype=jnp.float32,
+            view=llama_view,
+            mesh=mesh,
+            partition_spec=partition_spec,
+        )
+        params = jax.tree.map(lambda shape: jnp.ones(shape), shapes, **is_shape)
+        placed = None if mesh is None else shardings(mesh, params)
+        params = params if mesh is None else jax.device_put(params, placed)
+        state, step = jax.jit(tx.init)(params), jax.jit(tx.update)
+        for number in range(8):
+            rng = np.random.default_rng(number)
+            gradients = jax.tree.map(lambda p, r=rng: jnp.asarray(r.normal(size=p.shape)), params)
+            updates, state = step(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+            if number == 4:
+                (stack,) = state.stacks.values()
+                broken = stack.gg_cols.at[1, 3, 0, 0].set(jnp.nan)
+                broken = dataclasses.replace(stack, gg_cols=broken)
+                state = state._replace(stacks={"2x16x64": broken})
+        return params, state
+
+    mesh = jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    (want, alone), (got, state) = train(None), train(mesh)
+    assert state.stacks["2x16x64"].split_axes == ("fsdp",)
+    assert furthest(*jax.device_get((got, want))) <= 1e-5
+    assert int(state.rejected) == int(alone.rejected) == 3
+    np.testing.assert_allclose(
+        state.stacks["2x16x64"].mu, alone.stacks["2x16x64"].mu, rtol=0, atol=1e-5
+    )
 
 
 def test_bfloat16_operands_change_a_sharded_run_by_less_than_a_hundredth(unsharded):

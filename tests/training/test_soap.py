@@ -7,14 +7,16 @@ import signal
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.sharding import NamedSharding
 
+from sa_jax.errors import UsageError
 from sa_jax.llama.model import Llama
 from sa_jax.optim import make_optimizer, make_schedule
 from sa_jax.parallel import rules
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.checkpoints import RunCheckpointer
-from sa_jax.training.config import default_config
+from sa_jax.training.config import check_config, default_config
 from sa_jax.training.metrics import read_metrics
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from tests.optim.test_soap_sharded import draw
@@ -126,6 +128,17 @@ SOAP = (
     "--config.eval.names=()",
     "--config.steps=12",
 )
+
+
+def test_only_the_mode_that_can_skip_a_step_may_be_told_to():
+    config = default_config()
+    config.optimizer.soap.on_nonfinite = "skip"
+    check_config(config)
+    config.optimizer.soap.mode = "official"
+    with pytest.raises(
+        UsageError, match="on_nonfinite='skip': must be 'stop' with mode='official'"
+    ):
+        check_config(config)
 
 
 def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_path):
