@@ -277,7 +277,8 @@ def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, flo
     try:
         return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"Used ([\d.]+)([MGT]) of", str(error))
+        # Of all memory, or (a lower bound) of the temporaries alone.
+        needed = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
             raise
         return None, float(needed[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[needed[2]]
