@@ -277,11 +277,21 @@ def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, flo
     try:
         return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
-        # Of all memory, or (a lower bound) of the temporaries alone.
-        needed = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", str(error))
-        if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
+        needed = needed_bytes(str(error))
+        if needed is None:
             raise
-        return None, float(needed[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[needed[2]]
+        return None, needed
+
+
+def needed_bytes(message: str) -> float | None:
+    """What a step needs on a device by libtpu's refusal to compile it; None for other errors.
+
+    It names all memory, or the temporaries alone, which is a lower bound.
+    """
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
+    if "RESOURCE_EXHAUSTED" not in message or found is None:
+        return None
+    return float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]]
 
 
 def _times(work: Workload, topology: Topology, steps: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from sa_jax.planning.topology import parse_topology
 from sa_jax.study.runner import load_config
 from sa_jax.training.config import default_config
 from sa_jax.training.plan import (
+    needed_bytes,
     plan,
     plan_architecture,
     plan_attached,
@@ -128,6 +129,22 @@ def test_what_does_not_fit_names_a_knob():
     assert "more chips; config.optimizer.mu_dtype=bfloat16" in knob(
         memory, machine.chip.hbm_bytes, described
     )
+
+
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 96.35G of 95.74G", 96.35),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (47.58G) exceeds available HBM (31.25G).",
+            47.58,
+        ),
+    ],
+)
+def test_what_libtpu_says_when_a_step_does_not_fit(message, gib):
+    assert needed_bytes(message) == gib * GIB
+    assert needed_bytes("INTERNAL: " + message.partition(": ")[2]) is None
 
 
 def test_bfloat16_moments_and_adapters_take_what_they_should(toy):
