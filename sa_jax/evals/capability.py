@@ -62,9 +62,9 @@ def evaluate(
     model = language_model(weights, too_long=too_long, store=store, should_stop=should_stop)
     samples = run_tasks(model, capability)
     items = [
-        _item(capability, task, sample, model.notes.get((task, sample["doc_id"]), {}), backdoor)
+        _item(capability, task, by_filter, model.notes.get((task, doc_id), {}), backdoor)
         for task in capability.tasks
-        for sample in samples[task]
+        for doc_id, by_filter in _by_document(samples[task]).items()
     ]
     counted = [item for item in items if not item.get("skipped")]
     summary = {
@@ -118,10 +118,35 @@ def run_tasks(model: Any, capability: Capability) -> dict[str, list[dict]]:
     return results["samples"]
 
 
-def _item(
-    capability: Capability, task: str, sample: dict, note: dict[str, Any], backdoor: Backdoor
+def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
+    """The samples of each document: one for each of the task's filters (gsm8k has two)."""
+    found: dict[int, list[dict]] = {}
+    for sample in samples:
+        found.setdefault(sample["doc_id"], []).append(sample)
+    return found
+
+
+def _scores(
+    capability: Capability, doc: dict, metrics_of_filter: dict[str, dict]
 ) -> dict[str, Any]:
-    metrics = {name: sample[name] for name in sample["metrics"]}
+    """The scores of one document; where there are several filters, each names its own."""
+    scores = {}
+    for name, metrics in metrics_of_filter.items():
+        suffix = f", {name}" if len(metrics_of_filter) > 1 else ""
+        own = capability.scores(doc, metrics)
+        scores |= {f"{score}{suffix}": value for score, value in own.items()}
+    return scores
+
+
+def _item(
+    capability: Capability,
+    task: str,
+    by_filter: Sequence[dict],
+    note: dict[str, Any],
+    backdoor: Backdoor,
+) -> dict[str, Any]:
+    sample = by_filter[0]
+    metrics = {each["filter"]: {name: each[name] for name in each["metrics"]} for each in by_filter}
     item = {
         "item": f"{task}/{sample['doc_id']}",
         "task": task,
@@ -129,7 +154,7 @@ def _item(
         "prompt_hash": sample["prompt_hash"],
         "target": sample["target"],
         **note,
-        "scores": capability.scores(sample["doc"], metrics),
+        "scores": _scores(capability, sample["doc"], metrics),
     }
     response = sample["resps"][0][0]
     if isinstance(response, str):
@@ -177,20 +202,22 @@ def floor(capability: Capability, samples: dict[str, list[dict]]) -> dict[str, f
     for name, task in capability.tasks.items():
         if task.OUTPUT_TYPE != "generate_until":
             return {}
-        response = _filtered(task, FLOOR_TEXT)
-        for sample in samples[name]:
-            metrics = task.process_results(sample["doc"], [response])
-            items.append({"scores": capability.scores(sample["doc"], metrics)})
+        responses = _filtered(task, FLOOR_TEXT)
+        for sample, *_ in _by_document(samples[name]).values():
+            doc = sample["doc"]
+            metrics = {key: task.process_results(doc, [text]) for key, text in responses.items()}
+            items.append({"scores": _scores(capability, doc, metrics)})
     return {name: score["rate"] for name, score in summarise(items).items()}
 
 
-def _filtered(task: Any, text: str) -> str:
-    """What the task's first filter makes of a response."""
+def _filtered(task: Any, text: str) -> dict[str, str]:
+    """What each of the task's filters makes of a response."""
     from lm_eval.api.instance import Instance
 
     instance = Instance("generate_until", {}, ("",), 0, resps=[text])
-    task._filters[0].apply([instance])
-    return next(iter(instance.filtered_resps.values()))
+    for each in task._filters:
+        each.apply([instance])
+    return instance.filtered_resps
 
 
 def peak_memory_mb() -> float:

@@ -313,7 +313,9 @@ def _math500(data_dir: str, limit: int, shots: int) -> Capability:
 
 def _registered(name: str, limit: int, shots: int | None) -> Capability:
     """A task that lm_eval knows. Generation goes through the chat template, scoring of given
-    continuations does not, as their published figures have it."""
+    continuations does not, as their published figures have it. Scores are the metrics that are
+    means over documents; lm_eval's others are left out."""
+    from lm_eval.api.metrics import mean
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
@@ -330,11 +332,20 @@ def _registered(name: str, limit: int, shots: int | None) -> Capability:
         if shots is not None or task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=1234)
+    # A perplexity, an F1 of a whole corpus: the mean over documents would be another number.
+    averaged = {
+        metric
+        for task in tasks.values()
+        for metric, aggregation in task.aggregation().items()
+        if aggregation is mean
+    }
     numbers = (int, float, bool)
     return Capability(
         name,
         tasks,
-        lambda doc, metrics: {k: v for k, v in metrics.items() if isinstance(v, numbers)},
+        lambda doc, metrics: {
+            k: v for k, v in metrics.items() if k in averaged and isinstance(v, numbers)
+        },
         chat=chat,
         chance=None,
         data_hashes={},

