@@ -38,6 +38,8 @@ class SamplingSettings:
             raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p={self.top_p} must be in (0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise UsageError(f"seed={self.seed} must be in 0..{2**32 - 1}")
 
 
 def noise_arguments(settings: SamplingSettings) -> dict:

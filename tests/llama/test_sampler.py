@@ -317,6 +317,8 @@ def test_a_prompt_that_leaves_no_room_is_an_error(sampler, params, length):
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("max_new_tokens", 0),
+        ("seed", -1),
+        ("seed", 2**32),
     ],
 )
 def test_settings_out_of_range(field, value):
