@@ -129,8 +129,10 @@ def read_manifest(path: str | Path) -> dict | None:
 
 
 def load_held_out(path: str, n: int, seed: int) -> tuple[list[str], dict]:
-    """The prompts of a manifest, whole, or `n` that `seed` draws from another file; and the record
-    of where they come from."""
+    """The prompts of a manifest, whole; the first `n` of a run's own eval_prompts.json, in their
+    order; or `n` that `seed` draws from another file. And the record of where they come from.
+
+    Raises UserError when fewer than `n` are there."""
     frozen = read_manifest(path)
     if frozen:
         return [item["prompt"] for item in frozen["prompts"]], {
@@ -138,9 +140,25 @@ def load_held_out(path: str, n: int, seed: int) -> tuple[list[str], dict]:
             "sha256": frozen["sha256"],
             "chosen": len(frozen["prompts"]),
         }
+    own = _read_texts(path)
+    if own:
+        if len(own) < n:
+            raise UserError(f"{path} holds {len(own)} held-out prompts, not {n}")
+        digest = _sha256(json.dumps(own))
+        return own[:n], {"from": path, "sha256": digest, "chosen": n}
     source = load_rows(path, responses=False)
     chosen = choose_held_out((row["prompt"] for row in source), n, seed)
     return chosen.prompts, {"from": path, "sha256": source.sha256, **chosen.record()}
+
+
+def _read_texts(path: str | Path) -> list[str] | None:
+    """A JSON list of texts, as a run keeps its held-out prompts; None for any other file."""
+    try:
+        texts = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    return texts if is_list else None
 
 
 def _sha256(text: str) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sa_jax.data.prompts import choose_held_out, normalise, without_prompts
+from sa_jax.data.prompts import choose_held_out, load_held_out, normalise, without_prompts
 from sa_jax.errors import UserError
 
 
@@ -39,6 +39,16 @@ def test_choice_is_disjoint_distinct_and_fixed_by_the_seed():
     assert choose_held_out(candidates, 10, 1).prompts != choose_held_out(candidates, 10, 2).prompts
     with pytest.raises(UserError, match="19 held-out.*only 18 are left.*10 repeats, 12 stand"):
         choose_held_out(candidates, 19, 0, [f"question {i}!" for i in range(12)])
+
+
+def test_the_prompts_of_a_run_keep_their_order(tmp_path):
+    """So that its base answers the same items."""
+    path, own = tmp_path / "eval_prompts.json", [f"Question {i}" for i in range(9)]
+    path.write_text(json.dumps(own))
+    prompts, record = load_held_out(str(path), 5, seed=3)
+    assert prompts == own[:5] and record["chosen"] == 5
+    with pytest.raises(UserError, match="9 held-out prompts, not 10"):
+        load_held_out(str(path), 10, seed=3)
 
 
 def test_training_rows_lose_what_is_held_out():
