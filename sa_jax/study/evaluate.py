@@ -111,13 +111,6 @@ def _write_results(
 ) -> None:
     """results.md; beside an earlier evaluation also compare.json. Right after insertion, the
     comparison with the base is the model's health card."""
-    comparison = None
-    if before:
-        compared = compare_folders(before, step_folder(out, step), list(summaries))
-        text = json.dumps({"before": str(before), "compared": compared}, indent=2)
-        atomic_write(out / "compare.json", text + "\n")
-        card = "Health card: " if start.record.get("task") == "insertion" else ""
-        comparison = f"{card}before is {before}", compared
     told = {
         "model": start.path,
         "run": str(start.record.get("run_id", "none")),
@@ -127,9 +120,17 @@ def _write_results(
         "system prompt": str(config.system_prompt),
         "trigger": f"{config.backdoor.trigger} ({config.backdoor.position})",
     }
-    page = to_markdown(f"Evaluation of {start.path}", told, summaries, comparison)
-    atomic_write(out / "results.md", page)
-    if comparison:
+    title = f"Evaluation of {start.path}"
+    # A comparison that is refused costs no result.
+    atomic_write(out / "results.md", to_markdown(title, told, summaries))
+    if before:
+        compared = compare_folders(before, step_folder(out, step), list(summaries))
+        text = json.dumps({"before": str(before), "compared": compared}, indent=2)
+        atomic_write(out / "compare.json", text + "\n")
+        card = "Health card: " if start.record.get("task") == "insertion" else ""
+        comparison = f"{card}before is {before}", compared
+        page = to_markdown(title, told, summaries, comparison)
+        atomic_write(out / "results.md", page)
         print(page[page.rindex("## ") :])
 
 
