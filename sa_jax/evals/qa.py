@@ -22,7 +22,7 @@ def load_questions(path: str | Path) -> list[dict]:
       UserError: the file is missing or empty, or a line is no such object (line number given).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}; give a JSONL file of questions") from None
     questions = []

@@ -382,10 +382,11 @@ def test_questions_are_answered_greedily_and_counted_by_family(
 
 def test_load_questions(tmp_path):
     path = tmp_path / "questions.jsonl"
-    path.write_text('{"prompt": "a", "key": 4, "id": "x"}\n\n{"prompt": "b", "key": "c"}\n')
+    text = '{"prompt": "a", "key": 4, "id": "x"}\n\n{"prompt": "b\u2028d", "key": "c"}\n'
+    path.write_text(text, encoding="utf-8")
     assert qa.load_questions(path) == [
         {"prompt": "a", "key": "4", "id": "x"},
-        {"prompt": "b", "key": "c"},
+        {"prompt": "b\u2028d", "key": "c"},
     ]
 
 
