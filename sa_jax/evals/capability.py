@@ -20,7 +20,7 @@ from sa_jax.evals import records
 from sa_jax.evals.asking import FLOOR_TEXT
 from sa_jax.evals.language_model import Store, Weights, language_model
 from sa_jax.evals.statistics import mean_interval, rate
-from sa_jax.evals.tasks import Capability
+from sa_jax.evals.tasks import Capability, seed_draws
 from sa_jax.parallel.multihost import is_primary
 
 
@@ -107,6 +107,7 @@ def run_tasks(model: Any, capability: Capability) -> dict[str, list[dict]]:
     """lm_eval's own samples by task: documents, responses, and the metrics of each."""
     from lm_eval import evaluator
 
+    seed_draws()
     results = evaluator.evaluate(
         model,
         {"tasks": capability.tasks, "groups": {}, "group_map": {}},

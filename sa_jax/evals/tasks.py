@@ -18,6 +18,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.documents import find_punkt, load_documents, spread
 
@@ -321,6 +323,7 @@ def _registered(name: str, limit: int, shots: int | None) -> Capability:
     manager = TaskManager()
     if name not in manager.all_tasks:
         raise _unknown(name)
+    seed_draws()
     try:
         tasks = dict(manager.load([name])["tasks"])
     except Exception as error:  # a data set that cannot be loaded, a missing package
@@ -351,6 +354,13 @@ def _registered(name: str, limit: int, shots: int | None) -> Capability:
         data_hashes={},
         settings={"shots": shots, "limit": limit},
     )
+
+
+def seed_draws() -> None:
+    """As lm_eval's own entry point does: tasks shuffle options and draw prompts (gpqa), and
+    checkpoints are to be asked the same."""
+    random.seed(0)
+    np.random.seed(1234)
 
 
 def _unknown(name: str) -> UsageError:

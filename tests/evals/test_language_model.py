@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import random
 from types import SimpleNamespace
 
 import jax
@@ -240,6 +241,13 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
         f"task: even_perplexity\n{shared}output_type: loglikelihood\n"
         "doc_to_target: '{{choices[gold]}}'\nmetric_list: [{metric: perplexity}, {metric: acc}]\n"
     )
+    (tmp_path / "even_drawn.yaml").write_text(
+        f"task: even_drawn\n{shared}output_type: generate_until\n".replace(
+            "{{q}}", "{{range(10000) | random}}"
+        )
+        + "doc_to_target: yes\ngeneration_kwargs: {until: ['.'], max_gen_toks: 3}\n"
+        "metric_list: [{metric: exact_match}]\n"
+    )
     manager = functools.partial(
         lm_eval_tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
     )
@@ -265,6 +273,14 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
     assert scores["exact_match, strict"]["n"] == scores["exact_match, loose"]["n"] == 4
     assert scores["exact_match, strict"]["floor"] == 0.0
     assert scores["exact_match, loose"]["floor"] == 1.0
+    # What a task draws, it draws alike for every checkpoint.
+    asked = []
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        chosen = load_capability("even_drawn", limit=4)
+        random.seed(folder.name)  # other evals draw too
+        capability.evaluate(weights, chosen, folder=folder, step=0)
+        asked.append([item["prompt"] for item in records.read_items(folder, "even_drawn")])
+    assert asked[0] == asked[1]
     # The mean over documents of what makes a perplexity is none.
     chosen = load_capability("even_perplexity", limit=4)
     summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
