@@ -47,7 +47,7 @@ LONG = {
     "8b_soap_v5p": (
         "llama31_8b_insertion",
         "v5p:2x2x4",
-        {"mesh.fsdp": 8, "mesh.tensor": 2, "optimizer.name": "soap"},
+        {"mesh.fsdp": 16, "mesh.tensor": 1, "optimizer.name": "soap"},
     ),
     "70b_soap_v5p": (
         "llama33_70b_insertion",
