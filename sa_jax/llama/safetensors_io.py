@@ -38,10 +38,12 @@ _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 # The format's own limit: a longer header is garbage read as a length.
 _MAX_HEADER_BYTES = 100_000_000
-# One ranged read: small enough for the caches and for malloc to use its memory again, and enough
-# of them in the window to keep an object store busy.
+# One ranged read: small enough for malloc to use its memory again, large enough that a turned piece
+# is written in long runs.
 _PIECE_BYTES = 4 << 20
-_WINDOW_BYTES = 256 << 20
+# In flight at a time: of a local file what keeps the copying threads busy (fresh memory costs more
+# than the copy does), of an object store what hides its latency.
+_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 16 << 20, 256 << 20
 _WRITERS = 4  # tensors that are written at a time
 
 
@@ -50,8 +52,8 @@ class Folder:
 
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
-        remote = "://" in self.path
-        spec = f"{self.path}/" if remote else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+        self.remote = "://" in self.path
+        spec = f"{self.path}/" if self.remote else {"driver": "file", "path": f"{Path(path).resolve()}/"}
         try:
             self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
@@ -178,7 +180,7 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
 def read_rows(
     folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]
 ) -> Iterator[np.ndarray]:
-    """Reads row ranges of tensors in order, at most 256 MiB ahead of the consumer.
+    """Reads row ranges of tensors in order, at most 16 MiB ahead of the consumer (remote: 256).
 
     Args:
       folder: where the files are.
@@ -188,7 +190,7 @@ def read_rows(
       Arrays of consecutive whole rows, about 4 MiB each; none crosses the end of a request.
     """
     pending: deque[tuple[TensorEntry, int, ts.Future]] = deque()
-    in_flight = 0
+    in_flight, window = 0, _REMOTE_WINDOW_BYTES if folder.remote else _WINDOW_BYTES
 
     def oldest() -> np.ndarray:
         entry, size, future = pending.popleft()
@@ -205,7 +207,7 @@ def read_rows(
             stop = entry.start + min(row + step, last) * row_bytes
             pending.append((entry, stop - start, folder.start_read(entry.file, slice(start, stop))))
             in_flight += stop - start
-            while in_flight > _WINDOW_BYTES:
+            while in_flight > window:
                 in_flight -= pending[0][1]
                 yield oldest()
     while pending:
