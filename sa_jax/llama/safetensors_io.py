@@ -53,7 +53,11 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        spec = f"{self.path}/" if self.remote else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+        spec = (
+            f"{self.path}/"
+            if self.remote
+            else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+        )
         try:
             self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
