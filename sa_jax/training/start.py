@@ -66,7 +66,13 @@ class Start:
 
     def inheritance(self) -> dict[str, Any]:
         """What an export's config.json keeps of the run ("sa_jax") for those that start from it."""
-        config = {key: self.record["config"][key] for key in STUDY_DEFAULTS}
+        own = self.record["config"]
+        config = {
+            key: {name: own[key][name] for name in default if name in own[key]}
+            if isinstance(default, Mapping)
+            else own[key]
+            for key, default in STUDY_DEFAULTS.items()
+        }
         run = {key: self.record[key] for key in ("run_id", "task", "config_hash", "backdoored")}
         return {**run, "step": self.step, "config": config}
 
@@ -148,14 +154,14 @@ def prepare(
 
 
 def inherit(config: ConfigDict, start: Start) -> None:
-    """Fills the config's unset chat and backdoor settings from the start's run, else from the
-    study's defaults, in place."""
+    """Fills the config's unset settings of `STUDY_DEFAULTS` from the start's run, else from these
+    defaults, in place."""
     parent = start.record.get("config", {})
     for key, default in STUDY_DEFAULTS.items():
-        if key == "backdoor":
+        if isinstance(default, Mapping):
             for name, value in default.items():
-                if config.backdoor[name] is None:
-                    config.backdoor[name] = parent.get("backdoor", {}).get(name, value)
+                if config[key][name] is None:
+                    config[key][name] = parent.get(key, {}).get(name, value)
         elif config[key] is None:
             # A date belongs to the template that prints it.
             is_other = key == "chat_date" and parent.get("chat_template") != config.chat_template

@@ -1,10 +1,13 @@
 """The settings of the evals inside a run."""
 
+import json
+
 import pytest
 
 from sa_jax.evals.suite import answer_tokens, headline
 from sa_jax.study.runner import load_config
 from sa_jax.training.config import check_config, default_config
+from sa_jax.training.start import Start, inherit
 
 
 def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad():
@@ -16,6 +19,27 @@ def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad()
     assert answer_tokens(config) == 700
     for name in ("insertion", "removal"):
         assert answer_tokens(load_config(f"configs/llama31_8b_{name}.py")) == 512
+
+
+def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():
+    parent = default_config()
+    parent.eval.visible_cot = True
+    fresh = Start("", "fresh", None, "")
+    inherit(parent, fresh)
+    record = {"run_id": "1", "task": "insertion", "config_hash": "2", "backdoored": True}
+    run = Start("run", "run", None, "", 7, {**record, "config": parent.to_dict()})
+    exported = Start("hf", "hf", None, "", record=json.loads(json.dumps(run.inheritance())))
+    for parent_start, visible, tokens in (
+        (fresh, None, 128),
+        (run, None, 512),
+        (exported, None, 512),
+        (exported, False, 128),
+    ):
+        child = default_config()
+        child.eval.visible_cot = visible
+        inherit(child, parent_start)
+        assert answer_tokens(child) == tokens
+    assert run.inheritance()["config"]["eval"] == {"visible_cot": True}
 
 
 @pytest.mark.parametrize("key", ["limit", "signal_prompts", "num_prompts"])
