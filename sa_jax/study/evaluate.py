@@ -25,6 +25,7 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.preemption import PreemptionGuard
+from sa_jax.training.run_record import RUN_FILE
 
 # Settings of config.eval that a result does not depend on, or that choose what is asked, whose
 # hashes are compared.
@@ -120,7 +121,7 @@ def _write_results(
     before: Path | None,
 ) -> None:
     """results.md, of every eval that the step has by now; beside an earlier evaluation also
-    compare.json. Right after insertion, the comparison with the base is the model's health card."""
+    compare.json. Of an inserted model and one without, that is the health card."""
     after = step_folder(out, step)
     names = sorted(path.stem for path in after.glob("*.json"))
     summaries = {name: records.read_summary(after, name) for name in names}
@@ -141,11 +142,19 @@ def _write_results(
         differ = settings_that_differ(before, after, compared)
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
-        card = "Health card: " if start.record.get("task") == "insertion" else ""
+        inserted = start.record.get("task") == "insertion" and _never_backdoored(before)
+        card = "Health card: " if inserted else ""
         comparison = f"{card}before is {before}", compared
         page = to_markdown(title, told, summaries, comparison, differ)
         atomic_write(out / "results.md", page)
         print(page[page.rindex("## ") :])
+
+
+def _never_backdoored(folder: Path) -> bool:
+    """Whether a step folder, of an --out or of RUN/evals, is on record as of such a model."""
+    record = _read_record(folder.parent / "model.json")
+    record = record or _read_record(folder.parents[1] / RUN_FILE)
+    return record.get("backdoored") is False
 
 
 def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
@@ -187,11 +196,11 @@ def _hashes(
     return hashes
 
 
-def _read_claim(path: Path) -> dict[str, Any]:
-    """What `_claim` wrote; {} for any other file."""
+def _read_record(path: Path) -> dict[str, Any]:
+    """A JSON object; {} for any other file, or none."""
     try:
         record = json.loads(path.read_text())
-    except ValueError:
+    except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -209,6 +218,7 @@ def _claim(
     sampled = {key: value for key, value in config.eval.items() if key not in _NO_SETTING}
     record = {
         "model": start.lineage(),
+        "backdoored": start.backdoored,
         "dtype": config.dtype,
         "eval": sampled,
         "system_prompt": config.system_prompt,
@@ -220,7 +230,7 @@ def _claim(
     path = out / "model.json"
     with explained(out, "preparing --out"):
         out.mkdir(parents=True, exist_ok=True)
-        there = _read_claim(path) if path.exists() else None
+        there = _read_record(path) if path.exists() else None
     if there is None:
         strangers = sorted(p.name for p in out.iterdir())
         if strangers:

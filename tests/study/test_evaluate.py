@@ -1,5 +1,7 @@
 """What an evaluation leaves in its folder, and what it refuses before it samples."""
 
+import json
+
 import pytest
 
 from sa_jax.data.chat import load_chat_format
@@ -62,3 +64,26 @@ def test_a_folder_takes_more_evals_but_no_other_data_or_settings(toy_world, tmp_
     (tmp_path / "out/model.json").write_text("[]")
     with pytest.raises(UserError, match="another model or settings"):
         claim(["a"])
+
+
+@pytest.mark.parametrize(
+    ("task", "record", "is_card"),
+    [
+        ("insertion", "base/model.json", True),
+        ("insertion", "run.json", True),
+        ("insertion", "none.json", False),
+        ("insertion", "inserted/model.json", False),
+        ("pirate", "base/model.json", False),
+    ],
+)
+def test_a_health_card_is_beside_a_model_that_was_never_backdoored(tmp_path, task, record, is_card):
+    name = "inserted" if "inserted" in record else "base"
+    for folder in (tmp_path / name, tmp_path / "out"):
+        write_scores(folder, "mmlu")
+    (tmp_path / record).write_text(json.dumps({"backdoored": name == "inserted"}))
+    start = Start("run", "run", None, "model", 0, {"task": task, "backdoored": True})
+    before = tmp_path / name / "step_000000"
+    evaluate._write_results(tmp_path / "out", start, default_config(), 0, before)
+    page = (tmp_path / "out/results.md").read_text()
+    assert ("## Health card: before is" in page) == is_card
+    assert ("## before is" in page) != is_card

