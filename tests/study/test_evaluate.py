@@ -5,11 +5,12 @@ import json
 import pytest
 
 from sa_jax.data.chat import load_chat_format
+from sa_jax.data.prompts import write_manifest
 from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
-from sa_jax.training.config import default_config
+from sa_jax.training.config import default_config, override
 from sa_jax.training.start import Start
 
 MODEL = Start("model", "hf", None, "model")
@@ -87,3 +88,35 @@ def test_a_health_card_is_beside_a_model_that_was_never_backdoored(tmp_path, tas
     page = (tmp_path / "out/results.md").read_text()
     assert ("## Health card: before is" in page) == is_card
     assert ("## before is" in page) != is_card
+
+
+def test_as_many_prompts_as_asked_for_and_as_there_are(tmp_path, caplog):
+    texts = [f"What is {i}?" for i in range(20)]
+    drawn, frozen, run = tmp_path / "drawn.jsonl", tmp_path / "frozen.json", tmp_path / "run"
+    drawn.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    write_manifest(frozen, texts, {})
+    run.mkdir()
+    (run / "eval_prompts.json").write_text(json.dumps(texts))
+
+    def asked(path, **settings):
+        overrides = {f"eval__{key}": value for key, value in settings.items()}
+        start = MODEL
+        if path == run:
+            start = Start(str(run), "run", None, "model")
+        else:
+            overrides["eval__prompts"] = str(path)
+        config = override(default_config(), **overrides)
+        caplog.clear()
+        prompts = evaluate._prompts(config, start, overrides)
+        return prompts, [record.getMessage() for record in caplog.records]
+
+    for path in (drawn, frozen, run):
+        everything, told = asked(path)
+        assert sorted(everything) == sorted(texts)
+        # The default of 100 is no promise of a manifest, or of a run that chose its own.
+        assert len(told) == (path == drawn)
+        for settings in ({"limit": 4}, {"num_prompts": 4}, {"num_prompts": 9, "limit": 4}):
+            assert asked(path, **settings) == (everything[:4], [])
+        few, told = asked(path, num_prompts=30)
+        assert few == everything and len(told) == 1 and "20 held-out prompts, not 30" in told[0]
+        assert asked(path, num_prompts=30, limit=20)[1] == []
