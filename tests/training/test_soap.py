@@ -164,7 +164,8 @@ def test_gradients_that_are_not_finite_stop_the_run_or_are_skipped_and_counted(
     zygote, toy_world, tmp_path
 ):
     """The first call builds bases; the second moves by 1e30, after which all gradients are NaN."""
-    wild = (*SOAP, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_fraction=0")
+    changes = ("learning_rate=1e30", "warmup_fraction=0", "weight_decay=0")
+    wild = (*SOAP, *(f"--config.optimizer.{change}" for change in changes))
     done = zygote.run(*insertion(toy_world, tmp_path / "stop", *wild))
     assert done.returncode == 1
     assert "step 3: not finite: " in done.stderr.splitlines()[-1]
