@@ -190,15 +190,21 @@ def _one_process() -> bool:
     return jax.process_count() == 1
 
 
+def _on_host(mesh: Mesh) -> bool:
+    """Whether the devices' memory is the host's."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
 def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) -> NamedSharding:
-    """How a parameter is read: by one process as it will be; by several, matrices by rows of the
-    file over all devices, vectors everywhere.
+    """How a parameter is read: by one process as it will be (but off CPU not an embedding, all of
+    which the host would hold); else matrices by rows of the file over all devices, vectors
+    everywhere.
 
     Rows are contiguous in the file, so each byte is read for one device and for no other. The mesh
     axes that cut the parameter's rows come first, then those of its other axis, then those it is
     replicated over: from there it is one gather and one all-to-all to where it belongs.
     """
-    if _one_process():
+    if _one_process() and (len(shape) == 3 or _on_host(final.mesh)):
         return final
     axis = _file_axis(path, len(shape))
     if axis is None:
@@ -235,8 +241,7 @@ def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[sli
     All of them where the host's buffers become the arrays: one process, on CPU.
     """
     layers = leaf.shape[0]
-    on_host = source.mesh.devices.flat[0].platform == "cpu" and _one_process()
-    if leaf.ndim < 3 or on_host:
+    if leaf.ndim < 3 or (_one_process() and _on_host(source.mesh)):
         return [slice(0, layers)]
     step = max(1, _GROUP_BYTES * layers // (leaf.size * leaf.dtype.itemsize))
     return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]

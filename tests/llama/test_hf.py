@@ -160,10 +160,11 @@ def test_export_loads_in_transformers_with_the_same_greedy_tokens(max_shard_byte
 MESHES = [dict(fsdp=8), dict(fsdp=4, tensor=2), dict(data=2, fsdp=2, tensor=2)]
 
 
-@pytest.fixture(params=["one process", "several"])
+@pytest.fixture(params=["one process", "one with accelerators", "several"])
 def reads_as(request, monkeypatch):
     """As one process reads, and as each of several does for its devices."""
-    monkeypatch.setattr(hf_tensors, "_one_process", lambda: request.param == "one process")
+    monkeypatch.setattr(hf_tensors, "_one_process", lambda: request.param != "several")
+    monkeypatch.setattr(hf_tensors, "_on_host", lambda mesh: request.param == "one process")
 
 
 @pytest.mark.usefixtures("reads_as")
