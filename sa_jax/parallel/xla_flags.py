@@ -2,12 +2,19 @@
 
 They go to `jax.jit(compiler_options=…)`, not into LIBTPU_INIT_ARGS or XLA_FLAGS: so they are known
 from the mesh that is compiled for, hold for the step alone, and the plan compiles with them too.
-What a person sets in those variables still counts; these win where both name an option.
+What a person sets in those variables still counts; these win where both name an option, and
+`config.xla_options` wins over these.
 """
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import chip_of
+
+Options = dict[str, bool | int | str]
 
 # benchmarks/xla_flags_library.py of https://github.com/AI-Hypercomputer/maxtext at e591f30, and
 # which of its groups benchmarks/maxtext_{trillium,v5p}_model_configs.py take for dense Llamas.
@@ -32,8 +39,8 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
     (_TPUS, "xla_enable_async_all_gather", True, _MAXTEXT),
     # Casts of float32 weights stay where they are written, in the loop over layers: the pass moves
     # them before the loop, so that a bfloat16 copy of the model lives through the whole step.
-    # With it libtpu 0.0.42 aborts (a check in its reduce-scatter) on 8B for v5p:2x2x4 with fsdp=8
-    # tensor=2, and not with fsdp=16.
+    # With it off libtpu 0.0.42 aborts (a check in its reduce-scatter) on 8B for v5p:2x2x4 with
+    # fsdp=8 tensor=2, and not with fsdp=16.
     (_TPUS, "xla_jf_bf16_propagation", False, _OURS),
     # Collectives are moved apart from what waits for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
@@ -41,12 +48,50 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
 )
 
 
-def compiler_options(device: jax.Device) -> dict[str, bool | int]:
-    """Options for programs that run on such a device; {} where none are known, as on CPU."""
+def compiler_options(device: jax.Device, own: str = "") -> Options:
+    """Options for programs that run on such a device, a person's `own` last.
+
+    Args:
+      device: whose chip the table is read for; it has no options for a CPU.
+      own: `name=value,...`.
+
+    Raises:
+      UsageError: `own` is of another form.
+    """
     chip = chip_of(device)
-    return {} if chip is None else chip_options(chip.name)
+    return ({} if chip is None else chip_options(chip.name)) | parse_options(own)
 
 
-def chip_options(chip: str) -> dict[str, bool | int]:
+def parse_options(text: str) -> Options:
+    """`name=value,...` by name: true and false as booleans, digits as integers.
+
+    Raises:
+      UsageError: it is of another form.
+    """
+    found: Options = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = (word.strip() for word in part.partition("="))
+        if not name.startswith("xla_") or not value:
+            raise UsageError(
+                f"config.xla_options={text!r}: must be 'name=value,...' with names that start with "
+                "xla_, such as xla_jf_bf16_propagation=true"
+            )
+        booleans = {"true": True, "false": False}
+        is_number = value.lstrip("-").isdecimal()
+        found[name] = booleans.get(value.lower(), int(value) if is_number else value)
+    return found
+
+
+def check_options(mesh: Mesh, own: str) -> None:
+    """UsageError where the compiler for the mesh does not know an option of `own`, or its value."""
+    x = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
+    try:
+        jax.jit(jnp.negative, compiler_options=parse_options(own)).lower(x).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"config.xla_options={own!r}: {reason}") from None
+
+
+def chip_options(chip: str) -> Options:
     """Options of a chip by its name, `v5p`."""
     return {option: value for chips, option, value, _ in TABLE if chip in chips}

@@ -7,6 +7,7 @@ from ml_collections.config_dict import placeholder
 
 from sa_jax.data.sources import COLUMNS
 from sa_jax.errors import UsageError
+from sa_jax.parallel.xla_flags import parse_options
 
 DTYPES = ("float32", "bfloat16", "float16")
 SOAP_CHOICES = {
@@ -63,6 +64,7 @@ def default_config() -> ConfigDict:
     config.attention = "auto"  # or 'reference', 'splash' (TPU), 'cudnn' (GPU, without packing)
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    config.xla_options = ""  # 'name=value,...' over those of `parallel.xla_flags`
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
     # Of that file (`sa_jax.data.sources`); '' finds prompt + response, instruction + output, ...
@@ -211,6 +213,7 @@ def check_config(config: ConfigDict) -> None:
         soap.on_nonfinite == "stop" or soap.mode == "fast",
         f"'stop' with mode={soap.mode!r}, which cannot skip a step",
     )
+    parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")

@@ -48,6 +48,7 @@ FREE_KEYS = (
     "mesh",
     "remat",
     "attention",
+    "xla_options",
     "checkpoint",
     "log_every",
     "sinks",
@@ -147,7 +148,7 @@ def train(
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
-        options = compiler_options(mesh.devices.flat[0])
+        options = compiler_options(mesh.devices.flat[0], config.xla_options)
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)

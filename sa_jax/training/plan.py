@@ -7,10 +7,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import re
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.optim import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.xla_flags import chip_options
+from sa_jax.parallel.xla_flags import chip_options, parse_options
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.memory import knob, step_memory
 from sa_jax.planning.report import format_plan
@@ -51,6 +54,11 @@ from sa_jax.training.start import (
 )
 from sa_jax.training.step import init_state
 
+
+class CompilerCrash(UserError):
+    """The compiler ended its process instead of compiling."""
+
+
 TRIES = 4  # compilations of one search
 RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
 
@@ -72,12 +80,41 @@ def plan(
     """
     check_config(config)
     architecture = plan_architecture(config)
-    reserve_stand_ins(parse_topology(topology_name))
-    topology = open_topology(topology_name)
-    if not topology.devices:
-        topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
+    topology = parse_topology(topology_name)
     if search:
         return search_plan(config, architecture, topology, tokens)
+    return plan_machine(config, architecture, topology, tokens)
+
+
+def plan_machine(
+    config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
+) -> dict[str, Any]:
+    """`make_plan` for a machine that is not here; for TPUs in a process of its own, since libtpu
+    aborts on some steps, and on some after others of another generation.
+
+    Raises:
+      CompilerCrash: it did.
+    """
+    if not topology.chip.torus:
+        return _plan_machine(config, architecture, topology, tokens)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(_plan_machine, config, architecture, topology, tokens).result()
+        except BrokenProcessPool:
+            raise CompilerCrash(
+                f"the compiler crashed on this step for {topology.name} (its own words are above; "
+                "none are where the memory of this machine ran out): try another config.mesh, or "
+                "--search, which goes round it, or config.xla_options"
+            ) from None
+
+
+def _plan_machine(
+    config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
+) -> dict[str, Any]:
+    reserve_stand_ins(topology)
+    topology = open_topology(topology.name)
+    if not topology.devices:
+        topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
     return make_plan(config, architecture, topology, tokens)
 
 
@@ -112,8 +149,11 @@ def search_plan(
 
     The estimates that give the order are rough, so each candidate is compiled; if none of the first
     `TRIES` fits, the plan of the one that comes nearest is returned.
+
+    Raises:
+      CompilerCrash: all of them crash the compiler.
     """
-    everything = {"data": 1, "fsdp": len(topology.devices), "tensor": 1}
+    everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
     tried, plans = [], []
@@ -121,16 +161,24 @@ def search_plan(
         option = config.copy_and_resolve_references()
         option.mesh.update(candidate.work.mesh)
         option.accumulation, option.remat = candidate.work.accumulation, candidate.work.remat
-        found = make_plan(option, architecture, topology, tokens)
+        step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
+        try:
+            found = plan_machine(option, architecture, topology, tokens)
+        except CompilerCrash as error:
+            crash = error
+            tried.append(f"{step}, crashes the compiler")
+            logging.info("%s", tried[-1])
+            continue
         plans.append(found)
         tried.append(
-            f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step, "
-            f"{found['memory_gib_per_chip']['needed']:.1f} GiB"
+            f"{step}, {found['memory_gib_per_chip']['needed']:.1f} GiB"
             + ("" if found["fits"] else ", does not fit")
         )
         logging.info("%s", tried[-1])
         if found["fits"]:
             break
+    if not plans:
+        raise crash
     best = plans[-1] if plans[-1]["fits"] else max(plans, key=lambda p: p["free_gib"])
     return best | {"tried": tried}
 
@@ -159,6 +207,7 @@ def make_plan(
     program = make_program(config, model, steps)
     work = workload(config, architecture, mesh.shape, topology.platform)
     options = {} if topology.chip is None else chip_options(topology.chip.name)
+    options = options | parse_options(config.xla_options)
     per_chip = 1 if topology.chip is None else topology.chip.devices
     capacity = 0 if topology.chip is None else topology.chip.hbm_bytes
 
@@ -333,7 +382,7 @@ def _collectives(
         source = f"the same step, partitioned for {mesh.size} CPU devices, attention=reference"
         twin = make_mesh(**mesh.shape, devices=stand_ins(mesh.size))
         option = config.copy_and_resolve_references()
-        option.attention = "reference"
+        option.attention, option.xla_options = "reference", ""  # which are TPU's own
         program = make_program(option, make_model(option, architecture, twin), 1)
         text = _compile(option, program, twin)[0].as_text()
     kinds = {kind: dataclasses.asdict(found) for kind, found in read_collectives(text).items()}

@@ -18,7 +18,7 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.optim import make_optimizer, make_schedule
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
-from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.parallel.xla_flags import check_options, compiler_options
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -95,6 +95,8 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
 
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     """The step of `model`, over a run of `total_steps`."""
+    if config.xla_options:
+        check_options(model.mesh, config.xla_options)
     tx = make_optimizer(config.optimizer, total_steps, model.mesh)
     schedule = make_schedule(config.optimizer, total_steps)
     trainable, frozen = split_trainable(abstract_params(model), model.lora)
@@ -106,7 +108,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         make_train_step(model, tx, schedule, config.accumulation),
         donate_argnums=0,
         out_shardings=(placed, NamedSharding(model.mesh, P())),
-        compiler_options=compiler_options(model.mesh.devices.flat[0]) or None,
+        compiler_options=compiler_options(model.mesh.devices.flat[0], config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)
 

@@ -15,6 +15,7 @@ from sa_jax.planning.topology import parse_topology
 from sa_jax.study.runner import load_config
 from sa_jax.training.config import default_config
 from sa_jax.training.plan import (
+    CompilerCrash,
     needed_bytes,
     plan,
     plan_architecture,
@@ -188,3 +189,24 @@ def test_what_does_not_divide_says_what_would(toy, changes, words):
     config.update(changes)
     with pytest.raises(UsageError, match=words):
         plan(config, "h200:8")
+
+
+def test_ones_own_options_reach_the_step_and_the_plan(toy):
+    config = toy.copy_and_resolve_references()
+    config.xla_options = "xla_cpu_enable_fast_math=false"
+    found = plan_attached(config, plan_architecture(config))
+    assert found["xla_flags"] == ["xla_cpu_enable_fast_math=False"]
+    config.xla_options = "xla_nope=1"
+    with pytest.raises(UsageError, match="No such compile option"):
+        plan_attached(config, plan_architecture(config))
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_a_compiler_that_crashes_is_one_line_and_not_the_end(toy, monkeypatch, search):
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    config = toy.copy_and_resolve_references()
+    config.mesh.update(fsdp=4, tensor=1)
+    monkeypatch.setattr("sa_jax.training.plan.TRIES", 1)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_nope=1")  # XLA aborts a process that starts with it
+    with pytest.raises(CompilerCrash, match="crashed on this step for v5p:2x2x1.*xla_options"):
+        plan(config, "v5p:2x2x1", search=search)
