@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from sa_jax.errors import UserError
-from sa_jax.llama.safetensors_io import DTYPES, Folder, OutputTensor, TensorEntry, read_rows
+from sa_jax.llama.safetensors_io import DTYPES, Folder, OutputTensor, Rows, TensorEntry, read_rows
 from sa_jax.parallel import rules
 
 # Modules by their path in our parameters; `layers/...` stand under model.layers.N.
@@ -278,7 +278,7 @@ def _read_rows(
     leaf: jax.ShapeDtypeStruct,
     rows: int,
     columns: Sequence[_Range],
-    pieces: Iterator[np.ndarray],
+    pieces: Iterator[Rows],
     pool: ThreadPoolExecutor,
 ) -> tuple[list[np.ndarray], set[int]]:
     """So many rows of a parameter's matrices, a buffer for each range of their columns; and the
@@ -308,9 +308,9 @@ def _read_rows(
         at = 0
         while at < len(targets[0]):
             piece = next(pieces)
-            cuts = [target[at : at + len(piece)] for target in targets]
+            cuts = [target[at : at + piece.count] for target in targets]
             copies.append((layer, pool.submit(_copy, cuts, columns, piece)))
-            at += len(piece)
+            at += piece.count
             finish(2 * _COPY_THREADS)
     finish(0)
     return buffers, bad
@@ -323,9 +323,9 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
-def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], piece: np.ndarray) -> bool:
+def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], rows: Rows) -> bool:
     """Each target = its columns of the piece, cast; False if the piece holds NaN or Inf."""
-    piece = piece.reshape(len(piece), -1)
+    piece = rows.fetch().reshape(rows.count, -1)
     finite = _all_finite(piece)
     # As plain integers: numpy moves bfloat16, which it does not know, element by element.
     unsigned = np.dtype(f"u{targets[0].dtype.itemsize}")
@@ -349,10 +349,15 @@ def _turned(rows: np.ndarray) -> np.ndarray:
 
 
 def _all_finite(block: np.ndarray) -> bool:
-    """np.isfinite(block).all(), on the exponent bits: ten times faster, any float dtype."""
-    unsigned = np.dtype(f"u{block.dtype.itemsize}")
-    exponent = np.asarray(np.inf, block.dtype).view(unsigned)
-    return bool(np.max(block.view(unsigned) & exponent) != exponent)
+    """np.isfinite(block).all() of any float dtype, twenty times as fast, without a second array.
+
+    Infinity is the least of the integers that are no finite number: of the signed ones among
+    positive numbers, of the unsigned ones among negative.
+    """
+    size = block.dtype.itemsize
+    infinity, minus = np.asarray([np.inf, -np.inf], block.dtype).view(f"u{size}")
+    signed, unsigned = block.view(f"i{size}"), block.view(f"u{size}")
+    return bool(signed.max() < infinity and unsigned.max() < minus)
 
 
 def _redistribute(array: jax.Array, sharding: NamedSharding) -> jax.Array:

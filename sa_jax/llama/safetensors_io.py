@@ -5,11 +5,13 @@ offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#fo
 """
 
 import contextlib
+import functools
 import json
 import math
 import os
 import shutil
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,13 +40,13 @@ _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 # The format's own limit: a longer header is garbage read as a length.
 _MAX_HEADER_BYTES = 100_000_000
-# One ranged read: small enough for malloc to use its memory again, large enough that a turned piece
-# is written in long runs.
+# One ranged read: small enough for a cache, large enough that a turned piece is written in long
+# runs.
 _PIECE_BYTES = 4 << 20
-# In flight at a time: of a local file what keeps the copying threads busy (fresh memory costs more
-# than the copy does), of an object store what hides its latency.
-_WINDOW_BYTES, _REMOTE_WINDOW_BYTES = 16 << 20, 256 << 20
+_WINDOW_BYTES = 256 << 20  # in flight at a time, which hides an object store's latency
 _WRITERS = 4  # tensors that are written at a time
+
+_threads_own = threading.local()  # .buffer: what `begin_read` reads local files into
 
 
 class Folder:
@@ -53,11 +55,8 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        spec = (
-            f"{self.path}/"
-            if self.remote
-            else {"driver": "file", "path": f"{Path(path).resolve()}/"}
-        )
+        self._root = self.path if self.remote else str(Path(path).resolve())
+        spec = f"{self.path}/" if self.remote else {"driver": "file", "path": f"{self._root}/"}
         try:
             self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
@@ -80,6 +79,43 @@ class Folder:
                 raise _broken(self.name(file), "is shorter than its header says") from None
             raise UserError(f"{self.name(file)} cannot be read: {_first_line(error)}") from None
         return None if result.state == "missing" else result.value
+
+    def begin_read(self, file: str, start: int, stop: int) -> Callable[[], bytes | memoryview]:
+        """Starts reading [start, stop) of a file; what it returns waits for the bytes.
+
+        Those of a local file are read by the thread that waits, into a buffer that it uses again
+        for its next: KvStore's are fresh memory each time, twice over, which takes as long as all
+        the rest of a load.
+        """
+        if not self.remote:
+            return functools.partial(self._read_here, file, start, stop - start)
+        future = self.start_read(file, slice(start, stop))
+
+        def finish() -> bytes:
+            content = self.finish_read(file, future)
+            if content is None or len(content) != stop - start:
+                raise self._changed(file)
+            return content
+
+        return finish
+
+    def _read_here(self, file: str, start: int, size: int) -> memoryview:
+        if len(getattr(_threads_own, "buffer", b"")) < size:
+            _threads_own.buffer = bytearray(size)
+        content = missing = memoryview(_threads_own.buffer)[:size]
+        try:
+            with open(f"{self._root}/{file}", "rb", buffering=0) as opened:
+                while missing:
+                    count = os.preadv(opened.fileno(), [missing], start)
+                    if not count:
+                        raise self._changed(file)
+                    missing, start = missing[count:], start + count
+        except OSError as error:
+            raise UserError(f"{self.name(file)} cannot be read: {error.strerror}") from None
+        return content
+
+    def _changed(self, file: str) -> UserError:
+        return _broken(self.name(file), "changed while it was read")
 
     def read(self, file: str) -> bytes | None:
         """All bytes of a file, or None where there is no such file."""
@@ -181,41 +217,47 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
     }
 
 
-def read_rows(
-    folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]
-) -> Iterator[np.ndarray]:
-    """Reads row ranges of tensors in order, at most 16 MiB ahead of the consumer (remote: 256).
+class Rows(NamedTuple):
+    """So many consecutive rows of a tensor, brought by `fetch`, which may raise UserError.
+
+    What it returns holds until the same thread fetches again.
+    """
+
+    count: int
+    fetch: Callable[[], np.ndarray]
+
+
+def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
+    """Row ranges of tensors in order, about 4 MiB at a time, begun 256 MiB ahead of the consumer.
 
     Args:
       folder: where the files are.
       requests: tensors, each with the [first, last) of its leading axis that is wanted.
 
     Yields:
-      Arrays of consecutive whole rows, about 4 MiB each; none crosses the end of a request.
+      Consecutive whole rows, to be fetched in several threads; none crosses the end of a request.
     """
-    pending: deque[tuple[TensorEntry, int, ts.Future]] = deque()
-    in_flight, window = 0, _REMOTE_WINDOW_BYTES if folder.remote else _WINDOW_BYTES
-
-    def oldest() -> np.ndarray:
-        entry, size, future = pending.popleft()
-        content = folder.finish_read(entry.file, future)
-        if content is None or len(content) != size:
-            raise _broken(folder.name(entry.file), "changed while it was read")
-        return np.frombuffer(content, DTYPES[entry.dtype]).reshape(-1, *entry.shape[1:])
-
+    begun: deque[tuple[Rows, int]] = deque()
+    in_flight = 0
     for entry, first, last in requests:
         row_bytes = (entry.stop - entry.start) // entry.shape[0]
         step = max(1, _PIECE_BYTES // row_bytes)
         for row in range(first, last, step):
+            count = min(step, last - row)
             start = entry.start + row * row_bytes
-            stop = entry.start + min(row + step, last) * row_bytes
-            pending.append((entry, stop - start, folder.start_read(entry.file, slice(start, stop))))
-            in_flight += stop - start
-            while in_flight > window:
-                in_flight -= pending[0][1]
-                yield oldest()
-    while pending:
-        yield oldest()
+            finish = folder.begin_read(entry.file, start, start + count * row_bytes)
+            rows = Rows(count, functools.partial(_as_rows, entry, finish))
+            begun.append((rows, count * row_bytes))
+            in_flight += count * row_bytes
+            while in_flight > _WINDOW_BYTES:
+                rows, size = begun.popleft()
+                in_flight -= size
+                yield rows
+    yield from (rows for rows, _ in begun)
+
+
+def _as_rows(entry: TensorEntry, finish: Callable[[], bytes | memoryview]) -> np.ndarray:
+    return np.frombuffer(finish(), DTYPES[entry.dtype]).reshape(-1, *entry.shape[1:])
 
 
 class OutputTensor(NamedTuple):
