@@ -3,8 +3,9 @@ r"""Loads a generated 6 GB Llama (bfloat16, 4 safetensors shards) and prints spe
 The peer, in the same run: safetensors' own numpy reader copying every tensor of the same files
 into memory. Both read from the page cache, each in a process of its own, in turns; the best of
 `--rounds` counts. A virtual machine's free memory goes back to its host within seconds, and what is
-taken then comes slower: so as much is touched and freed just before each measurement. Beyond = peak resident memory, less what was resident before and the arrays
-loaded. On 8 fake devices every copy between devices is a copy in the host's memory too.
+taken then comes slower: so as much is touched and freed just before each measurement. Beyond =
+peak resident memory, less what was resident before and the arrays loaded. On 8 fake devices every
+copy between devices is a copy in the host's memory too.
 
     python benchmarks/loading.py [--folder=DIR] [--rounds=3] [--out=FILE.json]
 """
