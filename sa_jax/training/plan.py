@@ -103,8 +103,9 @@ def plan_machine(
         except BrokenProcessPool:
             raise CompilerCrash(
                 f"the compiler crashed on this step for {topology.name} (its own words are above; "
-                "none are where the memory of this machine ran out): try another config.mesh, or "
-                "--search, which goes round it, or config.xla_options"
+                "none are where the memory of this machine ran out): try another config.mesh, "
+                "--search, which goes round it, or "
+                "--config.xla_options=xla_jf_bf16_propagation=true, which takes more memory"
             ) from None
 
 
