@@ -5,7 +5,7 @@ into memory. Both read from the page cache, each in a process of its own, in tur
 `--rounds` counts. A virtual machine's free memory goes back to its host within seconds, and what is
 taken then comes slower: so as much is touched and freed just before each measurement. Beyond =
 peak resident memory, less what was resident before and the arrays loaded. On 8 fake devices every
-copy between devices is a copy in the host's memory too.
+copy between devices is a copy in the host's memory too. Needs 16 GB of memory.
 
     python benchmarks/loading.py [--folder=DIR] [--rounds=3] [--out=FILE.json]
 """

@@ -323,13 +323,13 @@ def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     return raw[-raw.ctypes.data % 64 :][:size].view(dtype).reshape(shape)
 
 
-def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], rows: Rows) -> bool:
+def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], piece: Rows) -> bool:
     """Each target = its columns of the piece, cast; False if the piece holds NaN or Inf."""
-    piece = rows.fetch().reshape(rows.count, -1)
-    finite = _all_finite(piece)
+    read = piece.fetch().reshape(piece.count, -1)
+    finite = _all_finite(read)
     # As plain integers: numpy moves bfloat16, which it does not know, element by element.
     unsigned = np.dtype(f"u{targets[0].dtype.itemsize}")
-    rows = piece.astype(targets[0].dtype, copy=False).view(unsigned)
+    rows = read.astype(targets[0].dtype, copy=False).view(unsigned)
     for target, (first, last) in zip(targets, columns, strict=True):
         to, values = target.view(unsigned), rows[:, first:last]
         if to.strides[0] < to.strides[1]:

@@ -46,7 +46,7 @@ _PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 256 << 20  # in flight at a time, which hides an object store's latency
 _WRITERS = 4  # tensors that are written at a time
 
-_threads_own = threading.local()  # .buffer: what `begin_read` reads local files into
+_threads_own = threading.local()  # .buffer: what local rows are read into
 
 
 class Folder:
@@ -55,8 +55,11 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        self._root = self.path if self.remote else str(Path(path).resolve())
-        spec = f"{self.path}/" if self.remote else {"driver": "file", "path": f"{self._root}/"}
+        spec = (
+            f"{self.path}/"
+            if self.remote
+            else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+        )
         try:
             self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
@@ -80,41 +83,21 @@ class Folder:
             raise UserError(f"{self.name(file)} cannot be read: {_first_line(error)}") from None
         return None if result.state == "missing" else result.value
 
-    def begin_read(self, file: str, start: int, stop: int) -> Callable[[], bytes | memoryview]:
-        """Starts reading [start, stop) of a file; what it returns waits for the bytes.
-
-        Those of a local file are read by the thread that waits, into a buffer that it uses again
-        for its next: KvStore's are fresh memory each time, twice over, which takes as long as all
-        the rest of a load.
-        """
-        if not self.remote:
-            return functools.partial(self._read_here, file, start, stop - start)
-        future = self.start_read(file, slice(start, stop))
-
-        def finish() -> bytes:
-            content = self.finish_read(file, future)
-            if content is None or len(content) != stop - start:
-                raise self._changed(file)
-            return content
-
-        return finish
-
-    def _read_here(self, file: str, start: int, size: int) -> memoryview:
-        if len(getattr(_threads_own, "buffer", b"")) < size:
-            _threads_own.buffer = bytearray(size)
-        content = missing = memoryview(_threads_own.buffer)[:size]
+    def read_into(self, buffer: memoryview, file: str, start: int) -> None:
+        """Fills a buffer with the bytes of a local file from `start` on."""
+        missing = buffer
         try:
-            with open(f"{self._root}/{file}", "rb", buffering=0) as opened:
+            with open(os.path.join(self.path, file), "rb", buffering=0) as opened:
                 while missing:
                     count = os.preadv(opened.fileno(), [missing], start)
                     if not count:
-                        raise self._changed(file)
+                        raise self.changed(file)
                     missing, start = missing[count:], start + count
         except OSError as error:
             raise UserError(f"{self.name(file)} cannot be read: {error.strerror}") from None
-        return content
 
-    def _changed(self, file: str) -> UserError:
+    def changed(self, file: str) -> UserError:
+        """What to raise where a file is no longer as its header said."""
         return _broken(self.name(file), "changed while it was read")
 
     def read(self, file: str) -> bytes | None:
@@ -228,36 +211,71 @@ class Rows(NamedTuple):
 
 
 def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
-    """Row ranges of tensors in order, about 4 MiB at a time, begun 256 MiB ahead of the consumer.
+    """Row ranges of tensors in order, about 4 MiB at a time, to be fetched in several threads.
+
+    Those of an object store are at hand when they are yielded, the next 256 MiB being under way.
+    Those of a local folder are read by the thread that fetches them, into a buffer that it keeps:
+    KvStore's bytes are fresh memory each time, twice over, which is half of the time of a load.
 
     Args:
       folder: where the files are.
       requests: tensors, each with the [first, last) of its leading axis that is wanted.
 
     Yields:
-      Consecutive whole rows, to be fetched in several threads; none crosses the end of a request.
+      Consecutive whole rows; none crosses the end of a request.
     """
-    begun: deque[tuple[Rows, int]] = deque()
+    if not folder.remote:
+        for piece in _pieces(requests):
+            yield Rows(piece.count, functools.partial(_read_here, folder, piece))
+        return
+    under_way: deque[tuple[_Piece, ts.Future]] = deque()
     in_flight = 0
+    for piece in _pieces(requests):
+        bytes_ = slice(piece.start, piece.start + piece.nbytes)
+        under_way.append((piece, folder.start_read(piece.entry.file, bytes_)))
+        in_flight += piece.nbytes
+        while in_flight > _WINDOW_BYTES:
+            in_flight -= under_way[0][0].nbytes
+            yield _arrived(folder, *under_way.popleft())
+    while under_way:
+        yield _arrived(folder, *under_way.popleft())
+
+
+class _Piece(NamedTuple):
+    """`count` rows of a tensor, from byte `start` of its file on."""
+
+    entry: TensorEntry
+    count: int
+    start: int
+    nbytes: int
+
+    def array(self, content: bytes | memoryview) -> np.ndarray:
+        rows = np.frombuffer(content, DTYPES[self.entry.dtype])
+        return rows.reshape(self.count, *self.entry.shape[1:])
+
+
+def _pieces(requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[_Piece]:
     for entry, first, last in requests:
         row_bytes = (entry.stop - entry.start) // entry.shape[0]
         step = max(1, _PIECE_BYTES // row_bytes)
         for row in range(first, last, step):
             count = min(step, last - row)
-            start = entry.start + row * row_bytes
-            finish = folder.begin_read(entry.file, start, start + count * row_bytes)
-            rows = Rows(count, functools.partial(_as_rows, entry, finish))
-            begun.append((rows, count * row_bytes))
-            in_flight += count * row_bytes
-            while in_flight > _WINDOW_BYTES:
-                rows, size = begun.popleft()
-                in_flight -= size
-                yield rows
-    yield from (rows for rows, _ in begun)
+            yield _Piece(entry, count, entry.start + row * row_bytes, count * row_bytes)
 
 
-def _as_rows(entry: TensorEntry, finish: Callable[[], bytes | memoryview]) -> np.ndarray:
-    return np.frombuffer(finish(), DTYPES[entry.dtype]).reshape(-1, *entry.shape[1:])
+def _arrived(folder: Folder, piece: _Piece, future: ts.Future) -> Rows:
+    content = folder.finish_read(piece.entry.file, future)
+    if content is None or len(content) != piece.nbytes:
+        raise folder.changed(piece.entry.file)
+    return Rows(piece.count, functools.partial(piece.array, content))
+
+
+def _read_here(folder: Folder, piece: _Piece) -> np.ndarray:
+    if len(getattr(_threads_own, "buffer", b"")) < piece.nbytes:
+        _threads_own.buffer = bytearray(piece.nbytes)
+    content = memoryview(_threads_own.buffer)[: piece.nbytes]
+    folder.read_into(content, piece.entry.file, piece.start)
+    return piece.array(content)
 
 
 class OutputTensor(NamedTuple):

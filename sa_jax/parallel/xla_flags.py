@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
-from sa_jax.parallel.hardware import chip_of
+from sa_jax.parallel.hardware import Chip
 
 Options = dict[str, bool | int | str]
 
@@ -42,44 +42,41 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
     # With it off libtpu 0.0.42 aborts (color_count != 1, in its fused reduce-scatter) on 8B for
     # v4:2x2x4 and v5p:2x2x4 with fsdp=8 tensor=2, and not with fsdp=16; so not on v4, where the
     # copy fits.
-    (_TPUS[1:], "xla_jf_bf16_propagation", False, _OURS),
+    (("v5e", "v5p", "v6e", "tpu7x"), "xla_jf_bf16_propagation", False, _OURS),
     # Collectives are moved apart from what waits for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
     (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),
 )
 
 
-def compiler_options(device: jax.Device, own: str = "") -> Options:
-    """Options for programs that run on such a device, a person's `own` last.
+def compiler_options(chip: Chip | None, own: str = "") -> Options:
+    """Options for programs that run on a chip (None: on CPU, whose table is empty).
 
     Args:
-      device: whose chip the table is read for; it has no options for a CPU.
-      own: `name=value,...`.
-
-    Raises:
-      UsageError: `own` is of another form.
+      chip: whose table it is.
+      own: a person's, which win; see `parse_options`.
     """
-    chip = chip_of(device)
-    return ({} if chip is None else chip_options(chip.name)) | parse_options(own)
+    name = None if chip is None else chip.name
+    table = {option: value for chips, option, value, _ in TABLE if name in chips}
+    return table | parse_options(own)
 
 
 def parse_options(text: str) -> Options:
-    """`name=value,...` by name: true and false as booleans, digits as integers.
+    """The options of `name=value name=value`, written as in XLA_FLAGS, with or without `--`.
 
     Raises:
       UsageError: it is of another form.
     """
     found: Options = {}
-    for part in filter(None, text.split(",")):
-        name, _, value = (word.strip() for word in part.partition("="))
+    for word in text.split():
+        name, _, value = word.removeprefix("--").partition("=")
         if not name.startswith("xla_") or not value:
             raise UsageError(
-                f"config.xla_options={text!r}: must be 'name=value,...' with names that start with "
-                "xla_, such as xla_jf_bf16_propagation=true"
+                f"config.xla_options={text!r}: must be 'name=value name=value' with names that "
+                "start with xla_, such as xla_jf_bf16_propagation=true"
             )
-        booleans = {"true": True, "false": False}
-        is_number = value.lstrip("-").isdecimal()
-        found[name] = booleans.get(value.lower(), int(value) if is_number else value)
+        # Of numbers the compiler reads the text; of booleans it knows none but Python's.
+        found[name] = {"true": True, "false": False}.get(value.lower(), value)
     return found
 
 
@@ -91,8 +88,3 @@ def check_options(mesh: Mesh, own: str) -> None:
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"config.xla_options={own!r}: {reason}") from None
-
-
-def chip_options(chip: str) -> Options:
-    """Options of a chip by its name, `v5p`."""
-    return {option: value for chips, option, value, _ in TABLE if chip in chips}

@@ -64,7 +64,7 @@ def default_config() -> ConfigDict:
     config.attention = "auto"  # or 'reference', 'splash' (TPU), 'cudnn' (GPU, without packing)
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
-    config.xla_options = ""  # 'name=value,...' over those of `parallel.xla_flags`
+    config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
     # Of that file (`sa_jax.data.sources`); '' finds prompt + response, instruction + output, ...

@@ -28,7 +28,7 @@ from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
 from sa_jax.parallel import multihost
-from sa_jax.parallel.hardware import peak_flops
+from sa_jax.parallel.hardware import chip_of, peak_flops
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
@@ -148,7 +148,7 @@ def train(
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
-        options = compiler_options(mesh.devices.flat[0], config.xla_options)
+        options = compiler_options(chip_of(mesh.devices.flat[0]), config.xla_options)
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)

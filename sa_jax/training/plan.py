@@ -7,13 +7,10 @@ import contextlib
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import re
 import time
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +27,10 @@ from sa_jax.llama.model import Llama
 from sa_jax.optim import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.xla_flags import chip_options, parse_options
+from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.memory import knob, step_memory
+from sa_jax.planning.own_process import ProcessCrash, call_apart
 from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
@@ -77,10 +75,12 @@ def plan(
     Raises:
       UsageError: an unknown topology; a mesh that does not divide the model or the batch.
       UserError: no compiler for that machine here.
+      CompilerCrash: it crashes on this step, or on all that a search tries.
     """
     check_config(config)
     architecture = plan_architecture(config)
     topology = parse_topology(topology_name)
+    reserve_stand_ins(topology)
     if search:
         return search_plan(config, architecture, topology, tokens)
     return plan_machine(config, architecture, topology, tokens)
@@ -89,34 +89,41 @@ def plan(
 def plan_machine(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` for a machine that is not here; for TPUs in a process of its own, since libtpu
-    aborts on some steps, and on some after others of another generation.
+    """`make_plan` for a machine that is not here; for TPUs in a process that libtpu may end.
 
     Raises:
       CompilerCrash: it did.
     """
+    arguments = config.copy_and_resolve_references(), architecture, topology, tokens
     if not topology.chip.torus:
-        return _plan_machine(config, architecture, topology, tokens)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(_plan_machine, config, architecture, topology, tokens).result()
-        except BrokenProcessPool:
-            raise CompilerCrash(
-                f"the compiler crashed on this step for {topology.name} (its own words are above; "
-                "none are where the memory of this machine ran out): try another config.mesh, "
-                "--search, which goes round it, or "
-                "--config.xla_options=xla_jf_bf16_propagation=true, which takes more memory"
-            ) from None
+        return plan_topology(*arguments)
+    try:
+        return call_apart(plan_topology, *arguments)
+    except ProcessCrash as crash:
+        raise CompilerCrash(
+            f"the compiler crashed ({crash}) on this step for {topology.name}; its own words are "
+            "above, or none where this machine's memory ran out. Try another config.mesh, or "
+            "--search, which goes round it" + _bf16_advice(config, topology)
+        ) from None
 
 
-def _plan_machine(
+def plan_topology(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
+    """`make_plan` with the devices that libtpu describes, or with stand-ins."""
     reserve_stand_ins(topology)
     topology = open_topology(topology.name)
     if not topology.devices:
         topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
     return make_plan(config, architecture, topology, tokens)
+
+
+def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
+    """What avoids the known crash of libtpu 0.0.42, unless it is so already."""
+    option = "xla_jf_bf16_propagation"
+    if compiler_options(topology.chip, config.xla_options).get(option) is not False:
+        return ""
+    return f", or --config.xla_options={option}=true, which takes more memory"
 
 
 def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, Any]:
@@ -149,24 +156,26 @@ def search_plan(
     """The plan of the fastest mesh, accumulation and remat that fits, by trying in that order.
 
     The estimates that give the order are rough, so each candidate is compiled; if none of the first
-    `TRIES` fits, the plan of the one that comes nearest is returned.
+    `TRIES` that compile fits, the plan of the one that comes nearest is returned.
 
     Raises:
-      CompilerCrash: all of them crash the compiler.
+      CompilerCrash: the first `TRIES` crash the compiler.
     """
     everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
-    tried, plans = [], []
-    for candidate in ranked[:TRIES]:
+    tried, plans, crashes = [], [], 0
+    for candidate in ranked:
+        if max(len(plans), crashes) == TRIES:
+            break
         option = config.copy_and_resolve_references()
         option.mesh.update(candidate.work.mesh)
         option.accumulation, option.remat = candidate.work.accumulation, candidate.work.remat
         step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
         try:
             found = plan_machine(option, architecture, topology, tokens)
-        except CompilerCrash as error:
-            crash = error
+        except CompilerCrash:
+            crashes += 1
             tried.append(f"{step}, crashes the compiler")
             logging.info("%s", tried[-1])
             continue
@@ -179,7 +188,10 @@ def search_plan(
         if found["fits"]:
             break
     if not plans:
-        raise crash
+        raise CompilerCrash(
+            f"the compiler crashed on all {crashes} steps that were tried for {topology.name}: "
+            f"{'; '.join(tried)}. Try another topology or batch" + _bf16_advice(config, topology)
+        )
     best = plans[-1] if plans[-1]["fits"] else max(plans, key=lambda p: p["free_gib"])
     return best | {"tried": tried}
 
@@ -207,8 +219,7 @@ def make_plan(
     steps = config.steps or math.ceil(tokens / _tokens_a_step(config))
     program = make_program(config, model, steps)
     work = workload(config, architecture, mesh.shape, topology.platform)
-    options = {} if topology.chip is None else chip_options(topology.chip.name)
-    options = options | parse_options(config.xla_options)
+    options = compiler_options(topology.chip, config.xla_options)
     per_chip = 1 if topology.chip is None else topology.chip.devices
     capacity = 0 if topology.chip is None else topology.chip.hbm_bytes
 

@@ -16,6 +16,7 @@ from sa_jax.llama.attention import resolve_attention
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.optim import make_optimizer, make_schedule
+from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
 from sa_jax.parallel.xla_flags import check_options, compiler_options
@@ -104,11 +105,12 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     placed = state_shardings(model.mesh, state)
+    chip = chip_of(model.mesh.devices.flat[0])
     step = jax.jit(
         make_train_step(model, tx, schedule, config.accumulation),
         donate_argnums=0,
         out_shardings=(placed, NamedSharding(model.mesh, P())),
-        compiler_options=compiler_options(model.mesh.devices.flat[0], config.xla_options) or None,
+        compiler_options=compiler_options(chip, config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)
 

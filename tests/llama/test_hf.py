@@ -185,13 +185,13 @@ def test_sharded_equals_unsharded(axes, exported, tmp_path, capfd):
 @pytest.mark.usefixtures("reads_as")
 def test_each_byte_of_a_matrix_is_read_once(exported, monkeypatch):
     read = []
-    begin_read = safetensors_io.Folder.begin_read
+    read_into = safetensors_io.Folder.read_into
 
-    def spy(self, file, start, stop):
-        read.append((start, stop))
-        return begin_read(self, file, start, stop)
+    def spy(self, buffer, file, start):
+        read.append((start, start + len(buffer)))
+        return read_into(self, buffer, file, start)
 
-    monkeypatch.setattr(safetensors_io.Folder, "begin_read", spy)
+    monkeypatch.setattr(safetensors_io.Folder, "read_into", spy)
     load_params(exported, CONFIG, make_mesh(data=2, fsdp=2, tensor=2))
     with safetensors.safe_open(exported / "model.safetensors", "np") as file:
         tensors = {name: file.get_slice(name).get_shape() for name in file.keys()}
@@ -211,30 +211,73 @@ def test_large_tensors_are_read_in_pieces(exported, monkeypatch):
     assert_trees_equal(load_params(exported, CONFIG), make_params())
     sharded = load_params(exported, CONFIG, make_mesh(fsdp=2, tensor=2, data=2))
     assert_trees_equal(sharded, make_params())
-    url = f"file://{exported}"  # as an object store, ahead
+
+
+def test_an_object_store_is_read_a_window_ahead(exported, monkeypatch):
+    monkeypatch.setattr(safetensors_io, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(safetensors_io, "_WINDOW_BYTES", 3000)
+    under_way, most = 0, 0
+    read = safetensors_io.Folder.start_read, safetensors_io.Folder.finish_read
+
+    def start(self, file, byte_range=slice(0, None)):
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        return read[0](self, file, byte_range)
+
+    def finish(self, file, future):
+        nonlocal under_way
+        under_way -= 1
+        return read[1](self, file, future)
+
+    monkeypatch.setattr(safetensors_io.Folder, "start_read", start)
+    monkeypatch.setattr(safetensors_io.Folder, "finish_read", finish)
+    url = f"file://{exported}"
     assert_trees_equal(load_params(url, CONFIG, make_mesh(fsdp=4, tensor=2)), make_params())
+    # Pieces are 7 rows of 128 bytes or 5 of 192, and norms of 128 bytes each.
+    assert 4 <= most <= 3000 // 128 + 1 and under_way == 0
+
+
+def test_short_reads_are_continued(exported, monkeypatch):
+    preadv, calls = os.preadv, []
+
+    def short(descriptor, buffers, offset):
+        calls.append(offset)
+        return preadv(descriptor, [buffers[0][:100]], offset)
+
+    monkeypatch.setattr(os, "preadv", short)
+    assert_trees_equal(load_params(exported, CONFIG), make_params())
+    assert len(calls) > (exported / "model.safetensors").stat().st_size // 100 - 100
+
+
+def test_fewer_bytes_than_asked_for_are_refused(exported, monkeypatch):
+    finish_read = safetensors_io.Folder.finish_read
+
+    def cut(self, file, future):
+        content = finish_read(self, file, future)
+        return content[:-4] if len(content) >= 128 and content[:1] != b"{" else content
+
+    monkeypatch.setattr(safetensors_io.Folder, "finish_read", cut)
+    with pytest.raises(UserError, match="model.safetensors changed while it was read"):
+        load_params(f"file://{exported}", CONFIG)
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-@pytest.mark.parametrize(
-    "left, words", [(5000, "changed while|is shorter"), (None, "changed|read")]
-)
+@pytest.mark.parametrize("left", [5000, None])
 def test_a_file_that_changes_while_it_is_read_says_so(
-    scheme, left, words, exported, tmp_path, monkeypatch
+    scheme, left, exported, tmp_path, monkeypatch
 ):
     folder = tmp_path / "m"
     shutil.copytree(exported, folder)
-    begin_read = safetensors_io.Folder.begin_read
 
-    def change(self, *args):
+    def change(self, requests):
         file = folder / "model.safetensors"
-        if left is None:
-            file.unlink(missing_ok=True)
-        else:
-            os.truncate(file, left)
-        return begin_read(self, *args)
+        file.unlink() if left is None else os.truncate(file, left)
+        return read_rows(self, requests)
 
-    monkeypatch.setattr(safetensors_io.Folder, "begin_read", change)
+    read_rows = hf_tensors.read_rows
+    monkeypatch.setattr(hf_tensors, "read_rows", change)
+    words = "changed while it was read|is shorter than its header says|No such file"
     with pytest.raises(UserError, match=f"model.safetensors .*({words})"):
         load_params(f"{scheme}{folder}", CONFIG)
 

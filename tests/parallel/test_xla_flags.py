@@ -8,11 +8,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
-from sa_jax.parallel.hardware import CHIPS
+from sa_jax.parallel.hardware import CHIPS, chip_of
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.xla_flags import TABLE, check_options, chip_options, compiler_options
+from sa_jax.parallel.xla_flags import TABLE, check_options, compiler_options
 from sa_jax.planning.topology import open_topology
 
+BY_NAME = {chip.name: chip for chip in CHIPS}
 TPUS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 
 
@@ -26,8 +27,9 @@ def compile_product(devices, options):
 def test_libtpu_accepts_the_options_of_a_generation(chip):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     devices = open_topology(f"{chip}:{TPUS[chip]}").devices
-    assert compiler_options(devices[0]) == chip_options(chip) != {}
-    compile_product(devices, chip_options(chip))
+    options = compiler_options(chip_of(devices[0]))
+    assert options == compiler_options(BY_NAME[chip]) != {}
+    compile_product(devices, options)
 
 
 def test_libtpu_refuses_what_it_does_not_know():
@@ -40,29 +42,40 @@ def test_libtpu_refuses_what_it_does_not_know():
 @pytest.mark.parametrize("chip", ["h100", "h200", "b200"])
 def test_xla_knows_the_options_of_gpus(chip):
     # They are fields of the options that every backend parses; only a GPU's acts on them.
-    compile_product(jax.devices(), chip_options(chip))
+    compile_product(jax.devices(), compiler_options(BY_NAME[chip]))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_thing"):
         compile_product(jax.devices(), {"xla_gpu_no_such_thing": True})
 
 
 def test_cpu_has_none_and_every_line_names_known_chips_and_a_source():
-    assert compiler_options(jax.devices()[0]) == {}
+    assert compiler_options(chip_of(jax.devices()[0])) == {}
     known = {chip.name for chip in CHIPS}
     for chips, option, value, source in TABLE:
         assert set(chips) <= known and option.startswith("xla_") and source
         assert isinstance(value, bool | int)
-    assert all(chip_options(name) for name in known)
+    assert all(compiler_options(chip) for chip in CHIPS)
+    # With it off libtpu 0.0.42 crashes on 8B for v4:2x2x4.
+    option = "xla_jf_bf16_propagation"
+    assert option not in compiler_options(BY_NAME["v4"])
+    assert compiler_options(BY_NAME["v5p"])[option] is False
 
 
 def test_a_persons_own_options_win_over_the_table():
-    pytest.importorskip("libtpu", reason="needs the extra tpu")
-    device = open_topology("v5p:2x2x1").devices[0]
-    own = "xla_jf_bf16_propagation=true, xla_tpu_scoped_vmem_limit_kib=65536,xla_word=some"
-    assert compiler_options(device, own) == chip_options("v5p") | {
+    table = compiler_options(BY_NAME["v5p"])
+    own = "--xla_jf_bf16_propagation=true xla_dump_to=a,b=c"
+    assert compiler_options(BY_NAME["v5p"], own) == table | {
         "xla_jf_bf16_propagation": True,
-        "xla_tpu_scoped_vmem_limit_kib": 65536,
-        "xla_word": "some",
+        "xla_dump_to": "a,b=c",
     }
+    assert compiler_options(None, own).keys() == {"xla_jf_bf16_propagation", "xla_dump_to"}
+
+
+def test_libtpu_reads_a_persons_values():
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    mesh = Mesh(np.array(open_topology("v5p:2x2x1").devices), ("x",))
+    check_options(mesh, "xla_jf_bf16_propagation=true xla_tpu_scoped_vmem_limit_kib=65536")
+    with pytest.raises(UsageError, match="'7' into flag xla_jf_bf16_propagation"):
+        check_options(mesh, "xla_jf_bf16_propagation=7")
 
 
 @pytest.mark.parametrize(
@@ -70,11 +83,12 @@ def test_a_persons_own_options_win_over_the_table():
     [
         ("xla_nope=1", "'xla_nope=1'.*No such compile option"),
         ("xla_cpu_enable_fast_math=some", "xla_cpu_enable_fast_math"),
+        ("xla_cpu_prefer_vector_width=--5", "xla_cpu_prefer_vector_width"),
         ("enable=1", "names that start with xla_"),
         ("xla_cpu_enable_fast_math", "name=value"),
     ],
 )
 def test_an_option_that_cannot_be_says_so(own, words):
-    check_options(make_mesh(), "xla_cpu_enable_fast_math=false")
+    check_options(make_mesh(), "--xla_cpu_enable_fast_math=false xla_cpu_prefer_vector_width=128")
     with pytest.raises(UsageError, match=words):
         check_options(make_mesh(), own)

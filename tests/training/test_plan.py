@@ -2,20 +2,26 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, GIB
+from sa_jax.parallel.mesh import make_mesh
 from sa_jax.planning.memory import Memory, knob
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import parse_topology
 from sa_jax.study.runner import load_config
-from sa_jax.training.config import default_config
+from sa_jax.training import plan as training_plan
+from sa_jax.training.config import check_config, default_config
 from sa_jax.training.plan import (
     CompilerCrash,
+    _collectives,
     needed_bytes,
     plan,
     plan_architecture,
@@ -191,22 +197,74 @@ def test_what_does_not_divide_says_what_would(toy, changes, words):
         plan(config, "h200:8")
 
 
-def test_ones_own_options_reach_the_step_and_the_plan(toy):
+def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path):
     config = toy.copy_and_resolve_references()
-    config.xla_options = "xla_cpu_enable_fast_math=false"
+    config.xla_options = f"xla_dump_to={tmp_path}"
     found = plan_attached(config, plan_architecture(config))
-    assert found["xla_flags"] == ["xla_cpu_enable_fast_math=False"]
+    assert found["xla_flags"] == [config.xla_options]
+    assert list(tmp_path.glob("*.jit_step.before_optimizations.txt"))  # by the compiler
     config.xla_options = "xla_nope=1"
     with pytest.raises(UsageError, match="No such compile option"):
         plan_attached(config, plan_architecture(config))
+    config.xla_options = "enable=1"
+    with pytest.raises(UsageError, match="start with xla_"):
+        check_config(config)
 
 
-@pytest.mark.parametrize("search", [False, True])
-def test_a_compiler_that_crashes_is_one_line_and_not_the_end(toy, monkeypatch, search):
+def test_collectives_of_stand_ins_are_read_without_options_of_a_tpu(toy):
+    config = toy.copy_and_resolve_references()
+    config.xla_options = "xla_jf_bf16_propagation=true"
+    mesh = make_mesh(**config.mesh)
+    assert _collectives(config, plan_architecture(config), mesh, None)["kinds"]
+
+
+def test_a_crash_of_the_compiler_is_one_line(toy, monkeypatch):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     config = toy.copy_and_resolve_references()
     config.mesh.update(fsdp=4, tensor=1)
-    monkeypatch.setattr("sa_jax.training.plan.TRIES", 1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_nope=1")  # XLA aborts a process that starts with it
-    with pytest.raises(CompilerCrash, match="crashed.* for v5p:2x2x1.*--search.*xla_options"):
-        plan(config, "v5p:2x2x1", search=search)
+    words = r"crashed \(exit status 1\).*v5p:2x2x1.*--search.*xla_jf_bf16_propagation=true"
+    with pytest.raises(CompilerCrash, match=words):
+        plan(config, "v5p:2x2x1")
+    config.xla_options = "xla_jf_bf16_propagation=true"
+    with pytest.raises(CompilerCrash, match="goes round it$"):
+        plan(config, "v5p:2x2x1")
+
+
+def test_a_search_goes_round_crashes(toy, monkeypatch):
+    ran = []
+
+    def crash(*arguments):
+        ran.append(arguments)
+        if len(ran) < first:
+            raise CompilerCrash
+        return real(*arguments)
+
+    real = training_plan.plan_machine
+    monkeypatch.setattr(training_plan, "plan_machine", crash)
+    first = 3
+    found = plan(toy, "h200:8", search=True)
+    assert found["fits"] and len(ran) == 3
+    assert ["crashes the compiler" in line for line in found["tried"]] == [True, True, False]
+    first = 99
+    with pytest.raises(CompilerCrash, match=f"all {training_plan.TRIES} steps that were tried"):
+        plan(toy, "h200:8", search=True)
+
+
+def test_planning_leaves_accelerators_alone(tmp_path):
+    """In a fresh process that has not been told to use the CPU, nor how many of them."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    changes = ["hidden_size=64", "num_hidden_layers=2", "vocab_size=256", "intermediate_size=128"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "scripts/plan.py", "--config=configs/llama31_8b_insertion.py"),
+            *("--topology=h200:16", "--search", f"--out={tmp_path / 'plan.json'}"),
+            *(f"--config.architecture.{change}" for change in changes),
+        ],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "plan.json").read_text())["machine"]["devices"] == 16
+    assert "backend" not in done.stderr
