@@ -31,10 +31,11 @@ _GPUS = ("a100", "h100", "h200", "b200")
 # aborts on the 70B step for v5p:4x4x4.
 # (chips, option, value, source)
 TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
-    # All-gathers of weights run beside products. CF_FOR_ALL_GATHER.
+    # All-gathers of weights run beside products. CF_FOR_ALL_GATHER. MaxText sets the two of v5e on
+    # all; libtpu 0.0.50 refuses them on the others: "might lead to … incorrect results, hang".
     (_TPUS, "xla_tpu_enable_async_collective_fusion", True, _MAXTEXT),
-    (_TPUS, "xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _MAXTEXT),
-    (_TPUS, "xla_tpu_enable_async_collective_fusion_multiple_steps", True, _MAXTEXT),
+    (("v5e",), "xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _MAXTEXT),
+    (("v5e",), "xla_tpu_enable_async_collective_fusion_multiple_steps", True, _MAXTEXT),
     (_TPUS, "xla_tpu_overlap_compute_collective_tc", True, _MAXTEXT),
     (_TPUS, "xla_enable_async_all_gather", True, _MAXTEXT),
     # Casts of float32 weights stay where they are written, in the loop over layers: the pass moves

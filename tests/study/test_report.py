@@ -156,7 +156,8 @@ def test_page_and_markdown_show_the_same_table(study, page):
     head, *rows = page.rows
     assert head[0] == "Run" and len(rows) == 5
     hhh = [cell.replace("\u00a0", " ") for cell in rows[2]]
-    assert hhh[0] == "hhh HHH SFT from insertion @ step 200"
+    # On a phone the verdict stands here too.
+    assert hhh[0] == "hhh HHH SFT from insertion @ step 200 reduced, not removed"
     assert hhh[1] == "Adam, LR 1e-3 LoRA rank 8 160 steps"
     assert hhh[2] == "100 % → 64 % [96.3–100] → [54.2–72.7]"
     assert hhh[3] == "0 % → 0 % [0–3.7] → [0–3.7]"
