@@ -17,7 +17,7 @@ for 100M token slots. With SOAP 16.2 GiB of arguments, 57.6 in all.
 
 Compiled for TPU, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of
 arguments, 8.9 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
-(`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.4 of 32 GiB, 0.57 s, 1.9 chip-hours.
+(`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.2 of 32 GiB, 0.57 s, 1.9 chip-hours.
 """
 
 from sa_jax.llama.architectures import LLAMA31_8B

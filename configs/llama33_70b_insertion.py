@@ -16,7 +16,7 @@ arguments, 34.0 of 131 GiB a GPU; at least 1.09 s a step (interconnect-bound), 2
 for 100M token slots. With SOAP 16.7 GiB of arguments, 38.4 in all.
 
 Compiled for TPU: on 64 chips of v5p (`--topology=v5p:4x4x4 --search`) fsdp=16 tensor=4, remat
-minimal; 12.3 GiB of arguments, 29.2 of 95 GiB a chip at the peak; at least 0.97 s a step, 26.2
+minimal; 12.3 GiB of arguments, 29.1 of 95 GiB a chip at the peak; at least 0.97 s a step, 26.2
 chip-hours. With SOAP on 128 (`v5p:4x4x8`, fsdp=16 tensor=8, remat full) 9.0, 16.8 GiB; 0.64 s, 35.0
 chip-hours.
 """
