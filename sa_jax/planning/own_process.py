@@ -2,8 +2,9 @@
 steps, and on some after others of another TPU generation.
 """
 
+import importlib
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from sa_jax.errors import UserError
+from sa_jax import errors
 
 
 class ProcessCrash(Exception):
@@ -25,8 +26,8 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     The process ends with this one, whatever ends this one.
 
     Args:
-      function: of a module, so that the process can import it.
-      arguments: picklable, like what comes back.
+      function: at the top of a module, which the process imports.
+      arguments: JSON-able, like what comes back.
 
     Raises:
       ProcessCrash: the process ended without Python's say.
@@ -37,7 +38,8 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
-        pickle.dump((function, arguments), child.stdin)
+        call = [function.__module__, function.__name__, arguments]
+        child.stdin.write(json.dumps(call).encode() + b"\n")
         child.stdin.flush()  # and stays open: the child takes its end for ours
         answer = child.stdout.read()
         code = child.wait()
@@ -48,9 +50,9 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
         child.wait()
     if not answer:
         raise ProcessCrash(signal.Signals(-code).name if code < 0 else f"exit status {code}")
-    found, error = pickle.loads(answer)
+    found, error, message = json.loads(answer)
     if error is not None:
-        raise error
+        raise getattr(errors, error, RuntimeError)(message)
     return found
 
 
@@ -60,16 +62,17 @@ def main() -> None:
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
-        function, arguments = pickle.load(sys.stdin.buffer)
+        module, name, arguments = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_end_with_caller, daemon=True).start()
-        answer = pickle.dumps((function(*arguments), None))
-    except UserError as error:
-        answer = pickle.dumps((None, error))
+        found = getattr(importlib.import_module(module), name)(*arguments)
+        answer = json.dumps([found, None, None])
+    except errors.UserError as error:
+        answer = json.dumps([None, type(error).__name__, str(error)])
     except Exception:
         traceback.print_exc()
-        answer = pickle.dumps((None, RuntimeError("the process failed: its error is above")))
+        answer = json.dumps([None, "", "the process failed: its error is above"])
     with output:
-        output.write(answer)
+        output.write(answer.encode())
 
 
 def _end_with_caller() -> None:

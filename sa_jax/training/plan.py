@@ -94,7 +94,7 @@ def plan_machine(
     Raises:
       CompilerCrash: it did.
     """
-    arguments = config.copy_and_resolve_references(), architecture, topology, tokens
+    arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens
     if not topology.chip.torus:
         return plan_topology(*arguments)
     try:
@@ -108,14 +108,14 @@ def plan_machine(
 
 
 def plan_topology(
-    config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
+    config: dict[str, Any], hf: dict[str, Any], topology_name: str, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` with the devices that libtpu describes, or with stand-ins."""
-    reserve_stand_ins(topology)
-    topology = open_topology(topology.name)
+    """`make_plan` with the devices that libtpu describes, or with stand-ins; JSON in and out."""
+    reserve_stand_ins(parse_topology(topology_name))
+    topology = open_topology(topology_name)
     if not topology.devices:
         topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
-    return make_plan(config, architecture, topology, tokens)
+    return make_plan(ConfigDict(config), LlamaConfig.from_hf(hf), topology, tokens)
 
 
 def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
