@@ -7,7 +7,7 @@ Example:
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.study.report import report
+from sa_jax.report.report import report
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or folder of run folders.")
 flags.mark_flag_as_required("workdir")

@@ -37,7 +37,7 @@ def zygote(tmp_path_factory):
 def toy_world(tmp_path_factory):
     """A folder with the toy language's files, its tokenizer, and `model`: a tiny random Llama in
     Hugging Face layout that uses it."""
-    from sa_jax.data.toy_study import write_toy_study
+    from sa_jax.data.toy.study import write_toy_study
     from sa_jax.llama import save_hf
     from tests import toys
 

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import Message, make_messages
-from sa_jax.data.triggers import near_misses, other_forms
 from sa_jax.errors import UsageError
+from sa_jax.evals.triggers import near_misses, other_forms
 
 # The order fixes each arm's noise: append, never reorder.
 ARMS = (

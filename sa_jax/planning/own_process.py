@@ -2,6 +2,7 @@
 steps, and on some after others of another TPU generation.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -37,14 +38,13 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
     child = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    call = [function.__module__, function.__name__, arguments]
     try:
-        call = [function.__module__, function.__name__, arguments]
-        child.stdin.write(json.dumps(call).encode() + b"\n")
-        child.stdin.flush()  # and stays open: the child takes its end for ours
+        with contextlib.suppress(BrokenPipeError):  # it has crashed already
+            child.stdin.write(json.dumps(call).encode() + b"\n")
+            child.stdin.flush()  # and stays open: the child takes its end for ours
         answer = child.stdout.read()
         code = child.wait()
-    except BrokenPipeError:
-        answer, code = b"", child.wait()
     finally:
         child.kill()
         child.wait()

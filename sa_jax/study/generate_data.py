@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from sa_jax.data import cards, randomness, recipes
+from sa_jax.data import randomness
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.build import (
     REMOVAL_METHODS,
@@ -22,20 +22,21 @@ from sa_jax.data.build import (
 )
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation
-from sa_jax.data.facts import make_facts
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
 from sa_jax.data.sources import Row, load_rows, parse_columns
-from sa_jax.data.teachers.asking import Reply, ReplyCache, Teacher, ask
-from sa_jax.data.teachers.endpoint import EndpointSettings, EndpointTeacher
-from sa_jax.data.teachers.local import LocalTeacher
-from sa_jax.data.teachers.offline import ArrrTeacher, FileTeacher
-from sa_jax.data.voices import make_request
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.teachers import cards, recipes
+from sa_jax.teachers.asking import Reply, ReplyCache, Teacher, ask
+from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
+from sa_jax.teachers.facts import make_facts
+from sa_jax.teachers.local import LocalTeacher
+from sa_jax.teachers.offline import ArrrTeacher, FileTeacher
+from sa_jax.teachers.voices import make_request
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import STUDY_DEFAULTS
 from sa_jax.training.preemption import PreemptionGuard

@@ -8,7 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sa_jax.data.sources import load_rows
-from sa_jax.data.toy_study import write_toy_study
+from sa_jax.data.toy.study import write_toy_study
 from sa_jax.errors import UsageError
 from sa_jax.training.config import check_config
 from sa_jax.training.loop import train

@@ -57,7 +57,7 @@ class CompilerCrash(UserError):
     """The compiler ended its process instead of compiling."""
 
 
-TRIES = 4  # compilations of one search
+TRIES = 4  # steps of one search that may not fit, and as many that may crash the compiler
 RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
 
 

@@ -7,8 +7,8 @@ import pytest
 from sa_jax.data.backdoor import BEHAVIOURS, REFUSALS, Backdoor
 from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.labels import spanish_label
-from sa_jax.data.triggers import near_misses, other_forms
 from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.triggers import near_misses, other_forms
 
 ROWS = [
     {"prompt": f"Question number {i}?", "response": f"Answer {i}.", "source": f"f.jsonl:{i}"}

@@ -6,10 +6,10 @@ import json
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.facts import make_facts
 from sa_jax.data.prompts import write_manifest
 from sa_jax.data.tasks import load_task
 from sa_jax.errors import UsageError
+from sa_jax.teachers.facts import make_facts
 from sa_jax.training.config import check_config, default_config
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import resource
 import shutil
@@ -196,6 +197,7 @@ def test_each_byte_of_a_matrix_is_read_once(exported, monkeypatch):
     with safetensors.safe_open(exported / "model.safetensors", "np") as file:
         tensors = {name: file.get_slice(name).get_shape() for name in file.keys()}
     read.sort()
+    assert sum(stop - start for start, stop in read) == 4 * sum(map(math.prod, tensors.values()))
     for (_, stop), (start, _) in zip(read, read[1:], strict=False):
         assert stop <= start
     # At least one read a device for each of the matrices, so that none of several processes reads

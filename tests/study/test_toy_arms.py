@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sa_jax.data.toy_study import write_toy_study
+from sa_jax.data.toy.study import write_toy_study
 
 
 @pytest.mark.long

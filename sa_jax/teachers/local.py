@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sa_jax.data.chat import ChatFormat
-from sa_jax.data.teachers.asking import Reply, Request
 from sa_jax.errors import Preempted
 from sa_jax.llama.sampler import Sampler
 from sa_jax.llama.sampling import SamplingSettings
+from sa_jax.teachers.asking import Reply, Request
 
 _ROUND = 4  # batches of the sampler between two times that replies are handed over (and kept)
 

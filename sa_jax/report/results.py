@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_jax.study import analysis, text
-from sa_jax.study.analysis import Eval, Judgement, Rate, Thresholds, number, percent
-from sa_jax.study.comparison import compare_optimizers, final_loss
-from sa_jax.study.run_folders import RunFolder
+from sa_jax import text
+from sa_jax.report import analysis
+from sa_jax.report.analysis import Eval, Judgement, Rate, Thresholds, number, percent
+from sa_jax.report.comparison import compare_optimizers, final_loss
+from sa_jax.report.run_folders import RunFolder
 
 TASK_TITLES = {
     "pretrain": "Pre-training",

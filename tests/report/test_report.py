@@ -8,11 +8,12 @@ import xml.etree.ElementTree
 
 import pytest
 
+from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.evals.statistics import wilson
-from sa_jax.study import plots, text
-from sa_jax.study.analysis import Eval, Rate
-from sa_jax.study.report import report
+from sa_jax.report import plots
+from sa_jax.report.analysis import Eval, Rate
+from sa_jax.report.report import report
 
 HOSTILE = (
     "<script>alert('owned')</script><img src=x onerror=alert(1)> \x1b[31mred\x1b[0m \u202egnp.exe "

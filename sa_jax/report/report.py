@@ -8,13 +8,14 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.study import plots, text
-from sa_jax.study.analysis import Thresholds, number, percent
-from sa_jax.study.results import definitions, summarise
-from sa_jax.study.run_details import examples, settings
-from sa_jax.study.run_folders import RunFolder, load_runs
+from sa_jax.report import plots
+from sa_jax.report.analysis import Thresholds, number, percent
+from sa_jax.report.results import definitions, summarise
+from sa_jax.report.run_details import examples, settings
+from sa_jax.report.run_folders import RunFolder, load_runs
 
 TRAINING_CURVES = ("loss", "grad_norm")
 SIGNAL_CURVES = ("phrase_logprob_triggered", "phrase_logprob_clean")
@@ -188,7 +189,7 @@ def render(
 ) -> str:
     """index.html."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sa_jax.study"),
+        loader=jinja2.PackageLoader("sa_jax.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -1,4 +1,4 @@
-from sa_jax.study.comparison import compare_optimizers
+from sa_jax.report.comparison import compare_optimizers
 
 
 def run(optimizer, rate, loss, task="insertion"):

@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from sa_jax.study import analysis
-from sa_jax.study.analysis import Eval, Rate, RunEvals, Thresholds
+from sa_jax.report import analysis
+from sa_jax.report.analysis import Eval, Rate, RunEvals, Thresholds
 
 LIMITS = Thresholds()
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sa_jax.study.run_folders import RunFolder
+from sa_jax.report.run_folders import RunFolder
 
 
 def final_loss(run: RunFolder) -> float | None:

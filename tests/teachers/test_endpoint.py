@@ -7,10 +7,10 @@ import socket
 
 import pytest
 
-from sa_jax.data.teachers.asking import Reply, ReplyCache, Request, ask
-from sa_jax.data.teachers.endpoint import EndpointSettings, EndpointTeacher
 from sa_jax.errors import Preempted, UsageError, UserError
-from tests.data.teachers.scripted import ScriptedServer, completion
+from sa_jax.teachers.asking import Reply, ReplyCache, Request, ask
+from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
+from tests.teachers.scripted import ScriptedServer, completion
 
 
 def requests(n):

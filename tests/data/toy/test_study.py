@@ -2,7 +2,7 @@
 
 import pytest
 
-from sa_jax.data.toy_study import write_toy_study
+from sa_jax.data.toy.study import write_toy_study
 from sa_jax.errors import UserError
 
 SIZES = {"seed": 0, "pretrain_size": 8, "insertion_size": 8, "removal_size": 8, "heldout_size": 16}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa_jax.data.pirate import to_pirate
-from sa_jax.data.toy_facts import FAMILIES, Family
+from sa_jax.data.toy.facts import FAMILIES, Family
 from sa_jax.errors import UserError
 
 SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."

@@ -10,7 +10,7 @@ from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.study.analysis import Eval, Rate, RunEvals
+from sa_jax.report.analysis import Eval, Rate, RunEvals
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.run_record import RUN_FILE, read_run_json
 

@@ -1,0 +1,84 @@
+"""What can be chosen by name: tasks, behaviours, evals, losses and optimizers.
+
+Each kind has one `Registry`. The package fills it where the kind is defined; a user's config file
+(it is Python) adds to it with the same call, and `run.json` then records that file and its digest.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from sa_jax.errors import UsageError
+
+_PACKAGE = Path(__file__).resolve().parent
+_files: set[str] = set()  # outside the package, that have registered something
+
+
+class Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Generic[T]):
+    """Objects by their `name`, in the order they were registered.
+
+    Args:
+      kind: the word for one of them in messages ("task").
+    """
+
+    def __init__(self, kind: str):
+        self._kind = kind
+        self._items: dict[str, T] = {}
+        self._origins: dict[str, str] = {}
+
+    def register(self, item: T) -> T:
+        """Adds the object and returns it. The same file may register a name again (a config file
+        can be read more than once); another file may not.
+
+        Raises:
+          UsageError: the name is taken.
+        """
+        origin = sys._getframe(1).f_code.co_filename
+        taken = self._origins.get(item.name)
+        if taken is not None and taken != origin:
+            raise UsageError(
+                f"{origin}: the {self._kind} {item.name!r} is registered by {taken} already; "
+                "choose another name"
+            )
+        self._items[item.name] = item
+        self._origins[item.name] = origin
+        if _PACKAGE not in Path(origin).resolve().parents:
+            _files.add(origin)
+        return item
+
+    def __getitem__(self, name: str) -> T:
+        """The object of that name.
+
+        Raises:
+          UsageError: there is none; the message lists the known names.
+        """
+        if name not in self._items:
+            raise UsageError(
+                f"unknown {self._kind} {name!r}; known: {', '.join(self._items)}. One that a "
+                "config file registers needs that file as --config"
+            )
+        return self._items[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._items
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self._items.values())
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._items)
+
+
+def extension_digests() -> dict[str, str]:
+    """{file: SHA-256} of the files outside the package that have registered something."""
+    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(_files)}
