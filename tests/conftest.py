@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.chat_formats"]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
