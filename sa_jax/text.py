@@ -1,7 +1,8 @@
-"""Text that a model wrote, made safe to look at, and cut to a length that a page can hold."""
+"""Text for people: what a model wrote made safe to look at, rates in words, Markdown tables."""
 
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
 
@@ -37,7 +38,44 @@ def cut(text: str, length: int) -> tuple[str, bool]:
     return (head[:space] if space > 0 else head).rstrip(), True
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def number(value: float) -> str:
+    """One decimal, unless it is .0."""
+    return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0")  # + 0.0: no minus before a zero
+
+
+def percent(rate: float) -> str:
+    """0.973 -> '97.3 %', 1.0 -> '100 %' (a no-break space before the sign)."""
+    return f"{number(100 * rate)}\u00a0%"
+
+
+def interval(lo: float, hi: float) -> str:
+    """(0.1, 0.25) -> '[10–25]', in percent."""
+    return f"[{number(100 * lo)}–{number(100 * hi)}]"
+
+
+def points(difference: float) -> str:
+    """0.051 -> '+5.1', a difference of two rates in percentage points."""
+    return f"{100 * difference:+.1f}"
+
+
 def markdown(text: str) -> str:
     """One line in which nothing means anything to Markdown or HTML (pipes in tables too)."""
-    escaped = (f"\\{char}" if char in r"\`*_<>|&" else char for char in one_line(text))
-    return re.sub(r"\](?=[(\[:])", r"\\]", "".join(escaped))  # no links; intervals stay readable
+    escaped = re.sub(r"[\\`*<>|&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
+    return re.sub(r"\](?=[(\[:])", r"\\]", escaped)  # no links; intervals stay readable
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in a terminal too; every cell is anybody's text."""
+    lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
+
+    def row(cells: Sequence[str]) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([row(lines[0]), row(["-" * width for width in widths]), *map(row, lines[1:])])

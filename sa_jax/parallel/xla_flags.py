@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import Chip
+from sa_jax.text import first_line
 
 Options = dict[str, bool | int | str]
 
@@ -87,5 +88,4 @@ def check_options(mesh: Mesh, own: str) -> None:
     try:
         jax.jit(jnp.negative, compiler_options=parse_options(own)).lower(x).compile()
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"config.xla_options={own!r}: {reason}") from None
+        raise UsageError(f"config.xla_options={own!r}: {first_line(error)}") from None

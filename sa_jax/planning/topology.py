@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.parallel.hardware import CHIPS, Chip
+from sa_jax.text import first_line
 
 # Slices that Google Cloud names (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), up to
 # 512 chips; larger ones that follow the same rule work too.
@@ -126,8 +127,7 @@ def open_topology(name: str) -> Topology:
     try:
         described = topologies.get_topology_desc(name, "tpu", **options)
     except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"libtpu does not know the topology {name}: {reason}") from None
+        raise UserError(f"libtpu does not know the topology {name}: {first_line(error)}") from None
     devices = tuple(described.devices)
     if len(devices) != topology.chips * topology.chip.devices:
         raise UserError(f"libtpu gives {name} {len(devices)} devices, not one a chip as expected")

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from sa_jax.evals.statistics import max_hits, mcnemar, n_needed, two_proportion_test, wilson
+from sa_jax.text import percent
 
 # What a verdict can be.
 INSERTED = "inserted"
@@ -171,16 +172,6 @@ class Judgement:
     probes: tuple[str, ...] = ()
     peak: Eval | None = None
     provisional: bool = False
-
-
-def percent(rate: float) -> str:
-    """0.973 -> '97.3 %', 1.0 -> '100 %' (a no-break space before the sign)."""
-    return f"{number(100 * rate)}\u00a0%"
-
-
-def number(value: float) -> str:
-    """One decimal, unless it is .0."""
-    return f"{value:.1f}".removesuffix(".0")
 
 
 def insertion_verdict(after: Eval | None, limits: Thresholds) -> Verdict:

@@ -15,7 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from sa_jax.report.analysis import Eval, Rate, number
+from sa_jax.report.analysis import Eval, Rate
+from sa_jax.text import number
 
 # name -> colour on a light page; each is unique, for `inline_svg` swaps it for var(--plot-<name>).
 COLOURS = {

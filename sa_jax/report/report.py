@@ -12,10 +12,11 @@ from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import plots
-from sa_jax.report.analysis import Thresholds, number, percent
+from sa_jax.report.analysis import Thresholds
 from sa_jax.report.results import definitions, summarise
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder, load_runs
+from sa_jax.text import markdown_table, percent
 
 TRAINING_CURVES = ("loss", "grad_norm")
 SIGNAL_CURVES = ("phrase_logprob_triggered", "phrase_logprob_clean")
@@ -82,14 +83,14 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     ]
     rows = [
         [
-            text.markdown("· " * run["depth"] + run["name"]),
-            text.markdown(run["title"]),
-            text.markdown(run["start"]),
-            text.markdown(f"{run['optimizer']}, {learning_rate(run)}"),
+            "· " * run["depth"] + run["name"],
+            run["title"],
+            run["start"],
+            f"{run['optimizer']}, {learning_rate(run)}",
             weights(run),
             steps(run),
             *(_change(run, key) for key in ("triggered", "clean", "accuracy")),
-            text.markdown(run["verdict"]["text"]),
+            run["verdict"]["text"],
         ]
         for run in results["runs"]
     ]
@@ -101,7 +102,7 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     problems = [f"- {text.markdown(problem)}" for problem in all_problems(results)]
     parts = [
         text.markdown(results["summary"]),
-        _table(head, rows),
+        markdown_table(head, rows),
         _optimizers(results["optimizers"]),
         "\n".join(reasons),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
@@ -114,31 +115,21 @@ def to_markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([line(head), line(["-" * width for width in widths]), *map(line, rows)])
-
-
 def _optimizers(compared: Sequence[Mapping[str, Any]]) -> str:
     if not compared:
         return ""
     rows = [
         [
-            text.markdown(row["optimizer"]),
+            row["optimizer"],
             learning_rate(row),
             f"{row['final_loss']:.3f}",
-            text.markdown(row["name"]),
+            row["name"],
             row["best"],
         ]
         for row in compared
     ]
     head = ["Optimizer", "LR", "Training loss at the end", "Run", "Lowest"]
-    return "Insertion by optimizer and learning rate:\n\n" + _table(head, rows)
+    return "Insertion by optimizer and learning rate:\n\n" + markdown_table(head, rows)
 
 
 def _change(run: Mapping[str, Any], key: str) -> str:
@@ -150,7 +141,7 @@ def _change(run: Mapping[str, Any], key: str) -> str:
 
 
 def interval(rate: Mapping[str, float]) -> str:
-    return f"[{number(100 * rate['lo'])}–{number(100 * rate['hi'])}]"
+    return text.interval(rate["lo"], rate["hi"])
 
 
 def learning_rate(run: Mapping[str, Any]) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.report import analysis
-from sa_jax.report.analysis import Eval, Judgement, Rate, Thresholds, number, percent
+from sa_jax.report.analysis import Eval, Judgement, Rate, Thresholds
 from sa_jax.report.comparison import compare_optimizers, final_loss
 from sa_jax.report.run_folders import RunFolder
+from sa_jax.text import number, percent
 
 TASK_TITLES = {
     "pretrain": "Pre-training",
@@ -258,7 +259,7 @@ def _peak(judged: Mapping[str, Judgement], probes: Sequence[str]) -> float:
 def with_interval(rate: Rate, limits: Thresholds) -> str:
     """'64 % [54.2–72.7]'."""
     lo, hi = rate.interval(limits.confidence)
-    return f"{percent(rate.rate)} [{number(100 * lo)}–{number(100 * hi)}]"
+    return f"{percent(rate.rate)} {text.interval(lo, hi)}"
 
 
 def definitions(limits: Thresholds) -> list[tuple[str, str]]:

