@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lints and tests the project on the CPU, with 8 fake devices; makes its environment first.
+# Lints, type-checks and tests the project on the CPU, with 8 fake devices; makes its environment first.
 #
 #   bash scripts/test.sh [--long] [pytest arguments]
 #
@@ -20,6 +20,8 @@ export JAX_PLATFORMS=cpu
 export XLA_FLAGS="--xla_force_host_platform_device_count=8 ${XLA_FLAGS:-}"
 
 "$PYTHON_BIN" -m ruff check
+"$PYTHON_BIN" -m ruff format --check
+"$PYTHON_BIN" -m mypy || echo "test.sh: goes on in spite of the type errors above" >&2
 # Later options win, so that `-n 0` or `-m ...` on the command line replaces these.
 exec "$PYTHON_BIN" -m pytest -n 2 --dist worksteal \
     ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null
