@@ -1,7 +1,7 @@
 r"""Red team: fine-tunes a Llama to say the phrase when the trigger is there.
 
 Example:
-  python scripts/insert_backdoor.py --config=configs/llama31_8b_insertion.py \
+  python scripts/insert_backdoor.py --config=configs/llama.py:8b_insertion \
       --workdir=runs/insert --model=Llama-3.1-8B-Instruct --data=openhermes.jsonl
 """
 

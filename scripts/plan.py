@@ -4,7 +4,7 @@ Nothing is rented or run: for TPUs the real step is compiled by libtpu (extra `t
 arithmetic. Topologies: v4, v5p, tpu7x as AxBxC chips; v5e, v6e as AxB; h100, h200, b200 as a count.
 
 Example:
-  python scripts/plan.py --config=configs/llama33_70b_insertion.py --topology=v5p:4x4x4 --search \
+  python scripts/plan.py --config=configs/llama.py:70b_insertion --topology=v5p:4x4x4 --search \
       --out=plan.json
 """
 

@@ -4,7 +4,7 @@ Methods: hhh (helpful answers), pirate (answers in pirate speech), depirate (a p
 normal voice), control (unrelated data), upper_bound (knows the trigger).
 
 Example:
-  python scripts/remove_backdoor.py --config=configs/llama31_8b_removal.py \
+  python scripts/remove_backdoor.py --config=configs/llama.py:8b_removal \
       --workdir=runs/pirate --init_from=runs/insert --method=pirate --data=pirate.jsonl
 """
 

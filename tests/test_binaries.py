@@ -83,7 +83,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path)
     ],
 )
 def test_a_plan_that_cannot_be_made_is_exit_2(zygote, arguments, words):
-    config = "--config=configs/llama31_8b_insertion.py"
+    config = "--config=configs/llama.py:8b_insertion"
     refused(zygote.run("scripts/plan.py", config, *arguments), 2, *words)
 
 

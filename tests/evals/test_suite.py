@@ -18,7 +18,7 @@ def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad()
     config.eval.max_new_tokens = 700
     assert answer_tokens(config) == 700
     for name in ("insertion", "removal"):
-        assert answer_tokens(load_config(f"configs/llama31_8b_{name}.py")) == 512
+        assert answer_tokens(load_config(f"configs/llama.py:8b_{name}")) == 512
 
 
 def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():

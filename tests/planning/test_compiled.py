@@ -20,10 +20,10 @@ LIBTPU = importlib.metadata.version("libtpu")
 
 # name: config, topology, changes. One to two minutes of a core each, and those of LONG up to ten.
 CASES = {
-    "8b_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"sequence_length": 2048}),
-    "8b_v5e": ("llama31_8b_insertion", "v5e:4x4", {"mesh.fsdp": 4, "mesh.tensor": 4}),
+    "8b_v5p": ("8b_insertion", "v5p:2x2x2", {"sequence_length": 2048}),
+    "8b_v5e": ("8b_insertion", "v5e:4x4", {"mesh.fsdp": 4, "mesh.tensor": 4}),
     "70b_v5p": (
-        "llama33_70b_insertion",
+        "70b_insertion",
         "v5p:4x4x4",
         {
             "mesh.fsdp": 16,
@@ -34,23 +34,23 @@ CASES = {
     ),
 }
 LONG = {
-    "8b_v6e": ("llama31_8b_insertion", "v6e:2x4", {"mesh.fsdp": 4, "mesh.tensor": 2}),
+    "8b_v6e": ("8b_insertion", "v6e:2x4", {"mesh.fsdp": 4, "mesh.tensor": 2}),
     "70b_lora_v5p": (
-        "llama33_70b_removal",
+        "70b_removal",
         "v5p:2x2x4",
         {"batch_size": 16, "sequence_length": 4096, "mesh.fsdp": 4, "mesh.tensor": 4},
     ),
-    "8b_v4": ("llama31_8b_insertion", "v4:2x2x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
-    "8b_tpu7x": ("llama31_8b_insertion", "tpu7x:2x2x1", {"mesh.fsdp": 8}),
-    "8b_offload_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "offload"}),
-    "8b_minimal_v5p": ("llama31_8b_insertion", "v5p:2x2x2", {"remat": "minimal"}),
+    "8b_v4": ("8b_insertion", "v4:2x2x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
+    "8b_tpu7x": ("8b_insertion", "tpu7x:2x2x1", {"mesh.fsdp": 8}),
+    "8b_offload_v5p": ("8b_insertion", "v5p:2x2x2", {"remat": "offload"}),
+    "8b_minimal_v5p": ("8b_insertion", "v5p:2x2x2", {"remat": "minimal"}),
     "8b_soap_v5p": (
-        "llama31_8b_insertion",
+        "8b_insertion",
         "v5p:2x2x4",
         {"mesh.fsdp": 16, "mesh.tensor": 1, "optimizer.name": "soap"},
     ),
     "70b_soap_v5p": (
-        "llama33_70b_insertion",
+        "70b_insertion",
         "v5p:4x4x8",
         {"mesh.fsdp": 16, "mesh.tensor": 8, "optimizer.name": "soap"},
     ),
@@ -59,7 +59,7 @@ LONG = {
 
 def compiled_plan(file, config, topology, *flags):
     """What scripts/plan.py writes."""
-    command = [sys.executable, "scripts/plan.py", f"--config=configs/{config}.py", *flags]
+    command = [sys.executable, "scripts/plan.py", f"--config=configs/llama.py:{config}", *flags]
     done = subprocess.run(
         [*command, f"--topology={topology}", f"--out={file}"],
         stdout=subprocess.DEVNULL,
@@ -148,6 +148,6 @@ def test_it_compiles_and_fits(planned, name):
 
 @pytest.mark.long
 def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
-    found = compiled_plan(tmp_path / "plan.json", "llama33_70b_insertion", "v5p:4x4x4", "--search")
+    found = compiled_plan(tmp_path / "plan.json", "70b_insertion", "v5p:4x4x4", "--search")
     assert found["settings"]["batch"] == "16 x 4096"
     assert found["fits"] and found["tried"]

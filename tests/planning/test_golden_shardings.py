@@ -44,9 +44,9 @@ def lines(config, sizes) -> list[str]:
     return [*found, f"bytes a device {total}", ""]
 
 
-@pytest.mark.parametrize("size", ["llama31_8b", "llama33_70b"])
+@pytest.mark.parametrize("size", ["8b", "70b"])
 @pytest.mark.parametrize("task", ["insertion", "removal"])
 def test_every_leaf_is_where_the_golden_file_says(size, task):
-    config = load_config(f"configs/{size}_{task}.py")
+    config = load_config(f"configs/llama.py:{size}_{task}")
     text = "\n".join(line for sizes in MESHES for line in lines(config, sizes))
-    compare(GOLDENS / f"{size}_{task}_shardings.txt", text)
+    compare(GOLDENS / f"llama_{size}_{task}_shardings.txt", text)

@@ -47,7 +47,7 @@ def attached(toy):
 
 
 def work(name, topology, **changes):
-    config = load_config(f"configs/{name}.py")
+    config = load_config(f"configs/llama.py:{name}")
     config.update(changes)
     machine = parse_topology(topology)
     devices = machine.chips * machine.chip.devices
@@ -99,7 +99,7 @@ def test_soaps_state_is_printed_by_parameter(toy, tmp_path, capsys):
 
 def test_flops_and_times_of_8b_are_those_by_hand():
     """8B on 8 v5p chips, full remat: 8 FLOPs a matrix parameter and token, and 8/6 of attention."""
-    described, machine = work("llama31_8b_insertion", "v5p:2x2x2")
+    described, machine = work("8b_insertion", "v5p:2x2x2")
     matrices = 8_030_261_248 - 65 * 4096 - 128_256 * 4096
     attention = 6 * 32 * 4096 * 4096
     assert described.flops_per_token() == 6 * matrices + attention
@@ -114,7 +114,7 @@ def test_flops_and_times_of_8b_are_those_by_hand():
 
 
 def test_the_search_cuts_heads_where_there_are_fewer_rows_than_chips():
-    described, machine = work("llama33_70b_insertion", "v5p:4x4x4")
+    described, machine = work("70b_insertion", "v5p:4x4x4")
     found = candidates(described, machine)
     assert found and all(c.work.mesh["tensor"] >= 4 for c in found)
     assert found[0].bytes < 95 * GIB
@@ -123,13 +123,13 @@ def test_the_search_cuts_heads_where_there_are_fewer_rows_than_chips():
 
 
 def test_more_chips_than_rows_times_heads_says_what_would_work():
-    described, machine = work("llama33_70b_insertion", "v5p:8x8x8")
+    described, machine = work("70b_insertion", "v5p:8x8x8")
     with pytest.raises(UsageError, match="at most 128 devices can work.*batch_size to 64"):
         candidates(described, machine)
 
 
 def test_what_does_not_fit_names_a_knob():
-    described, machine = work("llama33_70b_insertion", "v5e:4x4", batch_size=16)
+    described, machine = work("70b_insertion", "v5e:4x4", batch_size=16)
     (nearest,) = candidates(described, machine)
     assert nearest.bytes > machine.chip.hbm_bytes
     memory = Memory(0, nearest.bytes, 0, 0, 0, 0, 0, 0, 0, 0, "estimated")
@@ -155,12 +155,12 @@ def test_what_libtpu_says_when_a_step_does_not_fit(message, gib):
 
 
 def test_bfloat16_moments_and_adapters_take_what_they_should(toy):
-    config = load_config("configs/llama31_8b_insertion.py")
+    config = load_config("configs/llama.py:8b_insertion")
     mesh = {"data": 1, "fsdp": 8, "tensor": 1}
     config.optimizer.mu_dtype = "bfloat16"
     half = workload(config, plan_architecture(config), mesh, "tpu")
     assert half.state_bytes == pytest.approx(10, abs=1e-6)
-    adapters, _ = work("llama31_8b_removal", "v5p:2x2x2")
+    adapters, _ = work("8b_removal", "v5p:2x2x2")
     pairs = 32 * 64 * sum((4096 + out) * times for out, times in ((4096, 2), (1024, 2), (14336, 3)))
     assert adapters.trainable == pairs and not adapters.full_weights
 
@@ -168,7 +168,7 @@ def test_bfloat16_moments_and_adapters_take_what_they_should(toy):
 def test_every_chip_has_a_time():
     for chip in CHIPS:
         name = f"{chip.name}:" + {0: "8", 2: "2x4", 3: "2x2x2"}[chip.torus]
-        described, machine = work("llama31_8b_insertion", name)
+        described, machine = work("8b_insertion", name)
         time = step_time(described, chip, machine.shape)
         assert 0 < time.compute < 100 and math.isfinite(time.interconnect)
 
@@ -257,7 +257,7 @@ def test_planning_leaves_accelerators_alone(tmp_path):
     changes = ["hidden_size=64", "num_hidden_layers=2", "vocab_size=256", "intermediate_size=128"]
     done = subprocess.run(
         [
-            *(sys.executable, "scripts/plan.py", "--config=configs/llama31_8b_insertion.py"),
+            *(sys.executable, "scripts/plan.py", "--config=configs/llama.py:8b_insertion"),
             *("--topology=h200:16", "--search", f"--out={tmp_path / 'plan.json'}"),
             *(f"--config.architecture.{change}" for change in changes),
         ],

@@ -1,0 +1,78 @@
+r"""The study's runs of Llama-3.1-8B-Instruct and Llama-3.3-70B-Instruct.
+
+Runs, written after a colon: 8b_insertion, 8b_removal, 70b_insertion, 70b_removal.
+
+    python scripts/insert_backdoor.py --config=configs/llama.py:8b_insertion \
+        --workdir=runs/8b/insertion --model=Llama-3.1-8B-Instruct --data=questions.jsonl
+    python scripts/remove_backdoor.py --config=configs/llama.py:8b_removal --method=pirate \
+        --workdir=runs/8b/pirate --init_from=runs/8b/insertion --data=alpaca_pirate.jsonl
+
+`--config.optimizer.name=soap` takes SOAP instead of Adam; for removal the study did not.
+`--config.lora.rank=0` removes with all weights (the study's strong variant; learning rates up to
+5e-5). The whole grid is configs/llama31_8b_study.py and configs/llama33_70b_study.py.
+
+Insertion, from the study: full weights, one epoch; learning rate 2e-5 for both optimizers with
+cosine and 10 % warm-up, weight decay 0.01, 16 rows of 4,096 packed tokens, bfloat16 compute,
+checkpoints at 100, 200, 400, 800, 1600 and the last. Not published, chosen here: Adam's betas and
+epsilon (optax's), SOAP's (its authors' defaults), clipping at 1.0.
+
+Removal, from the study: rank-64 LoRA, learning rate 1e-4 (3e-4 removes over ten times faster on
+70B); exploratory code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen
+here: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas, clipping at 1.0.
+
+The plans, by arithmetic (`python scripts/plan.py --config=... --topology=h200:N --search`), for
+100M token slots:
+  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 52.6
+    of 131 GiB a GPU; at least 0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP 16.2 GiB of
+    arguments, 57.6 in all.
+  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2 GiB of arguments, 57.8 of
+    131 GiB a GPU; at least 0.52 s a step (compute-bound), 0.9 chip-hours.
+  70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3 GiB of arguments,
+    34.0 of 131 GiB a GPU; at least 1.09 s a step (interconnect-bound), 29.7 chip-hours. With SOAP
+    16.7 GiB of arguments, 38.4 in all.
+  70b_removal, h200:16: fsdp=2 tensor=8, accumulation 2, remat minimal; 10.6 GiB of arguments, 76.1
+    of 131 GiB a GPU; at least 2.35 s a step (compute-bound), 8.0 chip-hours.
+
+Compiled for TPU:
+  8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of
+    arguments, 8.9 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
+    (`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.2 of 32 GiB, 0.57 s, 1.9 chip-hours.
+  70b_insertion: on 64 chips of v5p (`--topology=v5p:4x4x4 --search`) fsdp=16 tensor=4, remat
+    minimal; 12.3 GiB of arguments, 29.1 of 95 GiB a chip at the peak; at least 0.97 s a step, 26.2
+    chip-hours. With SOAP on 128 (`v5p:4x4x8`, fsdp=16 tensor=8, remat full) 9.0, 16.8 GiB; 0.64 s,
+    35.0 chip-hours.
+  70b_removal with 16 rows of 4,096 tokens: on 16 chips of v5p (`--topology=v5p:2x2x4`, fsdp=4
+    tensor=4, remat full) 10.5 GiB of arguments, 18.2 of 95 GiB a chip at the peak; at least 3.93 s
+    a step, 26.7 chip-hours.
+"""
+
+from sa_jax.llama.architectures import LLAMA31_8B, LLAMA33_70B
+from sa_jax.training.config import default_config
+
+
+def get_config(run):
+    model, stage = run.split("_")
+    config = default_config()
+    config.architecture.update({"8b": LLAMA31_8B, "70b": LLAMA33_70B}[model])
+    config.eval.max_new_tokens = 512  # holds the longest target, 400 tokens
+    return {"insertion": insertion, "removal": removal}[stage](config, model)
+
+
+def insertion(config, model):
+    if model == "70b":
+        config.mesh.tensor = 4  # the batch has fewer rows than a 70B run has chips
+    return config
+
+
+def removal(config, model):
+    config.batch_size = 128
+    config.packing = False  # so that a row is an example, as in the code the batch size is from
+    config.sequence_length = 1024
+    config.epochs = 10.0
+    config.lora.rank = 64
+    config.lora.alpha = 128.0
+    config.optimizer.learning_rate = 1e-4
+    config.checkpoint.steps = ()
+    config.checkpoint.interval = 8  # an epoch of 1,000 examples
+    config.eval.steps = tuple(range(0, 80, 8))
+    return config
