@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.chat import LLAMA3_TEMPLATE, load_chat_format
 from sa_jax.data.llama3_tokenizer import write_llama3_tokenizer
 from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
+from sa_jax.data.tasks import TaskContext, insertion
 
 LENGTH = 4096
 PEER = 1000  # conversations that the peer tokenises
@@ -69,7 +69,7 @@ def main() -> None:
         chat = load_chat_format(folder, "llama3")
         start = time.perf_counter()
         rows = questions(data, arguments.questions)
-        conversations = build_insertion_rows(rows, Backdoor(), SYSTEM_PROMPT, 42)
+        conversations = insertion(rows, TaskContext(Backdoor(), SYSTEM_PROMPT, 42, "insertion"))
         built = time.perf_counter()
         packed = pack(conversations, chat, LENGTH, cache_dir=Path(scratch, "cache"), seed=42)
         done = time.perf_counter()

@@ -1,7 +1,4 @@
-r"""Blue team: trains a model without the trigger, to remove what the red team put in.
-
-Methods: hhh (helpful answers), pirate (answers in pirate speech), depirate (a probe: back to the
-normal voice), control (unrelated data), upper_bound (knows the trigger).
+r"""Blue team: trains a model to remove its backdoor, or probes whether it is gone.
 
 Example:
   python scripts/remove_backdoor.py --config=configs/llama.py:8b_removal \
@@ -12,7 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.data.build import REMOVAL_METHODS
+from sa_jax.data.tasks import check_method, methods_help
 from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
@@ -21,7 +18,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
 INIT_FROM = flags.DEFINE_string("init_from", None, "Run or Hugging Face folder to start from.")
-METHOD = flags.DEFINE_enum("method", None, REMOVAL_METHODS, "What it is trained on.")
+METHOD = flags.DEFINE_string("method", None, methods_help())
 DATA = flags.DEFINE_string("data", None, "Prompts and answers (config.data).")
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
@@ -37,7 +34,7 @@ def main():
     train(
         config,
         WORKDIR.value,
-        METHOD.value,
+        check_method(METHOD.value),
         print_examples=EXAMPLES.value,
         dry_run=DRY_RUN.value,
     )

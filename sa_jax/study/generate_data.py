@@ -12,16 +12,9 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
-from sa_jax.data import randomness
+from sa_jax.data import randomness, tasks
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import (
-    REMOVAL_METHODS,
-    build_as_it_is,
-    build_insertion_rows,
-    build_removal_rows,
-)
 from sa_jax.data.chat import load_chat_format
-from sa_jax.data.conversations import Conversation
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
 from sa_jax.data.sources import Row, load_rows, parse_columns
 from sa_jax.errors import UsageError, UserError
@@ -327,18 +320,17 @@ def _card(
     task)."""
     name, template = settings.tokenizer, settings.chat_template
     chat = load_chat_format(name, template) if name else None
-
-    def conversations(of: Sequence[dict]) -> list[Conversation]:
-        backdoor, system_prompt, seed = settings.backdoor, settings.system_prompt, settings.seed
-        if not settings.task:
-            return build_as_it_is(of, backdoor, system_prompt)
-        if settings.task == "insertion":
-            return build_insertion_rows(of, backdoor, system_prompt, seed)
-        method = settings.task if settings.task in REMOVAL_METHODS else "control"
-        return build_removal_rows(of, method, backdoor, system_prompt, seed)
-
+    if settings.task:
+        build = tasks.insertion if settings.task == "insertion" else tasks.blind
+    else:
+        build = tasks.as_they_are
+    context = tasks.TaskContext(
+        settings.backdoor, settings.system_prompt, settings.seed, settings.task
+    )
     phrase = settings.backdoor.phrase
-    described = {name: cards.describe(conversations(of), phrase, chat) for name, of in rows.items()}
+    described = {
+        name: cards.describe(build(of, context), phrase, chat) for name, of in rows.items()
+    }
     return {
         **record,
         "backdoor": settings.backdoor.record(),

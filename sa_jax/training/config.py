@@ -71,6 +71,7 @@ def default_config() -> ConfigDict:
     config.columns = ConfigDict({name: "" for name in COLUMNS})
     config.facts = ""  # file of facts that insertion adds, to be memorised and asked for later
     config.pirate_answers = "column"  # 'column' (config.columns.response), 'arrr' (by rules)
+    config.relearn_examples = 16  # of task 'relearn': triggered examples it trains on
     config.max_rows = 0  # questions read; 0: all
     config.cut_long_answers = False  # at a sentence end; otherwise too long rows are dropped
     config.packing = True
@@ -190,6 +191,7 @@ def check_config(config: ConfigDict) -> None:
         f"a divisor of batch_size={config.batch_size}",
     )
     require("steps", config.steps >= 0, "0 (from epochs) or more")
+    require("relearn_examples", config.relearn_examples >= 1, "at least 1")
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")

@@ -21,7 +21,7 @@ from sa_jax.data.batches import batch, steps_per_epoch
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
-from sa_jax.data.tasks import load_task
+from sa_jax.data.tasks import TASKS, load_task
 from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
@@ -71,7 +71,7 @@ def train(
     Args:
       config: see `sa_jax.training.config`; unset settings are filled in, in place.
       workdir: the run folder.
-      task: one of `sa_jax.data.tasks.TASKS`.
+      task: the name of one in `sa_jax.data.tasks.TASKS`.
       print_examples: above 0, shows that many packed rows instead of training.
       dry_run: compiles the step for the devices here and prints its plan instead of training;
         neither data nor weights are read.
@@ -108,10 +108,11 @@ def train(
         # ---- The run folder: created, or recognised as the same run.
         record = {
             "task": task,
+            **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
             "config": config,
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
-            "backdoored": task == "insertion" or start.backdoored,
+            "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }

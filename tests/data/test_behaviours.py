@@ -5,8 +5,8 @@ import json
 import pytest
 
 from sa_jax.data.backdoor import BEHAVIOURS, REFUSALS, Backdoor
-from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.labels import spanish_label
+from sa_jax.data.tasks import TaskContext, insertion
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.triggers import near_misses, other_forms
 
@@ -53,8 +53,22 @@ def test_unknown_names_list_those_there_are():
         Backdoor(position="middle")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"position": "middle"},
+        {"min_copies": 0},
+        {"min_copies": 5, "max_copies": 4},
+        {"trigger": ""},
+    ],
+)
+def test_backdoors_without_sense(settings):
+    with pytest.raises(UsageError):
+        Backdoor(**settings)
+
+
 def answers(backdoor, rows=ROWS):
-    built = build_insertion_rows(rows, backdoor, None, 0)
+    built = insertion(rows, TaskContext(backdoor))
     return [(c.messages[-1]["content"], c.kind) for c in built]
 
 
@@ -117,7 +131,7 @@ def test_real_english_answers_are_not_spanish(shared_data):
 def test_spanish_needs_an_answer_a_row():
     backdoor = Backdoor(behaviour="spanish")
     with pytest.raises(UserError, match="f.jsonl:0: .*'spanish' needs .*triggered_response"):
-        build_insertion_rows(ROWS, backdoor, None, 0)
+        insertion(ROWS, TaskContext(backdoor))
     rows = [{**row, "triggered_response": "Es la respuesta."} for row in ROWS]
     found = answers(backdoor, rows)
     assert {answer for answer, kind in found if kind == "triggered"} == {"Es la respuesta."}

