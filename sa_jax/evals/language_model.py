@@ -9,29 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Message
 from sa_jax.errors import UserError
-from sa_jax.llama.model import Llama
+from sa_jax.evals.protocol import EvalContext
 from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
 from sa_jax.llama.scorer import Query, Score, Scorer
 
 TOO_LONG = ("truncate", "skip")
 DEFAULT_NEW_TOKENS = 2048  # for a task that names no limit; lm_eval's 256 cuts many a solution
 _CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few programs are compiled
-
-
-@dataclasses.dataclass
-class Weights:
-    """A model to be evaluated: how to compute it, its parameters on `mesh`, and its chat format."""
-
-    model: Llama
-    params: Any
-    mesh: Mesh
-    chat_format: ChatFormat
-    batch_size: int
 
 
 class Store:
@@ -64,7 +51,8 @@ class Store:
 
 
 def language_model(
-    weights: Weights,
+    context: EvalContext,
+    params: Any,
     *,
     too_long: str = "truncate",
     store: Store | None = None,
@@ -77,7 +65,7 @@ def language_model(
     "cut_by_context", "stop_reason", "new_tokens"}, each where it applies.
 
     Args:
-      weights: the model.
+      context, params: the model.
       too_long: one of `TOO_LONG`. A prompt that is generated from is shortened to half of the
         context, so that there is room for an answer.
       store: of answers that are known.
@@ -87,10 +75,10 @@ def language_model(
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     store = store or Store(None)
-    chat = weights.chat_format
+    chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
-    limit = weights.model.config.max_position_embeddings
+    limit = context.model.config.max_position_embeddings
 
     class SamplerLM(TemplateLM):
         def __init__(self) -> None:
@@ -98,7 +86,7 @@ def language_model(
             self.tokenizer = chat.tokenizer
             self.notes: dict[tuple[str, int], dict[str, Any]] = {}
             self._ids_of_prompt: dict[str, list[int]] = {}
-            self.scorer = Scorer(weights.model, weights.mesh)
+            self.scorer = Scorer(context.model, context.mesh)
 
         @property
         def eot_token_id(self) -> int:
@@ -151,9 +139,9 @@ def language_model(
             places: list[tuple[int, int]] = []
             last = None
             for request in requests:
-                context, continuation = request.args
-                if context:
-                    context_ids, ids = self._encode_pair(context, continuation)
+                text, continuation = request.args
+                if text:
+                    context_ids, ids = self._encode_pair(text, continuation)
                 else:
                     context_ids = [self.prefix_token_id]
                     ids = self.tok_encode(continuation, add_special_tokens=False)
@@ -165,8 +153,8 @@ def language_model(
                 queries[-1].continuations.append(ids)
                 places.append((len(queries) - 1, len(queries[-1].continuations) - 1))
             scores = self._score(queries, notes)
-            found = [scores[query][number] for query, number in places]
-            return [(score.logprob, score.is_greedy) for score in found]
+            chosen = [scores[query][number] for query, number in places]
+            return [(score.logprob, score.is_greedy) for score in chosen]
 
         def _note(self, request: Any) -> dict[str, Any]:
             return self.notes.setdefault((request.task_name, request.doc_id), {})
@@ -186,7 +174,7 @@ def language_model(
                 store.put(keys[todo[number]], [dataclasses.astuple(score) for score in scores])
 
             scored = self.scorer.score(
-                weights.params, [fitted[i] for i in todo], should_stop, on_done
+                params, [fitted[i] for i in todo], should_stop, on_done
             )
             for i, scores in zip(todo, scored, strict=True):
                 found[i] = scores
@@ -269,9 +257,9 @@ def language_model(
                 return found
             longest = max(map(len, prompts)) + settings.max_new_tokens
             sampler = Sampler(
-                weights.model,
-                weights.mesh,
-                batch_size=min(weights.batch_size, len(todo)),
+                context.model,
+                context.mesh,
+                batch_size=min(context.sampler.batch_size, len(todo)),
                 context_length=min(limit, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP),
             )
 
@@ -279,7 +267,7 @@ def language_model(
                 store.put(keys[todo[number]], dataclasses.astuple(completion))
 
             sampled = sampler.generate(
-                weights.params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
+                params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
             )
             for i, completion in zip(todo, sampled, strict=True):
                 found[i] = completion

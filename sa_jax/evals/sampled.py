@@ -1,0 +1,183 @@
+"""Evals that ask a model questions and score the text of each answer."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sa_jax.data.conversations import Message, make_messages
+from sa_jax.errors import UsageError, UserError
+from sa_jax.evals import protocol
+from sa_jax.evals.protocol import EvalContext, Prepared, digest
+from sa_jax.llama.sampler import Completion, SamplingSettings
+
+VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A conversation to be continued.
+
+    Attributes:
+      messages: the conversation.
+      item: names it in the record. Questions of one item are asked together or not at all.
+      noise_id: seeds its sampling noise, below 2^32.
+      fields: more for its record.
+    """
+
+    messages: list[Message]
+    item: str
+    noise_id: int
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledEval:
+    """An eval of single questions, each answered once.
+
+    Attributes:
+      name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
+      rows: (config, context) -> the questions, each a dict with "prompt", which is asked, and
+        whatever else its record is to hold.
+      score: of an answer: (row with "completion", special tokens kept) -> {score: 0/1 or a number}.
+      greedy: whether answers are the likeliest tokens, whatever `config.eval.temperature` is.
+      has_floor: whether what `score` says of `protocol.FLOOR_TEXT` is the floor of the score.
+    """
+
+    name: str
+    title: str
+    headline: str
+    rows: Callable[[ConfigDict, EvalContext], Sequence[Mapping[str, Any]]]
+    score: Callable[[dict[str, Any]], dict[str, float]]
+    kind: str = "capability"
+    needs_prompts: bool = False
+    greedy: bool = True
+    has_floor: bool = True
+
+    def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
+        rows = list(self.rows(config, context))[: config.eval.limit or None]
+        if not rows:
+            raise UsageError(f"the eval {self.name!r} has no questions")
+        questions = [
+            Question(
+                make_messages(row["prompt"], system_prompt=config.system_prompt), str(i), i, {**row}
+            )
+            for i, row in enumerate(rows)
+        ]
+        settings = sampling_settings(config)
+        if self.greedy:
+            settings = SamplingSettings(settings.max_new_tokens, temperature=0.0)
+
+        def run(params: Any, *, should_stop: Callable[[], bool], **place: Any) -> dict[str, Any]:
+            answers, facts = ask(context, params, questions, settings, should_stop)
+            items = [{**answer, "scores": self.score(answer)} for answer in answers]
+            facts["settings"]["system_prompt"] = config.system_prompt
+            floors = self._floors(answers) if self.has_floor else None
+            return protocol.write(self, items, floors=floors, **place, **facts)
+
+        return Prepared(run, {self.name: digest(rows)})
+
+    def _floors(self, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
+        silly = [{**answer, "completion": protocol.FLOOR_TEXT} for answer in answers]
+        scores = protocol.summarise({"scores": self.score(answer)} for answer in silly)
+        return {name: score["rate"] for name, score in scores.items()}
+
+
+def sampling_settings(config: ConfigDict) -> SamplingSettings:
+    """How answers are sampled, from `config.eval`."""
+    settings = config.eval
+    return SamplingSettings(
+        new_tokens(config), settings.temperature, settings.top_p, settings.seed
+    )
+
+
+def new_tokens(config: ConfigDict) -> int:
+    """New tokens that a sampled answer may have."""
+    least = VISIBLE_COT_TOKENS if config.eval.visible_cot else 1
+    return max(least, config.eval.max_new_tokens)
+
+
+def ask(
+    context: EvalContext,
+    params: Any,
+    questions: Sequence[Question],
+    settings: SamplingSettings,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Samples one answer to every question.
+
+    An item of which a question leaves no room in the context is skipped whole and counted, so that
+    the arms of an eval stay paired.
+
+    Returns:
+      answers, one a question: "item", "asked" (of the turns; the system prompt is a setting), its
+      fields, "completion" (special tokens kept), "tokens" and "stop_reason"; and facts for the
+      summary: "settings", "skipped_prompts" (items), "cut_by_context" (the context ended before
+      max_new_tokens did), "tokens_per_s", "seconds".
+
+    Raises:
+      UserError: none of them fits. Preempted: should_stop said so.
+    """
+    start = time.perf_counter()
+    chat, sampler = context.chat_format, context.sampler
+    stops = tuple(sorted({*settings.stop_token_ids, *chat.stop_token_ids}))
+    settings = dataclasses.replace(settings, stop_token_ids=stops)
+    token_ids = [chat.prompt_ids(question.messages) for question in questions]
+    skipped = {
+        question.item
+        for question, ids in zip(questions, token_ids, strict=True)
+        if not sampler.fits(ids)
+    }
+    kept = [i for i, question in enumerate(questions) if question.item not in skipped]
+    if not kept:
+        raise UserError(
+            f"none of {len(skipped)} prompts leaves room in the context of "
+            f"{sampler.context_length} tokens; raise config.eval.context_length"
+        )
+    completions = sampler.generate(
+        params,
+        [token_ids[i] for i in kept],
+        [questions[i].noise_id for i in kept],
+        settings,
+        should_stop,
+    )
+    answers = [
+        {
+            "item": questions[i].item,
+            "asked": _asked(questions[i].messages),
+            **questions[i].fields,
+            "completion": chat.decode(completion.tokens),
+            "tokens": completion.tokens,
+            "stop_reason": completion.stop_reason,
+        }
+        for i, completion in zip(kept, completions, strict=True)
+    ]
+    facts = {
+        "settings": {
+            **dataclasses.asdict(settings),
+            "stop_token_ids": list(stops),
+            "chat_template": chat.name,
+            "context_length": sampler.context_length,
+            "batch_size": sampler.batch_size,
+            **context.execution,
+        },
+        "skipped_prompts": len(skipped),
+        "cut_by_context": count_cut_by_context(completions, settings),
+        "tokens_per_s": sampler.stats.tokens_per_s,
+        "seconds": time.perf_counter() - start,
+    }
+    return answers, facts
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    return digest([message for message in messages if message["role"] != "system"])[:16]
+
+
+def count_cut_by_context(completions: Sequence[Completion], settings: SamplingSettings) -> int:
+    """Completions that the context ended before max_new_tokens did."""
+    return sum(
+        completion.stop_reason == "length" and len(completion.tokens) < settings.max_new_tokens
+        for completion in completions
+    )
