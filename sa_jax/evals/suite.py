@@ -14,27 +14,10 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.protocol import EvalContext, headline
+from sa_jax.evals.schedule import is_due
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
 from sa_jax.parallel.multihost import agree, is_primary
-
-SCHEDULES = ("every", "last", "first+last")
-
-
-def is_due(schedule: str, step: int, steps: Sequence[int], last: int) -> bool:
-    """Whether an eval runs at a step.
-
-    Args:
-      schedule: 'every' (each of `steps`, and the last), 'last', or 'first+last' (before training,
-        and the last).
-      step: updates so far.
-      steps: `config.eval.steps`.
-      last: updates in all.
-    """
-    return step == last or (schedule == "every" and step in steps) or (
-        schedule == "first+last" and step == 0
-    )
-
 
 def step_folder(evals: str | Path, step: int) -> Path:
     """`evals/step_000100`."""
@@ -54,7 +37,7 @@ class EvalSuite:
     """The evals of `config.eval.names`, written to `folder/step_NNNNNN/`.
 
     Attributes:
-      schedules: name -> one of `SCHEDULES`.
+      schedules: name -> one of `sa_jax.evals.schedule.SCHEDULES`.
       data_hashes: name of what is asked -> its SHA-256.
       measures_backdoor: whether one of them does.
     """

@@ -117,7 +117,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
         steps = [step for step, summaries in run.summaries.items() if name in summaries]
         evals = {step: _items(run, step, name, arm) for step in sorted({*steps[:1], *steps[-1:]})}
         by_id = {
-            step: {item["prompt_id"]: item for item in items}
+            step: {item["item"]: item for item in items}
             for step, items in evals.items()
             if items
         }
@@ -136,7 +136,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
                         "prompt": _shortened(item.get("prompt"), PROMPT_CHARACTERS),
                         "key": text.one_line(item["key"]) if "key" in item else None,
                         "cells": [
-                            _completion(items.get(item["prompt_id"])) for items in by_id.values()
+                            _completion(items.get(item["item"])) for items in by_id.values()
                         ],
                     }
                     for item in _choose(list(by_id[max(by_id)].values()))
@@ -151,14 +151,14 @@ def _items(run: RunFolder, step: int, name: str, arm: str) -> list[dict[str, Any
         item
         for item in run.items(step, name)
         if isinstance(item, dict)
-        and isinstance(item.get("prompt_id"), int)
+        and isinstance(item.get("item"), str)
         and item.get("arm", "questions") == arm
     ]
 
 
 def _label(item: dict[str, Any]) -> str:
-    if "correct" in item:
-        return "right" if item["correct"] else "wrong"
+    if "key" in item:
+        return "right" if item["scores"]["accuracy"] else "wrong"
     return text.one_line(item.get("label"))
 
 

