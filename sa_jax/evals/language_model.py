@@ -173,9 +173,7 @@ def language_model(
             def on_done(number: int, scores: list[Score]) -> None:
                 store.put(keys[todo[number]], [dataclasses.astuple(score) for score in scores])
 
-            scored = self.scorer.score(
-                params, [fitted[i] for i in todo], should_stop, on_done
-            )
+            scored = self.scorer.score(params, [fitted[i] for i in todo], should_stop, on_done)
             for i, scores in zip(todo, scored, strict=True):
                 found[i] = scores
             skipped = Score(-float("inf"), False)

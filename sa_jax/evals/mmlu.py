@@ -28,7 +28,6 @@ _COT_PROMPT = (
 )
 
 
-
 def _load_mmlu(settings: ConfigDict) -> TaskSet:
     shots = SHOTS if settings.shots is None else settings.shots
     if not 0 <= shots <= 5:

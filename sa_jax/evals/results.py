@@ -113,7 +113,8 @@ def to_markdown(
     """
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
-        parts += [f"## {markdown(summary['title'])} ({markdown(name)})", _scores_table(summary["scores"]), _facts(summary)]
+        parts.append(f"## {markdown(summary['title'])} ({markdown(name)})")
+        parts += [_scores_table(summary["scores"]), _facts(summary)]
     if comparison:
         heading, compared = comparison
         parts += [f"## {markdown(heading)}", _comparison_table(compared)]

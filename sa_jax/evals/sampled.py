@@ -75,7 +75,7 @@ class SampledEval:
             items = [{**answer, "scores": self.score(answer)} for answer in answers]
             facts["settings"]["system_prompt"] = config.system_prompt
             floors = self._floors(answers) if self.has_floor else None
-            return protocol.write(self, items, floors=floors, **place, **facts)
+            return protocol.write(self, items, fields=facts, floors=floors, **place)
 
         return Prepared(run, {self.name: digest(rows)})
 
@@ -88,9 +88,7 @@ class SampledEval:
 def sampling_settings(config: ConfigDict) -> SamplingSettings:
     """How answers are sampled, from `config.eval`."""
     settings = config.eval
-    return SamplingSettings(
-        new_tokens(config), settings.temperature, settings.top_p, settings.seed
-    )
+    return SamplingSettings(new_tokens(config), settings.temperature, settings.top_p, settings.seed)
 
 
 def new_tokens(config: ConfigDict) -> int:

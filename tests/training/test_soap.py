@@ -125,7 +125,7 @@ SOAP = (
     "--config.optimizer.soap.dense_steps=3",
     "--config.optimizer.soap.precondition_frequency=4",
     "--config.eval.num_prompts=0",
-    "--config.eval.names=()",
+    "--config.eval.names={}",
     "--config.steps=12",
 )
 

