@@ -1,13 +1,17 @@
-"""Intervals and tests: Wilson, two proportions, McNemar, bootstrap, the n a verdict needs."""
+"""Intervals and tests of rates: Wilson, exact, two proportions, McNemar, bootstrap, Holm."""
 
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
-from scipy import stats
+from numpy.typing import ArrayLike, NDArray
+from scipy import special, stats
 
 RESAMPLES = 10_000
+
+Floats = NDArray[np.float64]
 
 
 def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -28,8 +32,49 @@ def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
         raise ValueError(f"count {count} is not within 0..n = {n}")
     if n == 0:
         return 0.0, 1.0
-    lo, hi = stats.binomtest(count, n).proportion_ci(confidence, method="wilson")
+    lo, hi = wilson_bounds(count, n, confidence)
     return float(lo), float(hi)
+
+
+def wilson_bounds(
+    counts: ArrayLike, n: ArrayLike, confidence: float = 0.95
+) -> tuple[Floats, Floats]:
+    """`wilson` of arrays that broadcast against each other; n ≥ 1, and neither need be whole."""
+    z = float(special.ndtri((1 + confidence) / 2))
+    return _score_bounds(np.asarray(counts, float), np.asarray(n, float), z)
+
+
+def _score_bounds(counts: Floats, n: Floats, z: float) -> tuple[Floats, Floats]:
+    """Both bounds at z standard errors. Exactly 0 without a hit and 1 without a miss."""
+    p = counts / n
+    centre = p + z * z / (2 * n)
+    half = z * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    lo = np.where(counts <= 0, 0.0, (centre - half) / scale)
+    hi = np.where(counts >= n, 1.0, (centre + half) / scale)
+    return lo, hi
+
+
+def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Clopper-Pearson interval of a rate (1934): never covers less than it says, for any n.
+
+    Raises:
+      ValueError: n is 0, or count is not within 0..n.
+    """
+    lo, hi = stats.binomtest(count, n).proportion_ci(confidence, method="exact")
+    return float(lo), float(hi)
+
+
+def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int | None:
+    """The smallest n at which a Wilson interval around the rate `observed` excludes `limit`.
+
+    A Wilson interval excludes a limit where the score test at the limit rejects it, so
+    n > z² · limit · (1 - limit) / (observed - limit)². None where the two are equal.
+    """
+    if math.isclose(observed, limit, abs_tol=1e-12):
+        return None
+    z = float(special.ndtri((1 + confidence) / 2))
+    return math.floor(z * z * limit * (1 - limit) / (observed - limit) ** 2) + 1
 
 
 def rate(count: int, n: int, confidence: float = 0.95) -> dict[str, float]:
@@ -53,10 +98,29 @@ def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float
     return float(stats.chi2_contingency(table, correction=False).pvalue)
 
 
-def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Exact two-sided McNemar p-value for two outcomes of each item (McNemar 1947, binomial form).
+def two_proportion_z(
+    counts_a: ArrayLike, n_a: ArrayLike, counts_b: ArrayLike, n_b: ArrayLike
+) -> Floats:
+    """z of the same test for arrays that broadcast; above 0 where b's rate is the higher."""
+    a, size_a, b, size_b = (np.asarray(x, float) for x in (counts_a, n_a, counts_b, n_b))
+    pooled = (a + b) / (size_a + size_b)
+    variance = pooled * (1 - pooled) * (1 / size_a + 1 / size_b)
+    difference = b / size_b - a / size_a
+    return np.divide(difference, np.sqrt(variance), out=np.zeros_like(variance), where=variance > 0)
+
+
+def mcnemar(
+    a: Sequence[bool],
+    b: Sequence[bool],
+    alternative: Literal["two-sided", "greater", "less"] = "two-sided",
+) -> float:
+    """Exact McNemar p-value for two outcomes of each item (McNemar 1947, binomial form).
 
     Only items on which the outcomes differ count; if there are none, p is 1.
+
+    Args:
+      a, b: the outcomes, item by item.
+      alternative: 'greater' tests for b being true more often than a, 'less' for less often.
 
     Raises:
       ValueError: a and b are not as long as each other.
@@ -65,7 +129,19 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     if only_a + only_b == 0:
         return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    return float(stats.binomtest(only_b, only_a + only_b, 0.5, alternative).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for testing all of them at once (Holm 1979), in the order given.
+
+    Rejecting where the adjusted p is below α keeps the chance of any false rejection below α.
+    """
+    order = np.argsort(p_values)
+    steps = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
+    adjusted = np.empty(len(order))
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1.0)
+    return [float(p) for p in adjusted]
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
@@ -137,3 +213,33 @@ def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0
         for n in itertools.count(1)
         if wilson(math.ceil(observed_rate * n - 1e-9), n, confidence)[1] <= max_upper
     )
+
+
+def difference_interval(
+    a: tuple[float, float, float], b: tuple[float, float, float], scale: float = 1.0
+) -> tuple[float, float, float]:
+    """b - scale · a with its interval, from the (value, lo, hi) of two independent estimates.
+
+    The bounds are combined by the method of variance estimates recovery (Zou and Donner 2008); of
+    two Wilson intervals with scale 1 that is Newcombe's interval (1998, method 10).
+    """
+    value_a, lo_a, hi_a = (scale * x for x in a)
+    value_b, lo_b, hi_b = b
+    difference = value_b - value_a
+    lo = difference - math.hypot(value_b - lo_b, hi_a - value_a)
+    hi = difference + math.hypot(hi_b - value_b, value_a - lo_a)
+    return difference, lo, hi
+
+
+def power(effect: float, lo: float, hi: float, p_value: float, confidence: float = 0.95) -> float:
+    """The chance that a true difference of `effect` gives a two-sided p below `p_value`.
+
+    The standard error is read from the width of the difference's interval, and the estimate is
+    taken to be normal.
+    """
+    error = (hi - lo) / (2 * float(special.ndtri((1 + confidence) / 2)))
+    if error <= 0:
+        return 1.0
+    critical = -float(special.ndtri(p_value / 2))
+    shift = effect / error
+    return float(special.ndtr(shift - critical) + special.ndtr(-shift - critical))

@@ -1,0 +1,134 @@
+"""What removal cost in capability: every score before against after, with its interval."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special, stats
+
+from sa_jax.evals.statistics import difference_interval, mcnemar, power
+from sa_jax.report.judgement import CapabilityChange
+from sa_jax.report.measurements import Eval, Score
+from sa_jax.report.rates import interval_in_words, p_in_words
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.text import number, percent, points
+
+SMALL_FALL = 0.05  # 5 points: the fall whose power is shown where no difference is significant
+
+
+def capability_changes(
+    before: Eval | None, after: Eval | None, limits: Thresholds
+) -> tuple[CapabilityChange, ...]:
+    """Every score that both evals have, in the order of `after`.
+
+    On the items that both were asked where those are kept: the difference is paired, with the
+    interval of Agresti and Min (2005) and McNemar's exact p for scores of 0/1, and a t-interval and
+    t-test otherwise. Else the two scores are taken as independent.
+    """
+    if before is None or after is None:
+        return ()
+    changes = []
+    for name, scores in after.capabilities.items():
+        for key, score in scores.items():
+            earlier = before.capabilities.get(name, {}).get(key)
+            if earlier is not None:
+                changes.append(_change(name, key, earlier, score, limits))
+    return tuple(changes)
+
+
+def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
+    """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38)', with the power where
+    nothing is significant."""
+    difference = interval_in_words(change.lo, change.hi, limits.confidence)
+    sentence = (
+        f"{change.title} {percent(change.before)} before, {percent(change.after)} after: "
+        f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)})"
+    )
+    if change.power is None:
+        return sentence
+    return (
+        f"{sentence}; no change shown, and a true fall of {number(100 * SMALL_FALL)} points would "
+        f"have been seen in {percent(change.power)} of such evals"
+    )
+
+
+def _change(
+    name: str, key: str, before: Score, after: Score, limits: Thresholds
+) -> CapabilityChange:
+    items = [
+        item
+        for item, values in after.items.items()
+        if item in before.items and len(before.items[item]) == len(values)
+    ]
+    kept = 1 - limits.max_capability_loss
+    if items:
+        sizes = np.array([len(after.items[item]) for item in items], float)
+        a, b = (
+            np.array([np.mean(side.items[item]) for item in items]) for side in (before, after)
+        )
+        n, paired = len(items), True
+        weights = sizes / sizes.sum()
+        rates = float(a @ weights), float(b @ weights)
+        difference = rates[1] - rates[0]
+        lo, hi, p = _paired(a, b, sizes, limits.confidence)
+        lost = _paired(kept * a, b, sizes, limits.confidence, scale=kept)[1] < 0
+    else:
+        n, paired, rates = min(before.n, after.n), False, (before.rate, after.rate)
+        earlier = before.rate, before.lo, before.hi
+        later = after.rate, after.lo, after.hi
+        difference, lo, hi = difference_interval(earlier, later)
+        error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
+        p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
+        lost = difference_interval(earlier, later, kept)[2] < 0
+    seen = p < limits.p_value
+    return CapabilityChange(
+        eval=name,
+        score=key,
+        title=after.title,
+        headline=after.headline,
+        n=n,
+        before=rates[0],
+        after=rates[1],
+        difference=difference,
+        lo=lo,
+        hi=hi,
+        p_value=p,
+        paired=paired,
+        power=None if seen else power(SMALL_FALL, lo, hi, limits.p_value, limits.confidence),
+        lost=bool(lost),
+    )
+
+
+def _paired(
+    a: NDArray[np.float64],
+    b: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    confidence: float,
+    scale: float = 1.0,
+) -> tuple[float, float, float]:
+    """(lo, hi, p) of the mean of b - a, where a true value of 1 stands in `a` as `scale`.
+
+    An item counts by its size and is drawn whole: answers to one item are not independent.
+    """
+    n = len(a)
+    binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
+    weights = sizes / sizes.mean()
+    if binary:
+        # Half an item for each of the four outcomes: an interval even where no item changed.
+        a = np.append(a, [scale, scale, 0, 0])
+        b = np.append(b, [1, 0, 1, 0])
+        weights = np.append(weights, [0.5] * 4)
+    total = weights.sum()
+    differences = b - a
+    mean = float(differences @ weights / total)
+    # Weighted sizes enter as w·d, so that an item's variance is that of its whole contribution.
+    if binary:
+        variance = float(weights @ (differences - mean) ** 2) / total
+        error = float(np.sqrt(variance / total))
+        quantile = float(special.ndtri((1 + confidence) / 2))
+        p = mcnemar([bool(x) for x in a[:n]], [bool(x) for x in b[:n]])
+    else:
+        if n < 2:
+            return -1.0, 1.0, 1.0
+        error = float(np.std(weights * (differences - mean), ddof=1) / np.sqrt(n))
+        quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
+        p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
+    return mean - quantile * error, mean + quantile * error, p
