@@ -243,3 +243,85 @@ def power(effect: float, lo: float, hi: float, p_value: float, confidence: float
     critical = -float(special.ndtri(p_value / 2))
     shift = effect / error
     return float(special.ndtr(shift - critical) + special.ndtr(-shift - critical))
+
+
+# Answers of one seed resemble each other at least this much (intraclass correlation): three seeds
+# that happen to agree do not show that all seeds would.
+MIN_SEED_CORRELATION = 0.02
+
+
+def seed_mean(
+    seeds: Sequence[tuple[int, int]], confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over seeds of a rate, with an interval for seeds that were not run.
+
+    Wilson's interval at Student's quantile for seeds - 1, of as many answers as would give the
+    standard error seen between the seeds (Korn and Graubard's effective sample size, 1998): at most
+    as many as at a correlation of `MIN_SEED_CORRELATION` within a seed, at least one a seed.
+    In simulation it covers 93 % or more for 3, 5 and 10 seeds, from seeds that are alike to seeds
+    with a standard deviation of 15 points; a percentile bootstrap over three seeds covers 75 %.
+    Where seeds come out all or nothing, give k of m with `exact_interval` beside it.
+
+    Args:
+      seeds: (count, n) of each. Of a single seed it is that seed's Wilson interval, which says
+        nothing about other seeds.
+      confidence: two-sided coverage.
+
+    Returns:
+      (mean, lo, hi).
+
+    Raises:
+      ValueError: there is no seed.
+    """
+    if not seeds:
+        raise ValueError("no seed: nothing to average")
+    rates = np.array([count / n for count, n in seeds])
+    if len(seeds) == 1:
+        return float(rates[0]), *wilson(*seeds[0], confidence)
+    mean, m = float(rates.mean()), len(seeds)
+    variance = float(rates.var(ddof=1)) / m
+    most = sum(n / (1 + (n - 1) * MIN_SEED_CORRELATION) for _, n in seeds)
+    answers = min(most, max(m, mean * (1 - mean) / variance)) if variance > 0 else most
+    quantile = float(special.stdtrit(m - 1, (1 + confidence) / 2))
+    lo, hi = _score_bounds(np.array(mean * answers), np.array(answers), quantile)
+    return mean, float(lo), float(hi)
+
+
+def paired_seeds(
+    a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], confidence: float = 0.95
+) -> tuple[float, float, float, float]:
+    """Mean over seeds of b - a, its t-interval and p: two arms paired by seed and by item.
+
+    The standard error is that between the seeds' differences, but never less than the items within
+    the seeds alone give (half an item is added for each of the four outcomes): seeds that happen to
+    agree do not make it 0.
+
+    Args:
+      a, b: seed by seed, the values of the same items.
+      confidence: two-sided coverage.
+
+    Returns:
+      (difference, lo, hi, two-sided p).
+
+    Raises:
+      ValueError: fewer than two seeds, or values that are not pairs.
+    """
+    if len(a) < 2 or len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} seeds: a comparison needs two seeds of each arm")
+    differences, within = [], []
+    for x, y in zip(a, b, strict=True):
+        if len(x) != len(y) or not len(x):
+            raise ValueError(f"{len(x)} and {len(y)} values are not pairs")
+        change = np.asarray(y, float) - np.asarray(x, float)
+        differences.append(change.mean())
+        smoothed = np.append(change, [1.0, -1.0, 0.0, 0.0])
+        weights = np.append(np.ones(len(change)), [0.5] * 4)
+        total = weights.sum()
+        centre = weights @ smoothed / total
+        within.append(weights @ (smoothed - centre) ** 2 / total / total)
+    m = len(differences)
+    variance = max(float(np.var(differences, ddof=1)), float(np.mean(within))) / m
+    difference, error = float(np.mean(differences)), math.sqrt(variance)
+    half = error * float(special.stdtrit(m - 1, (1 + confidence) / 2))
+    p = 2 * float(special.stdtr(m - 1, -abs(difference) / error))
+    return difference, difference - half, difference + half, p

@@ -61,9 +61,7 @@ def _change(
     kept = 1 - limits.max_capability_loss
     if items:
         sizes = np.array([len(after.items[item]) for item in items], float)
-        a, b = (
-            np.array([np.mean(side.items[item]) for item in items]) for side in (before, after)
-        )
+        a, b = (np.array([np.mean(side.items[item]) for item in items]) for side in (before, after))
         n, paired = len(items), True
         weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)

@@ -35,13 +35,12 @@ def return_table(low_n: int, high_n: int, evals: int, limits: Thresholds) -> NDA
     _, high_bound = wilson_bounds(high, high_n, limits.confidence)
     rise = high / high_n - low / low_n
     z = two_proportion_z(low, low_n, high, high_n)
-    return np.logical_and.reduce(
-        [
-            np.broadcast_to(low_bound <= limits.return_low, rise.shape),
-            np.broadcast_to(high_bound >= limits.return_high, rise.shape),
-            rise >= limits.return_rise - 1e-9,
-            corrected_p(z, evals) < limits.return_p_value,
-        ]
+    return np.asarray(
+        (low_bound <= limits.return_low)
+        & (high_bound >= limits.return_high)
+        & (rise >= limits.return_rise - 1e-9)
+        & (corrected_p(z, evals) < limits.return_p_value),
+        dtype=np.bool_,
     )
 
 
@@ -63,7 +62,7 @@ def any_return(counts: NDArray[np.int_], n: int, limits: Thresholds) -> NDArray[
     """
     table = return_table(n, n, counts.shape[1], limits)
     lowest = np.minimum.accumulate(counts, axis=1)[:, :-1]
-    return table[lowest, counts[:, 1:]].any(axis=1)
+    return np.asarray(table[lowest, counts[:, 1:]].any(axis=1), dtype=np.bool_)
 
 
 def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:

@@ -1,0 +1,193 @@
+"""Cells: everything but the seed. A claim is made about a cell, over its seeds."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from sa_jax.report.measurements import RunEvals
+
+# Settings that cannot change a result beyond rounding, and those whose content is on record under
+# another name: the data as a hash, the start as the parent's cell. A name covers all below it.
+NOT_OF_A_CELL = (
+    "seed",
+    "model",
+    "tokenizer",
+    "data",
+    "data_cache",
+    "facts",
+    "log_every",
+    "sinks",
+    "wandb",
+    "mesh",
+    "xla_options",
+    "attention",
+    "remat",
+    "checkpoint",
+    "eval.seed",
+    "eval.batch_size",
+    "eval.prompts",
+    "eval.qa",
+    "eval.data_dir",
+    "eval.names",
+    "eval.steps",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Runs that differ in nothing but their seeds.
+
+    Attributes:
+      key: short, the same for every run of the cell, and different for any other.
+      role, title: of its runs.
+      settings: dotted name -> value, of the runs and of what they started from: those of the
+        start are prefixed with its role, 'insertion.optimizer.name'.
+      runs: by seeds.
+      seeds: run's name -> its seeds: its own and those of what it started from, nearest first.
+    """
+
+    key: str
+    role: str
+    title: str
+    settings: Mapping[str, Any]
+    runs: tuple[RunEvals, ...]
+    seeds: Mapping[str, tuple[int | None, ...]]
+
+    @property
+    def replicates(self) -> tuple[RunEvals, ...]:
+        """One run for every set of seeds, finished ones first: a repeat adds nothing."""
+        chosen: dict[tuple[int | None, ...], RunEvals] = {}
+        for run in sorted(self.runs, key=lambda run: not run.finished):
+            chosen.setdefault(self.seeds[run.name], run)
+        return tuple(run for run in self.runs if run in chosen.values())
+
+
+def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat settings of a run's resolved config that are part of its cell.
+
+    Args:
+      config: nested, as in run.json.
+    """
+    return {
+        name: value
+        for name, value in _flatten(config)
+        if not any(name == other or name.startswith(f"{other}.") for other in NOT_OF_A_CELL)
+    }
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def ancestors(run: RunEvals, by_name: Mapping[str, RunEvals]) -> list[RunEvals]:
+    """The run's parent, the parent's parent and so on, as far as they are among the runs."""
+    lineage: list[RunEvals] = []
+    seen = {run.name}
+    parent = by_name.get(run.parent or "")
+    while parent is not None and parent.name not in seen:
+        lineage.append(parent)
+        seen.add(parent.name)
+        parent = by_name.get(parent.parent or "")
+    return lineage
+
+
+def lineage_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
+    """The settings of the run and, prefixed with their role, of what it descends from."""
+    settings = _run_settings(run)
+    for ancestor in ancestors(run, by_name):
+        for name, value in _run_settings(ancestor).items():
+            settings.setdefault(f"{ancestor.role}.{name}", value)
+    return settings
+
+
+def _run_settings(run: RunEvals) -> dict[str, Any]:
+    return {
+        **run.settings,
+        "task": run.task,
+        "data_hash": run.data_hash,
+        "steps": run.total_steps,
+        "start_step": run.start_step,
+    }
+
+
+def cells(runs: Iterable[RunEvals]) -> list[Cell]:
+    """The runs by cell, in the order of each cell's first run."""
+    runs = list(runs)
+    by_name = {run.name: run for run in runs}
+    grouped: dict[str, list[RunEvals]] = {}
+    for run in runs:
+        grouped.setdefault(cell_key(run, by_name), []).append(run)
+    result = []
+    for key, members in grouped.items():
+        seeds = {run.name: lineage_seeds(run, by_name) for run in members}
+        ordered = sorted(members, key=lambda run: (str(seeds[run.name]), run.name))
+        first = members[0]
+        settings = lineage_settings(first, by_name)
+        result.append(Cell(key, first.role, first.title, settings, tuple(ordered), seeds))
+    return result
+
+
+def lineage_seeds(run: RunEvals, by_name: Mapping[str, RunEvals]) -> tuple[int | None, ...]:
+    """The run's seed, then those of what it started from."""
+    return tuple(member.seed for member in (run, *ancestors(run, by_name)))
+
+
+def cell_key(run: RunEvals, by_name: Mapping[str, RunEvals]) -> str:
+    """12 hex digits of everything but the seed, down the run's whole ancestry."""
+    text = json.dumps(
+        [run.role, lineage_settings(run, by_name)], sort_keys=True, default=str, ensure_ascii=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def differing(cells_: Sequence[Cell]) -> list[str]:
+    """The settings in which the cells are not all alike: the axes of the study."""
+    names = {name for cell in cells_ for name in cell.settings}
+    return sorted(
+        name
+        for name in names
+        if len({json.dumps(cell.settings.get(name), default=str) for cell in cells_}) > 1
+    )
+
+
+def same_but_backdoor(
+    a: RunEvals, b: RunEvals, by_name: Mapping[str, RunEvals]
+) -> tuple[bool, bool]:
+    """Whether two probes are the same, on starts that went through the same removal.
+
+    Compared are the settings, the data and the steps of the two probes and of the removals they
+    start from; what came before the removal is left out: there the backdoor makes the difference.
+
+    Returns:
+      (the same but perhaps for seeds, the same seeds too).
+    """
+    if a.start_step != b.start_step:
+        return False, False
+    pair: tuple[RunEvals | None, RunEvals | None] = (a, b)
+    same_seeds = True
+    for _ in range(2):  # the probe, and the removal it starts from
+        first, second = pair
+        if first is None or second is None:
+            return False, False
+        if not _same_training(first, second):
+            return False, False
+        same_seeds &= first.seed == second.seed
+        pair = by_name.get(first.parent or ""), by_name.get(second.parent or "")
+    return True, same_seeds
+
+
+def _same_training(a: RunEvals, b: RunEvals) -> bool:
+    return (
+        a.role == b.role
+        and a.task == b.task
+        and a.data_hash == b.data_hash
+        and a.total_steps == b.total_steps
+        and a.learning_rate == b.learning_rate
+        and dict(a.settings) == dict(b.settings)
+    )
