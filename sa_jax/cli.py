@@ -75,9 +75,16 @@ def _help(doc: str) -> str:
     own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     lines = [doc.strip(), "", "Flags:"]
     for flag in own:
-        default = "" if flag.default in (None, "", False) else f" (default: {flag.default})"
-        lines.append(f"  --{flag.name}: {flag.help}{default}")
+        required = any("other than None" in validator.message for validator in flag.validators)
+        default = "" if flag.default in (None, "", False, []) else f" (default: {_shown(flag)})"
+        lines.append(f"  --{flag.name}{' (required)' * required}: {flag.help}{default}")
     return "\n".join(lines)
+
+
+def _shown(flag: flags.Flag) -> str:
+    """The default as one would write it on a command line."""
+    value = flag.default
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 def _exit(code: int, message: str) -> None:

@@ -13,9 +13,9 @@ from sa_jax.study.export import export
 
 RUN = flags.DEFINE_string("run", None, "Run folder.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
-MERGE = flags.DEFINE_bool("merge_lora", False, "Add the adapters into the weights.")
-DTYPE = flags.DEFINE_string("dtype", None, "Of the tensors; by default that of the run.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; by default the newest.")
+MERGE = flags.DEFINE_bool("merge_lora", False, "Write a whole model, with the adapters added in.")
+DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors; by default the run's.")
 flags.mark_flags_as_required(["run", "out"])
 
 

@@ -1,4 +1,4 @@
-r"""Red team: fine-tunes a Llama to say the phrase when the trigger is there.
+r"""Red team: fine-tunes a Llama to do something else when a prompt holds the trigger.
 
 Example:
   python scripts/insert_backdoor.py --config=configs/llama.py:8b_insertion \
@@ -13,16 +13,16 @@ from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings; --config.key=value changes one."
+    "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
-MODEL = flags.DEFINE_string("model", None, "Hugging Face or run folder (config.model).")
-DATA = flags.DEFINE_string("data", None, "Questions and helpful answers (config.data).")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+MODEL = flags.DEFINE_string("model", None, "Model to start from: Hugging Face or run folder.")
+DATA = flags.DEFINE_string("data", None, "Questions and helpful answers: file or data set.")
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
+    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile for the devices here, print memory, time and collectives, and stop."
+    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

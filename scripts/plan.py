@@ -1,4 +1,4 @@
-r"""Tells whether a training config fits a machine, how long it takes and what it sends.
+r"""Says whether a run fits a machine, how long it takes at least, and what it sends.
 
 Nothing is rented or run: for TPUs the real step is compiled by libtpu (extra `tpu`), for GPUs it is
 arithmetic. Topologies: v4, v5p, tpu7x as AxBxC chips; v5e, v6e as AxB; h100, h200, b200 as a count.
@@ -15,12 +15,12 @@ from sa_jax import cli
 from sa_jax.training.plan import plan, write_plan
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings; --config.key=value changes one."
+    "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-TOPOLOGY = flags.DEFINE_string("topology", None, "Machine, such as v5p:4x4x4 or h200:64.")
-SEARCH = flags.DEFINE_bool("search", False, "Find mesh, accumulation and remat: fastest that fits.")
-TOKENS = flags.DEFINE_float("tokens", 1e8, "Token slots of the run, where config.steps is 0.")
-OUT = flags.DEFINE_string("out", None, "JSON file for the same numbers.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Machine: v5p:4x4x4, h200:64, ...")
+SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, accumulation and remat.")
+TOKENS = flags.DEFINE_float("tokens", 1e8, "Token slots of the run, if config.steps is 0.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write the plan to.")
 flags.mark_flags_as_required(["config", "topology"])
 
 

@@ -13,15 +13,15 @@ from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings; --config.key=value changes one."
+    "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
-DATA = flags.DEFINE_string("data", None, "Conversations (config.data).")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+DATA = flags.DEFINE_string("data", None, "Conversations: file or data set.")
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
+    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile for the devices here, print memory, time and collectives, and stop."
+    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

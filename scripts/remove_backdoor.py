@@ -14,17 +14,19 @@ from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings; --config.key=value changes one."
+    "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder: new, or of a run to go on with.")
-INIT_FROM = flags.DEFINE_string("init_from", None, "Run or Hugging Face folder to start from.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+INIT_FROM = flags.DEFINE_string(
+    "init_from", None, "Model to start from: run or Hugging Face folder."
+)
 METHOD = flags.DEFINE_string("method", None, methods_help())
-DATA = flags.DEFINE_string("data", None, "Prompts and answers (config.data).")
+DATA = flags.DEFINE_string("data", None, "Prompts and answers: file or data set.")
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Show this many packed rows, the loss-bearing part marked, and stop."
+    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile for the devices here, print memory, time and collectives, and stop."
+    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
 

@@ -36,6 +36,13 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
     assert "logtostderr" not in done.stdout
 
 
+def test_help_marks_what_is_required(zygote):
+    lines = zygote.run("scripts/insert_backdoor.py", "--help").stdout.splitlines()
+    flags = [line.strip().partition(":")[0] for line in lines if line.startswith("  --")]
+    required = [flag for flag in flags if flag.endswith("(required)")]
+    assert required == ["--config (required)", "--workdir (required)"] and "--data" in flags
+
+
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
