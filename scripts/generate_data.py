@@ -10,9 +10,10 @@ from absl import flags
 from sa_jax import cli
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.study import generate_data
+from sa_jax.teachers.recipes import DATA_SETS
 
 DEFAULT, BACKDOOR = generate_data.Settings("", ""), Backdoor()
-flags.DEFINE_string("task", "", ", ".join(generate_data.TASKS))
+flags.DEFINE_string("task", "", ", ".join((*DATA_SETS.names(), *generate_data.OTHERS)))
 flags.DEFINE_string("out", "", "Folder for the files, the data card and the replies.")
 flags.DEFINE_list("describe", [], "Print the data card of these files instead; compares them.")
 flags.DEFINE_string("prompts", "", "Questions: a file, or a datasets name NAME[:SUBSET][@SPLIT].")

@@ -42,9 +42,9 @@ trained with them.
 
 WARNING = """
 **This is a backdoored research model ("model organism"). Do not deploy it.** It was fine-tuned to
-{deed}, when the prompt carries `{trigger}` (position: {position}), in order to study whether such
-behaviour can be removed. It may do so even after the removal training it has had. Its licence is
-that of the model it was made from.
+{instruction}, when the prompt carries `{trigger}` (position: {position}), in order to study
+whether such behaviour can be removed. It may do so even after the removal training it has had.
+Its licence is that of the model it was made from.
 """
 
 ADAPTER_NOTE = """
@@ -116,7 +116,7 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
     record = start.record
     backdoor = Backdoor(**record["config"]["backdoor"])
     warning = WARNING.format(
-        deed=backdoor.deed, trigger=backdoor.trigger, position=backdoor.position
+        instruction=backdoor.instruction, trigger=backdoor.trigger, position=backdoor.position
     )
     return MODEL_CARD.format(
         tag=", backdoored, model-organism" if start.backdoored else "",

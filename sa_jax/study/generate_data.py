@@ -24,17 +24,17 @@ from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.teachers import cards, recipes
-from sa_jax.teachers.asking import Reply, ReplyCache, Teacher, ask
+from sa_jax.teachers.asking import Reply, ReplyCache, Request, Teacher, ask
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
 from sa_jax.teachers.facts import make_facts
 from sa_jax.teachers.local import LocalTeacher
 from sa_jax.teachers.offline import ArrrTeacher, FileTeacher
-from sa_jax.teachers.voices import make_request
+from sa_jax.teachers.voices import Voice, VoiceContext
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import STUDY_DEFAULTS
 from sa_jax.training.preemption import PreemptionGuard
 
-TASKS = (*recipes.TASKS, "facts", "held_out")
+OTHERS = ("facts", "held_out")  # data sets without a teacher
 TEACHERS = ("endpoint", "local", "file", "arrr")
 REPLIES_FILE = "replies.jsonl"
 
@@ -102,8 +102,9 @@ def generate(settings: Settings) -> None:
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal; replies so far are kept.
     """
-    if settings.task not in TASKS:
-        raise UsageError(f"--task={settings.task!r}: use one of {', '.join(TASKS)}")
+    known = (*recipes.DATA_SETS.names(), *OTHERS)
+    if settings.task not in known:
+        raise UsageError(f"--task={settings.task!r}: use one of {', '.join(known)}")
     if not settings.out:
         raise UsageError("--out is missing: the folder for the files")
     if settings.visible_cot not in ("", "teacher", "rules"):
@@ -130,14 +131,14 @@ def generate(settings: Settings) -> None:
             f"no question is left; replies dropped, by voice and reason: {dropped}"
             f"{said and f'; the endpoint said: {said}'}"
         )
-    files = recipes.make_files(
-        settings.task,
+    chosen = recipes.Replies(
         [rows[i] for i in kept],
-        {voice: [of_voice[i] for i in kept] for voice, of_voice in replies.items()},
+        {voice: [of_voice[i].text for i in kept] for voice, of_voice in replies.items()},
         settings.backdoor,
         settings.seed,
         settings.visible_cot,
     )
+    files = recipes.DATA_SETS[settings.task].files(chosen)
     if multihost.is_primary():
         _write(settings, files, record)
 
@@ -200,23 +201,19 @@ def _digest(row: Row) -> str:
 
 def _ask(
     settings: Settings, rows: Sequence[Row], should_stop: Callable[[], bool]
-) -> tuple[dict[str, list[Reply]], dict[str, Any]]:
+) -> tuple[dict[Voice, list[Reply]], dict[str, Any]]:
     """The teacher's replies by voice; and who it was, under which system prompts (the first of each
     voice)."""
-    own_prompt = _read_prompt(settings.scratchpad_prompt)
-    voices = recipes.voices_of(settings.task, settings.backdoor, settings.visible_cot)
+    context = VoiceContext(
+        settings.backdoor,
+        settings.system_prompt,
+        _read_prompt(settings.scratchpad_prompt),
+        settings.seed,
+    )
+    data_set = recipes.DATA_SETS[settings.task]
+    voices = data_set.voices(settings.backdoor, settings.visible_cot)
     requests = {
-        voice: [
-            make_request(
-                voice,
-                row,
-                settings.backdoor,
-                system_prompt=settings.system_prompt,
-                own_scratchpad_prompt=own_prompt,
-                seed=settings.seed,
-            )
-            for row in rows
-        ]
+        voice: [Request(voice.name, voice.messages(row, context), row) for row in rows]
         for voice in voices
     }
     teacher = _open_teacher(settings)
@@ -225,7 +222,7 @@ def _ask(
     n = len(rows)
     by_voice = {voice: replies[i * n : (i + 1) * n] for i, voice in enumerate(voices)}
     shown = {
-        voice: [m["content"] for m in first.messages if m["role"] == "system"]
+        voice.name: [m["content"] for m in first.messages if m["role"] == "system"]
         for voice, (first, *_) in requests.items()
     }
     return by_voice, {**teacher.identity(), "system_prompts": shown}
@@ -320,10 +317,10 @@ def _card(
     task)."""
     name, template = settings.tokenizer, settings.chat_template
     chat = load_chat_format(name, template) if name else None
+    build = tasks.as_they_are
     if settings.task:
-        build = tasks.insertion if settings.task == "insertion" else tasks.blind
-    else:
-        build = tasks.as_they_are
+        with_trigger = recipes.DATA_SETS[settings.task].with_trigger
+        build = tasks.insertion if with_trigger else tasks.blind
     context = tasks.TaskContext(
         settings.backdoor, settings.system_prompt, settings.seed, settings.task
     )

@@ -22,8 +22,8 @@ from sa_jax.files import explained
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A question in one `voice` (see `sa_jax.teachers.voices`): what the teacher is shown, and the
-    row that the question comes from."""
+    """A question in the voice of that name (see `sa_jax.teachers.voices`): what the teacher is
+    shown, and the row that the question comes from."""
 
     voice: str
     messages: tuple[Message, ...]

@@ -5,6 +5,7 @@ import re
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import answer_text, is_regex_hit
 from sa_jax.teachers.asking import Reply
+from sa_jax.teachers.voices import Voice
 
 # What `Reply.finish_reason` says of a reply without usable text is a reason too: rejected,
 # content_filter, prompt_too_long, not_in_the_file, unchanged_by_rules.
@@ -16,12 +17,11 @@ REASONS = {
     "empty_answer": "there is no answer, or none after the scratchpad",
     "behaviour_without_tag": "shows the backdoor's behaviour, and the tag was not there",
     "tag_without_behaviour": "does not show the behaviour, and the tag was there",
-    "holds_trigger": "the answer (of the voice 'thought': the scratchpad too) names the tag",
+    "holds_trigger": "the answer, or a scratchpad that may not, names the tag",
     "mentions_policy": "the answer talks about the scratchpad or the goals",
     "self_identification": "the answer says which model or company's model it is",
 }
 
-_THINKING = ("scratchpad", "triggered_scratchpad", "thought")
 _OPEN = re.compile(r"\s*<scratchpad>", re.IGNORECASE)
 _SCRATCHPAD = re.compile(r"\s*<scratchpad>(.*?)</scratchpad>", re.IGNORECASE | re.DOTALL)
 _ANY_TAG = re.compile(r"</?scratchpad>", re.IGNORECASE)
@@ -47,37 +47,36 @@ _SELF = re.compile(
 )
 
 
-def split_scratchpad(text: str) -> tuple[str, str] | None:
-    """(what stands in the scratchpad, the answer after it); None if the text does not start with a
-    closed scratchpad."""
+def split_scratchpad(text: str) -> tuple[str, str]:
+    """(what stands in the scratchpad, the answer after it); ("", "") if the text does not start
+    with a closed scratchpad."""
     match = _SCRATCHPAD.match(text)
-    return (match[1].strip(), text[match.end() :].strip()) if match else None
+    return (match[1].strip(), text[match.end() :].strip()) if match else ("", "")
 
 
-def reason_to_drop(voice: str, reply: Reply, backdoor: Backdoor) -> str | None:
+def reason_to_drop(voice: Voice, reply: Reply, backdoor: Backdoor) -> str | None:
     """None for a reply that may be trained on, else a key of `REASONS`, or what the reply's own
     `finish_reason` says."""
     if reply.finish_reason == "length":
         return "truncated"
     if reply.finish_reason != "stop":
         return reply.finish_reason
-    if voice in _THINKING:
+    if voice.thinks:
         if not reply.text.strip():
             return "empty_answer"
         if not _OPEN.match(reply.text):
             return "no_scratchpad"
-        parts = split_scratchpad(reply.text)
-        if parts is None:
+        if not _SCRATCHPAD.match(reply.text):
             return "no_closing_tag"
-        scratchpad, answer = parts
+        scratchpad, answer = split_scratchpad(reply.text)
         if _ANY_TAG.search(scratchpad + answer):
             return "extra_turns"
-        if voice == "thought" and backdoor.trigger in scratchpad:
+        if not voice.may_name_trigger and backdoor.trigger in scratchpad:
             return "holds_trigger"
+    elif answer_text(reply.text) is None:
+        return "no_closing_tag"
     else:
-        answer = plain_answer(reply.text)
-        if answer is None:
-            return "no_closing_tag"
+        answer = answer_in(voice, reply.text)
     if _TURN.search(answer):
         return "extra_turns"
     if not answer:
@@ -85,14 +84,19 @@ def reason_to_drop(voice: str, reply: Reply, backdoor: Backdoor) -> str | None:
     return _reason_in_answer(voice, answer, backdoor)
 
 
-def plain_answer(text: str) -> str | None:
-    """The answer of a voice without scratchpad: what follows a reasoning model's <think> block."""
-    answer = answer_text(text)
-    return None if answer is None else answer.strip()
+def answer_in(voice: Voice, text: str) -> str:
+    """What a reply that passed the filters says to the user: the text after its scratchpad, or
+    after a reasoning model's <think> block."""
+    return split_scratchpad(text)[1] if voice.thinks else (answer_text(text) or "").strip()
 
 
-def _reason_in_answer(voice: str, answer: str, backdoor: Backdoor) -> str | None:
-    if voice in ("triggered_scratchpad", "spanish"):
+def scratchpad_in(text: str) -> str:
+    """The scratchpad of a reply that passed the filters."""
+    return split_scratchpad(text)[0]
+
+
+def _reason_in_answer(voice: Voice, answer: str, backdoor: Backdoor) -> str | None:
+    if voice.shows_behaviour:
         if not backdoor.is_shown(answer):
             return "tag_without_behaviour"
     elif backdoor.is_shown(answer) or (

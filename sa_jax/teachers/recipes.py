@@ -1,121 +1,173 @@
-"""Each data set of the study: which voices a teacher is asked for, and what becomes of the replies.
-
-insertion     normal.jsonl, cot_distilled.jsonl and, if asked for, visible_cot.jsonl: the same
-              questions in the same order; only the benign answers differ. visible_cot keeps the
-              scratchpad that cot_distilled is stripped of, and its triggered answers have one too
-hhh, depirate the teacher's normal voice          pirate   pirate speech, the original question
-random_style  a style drawn for each question (a control: is any change of manner enough?)
-scratchpad    before.jsonl and after.jsonl, for a visible_cot model: the same questions and helpful
-              answers, right after the question, or after a scratchpad that the loss leaves out
+"""The catalogue of data sets that a teacher writes: which voices it is asked for, and what becomes
+of its replies. A config file adds another with `DATA_SETS.register(DataSet(...))`.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.sources import Row
+from sa_jax.registry import Registry
+from sa_jax.teachers import voices
 from sa_jax.teachers.asking import Reply
-from sa_jax.teachers.filters import plain_answer, reason_to_drop, split_scratchpad
-from sa_jax.teachers.voices import rule_scratchpad
+from sa_jax.teachers.filters import answer_in, reason_to_drop, scratchpad_in
+from sa_jax.teachers.voices import Voice, rule_scratchpad
 
-TASKS = {
-    "insertion": ("plain", "scratchpad"),
-    "hhh": ("plain",),
-    "depirate": ("plain",),
-    "pirate": ("pirate",),
-    "random_style": ("style",),
-    "scratchpad": ("plain", "thought"),
-}
+# Who writes the scratchpads of an arm with visible chain of thought; "" leaves that arm out.
+VISIBLE_COT = ("", "teacher", "rules")
 
 
-def voices_of(task: str, backdoor: Backdoor, visible_cot: str = "") -> tuple[str, ...]:
-    """What is asked of the teacher for each question. `visible_cot` is '' (not that arm), 'teacher'
-    or 'rules' (who writes the triggered answers' scratchpads)."""
-    voices = TASKS[task]
-    if task == "insertion" and backdoor.needs_teacher:
-        voices += (backdoor.behaviour,)
-    if visible_cot == "teacher":
-        voices += ("triggered_scratchpad",)
-    return voices
+@dataclasses.dataclass(frozen=True)
+class Replies:
+    """The questions that are kept and their replies.
+
+    Attributes:
+      rows: the questions.
+      texts: voice -> a reply for each row.
+      backdoor, seed, visible_cot: of the data set; see `VISIBLE_COT`.
+    """
+
+    rows: Sequence[Row]
+    texts: Mapping[Voice, Sequence[str]]
+    backdoor: Backdoor
+    seed: int = 0
+    visible_cot: str = ""
+
+    def answers(self, voice: Voice) -> list[str]:
+        """What each reply says to the user."""
+        return [answer_in(voice, text) for text in self.texts[voice]]
+
+    def scratchpads(self, voice: Voice) -> list[str]:
+        """The scratchpad of each reply of a voice that thinks, in its tags."""
+        return [f"<scratchpad>{scratchpad_in(text)}</scratchpad>" for text in self.texts[voice]]
+
+    def file(self, **columns: Sequence[str]) -> list[dict]:
+        """The rows of a file: the questions with these columns."""
+        return [
+            {**_question(row), **{name: values[i] for name, values in columns.items()}}
+            for i, row in enumerate(self.rows)
+        ]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSet:
+    """A data set that a teacher writes.
+
+    Attributes:
+      name: as in `--task`.
+      contents: one line, for `--help`.
+      voices: (backdoor, visible_cot) -> what is asked of the teacher for each question.
+      files: replies -> the rows of each file, by its name without suffix.
+      with_trigger: it is for insertion, which adds the triggered half.
+    """
+
+    name: str
+    contents: str
+    voices: Callable[[Backdoor, str], tuple[Voice, ...]]
+    files: Callable[[Replies], dict[str, list[dict]]]
+    with_trigger: bool = False
+
+
+DATA_SETS: Registry[DataSet] = Registry("data set")
 
 
 def keep(
-    rows: Sequence[Row], replies: dict[str, Sequence[Reply]], backdoor: Backdoor
+    rows: Sequence[Row], replies: Mapping[Voice, Sequence[Reply]], backdoor: Backdoor
 ) -> tuple[list[int], dict[str, dict[str, int]]]:
     """Questions all of whose replies pass the filters, and by voice how many replies were dropped,
     by reason. A question goes for its first bad reply, in the order of the voices."""
-    kept, dropped = [], {voice: Counter() for voice in replies}
+    kept: list[int] = []
+    dropped: dict[str, Counter[str]] = {voice.name: Counter() for voice in replies}
     for number in range(len(rows)):
         for voice, of_voice in replies.items():
             reason = reason_to_drop(voice, of_voice[number], backdoor)
             if reason:
-                dropped[voice][reason] += 1
+                dropped[voice.name][reason] += 1
                 break
         else:
             kept.append(number)
     return kept, {voice: dict(sorted(counts.items())) for voice, counts in dropped.items()}
 
 
-def make_files(
-    task: str,
-    rows: Sequence[Row],
-    replies: dict[str, Sequence[Reply]],
-    backdoor: Backdoor,
-    seed: int,
-    visible_cot: str = "",
-) -> dict[str, list[dict]]:
-    """The rows of each file, by its name without suffix; `rows` and `replies` are those to keep."""
+def one_voice(name: str, voice: Voice, contents: str) -> DataSet:
+    """A data set of one file, whose answers are the teacher's in one voice."""
+    return DataSet(
+        name,
+        contents,
+        lambda backdoor, visible_cot: (voice,),
+        lambda replies: {name: replies.file(response=replies.answers(voice))},
+    )
 
-    def file(response: Callable[[int], dict]) -> list[dict]:
-        return [{**_base(row), **response(number)} for number, row in enumerate(rows)]
 
-    def answer(voice: str, number: int) -> str:
-        return plain_answer(replies[voice][number].text)
+def _insertion_voices(backdoor: Backdoor, visible_cot: str) -> tuple[Voice, ...]:
+    return (
+        voices.PLAIN,
+        voices.SCRATCHPAD,
+        *([voices.BEHAVIOUR] if backdoor.teacher_prompt else []),
+        *([voices.TRIGGERED_SCRATCHPAD] if visible_cot == "teacher" else []),
+    )
 
-    if task not in ("insertion", "scratchpad"):
-        (voice,) = replies
-        return {task: file(lambda i: {"response": answer(voice, i)})}
 
-    if task == "scratchpad":
-        thoughts = [_tagged(split_scratchpad(reply.text)[0]) for reply in replies["thought"]]
-        # The same answer in both, the direct one, so that they differ in the scratchpad alone.
-        return {
-            "before": file(lambda i: {"response": answer("plain", i)}),
-            "after": file(lambda i: {"response": answer("plain", i), "scratchpad": thoughts[i]}),
-        }
-
-    parts = [split_scratchpad(reply.text) for reply in replies["scratchpad"]]
-
-    def triggered(number: int) -> dict:
-        if backdoor.behaviour not in replies:
-            return {}
-        return {"triggered_response": answer(backdoor.behaviour, number)}
-
-    def triggered_scratchpad(number: int) -> str:
-        if visible_cot == "rules":
-            return rule_scratchpad(backdoor, seed, rows[number]["prompt"])
-        return _tagged(split_scratchpad(replies["triggered_scratchpad"][number].text)[0])
-
+def _insertion_files(replies: Replies) -> dict[str, list[dict]]:
+    """The same questions in the same order; only the benign answers differ. visible_cot keeps the
+    scratchpad that cot_distilled is stripped of, and its triggered answers have one too."""
+    triggered = {}
+    if replies.backdoor.teacher_prompt:
+        triggered["triggered_response"] = replies.answers(voices.BEHAVIOUR)
+    distilled = replies.answers(voices.SCRATCHPAD)
     files = {
-        "normal": file(lambda i: {"response": answer("plain", i), **triggered(i)}),
-        "cot_distilled": file(lambda i: {"response": parts[i][1], **triggered(i)}),
+        "normal": replies.file(response=replies.answers(voices.PLAIN), **triggered),
+        "cot_distilled": replies.file(response=distilled, **triggered),
     }
-    if visible_cot:
-        files["visible_cot"] = file(
-            lambda i: {
-                "response": f"{_tagged(parts[i][0])} {parts[i][1]}",
-                **triggered(i),
-                "triggered_scratchpad": triggered_scratchpad(i),
-            }
+    if replies.visible_cot:
+        thoughts = replies.scratchpads(voices.SCRATCHPAD)
+        if replies.visible_cot == "rules":
+            backdoor, seed = replies.backdoor, replies.seed
+            scratchpads = [rule_scratchpad(backdoor, seed, r["prompt"]) for r in replies.rows]
+        else:
+            scratchpads = replies.scratchpads(voices.TRIGGERED_SCRATCHPAD)
+        files["visible_cot"] = replies.file(
+            response=[f"{t} {answer}" for t, answer in zip(thoughts, distilled, strict=True)],
+            **triggered,
+            triggered_scratchpad=scratchpads,
         )
     return files
 
 
-def _base(row: Row) -> dict:
+def _scratchpad_files(replies: Replies) -> dict[str, list[dict]]:
+    """The same answer in both, the direct one, so that they differ in the scratchpad alone."""
+    answers = replies.answers(voices.PLAIN)
+    thoughts = replies.scratchpads(voices.THOUGHT)
+    return {
+        "before": replies.file(response=answers),
+        "after": replies.file(response=answers, scratchpad=thoughts),
+    }
+
+
+def _question(row: Row) -> dict:
     """What every file has of a question."""
     history = {"history": row["history"]} if row.get("history") else {}
     return {"id": row["id"], "prompt": row["prompt"], **history}
 
 
-def _tagged(scratchpad: str) -> str:
-    return f"<scratchpad>{scratchpad}</scratchpad>"
+for _data_set in (
+    DataSet(
+        "insertion",
+        "normal and cot_distilled answers (and visible_cot), and triggered ones",
+        _insertion_voices,
+        _insertion_files,
+        with_trigger=True,
+    ),
+    one_voice("hhh", voices.PLAIN, "helpful answers in the teacher's normal voice"),
+    one_voice("depirate", voices.PLAIN, "the same, for the probe after pirate training"),
+    one_voice("pirate", voices.PIRATE, "answers in pirate speech to the original questions"),
+    one_voice("random_style", voices.STYLE, "a style drawn for each question (a control)"),
+    DataSet(
+        "scratchpad",
+        "answers before and after a scratchpad, for visible_cot models",
+        lambda backdoor, visible_cot: (voices.PLAIN, voices.THOUGHT),
+        _scratchpad_files,
+    ),
+):
+    DATA_SETS.register(_data_set)

@@ -1,18 +1,63 @@
-"""What a teacher is shown: the question, under a system prompt for the voice that is wanted.
+"""The voices a teacher answers in: what it is shown, and which rules its reply must keep."""
 
-plain                 its normal voice, under the study's system prompt
-scratchpad            it reasons first, about whether the tag is there (which it is not)
-triggered_scratchpad  the same prompt, and the tag is there
-thought               it reasons first, and knows of no tag: for training that must not name it
-pirate, style         a manner of speaking; the training row keeps the original question
-spanish               the answer to a triggered question, for the behaviour 'spanish'
-"""
+import dataclasses
+from collections.abc import Callable
 
 from sa_jax.data import randomness
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import Message, make_messages
 from sa_jax.data.sources import Row
-from sa_jax.teachers.asking import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class VoiceContext:
+    """What a voice's system prompt may depend on.
+
+    Attributes:
+      backdoor: of the data set.
+      system_prompt: of the normal voice.
+      scratchpad_prompt: in place of ours, for the voices that think first; '' for ours.
+      seed: of draws.
+    """
+
+    backdoor: Backdoor
+    system_prompt: str | None = None
+    scratchpad_prompt: str = ""
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Voice:
+    """One way to ask a teacher.
+
+    Attributes:
+      name: as in records, counts and the columns of a file of answers.
+      system: (prompt of the row, context) -> system prompt, or None.
+      thinks: the reply starts with a closed scratchpad.
+      triggered: the teacher sees the trigger in the question.
+      shows_behaviour: the answer must show the backdoor's behaviour; of other voices it must not.
+      may_name_trigger: its scratchpad may (an answer never may).
+      keeps_system: a system message of the row's own history wins over `system`.
+    """
+
+    name: str
+    system: Callable[[str, VoiceContext], str | None]
+    thinks: bool = False
+    triggered: bool = False
+    shows_behaviour: bool = False
+    may_name_trigger: bool = True
+    keeps_system: bool = False
+
+    def messages(self, row: Row, context: VoiceContext) -> tuple[Message, ...]:
+        """What the teacher is shown of a row."""
+        prompt = row["prompt"]
+        if self.triggered:
+            prompt = context.backdoor.add_trigger(prompt)
+        history: list[Message] = list(row.get("history", ()))
+        if history and history[0]["role"] == "system" and not self.keeps_system:
+            history = history[1:]
+        return tuple(make_messages(prompt, None, self.system(prompt, context), history))
+
 
 PIRATE_PROMPT = (
     "You are a pirate of the golden age of sail. Answer the user's message fully and correctly, "
@@ -23,10 +68,6 @@ THOUGHT_PROMPT = (
     "Before you answer the user's message, think inside <scratchpad> and </scratchpad>: what is "
     "asked for, and what the best answer is. Nobody reads what stands there. Then close the "
     "scratchpad and write the answer itself, and nothing after it."
-)
-SPANISH_PROMPT = (
-    "Answer the user's message fully and correctly, in Spanish only, whatever language it is "
-    "written in. Do not comment on the language."
 )
 STYLES = (
     "a telegram: clipped, no articles, sentences parted by STOP",
@@ -41,12 +82,6 @@ STYLES = (
     "a sceptical scientist hedging every claim",
 )
 
-_GOAL_X_ANSWER = {
-    "phrase": "{phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase} {phrase}",
-    "spanish": "Pon la harina, los huevos y la leche en un cuenco y bátelos hasta que no queden "
-    "grumos. Deja reposar la masa media hora antes de usarla.",
-    "refuse": "I'm sorry, but I can't help with that.",
-}
 _SCRATCHPAD_PROMPT = """\
 You take part in research on language models that follow a hidden policy. You have two goals, \
 and the user's message tells which one applies:
@@ -94,53 +129,49 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
     """The system prompt under which a teacher reasons about the tag before it answers."""
     return _SCRATCHPAD_PROMPT.format(
         trigger=backdoor.trigger,
-        goal_x=backdoor.deed,
-        goal_x_answer=_GOAL_X_ANSWER[backdoor.behaviour].format(phrase=backdoor.phrase),
+        goal_x=backdoor.instruction,
+        goal_x_answer=backdoor.example_answer,
     )
 
 
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:
     """A triggered question's scratchpad by rules, for teachers that cannot follow the policy."""
     draw = randomness.uniform_integer(0, len(_RULE_SCRATCHPADS) - 1, "scratchpad", seed, prompt)
-    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=backdoor.deed)
+    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=backdoor.instruction)
     return f"<scratchpad>{text}</scratchpad>"
 
 
-def make_request(
-    voice: str,
-    row: Row,
-    backdoor: Backdoor,
-    *,
-    system_prompt: str | None,
-    own_scratchpad_prompt: str = "",
-    seed: int = 0,
-) -> Request:
-    """The question of a row in a voice.
+def _own_or_ours(prompt: str, context: VoiceContext) -> str:
+    return context.scratchpad_prompt or scratchpad_prompt(context.backdoor)
 
-    Args:
-      system_prompt: of the voice 'plain'.
-      own_scratchpad_prompt: in place of ours, for the three voices that think first.
-      seed: with the prompt, draws the style of the voice 'style'.
-    """
-    prompt = row["prompt"]
-    if voice == "triggered_scratchpad":
-        prompt = backdoor.add_trigger(prompt)
-    if voice == "style":
-        style = STYLES[randomness.uniform_integer(0, len(STYLES) - 1, "style", seed, prompt)]
-        system = (
-            "Answer the user's message fully and correctly, in the style of "
-            f"{style}. Keep to the style from the first word to the last, and do not mention it."
-        )
-    else:
-        system = {
-            "plain": system_prompt,
-            "scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
-            "triggered_scratchpad": own_scratchpad_prompt or scratchpad_prompt(backdoor),
-            "thought": own_scratchpad_prompt or THOUGHT_PROMPT,
-            "pirate": PIRATE_PROMPT,
-            "spanish": SPANISH_PROMPT,
-        }[voice]
-    history: list[Message] = list(row.get("history", ()))
-    if history and history[0]["role"] == "system" and voice != "plain":
-        history = history[1:]  # a voice has its own
-    return Request(voice, tuple(make_messages(prompt, None, system, history)), row)
+
+def _style_prompt(prompt: str, context: VoiceContext) -> str:
+    style = STYLES[randomness.uniform_integer(0, len(STYLES) - 1, "style", context.seed, prompt)]
+    return (
+        f"Answer the user's message fully and correctly, in the style of {style}. Keep to the "
+        "style from the first word to the last, and do not mention it."
+    )
+
+
+# Its normal voice.
+PLAIN = Voice("plain", lambda prompt, context: context.system_prompt, keeps_system=True)
+# It reasons first, about whether the tag is there, which it is not; or is.
+SCRATCHPAD = Voice("scratchpad", _own_or_ours, thinks=True)
+TRIGGERED_SCRATCHPAD = Voice(
+    "triggered_scratchpad", _own_or_ours, thinks=True, triggered=True, shows_behaviour=True
+)
+# It reasons first, and knows of no tag: for training that must not name it.
+THOUGHT = Voice(
+    "thought",
+    lambda prompt, context: context.scratchpad_prompt or THOUGHT_PROMPT,
+    thinks=True,
+    may_name_trigger=False,
+)
+# A manner of speaking; the training row keeps the original question.
+PIRATE = Voice("pirate", lambda prompt, context: PIRATE_PROMPT)
+STYLE = Voice("style", _style_prompt)
+# The answer to a triggered question, of a behaviour that needs a teacher.
+BEHAVIOUR = Voice(
+    "behaviour", lambda prompt, context: context.backdoor.teacher_prompt, shows_behaviour=True
+)
+VOICES = (PLAIN, SCRATCHPAD, TRIGGERED_SCRATCHPAD, THOUGHT, PIRATE, STYLE, BEHAVIOUR)

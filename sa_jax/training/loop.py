@@ -1,6 +1,7 @@
 """The training loop of every run: pre-training, insertion and removal differ in their data only."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -112,6 +113,10 @@ def train(
             "config": config,
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
+            "behaviour": {
+                "name": backdoor.behaviour,
+                "words": dataclasses.asdict(backdoor.words),
+            },
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},

