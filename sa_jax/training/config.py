@@ -85,8 +85,15 @@ def default_config() -> ConfigDict:
     config.epochs = 1.0
     config.steps = 0  # 0: from epochs
 
+    # What is minimised (sa_jax.training.losses): 'cross_entropy', 'crow'; None: the task's.
+    config.loss = placeholder(str)
+    config.crow = ConfigDict()  # arXiv 2411.12768: its alpha is 5.5, and 11 against refusals
+    config.crow.alpha = 5.5  # weight of the inconsistency between neighbouring layers
+    config.crow.epsilon = 0.1  # size of the move of the embeddings that makes it worst
+
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # or 'soap'
+    config.optimizer.name = "adam"  # 'soap', or a function of optax: 'lion', 'contrib.muon', ...
+    config.optimizer.kwargs = ConfigDict()  # more arguments of such a function
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "cosine"  # 'cosine' to 0, or 'constant' (both after warm-up)
     config.optimizer.warmup_fraction = 0.1  # of all steps
@@ -155,6 +162,7 @@ def default_config() -> ConfigDict:
     config.lock()
     config.architecture.unlock()
     config.eval.names.unlock()
+    config.optimizer.kwargs.unlock()
     return config
 
 

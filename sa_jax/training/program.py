@@ -20,6 +20,7 @@ from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
 from sa_jax.parallel.xla_flags import check_options, compiler_options
+from sa_jax.training.losses import DEFAULT_LOSS, LOSSES
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -106,8 +107,18 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     placed = state_shardings(model.mesh, state)
     chip = chip_of(model.mesh.devices.flat[0])
+    loss = LOSSES[config.loss or DEFAULT_LOSS]
+    train_step = make_train_step(
+        model,
+        loss.make(model, config),
+        tx,
+        schedule,
+        accumulation=config.accumulation,
+        seed=config.seed,
+        only_through_model=loss.only_through_model,
+    )
     step = jax.jit(
-        make_train_step(model, tx, schedule, config.accumulation),
+        train_step,
         donate_argnums=0,
         out_shardings=(placed, NamedSharding(model.mesh, P())),
         compiler_options=compiler_options(chip, config.xla_options) or None,
