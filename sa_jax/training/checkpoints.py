@@ -16,8 +16,6 @@ import re
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,9 +27,9 @@ from jax.experimental import multihost_utils
 from sa_jax.errors import UserError
 from sa_jax.files import disk_full_message, is_disk_full
 from sa_jax.optim import may_change_size
+from sa_jax.parallel.multihost import is_primary
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
-from sa_jax.training.run_record import CHECKPOINT_FOLDER, find_run, read_run_json
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _SAVES = itertools.count()  # names the barriers; advances alike on all processes
@@ -103,7 +101,7 @@ class RunCheckpointer:
         folder = self._directory / step_name(step)
         try:
             self._clean_up()
-            if _is_primary():
+            if is_primary():
                 self._directory.mkdir(parents=True, exist_ok=True)
             # What may stand there is incomplete or corrupt, and is replaced.
             response = state_io.save_async(folder, state)
@@ -169,7 +167,7 @@ class RunCheckpointer:
         if step is not None:
             _require_intact(folder, step, self._verify)
             return step, self._load(step, abstract_state)
-        if _is_primary():
+        if is_primary():
             _warn_of_incomplete(folder)
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
@@ -199,7 +197,7 @@ class RunCheckpointer:
             response.result()
             size = write_digests(folder, step, barrier)
             self._corrupt.discard(step)
-            if _is_primary():
+            if is_primary():
                 self._prune()
                 logging.info(
                     "saved checkpoint of step %d (%.1f MB) in %.1f s",
@@ -225,7 +223,7 @@ class RunCheckpointer:
 
     def _clean_up(self) -> None:
         """Once, before the first save: removes what saves cut off by a kill have left."""
-        if not self._cleaned and _is_primary() and self._directory.exists():
+        if not self._cleaned and is_primary() and self._directory.exists():
             for path in self._directory.iterdir():
                 if _TEMPORARY in path.name:
                     path.rmtree(missing_ok=True)
@@ -234,51 +232,12 @@ class RunCheckpointer:
     def _full_disk(self, step: int) -> UserError:
         """The error for a save that found the disk full; frees what that save had taken."""
         message = disk_full_message(self._directory, f"saving the checkpoint of step {step}")
-        if _is_primary():
+        if is_primary():
             for path in self._directory.glob(f"{step_name(step)}*"):
                 path.rmtree(missing_ok=True)
         last = self.latest_step()
         good = "no earlier checkpoint" if last is None else f"last good checkpoint: step {last}"
         return UserError(f"{message} ({good})")
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What a --model or --init_from value means.
-
-    kind is 'run' or 'hf'; for a run, `checkpoints` and `step` say what to load and `record` is its
-    run.json.
-    """
-
-    kind: str
-    path: Path
-    checkpoints: Path | None = None
-    step: int | None = None
-    record: dict[str, Any] | None = None
-
-
-def resolve_model(path: os.PathLike | str, step: int | None = None) -> ResolvedModel:
-    """Finds what a folder given by a user holds: a Hugging Face model, or a run and its step.
-
-    Args:
-      step: a step of the run; None: its newest complete checkpoint.
-
-    Raises:
-      UserError: neither kind of folder, a run without that step, a step asked of a HF folder.
-    """
-    path = Path(path)
-    if find_run(path) == "hf":
-        if step is not None:
-            raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave --step out")
-        return ResolvedModel("hf", path)
-    record = read_run_json(path)
-    folder = path / CHECKPOINT_FOLDER
-    steps = saved_steps(folder)
-    if not steps:
-        raise UserError(f"{path}: the run has no complete checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"{path}: no checkpoint of step {step}; there are {_listed(steps)}")
-    return ResolvedModel("run", path, folder, steps[-1] if step is None else step, record)
 
 
 def step_name(step: int) -> str:
@@ -324,12 +283,8 @@ def _scan(directory: os.PathLike | str) -> list[tuple[int, bool]]:
     directory = epath.Path(directory)
     if not directory.exists():
         return []
-    found = []
-    for path in directory.iterdir():
-        match = re.fullmatch(r"step_(\d{6,})", path.name)
-        if match:
-            found.append((int(match[1]), (path / DIGEST_FILE).exists()))
-    return sorted(found)
+    matches = [(re.fullmatch(r"step_(\d{6,})", p.name), p) for p in directory.iterdir()]
+    return sorted((int(match[1]), (p / DIGEST_FILE).exists()) for match, p in matches if match)
 
 
 def _warn_of_incomplete(directory: epath.Path) -> None:
@@ -345,19 +300,16 @@ def _warn_of_incomplete(directory: epath.Path) -> None:
 def _require_intact(directory: epath.Path, step: int, verify: bool) -> None:
     steps = saved_steps(directory)
     if step not in steps:
-        raise UserError(f"{directory}: no checkpoint of step {step}; there are {_listed(steps)}")
+        raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")
     problem = find_corruption(directory / step_name(step), step) if verify else None
     if problem is not None:
-        others = _listed([s for s in steps if s != step])
+        others = listed([s for s in steps if s != step])
         raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
 
 
-def _listed(steps: list[int]) -> str:
+def listed(steps: list[int]) -> str:
+    """'steps 100, 200' for messages."""
     return "steps " + ", ".join(map(str, steps)) if steps else "none"
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
 
 
 def _from_primary(steps: list[int]) -> list[int]:

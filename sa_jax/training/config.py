@@ -1,6 +1,8 @@
 """Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -181,6 +183,17 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
         if value is not None:
             config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
+
+
+def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy in which dotted keys have other values; a mapping changes the keys that it has."""
+    copy = ConfigDict(config.to_dict())
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            copy.update_from_flattened_dict({f"{key}.{name}": v for name, v in value.items()})
+        else:
+            copy.update_from_flattened_dict({key: value})
+    return copy
 
 
 def check_config(config: ConfigDict) -> None:

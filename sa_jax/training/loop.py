@@ -6,10 +6,8 @@ import functools
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,11 +27,12 @@ from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
 from sa_jax.parallel import multihost
-from sa_jax.parallel.hardware import chip_of, peak_flops
+from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
 from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
@@ -41,7 +40,9 @@ from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.resolve import resolve
 from sa_jax.training.step import init_state
+from sa_jax.training.watch import FiniteWatch, Meter
 
 # Settings that say how a run is executed and watched, not what it computes: a resume may change
 # them.
@@ -70,7 +71,7 @@ def train(
     """Trains until the last step, or resumes where the run in `workdir` stopped.
 
     Args:
-      config: see `sa_jax.training.config`; unset settings are filled in, in place.
+      config: see `sa_jax.training.config`; it is not changed.
       workdir: the run folder.
       task: the name of one in `sa_jax.data.tasks.TASKS`.
       print_examples: above 0, shows that many packed rows instead of training.
@@ -88,14 +89,16 @@ def train(
 
         # ---- What to train: model, chat format, data. Nothing is written yet.
         stored = run_record.stored_record(workdir)
-        start, chat, backdoor, _ = start_lib.prepare(config, stored)
+        resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
+        start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
+        config = resolved.config  # from here on, as run.json records it
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.lora.continued:
             start_lib.check_continued(start, model.lora)
         if dry_run:
-            found = plan_attached(config, start.config)
-            return write_plan(found) if is_primary() else None
+            described = plan_attached(config, start.config)
+            return write_plan(described) if is_primary() else None
         data = load_task(task, config, chat, backdoor, start.eval_prompts())
         if print_examples:
             with tempfile.TemporaryDirectory() as cache:
@@ -119,6 +122,7 @@ def train(
             },
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
+            "extensions": extension_digests(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }
         run_record.check_run(workdir, record, FREE_KEYS)
@@ -191,7 +195,7 @@ def train(
             metrics_lib.truncate_after(workdir / "metrics.jsonl", step)
 
         # ---- Evals and metrics.
-        meter = _Meter(config, start.config, program.trainable, total_steps)
+        meter = Meter(config, start.config, program.trainable, total_steps)
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
@@ -203,7 +207,7 @@ def train(
             )
         )
         skips = config.optimizer.name == "soap" and config.optimizer.soap.on_nonfinite == "skip"
-        watch = _FiniteWatch(leaf_names, checkpointer, skips)
+        watch = FiniteWatch(leaf_names, checkpointer, skips)
 
         # ---- The loop. `step` counts the updates in `state`.
         first_step = step
@@ -289,97 +293,3 @@ def load_batch(
 def _sinks(config: ConfigDict, workdir: Path, run_id: str, step: int) -> list[metrics_lib.Sink]:
     names = config.sinks if is_primary() else ()
     return metrics_lib.make_sinks(names, workdir, run_id=run_id, step=step)
-
-
-class _Meter:
-    """Speed between two logged steps, without the time that evals and checkpoints take."""
-
-    def __init__(self, config: ConfigDict, architecture: Any, trainable: Any, total_steps: int):
-        self._tokens = config.batch_size * config.sequence_length
-        share = sum(leaf.size for leaf in jax.tree.leaves(trainable)) / architecture.num_parameters
-        flops = architecture.flops_per_token(
-            config.sequence_length, trainable_fraction=min(1.0, share)
-        )
-        peak = peak_flops()
-        self._flops_share = flops / (peak * jax.device_count()) if peak else None
-        self._total_steps = total_steps
-        self._step, self._time = 0, time.perf_counter()
-
-    def restart(self, step: int) -> None:
-        """The clock starts now, with `step` done."""
-        self._step, self._time = step, time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._time
-
-    def rates(self, step: int) -> dict[str, float | None]:
-        """tokens_per_s (token slots, padding included) and mfu up to `step`, just done."""
-        seconds, steps = self.seconds(), step - self._step
-        self.restart(step)
-        if steps <= 0:
-            return {"tokens_per_s": None, "mfu": None}
-        tokens_per_s = steps * self._tokens / seconds
-        mfu = None if self._flops_share is None else tokens_per_s * self._flops_share
-        return {"tokens_per_s": tokens_per_s, "mfu": mfu}
-
-    def show(self, written: tuple[int, dict[str, float]] | None) -> None:
-        """Logs what the metrics writer has just written."""
-        if written is None:
-            return
-        step, values = written
-        rate = values["tokens_per_s"] or math.nan
-        line = metrics_lib.progress_line(
-            step,
-            self._total_steps,
-            loss=values["loss"],
-            tokens_per_s=rate,
-            mfu=values["mfu"],
-            seconds_per_step=self._tokens / rate,
-        )
-        logging.info("%s", line)
-
-
-class _FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, before that state is ever saved.
-
-    Where the optimizer skips such gradients, it only says so.
-
-    Values stay on the device until they are looked at, so that a look never waits for the newest
-    step except where the loop waits anyway.
-    """
-
-    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer, skips: bool):
-        self._leaf_names = leaf_names
-        self._skips = skips
-        self._checkpointer = checkpointer
-        self._pending: list[tuple[int, jax.Array, jax.Array]] = []
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append((step, metrics["loss"], metrics["grad_square_sums"]))
-
-    def check_all(self) -> None:
-        self.check_all_but(0)
-
-    def check_all_but(self, newest: int) -> None:
-        """Raises UserError naming the first bad step and value among all but the newest."""
-        count = max(0, len(self._pending) - newest)
-        for step, loss, square_sums in jax.device_get(self._pending[:count]):
-            bad = [] if np.isfinite(loss) else [f"loss = {loss}"]
-            bad += [
-                f"gradient of {name}"
-                for name, value in zip(self._leaf_names, square_sums, strict=True)
-                if not np.isfinite(value)
-            ]
-            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if bad[3:] else "")
-            if self._skips and not np.all(np.isfinite(square_sums)):
-                logging.warning("step %d: not finite: %s; skipped", step, shown)
-            elif bad:
-                self._checkpointer.wait()
-                last = self._checkpointer.latest_step()
-                raise UserError(
-                    f"step {step}: not finite: {shown}; last good checkpoint: "
-                    f"{'none' if last is None else f'step {last}'}. Lower "
-                    "config.optimizer.learning_rate or set config.optimizer.clip_norm, "
-                    "with a new --workdir"
-                )
-        del self._pending[:count]

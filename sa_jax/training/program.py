@@ -91,7 +91,8 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
     trainable, _ = split_trainable(abstract_params(model), model.lora)
     if not jax.tree.leaves(trainable):
         raise UsageError(f"config.lora.targets={config.lora.targets!r} matches no projection")
-    make_optimizer(config.optimizer, 1)  # unknown names show here
+    make_optimizer(config.optimizer, 1)  # unknown names and settings show here
+    LOSSES[config.loss or DEFAULT_LOSS].make(model, config)
     return model
 
 

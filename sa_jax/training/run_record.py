@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained
+from sa_jax.parallel.multihost import is_primary
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -258,13 +259,13 @@ def open_run(
                 {"time": now, "environment": environment},
             ]
     _synchronize("run record read")  # all have looked before process 0 writes
-    if jax.process_index() == 0:
+    if is_primary():
         with explained(workdir, "making the run folder"):
             workdir.mkdir(parents=True, exist_ok=True)
         if record != stored:
             write_run_json(workdir, record)
     _synchronize("run record written")
-    return record if jax.process_index() == 0 else read_run_json(workdir)
+    return record if is_primary() else read_run_json(workdir)
 
 
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:

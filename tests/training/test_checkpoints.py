@@ -571,23 +571,3 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
     x = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=device)
     _, loaded = checkpoints.load_subtree(folder, 4, "x", x)
     assert np.array_equal(loaded, np.arange(4096.0) + 4)
-
-
-def test_which_checkpoint_a_folder_means(saved, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(saved[0], run / "checkpoints")
-    (run / "run.json").write_text('{"run_id": "r1"}')
-    resolved = checkpoints.resolve_model(run)
-    assert (resolved.kind, resolved.step, resolved.record["run_id"]) == ("run", 3, "r1")
-    assert checkpoints.resolve_model(run, 2).step == 2
-    with pytest.raises(UserError, match="no checkpoint of step 9; there are steps 1, 2, 3"):
-        checkpoints.resolve_model(run, 9)
-    model = tmp_path / "hf"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    assert checkpoints.resolve_model(model).kind == "hf"
-    with pytest.raises(UserError, match="has no step 2"):
-        checkpoints.resolve_model(model, 2)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no complete checkpoint yet"):
-        checkpoints.resolve_model(run)
