@@ -13,6 +13,7 @@ from sa_jax.evals.schedule import SCHEDULES
 from sa_jax.parallel.xla_flags import parse_options
 
 DTYPES = ("float32", "bfloat16", "float16")
+LISTED = ("full", "weights", "weights_bf16")  # what checkpoint.steps save
 SOAP_CHOICES = {
     "mode": ("fast", "official"),
     "matmul_dtype": ("float32", "bfloat16"),
@@ -129,9 +130,12 @@ def default_config() -> ConfigDict:
     config.lora.targets = r"attention/(q|k|v|o)|mlp/(gate|up|down)"
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # and always the last
-    config.checkpoint.interval = 0  # steps between; 0: only the list
-    config.checkpoint.keep_interval = 2  # newest interval checkpoints kept; listed ones all stay
+    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # all kept; and always the last
+    # At these steps: 'full' (a run can resume from it), 'weights' (other runs can start from it),
+    # or 'weights_bf16', a sixth of Adam's full state. The last step's is always full.
+    config.checkpoint.listed = "full"
+    config.checkpoint.interval = 0  # steps between full states to resume from; 0: none but those
+    config.checkpoint.keep_interval = 2  # newest of these that are kept
     config.checkpoint.verify = True  # check every byte against the digests before resuming
 
     config.log_every = 10  # steps
@@ -220,6 +224,7 @@ def check_config(config: ConfigDict) -> None:
     require("relearn_examples", config.relearn_examples >= 1, "at least 1")
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
+    require("checkpoint.listed", config.checkpoint.listed in LISTED, f"one of {', '.join(LISTED)}")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
     require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")

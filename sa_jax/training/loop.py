@@ -166,7 +166,9 @@ def train(
         checkpointer = stack.enter_context(
             RunCheckpointer(
                 workdir / run_record.CHECKPOINT_FOLDER,
-                steps=(*config.checkpoint.steps, total_steps),
+                steps=config.checkpoint.steps,
+                listed=config.checkpoint.listed,
+                last=total_steps,
                 interval=config.checkpoint.interval,
                 keep=config.checkpoint.keep_interval,
                 verify=config.checkpoint.verify,

@@ -35,6 +35,7 @@ from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import Topology, open_topology, parse_topology
+from sa_jax.training.checkpoints import checkpoint_bytes
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
     Program,
@@ -214,7 +215,8 @@ def make_plan(
     Returns:
       JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
       advice, flops_per_token, time (empty for an unknown chip), run, soap (a row a parameter, where
-      that is the optimizer), collectives, xla_flags, tried (by a search), compile_s.
+      that is the optimizer), disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a
+      search), compile_s.
     """
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     model = make_model(config, architecture, mesh)
@@ -263,6 +265,14 @@ def make_plan(
             dataclasses.asdict(row) | {"shape": list(row.shape)}
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
         ],
+        "disk": checkpoint_bytes(
+            program.state,
+            steps,
+            steps=config.checkpoint.steps,
+            listed=config.checkpoint.listed,
+            interval=config.checkpoint.interval,
+            keep=config.checkpoint.keep_interval,
+        ),
         "collectives": _collectives(config, architecture, mesh, compiled),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
