@@ -22,6 +22,7 @@ from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import TASKS, load_task
 from sa_jax.errors import Preempted, UserError
+from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
@@ -41,6 +42,7 @@ from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import abstract_arguments, make_model, make_program
 from sa_jax.training.resolve import resolve
+from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
 from sa_jax.training.watch import FiniteWatch, Meter
 
@@ -92,6 +94,8 @@ def train(
         resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
         start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
         config = resolved.config  # from here on, as run.json records it
+        if is_primary():
+            check_sinks(config.sinks)
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.lora.continued:
@@ -204,7 +208,13 @@ def train(
                 workdir / "metrics.jsonl",
                 run_id=record["run_id"],
                 primary=is_primary(),
-                sinks=_sinks(config, workdir, record["run_id"], step),
+                sinks=make_sinks(
+                    config.sinks if is_primary() else (),
+                    workdir,
+                    run_id=record["run_id"],
+                    config={"task": task, **record["config"]},
+                    step=step,
+                ),
                 rates=meter.rates,
             )
         )
@@ -223,10 +233,13 @@ def train(
             if evals:
                 try:
                     params = combine(state.params, frozen)
-                    suite.run(params, step, functools.partial(guard.should_stop, step), evals)
+                    stop = functools.partial(guard.should_stop, step)
+                    summaries = suite.run(params, step, stop, evals)
                 except Preempted:
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None
+                if is_primary():
+                    writer.log_scores(step, eval_metrics(summaries))
             if step == total_steps:
                 break
             if guard.should_stop(step):
@@ -290,8 +303,3 @@ def load_batch(
 
     names = next(iter(parts.values()))
     return {name: jax.make_array_from_callback(shape, sharding, part(name)) for name in names}
-
-
-def _sinks(config: ConfigDict, workdir: Path, run_id: str, step: int) -> list[metrics_lib.Sink]:
-    names = config.sinks if is_primary() else ()
-    return metrics_lib.make_sinks(names, workdir, run_id=run_id, step=step)

@@ -49,7 +49,7 @@ class Meter:
         mfu = None if self._flops_share is None else tokens_per_s * self._flops_share
         return {"tokens_per_s": tokens_per_s, "mfu": mfu}
 
-    def show(self, written: tuple[int, dict[str, float]] | None) -> None:
+    def show(self, written: tuple[int, dict[str, Any]] | None) -> None:
         """Logs what the metrics writer has just written."""
         if written is None:
             return
