@@ -25,7 +25,7 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
     if setting == OFF:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    if not setting and jax.config.jax_compilation_cache_dir:
+    if not setting and jax.config.values["jax_compilation_cache_dir"]:
         return
     folder = cache_folder(env, jax.devices()[0].platform)
     try:

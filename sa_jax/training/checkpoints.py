@@ -377,10 +377,10 @@ def load_subtree(
 
 def _scan(directory: os.PathLike | str, kind: str) -> list[tuple[int, bool]]:
     """(step, complete) for each folder of a kind ('step' or 'weights'), ascending."""
-    directory = epath.Path(directory)
-    if not directory.exists():
+    root = epath.Path(directory)
+    if not root.exists():
         return []
-    matches = [(re.fullmatch(rf"{kind}_(\d{{6,}})", p.name), p) for p in directory.iterdir()]
+    matches = [(re.fullmatch(rf"{kind}_(\d{{6,}})", p.name), p) for p in root.iterdir()]
     return sorted((int(match[1]), (p / DIGEST_FILE).exists()) for match, p in matches if match)
 
 

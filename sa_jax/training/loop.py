@@ -181,7 +181,8 @@ def train(
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
         restored = checkpointer.restore(abstract_arguments(config, program, mesh)[0])
-        params, frozen = (None, {})
+        params: Any = None
+        frozen: Any = {}
         if restored is None or model.lora is not None:
             params, frozen = start_lib.load_trainable(
                 model, start, mesh, config.seed, continued=config.lora.continued
@@ -290,16 +291,18 @@ def load_batch(
     """The global batch of a step on the mesh: each host reads the rows of its own devices."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
     shape = (config.batch_size, config.sequence_length)
-    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-    for index in sharding.addressable_devices_indices_map(shape).values():
-        rows = slice(*index[0].indices(config.batch_size))
-        if (rows.start, rows.stop) not in parts:
-            parts[rows.start, rows.stop] = batch(
-                dataset, config.seed, step, config.batch_size, rows
-            )
+    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # (first row, last + 1) -> arrays
 
-    def part(name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        return lambda index: parts[index[0].indices(config.batch_size)[:2]][name]
+    def rows_of(index: tuple[slice, ...] | None) -> tuple[int, int]:
+        return (index[0] if index else slice(None)).indices(config.batch_size)[:2]
+
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        rows = rows_of(index)
+        if rows not in parts:
+            parts[rows] = batch(dataset, config.seed, step, config.batch_size, slice(*rows))
+
+    def part(name: str) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+        return lambda index: parts[rows_of(index)][name]
 
     names = next(iter(parts.values()))
     return {name: jax.make_array_from_callback(shape, sharding, part(name)) for name in names}

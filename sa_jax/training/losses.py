@@ -81,7 +81,7 @@ def _hidden(
     variables = {"params": params}
     if perturbation_bsd is not None:
         variables[PERTURBATIONS] = {EMBEDDINGS: perturbation_bsd}
-    hidden_bsd, kept = model.apply(
+    outputs: Any = model.apply(
         variables,
         batch["tokens"],
         batch["positions"],
@@ -89,6 +89,7 @@ def _hidden(
         method="hidden",
         mutable=[STREAMS],
     )
+    hidden_bsd, kept = outputs
     return hidden_bsd, [kept[STREAMS][EMBEDDINGS][0], kept[STREAMS]["layers"][STREAM][0]]
 
 
@@ -110,7 +111,7 @@ def make_cross_entropy(model: Llama, config: Any = None) -> LossFn:
     """Next-token cross-entropy, nats a loss-bearing token."""
 
     def loss_fn(params: Any, batch: Batch, rng: jax.Array):
-        hidden_bsd = model.apply(
+        hidden_bsd: Any = model.apply(
             {"params": params},
             batch["tokens"],
             batch["positions"],

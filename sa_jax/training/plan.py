@@ -96,7 +96,7 @@ def plan_machine(
       CompilerCrash: it did.
     """
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens
-    if not topology.chip.torus:
+    if topology.chip is None or not topology.chip.torus:
         return plan_topology(*arguments)
     try:
         return call_apart(plan_topology, *arguments)
@@ -162,10 +162,12 @@ def search_plan(
     Raises:
       CompilerCrash: the first `TRIES` crash the compiler.
     """
-    everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
+    everything = {"data": 1, "fsdp": _device_count(topology), "tensor": 1}
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
-    tried, plans, crashes = [], [], 0
+    tried: list[str] = []
+    plans: list[dict[str, Any]] = []
+    crashes = 0
     for candidate in ranked:
         if max(len(plans), crashes) == TRIES:
             break
@@ -315,7 +317,11 @@ def reserve_fake_devices(topology: Topology) -> None:
         jax.config.update("jax_platforms", "cpu")
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # it has started
-            jax.config.update("jax_num_cpu_devices", topology.chips * topology.chip.devices)
+            jax.config.update("jax_num_cpu_devices", _device_count(topology))
+
+
+def _device_count(topology: Topology) -> int:
+    return topology.chips * (1 if topology.chip is None else topology.chip.devices)
 
 
 def fake_devices(count: int) -> tuple[jax.Device, ...]:

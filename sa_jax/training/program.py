@@ -1,7 +1,6 @@
 """The compiled training step of a config on a mesh: what the loop runs and the plan compiles."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,7 +50,7 @@ class Program:
     frozen: Any
     state: TrainState
     state_shardings: Any
-    step: Callable[..., Any]
+    step: Any  # a jitted function
 
 
 def attention_of(config: ConfigDict, platform: str) -> str:
@@ -97,17 +96,20 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
 
 
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
-    """The step of `model`, over a run of `total_steps`."""
+    """The step of `model`, which knows its mesh, over a run of `total_steps`."""
+    mesh = model.mesh
+    if mesh is None:
+        raise ValueError("make_program needs a model on a mesh")
     if config.xla_options:
-        check_options(model.mesh, config.xla_options)
-    tx = make_optimizer(config.optimizer, total_steps, model.mesh)
+        check_options(mesh, config.xla_options)
+    tx = make_optimizer(config.optimizer, total_steps, mesh)
     schedule = make_schedule(config.optimizer, total_steps)
     trainable, frozen = split_trainable(abstract_params(model), model.lora)
     # Never updated, so kept in the dtype of the computation (see `start.load_trainable`).
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
-    placed = state_shardings(model.mesh, state)
-    chip = chip_of(model.mesh.devices.flat[0])
+    placed = state_shardings(mesh, state)
+    chip = chip_of(mesh.devices.flat[0])
     loss = LOSSES[config.loss or DEFAULT_LOSS]
     train_step = make_train_step(
         model,
@@ -121,7 +123,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     step = jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(placed, NamedSharding(model.mesh, P())),
+        out_shardings=(placed, NamedSharding(mesh, P())),
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)

@@ -4,6 +4,7 @@ What they get is what metrics.jsonl and the eval files hold, so a sink that fail
 is left out with one warning, and the run goes on.
 """
 
+import functools
 import importlib.util
 import json
 import os
@@ -57,7 +58,7 @@ def make_sinks(
     """
     check_sinks(names)
     return [
-        _Guarded(name, lambda name=name: _SINKS[name][1](Path(workdir), run_id, config, step))
+        _Guarded(name, functools.partial(_SINKS[name][1], Path(workdir), run_id, config, step))
         for name in names
     ]
 
