@@ -53,10 +53,8 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """A tree of NamedSharding like the state (arrays or their shapes), for jit and restore."""
-    specs: Any = TrainState(
-        P(), partition_specs(state.params), optimizer_specs(state.opt_state, state.params)
-    )
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    specs = (P(), partition_specs(state.params), optimizer_specs(state.opt_state, state.params))
+    return TrainState(*jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
 
 def make_train_step(
