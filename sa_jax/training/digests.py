@@ -69,7 +69,9 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
         mine = [name for name in names if writer(name) == index]
         with ThreadPoolExecutor(_THREADS) as pool:
             hashes = list(pool.map(_hash_file, (root / name for name in mine)))
-        files = {n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)}
+        files: dict[str, dict[str, Any]] = {
+            n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)
+        }
         if index != 0:
             atomic_write(part(index), json.dumps(files))
     finally:
