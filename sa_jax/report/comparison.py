@@ -1,18 +1,8 @@
 """Insertion runs side by side: each optimizer at its learning rates, and which rate was best."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from sa_jax.report.run_folders import RunFolder
-
-
-def final_loss(run: RunFolder) -> float | None:
-    """Mean training loss (nats a token) over the last quarter of the logged steps."""
-    losses = [row["loss"] for row in run.metrics if math.isfinite(row.get("loss", math.nan))]
-    last = losses[-max(1, len(losses) // 4) :]
-    return sum(last) / len(last) if last else None
 
 
 def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -28,7 +18,7 @@ def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     runs = [
         run
         for run in results
-        if run["task"] == "insertion"
+        if run["role"] == "insertion"
         and run["final_loss"] is not None
         and isinstance(run["learning_rate"], int | float)
     ]
