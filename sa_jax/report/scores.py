@@ -1,6 +1,5 @@
 """Every score that any eval wrote of a run: before, after, and the difference on the same items."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +13,9 @@ _PARTS = ("rate", "lo", "hi", "n", "count")
 _OF_A_DIFFERENCE = ("difference", "lo", "hi", "p_value", "n", "paired", "power")
 
 
-def score_rows(run: RunFolder, parent: RunFolder | None, limits: Thresholds) -> list[dict[str, Any]]:
+def score_rows(
+    run: RunFolder, parent: RunFolder | None, limits: Thresholds
+) -> list[dict[str, Any]]:
     """A row a score, evals in the order they come.
 
     `after` is the last step after 0 that has the eval; `before` is step 0, else the parent's step
@@ -72,8 +73,7 @@ def _rows(
                 "before": _values(before, score),
                 "after": _values(after, score),
                 "floor": values.get("floor"),
-                "difference": change
-                and {key: getattr(change, key) for key in _OF_A_DIFFERENCE},
+                "difference": change and {key: getattr(change, key) for key in _OF_A_DIFFERENCE},
                 "source": text.one_line(newest.source),
             }
         )

@@ -102,8 +102,8 @@ class _Plot:
             x = _short(float(self.x(step)) + 8)
             self.text(x, _short(height + overshoot), words, f"n {css}", dy=".35em")
 
-    def svg(self, label: str) -> Markup:
-        head = f'<svg class="plot" viewBox="0 0 {self.width} {self.height}" role="img">'
+    def svg(self, label: str, css: str = "plot") -> Markup:
+        head = f'<svg class="{css}" viewBox="0 0 {self.width} {self.height}" role="img">'
         return Markup(f"{head}<title>{escape(label)}</title>{''.join(self.parts)}</svg>")
 
 
@@ -111,28 +111,28 @@ def rates(
     series: Sequence[tuple[str, Sequence[RatePoint]]],
     last_step: int,
     label: str,
-    width: int = 390,
-    named: bool = True,
+    names: Sequence[str] | None = None,
 ) -> Markup:
     """Rates with their intervals over the steps of a run, y from 0 to 100 %.
 
     Args:
-      series: (name, points by rising step); the name is also the CSS class that colours the line.
+      series: (CSS class, points by rising step).
       last_step: where the x axis ends.
       label: what a screen reader says.
-      width: in pixels; the page scales it.
-      named: whether the end of a line carries its name besides its value.
+      names: of the lines, at their ends; None: their classes.
     """
-    plot = _rate_plot(width, 200, 96 if named else 52, last_step)
+    names = [css for css, _ in series] if names is None else names
+    plot = _rate_plot(
+        390, 200, 22 + 7 * max((len(name) + 6 for name in names), default=0), last_step
+    )
     ends = []
-    for name, points in series:
+    for (css, points), name in zip(series, names, strict=True):
         if not points:
             continue
-        plot.band(points, name)
-        plot.line([(step, rate) for step, rate, _, _ in points], name, marker=True)
+        plot.band(points, css)
+        plot.line([(step, rate) for step, rate, _, _ in points], css, marker=True)
         step, rate, *_ = points[-1]
-        words = f"{name if named else ''} {number(100 * rate)}%".strip()
-        ends.append((rate, words, step, name))
+        ends.append((rate, f"{name} {number(100 * rate)}%".strip(), step, css))
     plot.end_labels(ends)
     return plot.svg(label)
 
@@ -145,10 +145,12 @@ def seeds(
     for series in runs:
         for name, points in series:
             plot.line([(step, rate) for step, rate, _, _ in points], name, marker=len(points) < 12)
-    return plot.svg(label)
+    return plot.svg(label, "plot thin")
 
 
-def training(losses: Sequence[Point], grad_norms: Sequence[Point], last_step: int, label: str):
+def training(
+    losses: Sequence[Point], grad_norms: Sequence[Point], last_step: int, label: str
+) -> Markup:
     """Loss above, gradient norm below, over one axis of steps; both start at 0.
 
     Args:
@@ -180,9 +182,7 @@ def training(losses: Sequence[Point], grad_norms: Sequence[Point], last_step: in
     return plots[1].svg(label)
 
 
-def signal(
-    series: Sequence[tuple[str, Sequence[Point]]], last_step: int, label: str
-) -> Markup:
+def signal(series: Sequence[tuple[str, Sequence[Point]]], last_step: int, label: str) -> Markup:
     """Log-probabilities over steps, one line a name; the top of the y axis is 0."""
     finite = {
         name: thin([point for point in points if math.isfinite(point[1])])

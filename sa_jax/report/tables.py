@@ -41,8 +41,9 @@ class Column:
 class Table:
     """Rows of values under columns.
 
-    A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, or a
-    difference {"difference", "lo", "hi", ...}; the last two keep all their numbers in CSV and JSON.
+    A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, a
+    difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of these; CSV and JSON
+    keep all their numbers.
 
     Attributes:
       name: of its files.
@@ -101,11 +102,7 @@ class Table:
     def _flat(self, row: Mapping[str, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
         for column in self.columns:
-            value = row.get(column.key)
-            if isinstance(value, Mapping):
-                flat |= {f"{column.key}.{key}": part for key, part in value.items()}
-            else:
-                flat[column.key] = _no_formula(value)
+            flat |= _flat(column.key, row.get(column.key))
         return flat
 
 
@@ -114,6 +111,8 @@ def in_words(value: Any) -> str:
     if value is None or value == "":
         return "–"
     if isinstance(value, Mapping):
+        if "after" in value:
+            return f"{in_words(value['before'])} → {in_words(value['after'])}"
         if "difference" in value:
             return difference_in_words(value)
         return f"{percent(value['rate'])} {text.interval(value['lo'], value['hi'])}"
@@ -128,10 +127,7 @@ def in_words(value: Any) -> str:
 
 def difference_in_words(value: Mapping[str, Any]) -> str:
     """'-3.0 [-8.1 to +2.1] points'."""
-    return (
-        f"{points(value['difference'])} "
-        f"[{points(value['lo'])} to {points(value['hi'])}] points"
-    )
+    return f"{points(value['difference'])} [{points(value['lo'])} to {points(value['hi'])}] points"
 
 
 def learning_rate(value: Any) -> str:
@@ -150,6 +146,16 @@ def latex(words: str) -> str:
     """Text in which nothing means anything to TeX."""
     words = "".join(_LATEX.get(char, char) for char in text.one_line(words))
     return re.sub(r"^\[", "{[}", words)  # after \\ a bracket would be its argument
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    if not isinstance(value, Mapping):
+        return {name: _no_formula(value)}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(f"{name}.{key}", part)
+    return flat
 
 
 def _no_formula(value: Any) -> Any:
