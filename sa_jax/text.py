@@ -13,6 +13,8 @@ def visible(text: str) -> str:
     C0 controls become their pictures (escape: ␛), others ⟨U+202E⟩; line breaks and tabs stay. So
     nothing can reorder, hide or colour what stands around it. HTML is escaped elsewhere.
     """
+    if text.isprintable():  # most text, in no time
+        return text
     return "".join(char if _harmless(char) else _shown(char) for char in text)
 
 

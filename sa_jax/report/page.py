@@ -301,7 +301,10 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
             if backdoor
             else None,
             "capability": svg.rates(
-                [(f"c{i}" if i else "capability", points) for i, (_, points) in enumerate(capability)],
+                [
+                    (f"c{i}" if i else "capability", points)
+                    for i, (_, points) in enumerate(capability)
+                ],
                 end,
                 f"{name}: capability",
                 names=[title if len(capability) > 1 else "" for title, _ in capability],

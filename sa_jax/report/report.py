@@ -95,7 +95,7 @@ def _write(
             atomic_write(parts["tables"] / name, words)
     for run, result in zip(runs, results["runs"], strict=True):
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
-    atomic_write(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
     names = ["curves"] if panels else []
     index = page.index_page(title, runs, results, tables, grouped, names, limits)

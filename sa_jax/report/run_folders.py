@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +76,18 @@ class EvalRecord:
         return _ItemValues(self, score)
 
 
+# Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
+_BINARY = {(0.0,): (0.0,), (1.0,): (1.0,)}
+
+
 class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
     """The values of one score, read from disk when first looked at: most are never needed."""
 
     def __init__(self, record: EvalRecord, score: str) -> None:
-        self._key = (str(record.folder), record.name)
+        path = record.folder / f"{record.name}.jsonl"
+        # Of a live study the file may change: then it is another one.
+        state = path.stat() if path.exists() else None
+        self._key = (str(record.folder), record.name, state and (state.st_mtime_ns, state.st_size))
         self._score = score
 
     def _values(self) -> Mapping[Hashable, tuple[float, ...]]:
@@ -94,6 +101,9 @@ class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
 
     def __len__(self) -> int:
         return len(self._values())
+
+    def items(self) -> ItemsView[Hashable, tuple[float, ...]]:
+        return self._values().items()
 
 
 class _Said(Mapping[Hashable, bool]):
@@ -112,8 +122,10 @@ class _Said(Mapping[Hashable, bool]):
         return len(self._values)
 
 
-@functools.lru_cache(maxsize=32)  # siblings share the eval of their parent
-def _item_values(folder: str, name: str) -> dict[str, dict[Hashable, tuple[float, ...]]]:
+@functools.lru_cache(maxsize=1024)  # before and after are looked at several times
+def _item_values(
+    folder: str, name: str, state: tuple[int, int] | None
+) -> dict[str, dict[Hashable, tuple[float, ...]]]:
     """score -> (item, what was asked) -> its values; {} where items are missing or broken."""
     found: dict[str, dict[Hashable, tuple[float, ...]]] = {}
     try:
@@ -123,7 +135,8 @@ def _item_values(folder: str, name: str) -> dict[str, dict[Hashable, tuple[float
             key = (str(item["item"]), str(item["asked"]))
             for score, value in item["scores"].items():
                 several = value if isinstance(value, list) else [value]
-                found.setdefault(score, {})[key] = tuple(float(number) for number in several)
+                values = tuple(float(number) for number in several)
+                found.setdefault(score, {})[key] = _BINARY.get(values, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     return found
@@ -494,7 +507,9 @@ def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
     children: dict[str | None, list[RunFolder]] = {}
     for run in sorted(runs, key=order):
         # A copied run folder shares its run id: then the path decides.
-        same_id = [other for other in by_id.get(str(run.start.get("run_id")), []) if other is not run]
+        same_id = [
+            other for other in by_id.get(str(run.start.get("run_id")), []) if other is not run
+        ]
         same_path = [other for other in same_id if str(other.path) == str(run.start.get("path"))]
         parent = next(iter(same_path or same_id), None)
         run = dataclasses.replace(run, parent=parent.name if parent else None)

@@ -173,11 +173,13 @@ def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
     """Insertion by optimizer and learning rate."""
     rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
     columns = (
+        Column("base", "Base model"),
+        Column("arm", "Arm"),
         Column("optimizer", "Optimizer"),
         Column("learning_rate", "LR"),
         Column("final_loss", "Training loss at the end"),
-        Column("name", "Run"),
+        Column("runs", "Runs"),
         Column("best", "Lowest"),
     )
-    note = "Training loss is the mean over the last quarter of the logged steps."
+    note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
     return Table("optimizers", "Insertion by optimizer and learning rate", columns, rows, note)

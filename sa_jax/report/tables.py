@@ -78,7 +78,9 @@ class Table:
 
     def json(self) -> str:
         rows = [{column.key: row.get(column.key) for column in self.columns} for row in self.rows]
-        return json.dumps({"title": self.title, "note": self.note, "rows": rows}, indent=2) + "\n"
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        about = json.dumps({"title": self.title, "note": self.note})
+        return f'{about[:-1]}, "rows": [\n{lines}\n]}}\n'
 
     def latex(self) -> str:
         """A `tabular` for a paper; needs no package but booktabs."""

