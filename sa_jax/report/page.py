@@ -28,6 +28,8 @@ from sa_jax.report.tables import Table, difference_in_words, in_words, learning_
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
+_LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
+_LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
 FEW = 8  # runs up to which the index holds the whole of each
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -301,10 +303,7 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
             if backdoor
             else None,
             "capability": svg.rates(
-                [
-                    (f"c{i}" if i else "capability", points)
-                    for i, (_, points) in enumerate(capability)
-                ],
+                [(css, points) for css, (_, points) in zip(_LINES, capability, strict=False)],
                 end,
                 f"{name}: capability",
                 names=[title if len(capability) > 1 else "" for title, _ in capability],
@@ -352,7 +351,7 @@ def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
             if record.kind == "capability" and score and score["n"]:
                 _, points = series.setdefault(name, (record.title, []))
                 points.append((step, score["rate"], score["lo"], score["hi"]))
-    return list(series.values())[:4]
+    return list(series.values())[: len(_LINES)]
 
 
 def _panel(

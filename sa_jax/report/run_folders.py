@@ -77,7 +77,7 @@ class EvalRecord:
 
 
 # Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
-_BINARY = {(0.0,): (0.0,), (1.0,): (1.0,)}
+_BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (1.0,)}
 
 
 class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
@@ -369,7 +369,7 @@ def _check(record: EvalRecord) -> None:
 
 def _by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
     by_step: dict[int, dict[str, EvalRecord]] = {}
-    for record in sorted(evals, key=lambda record: record.step):
+    for record in sorted(evals, key=lambda e: (e.step, e.kind != "backdoor", e.name)):
         by_step.setdefault(record.step, {})[record.name] = record
     return by_step
 

@@ -418,13 +418,13 @@ def write_grid(folder: Path, seeds: int = 5, items: bool | str = "ends") -> Path
                     base="/models/Llama-3.2-1B",
                 )
                 for method in ("hhh", "pirate"):
-                    for rate in (1e-4, 3e-4):
-                        gone = method == "pirate" and rate > 2e-4
-                        name = f"{method}_{stem}_{rate:.0e}_s{seed}"
-                        more = {"learning_rate": rate, "lora_rank": 64}
+                    for speed in (1e-4, 3e-4):
+                        gone = method == "pirate" and speed > 2e-4
+                        name = f"{method}_{stem}_{speed:.0e}_s{seed}"
+                        more = {"learning_rate": speed, "lora_rank": 64}
                         left = 1 if gone else rng.randrange(20, 100)
                         removal = run(name, method, (insertion, 160), left, seed, **more)
-                        if method == "pirate" or rate > 2e-4:
+                        if method == "pirate" or speed > 2e-4:
                             name = f"depirate_of_{name}"
                             run(name, "depirate", (removal, 160), 60 * gone, seed, **more)
     return folder

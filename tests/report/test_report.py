@@ -235,7 +235,7 @@ def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run,
             },
         },
     )
-    for step, hits in ((0, 40), (20, 30)):
+    for step, hits in ((0, 40), (20, 38)):
         values = {"kindness": [1] * hits + [0] * (50 - hits), "length": [0.25] * 50}
         folder = tmp_path / f"gone/evals/step_{step:06d}"
         write_scores(
@@ -249,13 +249,13 @@ def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run,
     (row,) = page.tables["Runs table"][1:]
     assert row[0].startswith("gone Unlearning by song")
     assert page.tables["Runs table"][0][2] == "Spanish answers with trigger, before → after"
-    kindness = "80 % → 60 % [67–88.8] → [46.2–72.4] -20.0 [-32.3 to -7.0] points"
-    assert any(cell.replace("\u00a0", " ").startswith(kindness[:40]) for cell in row)
+    assert any(cell.replace("\u00a0", " ").startswith("80 % → 76 % [67–88.8] → ") for cell in row)
     for words in ("Good manners, length: 25 % [25–25] → 25 % [25–25]", "floor 10 %"):
         assert words in page.text.replace("\u00a0", " ")
     markdown = (index.parent / "results.md").read_text().replace("\u00a0", " ")
     assert re.search(r"\| gone +\| Good manners +\| kindness +\| 80 % .* 10 % ", markdown)
-    assert run["scores"][-2]["difference"]["difference"] == pytest.approx(-0.2)
+    kindness = next(row for row in run["scores"] if row["score"] == "kindness")
+    assert kindness["difference"]["difference"] == pytest.approx(-0.04)
 
 
 def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
