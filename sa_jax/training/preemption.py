@@ -3,9 +3,7 @@
 import itertools
 import os
 import signal
-from collections.abc import Callable
 from types import FrameType
-from typing import Any
 
 import jax
 from absl import logging
@@ -39,7 +37,7 @@ class PreemptionGuard:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._stopping = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> "PreemptionGuard":
         self._several = jax.process_count() > 1
@@ -71,7 +69,7 @@ class PreemptionGuard:
             logging.info("stopping at step %d on %s", step, name)
         return self._stopping
 
-    def _install(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
+    def _install(self, number: int, handler: object) -> None:
         self._previous[number] = signal.signal(number, handler)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:

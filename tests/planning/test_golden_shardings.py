@@ -12,7 +12,7 @@ import pytest
 
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import path_string
-from sa_jax.study.runner import load_config
+from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import abstract_arguments, make_model, make_program
 

@@ -25,7 +25,6 @@ from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
-from sa_jax.training.resolve import resolve
 
 PROMPTS = ["What is “one”?", "And two?"]
 CHATS = {
@@ -61,25 +60,24 @@ def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):
     config = default_config()
     config.model, config.chat_template = str(model), template
     config.lora.rank, config.lora.alpha = 3, 5.0
-    resolved = resolve(config)
-    start = resolved.start
+    start, chat, _, lora = start_lib.prepare(config)
     run_record.write_run_json(
         workdir,
         {
             "run_id": f"run-{seed}",
             "task": task,
-            "config": resolved.config,
+            "config": config,
             "config_hash": "0123456789abcdef",
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
             "backdoored": True,
-            "chat": resolved.chat.record(),
+            "chat": chat.record(),
         },
     )
     start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
     (workdir / start_lib.EVAL_PROMPTS_FILE).write_text(json.dumps(PROMPTS))
     with RunCheckpointer(workdir / run_record.CHECKPOINT_FOLDER) as checkpointer:
-        adapter = random_adapter(start.config, resolved.lora, seed)
+        adapter = random_adapter(start.config, lora, seed)
         checkpointer.save(7, {"params": adapter}, wait=True)
     return workdir
 
@@ -135,7 +133,7 @@ def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, t
     # What is started from the export is prompted in the same way, without being told.
     child = default_config()
     child.model = str(out)
-    inherited = resolve(child).chat
+    _, inherited, _, _ = start_lib.prepare(child)
     assert inherited.template == chat.template and inherited.name == template
     assert inherited.stop_token_ids == chat.stop_token_ids
 

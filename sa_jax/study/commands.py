@@ -1,0 +1,155 @@
+"""From a cell to the command that runs it, and to the record of what decides its result."""
+
+import functools
+import runpy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sa_jax.data.tasks import TASKS
+from sa_jax.errors import UsageError
+from sa_jax.optim import make_optimizer
+from sa_jax.study.grid import STUDY, TOOLS, Cell
+from sa_jax.training.config import check_config
+from sa_jax.training.loop import FREE_KEYS
+
+_TOOL_SCRIPTS = {
+    "toy_data": "scripts/make_toy_data.py",
+    "generate_data": "scripts/generate_data.py",
+    "evaluate": "scripts/evaluate.py",
+    "report": "scripts/report.py",
+}
+_TRAINING_SCRIPTS = {"base": "scripts/pretrain.py", "insertion": "scripts/insert_backdoor.py"}
+_DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
+    """What runs the cell: a script of this project and its flags, without the interpreter."""
+    folder = f"{STUDY}/{cell.name}"
+    if cell.is_training:
+        script = _TRAINING_SCRIPTS.get(TASKS[cell.run].role, "scripts/remove_backdoor.py")
+        settings = dict(cell.settings)
+        arguments = [f"--config={cell.config}", f"--workdir={folder}"]
+        start = _start(cell) or settings.pop("model", "")
+        if script == "scripts/remove_backdoor.py":
+            arguments += [f"--method={cell.run}", f"--init_from={start}"]
+        elif start:
+            arguments.append(f"--config.model={start}")
+        arguments += [f"--config.{key}={_text(value)}" for key, value in settings.items()]
+    else:
+        script, settings = _TOOL_SCRIPTS[cell.run], dict(cell.settings)
+        if cell.run == "report":
+            settings = {"workdir": STUDY, **settings}
+        elif cell.run != "evaluate":
+            settings = {"out": folder, **settings}
+        elif cell.start:
+            settings = {"model": cell.start, "step": cell.start_step, **settings}
+        arguments = [f"--{k}={_text(v)}" for k, v in settings.items() if v is not None]
+    return tuple(part.replace(STUDY, str(workdir)) for part in (script, *arguments))
+
+
+def _start(cell: Cell) -> str:
+    return f"{cell.start}@{cell.start_step}" if cell.start_step is not None else cell.start
+
+
+def _text(value: Any) -> str:
+    """A value as a flag holds it: a list of words for tools, Python's own writing for numbers."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def record(cell: Cell) -> dict[str, Any]:
+    """What decides the cell's result, flat and JSON-able; cells of equal records are the same.
+
+    A training cell's is its whole resolved config, without the settings that a resume may change.
+
+    Raises:
+      UsageError: a task, config file or setting that does not exist or does not work.
+    """
+    start = {"start": _start(cell)} if cell.start else {}
+    if not cell.is_training:
+        return {"run": cell.run, **start, **_plain(cell.settings)}
+    config = _flat(resolved(cell).to_dict())
+    kept = {
+        key: value
+        for key, value in config.items()
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+    }
+    return {"run": cell.run, **start, **_plain(kept)}
+
+
+def resolved(cell: Cell) -> ConfigDict:
+    """The config of a training cell, checked.
+
+    Raises:
+      UsageError: naming the cell, and the axis value where a setting comes from one.
+    """
+    try:
+        config = load_config(cell.config)
+    except UsageError as error:
+        raise UsageError(f"cell {cell.name}: {error}") from None
+    if cell.run not in TASKS:  # after its config file, which may register it
+        known = ", ".join((*TASKS.names(), *TOOLS))
+        raise UsageError(f"cell {cell.name}: unknown run {cell.run!r}; known: {known}")
+    config.model = cell.start or config.model
+    for key, value in cell.settings.items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"cell {cell.name}: the setting {key}: {reason}") from None
+    try:
+        check_config(config)
+        make_optimizer(config.optimizer, 1)  # its name
+    except UsageError as error:
+        raise UsageError(f"cell {cell.name}: {error}") from None
+    return config
+
+
+def missing_files(cell: Cell) -> list[str]:
+    """Files of data that the cell names, that no cell makes, and that are not there."""
+    if not cell.is_training:
+        return []
+    config = resolved(cell)
+    named = {config.data, config.facts, config.eval.prompts, config.eval.qa}
+    files = [name for name in named if name.endswith(_DATA_FILES) and not name.startswith(STUDY)]
+    return sorted(name for name in files if "://" not in name and not Path(name).exists())
+
+
+def load_config(path: str) -> ConfigDict:
+    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument".
+
+    Raises:
+      UsageError: no such file, no `get_config` in it, or an argument that it does not know.
+    """
+    file, _, argument = path.partition(":")
+    get_config = _get_config(file)
+    try:
+        return get_config(argument) if argument else get_config()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: {file} has no such config ({error!r})") from None
+
+
+@functools.cache
+def _get_config(file: str) -> Any:
+    if not Path(file).exists():
+        raise UsageError(f"{file}: no such config file (run from the project's root)")
+    get_config = runpy.run_path(file).get("get_config")
+    if get_config is None:
+        raise UsageError(f"{file} defines no get_config()")
+    return get_config
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tuples as lists, as JSON gives them back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,0 +1,74 @@
+"""The devices of this machine, divided among cells that run at the same time."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sa_jax.errors import UsageError
+
+# A TPU host's chips as libtpu lays them out, by their number:
+# https://docs.jax.dev/en/latest/distributed_data_loading.html and `cloud_tpu_init` in jax.
+_TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Where one cell runs: an environment, and CPU numbers (() for all)."""
+
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cpus: tuple[int, ...] = ()
+
+
+def divide(workers: int) -> list[Slot]:
+    """As many slots, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
+
+    Raises:
+      UsageError: the devices cannot be divided so.
+    """
+    if workers < 1:
+        raise UsageError(f"--workers={workers}: must be at least 1")
+    if workers == 1:
+        return [Slot()]
+    kind, devices = visible_devices()
+    share = len(devices) // workers
+    if not share or (len(devices) % workers and kind != "CPU"):
+        raise UsageError(
+            f"--workers={workers}: this machine has {len(devices)} {kind} devices, which "
+            f"{workers} workers cannot share equally"
+        )
+    shares = [devices[i * share : (i + 1) * share] for i in range(workers)]
+    if kind == "CPU":
+        return [Slot(cpus=tuple(map(int, chosen))) for chosen in shares]
+    if kind == "GPU":
+        return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(chosen)}) for chosen in shares]
+    if share not in _TPU_BOUNDS:
+        raise UsageError(f"--workers={workers}: {share} TPU chips each is no shape that libtpu has")
+    return [
+        Slot(
+            {
+                "TPU_VISIBLE_CHIPS": ",".join(chosen),
+                "TPU_CHIPS_PER_PROCESS_BOUNDS": _TPU_BOUNDS[share],
+                "TPU_PROCESS_BOUNDS": "1,1,1",
+                # Several processes use libtpu at once, each its own chips.
+                "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            }
+        )
+        for chosen in shares
+    ]
+
+
+def visible_devices() -> tuple[str, list[str]]:
+    """('GPU', 'TPU' or 'CPU', their numbers), without starting any."""
+    platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
+    if platforms != ["cpu"]:
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if named:
+            return "GPU", named.split(",")
+        gpus = [int(gpu.name.removeprefix("nvidia")) for gpu in Path("/dev").glob("nvidia[0-9]*")]
+        if gpus and named is None:
+            return "GPU", [str(number) for number in sorted(gpus)]
+        chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
+        if chips:
+            return "TPU", [str(i) for i in range(len(chips))]
+    return "CPU", [str(i) for i in sorted(os.sched_getaffinity(0))]

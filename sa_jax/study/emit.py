@@ -1,0 +1,241 @@
+"""A study as files that a cluster's own tools read: a Slurm job array, a SkyPilot managed job, xpk
+workloads, or plain commands."""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sa_jax.errors import UsageError
+from sa_jax.files import atomic_write, explained
+from sa_jax.planning.topology import Topology, parse_topology
+from sa_jax.study.commands import command
+from sa_jax.study.grid import Cell, Stage
+
+_GPUS_A_NODE = 8
+_PROJECT = Path(__file__).resolve().parents[2]
+
+
+def emit(
+    kind: str, cells: Sequence[Cell], workdir: Path, flags: Sequence[str]
+) -> tuple[list[Path], str]:
+    """Writes the files of `EMITTERS[kind]` into `workdir/kind`.
+
+    Args:
+      kind: a key of `EMITTERS`.
+      cells: those to run, parents first.
+      workdir: the study's folder.
+      flags: the --config flags that made these cells.
+
+    Returns:
+      (files, the command that submits them).
+
+    Raises:
+      UsageError: an unknown kind, or a machine that it does not serve.
+    """
+    if kind not in EMITTERS:
+        raise UsageError(f"--emit={kind}: use one of {', '.join(EMITTERS)}")
+    workdir = workdir.absolute()
+    texts, submit = EMITTERS[kind](cells, workdir, flags)
+    with explained(workdir / kind, "writing the files"):
+        (workdir / kind).mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        atomic_write(workdir / kind / name, text)
+    return [workdir / kind / name for name in texts], submit
+
+
+def _stages(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(cell.stage.name, []).append(cell)
+    return found
+
+
+def _before(stage: Stage, names: Sequence[str]) -> list[str]:
+    """The stages that a stage waits for, of those that are emitted; a report waits for all."""
+    if stage.run == "report":
+        return [name for name in names if name != stage.name]
+    return [name for name in dict.fromkeys((stage.start, *stage.needs)) if name in names]
+
+
+def _run_study(workdir: Path, flags: Sequence[str]) -> str:
+    arguments = [sys.executable, "scripts/run_study.py", *flags, f"--workdir={workdir}"]
+    return shlex.join(arguments)
+
+
+def _machine(stage: Stage) -> Topology | None:
+    return parse_topology(stage.topology) if stage.topology else None
+
+
+def shell(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
+    """One command a cell; those of a paragraph may run at the same time, on any machines."""
+    run = _run_study(workdir, flags)
+    lines = [
+        "#!/usr/bin/env bash",
+        "# One command a cell. Those of a paragraph need only the paragraphs before: they may run",
+        "# at the same time, on any machines that share the folder.",
+        f"cd {shlex.quote(str(_PROJECT))} || exit 1",
+        "failed=0",
+        'note() { if [ "$1" -eq 75 ]; then exit 75; fi; failed=1; }  # 75: stopped, run it again',
+    ]
+    for name, of_stage in _stages(cells).items():
+        lines += ["", f"# {name}"]
+        lines += [f"{run} --only={shlex.quote(cell.name)} || note $?" for cell in of_stage]
+    lines += ["", 'exit "$failed"', ""]
+    return {"cells.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/shell/cells.sh')}"
+
+
+def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
+    """An array a stage, after those of the stages that it needs; requeued on exit status 75."""
+    folder = workdir / "slurm"
+    texts, stages = {}, _stages(cells)
+    submit = [
+        "#!/usr/bin/env bash",
+        "# Submits the study: an array of jobs a stage, each after those that it needs have ended.",
+        "# Options of your cluster go into the environment: SBATCH_PARTITION, SBATCH_ACCOUNT,",
+        "# SBATCH_TIMELIMIT, ... (man sbatch). Cells at a time of a stage: MAX_CELLS (all).",
+        "set -euo pipefail",
+        f"cd {shlex.quote(str(folder))}",
+        'limit="${MAX_CELLS:+%$MAX_CELLS}"',
+    ]
+    variables = {name: f"job_{i}" for i, name in enumerate(stages, 1)}
+    for name, of_stage in stages.items():
+        topology = _machine(of_stage[0].stage)
+        nodes, options = 1, []
+        if topology is not None:
+            if topology.platform != "gpu":
+                raise UsageError(f"--emit=slurm is for GPUs: stage {name!r} is for {topology.name}")
+            nodes = -(-topology.chips // _GPUS_A_NODE)
+            options = [f"--gpus-per-node={min(topology.chips, _GPUS_A_NODE)}"]
+        after = ":".join(f"${variables[other]}" for other in _before(of_stage[0].stage, [*stages]))
+        options += [f"--nodes={nodes}", "--ntasks-per-node=1", f"--job-name={shlex.quote(name)}"]
+        options.append(f'--array="1-{len(of_stage)}$limit"')
+        if after:
+            options.append(f'--dependency="afterany:{after}"')
+        submit.append(
+            f"{variables[name]}=$(sbatch --parsable {' '.join(options)} cell.sbatch {name}.txt)"
+        )
+        texts[f"{name}.txt"] = "".join(f"{cell.name}\n" for cell in of_stage)
+    submit += [f'echo "submitted {len(cells)} cells; squeue shows them"', ""]
+    texts["submit.sh"] = "\n".join(submit)
+    texts["cell.sbatch"] = f"""#!/usr/bin/env bash
+# One cell of the study: line SLURM_ARRAY_TASK_ID of the list that is the first argument.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x_%a.log
+#SBATCH --signal=B:TERM@300
+cell=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(folder))}/"$1")
+cd {shlex.quote(str(_PROJECT))} || exit 1
+launch=()
+if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then launch=("--launch=srun --kill-on-bad-exit=1"); fi
+{_run_study(workdir, flags)} --only="$cell" "${{launch[@]}}" &
+child=$!
+trap 'kill -TERM "$child"' TERM # before the time limit, or at a preemption: a checkpoint, then 75
+wait "$child"
+status=$?
+while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
+    wait "$child"
+    status=$?
+done
+if [ "$status" -eq 75 ]; then
+    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
+fi
+exit "$status"
+"""
+    return texts, f"bash {shlex.quote(f'{folder}/submit.sh')}"
+
+
+def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
+    """A SkyPilot managed job whose tasks are the stages, one after the other; the nodes of a task
+    divide its cells."""
+    documents: list[dict] = [{"name": "study"}]
+    for name, of_stage in _stages(cells).items():
+        topology = _machine(of_stage[0].stage)
+        resources: dict = {"job_recovery": {"recover_on_exit_codes": [75]}}
+        extras = "data,eval"
+        if topology is not None:
+            if topology.platform != "gpu" or topology.chips > _GPUS_A_NODE:
+                raise UsageError(
+                    f"--emit=sky is for cells that fit a node of {_GPUS_A_NODE} GPUs: stage "
+                    f"{name!r} is for {topology.name}; use slurm, or xpk for TPUs"
+                )
+            assert topology.chip is not None
+            resources["accelerators"] = f"{topology.chip.name.upper()}:{topology.chips}"
+            extras = "cuda,data,eval"
+        run = ["python", "scripts/run_study.py", *flags, "--workdir=/study"]
+        run.append(f"--only={','.join(cell.name for cell in of_stage)}")
+        shard = '--shard="$((SKYPILOT_NODE_RANK + 1))/$SKYPILOT_NUM_NODES"'
+        documents.append(
+            {
+                "name": name.replace("_", "-"),
+                "num_nodes": min(4, len(of_stage)),
+                "workdir": ".",
+                "envs": {"STUDY_BUCKET": None},
+                "file_mounts": {"/study": {"source": "${STUDY_BUCKET}", "mode": "MOUNT"}},
+                "resources": resources,
+                "setup": f"pip install -c constraints.txt -e '.[{extras}]'\n",
+                # What failed is on record in the study's folder and stops no other stage.
+                "run": f"status=0\n{shlex.join(run)} {shard} || status=$?\n"
+                'if [ "$status" -eq 75 ]; then exit 75; fi\n',
+            }
+        )
+    head = (
+        "# A SkyPilot managed job (JSON is YAML): a task a stage. Start it in the project's root:\n"
+        f"#   sky jobs launch --env STUDY_BUCKET=gs://BUCKET {workdir}/sky/study.yaml\n"
+        "# What failed: python scripts/run_study.py ... --list, where the bucket is mounted.\n"
+    )
+    text = head + "\n---\n".join(json.dumps(document, indent=1) for document in documents) + "\n"
+    submit = f"sky jobs launch --env STUDY_BUCKET=gs://BUCKET {workdir}/sky/study.yaml"
+    return {"study.yaml": text}, submit
+
+
+def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
+    """A workload a cell, stage by stage: on a TPU slice every host runs the cell's own command."""
+    del flags  # a cell's own command holds its settings
+    lines = [
+        "#!/usr/bin/env bash",
+        "# Submits the study, stage by stage, to a GKE cluster made with xpk. Needs CLUSTER and",
+        "# IMAGE (an image of this project) in the environment; the study's folder must be mounted",
+        "# in every pod at the same path. Cells that need no TPU run where this script runs.",
+        "# Workloads that are there already are not submitted again: a second call goes on.",
+        "set -uo pipefail",
+        ': "${CLUSTER:?name of the cluster}" "${IMAGE:?image of this project}"',
+        f"cd {shlex.quote(str(_PROJECT))} || exit 1",
+        "failed=0",
+        "submit() { # name, type of the slice, command",
+        '    xpk workload create --cluster "$CLUSTER" --docker-image "$IMAGE" --workload "$1" \\',
+        '        --tpu-type "$2" --command "$3" --max-restarts 100 --restart-on-exit-codes 75 ||',
+        '        echo "$1 was not submitted" >&2',
+        "}",
+        "await() {",
+        '    xpk workload list --cluster "$CLUSTER" --wait-for-job-completion "$1" || failed=1',
+        "}",
+    ]
+    for name, of_stage in _stages(cells).items():
+        topology = _machine(of_stage[0].stage)
+        lines += ["", f"# {name}"]
+        if topology is None:
+            lines += [f"python {shlex.join(command(c, workdir))} || failed=1" for c in of_stage]
+            continue
+        if topology.platform != "tpu":
+            raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
+        for cell in of_stage:
+            own = f"python {shlex.join(command(cell, workdir))}"
+            lines.append(f"submit {_workload_name(cell)} {topology.cloud_name} {shlex.quote(own)}")
+        lines += [f"await {_workload_name(cell)}" for cell in of_stage]
+    lines += ["", 'exit "$failed"', ""]
+    return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"
+
+
+def _workload_name(cell: Cell) -> str:
+    """As Kubernetes wants it: small letters, digits and '-', at most 40, and unique."""
+    plain = "".join(char if char.isalnum() else "-" for char in cell.name.lower())
+    if len(plain) <= 36:
+        return plain
+    return f"{plain[:27].rstrip('-')}-{hashlib.sha256(cell.name.encode()).hexdigest()[:8]}"
+
+
+Emitter = Callable[[Sequence[Cell], Path, Sequence[str]], tuple[dict[str, str], str]]
+EMITTERS: dict[str, Emitter] = {"slurm": slurm, "sky": sky, "xpk": xpk, "shell": shell}

@@ -1,0 +1,104 @@
+"""A study's folder: the one it belongs to, what of it is finished, and what no longer agrees.
+
+study.json        the version of this layout
+status.json       counts, the cells that failed and why, the time left
+STAGE[/VALUES]/   a cell: a run folder, or a folder of data
+cells/CELL/       its claims, outcomes and logs (`sa_jax.study.claims`)
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.files import atomic_write, explained
+from sa_jax.study.claims import Look
+from sa_jax.study.grid import Cell
+from sa_jax.training.run_record import RUN_FILE, config_difference
+
+VERSION = 1
+STUDY_FILE = "study.json"
+STATUS_FILE = "status.json"
+CLAIMS_FOLDER = "cells"
+_SHOWN = 6  # of a list in one line
+
+
+def local_folder(workdir: str | Path) -> Path:
+    """The folder; UsageError for a bucket, since claims need a folder that is mounted."""
+    if "://" in str(workdir):
+        raise UsageError(
+            f"--workdir={workdir}: a study's folder must be local or mounted (NFS, gcsfuse), since "
+            "its workers claim cells by creating files"
+        )
+    return Path(workdir)
+
+
+def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
+    """UserError for a folder of an older version, or one in which something else lies."""
+    file = workdir / STUDY_FILE
+    if file.exists():
+        try:
+            version = json.loads(file.read_text())["version"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: cannot be read; use another --workdir") from None
+        if version != VERSION:
+            raise UserError(
+                f"{workdir}: a study of layout {version}, this version writes {VERSION}; use "
+                "another --workdir, or the version that made it"
+            )
+        return
+    older = [cell.name for cell in cells if (workdir / cell.name).exists()]
+    if older:
+        raise UserError(
+            f"{workdir}: holds {_listed(older)} but no {STUDY_FILE}, so an older version of "
+            "run_study made it, or another command; use another --workdir, or move them away"
+        )
+
+
+def open_folder(workdir: Path) -> None:
+    """Makes the folder and its `study.json`, where they are missing."""
+    with explained(workdir, "making the study's folder"):
+        workdir.mkdir(parents=True, exist_ok=True)
+    if not (workdir / STUDY_FILE).exists():
+        atomic_write(workdir / STUDY_FILE, json.dumps({"version": VERSION}) + "\n")
+
+
+def check_unchanged(
+    workdir: Path,
+    cells: Sequence[Cell],
+    records: Mapping[str, Mapping[str, Any]],
+    looks: Mapping[str, Look],
+) -> None:
+    """UserError where cells were made under other settings, or from a parent that is to be made
+    anew: which cells, and why."""
+    stale: dict[str, str] = {}
+    for cell in cells:
+        look = looks[cell.name]
+        if cell.run == "report" or not look.number:
+            continue
+        is_done = look.state == "done"
+        if not is_done and not (workdir / cell.name / RUN_FILE).exists():
+            continue  # it left nothing
+        changes = config_difference(look.record or {}, records[cell.name])
+        if changes:
+            stale[cell.name] = "; ".join(changes[:4]) + (" ..." if changes[4:] else "")
+            continue
+        for parent, made_from in look.parents.items():
+            if parent in stale:
+                stale[cell.name] = f"it was made from {parent}"
+            elif parent in looks and looks[parent].id != made_from:
+                stale[cell.name] = f"it was made from a {parent} that is no longer there"
+    if stale:
+        lines = [f"{name} ({why})" for name, why in stale.items()]
+        example = next(iter(stale))
+        raise UserError(
+            f"{workdir}: the study has changed since these cells were made: {_listed(lines)}. Take "
+            "the change back or use another --workdir; or, to make a cell anew, remove its folder "
+            f"and its claims: rm -r {workdir / example} {workdir / CLAIMS_FOLDER / example}"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

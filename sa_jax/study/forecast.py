@@ -1,0 +1,257 @@
+"""What a study would take, by arithmetic: tokens, chip-hours, disk; and whether its cells fit."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.parallel.hardware import GIB
+from sa_jax.planning.memory import estimate_temporaries
+from sa_jax.planning.roofline import Workload, step_time
+from sa_jax.planning.topology import Topology, parse_topology
+from sa_jax.study.claims import Look
+from sa_jax.study.commands import resolved
+from sa_jax.study.devices import visible_devices
+from sa_jax.study.grid import Cell
+from sa_jax.study.progress import seconds
+from sa_jax.training.plan import workload
+from sa_jax.training.start import fresh_architecture, open_start
+
+# Settings that decide a step's cost; cells that agree in them are worked out once.
+_COSTLY = (
+    *("architecture", "optimizer", "lora", "mesh", "batch_size", "sequence_length"),
+    *("accumulation", "remat", "dtype", "param_dtype", "attention"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Of one cell. None where nothing is known of it, as of the data of a teacher.
+
+    Attributes:
+      tokens: token slots that it trains on.
+      chip_hours: of training alone, at least (a roofline); evals and data come on top.
+      bytes: of its checkpoints.
+    """
+
+    tokens: float | None = None
+    chip_hours: float | None = None
+    bytes: float | None = None
+
+
+class Forecaster:
+    """Forecasts the cells of a study, those of the same shape once.
+
+    Args:
+      cells: parents first.
+      devices: of this machine for one cell, where a stage names no topology; None: not checked.
+    """
+
+    def __init__(self, cells: Sequence[Cell], devices: int | None = None):
+        self._cells = {cell.name: cell for cell in cells}
+        self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
+        self._devices = devices
+        self._work: dict[str, Workload] = {}
+
+    def check_fits(self, cell: Cell) -> None:
+        """UsageError where the cell's mesh cannot be, UserError where it lacks memory."""
+        if not cell.is_training:
+            return
+        config = self._configs[cell.name]
+        topology = parse_topology(cell.stage.topology) if cell.stage.topology else None
+        if topology is None:
+            if self._devices is not None:
+                mesh_sizes(cell, config, self._devices)
+            return
+        sizes = mesh_sizes(cell, config, topology.chips * _per_chip(topology))
+        architecture = self._architecture(cell)
+        if architecture is None:
+            return
+        if architecture.num_kv_heads % sizes["tensor"]:
+            raise UsageError(
+                f"cell {cell.name} cannot fit its mesh: tensor={sizes['tensor']} does not divide "
+                f"{architecture.num_kv_heads} key/value heads"
+            )
+        assert topology.chip is not None
+        needed = _bytes_a_chip(self._workload(config, architecture, sizes, topology), topology)
+        if needed > topology.chip.hbm_bytes:
+            raise UserError(
+                f"cell {cell.name} cannot fit its mesh: about {needed / GIB:.0f} GiB a chip of "
+                f"{topology.chip.hbm_bytes / GIB:.0f} on {topology.name}; give its stage a larger "
+                "topology, config.remat=full or more config.accumulation"
+            )
+
+    def forecast(self, cell: Cell) -> Forecast:
+        if not cell.is_training:
+            return Forecast()
+        config, architecture = self._configs[cell.name], self._architecture(cell)
+        a_step = config.batch_size * config.sequence_length
+        tokens = config.steps * a_step if config.steps else cell.stage.tokens or None
+        if tokens is None or architecture is None:
+            return Forecast(tokens)
+        topology = parse_topology(cell.stage.topology) if cell.stage.topology else None
+        devices = 1 if topology is None else topology.chips * _per_chip(topology)
+        sizes = (
+            mesh_sizes(cell, config, devices) if topology else {"data": 1, "fsdp": 1, "tensor": 1}
+        )
+        work = self._workload(config, architecture, sizes, topology)
+        steps = math.ceil(tokens / a_step)
+        hours = None
+        if topology is not None and topology.chip is not None:
+            step_s = step_time(work, topology.chip, topology.shape).step
+            hours = steps * step_s * topology.chips / 3600
+        return Forecast(tokens, hours, checkpoint_bytes(config, work, steps))
+
+    def _architecture(self, cell: Cell) -> LlamaConfig | None:
+        """The model's, from the config or from what the cell starts from; None where the model is
+        not here to be read."""
+        config = self._configs[cell.name]
+        if cell.start_cell:
+            return self._architecture(self._cells[cell.start_cell])
+        if config.architecture:
+            return fresh_architecture(config)
+        if config.model and Path(config.model).is_dir():
+            return open_start(config.model).config
+        return None
+
+    def _workload(
+        self,
+        config: ConfigDict,
+        architecture: LlamaConfig,
+        sizes: Mapping[str, int],
+        topology: Topology | None,
+    ) -> Workload:
+        platform = "cpu" if topology is None else topology.platform
+        costly = {name: config.to_dict()[name] for name in _COSTLY}
+        costly["optimizer"] = {k: v for k, v in costly["optimizer"].items() if "rate" not in k}
+        key = json.dumps([costly, architecture.to_hf(), dict(sizes), platform], default=str)
+        if key not in self._work:
+            self._work[key] = workload(config, architecture, sizes, platform)
+        return self._work[key]
+
+
+def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
+    """The sizes of the mesh's axes on so many devices; UsageError where they or the batch do not
+    divide."""
+    sizes = dict(config.mesh)
+    shown = " ".join(f"{axis}={size}" for axis, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        raise UsageError(
+            f"cell {cell.name} cannot fit its mesh: config.mesh {shown} does not use {devices} "
+            "devices"
+        )
+    rows = config.batch_size // config.accumulation
+    if rows % (sizes["data"] * sizes["fsdp"]):
+        raise UsageError(
+            f"cell {cell.name} cannot fit its mesh: {rows} rows do not divide over data x fsdp = "
+            f"{sizes['data'] * sizes['fsdp']}"
+        )
+    return sizes
+
+
+def local_devices(workers: int) -> int:
+    """The JAX devices that each of so many workers will have here, without starting any."""
+    kind, devices = visible_devices()
+    if kind != "CPU":
+        return len(devices) // workers
+    flag = r"xla_force_host_platform_device_count=(\d+)"
+    forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))
+    return int(forced[1]) if forced else 1
+
+
+def checkpoint_bytes(config: ConfigDict, work: Workload, steps: int) -> float:
+    """Of all checkpoints that a run keeps, its last included."""
+    listed = {step for step in config.checkpoint.steps if step < steps}
+    interval = config.checkpoint.interval
+    kept = min(config.checkpoint.keep_interval, (steps - 1) // interval) if interval else 0
+    return (len(listed) + kept + 1) * work.trainable * work.state_bytes
+
+
+def _bytes_a_chip(work: Workload, topology: Topology) -> float:
+    """Estimated, as `planning.search` does to rank meshes."""
+    frozen = 0 if work.full_weights else work.architecture.num_parameters * work.item_bytes
+    state = (work.trainable * work.state_bytes + frozen) / work.devices
+    gradients, activations, rest, _ = estimate_temporaries(work)
+    return _per_chip(topology) * (state + gradients + activations + rest)
+
+
+def _per_chip(topology: Topology) -> int:
+    return 1 if topology.chip is None else topology.chip.devices
+
+
+def format_forecast(
+    cells: Sequence[Cell], forecasts: Mapping[str, Forecast], states: Mapping[str, str]
+) -> str:
+    """A table of the stages and their sums; what is done already counts apart."""
+    head = ("stage", "cells", "done", "machine", "tokens", "chip-hours", "disk")
+    rows = [head]
+    left = [cell for cell in cells if states[cell.name] not in ("done", "skipped")]
+    for stage in dict.fromkeys(cell.stage.name for cell in cells):
+        of_stage = [cell for cell in cells if cell.stage.name == stage]
+        done = len([cell for cell in of_stage if cell not in left])
+        todo = [forecasts[cell.name] for cell in of_stage if cell in left]
+        machine = of_stage[0].stage.topology or "here"
+        rows.append((stage, str(len(of_stage)), str(done), machine, *_sums(todo)))
+    total = [forecasts[cell.name] for cell in left]
+    rows.append(("sum", str(len(cells)), str(len(cells) - len(left)), "", *_sums(total)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = [
+        "  ".join(
+            text.ljust(width) if i in (0, 3) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Of the cells that are not done. Tokens are slots, padding included. Chip-hours are",
+            "arithmetic, nothing was compiled: training alone, at least; sampling for evals and a",
+            "teacher's answers come on top. Disk is that of checkpoints. '-': not known from here.",
+        ]
+    )
+
+
+def _sums(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
+    def total(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) if known else None
+
+    tokens = total([f.tokens for f in forecasts])
+    hours = total([f.chip_hours for f in forecasts])
+    size = total([f.bytes for f in forecasts])
+    return (
+        "-" if tokens is None else _si(tokens),
+        "-" if hours is None else f"{hours:,.1f}",
+        "-" if size is None else f"{_si(size)}B",
+    )
+
+
+def _si(value: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if value < 1000:
+            return f"{value:.3g} {unit}".rstrip() + ("" if unit else " ")
+        value /= 1000
+    return f"{value:,.2f} T"
+
+
+def format_list(cells: Sequence[Cell], states: Mapping[str, str], looks: Mapping[str, Look]) -> str:
+    """A line a cell: state, name, and the time it took or what went wrong."""
+    width = max(len(cell.name) for cell in cells)
+    lines = []
+    for cell in cells:
+        outcome = looks[cell.name].outcome or {}
+        took = outcome.get("seconds")
+        said = outcome.get("line") or (seconds(took) if took is not None else "")
+        lines.append(f"{states[cell.name]:8} {cell.name:{width}}  {said}".rstrip())
+    return "\n".join(lines)

