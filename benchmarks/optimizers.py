@@ -39,7 +39,7 @@ from sa_jax.optim import decay_mask, llama_view, soap
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import partition_spec, shardings
-from sa_jax.training.step import loss_sum
+from sa_jax.training.losses import make_cross_entropy
 
 SMALL = LlamaConfig(
     vocab_size=256,
@@ -104,7 +104,8 @@ def batches(text: np.ndarray, seed: int, count: int, rows: int) -> dict[str, np.
 
 
 def mean_loss(model: Llama, params, batch) -> jax.Array:
-    return loss_sum(model, params, batch) / jnp.sum(batch["loss_mask"], dtype=jnp.float32)
+    total, tokens, _ = make_cross_entropy(model)(params, batch, jax.random.key(0))
+    return total / tokens
 
 
 def final_losses(text: np.ndarray) -> list[dict]:

@@ -61,6 +61,10 @@ def get_config(run):
 def insertion(config, model):
     if model == "70b":
         config.mesh.tensor = 4  # the batch has fewer rows than a 70B run has chips
+        # The published checkpoints as weights (1.55 TB with the last, not 5), and one full state.
+        config.checkpoint.listed = "weights_bf16"
+        config.checkpoint.interval = 200
+        config.checkpoint.keep_interval = 1
     return config
 
 

@@ -13,6 +13,8 @@ def visible(text: str) -> str:
     C0 controls become their pictures (escape: ␛), others ⟨U+202E⟩; line breaks and tabs stay. So
     nothing can reorder, hide or colour what stands around it. HTML is escaped elsewhere.
     """
+    if text.isprintable():  # most text, in no time
+        return text
     return "".join(char if _harmless(char) else _shown(char) for char in text)
 
 
@@ -24,7 +26,7 @@ def _shown(char: str) -> str:
     return _PICTURES.get(ord(char), f"⟨U+{ord(char):04X}⟩")
 
 
-def one_line(text: str) -> str:
+def one_line(text: object) -> str:
     """`visible`, on one line."""
     return " ".join(visible(str(text)).split())
 
@@ -63,13 +65,13 @@ def points(difference: float) -> str:
     return f"{100 * difference:+.1f}"
 
 
-def markdown(text: str) -> str:
+def markdown(text: object) -> str:
     """One line in which nothing means anything to Markdown or HTML (pipes in tables too)."""
     escaped = re.sub(r"[\\`*<>|&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
     return re.sub(r"\](?=[(\[:])", r"\\]", escaped)  # no links; intervals stay readable
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table whose columns line up in a terminal too; every cell is anybody's text."""
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]

@@ -25,8 +25,8 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main():
-    found = plan(CONFIG.value, TOPOLOGY.value, search=SEARCH.value, tokens=TOKENS.value)
-    write_plan(found, OUT.value)
+    described = plan(CONFIG.value, TOPOLOGY.value, search=SEARCH.value, tokens=TOKENS.value)
+    write_plan(described, OUT.value)
 
 
 if __name__ == "__main__":

@@ -56,9 +56,19 @@ REMAT_POLICIES = {
 }
 
 
-# A collection, optional, of what is added to the layers' kernels after their cast to the dtype of
-# the computation: gradients with respect to zeros there are the kernels', in that dtype.
-CHANGES = "changes"
+# An optional leaf beside a layer's kernel, added to it after its cast to the dtype of the
+# computation: a gradient with respect to zeros there is the kernel's, in that dtype.
+KERNEL_CHANGE = "kernel_change"
+
+# With `apply(..., mutable=[STREAMS])` the residual stream is returned too: kept[STREAMS] holds
+# (stream [B, S, D],) as EMBEDDINGS, before the layers, and (stream [L, B, S, D],) as layers/STREAM,
+# after each. `apply({..., PERTURBATIONS: {EMBEDDINGS: [B, S, D]}})` adds that to the embeddings.
+STREAMS, STREAM, EMBEDDINGS, PERTURBATIONS = (
+    "intermediates",
+    "stream",
+    "embeddings",
+    "perturbations",
+)
 
 _dot_general_f32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 
@@ -147,8 +157,8 @@ class Projection(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype)
         kernel = kernel.astype(self.dtype)
-        if self.has_variable(CHANGES, "kernel"):
-            kernel += self.get_variable(CHANGES, "kernel")
+        if self.has_variable("params", KERNEL_CHANGE):
+            kernel += self.get_variable("params", KERNEL_CHANGE)
         y = x @ kernel
         if self.lora is None or not re.search(self.lora.targets, "/".join(self.path)):
             return y
@@ -254,7 +264,9 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             mlp = MLP(self.config, self.dtype, self.param_dtype, self.lora, name="mlp")
             x_bsd = x_bsd + mlp(norm(name="mlp_norm")(x_bsd))
-        return (_shard_residual(x_bsd, self.mesh, cache), layer + 1), new_kv
+        x_bsd = _shard_residual(x_bsd, self.mesh, cache)
+        self.sow(STREAMS, STREAM, x_bsd)
+        return (x_bsd, layer + 1), new_kv
 
 
 def _shard_residual(x_bsd: jax.Array, mesh: Mesh | None, cache: KVCache | None) -> jax.Array:
@@ -318,7 +330,7 @@ class Llama(nn.Module):
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, CHANGES: 0},
+            variable_axes={"params": 0, STREAMS: 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=config.num_layers,
@@ -402,7 +414,8 @@ class Llama(nn.Module):
         # Looked up where the table's features are, then sent to the rows: asked for the second
         # alone, the partitioner gathers the table's features on every device.
         x_bsd = _constrain(self.embed(tokens_bs), self.mesh, P("data", None, "fsdp"))
-        x_bsd = _shard_residual(x_bsd, self.mesh, cache)
+        x_bsd = self.perturb(EMBEDDINGS, _shard_residual(x_bsd, self.mesh, cache), PERTURBATIONS)
+        self.sow(STREAMS, EMBEDDINGS, x_bsd)
         rope = rope_angles(self.config, positions_bs)
         carry = (x_bsd, jnp.zeros((), jnp.int32))
         (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)

@@ -1,7 +1,8 @@
 """Optimizers and schedules, and the one place that builds them from a config."""
 
 from sa_jax.optim.build import (
-    decay_mask,
+    OPTIMIZERS,
+    Optimizer,
     llama_view,
     make_optimizer,
     may_change_size,
@@ -9,10 +10,13 @@ from sa_jax.optim.build import (
     optimizer_rows,
     optimizer_specs,
 )
+from sa_jax.optim.decay import decay_mask
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
 
 __all__ = [
+    "OPTIMIZERS",
+    "Optimizer",
     "decay_mask",
     "llama_view",
     "make_optimizer",

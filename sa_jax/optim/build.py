@@ -1,29 +1,27 @@
 """From the `optimizer` section of a config to an optax transformation, and its state's place."""
 
+import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
+from jax.tree_util import tree_leaves_with_path
 
 from sa_jax.errors import UsageError
+from sa_jax.optim.decay import decay_mask
+from sa_jax.optim.from_optax import optax_optimizer
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.optim.soap import soap
 from sa_jax.optim.soap_official import OfficialState
 from sa_jax.optim.soap_plan import SoapRow, soap_plan
 from sa_jax.optim.soap_state import FastState, state_specs
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
-from sa_jax.parallel.rules import partition_spec, partition_specs
-
-
-def decay_mask(params: Any) -> Any:
-    """True on leaves that weight decay applies to: all but the norms' scales."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "scale", params
-    )
+from sa_jax.parallel.rules import partition_spec, partition_specs, path_string
+from sa_jax.registry import Registry
 
 
 def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
@@ -43,51 +41,90 @@ def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
     return TensorView(1, (1, 1))
 
 
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """An optimizer by name.
+
+    Attributes:
+      name: the value of `config.optimizer.name`.
+      make: `make(config, schedule, mesh)` gives the transformation whose updates are added to the
+        parameters. config is the `optimizer` section; schedule is the learning rate by step; mesh
+        is where parameters live as `parallel.rules` says, or None.
+    """
+
+    name: str
+    make: Callable[[Any, optax.Schedule, Mesh | None], optax.GradientTransformation]
+
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
+
+
 def make_optimizer(
-    config: ConfigDict, total_steps: int, mesh: Mesh | None = None
+    config: Any, total_steps: int, mesh: Mesh | None = None
 ) -> optax.GradientTransformation:
     """Clipping by global norm, then the named optimizer with decoupled weight decay.
 
     Args:
-      config: the `optimizer` section of a run's config.
+      config: the `optimizer` section of a run's config. Its name is one of `OPTIMIZERS`, or that of
+        an optax function such as 'lion' or 'contrib.muon', with more arguments in `kwargs`.
       total_steps: updates in the whole run, for the schedule.
       mesh: where parameters live as `parallel.rules` says; SOAP puts its state on it.
 
     Raises:
-      UsageError: an unknown optimizer name.
+      UsageError: an unknown name or keyword.
     """
     schedule = make_schedule(config, total_steps)
-    if config.name == "adam":
-        optimizer = optax.adamw(
-            schedule,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-            mu_dtype=config.mu_dtype,
-        )
-    elif config.name == "soap":
-        options = config.soap.to_dict()
-        options.pop("on_nonfinite")
-        optimizer = soap(
-            schedule,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-            view=llama_view,
-            mesh=mesh,
-            partition_spec=partition_spec,
-            **options,
-        )
+    if config.name in OPTIMIZERS:
+        optimizer = OPTIMIZERS[config.name].make(config, schedule, mesh)
     else:
-        raise UsageError(f"config.optimizer.name={config.name!r} is unknown; use adam or soap")
+        optimizer = optax_optimizer(config, schedule)
     if config.clip_norm:
         return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     return optimizer
 
 
-def optimizer_rows(config: ConfigDict, params: Any) -> list[SoapRow]:
+def _make_adam(config: Any, schedule: optax.Schedule, _: Mesh | None):
+    _refuse_kwargs(config)
+    return optax.adamw(
+        schedule,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+        mu_dtype=config.mu_dtype,
+    )
+
+
+def _make_soap(config: Any, schedule: optax.Schedule, mesh: Mesh | None):
+    _refuse_kwargs(config)
+    options = config.soap.to_dict()
+    options.pop("on_nonfinite")
+    return soap(
+        schedule,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+        view=llama_view,
+        mesh=mesh,
+        partition_spec=partition_spec,
+        **options,
+    )
+
+
+def _refuse_kwargs(config: Any) -> None:
+    if config.kwargs:
+        raise UsageError(
+            f"config.optimizer.kwargs: {config.name} takes none; its settings are keys of "
+            "config.optimizer"
+        )
+
+
+OPTIMIZERS.register(Optimizer("adam", _make_adam))
+OPTIMIZERS.register(Optimizer("soap", _make_soap))
+
+
+def optimizer_rows(config: Any, params: Any) -> list[SoapRow]:
     """What the optimizer keeps and computes for each parameter; [] but for the fast SOAP.
 
     Args:
@@ -100,13 +137,18 @@ def optimizer_rows(config: ConfigDict, params: Any) -> list[SoapRow]:
     return soap_plan(params, view=llama_view, **sizes)
 
 
-def optimizer_specs(state: Any) -> Any:
+def optimizer_specs(state: Any, params: Any) -> Any:
     """How an optimizer's state is sharded: the same tree, of PartitionSpec.
 
+    A leaf whose path ends in a parameter's, and which has its shape, lives where that parameter
+    does. Other leaves (counts, coefficients, sums over rows) are whole on every device, but for
+    SOAP's, which places its own.
+
     Args:
-      state: arrays or ShapeDtypeStruct, from an optimizer of `make_optimizer` (or a chain of others
-        whose leaves' paths end in their parameters').
+      state: arrays or ShapeDtypeStruct, from an optimizer of `make_optimizer`.
+      params: the tree that trains, likewise.
     """
+    shapes = {path_string(path): leaf.shape for path, leaf in tree_leaves_with_path(params)}
 
     def specs(path: tuple, node: Any) -> Any:
         if isinstance(node, FastState):
@@ -115,7 +157,12 @@ def optimizer_specs(state: Any) -> Any:
             # Whole factors on every device: for parity, not for size.
             whole = jax.tree.map(lambda _: P(), node)
             return whole._replace(mu=partition_specs(node.mu), nu=partition_specs(node.nu))
-        return partition_spec(jax.tree_util.keystr(path, simple=True, separator="/"), node.ndim)
+        parts = path_string(path).split("/")
+        endings = ("/".join(parts[start:]) for start in range(len(parts)))
+        parameter = next((ending for ending in endings if ending in shapes), None)
+        if parameter is None or shapes[parameter] != node.shape:
+            return P()
+        return partition_spec(parameter, node.ndim)
 
     return jax.tree_util.tree_map_with_path(specs, state, is_leaf=_is_soap)
 
@@ -123,10 +170,10 @@ def optimizer_specs(state: Any) -> Any:
 def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
     """Counters of an optimizer's state worth a line in the metrics, int32 scalars; {} for Adam."""
     nodes = jax.tree.leaves(state, is_leaf=_is_soap)
-    found = [node for node in nodes if isinstance(node, FastState)]
     return {
         name: getattr(node, field)
-        for node in found
+        for node in nodes
+        if isinstance(node, FastState)
         for name, field in (("soap_skipped_steps", "skipped"), ("soap_rejected_bases", "rejected"))
     }
 

@@ -11,10 +11,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
+from sa_jax.parallel import compilation_cache
 
 
 def initialize(timeout_s: int = 300) -> None:
-    """Joins the other processes of this launch, if `several_processes` says there are any.
+    """Joins the other processes of this launch, if `several_processes` says there are any, and
+    turns the compilation cache on.
 
     On a TPU VM it always asks: its worker list is in the cloud's metadata, which jax reads, and a
     VM that is alone makes a cluster of one.
@@ -48,6 +50,7 @@ def initialize(timeout_s: int = 300) -> None:
             f"these devices belong to {jax.process_count()} processes, which do not know of each "
             "other: set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT of the first on every worker"
         )
+    compilation_cache.enable()
     logging.info(
         "process %d of %d, %d local of %d %s devices, jax %s",
         jax.process_index(),

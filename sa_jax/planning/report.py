@@ -43,6 +43,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines.append(f"  {'the chip has':26}{plan['capacity_gib']:10.2f}   {verdict}")
     if plan["advice"]:
         lines.append(f"  {plan['advice']}")
+    lines += ["", _disk_line(plan["disk"])]
     lines += ["", f"FLOPs a token (causal, model) {plan['flops_per_token']:.4g}"]
     if time:
         lines += [
@@ -66,6 +67,22 @@ def format_plan(plan: dict[str, Any]) -> str:
         if values:
             lines += ["", title] + [f"  {value}" for value in values]
     return "\n".join(lines)
+
+
+def _disk_line(disk: dict[str, float]) -> str:
+    line = f"disk: {_size(disk['total'])} of checkpoints at the end ("
+    line += f"{disk['full_states']} full states of {_size(disk['full_state'])}"
+    if disk["weights_alone"]:
+        line += f", {disk['weights_alone']} of weights alone of {_size(disk['weights'])}"
+    return line + "), and one full state more while one is saved"
+
+
+def _size(count: float) -> str:
+    """Bytes as '1.55 TB' or '16.1 GB'."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB")):
+        if count >= limit:
+            return f"{count / limit:.3g} {unit}"
+    return f"{count / 1e6:.3g} MB"
 
 
 def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:

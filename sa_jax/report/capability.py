@@ -53,15 +53,16 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
 def _change(
     name: str, key: str, before: Score, after: Score, limits: Thresholds
 ) -> CapabilityChange:
+    earlier, later = dict(before.items.items()), dict(after.items.items())
     items = [
         item
-        for item, values in after.items.items()
-        if item in before.items and len(before.items[item]) == len(values)
+        for item, values in later.items()
+        if item in earlier and len(earlier[item]) == len(values)
     ]
     kept = 1 - limits.max_capability_loss
     if items:
-        sizes = np.array([len(after.items[item]) for item in items], float)
-        a, b = (np.array([np.mean(side.items[item]) for item in items]) for side in (before, after))
+        sizes = np.array([len(later[item]) for item in items], float)
+        a, b = (np.array([sum(side[item]) for item in items]) / sizes for side in (earlier, later))
         n, paired = len(items), True
         weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)
@@ -70,12 +71,11 @@ def _change(
         lost = _paired(kept * a, b, sizes, limits.confidence, scale=kept)[1] < 0
     else:
         n, paired, rates = min(before.n, after.n), False, (before.rate, after.rate)
-        earlier = before.rate, before.lo, before.hi
-        later = after.rate, after.lo, after.hi
-        difference, lo, hi = difference_interval(earlier, later)
+        start, end = (before.rate, before.lo, before.hi), (after.rate, after.lo, after.hi)
+        difference, lo, hi = difference_interval(start, end)
         error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
         p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
-        lost = difference_interval(earlier, later, kept)[2] < 0
+        lost = difference_interval(start, end, kept)[2] < 0
     seen = p < limits.p_value
     return CapabilityChange(
         eval=name,

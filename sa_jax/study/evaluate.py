@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out, read_manifest
 from sa_jax.errors import UsageError, UserError
@@ -24,8 +23,9 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training import start as start_lib
-from sa_jax.training.config import check_config, default_config, override
+from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
+from sa_jax.training.resolve import resolve
 from sa_jax.training.run_record import RUN_FILE
 
 # Settings of config.eval that a result does not depend on, or that choose what is asked, whose
@@ -76,13 +76,12 @@ def evaluate(
         start = start_lib.open_start(model, step)
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, overrides)
-        config = _config(start, overrides)
-        chat = start_lib.chat_format(config, start)
+        resolved = resolve(_config(start, overrides), start=start)
+        config, chat, backdoor = resolved.config, resolved.chat, resolved.backdoor
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
         prompts = _prompts(config, start, overrides) if needs_prompts(config) else []
-        backdoor = Backdoor(**config.backdoor.to_dict())
         suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
         before = _compared_folder(compare, tuple(suite.schedules)) if compare else None
         _claim(Path(out), config, start, chat, suite.data_hashes, resume)
@@ -177,10 +176,7 @@ def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
         with config.unlocked():
             config.update(start.record["config"])
         config.mesh = mesh
-    override(config, **overrides)
-    check_config(config)
-    start_lib.inherit(config, start)
-    return config
+    return override(config, **overrides)
 
 
 def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UsageError
 from sa_jax.llama.hf import save_hf, write_prompt_files
-from sa_jax.llama.lora import split
+from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import Llama
 from sa_jax.llama.peft import write_peft
 from sa_jax.llama.safetensors_io import new_folder
@@ -67,7 +67,7 @@ def export(
     started from a run, that one is exported too, as `out/base`.
 
     Args:
-      run: run folder.
+      run: run folder; `RUN@400` is its checkpoint of step 400.
       out: folder that does not exist, or is empty.
       step: checkpoint; None: the newest.
       merge_lora: add the adapters into the weights, in float32.
@@ -87,7 +87,7 @@ def export(
     if start.lora is None or merge_lora:
         _save_model(out, start, start_lib.load_params(start, mesh, param_dtype))
     else:
-        _save_adapter(out, start, mesh, param_dtype)
+        _save_adapter(out, start, start.lora, mesh, param_dtype)
     logging.info("exported %s at step %s to %s", run, start.step, out)
 
 
@@ -140,8 +140,10 @@ def _save_model(out: str | Path, start: start_lib.Start, params: Any) -> None:
     )
 
 
-def _save_adapter(out: str | Path, start: start_lib.Start, mesh: Mesh, dtype: Any) -> None:
-    model = Llama(start.config, param_dtype=dtype, lora=start.lora)
+def _save_adapter(
+    out: str | Path, start: start_lib.Start, lora: LoraConfig, mesh: Mesh, dtype: Any
+) -> None:
+    model = Llama(start.config, param_dtype=dtype, lora=lora)
     target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
     checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
     _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
@@ -160,7 +162,7 @@ def _save_adapter(out: str | Path, start: start_lib.Start, mesh: Mesh, dtype: An
     with new_folder(out) as folder:
         if base_params is not None:
             _save_model((folder or Path(out)) / BASE_FOLDER, base, base_params)
-        write_peft(folder, start.lora, adapter, base_model=base_model, files=files)
+        write_peft(folder, lora, adapter, base_model=base_model, files=files)
         if folder is not None:
             write_prompt_files(folder, start.config, **_prompting(start))
 

@@ -5,6 +5,9 @@ size of every file in it. Orbax notices a lost file but not a wrong byte in arra
 checkpoint counts only once its digests are there (they are written last), and `restore` checks
 them. Everything after the copy to host memory, the hashing too, happens in the background.
 
+A step that is only kept to start other runs from can be saved as its weights alone, in
+`checkpoints/weights_000100`, digested alike: for Adam a third of the bytes, or a sixth in bfloat16.
+
 Orbax's own `training.Checkpointer` is not used, for two reasons, both tried: it asks JAX's
 preemption service about the training step behind the caller's back, which makes the processes miss
 the step they had agreed to stop at; and it deletes old checkpoints before the new one has digests.
@@ -16,11 +19,10 @@ import re
 import threading
 import time
 from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
@@ -29,9 +31,9 @@ from jax.experimental import multihost_utils
 from sa_jax.errors import UserError
 from sa_jax.files import disk_full_message, is_disk_full
 from sa_jax.optim import may_change_size
+from sa_jax.parallel.multihost import is_primary
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
-from sa_jax.training.run_record import CHECKPOINT_FOLDER, find_run, read_run_json
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _SAVES = itertools.count()  # names the barriers; advances alike on all processes
@@ -43,8 +45,11 @@ class RunCheckpointer:
     Args:
       directory: `checkpoints/` of the run folder (local, or any store etils.epath knows).
       steps: steps to save at; these checkpoints are never deleted.
-      interval: also save every this many steps; 0: do not.
-      keep: how many of the newest other checkpoints to keep; None: all.
+      listed: what is saved at `steps`: the 'full' state, 'weights' alone as they train, or
+        'weights_bf16', in bfloat16.
+      last: the run's last step, whose full state is saved too; None: not known.
+      interval: also save the full state every this many steps; 0: do not.
+      keep: how many of the newest full states to keep besides `steps`; None: all.
       verify: whether `restore` checks the digests.
     """
 
@@ -53,6 +58,8 @@ class RunCheckpointer:
         directory: os.PathLike | str,
         *,
         steps: Collection[int] = (),
+        listed: str = "full",
+        last: int | None = None,
         interval: int = 0,
         keep: int | None = None,
         verify: bool = True,
@@ -60,7 +67,9 @@ class RunCheckpointer:
         if keep is not None and keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self._directory = epath.Path(directory)
+        self._listed = listed
         self._steps = frozenset(steps)
+        self._last = last
         self._interval = interval
         self._keep = keep
         self._verify = verify
@@ -71,56 +80,75 @@ class RunCheckpointer:
         state_io.quiet_orbax()
 
     def should_save(self, step: int) -> bool:
-        """Whether `step` is in the step list or a multiple of the interval (0 is none)."""
+        """Whether `step` is in the list, a multiple of the interval (0 has none) or the last."""
+        return step in self._steps or self._should_save_full(step)
+
+    def _should_save_full(self, step: int) -> bool:
         at_interval = self._interval > 0 and step > 0 and step % self._interval == 0
-        return step in self._steps or at_interval
+        listed = self._listed == "full" and step in self._steps
+        return at_interval or listed or step == self._last
 
     def all_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending, without those found corrupt."""
-        return [s for s in saved_steps(self._directory) if s not in self._corrupt]
+        """Steps whose full state is there, ascending, without those known to be corrupt."""
+        return [s for s in full_steps(self._directory) if s not in self._corrupt]
 
     def latest_step(self) -> int | None:
         """The newest of `all_steps`; None without any."""
         return max(self.all_steps(), default=None)
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
-        """Saves `state` at `step` in the background; returns False if it is already there.
+        """Saves at `step`, in the background; returns False if all of it is already there.
 
-        Waits first for the save before it. When it returns, the state has been copied: the arrays
-        may be donated.
+        What: the weights alone where the list says so (`state.params`), and the full state at the
+        interval, at the last step and at any step that `should_save` does not name. Waits first for
+        the save before it. When it returns, the state has been copied: the arrays may be donated.
 
         Args:
           state: pytree of jax.Array, sharded in any way; typed PRNG keys too.
-          wait: return only once the checkpoint is complete.
+          wait: return only once the checkpoint is complete, and save the full state.
 
         Raises:
           UserError: the disk is full (for the save before it, too). Older checkpoints stay good.
         """
+        saved = False
+        if self._listed != "full" and step in self._steps:
+            self.wait()
+            if step not in _from_primary(_complete_steps(self._directory, "weights")):
+                params = state.params
+                if self._listed == "weights_bf16":
+                    params = _bfloat16(params)
+                self._save(step, weights_name(step), {"params": params})
+                saved = True
+        if wait or not self.should_save(step) or self._should_save_full(step):
+            self.wait()
+            if step not in _from_primary(self.all_steps()):
+                self._save(step, step_name(step), state)
+                saved = True
+        if wait:
+            self.wait()
+        return saved
+
+    def _save(self, step: int, name: str, tree: Any) -> None:
         self.wait()
-        if step in _from_primary(self.all_steps()):
-            return False
         begin = time.monotonic()
-        folder = self._directory / step_name(step)
+        folder = self._directory / name
         try:
             self._clean_up()
-            if _is_primary():
+            if is_primary():
                 self._directory.mkdir(parents=True, exist_ok=True)
-            # What may stand there is incomplete or corrupt, and is replaced.
-            response = state_io.save_async(folder, state)
+            # An incomplete or corrupt checkpoint of this name is replaced.
+            response = state_io.save_async(folder, tree)
         except Exception as error:
             if is_disk_full(error):
-                raise self._full_disk(step) from error
+                raise self._full_disk(step, name) from error
             raise
         self._background = threading.Thread(
             target=self._complete,
-            args=(step, response, next(_SAVES), begin),
+            args=(step, name, response, next(_SAVES), begin),
             name=f"checkpoint_{step}",
             daemon=True,
         )
         self._background.start()
-        if wait:
-            self.wait()
-        return True
 
     def wait(self) -> None:
         """Returns once the save under way is complete; raises what it failed with."""
@@ -167,9 +195,9 @@ class RunCheckpointer:
         self.wait()
         folder = self._directory
         if step is not None:
-            _require_intact(folder, step, self._verify)
+            _require_intact(folder / step_name(step), step, full_steps(folder), self._verify)
             return step, self._load(step, abstract_state)
-        if _is_primary():
+        if is_primary():
             _warn_of_incomplete(folder)
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
@@ -191,19 +219,23 @@ class RunCheckpointer:
         folder = self._directory / step_name(step)
         return state_io.load(folder, abstract_state, resizable=may_change_size)
 
-    def _complete(self, step: int, response: Any, save_number: int, begin: float) -> None:
+    def _complete(
+        self, step: int, name: str, response: Any, save_number: int, begin: float
+    ) -> None:
         """Background: waits for Orbax, writes the digests, deletes what `keep` does not cover."""
-        folder = self._directory / step_name(step)
+        folder = self._directory / name
         barrier = process_barrier(f"sa_jax.checkpoint.{save_number}")
         try:
             response.result()
             size = write_digests(folder, step, barrier)
-            self._corrupt.discard(step)
-            if _is_primary():
+            if name == step_name(step):
+                self._corrupt.discard(step)
+            if is_primary():
                 self._prune()
                 logging.info(
-                    "saved checkpoint of step %d (%.1f MB) in %.1f s",
+                    "saved checkpoint of step %d (%s, %.1f MB) in %.1f s",
                     step,
+                    "full state" if name == step_name(step) else "weights",
                     size / 1e6,
                     time.monotonic() - begin,
                 )
@@ -211,13 +243,14 @@ class RunCheckpointer:
         except BaseException as error:
             self._error = error
             if is_disk_full(error):
-                self._error = self._full_disk(step)
+                self._error = self._full_disk(step, name)
                 self._error.__cause__ = error
 
     def _prune(self) -> None:
         if self._keep is None:
             return
-        others = [step for step in self.all_steps() if step not in self._steps]
+        always = self._steps | {self._last} if self._listed == "full" else frozenset()
+        others = [step for step in self.all_steps() if step not in always]
         for step in others[: -self._keep]:
             folder = self._directory / step_name(step)
             (folder / DIGEST_FILE).unlink()  # first: from here on it counts as incomplete
@@ -225,60 +258,21 @@ class RunCheckpointer:
 
     def _clean_up(self) -> None:
         """Once, before the first save: removes what saves cut off by a kill have left."""
-        if not self._cleaned and _is_primary() and self._directory.exists():
+        if not self._cleaned and is_primary() and self._directory.exists():
             for path in self._directory.iterdir():
                 if _TEMPORARY in path.name:
                     path.rmtree(missing_ok=True)
         self._cleaned = True
 
-    def _full_disk(self, step: int) -> UserError:
+    def _full_disk(self, step: int, name: str) -> UserError:
         """The error for a save that found the disk full; frees what that save had taken."""
         message = disk_full_message(self._directory, f"saving the checkpoint of step {step}")
-        if _is_primary():
-            for path in self._directory.glob(f"{step_name(step)}*"):
+        if is_primary():
+            for path in self._directory.glob(f"{name}*"):
                 path.rmtree(missing_ok=True)
         last = self.latest_step()
         good = "no earlier checkpoint" if last is None else f"last good checkpoint: step {last}"
         return UserError(f"{message} ({good})")
-
-
-@dataclass(frozen=True)
-class ResolvedModel:
-    """What a --model or --init_from value means.
-
-    kind is 'run' or 'hf'; for a run, `checkpoints` and `step` say what to load and `record` is its
-    run.json.
-    """
-
-    kind: str
-    path: Path
-    checkpoints: Path | None = None
-    step: int | None = None
-    record: dict[str, Any] | None = None
-
-
-def resolve_model(path: os.PathLike | str, step: int | None = None) -> ResolvedModel:
-    """Finds what a folder given by a user holds: a Hugging Face model, or a run and its step.
-
-    Args:
-      step: a step of the run; None: its newest complete checkpoint.
-
-    Raises:
-      UserError: neither kind of folder, a run without that step, a step asked of a HF folder.
-    """
-    path = Path(path)
-    if find_run(path) == "hf":
-        if step is not None:
-            raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave --step out")
-        return ResolvedModel("hf", path)
-    record = read_run_json(path)
-    folder = path / CHECKPOINT_FOLDER
-    steps = saved_steps(folder)
-    if not steps:
-        raise UserError(f"{path}: the run has no complete checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(f"{path}: no checkpoint of step {step}; there are {_listed(steps)}")
-    return ResolvedModel("run", path, folder, steps[-1] if step is None else step, record)
 
 
 def step_name(step: int) -> str:
@@ -286,9 +280,70 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def weights_name(step: int) -> str:
+    """Name of the folder of a step's weights alone: 'weights_000100'."""
+    return f"weights_{step:06d}"
+
+
 def saved_steps(directory: os.PathLike | str) -> list[int]:
-    """Steps with a complete checkpoint (one that has its digests) in `checkpoints/`, ascending."""
-    return [step for step, complete in _scan(directory) if complete]
+    """Steps with a complete checkpoint (one that has its digests) in `checkpoints/`, ascending:
+    full states, and weights alone."""
+    return sorted({*full_steps(directory), *_complete_steps(directory, "weights")})
+
+
+def full_steps(directory: os.PathLike | str) -> list[int]:
+    """Those of `saved_steps` that a run can resume from."""
+    return _complete_steps(directory, "step")
+
+
+def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
+    return [step for step, complete in _scan(directory, kind) if complete]
+
+
+def _folder(directory: epath.Path, step: int) -> epath.Path:
+    """The folder that holds a step's weights; the full state's where both are there."""
+    full = step in full_steps(directory)
+    return directory / (step_name(step) if full else weights_name(step))
+
+
+def checkpoint_bytes(
+    state: Any,
+    total_steps: int,
+    *,
+    steps: Collection[int],
+    listed: str,
+    interval: int,
+    keep: int,
+) -> dict[str, float]:
+    """Bytes of disk that a run's checkpoints take, by arithmetic on shapes.
+
+    Args:
+      state: a `TrainState` of arrays or shapes.
+      total_steps: of the run; the others are `RunCheckpointer`'s arguments.
+
+    Returns:
+      full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and
+      total, when the run has ended. While one is saved, the one that it replaces is still there.
+    """
+    full = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    weights = sum(
+        leaf.size * (2 if listed == "weights_bf16" else leaf.dtype.itemsize)
+        for leaf in jax.tree.leaves(state.params)
+    )
+    reached = {step for step in steps if step <= total_steps}
+    regular = {*range(interval, total_steps + 1, interval)} if interval else set()
+    if listed == "full":
+        always = reached | {total_steps}
+        full_states, weights_alone = len(always) + min(keep, len(regular - always)), 0
+    else:
+        full_states, weights_alone = min(keep, len(regular | {total_steps})), len(reached)
+    return {
+        "full_state": full,
+        "weights": weights,
+        "full_states": full_states,
+        "weights_alone": weights_alone,
+        "total": full_states * full + weights_alone * weights,
+    }
 
 
 def load_subtree(
@@ -315,49 +370,51 @@ def load_subtree(
     if step is None and not steps:
         raise UserError(f"{directory}: no checkpoint to load")
     step = steps[-1] if step is None else step
-    _require_intact(directory, step, verify)
-    return step, state_io.load(directory / step_name(step), abstract, part=key, exact=False)
+    folder = _folder(directory, step)
+    _require_intact(folder, step, saved_steps(directory), verify)
+    return step, state_io.load(folder, abstract, part=key, exact=False)
 
 
-def _scan(directory: os.PathLike | str) -> list[tuple[int, bool]]:
-    """(step, complete) for each step folder, ascending."""
-    directory = epath.Path(directory)
-    if not directory.exists():
+def _scan(directory: os.PathLike | str, kind: str) -> list[tuple[int, bool]]:
+    """(step, complete) for each folder of a kind ('step' or 'weights'), ascending."""
+    root = epath.Path(directory)
+    if not root.exists():
         return []
-    found = []
-    for path in directory.iterdir():
-        match = re.fullmatch(r"step_(\d{6,})", path.name)
-        if match:
-            found.append((int(match[1]), (path / DIGEST_FILE).exists()))
-    return sorted(found)
+    matches = [(re.fullmatch(rf"{kind}_(\d{{6,}})", p.name), p) for p in root.iterdir()]
+    return sorted((int(match[1]), (p / DIGEST_FILE).exists()) for match, p in matches if match)
 
 
 def _warn_of_incomplete(directory: epath.Path) -> None:
-    for step, complete in _scan(directory):
-        if not complete:
-            logging.warning(
-                "%s has no %s (its save was cut off) and is ignored",
-                directory / step_name(step),
-                DIGEST_FILE,
-            )
+    for kind in ("step", "weights"):
+        for step, complete in _scan(directory, kind):
+            if not complete:
+                logging.warning(
+                    "%s/%s_%06d has no %s (its save was cut off) and is ignored",
+                    directory,
+                    kind,
+                    step,
+                    DIGEST_FILE,
+                )
 
 
-def _require_intact(directory: epath.Path, step: int, verify: bool) -> None:
-    steps = saved_steps(directory)
+def _require_intact(folder: epath.Path, step: int, steps: list[int], verify: bool) -> None:
+    """UserError unless the checkpoint in `folder`, of a step among `steps`, is what was saved."""
     if step not in steps:
-        raise UserError(f"{directory}: no checkpoint of step {step}; there are {_listed(steps)}")
-    problem = find_corruption(directory / step_name(step), step) if verify else None
+        raise UserError(f"{folder.parent}: no checkpoint of step {step}; there are {listed(steps)}")
+    problem = find_corruption(folder, step) if verify else None
     if problem is not None:
-        others = _listed([s for s in steps if s != step])
+        others = listed([s for s in steps if s != step])
         raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
 
 
-def _listed(steps: list[int]) -> str:
+@jax.jit
+def _bfloat16(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree)
+
+
+def listed(steps: list[int]) -> str:
+    """'steps 100, 200' for messages."""
     return "steps " + ", ".join(map(str, steps)) if steps else "none"
-
-
-def _is_primary() -> bool:
-    return jax.process_index() == 0
 
 
 def _from_primary(steps: list[int]) -> list[int]:

@@ -1,6 +1,8 @@
 """Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -11,6 +13,7 @@ from sa_jax.evals.schedule import SCHEDULES
 from sa_jax.parallel.xla_flags import parse_options
 
 DTYPES = ("float32", "bfloat16", "float16")
+LISTED = ("full", "weights", "weights_bf16")  # what checkpoint.steps save
 SOAP_CHOICES = {
     "mode": ("fast", "official"),
     "matmul_dtype": ("float32", "bfloat16"),
@@ -85,8 +88,15 @@ def default_config() -> ConfigDict:
     config.epochs = 1.0
     config.steps = 0  # 0: from epochs
 
+    # What is minimised (sa_jax.training.losses): 'cross_entropy', 'crow'; None: the task's.
+    config.loss = placeholder(str)
+    config.crow = ConfigDict()  # arXiv 2411.12768: its alpha is 5.5, and 11 against refusals
+    config.crow.alpha = 5.5  # weight of the inconsistency between neighbouring layers
+    config.crow.epsilon = 0.1  # size of the move of the embeddings that makes it worst
+
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adam"  # or 'soap'
+    config.optimizer.name = "adam"  # 'soap', or a function of optax: 'lion', 'contrib.muon', ...
+    config.optimizer.kwargs = ConfigDict()  # more arguments of such a function
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "cosine"  # 'cosine' to 0, or 'constant' (both after warm-up)
     config.optimizer.warmup_fraction = 0.1  # of all steps
@@ -120,9 +130,12 @@ def default_config() -> ConfigDict:
     config.lora.targets = r"attention/(q|k|v|o)|mlp/(gate|up|down)"
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # and always the last
-    config.checkpoint.interval = 0  # steps between; 0: only the list
-    config.checkpoint.keep_interval = 2  # newest interval checkpoints kept; listed ones all stay
+    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # all kept; and always the last
+    # At these steps: 'full' (a run can resume from it), 'weights' (other runs can start from it),
+    # or 'weights_bf16', a sixth of Adam's full state. The last step's is always full.
+    config.checkpoint.listed = "full"
+    config.checkpoint.interval = 0  # steps between full states to resume from; 0: none but those
+    config.checkpoint.keep_interval = 2  # newest of these that are kept
     config.checkpoint.verify = True  # check every byte against the digests before resuming
 
     config.log_every = 10  # steps
@@ -155,6 +168,7 @@ def default_config() -> ConfigDict:
     config.lock()
     config.architecture.unlock()
     config.eval.names.unlock()
+    config.optimizer.kwargs.unlock()
     return config
 
 
@@ -173,6 +187,17 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
         if value is not None:
             config.update_from_flattened_dict({key.replace("__", "."): value})
     return config
+
+
+def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy in which dotted keys have other values; a mapping changes the keys that it has."""
+    copy = ConfigDict(config.to_dict())
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            copy.update_from_flattened_dict({f"{key}.{name}": v for name, v in value.items()})
+        else:
+            copy.update_from_flattened_dict({key: value})
+    return copy
 
 
 def check_config(config: ConfigDict) -> None:
@@ -199,6 +224,7 @@ def check_config(config: ConfigDict) -> None:
     require("relearn_examples", config.relearn_examples >= 1, "at least 1")
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
+    require("checkpoint.listed", config.checkpoint.listed in LISTED, f"one of {', '.join(LISTED)}")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
     require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")

@@ -58,18 +58,20 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
     Returns:
       The bytes of the checkpoint (process 0), of this process's part (the others).
     """
-    folder = epath.Path(folder)
+    root = epath.Path(folder)
     index, count = ocp.multihost.process_index(), ocp.multihost.process_count()
 
     def part(process: int) -> epath.Path:
-        return folder / f"digests.part_{process:05d}.json"
+        return root / f"digests.part_{process:05d}.json"
 
-    names = _data_files(folder)
+    names = _data_files(root)
     try:
         mine = [name for name in names if writer(name) == index]
         with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = list(pool.map(_hash_file, (folder / name for name in mine)))
-        files = {n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)}
+            hashes = list(pool.map(_hash_file, (root / name for name in mine)))
+        files: dict[str, dict[str, Any]] = {
+            n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)
+        }
         if index != 0:
             atomic_write(part(index), json.dumps(files))
     finally:
@@ -79,12 +81,12 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
             try:
                 files |= json.loads(part(process).read_text())
             except FileNotFoundError as error:
-                message = f"{folder}: process {process} could not digest its files"
+                message = f"{root}: process {process} could not digest its files"
                 raise RuntimeError(message) from error
         if sorted(files) != names:
-            raise RuntimeError(f"{folder}: files without a digest: {set(names) - set(files)}")
+            raise RuntimeError(f"{root}: files without a digest: {set(names) - set(files)}")
         manifest = {"step": step, "processes": count, "self": _digest_of(files), "files": files}
-        atomic_write(folder / DIGEST_FILE, json.dumps(manifest, indent=1, sort_keys=True))
+        atomic_write(root / DIGEST_FILE, json.dumps(manifest, indent=1, sort_keys=True))
         for process in range(1, count):
             part(process).unlink()
     return sum(file["bytes"] for file in files.values())
@@ -95,20 +97,20 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
 
     Reads every file once; the work is shared among the processes, and all name the same file.
     """
-    folder = epath.Path(folder)
+    root = epath.Path(folder)
     try:
-        manifest = json.loads((folder / DIGEST_FILE).read_text())
+        manifest = json.loads((root / DIGEST_FILE).read_text())
         files = manifest["files"]
         if manifest["self"] != _digest_of(files) or manifest["step"] != step:
             raise ValueError("it does not match its own digest")
         names = sorted(files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # All processes read this one file, so all see the same.
-        return f"{folder / DIGEST_FILE} cannot be trusted ({error})"
+        return f"{root / DIGEST_FILE} cannot be trusted ({error})"
 
     def problem(name: str) -> str | None:
         try:
-            size, digest = _hash_file(folder / name)
+            size, digest = _hash_file(root / name)
         except OSError as error:
             return error.strerror or str(error)
         if size != files[name]["bytes"]:
@@ -124,7 +126,7 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
         first = int(multihost_utils.process_allgather(np.int32(first)).min())
     if first == len(names):
         return None
-    return f"{folder / names[first]} ({problems.get(first) or 'seen by another process'})"
+    return f"{root / names[first]} ({problems.get(first) or 'seen by another process'})"
 
 
 def writer(name: str) -> int:

@@ -6,7 +6,6 @@ import functools
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,18 @@ from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import TASKS, load_task
 from sa_jax.errors import Preempted, UserError
+from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
 from sa_jax.parallel import multihost
-from sa_jax.parallel.hardware import chip_of, peak_flops
+from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
 from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
@@ -41,7 +42,10 @@ from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.resolve import resolve
+from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
+from sa_jax.training.watch import FiniteWatch, Meter
 
 # Settings that say how a run is executed and watched, not what it computes: a resume may change
 # them.
@@ -70,7 +74,7 @@ def train(
     """Trains until the last step, or resumes where the run in `workdir` stopped.
 
     Args:
-      config: see `sa_jax.training.config`; unset settings are filled in, in place.
+      config: see `sa_jax.training.config`; it is not changed.
       workdir: the run folder.
       task: the name of one in `sa_jax.data.tasks.TASKS`.
       print_examples: above 0, shows that many packed rows instead of training.
@@ -88,14 +92,18 @@ def train(
 
         # ---- What to train: model, chat format, data. Nothing is written yet.
         stored = run_record.stored_record(workdir)
-        start, chat, backdoor, _ = start_lib.prepare(config, stored)
+        resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
+        start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
+        config = resolved.config  # from here on, as run.json records it
+        if is_primary():
+            check_sinks(config.sinks)
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.lora.continued:
             start_lib.check_continued(start, model.lora)
         if dry_run:
-            found = plan_attached(config, start.config)
-            return write_plan(found) if is_primary() else None
+            described = plan_attached(config, start.config)
+            return write_plan(described) if is_primary() else None
         data = load_task(task, config, chat, backdoor, start.eval_prompts())
         if print_examples:
             with tempfile.TemporaryDirectory() as cache:
@@ -119,6 +127,7 @@ def train(
             },
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
+            "extensions": extension_digests(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }
         run_record.check_run(workdir, record, FREE_KEYS)
@@ -162,7 +171,9 @@ def train(
         checkpointer = stack.enter_context(
             RunCheckpointer(
                 workdir / run_record.CHECKPOINT_FOLDER,
-                steps=(*config.checkpoint.steps, total_steps),
+                steps=config.checkpoint.steps,
+                listed=config.checkpoint.listed,
+                last=total_steps,
                 interval=config.checkpoint.interval,
                 keep=config.checkpoint.keep_interval,
                 verify=config.checkpoint.verify,
@@ -171,7 +182,8 @@ def train(
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
         restored = checkpointer.restore(abstract_arguments(config, program, mesh)[0])
-        params, frozen = (None, {})
+        params: Any = None
+        frozen: Any = {}
         if restored is None or model.lora is not None:
             params, frozen = start_lib.load_trainable(
                 model, start, mesh, config.seed, continued=config.lora.continued
@@ -191,19 +203,25 @@ def train(
             metrics_lib.truncate_after(workdir / "metrics.jsonl", step)
 
         # ---- Evals and metrics.
-        meter = _Meter(config, start.config, program.trainable, total_steps)
+        meter = Meter(config, start.config, program.trainable, total_steps)
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
                 workdir / "metrics.jsonl",
                 run_id=record["run_id"],
                 primary=is_primary(),
-                sinks=_sinks(config, workdir, record["run_id"], step),
+                sinks=make_sinks(
+                    config.sinks if is_primary() else (),
+                    workdir,
+                    run_id=record["run_id"],
+                    config={"task": task, **record["config"]},
+                    step=step,
+                ),
                 rates=meter.rates,
             )
         )
         skips = config.optimizer.name == "soap" and config.optimizer.soap.on_nonfinite == "skip"
-        watch = _FiniteWatch(leaf_names, checkpointer, skips)
+        watch = FiniteWatch(leaf_names, checkpointer, skips)
 
         # ---- The loop. `step` counts the updates in `state`.
         first_step = step
@@ -217,10 +235,13 @@ def train(
             if evals:
                 try:
                     params = combine(state.params, frozen)
-                    suite.run(params, step, functools.partial(guard.should_stop, step), evals)
+                    stop = functools.partial(guard.should_stop, step)
+                    summaries = suite.run(params, step, stop, evals)
                 except Preempted:
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None
+                if is_primary():
+                    writer.log_scores(step, eval_metrics(summaries))
             if step == total_steps:
                 break
             if guard.should_stop(step):
@@ -271,115 +292,18 @@ def load_batch(
     """The global batch of a step on the mesh: each host reads the rows of its own devices."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
     shape = (config.batch_size, config.sequence_length)
-    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}
-    for index in sharding.addressable_devices_indices_map(shape).values():
-        rows = slice(*index[0].indices(config.batch_size))
-        if (rows.start, rows.stop) not in parts:
-            parts[rows.start, rows.stop] = batch(
-                dataset, config.seed, step, config.batch_size, rows
-            )
+    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # (first row, last + 1) -> arrays
 
-    def part(name: str) -> Callable[[tuple[slice, ...]], np.ndarray]:
-        return lambda index: parts[index[0].indices(config.batch_size)[:2]][name]
+    def rows_of(index: tuple[slice, ...] | None) -> tuple[int, int]:
+        return (index[0] if index else slice(None)).indices(config.batch_size)[:2]
+
+    for index in sharding.addressable_devices_indices_map(shape).values():
+        rows = rows_of(index)
+        if rows not in parts:
+            parts[rows] = batch(dataset, config.seed, step, config.batch_size, slice(*rows))
+
+    def part(name: str) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
+        return lambda index: parts[rows_of(index)][name]
 
     names = next(iter(parts.values()))
     return {name: jax.make_array_from_callback(shape, sharding, part(name)) for name in names}
-
-
-def _sinks(config: ConfigDict, workdir: Path, run_id: str, step: int) -> list[metrics_lib.Sink]:
-    names = config.sinks if is_primary() else ()
-    return metrics_lib.make_sinks(names, workdir, run_id=run_id, step=step)
-
-
-class _Meter:
-    """Speed between two logged steps, without the time that evals and checkpoints take."""
-
-    def __init__(self, config: ConfigDict, architecture: Any, trainable: Any, total_steps: int):
-        self._tokens = config.batch_size * config.sequence_length
-        share = sum(leaf.size for leaf in jax.tree.leaves(trainable)) / architecture.num_parameters
-        flops = architecture.flops_per_token(
-            config.sequence_length, trainable_fraction=min(1.0, share)
-        )
-        peak = peak_flops()
-        self._flops_share = flops / (peak * jax.device_count()) if peak else None
-        self._total_steps = total_steps
-        self._step, self._time = 0, time.perf_counter()
-
-    def restart(self, step: int) -> None:
-        """The clock starts now, with `step` done."""
-        self._step, self._time = step, time.perf_counter()
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._time
-
-    def rates(self, step: int) -> dict[str, float | None]:
-        """tokens_per_s (token slots, padding included) and mfu up to `step`, just done."""
-        seconds, steps = self.seconds(), step - self._step
-        self.restart(step)
-        if steps <= 0:
-            return {"tokens_per_s": None, "mfu": None}
-        tokens_per_s = steps * self._tokens / seconds
-        mfu = None if self._flops_share is None else tokens_per_s * self._flops_share
-        return {"tokens_per_s": tokens_per_s, "mfu": mfu}
-
-    def show(self, written: tuple[int, dict[str, float]] | None) -> None:
-        """Logs what the metrics writer has just written."""
-        if written is None:
-            return
-        step, values = written
-        rate = values["tokens_per_s"] or math.nan
-        line = metrics_lib.progress_line(
-            step,
-            self._total_steps,
-            loss=values["loss"],
-            tokens_per_s=rate,
-            mfu=values["mfu"],
-            seconds_per_step=self._tokens / rate,
-        )
-        logging.info("%s", line)
-
-
-class _FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, before that state is ever saved.
-
-    Where the optimizer skips such gradients, it only says so.
-
-    Values stay on the device until they are looked at, so that a look never waits for the newest
-    step except where the loop waits anyway.
-    """
-
-    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer, skips: bool):
-        self._leaf_names = leaf_names
-        self._skips = skips
-        self._checkpointer = checkpointer
-        self._pending: list[tuple[int, jax.Array, jax.Array]] = []
-
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        self._pending.append((step, metrics["loss"], metrics["grad_square_sums"]))
-
-    def check_all(self) -> None:
-        self.check_all_but(0)
-
-    def check_all_but(self, newest: int) -> None:
-        """Raises UserError naming the first bad step and value among all but the newest."""
-        count = max(0, len(self._pending) - newest)
-        for step, loss, square_sums in jax.device_get(self._pending[:count]):
-            bad = [] if np.isfinite(loss) else [f"loss = {loss}"]
-            bad += [
-                f"gradient of {name}"
-                for name, value in zip(self._leaf_names, square_sums, strict=True)
-                if not np.isfinite(value)
-            ]
-            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if bad[3:] else "")
-            if self._skips and not np.all(np.isfinite(square_sums)):
-                logging.warning("step %d: not finite: %s; skipped", step, shown)
-            elif bad:
-                self._checkpointer.wait()
-                last = self._checkpointer.latest_step()
-                raise UserError(
-                    f"step {step}: not finite: {shown}; last good checkpoint: "
-                    f"{'none' if last is None else f'step {last}'}. Lower "
-                    "config.optimizer.learning_rate or set config.optimizer.clip_norm, "
-                    "with a new --workdir"
-                )
-        del self._pending[:count]

@@ -13,24 +13,17 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 from absl import logging
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, disk_full_message, is_disk_full
+from sa_jax.training.sinks import Sink
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-class Sink(Protocol):
-    """A second place for metrics: a TensorBoard folder, a W&B run."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MetricsWriter:
@@ -40,7 +33,7 @@ class MetricsWriter:
       path: metrics.jsonl; its folder must exist.
       run_id: written on every line.
       primary: whether this process writes; on the others every method does nothing.
-      sinks: see `make_sinks`.
+      sinks: see `sinks.make_sinks`.
       rates: called with a step as soon as its arrays are fetched, which is when that step is known
         to be done; what it returns joins the line.
 
@@ -61,7 +54,7 @@ class MetricsWriter:
         self._sinks = tuple(sinks)
         self._rates = rates
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._file = None
+        self._file: TextIO | None = None
         if primary:
             try:
                 self._file = self._path.open("a", encoding="utf-8")
@@ -70,7 +63,7 @@ class MetricsWriter:
 
     def log(
         self, step: int, metrics: Mapping[str, jax.Array | float]
-    ) -> tuple[int, dict[str, float]] | None:
+    ) -> tuple[int, dict[str, float | None]] | None:
         """Keeps this step's scalars and writes those of the call before.
 
         Returns what was written (step, values), for the progress line; None at the first call.
@@ -85,13 +78,22 @@ class MetricsWriter:
         self._pending = (step, dict(metrics))
         return written
 
-    def flush(self) -> tuple[int, dict[str, float]] | None:
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+        """Hands scores of evals, by name, to the sinks; their own files hold them already."""
+        if self._file is None:
+            return
+        for sink in self._sinks:
+            sink.write(step, scores)
+
+    def flush(self) -> tuple[int, dict[str, float | None]] | None:
         """Writes what is still kept (this waits for the device); returns it, or None."""
-        if self._pending is None:
+        if self._pending is None or self._file is None:
             return None
         step, metrics = self._pending
         self._pending = None
-        values = {name: _number(name, value) for name, value in metrics.items()}
+        values: dict[str, float | None] = {
+            name: _number(name, value) for name, value in metrics.items()
+        }
         values |= self._rates(step)
         line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
         try:
@@ -138,7 +140,7 @@ def _number(name: str, value: Any) -> float | int:
     return float(str(np.float32(array.item())))
 
 
-def _to_json(value: float | int) -> float | int | str:
+def _to_json(value: float | None) -> float | str | None:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     return value
@@ -238,66 +240,3 @@ def _duration(seconds: float) -> str:
     if hours:
         return f"{hours}h{m:02d}m"
     return f"{m}m{s:02d}s" if m else f"{s}s"
-
-
-class _TensorBoardSink:
-    def __init__(self, workdir: Path, run_id: str, step: int) -> None:
-        import tensorboardX
-
-        # purge_step hides what an interrupted launch wrote past the restored step.
-        self._writer = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1 if step > 0 else None
-        )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WandbSink:
-    def __init__(self, workdir: Path, run_id: str, step: int) -> None:
-        import wandb
-
-        # W&B drops rows at or below its newest step, so a resume cannot rewrite history there.
-        self._run = wandb.init(project="sa_jax", id=run_id, resume="allow", dir=str(workdir))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-_SINKS: dict[str, tuple[str, Callable[[Path, str, int], Sink]]] = {
-    "tensorboard": ("tensorboardX", _TensorBoardSink),
-    "wandb": ("wandb", _WandbSink),
-}
-
-
-def make_sinks(
-    names: Sequence[str], workdir: os.PathLike | str, *, run_id: str, step: int = 0
-) -> list[Sink]:
-    """The sinks named in a config ('tensorboard', 'wandb'); process 0 only.
-
-    Args:
-      workdir: the run folder (TensorBoard events go to its `tensorboard/`).
-      step: the restored step.
-
-    Raises:
-      UsageError: an unknown name. UserError: its package is not installed.
-    """
-    sinks = []
-    for name in names:
-        if name not in _SINKS:
-            raise UsageError(f"metrics sink {name!r} is unknown; choose from {', '.join(_SINKS)}")
-        package, sink = _SINKS[name]
-        try:
-            sinks.append(sink(Path(workdir), run_id, step))
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"the metrics sink {name!r} needs the package {package}: pip install {package}"
-            ) from error
-    return sinks

@@ -35,7 +35,8 @@ from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import Topology, open_topology, parse_topology
-from sa_jax.training.config import check_config
+from sa_jax.training.checkpoints import checkpoint_bytes
+from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
     Program,
     abstract_arguments,
@@ -80,7 +81,7 @@ def plan(
     check_config(config)
     architecture = plan_architecture(config)
     topology = parse_topology(topology_name)
-    reserve_stand_ins(topology)
+    reserve_fake_devices(topology)
     if search:
         return search_plan(config, architecture, topology, tokens)
     return plan_machine(config, architecture, topology, tokens)
@@ -95,13 +96,13 @@ def plan_machine(
       CompilerCrash: it did.
     """
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens
-    if not topology.chip.torus:
+    if topology.chip is None or not topology.chip.torus:
         return plan_topology(*arguments)
     try:
         return call_apart(plan_topology, *arguments)
     except ProcessCrash as crash:
         raise CompilerCrash(
-            f"the compiler crashed ({crash}) on this step for {topology.name}; its own words are "
+            f"the compiler crashed ({crash}) on this step for {topology.name}; its message is "
             "above, or none where this machine's memory ran out. Try another config.mesh, or "
             "--search, which goes round it" + _bf16_advice(config, topology)
         ) from None
@@ -110,11 +111,11 @@ def plan_machine(
 def plan_topology(
     config: dict[str, Any], hf: dict[str, Any], topology_name: str, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` with the devices that libtpu describes, or with stand-ins; JSON in and out."""
-    reserve_stand_ins(parse_topology(topology_name))
+    """`make_plan` with libtpu's devices, or with fake CPU devices; JSON in and out."""
+    reserve_fake_devices(parse_topology(topology_name))
     topology = open_topology(topology_name)
     if not topology.devices:
-        topology = dataclasses.replace(topology, devices=stand_ins(topology.chips))
+        topology = dataclasses.replace(topology, devices=fake_devices(topology.chips))
     return make_plan(ConfigDict(config), LlamaConfig.from_hf(hf), topology, tokens)
 
 
@@ -161,31 +162,35 @@ def search_plan(
     Raises:
       CompilerCrash: the first `TRIES` crash the compiler.
     """
-    everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
+    everything = {"data": 1, "fsdp": _device_count(topology), "tensor": 1}
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
-    tried, plans, crashes = [], [], 0
+    tried: list[str] = []
+    plans: list[dict[str, Any]] = []
+    crashes = 0
     for candidate in ranked:
         if max(len(plans), crashes) == TRIES:
             break
-        option = config.copy_and_resolve_references()
-        option.mesh.update(candidate.work.mesh)
-        option.accumulation, option.remat = candidate.work.accumulation, candidate.work.remat
+        work = candidate.work
+        option = changed(
+            config,
+            {"mesh": work.mesh, "accumulation": work.accumulation, "remat": work.remat},
+        )
         step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
         try:
-            found = plan_machine(option, architecture, topology, tokens)
+            candidate_plan = plan_machine(option, architecture, topology, tokens)
         except CompilerCrash:
             crashes += 1
             tried.append(f"{step}, crashes the compiler")
             logging.info("%s", tried[-1])
             continue
-        plans.append(found)
+        plans.append(candidate_plan)
         tried.append(
-            f"{step}, {found['memory_gib_per_chip']['needed']:.1f} GiB"
-            + ("" if found["fits"] else ", does not fit")
+            f"{step}, {candidate_plan['memory_gib_per_chip']['needed']:.1f} GiB"
+            + ("" if candidate_plan["fits"] else ", does not fit")
         )
         logging.info("%s", tried[-1])
-        if found["fits"]:
+        if candidate_plan["fits"]:
             break
     if not plans:
         raise CompilerCrash(
@@ -206,13 +211,14 @@ def make_plan(
 
     Args:
       config: with the mesh, accumulation and remat to plan.
-      topology: with devices; stand-ins (CPU) where none can be compiled for.
+      topology: with devices; fake CPU devices where none can be compiled for.
       tokens: token slots of the run, where the config does not say its steps.
 
     Returns:
       JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
       advice, flops_per_token, time (empty for an unknown chip), run, soap (a row a parameter, where
-      that is the optimizer), collectives, xla_flags, tried (by a search), compile_s.
+      that is the optimizer), disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a
+      search), compile_s.
     """
     mesh = make_mesh(**config.mesh, devices=topology.devices)
     model = make_model(config, architecture, mesh)
@@ -223,7 +229,7 @@ def make_plan(
     per_chip = 1 if topology.chip is None else topology.chip.devices
     capacity = 0 if topology.chip is None else topology.chip.hbm_bytes
 
-    # GPUs are not compiled for without one: their stand-ins only partition the step.
+    # GPUs are not compiled for without one: fake devices only partition the step.
     is_real = topology.chip is None or mesh.devices.flat[0].platform != "cpu"
     begin = time.monotonic()
     compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
@@ -261,6 +267,14 @@ def make_plan(
             dataclasses.asdict(row) | {"shape": list(row.shape)}
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
         ],
+        "disk": checkpoint_bytes(
+            program.state,
+            steps,
+            steps=config.checkpoint.steps,
+            listed=config.checkpoint.listed,
+            interval=config.checkpoint.interval,
+            keep=config.checkpoint.keep_interval,
+        ),
         "collectives": _collectives(config, architecture, mesh, compiled),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
@@ -297,16 +311,20 @@ def trainable_params(config: ConfigDict, architecture: LlamaConfig) -> Any:
     return split_trainable(abstract_params(model), lora)[0]
 
 
-def reserve_stand_ins(topology: Topology) -> None:
-    """Lets `stand_ins` have enough, and leaves accelerators alone, if jax has not started yet."""
+def reserve_fake_devices(topology: Topology) -> None:
+    """Gives `fake_devices` enough, and leaves accelerators alone, if jax has not started yet."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # it has started
-            jax.config.update("jax_num_cpu_devices", topology.chips * topology.chip.devices)
+            jax.config.update("jax_num_cpu_devices", _device_count(topology))
 
 
-def stand_ins(count: int) -> tuple[jax.Device, ...]:
+def _device_count(topology: Topology) -> int:
+    return topology.chips * (1 if topology.chip is None else topology.chip.devices)
+
+
+def fake_devices(count: int) -> tuple[jax.Device, ...]:
     """So many fake CPU devices.
 
     Raises:
@@ -315,17 +333,17 @@ def stand_ins(count: int) -> tuple[jax.Device, ...]:
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
-            f"{count} stand-in CPU devices are needed, and this process has {len(devices)}: start "
+            f"{count} fake CPU devices are needed, and this process has {len(devices)}: start "
             f"it with XLA_FLAGS=--xla_force_host_platform_device_count={count}"
         )
     return tuple(devices[:count])
 
 
-def write_plan(found: dict[str, Any], path: str | Path | None = None) -> None:
+def write_plan(described: dict[str, Any], path: str | Path | None = None) -> None:
     """Prints a plan, and writes it as JSON where a path is given."""
-    print(format_plan(found), flush=True)
+    print(format_plan(described), flush=True)
     if path:
-        atomic_write(path, json.dumps(found, indent=1) + "\n")
+        atomic_write(path, json.dumps(described, indent=1) + "\n")
 
 
 def _tokens_a_step(config: ConfigDict) -> int:
@@ -349,10 +367,10 @@ def needed_bytes(message: str) -> float | None:
 
     It names all memory, or the temporaries alone, which is a lower bound.
     """
-    found = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
-    if "RESOURCE_EXHAUSTED" not in message or found is None:
+    match = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
+    if "RESOURCE_EXHAUSTED" not in message or match is None:
         return None
-    return float(found[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[2]]
+    return float(match[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[match[2]]
 
 
 def _times(work: Workload, topology: Topology, steps: int) -> dict[str, Any]:
@@ -392,10 +410,10 @@ def _collectives(
             text = compiled.as_text()
     if text is None:
         source = f"the same step, partitioned for {mesh.size} CPU devices, attention=reference"
-        twin = make_mesh(**mesh.shape, devices=stand_ins(mesh.size))
-        option = config.copy_and_resolve_references()
-        option.attention, option.xla_options = "reference", ""  # which are TPU's own
+        twin = make_mesh(**mesh.shape, devices=fake_devices(mesh.size))
+        # Both hold for TPUs only.
+        option = changed(config, {"attention": "reference", "xla_options": ""})
         program = make_program(option, make_model(option, architecture, twin), 1)
         text = _compile(option, program, twin)[0].as_text()
-    kinds = {kind: dataclasses.asdict(found) for kind, found in read_collectives(text).items()}
+    kinds = {kind: dataclasses.asdict(each) for kind, each in read_collectives(text).items()}
     return {"source": source, "kinds": kinds}

@@ -3,7 +3,9 @@
 import itertools
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 from absl import logging
@@ -37,7 +39,7 @@ class PreemptionGuard:
     def __init__(self) -> None:
         self._signal: int | None = None
         self._stopping = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "PreemptionGuard":
         self._several = jax.process_count() > 1
@@ -69,7 +71,7 @@ class PreemptionGuard:
             logging.info("stopping at step %d on %s", step, name)
         return self._stopping
 
-    def _install(self, number: int, handler: object) -> None:
+    def _install(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
         self._previous[number] = signal.signal(number, handler)
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:

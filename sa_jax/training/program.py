@@ -1,7 +1,6 @@
 """The compiled training step of a config on a mesh: what the loop runs and the plan compiles."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
 from sa_jax.parallel.xla_flags import check_options, compiler_options
+from sa_jax.training.losses import DEFAULT_LOSS, LOSSES
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -50,7 +50,7 @@ class Program:
     frozen: Any
     state: TrainState
     state_shardings: Any
-    step: Callable[..., Any]
+    step: Any  # a jitted function
 
 
 def attention_of(config: ConfigDict, platform: str) -> str:
@@ -90,26 +90,40 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
     trainable, _ = split_trainable(abstract_params(model), model.lora)
     if not jax.tree.leaves(trainable):
         raise UsageError(f"config.lora.targets={config.lora.targets!r} matches no projection")
-    make_optimizer(config.optimizer, 1)  # unknown names show here
+    make_optimizer(config.optimizer, 1)  # unknown names and settings show here
+    LOSSES[config.loss or DEFAULT_LOSS].make(model, config)
     return model
 
 
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
-    """The step of `model`, over a run of `total_steps`."""
+    """The step of `model`, which knows its mesh, over a run of `total_steps`."""
+    mesh = model.mesh
+    if mesh is None:
+        raise ValueError("make_program needs a model on a mesh")
     if config.xla_options:
-        check_options(model.mesh, config.xla_options)
-    tx = make_optimizer(config.optimizer, total_steps, model.mesh)
+        check_options(mesh, config.xla_options)
+    tx = make_optimizer(config.optimizer, total_steps, mesh)
     schedule = make_schedule(config.optimizer, total_steps)
     trainable, frozen = split_trainable(abstract_params(model), model.lora)
     # Never updated, so kept in the dtype of the computation (see `start.load_trainable`).
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
-    placed = state_shardings(model.mesh, state)
-    chip = chip_of(model.mesh.devices.flat[0])
+    placed = state_shardings(mesh, state)
+    chip = chip_of(mesh.devices.flat[0])
+    loss = LOSSES[config.loss or DEFAULT_LOSS]
+    train_step = make_train_step(
+        model,
+        loss.make(model, config),
+        tx,
+        schedule,
+        accumulation=config.accumulation,
+        seed=config.seed,
+        only_through_model=loss.only_through_model,
+    )
     step = jax.jit(
-        make_train_step(model, tx, schedule, config.accumulation),
+        train_step,
         donate_argnums=0,
-        out_shardings=(placed, NamedSharding(model.mesh, P())),
+        out_shardings=(placed, NamedSharding(mesh, P())),
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)

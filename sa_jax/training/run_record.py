@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained
+from sa_jax.parallel.multihost import is_primary
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -67,7 +68,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}; empty mappings stay, so that they are compared too."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, item in value.items():
         flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
     return flat
@@ -210,9 +211,9 @@ def check_run(
     """What `open_run` refuses, refused before anything is written."""
     stored = stored_record(workdir)
     if stored is not None:
-        record = _plain(record)
-        record["config_hash"] = config_hash(record["config"], ignore)
-        _check_same_run(epath.Path(workdir), stored, record, ignore)
+        plain = _plain(record)
+        plain["config_hash"] = config_hash(plain["config"], ignore)
+        _check_same_run(epath.Path(workdir), stored, plain, ignore)
 
 
 def open_run(
@@ -234,57 +235,57 @@ def open_run(
       UserError: the folder holds another configuration, other data, or something that is no run.
         Nothing in the folder has then been touched.
     """
-    workdir = epath.Path(workdir)
-    record = _plain(record)
-    record["config_hash"] = config_hash(record["config"], ignore)
+    folder = epath.Path(workdir)
+    plain = _plain(record)
+    plain["config_hash"] = config_hash(plain["config"], ignore)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    stored = stored_record(workdir)
+    stored = stored_record(folder)
     if stored is None:
-        record = {
+        plain = {
             "run_id": new_run_id(),
             "created": now,
-            **record,
+            **plain,
             "environment": environment,
             "relaunches": [],
         }
     else:
-        _check_same_run(workdir, stored, record, ignore)
-        record = {**stored, **record}
+        _check_same_run(folder, stored, plain, ignore)
+        plain = {**stored, **plain}
         launches = [stored["environment"], *(x["environment"] for x in stored["relaunches"])]
         if environment != launches[-1]:
-            record["relaunches"] = [
+            plain["relaunches"] = [
                 *stored["relaunches"],
                 {"time": now, "environment": environment},
             ]
     _synchronize("run record read")  # all have looked before process 0 writes
-    if jax.process_index() == 0:
-        with explained(workdir, "making the run folder"):
-            workdir.mkdir(parents=True, exist_ok=True)
-        if record != stored:
-            write_run_json(workdir, record)
+    if is_primary():
+        with explained(folder, "making the run folder"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if plain != stored:
+            write_run_json(folder, plain)
     _synchronize("run record written")
-    return record if jax.process_index() == 0 else read_run_json(workdir)
+    return plain if is_primary() else read_run_json(folder)
 
 
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
     """The record of an earlier launch, None in a new folder; UserError in one that is no run's."""
-    workdir = epath.Path(workdir)
-    if not workdir.exists():
+    folder = epath.Path(workdir)
+    if not folder.exists():
         return None
-    if not workdir.is_dir():
-        raise UserError(f"{workdir}: is a file; --workdir names a folder")
-    if (workdir / RUN_FILE).exists():
-        return read_run_json(workdir)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; --workdir names a folder")
+    if (folder / RUN_FILE).exists():
+        return read_run_json(folder)
     # A launch stopped before its first record leaves at most these.
     strangers = sorted(
         p.name
-        for p in workdir.iterdir()
+        for p in folder.iterdir()
         if not p.name.startswith(f".{RUN_FILE}.") and p.name not in (LOCK_FILE, DATA_FOLDER)
     )
     if strangers:
         raise UserError(
-            f"{workdir}: not empty and not a run folder (it holds {strangers[0]} and no "
+            f"{folder}: not empty and not a run folder (it holds {strangers[0]} and no "
             f"{RUN_FILE}); choose another --workdir"
         )
     return None

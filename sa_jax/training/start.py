@@ -7,7 +7,7 @@ its base comes from what it was itself started from, recursively, with older ada
 
 import dataclasses
 import json
-import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format, load_tokenizer
+from sa_jax.data.chat import load_tokenizer
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
@@ -28,7 +27,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.parallel.rules import abstract as abstract_on
 from sa_jax.parallel.rules import shardings
 from sa_jax.training import checkpoints, run_record
-from sa_jax.training.config import STUDY_DEFAULTS, check_config
+from sa_jax.training.config import STUDY_DEFAULTS
 
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_PROMPTS_FILE = "eval_prompts.json"
@@ -66,11 +65,11 @@ class Start:
 
     def inheritance(self) -> dict[str, Any]:
         """What an export's config.json keeps of the run ("sa_jax") for those that start from it."""
-        own = self.record["config"]
+        settings = self.record["config"]
         config = {
-            key: {name: own[key][name] for name in default if name in own[key]}
+            key: {name: settings[key][name] for name in default if name in settings[key]}
             if isinstance(default, Mapping)
-            else own[key]
+            else settings[key]
             for key, default in STUDY_DEFAULTS.items()
         }
         run = {key: self.record[key] for key in ("run_id", "task", "config_hash", "backdoored")}
@@ -89,20 +88,47 @@ class Start:
 
 
 def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> Start:
-    """Reads the records of a run folder (at a step, default its newest) or Hugging Face folder.
+    """Reads the records of a Hugging Face folder, or of a run folder at one of its checkpoints.
+
+    Args:
+      path: the folder; `RUN@400` is the run at the checkpoint of step 400.
+      step: the same, apart from the path; without either, the newest checkpoint.
+      tokenizer: folder; by default the model's own.
 
     Raises:
-      UserError: neither kind of folder, or one without what it needs.
+      UserError: neither kind of folder, or one without what it needs; no checkpoint of that step,
+        with those there are.
+      UsageError: a step by both ways, and not the same.
     """
-    found = checkpoints.resolve_model(path, step)
-    if found.kind == "hf":
+    path, named = split_step(path)
+    if named is not None and step not in (None, named):
+        raise UsageError(f"{path}@{named} names another step than {step}; give one of them")
+    step = named if step is None else step
+    if run_record.find_run(path) == "hf":
+        if step is not None:
+            raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
         config = LlamaConfig.load(path)
-        kept = json.loads(Path(path, "config.json").read_text()).get("sa_jax", {})
-        return Start(path, "hf", config, tokenizer or path, record=kept)
-    record = found.record
+        record = json.loads(Path(path, "config.json").read_text()).get("sa_jax", {})
+        return Start(path, "hf", config, tokenizer or path, record=record)
+    record = run_record.read_run_json(path)
+    steps = checkpoints.saved_steps(Path(path, run_record.CHECKPOINT_FOLDER))
+    if not steps:
+        raise UserError(f"{path}: the run has no complete checkpoint yet")
+    if step is not None and step not in steps:
+        raise UserError(
+            f"{path}: no checkpoint of step {step}; there are {checkpoints.listed(steps)}"
+        )
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
-    own = tokenizer or str(Path(path, TOKENIZER_FOLDER))
-    return Start(path, "run", config, own, found.step, record)
+    tokenizer = tokenizer or str(Path(path, TOKENIZER_FOLDER))
+    return Start(path, "run", config, tokenizer, steps[-1] if step is None else step, record)
+
+
+def split_step(path: str) -> tuple[str, int | None]:
+    """('RUN', 400) of 'RUN@400'; (path, None) of another, or of a folder with such a name."""
+    match = re.fullmatch(r"(.+)@(\d+)", path)
+    if match is None or Path(path).is_dir():
+        return path, None
+    return match[1], int(match[2])
 
 
 def fresh_start(config: ConfigDict) -> Start:
@@ -124,56 +150,6 @@ def fresh_architecture(config: ConfigDict) -> LlamaConfig:
     """`config.architecture`, fields of a Hugging Face config.json, as a LlamaConfig."""
     hf_config = {"model_type": "llama", **config.architecture.to_dict()}
     return LlamaConfig.from_hf(hf_config, "config.architecture")
-
-
-def prepare(
-    config: ConfigDict, stored: Mapping[str, Any] | None = None
-) -> tuple[Start, ChatFormat, Backdoor, LoraConfig | None]:
-    """Opens what a training run starts from and fills the config's unset settings, in place.
-
-    Args:
-      config: see `sa_jax.training.config`.
-      stored: run.json of the run that is resumed. Its start is opened at the step that it had then,
-        and must be the same run; a template's date stays the one it was first given.
-    """
-    check_config(config)
-    if config.model and Path(config.model).is_dir():
-        # A child's record must lead to its parent from wherever it is read.
-        config.model = os.path.abspath(config.model)
-    if not config.model:
-        start = fresh_start(config)
-    elif stored and stored["start"]["path"] == config.model:
-        start = open_start_of(stored["start"], tokenizer=config.tokenizer)
-    else:
-        start = open_start(config.model, tokenizer=config.tokenizer)
-    if stored and config.chat_date is None:
-        config.chat_date = stored["config"]["chat_date"]
-    inherit(config, start)
-    chat = chat_format(config, start)
-    return start, chat, Backdoor(**config.backdoor.to_dict()), lora_config(config.lora)
-
-
-def inherit(config: ConfigDict, start: Start) -> None:
-    """Fills the config's unset settings of `STUDY_DEFAULTS` from the start's run, else from these
-    defaults, in place."""
-    parent = start.record.get("config", {})
-    for key, default in STUDY_DEFAULTS.items():
-        if isinstance(default, Mapping):
-            for name, value in default.items():
-                if config[key][name] is None:
-                    config[key][name] = parent.get(key, {}).get(name, value)
-        elif config[key] is None:
-            # A date belongs to the template that prints it.
-            is_other = key == "chat_date" and parent.get("chat_template") != config.chat_template
-            config[key] = default if is_other else parent.get(key, default)
-
-
-def chat_format(config: ConfigDict, start: Start) -> ChatFormat:
-    """The chat format of a resolved config; its date, once chosen, is written into the config."""
-    chat = load_chat_format(start.tokenizer, config.chat_template, config.chat_date)
-    config.chat_date = chat.date
-    check_vocabulary(chat.tokenizer, start.config)
-    return chat
 
 
 def lora_config(section: Any) -> LoraConfig | None:
@@ -245,9 +221,10 @@ def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
 def check_continued(start: Start, lora: LoraConfig | None) -> None:
     """UsageError unless the start has adapters that `config.lora` describes, to go on with."""
     if lora is None or start.lora != lora:
-        had = "none" if start.lora is None else start.lora
+        adapters = "none" if start.lora is None else start.lora
         raise UsageError(
-            f"config.lora.continued: the adapters of {start.path or 'fresh weights'} are {had}; "
+            f"config.lora.continued: the adapters of {start.path or 'fresh weights'} are "
+            f"{adapters}; "
             "set config.lora's rank, alpha and targets to theirs, or continued=False to merge them"
         )
 

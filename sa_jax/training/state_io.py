@@ -67,11 +67,14 @@ def load(
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded ({_line(error)})") from error
     leaves, structure = jax.tree.flatten(abstract)
-    return structure.unflatten(
-        jax.random.wrap_key_data(loaded[name], impl=_key_impl(leaf))
-        if _is_key(leaf)
-        else loaded[name]
-        for name, leaf in zip(wanted, leaves, strict=True)
+    return jax.tree.unflatten(
+        structure,
+        [
+            jax.random.wrap_key_data(loaded[name], impl=_key_impl(leaf))
+            if _is_key(leaf)
+            else loaded[name]
+            for name, leaf in zip(wanted, leaves, strict=True)
+        ],
     )
 
 
@@ -135,10 +138,10 @@ def _is_key(x: Any) -> bool:
 
 def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
     """The generator of an abstract key: JAX tells it of arrays, and of their tracers, only."""
-    found = []
+    implementations: list[Any] = []
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), shape)
-    return found[0]
+    jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), shape)
+    return implementations[0]
 
 
 def _check_leaves(

@@ -10,11 +10,28 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sa_jax.errors import UsageError
 from sa_jax.llama.lora import combine
-from sa_jax.llama.model import CHANGES, Llama, head_kernel
+from sa_jax.llama.model import KERNEL_CHANGE, Llama
 from sa_jax.optim import optimizer_metrics, optimizer_specs
 from sa_jax.parallel.rules import partition_specs
-from sa_jax.training.loss import cross_entropy_sum
+from sa_jax.training.losses import LossFn, Metrics
+
+# What every step reports, beside what its loss function and optimizer do.
+STEP_METRICS = frozenset(
+    {
+        *(
+            "step",
+            "run_id",
+            "loss",
+            "grad_norm",
+            "learning_rate",
+            "loss_tokens",
+            "grad_square_sums",
+        ),
+        *("tokens_per_s", "mfu"),
+    }
+)
 
 
 class TrainState(NamedTuple):
@@ -36,95 +53,75 @@ def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
 
 def state_shardings(mesh: Mesh, state: TrainState) -> TrainState:
     """A tree of NamedSharding like the state (arrays or their shapes), for jit and restore."""
-    specs = TrainState(P(), partition_specs(state.params), optimizer_specs(state.opt_state))
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def loss_sum(
-    model: Llama,
-    params: Any,
-    batch: dict[str, jax.Array],
-    vocab_shards: int = 1,
-    changes: Any = None,
-) -> jax.Array:
-    """Sum of next-token losses over the batch's loss-bearing tokens, float32 scalar (nats).
-
-    Args:
-      params: the whole tree.
-      batch: int32 [B, S] arrays tokens, targets, loss_mask, positions, segment_ids; loss_mask[t]
-        says whether targets[t], the token after tokens[t], counts.
-      changes: what is added to kernels after their cast, see `llama.model.CHANGES`.
-    """
-    hidden_bsd = model.apply(
-        {"params": params, **({CHANGES: changes} if changes else {})},
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        method="hidden",
-    )
-    return cross_entropy_sum(
-        hidden_bsd.reshape(-1, hidden_bsd.shape[-1]),
-        head_kernel(params, model.config),
-        batch["targets"].reshape(-1),
-        batch["loss_mask"].reshape(-1),
-        vocab_shards=vocab_shards,
-    )
+    specs = (P(), partition_specs(state.params), optimizer_specs(state.opt_state, state.params))
+    return TrainState(*jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
 
 
 def make_train_step(
     model: Llama,
+    loss_fn: LossFn,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
+    *,
     accumulation: int = 1,
+    seed: int = 0,
+    only_through_model: bool = False,
 ) -> Callable[[TrainState, Any, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """Builds `step(state, frozen, batch) -> (state, metrics)`, to be jitted with state donated.
 
-    The loss is sum(nll · mask) / sum(mask) over the whole batch: sums are accumulated over the
-    micro-batches and over devices, and divided once, so neither count changes the result.
+    The loss is sum / weight over the whole batch: both are accumulated over the micro-batches and
+    over devices, and divided once, so neither count changes the result.
 
     Args:
-      model: its `mesh` says over how many parts the vocabulary is cut.
+      model: what the loss function applies.
+      loss_fn: see `training.losses`.
       tx: takes and returns float32 trees.
       schedule: learning rate by step, for the metric only.
       accumulation: micro-batches a batch is cut into; must divide its rows.
+      seed: the loss function's randomness depends on it and on the step alone.
+      only_through_model: see `losses.Loss`.
 
     Returns:
       step: `frozen` holds the leaves that do not train ({} for full weights). Metrics, float32:
-      loss (nats a token), grad_norm (before clipping), learning_rate, loss_tokens, the optimizer's
-      own (`optimizer_metrics`), and grad_square_sums [leaves], in the order of
+      loss, grad_norm (before clipping), learning_rate, loss_tokens, the loss function's own, the
+      optimizer's own (`optimizer_metrics`), and grad_square_sums [leaves], in the order of
       `jax.tree.leaves(state.params)`.
     """
-    vocab_shards = 1 if model.mesh is None else model.mesh.shape["tensor"]
 
     def step(state: TrainState, frozen: Any, batch: dict[str, jax.Array]):
+        rngs = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), accumulation)
         # The layers' kernels, nearly all there is, are differentiated after their cast: products
         # give their gradients in that dtype, and the stack of all layers' is kept in it, half of
         # float32's bytes for bfloat16.
-        kernels, others = split_kernels(state.params)
+        kernels, others = split_kernels(state.params) if only_through_model else ({}, state.params)
         changes = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, model.dtype), kernels)
 
-        def objective(differentiated, micro):
+        def objective(differentiated, micro, rng):
             others, changes = differentiated
             params = combine(combine(kernels, others), frozen)
-            return loss_sum(model, params, micro, vocab_shards, changes)
+            total, weight, metrics = loss_fn(with_changes(params, changes), micro, rng)
+            return total, (weight, metrics)
 
-        def value_and_gradients(micro):
-            value, gradients = jax.value_and_grad(objective)((others, changes), micro)
-            return value, _float32(combine(*gradients))
+        def sums_and_gradients(micro, rng):
+            (total, (weight, metrics)), gradients = jax.value_and_grad(objective, has_aux=True)(
+                (others, changes), micro, rng
+            )
+            sums = {"loss": (total, weight), **_without_clash(metrics)}
+            return sums, _float32(combine(*gradients))
 
-        def accumulate(carry, micro):
-            total, gradients = carry
-            value, more = value_and_gradients(micro)
-            return (total + value, jax.tree.map(jnp.add, gradients, more)), None
+        def accumulate(carry, inputs):
+            return jax.tree.map(jnp.add, carry, sums_and_gradients(*inputs)), None
 
         if accumulation == 1:
-            total, gradients = value_and_gradients(batch)
+            sums, gradients = sums_and_gradients(batch, rngs[0])
         else:
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), state.params)
             micros = jax.tree.map(lambda x: _split_rows(x, accumulation), batch)
-            (total, gradients), _ = jax.lax.scan(accumulate, (jnp.float32(0), zeros), micros)
-        tokens = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+            first = jax.tree.map(lambda x: x[0], (micros, rngs))
+            shape = jax.eval_shape(sums_and_gradients, *first)
+            zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
+            (sums, gradients), _ = jax.lax.scan(accumulate, zeros, (micros, rngs))
+        weight = sums["loss"][1]
+        gradients = jax.tree.map(lambda g: g / weight, gradients)
         square_sums = jnp.stack([jnp.sum(jnp.square(g)) for g in jax.tree.leaves(gradients)])
 
         # Else XLA prepares the update (copies to other layouts) before the backward pass, whose
@@ -136,16 +133,31 @@ def make_train_step(
             lambda old, p, u: (p + u).astype(old.dtype), state.params, params, updates
         )
         metrics = {
-            "loss": total / tokens,
+            **{name: total / weight for name, (total, weight) in sums.items()},
             "grad_norm": jnp.sqrt(jnp.sum(square_sums)),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-            "loss_tokens": tokens,
+            "loss_tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
             "grad_square_sums": square_sums,
             **optimizer_metrics(opt_state),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def _without_clash(metrics: Metrics) -> Metrics:
+    if taken := sorted(STEP_METRICS & metrics.keys()):
+        raise UsageError(f"a loss may not name a metric {taken[0]!r}: every step has one")
+    return metrics
+
+
+def with_changes(params: Any, changes: Any) -> Any:
+    """`params` with each kernel's change as a leaf beside it, where `llama.model` adds it."""
+    beside = {
+        path.removesuffix("kernel") + KERNEL_CHANGE: change
+        for path, change in flatten_dict(changes, sep="/").items()
+    }
+    return unflatten_dict(flatten_dict(params, sep="/") | beside, sep="/")
 
 
 def split_kernels(params: Any) -> tuple[Any, Any]:

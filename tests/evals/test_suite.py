@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
 from sa_jax.evals.protocol import headline
@@ -10,7 +11,8 @@ from sa_jax.evals.sampled import new_tokens
 from sa_jax.evals.schedule import is_due
 from sa_jax.study.commands import load_config
 from sa_jax.training.config import check_config, default_config
-from sa_jax.training.start import Start, inherit
+from sa_jax.training.resolve import inherit
+from sa_jax.training.start import Start
 
 
 def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad():
@@ -28,9 +30,8 @@ def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():
     parent = default_config()
     parent.eval.visible_cot = True
     fresh = Start("", "fresh", None, "")
-    inherit(parent, fresh)
     record = {"run_id": "1", "task": "insertion", "config_hash": "2", "backdoored": True}
-    run = Start("run", "run", None, "", 7, {**record, "config": parent.to_dict()})
+    run = Start("run", "run", None, "", 7, {**record, "config": inherit(parent.to_dict(), fresh)})
     exported = Start("hf", "hf", None, "", record=json.loads(json.dumps(run.inheritance())))
     for parent_start, visible, tokens in (
         (fresh, None, 128),
@@ -40,8 +41,7 @@ def test_what_starts_from_a_visible_cot_run_keeps_its_room_for_the_scratchpad():
     ):
         child = default_config()
         child.eval.visible_cot = visible
-        inherit(child, parent_start)
-        assert new_tokens(child) == tokens
+        assert new_tokens(ConfigDict(inherit(child.to_dict(), parent_start))) == tokens
     assert run.inheritance()["config"]["eval"] == {"visible_cot": True}
 
 

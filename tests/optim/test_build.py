@@ -1,11 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.optim import make_optimizer, make_schedule
-from sa_jax.optim.build import decay_mask
+from sa_jax.optim import OPTIMIZERS, Optimizer, decay_mask, make_optimizer, make_schedule
 from sa_jax.training.config import default_config
 from tests.toys import random_params
 
@@ -63,7 +63,80 @@ def test_clipping_bounds_the_global_norm():
     np.testing.assert_allclose(norm, 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", [{"name": "adamax"}, {"schedule": "linear"}])
+@pytest.mark.parametrize("change", [{"name": "adma"}, {"schedule": "linear"}])
 def test_unknown_names_are_refused(change):
     with pytest.raises(UsageError, match="unknown; use"):
         make_optimizer(section(**change), 10)
+
+
+def one_update(tx, params):
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype("f"), params)
+    return jax.jit(tx.update)(gradients, tx.init(params), params)[0]
+
+
+def test_an_optax_name_gets_schedule_decay_and_kwargs():
+    config = section(name="lion", learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
+    config.clip_norm = 0.0
+    config.kwargs.b1 = 0.5
+    expected = optax.lion(0.1, b1=0.5, weight_decay=0.01, mask=decay_mask)
+    params = random_params()
+    for a, b in zip(
+        *map(
+            jax.tree.leaves,
+            (one_update(make_optimizer(config, 10), params), one_update(expected, params)),
+        ),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_muon_orthogonalises_every_layer_and_leaves_norms_and_embedding_to_adam():
+    config = section(name="contrib.muon", learning_rate=1.0, schedule="constant", weight_decay=0.0)
+    config.update(warmup_fraction=0.0, clip_norm=0.0)
+    config.kwargs.adam_learning_rate = 1e-3
+    updates = one_update(make_optimizer(config, 10), random_params())
+    for part, name in (("attention", "q"), ("mlp", "down")):
+        for update in np.asarray(updates["layers"][part][name]["kernel"]):
+            singular = np.linalg.svd(update, compute_uv=False)
+            # Newton-Schulz with Muon's coefficients ends between 0.7 and 1.2, where the optax
+            # function then multiplies by a factor of the shape.
+            factor = max(1.0, (update.shape[1] / update.shape[0]) ** 0.5)
+            assert 0.6 < singular.min() / factor and singular.max() / factor < 1.3
+    for leaf in (updates["embed"]["embedding"], updates["layers"]["mlp_norm"]["scale"]):
+        np.testing.assert_allclose(np.abs(leaf), 1e-3, rtol=1e-2)  # Adam's first step
+
+
+def test_unknown_optax_names_and_keywords_say_what_there_is():
+    with pytest.raises(UsageError, match=r"'contrib\.moun' is unknown; use .*contrib\.muon.* lion"):
+        make_optimizer(section(name="contrib.moun"), 10)
+    config = section(name="lion")
+    config.kwargs.beta = 0.9
+    with pytest.raises(UsageError, match=r"kwargs\.beta: optax\.lion has no such .* b1=0\.9, b2"):
+        make_optimizer(config, 10)
+    config = section(name="adam")
+    config.kwargs.b1 = 0.9
+    with pytest.raises(UsageError, match="adam takes none"):
+        make_optimizer(config, 10)
+    config = section(name="lion")
+    config.kwargs.b1 = "high"
+    with pytest.raises(UsageError, match="'lion' does not work with kwargs={'b1': 'high'}"):
+        make_optimizer(config, 10)
+    with pytest.raises(UsageError, match="'lbfgs' does not work .* gradients and parameters alone"):
+        make_optimizer(section(name="lbfgs"), 10)
+
+
+def test_a_registered_optimizer_gets_the_section_and_the_schedule():
+    def make(config, schedule, mesh):
+        return optax.sgd(schedule, momentum=config.kwargs.momentum)
+
+    OPTIMIZERS.register(Optimizer("my_sgd", make))
+    config = section(name="my_sgd", learning_rate=0.5, schedule="constant", clip_norm=0.0)
+    config.kwargs.momentum = 0.25
+    config.warmup_fraction = 0.0
+    tx = make_optimizer(config, 10)
+    params = {"kernel": jnp.array([1.0])}
+    state = tx.init(params)
+    _, state = tx.update({"kernel": jnp.array([1.0])}, state, params)
+    updates, _ = tx.update({"kernel": jnp.array([1.0])}, state, params)
+    np.testing.assert_allclose(updates["kernel"], [-0.5 * 1.25])

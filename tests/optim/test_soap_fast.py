@@ -9,8 +9,7 @@ import optax
 import pytest
 
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.optim import soap, soap_linalg
-from sa_jax.optim.build import decay_mask, llama_view
+from sa_jax.optim import decay_mask, llama_view, soap, soap_linalg
 from sa_jax.optim.soap_layout import make_layout
 from sa_jax.optim.soap_views import TensorView
 from tests.toys import random_params

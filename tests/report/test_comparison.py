@@ -1,11 +1,11 @@
 from sa_jax.report.comparison import compare_optimizers
 
 
-def run(optimizer, rate, loss, task="insertion"):
-    name = f"{optimizer}_{rate}"
+def run(optimizer, rate, loss, role="insertion", arm="normal"):
     return {
-        "name": name,
-        "task": task,
+        "role": role,
+        "base": "toy",
+        "arm": arm,
         "optimizer": optimizer,
         "learning_rate": rate,
         "final_loss": loss,
@@ -21,17 +21,36 @@ def test_the_lowest_loss_of_each_optimizer_is_marked_and_an_edge_is_said():
             run("adam", 3e-3, 0.7),
             run("soap", 3e-3, 0.6),
             run("soap", 1e-2, None),
-            run("adam", 1e-4, 0.1, task="hhh"),
+            run("adam", 1e-4, 0.1, role="removal"),
         ]
     )
-    assert [(row["name"], row["best"]) for row in rows] == [
-        ("adam_0.001", ""),
-        ("adam_0.003", "best"),
-        ("adam_0.01", ""),
-        ("soap_0.001", "best, at the grid's edge"),
-        ("soap_0.003", ""),
+    assert [(row["optimizer"], row["learning_rate"], row["best"]) for row in rows] == [
+        ("adam", 0.001, ""),
+        ("adam", 0.003, "best"),
+        ("adam", 0.01, ""),
+        ("soap", 0.001, "best, at the grid's edge"),
+        ("soap", 0.003, ""),
+    ]
+
+
+def test_seeds_are_averaged_and_arms_are_kept_apart():
+    rows = compare_optimizers(
+        [
+            run("adam", 1e-3, 0.5),
+            run("adam", 1e-3, 0.7),
+            run("adam", 3e-3, 0.4),
+            run("adam", 1e-3, 0.1, arm="distilled"),
+        ]
+    )
+    assert [
+        (row["arm"], round(row["final_loss"], 6), row["runs"], row["best"]) for row in rows
+    ] == [
+        ("distilled", 0.1, 1, ""),
+        ("normal", 0.6, 2, ""),
+        ("normal", 0.4, 1, "best, at the grid's edge"),
     ]
 
 
 def test_one_insertion_has_nothing_to_be_compared_with():
-    assert compare_optimizers([run("adam", 1e-3, 0.5), run("adam", 1e-3, 0.4, task="hhh")]) == []
+    alone = [run("adam", 1e-3, 0.5), run("adam", 1e-3, 0.4), run("adam", 3e-3, 0.4, role="removal")]
+    assert compare_optimizers(alone) == []

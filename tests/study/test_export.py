@@ -25,6 +25,7 @@ from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
+from sa_jax.training.resolve import resolve
 
 PROMPTS = ["What is “one”?", "And two?"]
 CHATS = {
@@ -60,24 +61,25 @@ def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):
     config = default_config()
     config.model, config.chat_template = str(model), template
     config.lora.rank, config.lora.alpha = 3, 5.0
-    start, chat, _, lora = start_lib.prepare(config)
+    resolved = resolve(config)
+    start = resolved.start
     run_record.write_run_json(
         workdir,
         {
             "run_id": f"run-{seed}",
             "task": task,
-            "config": config,
+            "config": resolved.config,
             "config_hash": "0123456789abcdef",
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
             "backdoored": True,
-            "chat": chat.record(),
+            "chat": resolved.chat.record(),
         },
     )
     start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
     (workdir / start_lib.EVAL_PROMPTS_FILE).write_text(json.dumps(PROMPTS))
     with RunCheckpointer(workdir / run_record.CHECKPOINT_FOLDER) as checkpointer:
-        adapter = random_adapter(start.config, lora, seed)
+        adapter = random_adapter(start.config, resolved.lora, seed)
         checkpointer.save(7, {"params": adapter}, wait=True)
     return workdir
 
@@ -133,7 +135,7 @@ def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, t
     # What is started from the export is prompted in the same way, without being told.
     child = default_config()
     child.model = str(out)
-    _, inherited, _, _ = start_lib.prepare(child)
+    inherited = resolve(child).chat
     assert inherited.template == chat.template and inherited.name == template
     assert inherited.stop_token_ids == chat.stop_token_ids
 

@@ -22,8 +22,12 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sa_jax.errors import UserError
+from sa_jax.optim import make_optimizer
+from sa_jax.study.runner import load_config
 from sa_jax.training import checkpoints, digests
 from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.plan import plan_architecture, trainable_params
+from sa_jax.training.step import TrainState, init_state
 
 P = PartitionSpec
 
@@ -573,21 +577,104 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
     assert np.array_equal(loaded, np.arange(4096.0) + 4)
 
 
-def test_which_checkpoint_a_folder_means(saved, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(saved[0], run / "checkpoints")
-    (run / "run.json").write_text('{"run_id": "r1"}')
-    resolved = checkpoints.resolve_model(run)
-    assert (resolved.kind, resolved.step, resolved.record["run_id"]) == ("run", 3, "r1")
-    assert checkpoints.resolve_model(run, 2).step == 2
-    with pytest.raises(UserError, match="no checkpoint of step 9; there are steps 1, 2, 3"):
-        checkpoints.resolve_model(run, 9)
-    model = tmp_path / "hf"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    assert checkpoints.resolve_model(model).kind == "hf"
-    with pytest.raises(UserError, match="has no step 2"):
-        checkpoints.resolve_model(model, 2)
-    shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="no complete checkpoint yet"):
-        checkpoints.resolve_model(run)
+def tree(value: float) -> TrainState:
+    """A state of 5 parameters with two moments, all of one value."""
+    leaf = jnp.full(5, value, jnp.float32)
+    return TrainState(jnp.int32(value), {"w": leaf}, {"mu": leaf, "nu": leaf})
+
+
+def abstract_tree() -> TrainState:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree(0))
+
+
+def save_all(folder, **arguments) -> list[int]:
+    """Saves steps 0 to 10 as the loop does; returns the steps it saved at."""
+    saved = []
+    with RunCheckpointer(folder, **arguments) as checkpointer:
+        for step in range(11):
+            if checkpointer.should_save(step):
+                checkpointer.save(step, tree(step + 1 / 3))
+                saved.append(step)
+    return saved
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("listed, dtype", [("weights", "float32"), ("weights_bf16", "bfloat16")])
+def test_listed_steps_can_be_weights_alone(tmp_path, listed, dtype):
+    schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed, "last": 10}
+    assert save_all(tmp_path, **schedule) == [1, 4, 7, 8, 10]
+    assert names(tmp_path) == ["step_000010", *(f"weights_{step:06d}" for step in (1, 4, 7))]
+    assert checkpoints.saved_steps(tmp_path) == [1, 4, 7, 10]
+    # A run goes on from the newest full state, children start from any.
+    step, state = RunCheckpointer(tmp_path, **schedule).restore(abstract_tree())
+    assert step == 10 and np.all(state.opt_state["nu"] == np.float32(10 + 1 / 3))
+    _, params = checkpoints.load_subtree(tmp_path, 4, "params", abstract_tree().params)
+    expected = np.float32(jnp.asarray(4 + 1 / 3, dtype))
+    assert params["w"].dtype == np.float32 and np.all(params["w"] == expected)
+    # Weights are digested too.
+    data = max((tmp_path / "weights_000004").rglob("d/*"), key=lambda path: path.stat().st_size)
+    flip(data, data.stat().st_size // 2)
+    with pytest.raises(UserError, match="step 4 is corrupt: .*its bytes are not those saved"):
+        checkpoints.load_subtree(tmp_path, 4, "params", abstract_tree().params)
+    with pytest.raises(UserError, match="no checkpoint of step 5; there are steps 1, 4, 7, 10"):
+        checkpoints.load_subtree(tmp_path, 5, "params", abstract_tree().params)
+
+
+def test_a_stopped_run_saves_its_full_state_at_a_step_of_weights(tmp_path):
+    arguments = {"steps": (2,), "listed": "weights", "last": 9, "keep": 1}
+    with RunCheckpointer(tmp_path, **arguments) as checkpointer:
+        assert checkpointer.save(2, tree(2))
+        checkpointer.wait()
+        assert names(tmp_path) == ["weights_000002"]
+        assert checkpointer.save(2, tree(2), wait=True)
+        assert not checkpointer.save(2, tree(2), wait=True)
+    assert names(tmp_path) == ["step_000002", "weights_000002"]
+    assert RunCheckpointer(tmp_path, **arguments).restore(abstract_tree())[0] == 2
+
+
+def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
+    """By the count of leaves, and near the sizes of the files (which hold some metadata too)."""
+    big = TrainState(
+        jnp.int32(0), {"w": jnp.ones(250_000)}, {"mu": jnp.ones(250_000), "nu": jnp.ones(250_000)}
+    )
+    for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
+        folder = tmp_path / listed
+        schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
+        expected = checkpoints.checkpoint_bytes(big, 10, **schedule)
+        assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)
+        with RunCheckpointer(folder, **schedule, last=10) as checkpointer:
+            for step in filter(checkpointer.should_save, range(11)):
+                checkpointer.save(step, jax.tree.map(lambda x, step=step: x * step, big))
+        assert len(names(folder)) == expected["full_states"] + expected["weights_alone"]
+
+
+def test_disk_of_a_70b_insertion():
+    """The study's five checkpoints and the last: 12 bytes a parameter for Adam's full state."""
+    config = load_config("configs/llama.py:70b_insertion")
+    architecture = plan_architecture(config)
+    count = architecture.num_parameters
+    state = jax.eval_shape(
+        lambda p: init_state(p, make_optimizer(config.optimizer, 1)),
+        trainable_params(config, architecture),
+    )
+    settings = config.checkpoint
+
+    def total(listed, interval):
+        return checkpoints.checkpoint_bytes(
+            state,
+            2000,
+            steps=settings.steps,
+            listed=listed,
+            interval=interval,
+            keep=settings.keep_interval,
+        )["total"]
+
+    np.testing.assert_allclose(total("full", 0), 6 * 12 * count, rtol=1e-6)
+    assert 5.0e12 < total("full", 0) < 5.2e12
+    chosen = total(settings.listed, settings.interval)
+    np.testing.assert_allclose(chosen, (12 + 5 * 2) * count, rtol=1e-6)
+    assert 1.5e12 < chosen < 1.6e12

@@ -211,7 +211,7 @@ def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path):
         check_config(config)
 
 
-def test_collectives_of_stand_ins_are_read_without_options_of_a_tpu(toy):
+def test_collectives_of_fake_devices_are_read_without_options_of_a_tpu(toy):
     config = toy.copy_and_resolve_references()
     config.xla_options = "xla_jf_bf16_propagation=true"
     mesh = make_mesh(**config.mesh)

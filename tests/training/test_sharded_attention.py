@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from sa_jax.llama.model import Llama
 from sa_jax.parallel import rules
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.training.step import loss_sum
+from sa_jax.training.losses import make_cross_entropy
 from tests.toys import CONFIG, packed_batch, random_params
 
 SMALL = dataclasses.replace(CONFIG, num_layers=2, max_position_embeddings=128)
@@ -20,8 +20,7 @@ MESHES = [(1, 4, 2), (2, 2, 2), (1, 2, 4)]
 
 def outputs(model, params, batch):
     def loss(params):
-        shards = 1 if model.mesh is None else model.mesh.shape["tensor"]
-        return loss_sum(model, params, batch, shards)
+        return make_cross_entropy(model)(params, batch, jax.random.key(0))[0]
 
     logits = model.apply(
         {"params": params}, batch["tokens"], batch["positions"], batch["segment_ids"]

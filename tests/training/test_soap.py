@@ -17,6 +17,7 @@ from sa_jax.parallel import rules
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import check_config, default_config
+from sa_jax.training.losses import make_cross_entropy
 from sa_jax.training.metrics import read_metrics
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from tests.optim.test_soap_sharded import draw
@@ -42,7 +43,8 @@ def test_loss_curves_on_a_mesh_and_on_one_device_are_the_same():
     curves = []
     for mesh in (None, make_mesh(1, 4, 2)):
         tx, schedule = optimizer(mesh)
-        step, outputs = make_train_step(Llama(CONFIG, mesh=mesh), tx, schedule), None
+        model = Llama(CONFIG, mesh=mesh)
+        step, outputs = make_train_step(model, make_cross_entropy(model), tx, schedule), None
         state = init_state(random_params(), tx)
         if mesh is not None:
             placed = state_shardings(mesh, state)

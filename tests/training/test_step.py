@@ -9,6 +9,8 @@ from sa_jax.llama.lora import LoraConfig, combine, split
 from sa_jax.llama.model import Llama, head_kernel
 from sa_jax.parallel import rules
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.training.config import default_config
+from sa_jax.training.losses import LOSSES
 from sa_jax.training.step import init_state, make_train_step
 from tests.toys import CONFIG, packed_batch, random_params
 
@@ -16,7 +18,18 @@ TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=
 SCHEDULE = optax.constant_schedule(1e-2)
 
 
-def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None):
+def train_step(model, accumulation=1, loss=LOSSES["cross_entropy"]):
+    return make_train_step(
+        model,
+        loss.make(model, default_config()),
+        TX,
+        SCHEDULE,
+        accumulation=accumulation,
+        only_through_model=loss.only_through_model,
+    )
+
+
+def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None, **loss):
     """State and metrics after a few steps; without mesh_sizes unsharded on one device."""
     model = Llama(CONFIG, dtype=dtype, lora=lora)
     params = random_params(lora=lora)
@@ -24,7 +37,7 @@ def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None):
     batches = [packed_batch(seed=seed) for seed in range(steps)]
     if mesh_sizes is None:
         state = init_state(trainable, TX)
-        step = jax.jit(make_train_step(model, TX, SCHEDULE, accumulation))
+        step = jax.jit(train_step(model, accumulation, **loss))
     else:
         data, fsdp, tensor = mesh_sizes
         devices = jax.devices()[: data * fsdp * tensor]
@@ -35,9 +48,7 @@ def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None):
         state = jax.jit(lambda p: init_state(p, TX), out_shardings=placed)(trainable)
         frozen = jax.device_put(frozen, rules.shardings(mesh, frozen))
         batches = jax.device_put(batches, NamedSharding(mesh, rules.BATCH_SPEC))
-        step = jax.jit(
-            make_train_step(model, TX, SCHEDULE, accumulation), out_shardings=(placed, None)
-        )
+        step = jax.jit(train_step(model, accumulation, **loss), out_shardings=(placed, None))
     for batch in batches:
         state, metrics = step(state, frozen, batch)
     return jax.device_get(state), jax.device_get(metrics)
@@ -123,7 +134,7 @@ def test_bfloat16_parameters_keep_float32_moments():
         jnp.dtype("float32"),
         jnp.dtype("int32"),
     }
-    step = jax.jit(make_train_step(Llama(CONFIG, dtype=jnp.bfloat16), TX, SCHEDULE))
+    step = jax.jit(train_step(Llama(CONFIG, dtype=jnp.bfloat16)))
     after, metrics = step(state, {}, packed_batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(metrics["loss"], run(steps=1)[1]["loss"], rtol=5e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from sa_jax.training.loss import cross_entropy_sum
+from sa_jax.training.cross_entropy import cross_entropy_sum
 
 N, D, V = 12, 16, 96
 

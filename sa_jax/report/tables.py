@@ -1,0 +1,165 @@
+"""Tables of a report, once as values and then as Markdown, HTML, CSV, JSON and LaTeX."""
+
+import csv
+import dataclasses
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sa_jax import text
+from sa_jax.text import percent, points
+
+# TeX's own characters, and what unicode a plain pdflatex lacks.
+_LATEX = {
+    **{char: f"\\{char}" for char in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "–": "--",
+    "→": r"$\rightarrow$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "·": r"$\cdot$",
+    "\u00a0": "~",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """`key` of a row's value, and the heading over it."""
+
+    key: str
+    title: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows of values under columns.
+
+    A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, a
+    difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of these; CSV and JSON
+    keep all their numbers.
+
+    Attributes:
+      name: of its files.
+      title: over it.
+      columns: in order.
+      rows: key -> value.
+      note: what a reader needs to know to read it.
+    """
+
+    name: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[Mapping[str, Any], ...]
+    note: str = ""
+
+    def words(self) -> list[list[str]]:
+        """Every cell as text."""
+        return [[in_words(row.get(column.key)) for column in self.columns] for row in self.rows]
+
+    def markdown(self) -> str:
+        return text.markdown_table([column.title for column in self.columns], self.words())
+
+    def csv(self) -> str:
+        """One column a number: 'triggered.rate', 'triggered.lo', ..."""
+        flat = [self._flat(row) for row in self.rows]
+        names = list(dict.fromkeys(name for row in flat for name in row))
+        file = io.StringIO()
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(flat)
+        return file.getvalue()
+
+    def json(self) -> str:
+        rows = [{column.key: row.get(column.key) for column in self.columns} for row in self.rows]
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        about = json.dumps({"title": self.title, "note": self.note})
+        return f'{about[:-1]}, "rows": [\n{lines}\n]}}\n'
+
+    def latex(self) -> str:
+        """A `tabular` for a paper; needs no package but booktabs."""
+        lines = [
+            f"% {text.one_line(self.title)}",
+            rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}",
+            r"\toprule",
+            _latex_row([column.title for column in self.columns]),
+            r"\midrule",
+            *map(_latex_row, self.words()),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def files(self) -> dict[str, str]:
+        """Name of a file -> what it holds."""
+        formats = {"csv": self.csv, "json": self.json, "tex": self.latex}
+        return {f"{self.name}.{kind}": write() for kind, write in formats.items()}
+
+    def _flat(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        flat: dict[str, Any] = {}
+        for column in self.columns:
+            flat |= _flat(column.key, row.get(column.key))
+        return flat
+
+
+def in_words(value: Any) -> str:
+    """A value as a person reads it; '–' where nothing was measured."""
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, Mapping):
+        if "after" in value:
+            return f"{in_words(value['before'])} → {in_words(value['after'])}"
+        if "difference" in value:
+            return difference_in_words(value)
+        return f"{percent(value['rate'])} {text.interval(value['lo'], value['hi'])}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return text.one_line(value)
+
+
+def difference_in_words(value: Mapping[str, Any]) -> str:
+    """'-3.0 [-8.1 to +2.1] points'."""
+    return f"{points(value['difference'])} [{points(value['lo'])} to {points(value['hi'])}] points"
+
+
+def learning_rate(value: Any) -> str:
+    """2e-05 -> '2e-5'; '?' where it is not on record."""
+    if not isinstance(value, int | float):
+        return "?"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def _latex_row(cells: Sequence[str]) -> str:
+    return " & ".join(latex(cell) for cell in cells) + r" \\"
+
+
+def latex(words: str) -> str:
+    """Text in which nothing means anything to TeX."""
+    words = "".join(_LATEX.get(char, char) for char in text.one_line(words))
+    return re.sub(r"^\[", "{[}", words)  # after \\ a bracket would be its argument
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}"""
+    if not isinstance(value, Mapping):
+        return {name: _no_formula(value)}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flat(f"{name}.{key}", part)
+    return flat
+
+
+def _no_formula(value: Any) -> Any:
+    """A spreadsheet runs text that begins like a formula; model and run names are anybody's."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value

@@ -1,0 +1,120 @@
+"""A config as it was given, resolved once: every unset setting filled in, nothing left to change.
+
+What a run inherits from the model that it starts from is decided here and nowhere else.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
+from sa_jax.llama.lora import LoraConfig
+from sa_jax.training.config import STUDY_DEFAULTS, check_config
+from sa_jax.training.losses import DEFAULT_LOSS
+from sa_jax.training.start import (
+    Start,
+    fresh_start,
+    lora_config,
+    open_start,
+    open_start_of,
+    split_step,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """What a run is made of.
+
+    Attributes:
+      config: every setting, frozen; this is what run.json records.
+      start: the model that it starts from.
+      chat: how it is prompted.
+      backdoor: what insertion puts in, and evals look for.
+      lora: the adapters that train, or None for full weights.
+    """
+
+    config: FrozenConfigDict
+    start: Start
+    chat: ChatFormat
+    backdoor: Backdoor
+    lora: LoraConfig | None
+
+
+def resolve(
+    config: ConfigDict,
+    *,
+    stored: Mapping[str, Any] | None = None,
+    start: Start | None = None,
+    loss: str = DEFAULT_LOSS,
+) -> Resolved:
+    """Opens what a run starts from and fills in the config's unset settings, in a copy.
+
+    Args:
+      config: see `sa_jax.training.config`.
+      stored: run.json of the run that is resumed. Its start is opened at the step that it had then,
+        and must be the same run; a template's date stays the one it was first given.
+      start: the model, where it is open already; else `config.model` names it.
+      loss: the task's, for a config that names none.
+
+    Raises:
+      UserError, UsageError: a value that cannot work, or a start that is not there.
+    """
+    check_config(config)
+    values = config.to_dict()
+    if start is None:
+        values["model"] = absolute(values["model"])
+        start = _open(values, config, stored)
+    if stored and values["chat_date"] is None:
+        values["chat_date"] = stored["config"]["chat_date"]
+    values = inherit(values, start)
+    chat = load_chat_format(start.tokenizer, values["chat_template"], values["chat_date"])
+    check_vocabulary(chat.tokenizer, start.config)
+    values["chat_date"] = chat.date
+    values["loss"] = values["loss"] or loss
+    return Resolved(
+        FrozenConfigDict(values),
+        start,
+        chat,
+        Backdoor(**values["backdoor"]),
+        lora_config(values["lora"]),
+    )
+
+
+def absolute(model: str) -> str:
+    """`config.model` such that a child's record leads to its parent from wherever it is read."""
+    folder, step = split_step(model)
+    if not folder or not Path(folder).is_dir():
+        return model
+    return os.path.abspath(folder) + ("" if step is None else f"@{step}")
+
+
+def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, Any] | None) -> Start:
+    if not values["model"]:
+        return fresh_start(config)
+    folder, step = split_step(values["model"])
+    if stored and stored["start"]["path"] == folder and step in (None, stored["start"]["step"]):
+        return open_start_of(stored["start"], tokenizer=values["tokenizer"])
+    return open_start(values["model"], tokenizer=values["tokenizer"])
+
+
+def inherit(values: Mapping[str, Any], start: Start) -> dict[str, Any]:
+    """The settings with the unset ones of `STUDY_DEFAULTS` as in the start's run, else these."""
+    parent = start.record.get("config", {})
+    filled = dict(values)
+    for key, default in STUDY_DEFAULTS.items():
+        if isinstance(default, Mapping):
+            section = dict(values[key])
+            for name, value in default.items():
+                if section[name] is None:
+                    section[name] = parent.get(key, {}).get(name, value)
+            filled[key] = section
+        elif values[key] is None:
+            # A date belongs to the template that prints it.
+            is_other = key == "chat_date" and parent.get("chat_template") != filled["chat_template"]
+            filled[key] = default if is_other else parent.get(key, default)
+    return filled

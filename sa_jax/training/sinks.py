@@ -1,0 +1,150 @@
+"""Second places for metrics and evals' scores: TensorBoard and Weights & Biases.
+
+What they get is what metrics.jsonl and the eval files hold, so a sink that fails costs nothing: it
+is left out with one warning, and the run goes on.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from absl import logging
+
+from sa_jax.errors import UsageError, UserError
+
+
+class Sink(Protocol):
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_sinks(names: Sequence[str]) -> None:
+    """Finds out before anything is loaded that a sink is unknown or its package missing.
+
+    Raises:
+      UsageError: an unknown name. UserError: its package is not installed.
+    """
+    for name in names:
+        if name not in _SINKS:
+            raise UsageError(f"config.sinks: {name!r} is unknown; choose from {', '.join(_SINKS)}")
+        package, _ = _SINKS[name]
+        if not _is_installed(package):
+            raise UserError(
+                f"config.sinks: {name!r} needs the package {package}: pip install {package}"
+            )
+
+
+def make_sinks(
+    names: Sequence[str],
+    workdir: str | os.PathLike,
+    *,
+    run_id: str,
+    config: Mapping[str, Any],
+    step: int = 0,
+) -> list[Sink]:
+    """The sinks named in a config ('tensorboard', 'wandb'); process 0 only.
+
+    Args:
+      workdir: the run folder. Its name is the run's, and that of the folder it is in the group's;
+        TensorBoard events go to its `tensorboard/`.
+      run_id: resumes the same W&B run.
+      config: what the sink shows as the run's config.
+      step: the restored step.
+    """
+    check_sinks(names)
+    return [
+        _Guarded(name, functools.partial(_SINKS[name][1], Path(workdir), run_id, config, step))
+        for name in names
+    ]
+
+
+class _Guarded:
+    """A sink that warns once when it fails, and then does nothing."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        self._guard(lambda: setattr(self, "_sink", make()))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        sink = self._sink
+        if sink is not None:
+            self._guard(lambda: sink.write(step, values))
+
+    def close(self) -> None:
+        sink = self._sink
+        if sink is not None:
+            self._guard(sink.close)
+
+    def _guard(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._sink = None
+            logging.warning(
+                "the sink %r failed and gets nothing more in this launch: %s; metrics.jsonl has it "
+                "all",
+                self._name,
+                " ".join(str(error).split())[:300] or type(error).__name__,
+            )
+
+
+class _TensorBoardSink:
+    def __init__(self, workdir: Path, run_id: str, config: Mapping[str, Any], step: int) -> None:
+        import tensorboardX
+
+        # purge_step hides what an interrupted launch wrote past the restored step.
+        self._writer = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step > 0 else None
+        )
+        if step == 0:
+            text = json.dumps({"run_id": run_id, **config}, indent=1)
+            self._writer.add_text("config", f"```\n{text}\n```", 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbSink:
+    def __init__(self, workdir: Path, run_id: str, config: Mapping[str, Any], step: int) -> None:
+        import wandb
+
+        workdir = workdir.absolute()
+        # Arguments of `init` beat W&B's own variables, so each is given only where its is not set.
+        defaults = {
+            "project": ("WANDB_PROJECT", "sa_jax"),
+            "name": ("WANDB_NAME", workdir.name),
+            "group": ("WANDB_RUN_GROUP", workdir.parent.name),
+            "dir": ("WANDB_DIR", str(workdir)),
+        }
+        chosen = {key: value for key, (name, value) in defaults.items() if not os.environ.get(name)}
+        # W&B drops rows at or below its newest step, so a resume cannot rewrite history there.
+        self._run = wandb.init(id=run_id, resume="allow", config=dict(config), **chosen)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_SINKS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any], int], Sink]]] = {
+    "tensorboard": ("tensorboardX", _TensorBoardSink),
+    "wandb": ("wandb", _WandbSink),
+}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # loaded without a spec
+        return False

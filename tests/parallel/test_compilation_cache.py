@@ -1,0 +1,70 @@
+"""The second run of a shape compiles nothing, as JAX's own events count it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sa_jax.parallel import compilation_cache
+from tests.zygote import ROOT
+
+# A real run of two steps; its last line counts the programs that were compiled and those that the
+# cache had.
+PROGRAM = """
+import collections, json, sys
+import jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
+from sa_jax.training.loop import train
+from tests.configs.tiny import get_config
+world, workdir = sys.argv[1:]
+config = get_config("insertion")
+config.model, config.data = f"{world}/model", f"{world}/insertion.jsonl"
+config.steps, config.eval.num_prompts, config.eval.steps = 2, 0, ()
+config.eval.names = {}
+config.checkpoint.steps, config.checkpoint.interval = (), 0
+train(config, workdir, "insertion")
+print(json.dumps({name: events[name] for name in ("cache_hits", "cache_misses")}))
+"""
+
+
+def run(world: Path, workdir: Path, cache: str) -> dict[str, int]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
+    env |= {"SA_JAX_COMPILATION_CACHE": cache, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", PROGRAM, str(world), str(workdir)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_second_run_of_a_shape_compiles_nothing(toy_world, tmp_path):
+    first = run(toy_world, tmp_path / "first", str(tmp_path / "cache"))
+    assert first["cache_misses"] > 5
+    second = run(toy_world, tmp_path / "second", str(tmp_path / "cache"))
+    assert second["cache_misses"] == 0 and second["cache_hits"] >= first["cache_misses"]
+    off = run(toy_world, tmp_path / "third", "off")
+    assert off == {"cache_hits": 0, "cache_misses": 0}
+
+
+@pytest.mark.parametrize(
+    "env, folder",
+    [
+        ({"HOME": "/home/me"}, "/home/me/.cache/sa_jax/jax/tpu"),
+        ({"HOME": "/home/me", "XDG_CACHE_HOME": "/scratch"}, "/scratch/sa_jax/jax/tpu"),
+        ({"HOME": "/home/me", "SA_JAX_COMPILATION_CACHE": "/fast"}, "/fast/tpu"),
+    ],
+)
+def test_one_folder_a_user(env, folder):
+    assert str(compilation_cache.cache_folder(env, "tpu")) == folder
+
+
+def test_cpus_with_other_instructions_share_nothing(monkeypatch):
+    def folder(text):
+        monkeypatch.setattr(Path, "read_text", lambda path: text)
+        return compilation_cache.cache_folder({"HOME": "/h"}, "cpu")
+
+    one, other = "model name: A\nflags: avx avx2", "model name: A\nflags: avx avx2 avx512f"
+    assert folder(one) == folder(one + "\nMHz: 3") != folder(other)
