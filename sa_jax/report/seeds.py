@@ -1,0 +1,331 @@
+"""Over seeds: what a cell shows, and arms compared, paired by seed and by prompt."""
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from sa_jax.evals.statistics import exact_interval, holm, paired_seeds, seed_mean
+from sa_jax.report import judgement as word
+from sa_jax.report.cells import Cell, differing
+from sa_jax.report.judgement import Judgement
+from sa_jax.report.measurements import Measured, Rate, RunEvals, Words
+from sa_jax.report.rates import interval_in_words, p_in_words
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.text import percent, points
+
+ENOUGH_SEEDS = 3  # for a claim; a headline wants 5
+
+# role -> (the verdicts that count, how they are counted in words)
+SUCCESSES: dict[str, tuple[frozenset[str], str]] = {
+    "insertion": (frozenset({word.INSERTED}), "inserted"),
+    **{
+        role: (frozenset({word.REMOVED, word.STAYS_REMOVED}), "removed")
+        for role in ("removal", "control", "ceiling")
+    },
+    "probe": (frozenset({word.BACK}), "brought back"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class SeedMean:
+    """A mean over seeds with its interval, see `sa_jax.evals.statistics.seed_mean`."""
+
+    mean: float
+    lo: float
+    hi: float
+    seeds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CellResult:
+    """What a cell shows over its seeds.
+
+    Attributes:
+      cell: which one.
+      judged: finished and evaluated runs, one for each set of seeds; all else is about them.
+      pending: runs that are not finished, or not evaluated.
+      verdicts: status -> number of seeds.
+      counted: how `k` is counted in words ('removed'); '' for a base model, which is not counted.
+      k, m: seeds that came out so, of how many; `lo`, `hi` the exact (Clopper-Pearson) interval.
+      triggered, clean: mean rates of the last eval; None without a judged run.
+      capabilities: title -> mean change of a headline score from before, as a fraction.
+      text: one line; with fewer than `ENOUGH_SEEDS` it says that this is a demonstration.
+    """
+
+    cell: Cell
+    judged: tuple[RunEvals, ...]
+    pending: int
+    verdicts: Mapping[str, int]
+    counted: str
+    k: int
+    m: int
+    lo: float
+    hi: float
+    triggered: SeedMean | None
+    clean: SeedMean | None
+    capabilities: Mapping[str, SeedMean]
+    text: str
+
+    @property
+    def enough(self) -> bool:
+        return self.m >= ENOUGH_SEEDS
+
+
+def over_seeds(
+    cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
+) -> list[CellResult]:
+    """A result for every cell, in order."""
+    return [_cell_result(cell, judged, limits) for cell in cells]
+
+
+def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds) -> CellResult:
+    done = tuple(
+        run
+        for run in cell.replicates
+        if run.finished and judged[run.name].verdict.status != word.NOT_EVALUATED
+    )
+    statuses = Counter(judged[run.name].verdict.status for run in done)
+    successes, counted = SUCCESSES.get(cell.role, (frozenset(), ""))
+    k, m = sum(statuses[status] for status in successes), len(done)
+    lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
+    last = [after for run in done if (after := judged[run.name].after) is not None]
+    triggered = mean_rate([point.triggered for point in last], limits)
+    result = CellResult(
+        cell=cell,
+        judged=done,
+        pending=len(cell.replicates) - m,
+        verdicts=dict(statuses),
+        counted=counted,
+        k=k,
+        m=m,
+        lo=lo,
+        hi=hi,
+        triggered=triggered,
+        clean=mean_rate([point.clean for point in last], limits),
+        capabilities=_capability_means([judged[run.name] for run in done], limits),
+        text="",
+    )
+    return dataclasses.replace(result, text=_text(result, cell.runs[0].words, limits))
+
+
+def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
+    """The mean over seeds of a rate; None without any."""
+    if not rates:
+        return None
+    mean, lo, hi = seed_mean([(rate.count, rate.n) for rate in rates], limits.confidence)
+    return SeedMean(mean, lo, hi, len(rates))
+
+
+def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[str, SeedMean]:
+    """t-intervals of the mean change, never narrower than the items of the evals alone allow."""
+    changes: dict[str, list[tuple[float, float, float]]] = {}
+    for judgement in judged:
+        for change in judgement.capabilities:
+            if change.headline:
+                row = change.difference, change.lo, change.hi
+                changes.setdefault(change.title, []).append(row)
+    means = {}
+    for title, rows in changes.items():
+        m = len(rows)
+        mean = float(np.mean([row[0] for row in rows]))
+        if m == 1:
+            means[title] = SeedMean(*rows[0], 1)
+            continue
+        z = float(special.ndtri((1 + limits.confidence) / 2))
+        within = float(np.mean([((hi - lo) / 2 / z) ** 2 for _, lo, hi in rows]))
+        between = float(np.var([row[0] for row in rows], ddof=1))
+        quantile = float(special.stdtrit(m - 1, (1 + limits.confidence) / 2))
+        half = quantile * float(np.sqrt(max(within, between) / m))
+        means[title] = SeedMean(mean, mean - half, mean + half, m)
+    return means
+
+
+def _text(result: CellResult, words: Words, limits: Thresholds) -> str:
+    if result.m == 0 or result.triggered is None:
+        return "no seed has been judged yet"
+    seen = result.triggered
+    interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
+    mean = f"{percent(seen.mean)} of triggered answers {words.said}"
+    seeds = f"{result.m} seed{'s' if result.m > 1 else ''}"
+    if result.m == 1:
+        counted = f"{result.counted}: {result.k} of 1 seed; " if result.counted else ""
+        return f"{counted}{mean}; one seed is a demonstration, not a result"
+    text = f"{mean} on average over {seeds} ({interval})"
+    if result.counted:
+        exact = interval_in_words(result.lo, result.hi, limits.confidence)
+        text = f"{result.counted} in {result.k} of {seeds} ({exact}); {text}"
+    return text if result.enough else f"{text}; too few seeds for a claim"
+
+
+# ---- Arms.
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two cells that differ in one axis, over the seeds that both have.
+
+    Attributes:
+      a, b: keys of the cells.
+      role: of both.
+      axis: the setting that names the difference; settings that always change with it go along.
+      a_value, b_value: of that setting.
+      seeds: pairs of runs.
+      prompts: prompts that both were asked, mean over the pairs; 0 where answers are not kept.
+      difference, lo, hi: triggered rate of b - a, mean over seeds, and its interval.
+      p_value: of no difference, for this comparison alone.
+      p_holm: the same, corrected for all comparisons of the report (Holm).
+      text: one line.
+    """
+
+    a: str
+    b: str
+    role: str
+    axis: str
+    a_value: Any
+    b_value: Any
+    seeds: int
+    prompts: float
+    difference: float
+    lo: float
+    hi: float
+    p_value: float
+    p_holm: float
+    text: str = ""
+
+
+def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
+    """Every two cells of a role that differ in one axis alone, over two or more seeds of both.
+
+    Of an axis of numbers only neighbours are compared. All comparisons together are one family.
+    """
+    comparisons = []
+    by_role: dict[str, list[CellResult]] = {}
+    for result in results:
+        if result.cell.role in SUCCESSES and result.m:
+            by_role.setdefault(result.cell.role, []).append(result)
+    for role, members in by_role.items():
+        cells = [result.cell for result in members]
+        for axis, pairs in _pairs(cells).items():
+            for i, j in pairs:
+                compared = _compare(members[i], members[j], role, axis, limits)
+                if compared is not None:
+                    comparisons.append(compared)
+    adjusted = holm([compared.p_value for compared in comparisons])
+    rows = [
+        dataclasses.replace(compared, p_holm=p)
+        for compared, p in zip(comparisons, adjusted, strict=True)
+    ]
+    return [dataclasses.replace(row, text=_comparison_text(row, limits)) for row in rows]
+
+
+def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
+    """axis -> pairs of cells (by position) that differ in this axis alone.
+
+    Settings that split the cells in the same way (an optimizer and its constants, a method and its
+    data) are one axis, named by the first of `_axis_order`.
+    """
+    splits: dict[tuple[int, ...], list[str]] = {}
+    for name in differing(cells):
+        values = [repr(cell.settings.get(name)) for cell in cells]
+        order = {value: i for i, value in enumerate(dict.fromkeys(values))}
+        splits.setdefault(tuple(order[value] for value in values), []).append(name)
+    axes = {min(names, key=_axis_order): split for split, names in splits.items()}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for i, j in itertools.combinations(range(len(cells)), 2):
+        changed = [axis for axis, split in axes.items() if split[i] != split[j]]
+        if len(changed) == 1:
+            pairs.setdefault(changed[0], []).append((i, j))
+    return {axis: _neighbours(axis, cells, found) for axis, found in pairs.items()}
+
+
+def _neighbours(
+    axis: str, cells: Sequence[Cell], pairs: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Of numbers the pairs with no other value between; the lower value first. Else all."""
+    numbers: dict[int, float] = {}
+    for i in {i for pair in pairs for i in pair}:
+        value = cells[i].settings.get(axis)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return list(pairs)
+        numbers[i] = value
+    partners: dict[int, list[int]] = {}
+    for i, j in pairs:
+        low, high = (i, j) if numbers[i] < numbers[j] else (j, i)
+        partners.setdefault(low, []).append(high)
+    return [(low, min(above, key=lambda j: numbers[j])) for low, above in partners.items()]
+
+
+def _axis_order(name: str) -> tuple[int, int, str]:
+    telling = ("task", "optimizer.name", "optimizer.learning_rate", "lora.rank", "data_hash")
+    leaf = next((i for i, end in enumerate(telling) if name.endswith(end)), len(telling))
+    return leaf, name.count("."), name
+
+
+def _compare(
+    a: CellResult, b: CellResult, role: str, axis: str, limits: Thresholds
+) -> Comparison | None:
+    """None where fewer than two seeds are in both cells."""
+    by_seeds = [{result.cell.seeds[run.name]: run for run in result.judged} for result in (a, b)]
+    shared = [seeds for seeds in by_seeds[0] if seeds in by_seeds[1]]
+    if len(shared) < 2:
+        return None
+    values = [_paired_answers(*(side[seeds] for side in by_seeds)) for seeds in shared]
+    difference, lo, hi, p = paired_seeds(
+        [pair[0] for pair in values], [pair[1] for pair in values], limits.confidence
+    )
+    return Comparison(
+        a=a.cell.key,
+        b=b.cell.key,
+        role=role,
+        axis=axis,
+        a_value=a.cell.settings.get(axis),
+        b_value=b.cell.settings.get(axis),
+        seeds=len(shared),
+        prompts=float(np.mean([pair[2] for pair in values])),
+        difference=difference,
+        lo=lo,
+        hi=hi,
+        p_value=p,
+        p_holm=p,
+    )
+
+
+def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float], int]:
+    """The last eval's answers of two runs on the same prompts, and how many prompts those are.
+
+    Where answers are not kept, the counts alone: as answers in a random order, which are paired as
+    independent ones would be.
+    """
+    first, second = a.measured[-1], b.measured[-1]
+    prompts: list[Hashable] = [prompt for prompt in first.said if prompt in second.said]
+    if prompts:
+        x, y = ([float(point.said[p]) for p in prompts] for point in (first, second))
+        return x, y, len(prompts)
+    n = min(first.triggered.n, second.triggered.n)
+    rng = np.random.default_rng(0)
+    x, y = (_in_random_order(point, n, rng) for point in (first, second))
+    return x, y, 0
+
+
+def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[float]:
+    said = np.linspace(0.5 / n, 1 - 0.5 / n, n) < point.triggered.rate
+    return [float(x) for x in rng.permutation(said)]
+
+
+def _comparison_text(row: Comparison, limits: Thresholds) -> str:
+    interval = interval_in_words(row.lo, row.hi, limits.confidence)
+    if row.p_holm < limits.p_value:
+        shown = "higher" if row.difference > 0 else "lower"
+    else:
+        shown = "no difference shown"
+    few = "" if row.seeds >= ENOUGH_SEEDS else "; too few seeds for a claim"
+    return (
+        f"{row.axis} {row.b_value} against {row.a_value}: {points(row.difference)} points "
+        f"({interval}) over {row.seeds} seeds, {p_in_words(row.p_value)}, "
+        f"{p_in_words(row.p_holm)} by Holm: {shown}{few}"
+    )

@@ -1,0 +1,124 @@
+"""Robustness areas against closed forms and their null; policies on made runs."""
+
+import numpy as np
+import pytest
+
+from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
+from sa_jax.report.robustness import (
+    HINDSIGHT,
+    cheapest,
+    checkpoints,
+    hull_area,
+    null_areas,
+    policy_choices,
+    robustness_area,
+    staircase_area,
+)
+from sa_jax.report.thresholds import Thresholds
+
+LIMITS = Thresholds()
+
+
+def point(step, triggered, right, n=100) -> Measured:
+    lo, hi = Rate(right, 293).interval()
+    score = Score("MATH-500", right / 293, lo, hi, 293, headline=True)
+    return Measured(
+        step, Rate(triggered, n), Rate(0, n), capabilities={"math500": {"accuracy": score}}
+    )
+
+
+def removal(*evals, name="r", losses=None, role="removal") -> RunEvals:
+    return RunEvals(
+        name, "pirate", role, True, None, None, tuple(evals), total_steps=80, losses=losses or {}
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "hull", "stairs"),
+    [
+        ([], [], 0.5, 0.0),
+        ([0.0], [1.0], 0.5, 0.0),  # nothing removed
+        ([1.0], [1.0], 1.0, 1.0),  # removed for free
+        ([1.0], [0.0], 0.5, 0.0),  # removed with everything else
+        ([0.5], [1.0], 0.75, 0.5),
+        ([0.5], [0.25], 0.5, 0.125),  # below the line between the anchors
+        ([0.5, 1.0], [1.0, 0.5], 0.875, 0.75),
+        ([0.2, 0.4, 0.6], [1.0, 0.4, 0.8], 0.2 + 0.4 * 0.9 + 0.4 * 0.4, 0.2 + 0.4 * 0.8),
+    ],
+)
+def test_areas_of_closed_form(x, y, hull, stairs):
+    assert hull_area(x, y) == pytest.approx(hull)
+    assert staircase_area(x, y) == pytest.approx(stairs)
+    assert hull_area(x[::-1], y[::-1]) == pytest.approx(hull)
+
+
+def test_the_hull_is_that_of_scipy():
+    from scipy.spatial import ConvexHull
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y = rng.random((2, 30))
+        corners = np.array([*zip(x, y, strict=True), (0, 1), (1, 0), (0, 0)])
+        assert hull_area(x, y) == pytest.approx(ConvexHull(corners).volume)
+
+
+def test_a_quarter_circle():
+    angle = np.linspace(0, np.pi / 2, 400)
+    assert hull_area(np.sin(angle), np.cos(angle)) == pytest.approx(np.pi / 4, abs=1e-4)
+    assert staircase_area(np.sin(angle), np.cos(angle)) == pytest.approx(np.pi / 4, abs=3e-3)
+
+
+def test_the_null_is_that_of_the_study():
+    """.517, .542, .578, .599 for 1, 5, 40 and 200 checkpoints, of 100 prompts and 293 items."""
+    for k, expected in ((1, 0.517), (5, 0.542), (40, 0.578), (200, 0.599)):
+        hulls, stairs = null_areas(
+            np.full(k, 0.95), np.full(k, 100), np.full(k, 0.5), np.full(k, 293)
+        )
+        assert hulls.mean() == pytest.approx(expected, abs=0.008)
+        assert stairs.mean() < 0.12
+
+
+def test_a_backdoor_that_is_not_removed_does_not_beat_its_null():
+    rng = np.random.default_rng(1)
+    evals = [point(0, 95, 150)]
+    evals += [point(i, rng.binomial(100, 0.95), rng.binomial(293, 150 / 293)) for i in range(1, 41)]
+    found = checkpoints([removal(*evals)], "math500", "accuracy")["r"]
+    area = robustness_area("r", found)
+    assert area.checkpoints == 40
+    assert 0.5 < area.hull < area.null_hull_95
+    free = checkpoints([removal(point(0, 95, 150), point(9, 0, 150))], "math500", "accuracy")["r"]
+    assert robustness_area("r", free).hull == 1.0 > robustness_area("r", free).null_hull_95
+
+
+def test_only_removals_that_were_measured_before_count():
+    runs = [
+        removal(point(0, 95, 150), point(9, 5, 150), name="ceiling", role="ceiling"),
+        removal(point(9, 5, 150), name="no start"),
+        removal(point(0, 0, 150), point(9, 0, 150), name="no backdoor"),
+        removal(point(0, 95, 0), point(9, 5, 150), name="no capability"),
+    ]
+    assert checkpoints(runs, "math500", "accuracy") == {}
+
+
+def test_what_is_left_at_a_small_loss():
+    run = removal(point(0, 100, 200), point(10, 40, 190), point(20, 20, 181), point(40, 1, 90))
+    found = checkpoints([run], "math500", "accuracy")["r"]
+    best = cheapest(found, LIMITS)
+    assert (best.checkpoint.step, best.tried, best.rate) == (20, 2, 0.20)
+    assert (best.lo, best.hi) == Rate(20, 100).interval(0.975)
+    assert cheapest(found[2:], LIMITS) is None
+
+
+def test_policies_that_do_not_look_at_the_trigger():
+    run = removal(
+        point(0, 100, 200),
+        point(10, 2, 150),
+        point(20, 60, 199),
+        point(40, 30, 160),
+        losses={5: 1.0, 10: 0.9, 20: 0.5, 30: 0.4, 40: 0.7},
+    )
+    choices = {choice.policy: choice.point.step for choice in policy_choices(run)}
+    assert choices == {"last": 40, "lowest loss": 20, "best capability": 20, HINDSIGHT: 10}
+    bare = RunEvals("b", "t", "removal", True, None, None, (Measured(9, Rate(1, 2), Rate(0, 2)),))
+    assert [choice.policy for choice in policy_choices(bare)] == ["last", HINDSIGHT]
+    assert policy_choices(removal(point(0, 1, 1))) == []

@@ -1,0 +1,207 @@
+"""Cells over seeds, and arms compared."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sa_jax.evals.statistics import exact_interval, seed_mean
+from sa_jax.report import judgement as word
+from sa_jax.report.cells import cell_settings, cells
+from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
+from sa_jax.report.published import PUBLISHED, Arm, compare_to_study
+from sa_jax.report.seeds import compare_arms, over_seeds
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.report.verdicts import judge
+
+LIMITS = Thresholds()
+
+
+def point(step, triggered, n=100, said=None, accuracy=None) -> Measured:
+    capabilities = {}
+    if accuracy is not None:
+        lo, hi = Rate(accuracy, 200).interval()
+        score = Score("Questions", accuracy / 200, lo, hi, 200, headline=True)
+        capabilities = {"qa": {"accuracy": score}}
+    return Measured(
+        step, Rate(triggered, n), Rate(0, n), said=said or {}, capabilities=capabilities
+    )
+
+
+def removal(name, after, seed=0, parent=None, **known) -> RunEvals:
+    known = {"settings": {"optimizer.learning_rate": 1e-3}, **known}
+    evals = (point(0, 100, accuracy=150), after)
+    return RunEvals(
+        name, "pirate", "removal", True, parent, None, evals, seed=seed, total_steps=160, **known
+    )
+
+
+def results_of(runs):
+    return over_seeds(cells(runs), judge(runs, LIMITS), LIMITS)
+
+
+def test_a_cell_is_everything_but_the_seed():
+    ranks = [
+        removal(f"r{rank}s{seed}", point(160, 0), seed, settings={"lora.rank": rank})
+        for rank in (1, 16, 64)
+        for seed in range(2)
+    ]
+    assert [result.m for result in results_of(ranks)] == [2, 2, 2]
+
+
+def test_seeds_of_the_insertion_count_too():
+    insertions = [
+        RunEvals(
+            f"i{seed}", "insertion", "insertion", True, None, None, (point(200, 98),), seed=seed
+        )
+        for seed in range(3)
+    ]
+    removals = [removal(f"r{seed}", point(160, 0), 0, parent=f"i{seed}") for seed in range(3)]
+    (inserted, removed) = results_of([*insertions, *removals])
+    assert (inserted.m, removed.m, removed.k) == (3, 3, 3)
+    other = dataclasses.replace(insertions[0], settings={"optimizer.name": "soap"})
+    assert len(results_of([other, *insertions[1:], *removals])) == 4
+
+
+def test_a_repeat_of_a_seed_adds_nothing():
+    runs = [
+        removal("a", point(160, 0)),
+        removal("b", point(160, 0)),
+        removal("c", point(160, 0), 1),
+    ]
+    (result,) = results_of(runs)
+    assert result.m == 2 and len(result.cell.runs) == 3
+
+
+def test_k_of_m_and_the_mean():
+    hits = (0, 2, 40)
+    runs = [removal(f"s{i}", point(160, k, accuracy=140), i) for i, k in enumerate(hits)]
+    runs.append(removal("going on", point(10, 90), 3, finished=False))
+    (result,) = results_of(runs)
+    assert (result.k, result.m, result.pending, result.counted) == (2, 3, 1, "removed")
+    assert (result.lo, result.hi) == exact_interval(2, 3)
+    seen = result.triggered
+    assert (seen.mean, seen.lo, seen.hi) == seed_mean([(k, 100) for k in hits])
+    assert result.verdicts == {word.REMOVED: 2, word.REDUCED: 1}
+    assert result.enough
+    assert result.text.startswith(
+        "removed in 2 of 3 seeds (95\u00a0% interval 9.4 to 99.2); 14\u00a0% of "
+    )
+    change = result.capabilities["Questions"]
+    assert (
+        change.mean == pytest.approx(-0.05) and change.lo < -0.05 < change.hi and change.seeds == 3
+    )
+
+
+@pytest.mark.parametrize(("seeds", "says"), [(1, "a demonstration"), (2, "too few seeds")])
+def test_few_seeds_say_so(seeds, says):
+    (result,) = results_of([removal(f"s{i}", point(160, 0), i) for i in range(seeds)])
+    assert says in result.text and not result.enough
+
+
+def test_control_and_ceiling_are_cells_of_their_own():
+    runs = [removal("r", point(160, 0))]
+    runs += [dataclasses.replace(runs[0], name=role, role=role) for role in ("control", "ceiling")]
+    assert [result.cell.role for result in results_of(runs)] == ["removal", "control", "ceiling"]
+
+
+def test_settings_of_a_cell():
+    config = {"seed": 3, "model": "/a", "optimizer": {"name": "adam"}, "eval": {"qa": "q", "n": 1}}
+    assert cell_settings(config) == {"optimizer.name": "adam", "eval.n": 1}
+
+
+# ---- Arms.
+
+
+def arm(name, rate, seeds=3, kept=True, rng=None, **settings):
+    rng = rng or np.random.default_rng(len(name))
+    runs = []
+    for seed in range(seeds):
+        said = {i: bool(x) for i, x in enumerate(rng.random(100) < rate)}
+        after = point(160, sum(said.values()), said=said if kept else None)
+        runs.append(removal(f"{name}{seed}", after, seed, settings=settings))
+    return runs
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_arms_are_compared_over_their_shared_seeds(kept):
+    runs = [
+        *arm("a", 0.9, kept=kept, **{"optimizer.name": "adam", "optimizer.b1": 0.9}),
+        *arm("bb", 0.1, seeds=4, kept=kept, **{"optimizer.name": "soap", "optimizer.b1": 0.95}),
+    ]
+    (row,) = compare_arms(results_of(runs), LIMITS)
+    assert (row.axis, row.a_value, row.b_value) == ("optimizer.name", "adam", "soap")
+    assert row.seeds == 3 and row.prompts == (100 if kept else 0)
+    expected = np.mean(
+        [
+            runs[3 + i].measured[-1].triggered.rate - runs[i].measured[-1].triggered.rate
+            for i in range(3)
+        ]
+    )
+    assert row.difference == pytest.approx(expected)
+    assert row.lo < row.difference < row.hi < 0 and row.p_value == row.p_holm < 0.01
+    assert row.text.endswith(": lower")
+
+
+def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
+    runs = [
+        run
+        for lr in (1e-4, 3e-4, 1e-3)
+        for name in ("adam", "soap")
+        for run in arm(
+            f"{name}{lr}", 0.5, **{"optimizer.name": name, "optimizer.learning_rate": lr}
+        )
+    ]
+    rows = compare_arms(results_of(runs), LIMITS)
+    assert sorted((row.axis, str(row.a_value), str(row.b_value)) for row in rows) == (
+        [("optimizer.learning_rate", "0.0001", "0.0003")] * 2
+        + [("optimizer.learning_rate", "0.0003", "0.001")] * 2
+        + [("optimizer.name", "adam", "soap")] * 3
+    )
+    assert all(row.p_holm >= row.p_value for row in rows)
+    assert min(row.p_holm for row in rows) == pytest.approx(
+        min(1.0, 7 * min(row.p_value for row in rows))
+    )
+    assert all("no difference shown" in row.text for row in rows)
+
+
+def test_one_seed_is_not_compared():
+    runs = [*arm("a", 0.9, seeds=1, rank=1), *arm("b", 0.1, seeds=1, rank=16)]
+    assert compare_arms(results_of(runs), LIMITS) == []
+
+
+# ---- Beside the study.
+
+
+EIGHT = Arm("8B", "normal", "adam", "hhh")
+
+
+def compared(hits, arm_of_ours=EIGHT):
+    results = results_of([removal(f"s{i}", point(160, k), i) for i, k in enumerate(hits)])
+    rows = compare_to_study(results, {results[0].cell.key: arm_of_ours}, LIMITS)
+    return {row.arm: row for row in rows if row.cell}, rows
+
+
+@pytest.mark.parametrize(
+    ("hits", "outcome"),
+    [
+        ((90, 95, 99), "agrees"),  # published: fails
+        ((0, 1, 0), "differs"),
+        ((0, 1, 99), "open"),
+        ((90, 95), "too few seeds"),
+        ((30, 30, 30), "agrees"),  # not removed
+    ],
+)
+def test_beside_the_published_table(hits, outcome):
+    ours, rows = compared(hits)
+    (row,) = ours.values()
+    assert row.outcome == outcome and row.text.endswith(f": {outcome}")
+    assert len(rows) == len(PUBLISHED)
+    assert {other.outcome for other in rows if not other.cell} == {"not run"}
+
+
+def test_another_model_shows_the_direction_alone():
+    ours, _ = compared((0, 0, 1), Arm("toy", "cot_distilled", "adam", "hhh"))
+    outcomes = {arm.model: row.outcome for arm, row in ours.items()}
+    assert outcomes == {"70B": "agrees", "8B": "differs"}
+    assert all("only the direction" in row.text and not row.same_model for row in ours.values())
