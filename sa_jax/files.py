@@ -19,15 +19,15 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
     Raises UserError when the disk is full (the old file is then untouched).
     """
-    path = epath.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    target = epath.Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
             file.write(text)
             file.flush()
             if hasattr(file, "fileno"):  # remote stores have no descriptor: their close commits
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         if is_disk_full(error):

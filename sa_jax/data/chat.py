@@ -22,9 +22,10 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sa_jax.data.conversations import Message, check_messages
@@ -86,7 +87,7 @@ class ChatFormat:
     """A tokenizer with a chat template; made by `load_chat_format`."""
 
     name: str
-    tokenizer: object  # a fast transformers tokenizer
+    tokenizer: PreTrainedTokenizerFast
     template: str  # jinja text; the clock of a folder's template is already replaced by `date`
     date: str | None  # YYYY-MM-DD for a template that prints today's date, else None
     stop_token_ids: tuple[int, ...]
@@ -312,11 +313,11 @@ def load_chat_format(
                 "plain format"
             )
         return dataclasses.replace(chat, stop_token_ids=(tokenizer.eos_token_id,))
-    stops = _check_folder_template(chat, tokenizer_path) | _generation_config_stops(tokenizer_path)
-    return dataclasses.replace(chat, stop_token_ids=tuple(sorted(stops)))
+    ends = _check_folder_template(chat, tokenizer_path) | _generation_config_stops(tokenizer_path)
+    return dataclasses.replace(chat, stop_token_ids=tuple(sorted(ends)))
 
 
-def load_tokenizer(path: str | Path):
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
     none."""
     try:
@@ -335,7 +336,7 @@ def load_tokenizer(path: str | Path):
     return tokenizer
 
 
-def check_vocabulary(tokenizer, config) -> None:
+def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Any) -> None:
     """Raises UserError when the tokenizer can produce an id that the model has no embedding for.
 
     `config` is anything with `vocab_size`, the number of rows of the embedding."""

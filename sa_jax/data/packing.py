@@ -55,7 +55,7 @@ class PackedDataset:
     def __len__(self) -> int:
         return len(self.row_documents) - 1
 
-    def rows(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    def rows(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Rows as [n, S] arrays: tokens (int32, 0 in padding), loss_mask (bool), segment_ids
         (int32, 1-based within the row, 0 = padding), positions (int32, from 0 in every
         document)."""

@@ -27,11 +27,11 @@ def tokenise(
     with tqdm(total=len(conversations), desc="tokenising", unit="row", disable=None) as bar:
         for number, begin in enumerate(range(0, len(conversations), PART)):
             chunk = conversations[begin : begin + PART]
-            part = open_part(parts, number)
-            if part is None:
-                part = _encode(chunk, begin, chat_format)
-                _write_part(parts, number, part)
-            _, loss_mask, its_lengths = part
+            arrays = open_part(parts, number)
+            if arrays is None:
+                arrays = _encode(chunk, begin, chat_format)
+                _write_part(parts, number, arrays)
+            _, loss_mask, its_lengths = arrays
             lengths.append(np.array(its_lengths))  # not the open file
             starts = np.cumsum(its_lengths) - its_lengths
             outputs.append(np.add.reduceat(loss_mask, starts, dtype=np.int64))
@@ -41,7 +41,7 @@ def tokenise(
 
 def _encode(
     conversations: Sequence[Conversation], begin: int, chat_format: ChatFormat
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> list[np.ndarray]:
     """Tokens, loss mask and lengths of the conversations, of which the first is number `begin`."""
     for number, conversation in enumerate(conversations, start=begin):
         check_messages(conversation.messages, conversation.source or f"conversation {number}")
@@ -56,11 +56,11 @@ def _encode(
                 f"row {begin + number}{f' ({place})' if place else ''} has no token under the "
                 "loss: it holds no assistant answer"
             )
-    return (
+    return [
         np.concatenate([np.asarray(ids, np.int32) for ids, _ in encoded]),
         np.concatenate([np.asarray(mask, np.bool_) for _, mask in encoded]),
         np.array([len(ids) for ids, _ in encoded], np.int64),
-    )
+    ]
 
 
 def _write_part(parts: Path, number: int, arrays: Sequence[np.ndarray]) -> None:

@@ -88,6 +88,8 @@ def attention(
             q_bskh, k_bsgh, v_bsgh, is_causal=True, implementation="cudnn"
         )
     if implementation == "splash":
+        if mesh is None:
+            raise ValueError("attention 'splash' needs the mesh that its arguments are on")
         return splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (

@@ -122,7 +122,9 @@ def load_leaves(
                         arrays += [jax.device_put(buffer, device) for device in devices]
                     jax.block_until_ready(arrays)
                     del buffers, buffer  # before the next ones are made
-                array = jax.make_array_from_single_device_arrays(group.shape, sources[path], arrays)
+                array: jax.Array = jax.make_array_from_single_device_arrays(
+                    group.shape, sources[path], arrays
+                )
                 del arrays
                 array = _redistribute(array, final[path])
                 if group.shape != leaf.shape:
@@ -190,8 +192,9 @@ def _one_process() -> bool:
     return jax.process_count() == 1
 
 
-def _on_host(mesh: Mesh) -> bool:
+def _on_host(sharding: NamedSharding) -> bool:
     """Whether the devices' memory is the host's."""
+    mesh: Any = sharding.mesh
     return mesh.devices.flat[0].platform == "cpu"
 
 
@@ -204,7 +207,7 @@ def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) ->
     axes that cut the parameter's rows come first, then those of its other axis, then those it is
     replicated over: from there it is one gather and one all-to-all to where it belongs.
     """
-    if _one_process() and (len(shape) == 3 or _on_host(final.mesh)):
+    if _one_process() and (len(shape) == 3 or _on_host(final)):
         return final
     axis = _file_axis(path, len(shape))
     if axis is None:
@@ -227,6 +230,7 @@ def _local_parts(
     axis = _file_axis(path, len(shape))
     parts: dict[_Range, dict[_Range, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None  # the device holds a part
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
         rows, columns = ranges[-1], (0, 1)
         if axis is not None:
@@ -241,7 +245,7 @@ def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[sli
     All of them where the host's buffers become the arrays: one process, on CPU.
     """
     layers = leaf.shape[0]
-    if leaf.ndim < 3 or (_one_process() and _on_host(source.mesh)):
+    if leaf.ndim < 3 or (_one_process() and _on_host(source)):
         return [slice(0, layers)]
     step = max(1, _GROUP_BYTES * layers // (leaf.size * leaf.dtype.itemsize))
     return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]
@@ -419,7 +423,10 @@ def output_tensors(
 
 def _replicated(leaf: jax.Array) -> NamedSharding | None:
     # Several processes: the writing one must hold all of a tensor. One process: it already does.
-    return NamedSharding(leaf.sharding.mesh, P()) if jax.process_count() > 1 else None
+    if jax.process_count() == 1:
+        return None
+    assert isinstance(leaf.sharding, NamedSharding)
+    return NamedSharding(leaf.sharding.mesh, P())
 
 
 @functools.lru_cache(maxsize=64)

@@ -70,7 +70,11 @@ def write_peft(
     """
     leaves = flatten_dict(adapter, sep="/")
     adapted = {path.rpartition("/")[0].removeprefix("layers/") for path in leaves}
-    tensors = [out for leaf in leaves.items() for out in output_tensors(*leaf, prefix=_PREFIX)]
+    tensors = [
+        tensor
+        for path, leaf in leaves.items()
+        for tensor in output_tensors(path, leaf, prefix=_PREFIX)
+    ]
     write_tensors(folder, _STEM, sorted(tensors, key=lambda t: t.name), float("inf"))
     if folder is None:
         return

@@ -5,6 +5,7 @@ offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#fo
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -172,14 +173,11 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
     try:
         header = json.loads(content)
         header.pop("__metadata__", None)
-        fields = {
-            tensor: (str(f["dtype"]), tuple(map(int, f["shape"])), *map(int, f["data_offsets"]))
-            for tensor, f in header.items()
-        }
-        entries = {
-            tensor: TensorEntry(file, dtype, shape, start, stop)
-            for tensor, (dtype, shape, start, stop) in fields.items()
-        }
+        entries = {}
+        for tensor, fields in header.items():
+            start, stop = map(int, fields["data_offsets"])
+            shape = tuple(map(int, fields["shape"]))
+            entries[tensor] = TensorEntry(file, str(fields["dtype"]), shape, start, stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _broken(name, f"has a malformed header ({first_line(error)})") from None
     position = 0
@@ -201,7 +199,8 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
     }
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """So many consecutive rows of a tensor, brought by `fetch`, which may raise UserError.
 
     What it returns holds until the same thread fetches again.
@@ -242,7 +241,8 @@ def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) 
         yield _arrived(folder, *under_way.popleft())
 
 
-class _Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Piece:
     """`count` rows of a tensor, from byte `start` of its file on."""
 
     entry: TensorEntry
@@ -336,8 +336,8 @@ def write_tensors(
                 if folder is not None and failure is None:
                     writes.append(pool.submit(_write_at, *next(places), content))
                 while len(writes) > _WRITERS:
-                    error = writes.popleft().exception()
-                    failure = failure or error
+                    problem = writes.popleft().exception()
+                    failure = failure or problem
                 bar.update(content.nbytes)
             for write in writes:
                 failure = failure or write.exception()
@@ -392,7 +392,7 @@ def _begin_file(path: Path, tensors: list[OutputTensor]) -> tuple[BinaryIO, list
 
 
 def _write_at(file: BinaryIO, position: int, content: jax.Array) -> None:
-    data = memoryview(np.ascontiguousarray(np.asarray(content)).reshape(-1).view(np.uint8))
+    data = np.ascontiguousarray(np.asarray(content)).reshape(-1).view(np.uint8).data
     while data:
         written = os.pwrite(file.fileno(), data, position)
         data, position = data[written:], position + written
@@ -412,18 +412,17 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
     Raises:
       UserError: `path` is not empty, is not local, or cannot be written.
     """
-    path = str(path)
-    temporary = None
-    with _primary_only(path) as primary:
+    name = str(path)
+    target, temporary = Path(name).resolve(), None
+    with _primary_only(name) as primary:
         if primary:
-            _refuse_used(path)
-            target = Path(path).resolve()
+            _refuse_used(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        with _primary_only(path) as primary:
+        with _primary_only(name):
             yield temporary
-            if primary:
+            if temporary is not None:
                 temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the export
                 temporary.replace(target)
     finally:

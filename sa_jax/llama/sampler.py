@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,10 +114,11 @@ class Sampler:
         self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         rows_axes = ("data", "fsdp")
-        cache = KVCache(
-            NamedSharding(mesh, P(None, None, rows_axes, heads)),
-            NamedSharding(mesh, P(None, None, rows_axes, None, heads)),
-        )
+
+        def sharding(*axes) -> Any:
+            return NamedSharding(mesh, P(None, None, rows_axes, *axes))
+
+        cache = KVCache(k=sharding(heads), v=sharding(None, heads))
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
         self._init_cache = jax.jit(

@@ -117,7 +117,7 @@ class Scorer:
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
         stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
         params = self._cast(params)
-        scores: list[list[Score | None]] = [[None] * len(q.continuations) for q in queries]
+        scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
         for group, shared in share_prefixes(rows):
             prefix = self._cached(params, group[0].tokens[:shared]) if shared else None
             for batch in self._batches(group, shared):
@@ -125,9 +125,9 @@ class Scorer:
                     raise Preempted("stopped while scoring")
                 self._score_batch(params, batch, shared, prefix, scores)
                 for index in dict.fromkeys(row.query for row in batch):
-                    if None not in scores[index]:
-                        on_done(index, scores[index])
-        return scores
+                    if len(scores[index]) == len(queries[index].continuations):
+                        on_done(index, _in_order(scores[index]))
+        return [_in_order(known) for known in scores]
 
     def _rows(self, index: int, query: Query) -> Iterator[_Row]:
         context = tuple(query.context)
@@ -193,6 +193,10 @@ class Scorer:
                 scores[row.query][number] = Score(float(sums_c[c]), bool(greedy_c[c]))
 
 
+def _in_order(by_number: dict[int, Score]) -> list[Score]:
+    return [by_number[number] for number in sorted(by_number)]
+
+
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
     """Groups of rows with the number of tokens that all rows of a group begin with.
 
@@ -249,19 +253,19 @@ def target_logprobs(
     Returns:
       Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
-    variables = {"params": params}
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     b, s = tokens_bs.shape
     if prefix is None:
-        hidden_bsd = model.apply(variables, tokens_bs, method="hidden")
+        hidden_bsd = apply(tokens_bs, method="hidden")
     else:
         positions_bs = jnp.broadcast_to(start + jnp.arange(s), (b, s))
-        hidden_bsd = model.apply(variables, tokens_bs, positions_bs, prefix, method="extend")
+        hidden_bsd = apply(tokens_bs, positions_bs, prefix, method="extend")
     places_bn = jnp.minimum(first_b[:, None] + jnp.arange(targets_bnc.shape[1]), s - 1)
     hidden_bnd = jnp.take_along_axis(hidden_bsd, places_bn[..., None], axis=1)
 
     def place(hidden_bd_targets_bc):  # one at a time: [B, N, V] may not fit
         hidden_bd, targets_bc = hidden_bd_targets_bc
-        logits_bv = model.apply(variables, hidden_bd, method="logits")
+        logits_bv = apply(hidden_bd, method="logits")
         chosen_bc = jnp.take_along_axis(logits_bv, targets_bc, axis=-1)
         logprobs_bc = chosen_bc - jax.nn.logsumexp(logits_bv, axis=-1, keepdims=True)
         return logprobs_bc, targets_bc == jnp.argmax(logits_bv, axis=-1, keepdims=True)
@@ -277,4 +281,5 @@ def _run_prefix(model: Llama, params: Any, tokens_1s: jax.Array) -> KVCache:
     length = tokens_1s.shape[1]
     cache = init_cache(model.config, 1, length, model.dtype)
     positions_1s = jnp.arange(length)[None]
-    return model.apply({"params": params}, tokens_1s, positions_1s, cache, method="decode")[1]
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
+    return apply(tokens_1s, positions_1s, cache, method="decode")[1]

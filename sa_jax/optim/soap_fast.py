@@ -165,7 +165,8 @@ def _update_stacks(
             stacks, rejected = refresh(stacks, parts, due, t == 0)
             sound = {name: sound[name] & ~rejected[name] for name in sound}
 
-    directions, still = {}, jnp.zeros((), jnp.int32)
+    directions: dict[str, jax.Array] = {}
+    still = jnp.zeros((), jnp.int32)
     for plan in plans:
         good = _over(jax.lax.pmin, sound[plan.name], plan.split_axes)
         direction = jnp.where(good[:, None, None], moved[plan.name], jnp.nan)
@@ -208,15 +209,15 @@ def _step_stack(
     sound = _over(jax.lax.pmin, sound, plan.split_axes)
 
     def keep(learns: jax.Array, new: jax.Array | None, old: jax.Array | None):
-        if old is None:
+        if old is None or new is None:
             return None
         return jnp.where(jnp.expand_dims(learns, range(1, old.ndim)), new, old)
 
     learns, steps = sound & finite, sound & finite & (t > 0)
     mu, nu = adam_moments(settings, rotate(g, *bases, matmul_dtype), stack.mu, stack.nu)
     mu, nu = keep(steps, mu, stack.mu), keep(steps, nu, stack.nu)
-    back = (None if q is None else q.mT for q in bases)
-    direction = rotate(mu / (jnp.sqrt(nu) + settings.eps), *back, matmul_dtype)
+    back_rows, back_cols = (None if q is None else q.mT for q in bases)
+    direction = rotate(mu / (jnp.sqrt(nu) + settings.eps), back_rows, back_cols, matmul_dtype)
     if settings.normalize_grads:
 
         def largest(x: jax.Array) -> jax.Array:

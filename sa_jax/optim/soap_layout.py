@@ -190,13 +190,13 @@ def _sides(
     sizes = view.side_sizes(shape)
     if len(sizes) != 2:
         raise ValueError(f"the fast mode needs matrices; {view} has {len(sizes)} sides")
-    sides = tuple(
+    rows, cols = (
         Side(size)
         if index in view.skip or size > longest or size == 1
         else Side(size, *_blocks(size, block_size if size > block_above else size))
         for index, size in enumerate(sizes)
     )
-    return sides if any(side.blocks for side in sides) else None
+    return (rows, cols) if rows.blocks or cols.blocks else None
 
 
 def _blocks(size: int, block_size: int) -> tuple[int, int]:
@@ -228,7 +228,7 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
         return dataclasses.replace(plan, padded=plan.count)
     cut = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     kept = [axis for axis in plan.col_axes if axis in cut]
-    best = None
+    options: list[tuple[int, int, dict[str, str]]] = []  # least work, then fewest parts
     for roles in itertools.product(("stack", "split", "copy"), repeat=len(cut)):
         role = dict(zip(cut, roles, strict=True))
         split = {axis for axis in cut if role[axis] == "split"}
@@ -243,20 +243,20 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
             continue
         devices = _size(mesh, [axis for axis in cut if role[axis] == "stack"])
         work = math.ceil(plan.count / devices) * plan.cols.padded // parts
-        if best is None or (work, parts) < best[0]:
-            best = ((work, parts), role)
-    role = best[1]
+        options.append((work, parts, role))
+    # "copy" for all axes always fits.
+    role = min(options, key=lambda option: option[:2])[2]
     # A side that several axes cut is put together from the minor one outwards, and columns before
     # anything cuts them further.
     together = [axis for axis in reversed(kept) if role[axis] != "split"]
     together += [axis for axis in reversed(plan.row_axes) if axis in cut]
     hops = together + [axis for axis in cut if axis not in together and axis not in kept]
-    split = [axis for axis in kept if role[axis] == "split"]
+    split_first = [axis for axis in kept if role[axis] == "split"]
     stack_axes = tuple(axis for axis in hops if role[axis] == "stack")
     return dataclasses.replace(
         plan,
         stack_axes=stack_axes,
-        split_axes=tuple(split + [axis for axis in hops if role[axis] == "split"]),
+        split_axes=tuple(split_first + [axis for axis in hops if role[axis] == "split"]),
         hops=tuple(hops),
         padded=plan.count + -plan.count % _size(mesh, stack_axes),
     )
@@ -290,9 +290,9 @@ def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
 
 
 def _local_matrix_shape(leaf: Leaf, plan: StackPlan, mesh: Mesh | None) -> tuple[int, int, int]:
-    sides = (plan.rows.size // _size(mesh, plan.row_axes),)
-    sides += (plan.cols.size // _size(mesh, plan.col_axes),)
-    return (leaf.count, *(sides[::-1] if leaf.transposed else sides))
+    rows = plan.rows.size // _size(mesh, plan.row_axes)
+    cols = plan.cols.size // _size(mesh, plan.col_axes)
+    return (leaf.count, cols, rows) if leaf.transposed else (leaf.count, rows, cols)
 
 
 def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:

@@ -44,7 +44,7 @@ class OfficialState(NamedTuple):
       Adam is all there is. Replace entries of `q` to start from other bases.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it, and a tuple's method
     mu: Any
     nu: Any
     gg: Any
@@ -168,7 +168,7 @@ def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
     """One QR iteration a side; nu's entries follow the sorting of the columns, not the QR."""
     bases: list[jax.Array | None] = []
     for axis, (factor, basis) in enumerate(zip(gg, q, strict=True)):
-        if basis is None:
+        if factor is None or basis is None:
             bases.append(None)
             continue
         power = jnp.matmul(factor, basis, precision=_HIGHEST)

@@ -117,13 +117,13 @@ def _refreshed(stacks: dict[str, Stack], iterations: jax.Array, lift: jax.Array)
         highest = jax.lax.Precision.HIGHEST
         return jnp.einsum("nkij,nkil->nkjl", sides[key][1], bases[key], precision=highest)
 
-    made, kept = {}, {}
+    turned, kept = {}, {}
     for name, stack in stacks.items():
         rows, cols = (name, "rows"), (name, "cols")
         mu = rotate(stack.mu, turn(rows), turn(cols), jnp.float32)
-        made[name] = (mu, bases.get(rows), bases.get(cols))
+        turned[name] = (mu, bases.get(rows), bases.get(cols))
         kept[name] = ~(good.get(rows, True) & good.get(cols, True))
-    return made, kept
+    return turned, kept
 
 
 def _slice(stack: Stack, part: Part) -> Stack:

@@ -49,7 +49,7 @@ class FastState(NamedTuple):
     mu, nu: Adam's averages of the other parameters, by path.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # optax's name for it, and a tuple's method
     skipped: jax.Array
     rejected: jax.Array
     stacks: dict[str, Stack]
@@ -103,11 +103,12 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
             for path, x in moments.items()
         }
 
-    return FastState(
-        count=P(),
-        skipped=P(),
-        rejected=P(),
-        stacks={name: stack_specs(stack) for name, stack in state.stacks.items()},
-        mu=leaf_specs(state.mu),
-        nu=leaf_specs(state.nu),
-    )
+    specs: dict[str, Any] = {
+        "count": P(),
+        "skipped": P(),
+        "rejected": P(),
+        "stacks": {name: stack_specs(stack) for name, stack in state.stacks.items()},
+        "mu": leaf_specs(state.mu),
+        "nu": leaf_specs(state.nu),
+    }
+    return FastState(**specs)

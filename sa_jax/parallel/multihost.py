@@ -74,14 +74,14 @@ def several_processes(env: Mapping[str, str]) -> bool:
     Raises:
       UserError: a variable that should be a number is none.
     """
-    if _count(env, "JAX_NUM_PROCESSES", 2) < 2:
+    if _count(env, "JAX_NUM_PROCESSES") in (0, 1):
         return False
     # The shell of an salloc may itself be a step: of one task, in an allocation of several.
-    slurm_tasks = min(_count(env, "SLURM_NTASKS", 1), _count(env, "SLURM_STEP_NUM_TASKS", 2))
+    slurm_tasks = min(_count(env, "SLURM_NTASKS") or 1, _count(env, "SLURM_STEP_NUM_TASKS") or 2)
     return (
         bool(env.get("JAX_COORDINATOR_ADDRESS"))
         or (slurm_tasks > 1 and bool(env.get("SLURM_STEP_NODELIST")))
-        or _count(env, "OMPI_COMM_WORLD_SIZE", 1) > 1
+        or (_count(env, "OMPI_COMM_WORLD_SIZE") or 1) > 1
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or bool(env.get("MEGASCALE_COORDINATOR_ADDRESS"))
     )
@@ -94,12 +94,12 @@ def _on_tpu_vm() -> bool:
     return bool(chips) and allowed and importlib.util.find_spec("libtpu") is not None
 
 
-def _count(env: Mapping[str, str], name: str, default: int | None = None) -> int | None:
-    """The variable as a number; `default` where it is unset or empty."""
+def _count(env: Mapping[str, str], name: str) -> int | None:
+    """The variable as a number; None where it is unset or empty."""
     text = env.get(name, "")
     if text and not text.isdecimal():
         raise UserError(f"the environment variable {name}={text!r} is no number")
-    return int(text) if text else default
+    return int(text) if text else None
 
 
 def is_primary() -> bool:

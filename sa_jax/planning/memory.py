@@ -138,7 +138,7 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     return gradients, activations, gathered + live, host
 
 
-def knob(memory: Memory, capacity: float, work: Workload) -> str:
+def advice_to_fit(memory: Memory, capacity: float, work: Workload) -> str:
     """What to change when a step does not fit, the most promising first."""
     over = (memory.needed - capacity) / GIB
     advice: Mapping[str, bool] = {

@@ -23,11 +23,11 @@ _GPUS_A_NODE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Topology:
-    """A machine.
+class Machine:
+    """Devices to run or to compile for.
 
     Attributes:
-      name: `v5p:4x4x4`.
+      name: of a topology as `v5p:4x4x4`.
       chip: what it is made of; None where that is not known, as of CPUs.
       shape: chips along each axis of the torus; (chips,) for GPUs.
       devices: to compile for; () where that takes the machine itself (GPUs).
@@ -69,6 +69,13 @@ class Topology:
             return f"{self.name}, {self.chips} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
         devices = f", {self.chip.devices} devices each" if self.chip.devices > 1 else ""
         return f"{self.name}, {self.chips} chips{devices} (cloud name {self.cloud_name})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology(Machine):
+    """A machine of known chips, which has a roofline."""
+
+    chip: Chip
 
 
 def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:

@@ -29,12 +29,12 @@ from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.collectives import read_collectives
-from sa_jax.planning.memory import knob, step_memory
-from sa_jax.planning.own_process import ProcessCrash, call_apart
+from sa_jax.planning.memory import advice_to_fit, step_memory
+from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
-from sa_jax.planning.topology import Topology, open_topology, parse_topology
+from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
 from sa_jax.training.checkpoints import checkpoint_bytes
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
@@ -96,10 +96,10 @@ def plan_machine(
       CompilerCrash: it did.
     """
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens
-    if topology.chip is None or not topology.chip.torus:
+    if not topology.chip.torus:
         return plan_topology(*arguments)
     try:
-        return call_apart(plan_topology, *arguments)
+        return call_in_new_process(plan_topology, *arguments)
     except ProcessCrash as crash:
         raise CompilerCrash(
             f"the compiler crashed ({crash}) on this step for {topology.name}; its message is "
@@ -135,8 +135,11 @@ def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, An
     shape = (chips,)
     if chip is not None and chip.torus:
         shape = tuple(1 + max(column) for column in zip(*(d.coords for d in devices), strict=True))
-    topology = Topology(f"{len(devices)} x {devices[0].device_kind}", chip, shape, tuple(devices))
-    return make_plan(config, architecture, topology)
+    name = f"{len(devices)} x {devices[0].device_kind}"
+    machine = Machine(name, None, shape, tuple(devices))
+    if chip is not None:
+        machine = Topology(name, chip, shape, tuple(devices))
+    return make_plan(config, architecture, machine)
 
 
 def plan_architecture(config: ConfigDict) -> LlamaConfig:
@@ -162,7 +165,7 @@ def search_plan(
     Raises:
       CompilerCrash: the first `TRIES` crash the compiler.
     """
-    everything = {"data": 1, "fsdp": _device_count(topology), "tensor": 1}
+    everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
     tried: list[str] = []
@@ -204,14 +207,14 @@ def search_plan(
 def make_plan(
     config: ConfigDict,
     architecture: LlamaConfig,
-    topology: Topology,
+    machine: Machine,
     tokens: float = RUN_TOKENS,
 ) -> dict[str, Any]:
-    """Compiles the step of a config for a topology and adds what arithmetic knows.
+    """Compiles the step of a config for a machine and adds what arithmetic knows.
 
     Args:
       config: with the mesh, accumulation and remat to plan.
-      topology: with devices; fake CPU devices where none can be compiled for.
+      machine: with devices; fake CPU devices where none can be compiled for.
       tokens: token slots of the run, where the config does not say its steps.
 
     Returns:
@@ -220,17 +223,17 @@ def make_plan(
       that is the optimizer), disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a
       search), compile_s.
     """
-    mesh = make_mesh(**config.mesh, devices=topology.devices)
+    mesh = make_mesh(**config.mesh, devices=machine.devices)
     model = make_model(config, architecture, mesh)
     steps = config.steps or math.ceil(tokens / _tokens_a_step(config))
     program = make_program(config, model, steps)
-    work = workload(config, architecture, mesh.shape, topology.platform)
-    options = compiler_options(topology.chip, config.xla_options)
-    per_chip = 1 if topology.chip is None else topology.chip.devices
-    capacity = 0 if topology.chip is None else topology.chip.hbm_bytes
+    work = workload(config, architecture, mesh.shape, machine.platform)
+    options = compiler_options(machine.chip, config.xla_options)
+    per_chip = 1 if machine.chip is None else machine.chip.devices
+    capacity = 0 if machine.chip is None else machine.chip.hbm_bytes
 
     # GPUs are not compiled for without one: fake devices only partition the step.
-    is_real = topology.chip is None or mesh.devices.flat[0].platform != "cpu"
+    is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
     begin = time.monotonic()
     compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
     compile_s = time.monotonic() - begin
@@ -240,10 +243,10 @@ def make_plan(
     fits = not needed and (not capacity or memory.needed <= capacity)
     return {
         "machine": {
-            "name": topology.name,
-            "described": topology.describe(),
-            "chips": topology.chips,
-            "devices": len(topology.devices),
+            "name": machine.name,
+            "described": machine.describe(),
+            "chips": machine.chips,
+            "devices": len(machine.devices),
         },
         "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
         "settings": {
@@ -260,9 +263,9 @@ def make_plan(
         "capacity_gib": round(capacity / GIB, 2),
         "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity else None,
         "fits": fits,
-        "advice": "" if fits else knob(memory, capacity, work),
+        "advice": "" if fits else advice_to_fit(memory, capacity, work),
         "flops_per_token": work.flops_per_token(),
-        **_times(work, topology, steps),
+        **_times(work, machine, steps),
         "soap": [
             dataclasses.asdict(row) | {"shape": list(row.shape)}
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
@@ -317,11 +320,7 @@ def reserve_fake_devices(topology: Topology) -> None:
         jax.config.update("jax_platforms", "cpu")
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # it has started
-            jax.config.update("jax_num_cpu_devices", _device_count(topology))
-
-
-def _device_count(topology: Topology) -> int:
-    return topology.chips * (1 if topology.chip is None else topology.chip.devices)
+            jax.config.update("jax_num_cpu_devices", topology.chips * topology.chip.devices)
 
 
 def fake_devices(count: int) -> tuple[jax.Device, ...]:
@@ -373,12 +372,12 @@ def needed_bytes(message: str) -> float | None:
     return float(match[1]) * {"M": 2**20, "G": 2**30, "T": 2**40}[match[2]]
 
 
-def _times(work: Workload, topology: Topology, steps: int) -> dict[str, Any]:
+def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     tokens = steps * work.tokens
-    if topology.chip is None:
+    if machine.chip is None:
         return {"time": {}, "run": {"tokens": tokens, "steps": steps}}
-    bound = step_time(work, topology.chip, topology.shape)
-    rate = work.tokens / bound.step / topology.chips
+    bound = step_time(work, machine.chip, machine.shape)
+    rate = work.tokens / bound.step / machine.chips
     hours = steps * bound.step / 3600
     time_ = {
         "compute_s": bound.compute,
@@ -387,13 +386,13 @@ def _times(work: Workload, topology: Topology, steps: int) -> dict[str, Any]:
         "step_s": bound.step,
         "bound": bound.bound,
         "tokens_per_s_per_chip": rate,
-        "mfu": rate * work.flops_per_token() / topology.chip.flops,
+        "mfu": rate * work.flops_per_token() / machine.chip.flops,
     }
     run = {
         "tokens": tokens,
         "steps": steps,
         "hours": hours,
-        "chip_hours": hours * topology.chips,
+        "chip_hours": hours * machine.chips,
     }
     return {"time": time_, "run": run}
 

@@ -12,7 +12,7 @@ import pytest
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, GIB
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.planning.memory import Memory, knob
+from sa_jax.planning.memory import Memory, advice_to_fit
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import parse_topology
@@ -128,12 +128,12 @@ def test_more_chips_than_rows_times_heads_says_what_would_work():
         candidates(described, machine)
 
 
-def test_what_does_not_fit_names_a_knob():
+def test_what_does_not_fit_names_what_to_change():
     described, machine = work("70b_insertion", "v5e:4x4", batch_size=16)
     (nearest,) = candidates(described, machine)
     assert nearest.bytes > machine.chip.hbm_bytes
     memory = Memory(0, nearest.bytes, 0, 0, 0, 0, 0, 0, 0, 0, "estimated")
-    assert "more chips; config.optimizer.mu_dtype=bfloat16" in knob(
+    assert "more chips; config.optimizer.mu_dtype=bfloat16" in advice_to_fit(
         memory, machine.chip.hbm_bytes, described
     )
 
@@ -199,6 +199,7 @@ def test_what_does_not_divide_says_what_would(toy, changes, words):
 
 def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path):
     config = toy.copy_and_resolve_references()
+    config.batch_size *= 2  # a step that no other test compiles: nothing is dumped of a cached one
     config.xla_options = f"xla_dump_to={tmp_path}"
     found = plan_attached(config, plan_architecture(config))
     assert found["xla_flags"] == [config.xla_options]

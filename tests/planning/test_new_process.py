@@ -1,4 +1,4 @@
-"""Calls in a process of their own, which may end in any way."""
+"""Calls in a new process, which may end in any way."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ import time
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.planning.own_process import ProcessCrash, call_apart
+from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 
 
 def double(x):
@@ -27,24 +27,24 @@ def end(how):
     os.kill(os.getpid(), how)
 
 
-def test_what_it_returns_comes_back_and_what_it_prints_is_not_in_the_way(capfd):
-    pid, found = call_apart(double, [1, 2])
-    assert found == [1, 2, 1, 2] and pid != os.getpid()
+def test_the_result_is_returned_and_output_goes_to_stderr(capfd):
+    pid, doubled = call_in_new_process(double, [1, 2])
+    assert doubled == [1, 2, 1, 2] and pid != os.getpid()
     printed = capfd.readouterr()
     assert printed.out == "" and "said by the function" in printed.err
 
 
-def test_each_end_is_told_apart(capfd):
+def test_crashes_and_errors_are_distinguished(capfd):
     for number in (signal.SIGABRT, signal.SIGKILL):
         with pytest.raises(ProcessCrash, match=number.name):
-            call_apart(end, number)
+            call_in_new_process(end, number)
     with pytest.raises(ProcessCrash, match="exit status 3"):
-        call_apart(end, "exit")
+        call_in_new_process(end, "exit")
     with pytest.raises(UsageError, match="one line"):
-        call_apart(end, "usage")
+        call_in_new_process(end, "usage")
     assert "Traceback" not in capfd.readouterr().err
     with pytest.raises(RuntimeError, match="its error is above"):
-        call_apart(end, "bug")
+        call_in_new_process(end, "bug")
     assert "KeyError: 'a bug'" in capfd.readouterr().err
 
 
@@ -58,9 +58,9 @@ def sleep(file):
 def test_it_ends_with_its_caller(tmp_path, number):
     file = tmp_path / "pid"
     code = (
-        "from sa_jax.planning.own_process import call_apart\n"
-        "from tests.planning.test_own_process import sleep\n"
-        f"call_apart(sleep, {str(file)!r})"
+        "from sa_jax.planning.new_process import call_in_new_process\n"
+        "from tests.planning.test_new_process import sleep\n"
+        f"call_in_new_process(sleep, {str(file)!r})"
     )
     caller = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, start_new_session=True

@@ -1,5 +1,5 @@
-"""A function in a Python process of its own, for what may end its process: libtpu aborts on some
-steps, and on some after others of another TPU generation.
+"""Calls a function in a new Python process, for what may crash: libtpu aborts on some steps, and on
+some after it compiled for another TPU generation.
 """
 
 import contextlib
@@ -21,28 +21,29 @@ class ProcessCrash(Exception):
     """The process ended without an answer: it aborted, or was killed as memory ran out."""
 
 
-def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
+def call_in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """function(*arguments), called in a new process; what it prints goes to standard error.
 
-    The process ends with this one, whatever ends this one.
+    When this process ends, in whatever way, the new one ends too.
 
     Args:
-      function: at the top of a module, which the process imports.
-      arguments: JSON-able, like what comes back.
+      function: defined at the top level of a module, which the new process imports.
+      arguments: JSON-able, as is the result.
 
     Raises:
-      ProcessCrash: the process ended without Python's say.
-      UserError: the function's own.
-      RuntimeError: anything else, shown on standard error.
+      ProcessCrash: the process crashed or was killed.
+      UserError: the function raised it.
+      RuntimeError: the function raised something else; its traceback is on standard error.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
+    assert child.stdin is not None and child.stdout is not None  # both are pipes
     call = [function.__module__, function.__name__, arguments]
     try:
         with contextlib.suppress(BrokenPipeError):  # it has crashed already
             child.stdin.write(json.dumps(call).encode() + b"\n")
-            child.stdin.flush()  # and stays open: the child takes its end for ours
+            child.stdin.flush()  # and stays open: the child exits when it is closed
         answer = child.stdout.read()
         code = child.wait()
     finally:
@@ -50,22 +51,22 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> Any:
         child.wait()
     if not answer:
         raise ProcessCrash(signal.Signals(-code).name if code < 0 else f"exit status {code}")
-    found, error, message = json.loads(answer)
+    result, error, message = json.loads(answer)
     if error is not None:
         raise getattr(errors, error, RuntimeError)(message)
-    return found
+    return result
 
 
 def main() -> None:
     """Reads a call from standard input and writes its outcome to standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C's one line is the caller's to print
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the caller reports a Ctrl-C
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     try:
         module, name, arguments = json.loads(sys.stdin.buffer.readline())
-        threading.Thread(target=_end_with_caller, daemon=True).start()
-        found = getattr(importlib.import_module(module), name)(*arguments)
-        answer = json.dumps([found, None, None])
+        threading.Thread(target=_exit_with_caller, daemon=True).start()
+        result = getattr(importlib.import_module(module), name)(*arguments)
+        answer = json.dumps([result, None, None])
     except errors.UserError as error:
         answer = json.dumps([None, type(error).__name__, str(error)])
     except Exception:
@@ -75,7 +76,7 @@ def main() -> None:
         output.write(answer.encode())
 
 
-def _end_with_caller() -> None:
+def _exit_with_caller() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
 
