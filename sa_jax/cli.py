@@ -72,9 +72,9 @@ def _one_line(error: Exception) -> str:
 
 def _help(doc: str) -> str:
     """The docstring and the flags that the binary itself defines, not absl's hundreds."""
-    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
+    defined = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     lines = [doc.strip(), "", "Flags:"]
-    for flag in own:
+    for flag in defined:
         required = any("other than None" in validator.message for validator in flag.validators)
         default = "" if flag.default in (None, "", False, []) else f" (default: {_shown(flag)})"
         lines.append(f"  --{flag.name}{' (required)' * required}: {flag.help}{default}")

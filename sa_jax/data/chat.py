@@ -226,13 +226,15 @@ class ChatFormat:
             [edge for span in spans for edge in span if edge < len(text)]
             for text, spans in rendered
         ]
-        prefixes = [text[:edge] for text, its in zip(texts, edges, strict=True) for edge in its]
+        prefixes = [
+            text[:edge] for text, its_edges in zip(texts, edges, strict=True) for edge in its_edges
+        ]
         ids_of_text = self._tokenize(texts + prefixes)
         ids_of_prefix = iter(ids_of_text[len(texts) :])
         encoded = []
-        for (text, spans), its, ids in zip(rendered, edges, ids_of_text, strict=False):
+        for (text, spans), its_edges, ids in zip(rendered, edges, ids_of_text, strict=False):
             tokens_before = {len(text): len(ids)}
-            for edge in its:
+            for edge in its_edges:
                 prefix = next(ids_of_prefix)
                 if ids[: len(prefix)] != prefix:
                     raise UserError(

@@ -30,8 +30,8 @@ def print_examples(
             f"{int(loss_mask.sum())} tokens under the loss\n"
         )
         for document in range(1, documents + 1):
-            here = segment_ids == document
-            ids, mask = arrays["tokens"][here], loss_mask[here]
+            in_document = segment_ids == document
+            ids, mask = arrays["tokens"][in_document], loss_mask[in_document]
             file.write(f"--- document {document}: {len(ids)} tokens\n")
             for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1):
                 text = _CONTROL.sub(

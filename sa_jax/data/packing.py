@@ -211,8 +211,8 @@ def _drops(
     budget: int,
 ) -> np.ndarray:
     """Why each conversation is left out, str [C]: one of `_DROPS`, or "" where it stays."""
-    alone = itertools.count(-1, -1)
-    names = [next(alone) if c.pair is None else c.pair for c in conversations]
+    unpaired = itertools.count(-1, -1)
+    names = [next(unpaired) if c.pair is None else c.pair for c in conversations]
     _, first, pair = np.unique(names, return_index=True, return_inverse=True)
     too_long = lengths > sequence_length
     broken = np.bincount(pair, weights=too_long) > 0

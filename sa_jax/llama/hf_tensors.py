@@ -159,15 +159,15 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
                 )
     extra = sorted(entries.keys() - set(itertools.chain(*names.values())) - set(ignored))
     surplus = [f"{name} in {folder.name(entries[name].file)}" for name in extra]
-    for problem, found in (
+    for problem, tensors in (
         (f"{folder.path} lacks tensors: ", missing),
         ("tensors do not fit the config: ", wrong),
         ("tensors the model does not have: ", surplus),
     ):
-        if found:
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        if tensors:
+            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
             raise UserError(
-                f"{problem}{'; '.join(found[:3])}{more}. Weights and config.json must come from "
+                f"{problem}{'; '.join(tensors[:3])}{more}. Weights and config.json must come from "
                 "the same, complete Llama download"
             )
 

@@ -147,13 +147,13 @@ def read_headers(folder: Folder, files: Iterable[str]) -> dict[str, TensorEntry]
     entries: dict[str, TensorEntry] = {}
     ends = []
     for file, content in headers:
-        found = _parse_header(folder.name(file), file, content)
-        both = found.keys() & entries.keys()
+        in_file = _parse_header(folder.name(file), file, content)
+        both = in_file.keys() & entries.keys()
         if both:
             name = min(both)
             raise _broken(folder.name(file), f"repeats {name} of {entries[name].file}")
-        entries |= found
-        ends.append((file, max((entry.stop for entry in found.values()), default=0)))
+        entries |= in_file
+        ends.append((file, max((entry.stop for entry in in_file.values()), default=0)))
     # The last byte is there, so all are.
     for _ in _read_all(folder, [(file, slice(end - 1, end)) for file, end in ends if end]):
         pass

@@ -334,13 +334,13 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     """
     batch, length = tokens_bs.shape
     positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    own = init_cache(model.config, batch, length, model.dtype)
+    new = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
-    hidden_bsd, own = model.apply(variables, tokens_bs, positions_bs, own, method="decode")
-    blocks, block = own.v.shape[1], own.v.shape[3]
+    hidden_bsd, new = model.apply(variables, tokens_bs, positions_bs, new, method="decode")
+    blocks, block = new.v.shape[1], new.v.shape[3]
     cache = KVCache(
-        cache.k.at[:, :blocks, slots_b, :, :, :block].set(own.k, mode="drop"),
-        cache.v.at[:, :blocks, slots_b, :block].set(own.v, mode="drop"),
+        cache.k.at[:, :blocks, slots_b, :, :, :block].set(new.k, mode="drop"),
+        cache.v.at[:, :blocks, slots_b, :block].set(new.v, mode="drop"),
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

@@ -139,12 +139,12 @@ class Scorer:
                 f"query {index} has {len(context) + longest} tokens; the model's context is "
                 f"{self._max_length}"
             )
-        alike: dict[tuple[int, ...], list[int]] = {}
+        by_beginning: dict[tuple[int, ...], list[int]] = {}
         for number, continuation in enumerate(query.continuations):
-            alike.setdefault(tuple(continuation[:-1]), []).append(number)
-        for inside, numbers in alike.items():
+            by_beginning.setdefault(tuple(continuation[:-1]), []).append(number)
+        for beginning, numbers in by_beginning.items():
             targets = tuple(tuple(query.continuations[number]) for number in numbers)
-            yield _Row(context + inside, targets, index, tuple(numbers))
+            yield _Row(context + beginning, targets, index, tuple(numbers))
 
     def _cached(self, params: Any, tokens: Sequence[int]) -> KVCache:
         padded = np.zeros((1, bucket(len(tokens), self._max_length)), np.int32)
@@ -159,9 +159,9 @@ class Scorer:
         for row in rows:
             length = bucket(len(row.tokens) - shared, self._max_length)
             by_length.setdefault(length, []).append(row)
-        for length, same in sorted(by_length.items()):
+        for length, group in sorted(by_length.items()):
             size = self._batch_size(length)
-            yield from (same[i : i + size] for i in range(0, len(same), size))
+            yield from (group[i : i + size] for i in range(0, len(group), size))
 
     def _batch_size(self, length: int) -> int:
         return max(1, self._batch_tokens // length // self._multiple) * self._multiple
@@ -203,7 +203,9 @@ def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
     Rows that share too little, or with too few others, make up one group that shares nothing.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
-    groups, alone, at = [], [], 0
+    groups: list[tuple[list[_Row], int]] = []
+    unshared: list[_Row] = []
+    at = 0
     while at < len(ordered):
         shared, end = ordered[at].free, at + 1
         while end < len(ordered):
@@ -214,9 +216,9 @@ def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
         if end - at >= MIN_SHARERS and shared >= MIN_SHARED:
             groups.append((ordered[at:end], shared))
         else:
-            alone += ordered[at:end]
+            unshared += ordered[at:end]
         at = end
-    return [*groups, (alone, 0)] if alone else groups
+    return [*groups, (unshared, 0)] if unshared else groups
 
 
 def _common(a: _Row, b: _Row) -> int:

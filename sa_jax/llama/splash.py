@@ -98,8 +98,8 @@ def _local_splash(blocks, interpret, q_bksh, k_bgsh, v_bgsh, segment_ids_bs):
 
 def block_sizes(device_kind: str, s: int) -> kernel_lib.BlockSizes:
     """Tile sizes of a TPU generation, cut to divisors of the sequence length."""
-    found = (sizes for prefix, *sizes in _BLOCKS if device_kind.startswith(prefix))
-    forward, backward = (math.gcd(size, s) for size in next(found, (LANES, LANES)))
+    tuned = (sizes for prefix, *sizes in _BLOCKS if device_kind.startswith(prefix))
+    forward, backward = (math.gcd(size, s) for size in next(tuned, (LANES, LANES)))
     return kernel_lib.BlockSizes(
         block_q=forward,
         block_kv=forward,

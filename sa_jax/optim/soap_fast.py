@@ -51,20 +51,20 @@ class FastSettings:
     partition_spec: SpecRule | None
 
 
-def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
+def fast(settings: Settings, options: FastSettings) -> optax.GradientTransformation:
     """See `sa_jax.optim.soap.soap`."""
-    place = _placer(own.mesh)
+    place = _placer(options.mesh)
 
     def layout_of(paths: Sequence[str], leaves: Sequence[jax.Array]) -> Layout:
         return make_layout(
             paths,
             [leaf.shape for leaf in leaves],
             view=settings.view,
-            block_size=own.block_size,
-            block_above=own.block_above,
+            block_size=options.block_size,
+            block_above=options.block_above,
             max_precond_dim=settings.max_precond_dim,
-            mesh=own.mesh,
-            partition_spec=own.partition_spec,
+            mesh=options.mesh,
+            partition_spec=options.partition_spec,
         )
 
     def init(params: optax.Params) -> FastState:
@@ -81,7 +81,7 @@ def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
             mu=moments,
             nu=moments,
         )
-        return place(state, state_specs(state, own.partition_spec))
+        return place(state, state_specs(state, options.partition_spec))
 
     def update(grads: optax.Updates, state: FastState, params: optax.Params | None = None):
         paths, leaves, treedef = flatten(grads)
@@ -97,10 +97,10 @@ def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
         if layout.stacks:
             specs = {leaf.path: leaf.spec for plan in layout.stacks for leaf in plan.leaves}
             # Products round their operands in any case: rounded before, they are sent as such.
-            matrices = {path: g[path].astype(own.matmul_dtype) for path in specs}
+            matrices = {path: g[path].astype(options.matmul_dtype) for path in specs}
             run = _on_devices(
-                functools.partial(_update_stacks, settings, own, layout.stacks),
-                own.mesh,
+                functools.partial(_update_stacks, settings, options, layout.stacks),
+                options.mesh,
                 specs,
                 state_specs(state, None).stacks,
             )
@@ -137,7 +137,7 @@ def fast(settings: Settings, own: FastSettings) -> optax.GradientTransformation:
 
 def _update_stacks(
     settings: Settings,
-    own: FastSettings,
+    options: FastSettings,
     plans: Sequence[StackPlan],
     matrices: dict[str, jax.Array],
     stacks: dict[str, Stack],
@@ -152,16 +152,16 @@ def _update_stacks(
     """
     stacks, moved, sound = dict(stacks), {}, {}  # the caller's stay as they are
     for plan in plans:
-        g = to_owners(matrices, plan, own.mesh)
+        g = to_owners(matrices, plan, options.mesh)
         stacks[plan.name], moved[plan.name], sound[plan.name] = _step_stack(
-            settings, own.matmul_dtype, plan, g, stacks[plan.name], t, finite
+            settings, options.matmul_dtype, plan, g, stacks[plan.name], t, finite
         )
-    counts = [local_count(plan, own.mesh) for plan in plans]
+    counts = [local_count(plan, options.mesh) for plan in plans]
     frequency = settings.precondition_frequency
-    for number, parts in enumerate(cut_into_slots(plans, counts, own.refresh_slots)):
+    for number, parts in enumerate(cut_into_slots(plans, counts, options.refresh_slots)):
         if parts:
-            turn = t % frequency == number * frequency // own.refresh_slots
-            due = finite & (turn | (t <= own.dense_steps))
+            turn = t % frequency == number * frequency // options.refresh_slots
+            due = finite & (turn | (t <= options.dense_steps))
             stacks, rejected = refresh(stacks, parts, due, t == 0)
             sound = {name: sound[name] & ~rejected[name] for name in sound}
 
@@ -170,7 +170,7 @@ def _update_stacks(
     for plan in plans:
         good = _over(jax.lax.pmin, sound[plan.name], plan.split_axes)
         direction = jnp.where(good[:, None, None], moved[plan.name], jnp.nan)
-        directions |= from_owners(direction, plan, own.mesh)
+        directions |= from_owners(direction, plan, options.mesh)
         still += _over(jax.lax.psum, jnp.sum(~good, dtype=jnp.int32), plan.stack_axes)
     return directions, stacks, jnp.where(finite, still, 0)
 

@@ -33,15 +33,15 @@ def cut_into_slots(
     """
     costs = [sum(s.blocks * s.block**3 for s in (plan.rows, plan.cols)) for plan in plans]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
-    found: list[list[Part]] = [[] for _ in range(slots)]
+    parts_of_slot: list[list[Part]] = [[] for _ in range(slots)]
     done = 0
     for plan, cost, count in zip(plans, costs, counts, strict=True):
         slot_of = [int((done + cost * (i + 0.5)) / total * slots) for i in range(count)]
         done += cost * count
         for slot in sorted(set(slot_of)):
             first = slot_of.index(slot)
-            found[slot].append(Part(plan.name, first, first + slot_of.count(slot)))
-    return found
+            parts_of_slot[slot].append(Part(plan.name, first, first + slot_of.count(slot)))
+    return parts_of_slot
 
 
 def refresh(
@@ -67,11 +67,11 @@ def refresh(
     def new():
         return _refreshed(chosen, iterations, lift)
 
-    def same():
+    def unchanged():
         none = {name: jnp.zeros(s.mu.shape[0], bool) for name, s in chosen.items()}
         return {name: (s.mu, s.q_rows, s.q_cols) for name, s in chosen.items()}, none
 
-    made, kept = jax.lax.cond(due, new, same)
+    made, kept = jax.lax.cond(due, new, unchanged)
     stacks = dict(stacks)
     rejected = {name: jnp.zeros(stack.mu.shape[0], bool) for name, stack in stacks.items()}
     for part in parts:
@@ -102,12 +102,12 @@ def _refreshed(stacks: dict[str, Stack], iterations: jax.Array, lift: jax.Array)
             jnp.concatenate([pair[i].reshape(-1, block, block) for pair in members.values()])
             for i in range(2)
         )
-        made, fine = refreshed_bases(gg, q, iterations, lift)
+        made, orthogonal = refreshed_bases(gg, q, iterations, lift)
         start = 0
         for key, (_, old) in members.items():
             stop = start + old.shape[0] * old.shape[1]
             bases[key] = made[start:stop].reshape(old.shape)
-            good[key] = jnp.all(fine[start:stop].reshape(old.shape[:2]), axis=1)
+            good[key] = jnp.all(orthogonal[start:stop].reshape(old.shape[:2]), axis=1)
             start = stop
 
     def turn(key: tuple[str, str]) -> jax.Array | None:

@@ -54,9 +54,9 @@ CHIPS = (
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip that a device is (part of); None where it is not known, as on CPU."""
     kind = device.device_kind
-    found = [chip for chip in CHIPS if any(kind.startswith(k) for k in chip.device_kinds)]
+    matching = [chip for chip in CHIPS if any(kind.startswith(k) for k in chip.device_kinds)]
     # "TPU v5 lite" starts with "TPU v5" too.
-    return found[0] if found else None
+    return matching[0] if matching else None
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:

@@ -51,16 +51,16 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
 )
 
 
-def compiler_options(chip: Chip | None, own: str = "") -> Options:
+def compiler_options(chip: Chip | None, overrides: str = "") -> Options:
     """Options for programs that run on a chip (None: on CPU, whose table is empty).
 
     Args:
       chip: whose table it is.
-      own: a person's, which win; see `parse_options`.
+      overrides: options that win over the table, as text; see `parse_options`.
     """
     name = None if chip is None else chip.name
     table = {option: value for chips, option, value, _ in TABLE if name in chips}
-    return table | parse_options(own)
+    return table | parse_options(overrides)
 
 
 def parse_options(text: str) -> Options:
@@ -69,7 +69,7 @@ def parse_options(text: str) -> Options:
     Raises:
       UsageError: it is of another form.
     """
-    found: Options = {}
+    options: Options = {}
     for word in text.split():
         name, _, value = word.removeprefix("--").partition("=")
         if not name.startswith("xla_") or not value:
@@ -78,14 +78,14 @@ def parse_options(text: str) -> Options:
                 "start with xla_, such as xla_jf_bf16_propagation=true"
             )
         # Of numbers the compiler reads the text; of booleans it knows none but Python's.
-        found[name] = {"true": True, "false": False}.get(value.lower(), value)
-    return found
+        options[name] = {"true": True, "false": False}.get(value.lower(), value)
+    return options
 
 
-def check_options(mesh: Mesh, own: str) -> None:
-    """UsageError where the compiler for the mesh does not know an option of `own`, or its value."""
+def check_options(mesh: Mesh, text: str) -> None:
+    """UsageError if the compiler for the mesh does not know an option of `text`, or its value."""
     x = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, P()))
     try:
-        jax.jit(jnp.negative, compiler_options=parse_options(own)).lower(x).compile()
+        jax.jit(jnp.negative, compiler_options=parse_options(text)).lower(x).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise UsageError(f"config.xla_options={own!r}: {first_line(error)}") from None
+        raise UsageError(f"config.xla_options={text!r}: {first_line(error)}") from None

@@ -45,10 +45,9 @@ def read_collectives(hlo: str) -> dict[str, Traffic]:
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
     for line, times in _executed(bodies, entry):
-        found = _OPERATION.search(line)
-        if found:
-            counts[found[1]] += times
-            totals[found[1]] += times * _payload(line, found)
+        if operation := _OPERATION.search(line):
+            counts[operation[1]] += times
+            totals[operation[1]] += times * _payload(line, operation)
     return {kind: Traffic(counts[kind], totals[kind]) for kind in KINDS if counts[kind]}
 
 
@@ -83,9 +82,9 @@ def _trips(bodies: Mapping[str, list[str]], line: str) -> int:
         return 1
     # TPU text does not say: a scan's condition is `counter < constant`.
     limits = [
-        int(found[1])
+        int(limit[1])
         for other in bodies.get(condition[1], ())
-        if (found := re.match(r"[su]32\[\]\S* constant\((\d+)\)", other))
+        if (limit := re.match(r"[su]32\[\]\S* constant\((\d+)\)", other))
     ]
     return limits[0] if len(limits) == 1 else 1
 
@@ -100,13 +99,13 @@ def _payload(line: str, operation: re.Match) -> int:
 
 
 def _group_size(line: str) -> int:
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return found[1].count(",") + 1
-    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
-        sizes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
+    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(groups[1])
+    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return groups[1].count(",") + 1
+    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
+        return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
     return 1
 
 

@@ -58,9 +58,9 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines += ["assumed:"] + [f"  - {text}" for text in ASSUMPTIONS]
     traffic = plan["collectives"]
     lines += ["", f"collectives of a step ({traffic['source']})"]
-    for kind, found in traffic["kinds"].items():
+    for kind, sent in traffic["kinds"].items():
         lines.append(
-            f"  {kind:20}{found['count']:8,} times{found['bytes'] / 2**30:10.2f} GiB a device"
+            f"  {kind:20}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB a device"
         )
     lines += _soap_lines(plan["soap"])
     for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):
@@ -90,14 +90,14 @@ def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
     if not rows:
         return []
 
-    def side(found: dict[str, int] | None) -> str:
-        if found is None:
+    def side(basis: dict[str, int] | None) -> str:
+        if basis is None:
             return "-"
-        return f"{found['blocks']} x {found['block']}" if found["blocks"] else "no basis"
+        return f"{basis['blocks']} x {basis['block']}" if basis["blocks"] else "no basis"
 
-    def line(name: str, matrices: str, sides: tuple[str, str], found: dict[str, Any]) -> str:
-        sizes = [found[key] / 1e9 for key in ("moment_bytes", "basis_bytes")]
-        work = [found[key] / 1e12 for key in ("step_flops", "refresh_flops")]
+    def line(name: str, matrices: str, sides: tuple[str, str], row: dict[str, Any]) -> str:
+        sizes = [row[key] / 1e9 for key in ("moment_bytes", "basis_bytes")]
+        work = [row[key] / 1e12 for key in ("step_flops", "refresh_flops")]
         numbers = [f"{size:9.2f}" for size in sizes] + [f"{flops:9.2f}" for flops in work]
         return f"  {name:28}{matrices:>9}{sides[0]:>11}{sides[1]:>11}" + "".join(numbers)
 

@@ -31,15 +31,15 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     Raises:
       UsageError: no mesh divides the batch and the heads over so many chips.
     """
-    found = []
+    options = []
     for option in _divisions(work, topology):
         time = step_time(option, topology.chip, topology.shape)
         frozen = 0 if option.full_weights else option.architecture.num_parameters * 2
         state = (option.trainable * option.state_bytes + frozen) / option.devices
         gradients, activations, rest, _ = estimate_temporaries(option)
         total = topology.chip.devices * (state + gradients + activations + rest)
-        found.append(Candidate(option, time, total))
-    if not found:
+        options.append(Candidate(option, time, total))
+    if not options:
         heads = work.architecture.num_kv_heads
         raise UsageError(
             f"no mesh cuts {work.batch_size} rows and {heads} key/value heads over "
@@ -48,14 +48,14 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
             f"{-(-work.devices // heads)} or a multiple"
         )
     limit = topology.chip.hbm_bytes * (1 - RESERVED)
-    fitting = [candidate for candidate in found if candidate.bytes <= limit]
+    fitting = [candidate for candidate in options if candidate.bytes <= limit]
 
     def order(candidate: Candidate) -> tuple[float, float, float]:
         # Overlap is never complete: among equals, what moves and sends least.
         time = candidate.time
         return round(time.step, 3), round(time.hbm + time.interconnect, 3), candidate.bytes
 
-    return sorted(fitting, key=order) or [min(found, key=lambda c: c.bytes)]
+    return sorted(fitting, key=order) or [min(options, key=lambda c: c.bytes)]
 
 
 def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
