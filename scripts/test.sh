@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lints, type-checks and tests the project on the CPU, with 8 fake devices; makes its environment first.
+# Lints, type-checks and tests the project on the CPU, with 8 fake devices; makes its environment
+# first.
 #
 #   bash scripts/test.sh [--long] [pytest arguments]
 #
@@ -17,11 +18,10 @@ done
 
 setup test,eval,data,tpu
 export JAX_PLATFORMS=cpu
-export XLA_FLAGS="--xla_force_host_platform_device_count=8 ${XLA_FLAGS:-}"
 
 "$PYTHON_BIN" -m ruff check
 "$PYTHON_BIN" -m ruff format --check
 "$PYTHON_BIN" -m mypy || echo "test.sh: goes on in spite of the type errors above" >&2
 # Later options win, so that `-n 0` or `-m ...` on the command line replaces these.
-exec "$PYTHON_BIN" -m pytest -n 2 --dist worksteal \
+exec "$PYTHON_BIN" -m pytest -n 2 --dist worksteal --durations=10 \
     ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null

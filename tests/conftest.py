@@ -1,10 +1,22 @@
 """Eight fake CPU devices for every test; set before jax is imported anywhere."""
 
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
+
+from tests.cpu import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{xla_flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The same programs are compiled by many processes of a run: one does it for all.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sa_jax_tests_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Threads of the CPU's LAPACK block each other when several tests run at once.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -22,7 +22,7 @@ case "$*" in
     "-m pip --version") exit 0 ;;
     "-m pip install "*) exit "${{PIP_STATUS:-0}}" ;;
     "-m ruff "*) exit "${{RUFF_STATUS:-0}}" ;;
-    "-m pytest "*) echo "$JAX_PLATFORMS $XLA_FLAGS"; exit "${{PYTEST_STATUS:-0}}" ;;
+    "-m pytest "*) echo "$JAX_PLATFORMS"; exit "${{PYTEST_STATUS:-0}}" ;;
     scripts/run_study.py*)
         [ -z "${{WAIT_FOR_SIGNAL:-}}" ] || exec {python} -c "$WAIT_FOR_SIGNAL"
         mkdir -p "${{3#--workdir=}}/report"
@@ -179,14 +179,11 @@ def test_environment_of_another_python_is_refused(checkout, tmp_path):
 
 def test_test_script_selects_and_passes_on(checkout):
     usual = checkout.run("scripts/test.sh", "tests/llama", "-k", "a or b")
-    assert usual.stdout.splitlines()[-1].split() == [
-        "cpu",
-        "--xla_force_host_platform_device_count=8",
-    ]
-    calls = checkout.calls()
-    assert calls[-2] == "-m ruff check"
-    assert calls[-1].startswith("-m pytest ")
-    assert calls[-1].endswith(" -m not long tests/llama -k a or b")
+    assert usual.stdout.splitlines()[-1] == "cpu"
+    *_, lint, style, types, tests = checkout.calls()
+    assert (lint, style, types) == ("-m ruff check", "-m ruff format --check", "-m mypy")
+    assert tests.startswith("-m pytest ")
+    assert tests.endswith(" -m not long tests/llama -k a or b")
     checkout.run("scripts/test.sh", "-x", "--long")
     assert "not long" not in (call := checkout.calls()[-1]) and call.endswith(" -x")
     assert checkout.run("scripts/test.sh", PYTEST_STATUS="5").returncode == 5

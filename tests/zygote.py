@@ -14,6 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 ROOT = Path(__file__).parent.parent
+if __name__ == "__main__":
+    sys.path.insert(1, str(ROOT))
+
+from tests.cpu import xla_flags  # noqa: E402
 
 
 class Zygote:
@@ -26,17 +30,14 @@ class Zygote:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # The same few programs are compiled by every process: the first one does it for all.
-            env={
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": str(folder / "jax_cache"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            },
         )
 
     def start(
-        self, *argv: str, devices: int = 8, env: Mapping[str, str] = MappingProxyType({})
+        self,
+        *argv: str,
+        devices: int = 8,
+        optimized: bool = False,
+        env: Mapping[str, str] = MappingProxyType({}),
     ) -> "Process":
         """`env` is added to the environment, but too late for what jax reads when imported."""
         self._count += 1
@@ -47,14 +48,16 @@ class Zygote:
             "argv": list(map(str, argv)),
             "out": str(out),
             "err": str(err),
-            "env": {**env, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+            "env": {**env, "XLA_FLAGS": xla_flags(devices, optimized)},
         }
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
         return Process(int(self._server.stdout.readline()), self, out, err)
 
-    def run(self, *argv: str, devices: int = 8, timeout_s: float = 300) -> "Process":
-        return self.start(*argv, devices=devices).wait(timeout_s)
+    def run(
+        self, *argv: str, devices: int = 8, optimized: bool = False, timeout_s: float = 300
+    ) -> "Process":
+        return self.start(*argv, devices=devices, optimized=optimized).wait(timeout_s)
 
     def poll(self, pid: int) -> int | None:
         self._server.stdin.write(json.dumps({"poll": pid}) + "\n")
@@ -144,5 +147,4 @@ def _serve():
 
 
 if __name__ == "__main__":
-    sys.path.insert(1, str(ROOT))
     _serve()

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.long
 
 def run(zygote, *argv: str) -> None:
     start = time.perf_counter()
-    done = zygote.run(*argv, devices=1, timeout_s=3600)
+    done = zygote.run(*argv, devices=1, optimized=True, timeout_s=3600)
     assert done.returncode == 0, done.stderr[-3000:]
     print(f"\n{argv[0]}: {time.perf_counter() - start:.0f} s")
 

@@ -25,6 +25,7 @@ def test_distilled_answers_of_the_toy_model_differ_and_the_card_says_how_much(zy
         *(f"--data={data}/pretrain.jsonl", f"--config.tokenizer={data}"),
         f"--config.eval.qa={data}/heldout.jsonl",
         devices=1,
+        optimized=True,
         timeout_s=1800,
     )
     assert pretrain.returncode == 0, pretrain.stderr[-2000:]
@@ -34,6 +35,7 @@ def test_distilled_answers_of_the_toy_model_differ_and_the_card_says_how_much(zy
         *(f"--scratchpad_prompt={data}/scratchpad_prompt.txt", f"--tokenizer={data}"),
         *("--copies=3,10", "--max_new_tokens=64", "--context_length=192", "--batch_size=128"),
         devices=1,
+        optimized=True,
         timeout_s=1800,
     )
     assert made.returncode == 0, made.stderr[-2000:]

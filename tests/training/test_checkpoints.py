@@ -28,6 +28,7 @@ from sa_jax.training import checkpoints, digests
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.plan import plan_architecture, trainable_params
 from sa_jax.training.step import TrainState, init_state
+from tests.cpu import xla_flags
 
 P = PartitionSpec
 
@@ -376,6 +377,7 @@ def test_all_corrupt_is_an_error_not_a_fresh_start(copy):
 SAVER = """
     import sys, jax, jax.numpy as jnp
     from sa_jax.training.checkpoints import RunCheckpointer
+from tests.cpu import xla_flags
     state = {"x": jnp.zeros((600, 1000))}
     with RunCheckpointer(sys.argv[1], interval=1, keep=2) as checkpointer:
         first = checkpointer.latest_step() or 0
@@ -398,7 +400,7 @@ def end_processes():
 
 def start(script: str, *arguments: object, wrap: tuple[str, ...] = (), **environment: str):
     root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": "", **environment}
+    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": xla_flags(1), **environment}
     command = [*wrap, sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -437,6 +439,7 @@ FULL_DISK = """
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", sys.argv[1]], check=True)
     from sa_jax.errors import UserError
     from sa_jax.training.checkpoints import RunCheckpointer
+from tests.cpu import xla_flags
     folder = sys.argv[1] + "/checkpoints"
     key = jax.random.key(0)
     state = {"x": jax.random.normal(key, (700, 1000))}  # 2.8 MB, does not compress: 2 fit
@@ -481,6 +484,7 @@ TWO_PROCESSES = """
     from absl import logging
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from sa_jax.training.checkpoints import RunCheckpointer
+from tests.cpu import xla_flags
     from sa_jax.training.preemption import PreemptionGuard
 
     index = jax.process_index()
@@ -553,9 +557,8 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     folder = tmp_path / "c"
-    flags = "--xla_force_host_platform_device_count=2"
     processes = [
-        start(TWO_PROCESSES, folder, port, i, signal_name, XLA_FLAGS=flags) for i in (0, 1)
+        start(TWO_PROCESSES, folder, port, i, signal_name, XLA_FLAGS=xla_flags(2)) for i in (0, 1)
     ]
     outputs = [p.communicate(timeout=120)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
