@@ -118,7 +118,8 @@ def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
             f"{variables[name]}=$(sbatch --parsable {' '.join(options)} cell.sbatch {name}.txt)"
         )
         texts[f"{name}.txt"] = "".join(f"{cell.name}\n" for cell in of_stage)
-    submit += [f'echo "submitted {len(cells)} cells; squeue shows them"', ""]
+    jobs = " ".join(f"${variable}" for variable in variables.values())
+    submit += [f'echo "submitted {len(cells)} cells as jobs {jobs}; squeue shows them"', ""]
     texts["submit.sh"] = "\n".join(submit)
     texts["cell.sbatch"] = f"""#!/usr/bin/env bash
 # One cell of the study: line SLURM_ARRAY_TASK_ID of the list that is the first argument.
@@ -200,6 +201,7 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         "# IMAGE (an image of this project) in the environment; the study's folder must be mounted",
         "# in every pod at the same path. Cells that need no TPU run where this script runs.",
         "# Workloads that are there already are not submitted again: a second call goes on.",
+        "# shellcheck disable=SC2016 # a setting may hold a dollar sign",
         "set -uo pipefail",
         ': "${CLUSTER:?name of the cluster}" "${IMAGE:?image of this project}"',
         f"cd {shlex.quote(str(_PROJECT))} || exit 1",

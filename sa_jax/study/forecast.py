@@ -21,8 +21,10 @@ from sa_jax.study.commands import resolved
 from sa_jax.study.devices import visible_devices
 from sa_jax.study.grid import Cell
 from sa_jax.study.progress import seconds
-from sa_jax.training.plan import workload
+from sa_jax.training.checkpoints import checkpoint_bytes
+from sa_jax.training.plan import abstract_state, workload
 from sa_jax.training.start import fresh_architecture, open_start
+from sa_jax.training.step import TrainState
 
 # Settings that decide a step's cost; cells that agree in them are worked out once.
 _COSTLY = (
@@ -58,7 +60,7 @@ class Forecaster:
         self._cells = {cell.name: cell for cell in cells}
         self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
         self._devices = devices
-        self._work: dict[str, Workload] = {}
+        self._work: dict[str, tuple[Workload, TrainState]] = {}
 
     def check_fits(self, cell: Cell) -> None:
         """UsageError where the cell's mesh cannot be, UserError where it lacks memory."""
@@ -80,7 +82,7 @@ class Forecaster:
                 f"{architecture.num_kv_heads} key/value heads"
             )
         assert topology.chip is not None
-        needed = _bytes_a_chip(self._workload(config, architecture, sizes, topology), topology)
+        needed = _bytes_a_chip(self._step(config, architecture, sizes, topology)[0], topology)
         if needed > topology.chip.hbm_bytes:
             raise UserError(
                 f"cell {cell.name} cannot fit its mesh: about {needed / GIB:.0f} GiB a chip of "
@@ -101,13 +103,21 @@ class Forecaster:
         sizes = (
             mesh_sizes(cell, config, devices) if topology else {"data": 1, "fsdp": 1, "tensor": 1}
         )
-        work = self._workload(config, architecture, sizes, topology)
+        work, state = self._step(config, architecture, sizes, topology)
         steps = math.ceil(tokens / a_step)
         hours = None
         if topology is not None and topology.chip is not None:
             step_s = step_time(work, topology.chip, topology.shape).step
             hours = steps * step_s * topology.chips / 3600
-        return Forecast(tokens, hours, checkpoint_bytes(config, work, steps))
+        disk = checkpoint_bytes(
+            state,
+            steps,
+            steps=config.checkpoint.steps,
+            listed=config.checkpoint.listed,
+            interval=config.checkpoint.interval,
+            keep=config.checkpoint.keep_interval,
+        )
+        return Forecast(tokens, hours, disk["total"])
 
     def _architecture(self, cell: Cell) -> LlamaConfig | None:
         """The model's, from the config or from what the cell starts from; None where the model is
@@ -121,19 +131,20 @@ class Forecaster:
             return open_start(config.model).config
         return None
 
-    def _workload(
+    def _step(
         self,
         config: ConfigDict,
         architecture: LlamaConfig,
         sizes: Mapping[str, int],
         topology: Topology | None,
-    ) -> Workload:
+    ) -> tuple[Workload, TrainState]:
         platform = "cpu" if topology is None else topology.platform
         costly = {name: config.to_dict()[name] for name in _COSTLY}
         costly["optimizer"] = {k: v for k, v in costly["optimizer"].items() if "rate" not in k}
         key = json.dumps([costly, architecture.to_hf(), dict(sizes), platform], default=str)
         if key not in self._work:
-            self._work[key] = workload(config, architecture, sizes, platform)
+            work = workload(config, architecture, sizes, platform)
+            self._work[key] = work, abstract_state(config, architecture)
         return self._work[key]
 
 
@@ -166,14 +177,6 @@ def local_devices(workers: int) -> int:
     flag = r"xla_force_host_platform_device_count=(\d+)"
     forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))
     return int(forced[1]) if forced else 1
-
-
-def checkpoint_bytes(config: ConfigDict, work: Workload, steps: int) -> float:
-    """Of all checkpoints that a run keeps, its last included."""
-    listed = {step for step in config.checkpoint.steps if step < steps}
-    interval = config.checkpoint.interval
-    kept = min(config.checkpoint.keep_interval, (steps - 1) // interval) if interval else 0
-    return (len(listed) + kept + 1) * work.trainable * work.state_bytes
 
 
 def _bytes_a_chip(work: Workload, topology: Topology) -> float:

@@ -128,7 +128,13 @@ def llama_study(
             needs=("arms",),
             axes=("optimizer", "arm", "seed"),
             when=tuple(inserted),
-            set={"model": "{model}", "data": "{arms}/{arm}.jsonl"},
+            set={
+                "model": "{model}",
+                "data": "{arms}/{arm}.jsonl",
+                "checkpoint.listed": "weights_bf16",
+                "checkpoint.interval": 200,  # the whole state, to resume from
+                "checkpoint.keep_interval": 1,
+            },
         ),
         evaluated("health_card", "insertion", compare="{base_card}"),
         training(
@@ -150,7 +156,11 @@ def llama_study(
             needs=removal_data,
             axes=("method", "lr", "seed"),
             when={"lr": full},
-            set={"lora.rank": 0, "checkpoint.keep_interval": 1},  # each is the whole state
+            set={  # one whole state, which the next takes the place of
+                "lora.rank": 0,
+                "checkpoint.listed": "weights_bf16",
+                "checkpoint.keep_interval": 1,
+            },
         ),
         training(
             "probe",

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TextIO
 
 from sa_jax.errors import UserError
 from sa_jax.study.claims import hold_lock
@@ -100,8 +100,17 @@ def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
     _import_for_the_forks()
-    ended: dict[int, int] = {}
     running: set[int] = set()
+    with contextlib.suppress(BrokenPipeError):  # the runner was killed
+        _answer(answers, running)
+    for pid in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+
+
+def _answer(answers: TextIO, running: set[int]) -> None:
+    """Does what the runner orders, until it closes its end."""
+    ended: dict[int, int] = {}
     while line := sys.stdin.readline():
         order = json.loads(line)
         if "poll" in order:
@@ -121,9 +130,6 @@ def _serve() -> None:
             os.setpgid(pid, pid)
         running.add(pid)
         answers.write(f"{pid}\n")
-    for pid in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
 
 
 def _import_for_the_forks() -> None:

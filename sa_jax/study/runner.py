@@ -115,7 +115,7 @@ class Worker:
     def run(self, stop: "Stop") -> None:
         """Until nothing is left to do for the chosen cells; raises as `study.run_study` does."""
         looks = self._look()
-        tried = {name: look.number for name, look in looks.items() if look.state == "failed"}
+        tried = {n: looks[n].number for n in self._chosen if looks[n].state == "failed"}
         asked = False
         while True:
             if stop.requested and not asked:

@@ -51,7 +51,7 @@ from sa_jax.training.start import (
     open_start,
     split_trainable,
 )
-from sa_jax.training.step import init_state
+from sa_jax.training.step import TrainState, init_state
 
 
 class CompilerCrash(UserError):
@@ -289,10 +289,8 @@ def workload(
     config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
 ) -> Workload:
     """What arithmetic needs to know of a config's step on a mesh of such a platform."""
-    trainable = trainable_params(config, architecture)
-    tx = make_optimizer(config.optimizer, 1)
-    state = jax.tree.leaves(jax.eval_shape(lambda params: init_state(params, tx), trainable))
-    count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    state = abstract_state(config, architecture)
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Workload(
         architecture=architecture,
         batch_size=config.batch_size,
@@ -303,8 +301,15 @@ def workload(
         trainable=count,
         attention=attention_of(config, platform),
         item_bytes=jnp.dtype(config.dtype).itemsize,
-        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in state) / count,
+        state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
     )
+
+
+def abstract_state(config: ConfigDict, architecture: LlamaConfig) -> TrainState:
+    """The shapes of what a run updates and saves."""
+    tx = make_optimizer(config.optimizer, 1)
+    params = trainable_params(config, architecture)
+    return jax.eval_shape(lambda params: init_state(params, tx), params)
 
 
 def trainable_params(config: ConfigDict, architecture: LlamaConfig) -> Any:

@@ -153,7 +153,7 @@ def test_a_name_that_is_no_folder_is_refused():
     [
         ({"set": {"optimizer.learning_rat": 1.0}}, ["insertion", "learning_rat"]),
         ({"set": {"steps": "many"}}, ["insertion", "steps"]),
-        ({"set": {"optimizer.name": "adagrad"}}, ["insertion", "adagrad"]),
+        ({"set": {"optimizer.name": "adamm"}}, ["insertion", "adamm"]),
         ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such config file"]),
         ({"config": "configs/toy.py:insert"}, ["insertion", "has no such config", "insert"]),
         ({"run": "insertoin"}, ["insertoin", "known: pretrain, insertion", "generate_data"]),

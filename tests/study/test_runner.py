@@ -159,17 +159,17 @@ def test_what_fails_is_said_and_the_rest_goes_on(zygote, toy_world, tmp_path):
 
 # Cells of two or three seconds each, to have many.
 MANY = """
-    Stage("data", run="toy_data", axes=("x",), set={"pretrain_size": 30000, "vocab_size": 700}),
+    Stage("data", run="toy_data", axes=("x",), set={"pretrain_size": 12000}),
     Stage("more", run="toy_data", needs=("data",)),
 """
-AXES = '(Axis("x", {f"x{i}": {"seed": i} for i in range(9)}),)'
+AXES = '(Axis("x", {f"x{i}": {"seed": i} for i in range(6)}),)'
 
 
 def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, tmp_path):
     argv = command(tmp_path, toy_world, MANY, AXES, "--takeover_s=4")
     runs = tmp_path / "runs"
     workers = [zygote.start(*argv) for _ in range(3)]
-    cells = [f"data/x{i}" for i in range(9)]
+    cells = [f"data/x{i}" for i in range(6)]
 
     def working(worker) -> str | None:
         """The cell that a worker has claimed and not ended."""
@@ -190,7 +190,7 @@ def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, 
     os.kill(paused.pid, signal.SIGCONT)
     assert paused.wait().returncode == 0, paused.stderr
     ended = outcomes(runs)
-    assert sorted(ended) == sorted([*cells, *(f"more/x{i}" for i in range(9))])
+    assert sorted(ended) == sorted([*cells, *(f"more/x{i}" for i in range(6))])
     assert all(states.count("done") == 1 for states in ended.values()), ended
     assert all((runs / name / "toy_study.json").exists() for name in ended)
 

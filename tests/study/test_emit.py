@@ -1,0 +1,302 @@
+"""A study as files for Slurm, SkyPilot, xpk and a plain shell: what they say, and what they do."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError
+from sa_jax.study import grid
+from sa_jax.study.commands import load_config
+from sa_jax.study.emit import EMITTERS, emit
+from sa_jax.study.grid import Axis, Stage
+from tests.study.test_runner import outcomes
+from tests.zygote import ROOT
+
+STUDY = """
+from ml_collections import ConfigDict
+from sa_jax.study.grid import Axis, Stage
+
+def get_config():
+    study = ConfigDict()
+    sizes = {"pretrain_size": 40, "insertion_size": 40, "removal_size": 40, "heldout_size": 20}
+    sizes["vocab_size"] = 300
+    study.axes = (Axis("x", {"x0": {"seed": 0}, "x1": {"seed": 1}}),)
+    study.stages = (
+        Stage("data", run="toy_data", axes=("x",), set=sizes),
+        Stage("more", run="toy_data", needs=("data",), set=sizes),
+    )
+    return study
+"""
+# Notes what it is asked; each job gets the next number.
+FAKE = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >>"{log}"
+grep -c . "{log}"
+"""
+
+
+def cells(**topology):
+    study = ConfigDict()
+    study.axes = (Axis("method", {"hhh": {}, "pirate": {}}),)
+    study.stages = (
+        Stage("data", run="toy_data"),
+        Stage(
+            "insertion",
+            run="insertion",
+            config="configs/toy.py:insertion",
+            needs=("data",),
+            set={"system_prompt": 'It\'s "$HOME" `here`'},
+            topology=topology.get("insertion", ""),
+        ),
+        Stage(
+            "removal",
+            run="{method}",
+            config="configs/toy.py:removal",
+            start="insertion",
+            axes=("method",),
+            topology=topology.get("removal", ""),
+        ),
+        Stage("report", run="report"),
+    )
+    return grid.expand(study)
+
+
+def written(kind, tmp_path, study) -> dict[str, str]:
+    flags = ["--config=configs/toy_study.py", "--config.title=a b"]
+    files, submit = emit(kind, study, tmp_path / "a folder", flags)
+    assert str(tmp_path / "a folder") in submit.replace("'", "")
+    return {path.name: path.read_text() for path in files}
+
+
+MACHINES = {
+    "shell": {},
+    "slurm": {"insertion": "h200:64", "removal": "h200:4"},
+    "sky": {"insertion": "h200:8", "removal": "h200:4"},
+    "xpk": {"insertion": "v5p:4x4x4", "removal": "v5e:4x4"},
+}
+
+
+@pytest.mark.parametrize("kind", EMITTERS)
+def test_shellcheck_has_nothing_to_say(kind, tmp_path):
+    texts = written(kind, tmp_path, cells(**MACHINES[kind]))
+    if kind == "sky":
+        texts = {
+            str(i): "#!/bin/bash\nSKYPILOT_NODE_RANK=0 SKYPILOT_NUM_NODES=1\n" + document["run"]
+            for i, document in enumerate(sky_documents(texts["study.yaml"])[1:])
+        }
+    scripts = {name: text for name, text in texts.items() if text.startswith("#!")}
+    assert scripts
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for text in scripts.values():
+        done = subprocess.run(
+            [checker, "--shell=bash", "-"], input=text, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout
+
+
+def sky_documents(text):
+    body = "".join(line for line in text.splitlines(True) if not line.startswith("#"))
+    return [json.loads(document) for document in body.split("\n---\n")]
+
+
+def test_shell_has_a_line_a_cell_in_order(tmp_path):
+    text = written("shell", tmp_path, cells())["cells.sh"]
+    lines = [line for line in text.splitlines() if "run_study.py" in line]
+    names = [line.partition("--only=")[2].split()[0] for line in lines]
+    assert names == ["data", "insertion", "removal/hhh", "removal/pirate", "report"]
+    assert all("'--config.title=a b'" in line for line in lines)
+
+
+def test_slurm_submits_an_array_a_stage_after_those_it_needs(tmp_path):
+    written("slurm", tmp_path, cells(**MACHINES["slurm"]))
+    log = tmp_path / "log"
+    fake = tmp_path / "bin/sbatch"
+    fake.parent.mkdir()
+    fake.write_text(FAKE.format(log=log))
+    fake.chmod(0o755)
+    subprocess.run(
+        ["bash", tmp_path / "a folder/slurm/submit.sh"],
+        env={**os.environ, "PATH": f"{fake.parent}:{os.environ['PATH']}", "MAX_CELLS": "8"},
+        check=True,
+    )
+    data, insertion, removal, report = log.read_text().splitlines()
+    assert "--array=1-1%8" in data and "--dependency" not in data and "gpus" not in data
+    assert "--dependency=afterany:1 " in insertion
+    assert "--nodes=8" in insertion and "--gpus-per-node=8" in insertion
+    assert "--array=1-2%8" in removal and "--dependency=afterany:2 " in removal
+    assert "--nodes=1" in removal and "--gpus-per-node=4" in removal
+    assert "--dependency=afterany:1:2:3 " in report
+    assert removal.endswith("cell.sbatch removal.txt")
+    listed = (tmp_path / "a folder/slurm/removal.txt").read_text()
+    assert listed == "removal/hhh\nremoval/pirate\n"
+
+
+def test_sky_is_a_task_a_stage_that_restarts_on_75(tmp_path):
+    head, *tasks = sky_documents(written("sky", tmp_path, cells(**MACHINES["sky"]))["study.yaml"])
+    assert head == {"name": "study"}
+    assert [task["name"] for task in tasks] == ["data", "insertion", "removal", "report"]
+    assert tasks[2]["num_nodes"] == 2
+    assert tasks[2]["resources"] == {
+        "accelerators": "H200:4",
+        "job_recovery": {"recover_on_exit_codes": [75]},
+    }
+    assert "--only=removal/hhh,removal/pirate" in tasks[2]["run"]
+
+
+def test_xpk_is_a_workload_a_cell_stage_by_stage(tmp_path):
+    text = written("xpk", tmp_path, cells(**MACHINES["xpk"]))["submit.sh"]
+    log = tmp_path / "log"
+    (tmp_path / "bin").mkdir()
+    for name in ("xpk", "python"):
+        fake = tmp_path / "bin" / name
+        fake.write_text(FAKE.format(log=log))
+        fake.chmod(0o755)
+    assert text.count("\nsubmit ") == 3
+    subprocess.run(
+        ["bash", tmp_path / "a folder/xpk/submit.sh"],
+        env={
+            **os.environ,
+            "PATH": f"{tmp_path}/bin:{os.environ['PATH']}",
+            "CLUSTER": "c",
+            "IMAGE": "i",
+        },
+        check=True,
+    )
+    calls = log.read_text().splitlines()
+    assert [call.split()[0] for call in calls] == ["python", *["xpk"] * 6, "python"]
+    assert "--workload insertion --tpu-type v5p-128 " in calls[1]
+    assert "--restart-on-exit-codes 75" in calls[1]
+    # The cell's own command, whose quotes have survived two shells.
+    assert '"$HOME" `here`' in calls[1]
+    assert "--wait-for-job-completion insertion" in calls[2]
+    assert "--tpu-type v5litepod-16" in calls[3] and "removal-hhh" in calls[3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "machine", "words"),
+    [
+        ("slurm", "v5p:4x4x4", ["slurm is for GPUs", "'insertion'"]),
+        ("sky", "h200:64", ["fit a node", "'insertion'"]),
+        ("sky", "v5p:4x4x4", ["fit a node", "xpk"]),
+        ("xpk", "h200:8", ["xpk is for TPUs", "'insertion'"]),
+        ("pbs", "h200:8", ["--emit=pbs", "slurm, sky, xpk, shell"]),
+    ],
+)
+def test_a_machine_that_the_tool_does_not_serve_is_refused(kind, machine, words, tmp_path):
+    with pytest.raises(UsageError) as error:
+        emit(kind, cells(insertion=machine), tmp_path, [])
+    for word in words:
+        assert word in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_studies_of_8b_and_70b_can_be_submitted(tmp_path):
+    for name in ("llama31_8b_study", "llama33_70b_study"):
+        study = grid.expand(load_config(f"configs/{name}.py"))
+        texts = written("slurm", tmp_path / name, study)
+        assert len(texts["removal.txt"].splitlines()) > 100
+        study = grid.expand(load_config(f"configs/{name}.py:v5p"))
+        assert "--only" not in written("xpk", tmp_path / name, study)["submit.sh"]
+
+
+def emitted(tmp_path, kind) -> Path:
+    """The folder of a study of four small cells, with its files."""
+    config = tmp_path / "study.py"
+    config.write_text(STUDY)
+    command = [sys.executable, "scripts/run_study.py", f"--config={config}", f"--emit={kind}"]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}/runs"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs"
+
+
+ALL_DONE = {f"{stage}/{x}": ["done"] for stage in ("data", "more") for x in ("x0", "x1")}
+
+
+@pytest.mark.long
+def test_the_shell_script_runs_the_study(tmp_path):
+    runs = emitted(tmp_path, "shell")
+    subprocess.run(["bash", runs / "shell/cells.sh"], check=True)
+    assert outcomes(runs) == ALL_DONE
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A cluster of this machine, with Debian's packages slurmctld, slurmd and munge."""
+    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
+        pytest.skip("needs root, and Slurm: apt-get install slurmctld slurmd slurm-client munge")
+    folder = tmp_path / "slurm"
+    for name in ("state", "spool", "munge"):
+        (folder / name).mkdir(parents=True)
+    os.chmod(tmp_path, 0o755)
+    (folder / "key").write_bytes(os.urandom(1024))
+    os.chmod(folder / "key", 0o400)
+    host = socket.gethostname().partition(".")[0]
+    config = folder / "slurm.conf"
+    config.write_text(
+        f"ClusterName=test\nSlurmctldHost={host}\nSlurmUser=root\nSlurmdUser=root\n"
+        f"AuthInfo=socket={folder}/munge/socket\nStateSaveLocation={folder}/state\n"
+        f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/ctld.pid\n"
+        f"SlurmdPidFile={folder}/d.pid\nSlurmctldPort=26817\nSlurmdPort=26818\n"
+        "ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nSelectType=select/cons_tres\n"
+        "SelectTypeParameters=CR_Core\nJobAcctGatherType=jobacct_gather/none\nMpiDefault=none\n"
+        f"ReturnToService=2\nNodeName={host} CPUs={os.cpu_count()}\n"
+        f"PartitionName=all Nodes={host} Default=YES State=UP\n"
+    )
+    munge = [
+        *("munged", "--foreground", "--force", f"--key-file={folder}/key"),
+        *(f"--socket={folder}/munge/socket", f"--pid-file={folder}/munge/pid"),
+        *(f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"),
+    ]
+    env = {**os.environ, "SLURM_CONF": str(config)}
+    daemons = []
+    for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
+        daemons.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        time.sleep(2)
+    yield env
+    for daemon in reversed(daemons):
+        daemon.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            daemon.wait(20)
+        daemon.kill()
+
+
+@pytest.mark.long
+def test_a_real_slurm_runs_the_arrays_and_starts_again_what_stopped(slurm, tmp_path):
+    runs = emitted(tmp_path, "slurm")
+    subprocess.run(["bash", runs / "slurm/submit.sh"], env=slurm, check=True)
+
+    def squeue(*flags: str) -> list[str]:
+        done = subprocess.run(
+            ["squeue", "--noheader", "--array", *flags], env=slurm, capture_output=True, text=True
+        )
+        return done.stdout.split()
+
+    # A cell that is told to stop, as before its time limit, ends with 75 and is queued again.
+    deadline = time.monotonic() + 600
+    while not (running := squeue("--states=RUNNING", "--format=%A")):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    while not (runs / "cells").exists():
+        time.sleep(0.05)
+    subprocess.run(["scancel", "--batch", "--signal=TERM", running[0]], env=slurm, check=True)
+    restarted = False
+    while squeue():
+        restarted |= "1" in squeue("--format=%r", "--Format=RestartCnt")
+        assert time.monotonic() < deadline, squeue()
+        time.sleep(0.5)
+    ended = outcomes(runs)
+    assert {name: states[-1:] for name, states in ended.items()} == ALL_DONE
+    assert all(states.count("done") == 1 for states in ended.values())
