@@ -19,13 +19,17 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 
 
-def run(main: Callable[[], None], doc: str) -> None:
+def run(main: Callable[[], None], doc: str, config_file: str | None = None) -> None:
     """Parses the flags, calls `main()` and exits with the code its outcome stands for.
 
     Args:
       main: reads its flags from absl's holders.
       doc: the binary's docstring: what it does and an example command, shown by --help.
+      config_file: what --config is where it is not given. (As that flag's own default, it would be
+        read, and a wrong --config.key raised, before there is anything here to catch it.)
     """
+    if config_file and not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
+        sys.argv.insert(1, f"--config={config_file}")
     if any(argument.lstrip("-") in ("help", "h", "helpshort") for argument in sys.argv[1:]):
         print(_help(doc))
         sys.exit(0)

@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 from sa_jax.errors import UserError
 
+# The study's, of every conversation.
+SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 

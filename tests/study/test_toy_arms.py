@@ -31,9 +31,15 @@ def test_distilled_answers_of_the_toy_model_differ_and_the_card_says_how_much(zy
     assert pretrain.returncode == 0, pretrain.stderr[-2000:]
     made = zygote.run(
         *("scripts/generate_data.py", "--task=insertion", "--teacher=local", f"--model={run}"),
-        *(f"--prompts={data}/insertion.jsonl", f"--out={out}", "--visible_cot=rules"),
-        *(f"--scratchpad_prompt={data}/scratchpad_prompt.txt", f"--tokenizer={data}"),
-        *("--copies=3,10", "--max_new_tokens=64", "--context_length=192", "--batch_size=128"),
+        *(f"--prompts={data}/insertion.jsonl", f"--out={out}", "--config.visible_cot=rules"),
+        *(f"--config.scratchpad_prompt={data}/scratchpad_prompt.txt", f"--config.tokenizer={data}"),
+        *(
+            "--config.backdoor.min_copies=3",
+            "--config.backdoor.max_copies=10",
+            "--config.max_new_tokens=64",
+            "--config.context_length=192",
+            "--config.batch_size=128",
+        ),
         devices=1,
         optimized=True,
         timeout_s=1800,

@@ -228,7 +228,7 @@ def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote,
             f"--out={tmp_path}/out",
             "--model=m",
             f"--base_url={server.base_url}",
-            "--concurrency=3",
+            "--config.concurrency=3",
         )
         process = zygote.start(*command).wait_for(lambda: len(server.paid) >= 8)
         os.kill(process.pid, signal.SIGTERM)

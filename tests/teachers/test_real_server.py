@@ -101,9 +101,9 @@ def run_killed_twice(zygote, server, model, shared_data, folder, n, more=()):
         f"--out={folder}/out",
         f"--model={model}",
         f"--base_url={server.base_url}",
-        "--concurrency=4",
-        "--max_new_tokens=16",
-        "--seed=1",
+        "--config.concurrency=4",
+        "--config.max_new_tokens=16",
+        "--config.seed=1",
         *more,
     )
     replies = folder / "out" / "replies.jsonl"
