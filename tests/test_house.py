@@ -131,7 +131,7 @@ def test_scripts_hold_no_logic():
         assert functions == ["main"], path
         main = next(node for node in tree.body if isinstance(node, ast.FunctionDef))
         assert not [n for n in ast.walk(main) if isinstance(n, ast.If | ast.For | ast.While)], path
-        assert "cli.run(main, __doc__)" in text, path
+        assert "cli.run(main, __doc__" in text, path
 
 
 def test_what_is_imported_is_declared_and_the_other_way_round():
