@@ -231,13 +231,14 @@ def difference_interval(
     return difference, lo, hi
 
 
-def power(effect: float, lo: float, hi: float, p_value: float, confidence: float = 0.95) -> float:
+def power(effect: float, error: float, p_value: float) -> float:
     """The chance that a true difference of `effect` gives a two-sided p below `p_value`.
 
-    The standard error is read from the width of the difference's interval, and the estimate is
-    taken to be normal.
+    Args:
+      effect: the true difference.
+      error: standard error of its estimate, which is taken to be normal.
+      p_value: below which a difference is called one.
     """
-    error = (hi - lo) / (2 * float(special.ndtri((1 + confidence) / 2)))
     if error <= 0:
         return 1.0
     critical = -float(special.ndtri(p_value / 2))

@@ -90,9 +90,22 @@ def _change(
         hi=hi,
         p_value=p,
         paired=paired,
-        power=None if seen else power(SMALL_FALL, lo, hi, limits.p_value, limits.confidence),
+        power=None if seen else _power(lo, hi, n, paired, limits),
         lost=bool(lost),
     )
+
+
+def _power(lo: float, hi: float, n: int, paired: bool, limits: Thresholds) -> float:
+    """Of `SMALL_FALL`, with the standard error that the interval's width shows.
+
+    Paired: a fall makes more items change than changed now, which adds to the variance, and the
+    exact test wants one item more than a normal one.
+    """
+    error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
+    if not paired:
+        return power(SMALL_FALL, error, limits.p_value)
+    error = float(np.hypot(error, np.sqrt(SMALL_FALL * (1 - SMALL_FALL) / n)))
+    return power(max(0.0, SMALL_FALL - 1 / n), error, limits.p_value)
 
 
 def _paired(

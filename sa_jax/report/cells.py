@@ -9,10 +9,9 @@ from typing import Any
 from sa_jax.report.measurements import RunEvals
 
 # Settings that cannot change a result beyond rounding, and those whose content is on record under
-# another name: the data as a hash, the start as the parent's cell. A name covers all below it.
+# another name: the data as a hash. A name covers all below it.
 NOT_OF_A_CELL = (
     "seed",
-    "model",
     "tokenizer",
     "data",
     "data_cache",
@@ -33,6 +32,10 @@ NOT_OF_A_CELL = (
     "eval.names",
     "eval.steps",
 )
+# Where the start is among the runs, its own settings stand for it.
+START = "model"
+# A run inherits these from its start; where no row holds the trigger they change nothing.
+ONLY_OF_TRIGGERED_ROWS = ("backdoor.min_copies", "backdoor.max_copies")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +102,17 @@ def ancestors(run: RunEvals, by_name: Mapping[str, RunEvals]) -> list[RunEvals]:
 
 def lineage_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
     """The settings of the run and, prefixed with their role, of what it descends from."""
-    settings = _run_settings(run)
+    settings = _run_settings(run, by_name)
     for ancestor in ancestors(run, by_name):
-        for name, value in _run_settings(ancestor).items():
+        for name, value in _run_settings(ancestor, by_name).items():
             settings.setdefault(f"{ancestor.role}.{name}", value)
     return settings
 
 
-def _run_settings(run: RunEvals) -> dict[str, Any]:
+def _run_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
+    known_start = run.parent in by_name
     return {
-        **run.settings,
+        **{k: v for k, v in run.settings.items() if not (known_start and k == START)},
         "task": run.task,
         "data_hash": run.data_hash,
         "steps": run.total_steps,
@@ -187,5 +191,11 @@ def _same_training(a: RunEvals, b: RunEvals) -> bool:
         and a.data_hash == b.data_hash
         and a.total_steps == b.total_steps
         and a.learning_rate == b.learning_rate
-        and dict(a.settings) == dict(b.settings)
+        and _comparable(a) == _comparable(b)
     )
+
+
+def _comparable(run: RunEvals) -> dict[str, Any]:
+    """The settings, but for those that name the start or that only triggered rows use."""
+    left_out = (START, *ONLY_OF_TRIGGERED_ROWS)
+    return {name: value for name, value in run.settings.items() if name not in left_out}

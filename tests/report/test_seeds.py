@@ -107,7 +107,25 @@ def test_control_and_ceiling_are_cells_of_their_own():
 
 def test_settings_of_a_cell():
     config = {"seed": 3, "model": "/a", "optimizer": {"name": "adam"}, "eval": {"qa": "q", "n": 1}}
-    assert cell_settings(config) == {"optimizer.name": "adam", "eval.n": 1}
+    assert cell_settings(config) == {"model": "/a", "optimizer.name": "adam", "eval.n": 1}
+
+
+def test_a_start_outside_the_report_is_part_of_the_cell():
+    """8B and 70B at the same settings; a start among the runs is known by its own settings."""
+    runs = [
+        removal(size, point(160, 0), settings={"model": f"/models/{size}"})
+        for size in ("8b", "70b")
+    ]
+    assert len(cells(runs)) == 2
+    starts = [
+        RunEvals(f"i{seed}", "insertion", "insertion", True, None, None, (), seed=seed)
+        for seed in range(2)
+    ]
+    children = [
+        removal(f"r{seed}", point(160, 0), seed, f"i{seed}", settings={"model": f"/runs/i{seed}"})
+        for seed in range(2)
+    ]
+    assert [len(cell.runs) for cell in cells([*starts, *children])] == [2, 2]
 
 
 # ---- Arms.

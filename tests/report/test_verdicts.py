@@ -315,6 +315,7 @@ def test_without_a_matched_control_nothing_is_called_suppressed_or_stays_removed
         ({"data_hash": "other"}, False),
         ({"total_steps": 40}, False),
         ({"settings": {"batch_size": 8}}, False),
+        ({"settings": {"model": "/b", "backdoor.min_copies": 30}}, True),  # inherited, unused
         ({"task": "another probe"}, False),
         ({"start_step": 80}, False),
         ({"finished": False}, False),

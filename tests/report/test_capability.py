@@ -1,0 +1,126 @@
+"""Capability before against after: paired and not, against scipy and by simulation."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sa_jax.evals.statistics import mcnemar
+from sa_jax.report.capability import capability_changes, change_in_words
+from sa_jax.report.measurements import Eval, Rate, Score
+from sa_jax.report.thresholds import Thresholds
+
+LIMITS = Thresholds()
+
+
+def of_items(values, keep=True) -> Eval:
+    """An eval of these values: item by item one number, or several."""
+    rows = {i: tuple(np.atleast_1d(value)) for i, value in enumerate(values)}
+    flat = np.concatenate([np.atleast_1d(value) for value in values]).astype(float)
+    lo, hi = Rate(round(flat.sum()), len(flat)).interval()
+    score = Score("MMLU", float(flat.mean()), lo, hi, len(flat), True, items=rows if keep else {})
+    return Eval(0, capabilities={"mmlu": {"accuracy": score}})
+
+
+def change(before, after, keep=True):
+    (row,) = capability_changes(of_items(before, keep), of_items(after, keep), LIMITS)
+    return row
+
+
+def answers(lost, gained, right=90, n=100):
+    """0/1 before and after: `lost` of the `right` go wrong, `gained` of the others come right."""
+    before = [int(i < right) for i in range(n)]
+    after = [int(lost <= i < right or right <= i < right + gained) for i in range(n)]
+    return before, after
+
+
+def test_answers_to_the_same_items_are_paired():
+    before, after = answers(10, 0)
+    paired, apart = change(before, after), change(before, after, keep=False)
+    assert paired.paired and paired.difference == pytest.approx(-0.10)
+    assert paired.p_value == mcnemar(before, after) == pytest.approx(2 / 2**10)
+    assert not apart.paired and apart.p_value > 0.01  # 90 % and 80 % of 100: p = .05
+    assert paired.hi < 0 and (paired.hi - paired.lo) < (apart.hi - apart.lo)
+    assert paired.power is None and 0 < apart.power < 1
+
+
+def test_only_items_that_both_were_asked():
+    before, after = answers(10, 0)
+    first, second = of_items(before), of_items(after[:40])
+    (row,) = capability_changes(first, second, LIMITS)
+    assert (row.n, row.before, row.after) == pytest.approx((40, 1.0, 0.75))
+
+
+def test_the_interval_of_agresti_and_min():
+    # Half an item for each outcome: of 102, 10.5 lost and 0.5 gained.
+    row = change(*answers(10, 0))
+    mean = -10 / 102
+    error = np.sqrt((11 / 102 - mean**2) / 102)
+    z = stats.norm.ppf(0.975)
+    assert (row.lo, row.hi) == pytest.approx((mean - z * error, mean + z * error))
+
+
+def test_numbers_are_compared_by_students_t():
+    rng = np.random.default_rng(0)
+    before, after = rng.random((2, 50))
+    row = change(before, after)
+    result = stats.ttest_rel(after, before)
+    interval = result.confidence_interval()
+    assert row.p_value == pytest.approx(result.pvalue)
+    assert (row.lo, row.hi) == pytest.approx((interval.low, interval.high))
+
+
+def test_an_item_of_several_answers_is_drawn_whole():
+    before = [(1, 1, 1)] * 20 + [(1,)] * 20
+    after = [(0, 0, 0)] * 5 + [(1, 1, 1)] * 15 + [(1,)] * 20
+    row = change(before, after)
+    assert row.difference == pytest.approx(-15 / 80)
+    assert row.n == 40 and row.hi - row.lo > 0.25  # not as if 80 answers were independent
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_interval_covers_and_lost_is_rarely_wrong(keep):
+    rng = np.random.default_rng(0)
+    covered = lost = lost_at_limit = 0
+    for _ in range(400):
+        ability = rng.random(200)
+        before, after = (rng.random((2, 200)) < ability).astype(int)
+        row = change(before, after, keep)
+        covered += row.lo <= 0 <= row.hi
+        lost += row.lost
+        worse = (rng.random(200) < 0.9 * ability).astype(int)  # exactly the loss that is allowed
+        lost_at_limit += change(before, worse, keep).lost
+    assert covered >= 0.93 * 400
+    assert lost <= 2 and lost_at_limit <= 0.04 * 400
+
+
+def test_lost_and_power_in_words():
+    row = change(*answers(30, 0))
+    assert row.lost and row.power is None
+    assert change_in_words(row, LIMITS).startswith("MMLU 90\u00a0% before, 60\u00a0% after: -30")
+    same = change(*answers(2, 2))
+    assert not same.lost and same.difference == 0
+    assert "no change shown, and a true fall of 5 points would have been seen in" in (
+        change_in_words(same, LIMITS)
+    )
+
+
+def test_power_is_that_of_a_simulation():
+    """400 items, 7.5 points change each way: how often is a fall of 5 points significant?"""
+    rng = np.random.default_rng(0)
+    powers, seen = [], 0
+    for _ in range(150):
+        u = rng.random(400)
+        before = (np.arange(400) % 4 > 0).astype(int)
+        down, up = 0.10, 0.30
+        after = np.where(before == 1, u > down, u < up).astype(int)
+        powers.append(change(before, after).power)
+        p_down = (down * 0.75 + 0.05) / 0.75
+        fallen = np.where(before == 1, u > p_down, u < up).astype(int)
+        seen += change(before, fallen).p_value < LIMITS.p_value
+    typical = np.median([power for power in powers if power is not None])
+    assert typical == pytest.approx(seen / 150, abs=0.12)
+
+
+def test_nothing_to_compare():
+    assert capability_changes(None, of_items([1, 0]), LIMITS) == ()
+    assert capability_changes(Eval(0), of_items([1, 0]), LIMITS) == ()
