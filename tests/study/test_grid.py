@@ -1,5 +1,8 @@
 """Axes, stages and the cells they make: names, shared ancestors, conditions, mistakes."""
 
+import re
+from pathlib import Path
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -12,6 +15,7 @@ METHOD = Axis("method", {"hhh": {}, "pirate": {"columns.response": "pirate_answe
 LR = Axis("lr", grid.learning_rates(1e-3, 3.5e-4))
 SEED = Axis("seed", grid.seeds(2))
 CONFIG = "tests/configs/tiny.py"
+LLAMAS = ("llama31_8b", "llama33_70b")
 
 
 def insertion(**changes):
@@ -165,3 +169,28 @@ def test_a_value_that_no_config_has_is_named(changes, words):
         commands.record(cell)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+STUDIES = [
+    *(f"configs/toy_study.py:{part}" for part in ("chain", "seeds", "grid", "optimizers")),
+    *(f"configs/stories260k.py:{part}" for part in ("chain", "grid", "optimizers")),
+    *(f"configs/{name}_study.py{on}" for name in LLAMAS for on in ("", ":v5p")),
+]
+
+
+@pytest.mark.parametrize("path", STUDIES)
+def test_the_studies_of_the_project_work_as_far_as_can_be_seen_before(path):
+    cells = grid.expand(commands.load_config(path))
+    scripts = {file.as_posix(): file.read_text() for file in Path("scripts").glob("*.py")}
+    checked = set()
+    for cell in cells:
+        shape = (cell.stage.name, cell.run, *cell.settings)
+        if shape in checked:
+            continue
+        checked.add(shape)
+        commands.record(cell)
+        script, *flags = commands.command(cell, "runs/x")
+        defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', scripts[script])
+        for flag in flags:
+            assert re.match(r"--(\w+)", flag)[1] in defined, (script, flag)
+    assert cells[-1].run == "report"
