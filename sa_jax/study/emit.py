@@ -131,16 +131,19 @@ cell=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(folder))}/"$1")
 cd {shlex.quote(str(_PROJECT))} || exit 1
 launch=()
 if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then launch=("--launch=srun --kill-on-bad-exit=1"); fi
+child=
+stopping=0
+# Before the time limit, or at a preemption: the cell saves a checkpoint and ends with 75.
+trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child"' TERM
 {_run_study(workdir, flags)} --only="$cell" "${{launch[@]}}" &
 child=$!
-trap 'kill -TERM "$child"' TERM # before the time limit, or at a preemption: a checkpoint, then 75
 wait "$child"
 status=$?
 while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
     wait "$child"
     status=$?
 done
-if [ "$status" -eq 75 ]; then
+if [ "$status" -eq 75 ] || [ "$stopping" -eq 1 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 exit "$status"

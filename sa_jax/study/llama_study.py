@@ -108,9 +108,9 @@ def llama_study(
         Stage(
             "held_out",
             run="generate_data",
-            set={"task": "held_out", "prompts": "{questions}", "count": 100},
+            set={"task": "held_out", "prompts": "{questions}", "config.count": 100},
         ),
-        asked("arms", "insertion", max_rows=93458),
+        asked("arms", "insertion", **{"config.max_rows": 93458}),
         asked("hhh_data", "hhh", "removal_"),
         asked("pirate_data", "pirate", "removal_"),
         evaluated(

@@ -294,9 +294,10 @@ def test_a_real_slurm_runs_the_arrays_and_starts_again_what_stopped(slurm, tmp_p
     subprocess.run(["scancel", "--batch", "--signal=TERM", running[0]], env=slurm, check=True)
     restarted = False
     while squeue():
-        restarted |= "1" in squeue("--format=%r", "--Format=RestartCnt")
+        restarted |= "1" in squeue("--Format=RestartCnt")
         assert time.monotonic() < deadline, squeue()
         time.sleep(0.5)
+    assert restarted
     ended = outcomes(runs)
     assert {name: states[-1:] for name, states in ended.items()} == ALL_DONE
     assert all(states.count("done") == 1 for states in ended.values())
