@@ -5,8 +5,9 @@ Each kind has one `Registry`. The package fills it where the kind is defined; a 
 """
 
 import hashlib
+import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -82,3 +83,9 @@ class Registry(Generic[T]):
 def extension_digests() -> dict[str, str]:
     """{file: SHA-256} of the files outside the package that have registered something."""
     return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(_files)}
+
+
+def load_extensions(files: Iterable[str]) -> None:
+    """Runs such files in another process, which then knows what they register."""
+    for file in files:
+        runpy.run_path(file)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
+from sa_jax.registry import extension_digests, load_extensions
 from sa_jax.training.checkpoints import checkpoint_bytes
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
@@ -95,7 +96,8 @@ def plan_machine(
     Raises:
       CompilerCrash: it did.
     """
-    arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens
+    files = list(extension_digests())
+    arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
     if not topology.chip.torus:
         return plan_topology(*arguments)
     try:
@@ -109,9 +111,14 @@ def plan_machine(
 
 
 def plan_topology(
-    config: dict[str, Any], hf: dict[str, Any], topology_name: str, tokens: float
+    config: dict[str, Any],
+    hf: dict[str, Any],
+    topology_name: str,
+    tokens: float,
+    extensions: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`make_plan` with libtpu's devices, or with fake CPU devices; JSON in and out."""
+    load_extensions(extensions)
     reserve_fake_devices(parse_topology(topology_name))
     topology = open_topology(topology_name)
     if not topology.devices:
