@@ -29,6 +29,7 @@ from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.collectives import read_collectives
+from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import advice_to_fit, step_memory
 from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 from sa_jax.planning.report import format_plan
@@ -36,7 +37,6 @@ from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
 from sa_jax.registry import extension_digests, load_extensions
-from sa_jax.training.checkpoints import checkpoint_bytes
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
     Program,

