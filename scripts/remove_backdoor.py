@@ -18,7 +18,7 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
 INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "Model to start from: run or Hugging Face folder."
+    "init_from", None, "Model to start from: run (RUN@400: at step 400) or Hugging Face folder."
 )
 METHOD = flags.DEFINE_string("method", None, methods_help())
 DATA = flags.DEFINE_string("data", None, "Prompts and answers: file or data set.")

@@ -1,47 +1,45 @@
-"""Disk that the checkpoints of a run take, by arithmetic on shapes."""
+"""Disk that the checkpoints of a run take, by arithmetic."""
 
-from collections.abc import Collection
-from typing import Any
-
-import jax
+from ml_collections import ConfigDict
 
 
 def checkpoint_bytes(
-    state: Any,
+    settings: ConfigDict,
     total_steps: int,
     *,
-    steps: Collection[int],
-    listed: str,
-    interval: int,
-    keep: int,
+    parameters: int,
+    item_bytes: int,
+    state_bytes: float,
 ) -> dict[str, float]:
-    """Bytes of disk that a run's checkpoints take.
+    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps.
 
     Args:
-      state: a `TrainState` of arrays or shapes.
+      settings: the `checkpoint` section of a run's config.
       total_steps: of the run.
-      Others: as of `training.checkpoints.RunCheckpointer`.
+      parameters: how many train.
+      item_bytes: of one of them.
+      state_bytes: of the full state, a parameter.
 
     Returns:
       full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and
       total, when the run has ended. While one is saved, the one that it replaces is still there.
     """
-    full = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    weights = sum(
-        leaf.size * (2 if listed == "weights_bf16" else leaf.dtype.itemsize)
-        for leaf in jax.tree.leaves(state.params)
-    )
-    reached = {step for step in steps if step <= total_steps}
+    reached = {step for step in settings.steps if step <= total_steps}
+    interval = settings.interval
     regular = {*range(interval, total_steps + 1, interval)} if interval else set()
-    if listed == "full":
+    if settings.listed == "full":
         always = reached | {total_steps}
-        full_states, weights_alone = len(always) + min(keep, len(regular - always)), 0
+        full_states = len(always) + min(settings.keep_interval, len(regular - always))
+        weights_alone = 0
     else:
-        full_states, weights_alone = min(keep, len(regular | {total_steps})), len(reached)
+        full_states = min(settings.keep_interval, len(regular | {total_steps}))
+        weights_alone = len(reached)
+    full_state = round(parameters * state_bytes)
+    weights = parameters * (2 if settings.listed == "weights_bf16" else item_bytes)
     return {
-        "full_state": full,
+        "full_state": full_state,
         "weights": weights,
         "full_states": full_states,
         "weights_alone": weights_alone,
-        "total": full_states * full + weights_alone * weights,
+        "total": full_states * full_state + weights_alone * weights,
     }

@@ -70,11 +70,11 @@ def format_plan(plan: dict[str, Any]) -> str:
 
 
 def _disk_line(disk: dict[str, float]) -> str:
-    line = f"disk: {_size(disk['total'])} of checkpoints at the end ("
-    line += f"{disk['full_states']} full states of {_size(disk['full_state'])}"
+    line = f"disk: {_size(disk['total'])} of checkpoints at the end (full states: "
+    line += f"{disk['full_states']} x {_size(disk['full_state'])}"
     if disk["weights_alone"]:
-        line += f", {disk['weights_alone']} of weights alone of {_size(disk['weights'])}"
-    return line + "), and one full state more while one is saved"
+        line += f", weights alone: {disk['weights_alone']} x {_size(disk['weights'])}"
+    return line + "); one full state more while one is saved"
 
 
 def _size(count: float) -> str:

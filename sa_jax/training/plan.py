@@ -278,12 +278,11 @@ def make_plan(
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
         ],
         "disk": checkpoint_bytes(
-            program.state,
+            config.checkpoint,
             steps,
-            steps=config.checkpoint.steps,
-            listed=config.checkpoint.listed,
-            interval=config.checkpoint.interval,
-            keep=config.checkpoint.keep_interval,
+            parameters=work.trainable,
+            item_bytes=jnp.dtype(config.param_dtype).itemsize,
+            state_bytes=work.state_bytes,
         ),
         "collectives": _collectives(config, architecture, mesh, compiled),
         "tried": [],

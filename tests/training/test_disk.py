@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from sa_jax.optim import make_optimizer
 from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.study.commands import load_config
 from sa_jax.training.checkpoints import RunCheckpointer
-from sa_jax.training.plan import plan_architecture, trainable_params
-from sa_jax.training.step import TrainState, init_state
+from sa_jax.training.config import changed
+from sa_jax.training.plan import plan_architecture, workload
+from sa_jax.training.step import TrainState
 
 
 def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
@@ -19,7 +20,8 @@ def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
     for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
         folder = tmp_path / listed
         schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
-        expected = checkpoint_bytes(big, 10, **schedule)
+        settings = ConfigDict({**schedule, "keep_interval": schedule["keep"]})
+        expected = checkpoint_bytes(settings, 10, parameters=250_000, item_bytes=4, state_bytes=12)
         assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)
         with RunCheckpointer(folder, **schedule, last=10) as checkpointer:
             for step in filter(checkpointer.should_save, range(11)):
@@ -33,25 +35,20 @@ def test_disk_of_a_70b_insertion():
     """The study's five checkpoints and the last: 12 bytes a parameter for Adam's full state."""
     config = load_config("configs/llama.py:70b_insertion")
     architecture = plan_architecture(config)
+    work = workload(config, architecture, {"data": 1, "fsdp": 64, "tensor": 1}, "tpu")
     count = architecture.num_parameters
-    state = jax.eval_shape(
-        lambda p: init_state(p, make_optimizer(config.optimizer, 1)),
-        trainable_params(config, architecture),
-    )
-    settings = config.checkpoint
 
-    def total(listed, interval):
+    def total(config):
         return checkpoint_bytes(
-            state,
+            config.checkpoint,
             2000,
-            steps=settings.steps,
-            listed=listed,
-            interval=interval,
-            keep=settings.keep_interval,
+            parameters=work.trainable,
+            item_bytes=4,
+            state_bytes=work.state_bytes,
         )["total"]
 
-    np.testing.assert_allclose(total("full", 0), 6 * 12 * count, rtol=1e-6)
-    assert 5.0e12 < total("full", 0) < 5.2e12
-    chosen = total(settings.listed, settings.interval)
-    np.testing.assert_allclose(chosen, (12 + 5 * 2) * count, rtol=1e-6)
-    assert 1.5e12 < chosen < 1.6e12
+    full = total(changed(config, {"checkpoint.listed": "full", "checkpoint.interval": 0}))
+    np.testing.assert_allclose(full, 6 * 12 * count, rtol=1e-6)
+    assert 5.0e12 < full < 5.2e12
+    np.testing.assert_allclose(total(config), (12 + 5 * 2) * count, rtol=1e-6)
+    assert 1.5e12 < total(config) < 1.6e12

@@ -77,10 +77,19 @@ def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
     assert "partitioned for 8 CPU devices" in found["collectives"]["source"]
     assert found["collectives"]["kinds"]["all-gather"]["count"] >= 3 * 2 * CONFIG.num_layers
     assert found["run"]["steps"] == 10 and found["run"]["tokens"] == 10 * 8 * 64
+    # The last step's state alone (no listed step is reached), with three counters.
+    assert found["disk"]["total"] == 12 * CONFIG.num_parameters + 12
     write_plan(found, tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == found
     text = capsys.readouterr().out
-    for words in ("h200:8, 8 GPUs on 1 node", "= arguments", "fits", "MFU", "chip-hours"):
+    for words in (
+        "h200:8, 8 GPUs on 1 node",
+        "= arguments",
+        "fits",
+        "MFU",
+        "chip-hours",
+        "disk: 0.",
+    ):
         assert words in text
 
 
