@@ -8,11 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import GIB
+from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import estimate_temporaries
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
@@ -21,10 +23,8 @@ from sa_jax.study.commands import resolved
 from sa_jax.study.devices import visible_devices
 from sa_jax.study.grid import Cell
 from sa_jax.study.progress import seconds
-from sa_jax.training.checkpoints import checkpoint_bytes
-from sa_jax.training.plan import abstract_state, workload
+from sa_jax.training.plan import workload
 from sa_jax.training.start import fresh_architecture, open_start
-from sa_jax.training.step import TrainState
 
 # Settings that decide a step's cost; cells that agree in them are worked out once.
 _COSTLY = (
@@ -60,7 +60,7 @@ class Forecaster:
         self._cells = {cell.name: cell for cell in cells}
         self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
         self._devices = devices
-        self._work: dict[str, tuple[Workload, TrainState]] = {}
+        self._work: dict[str, Workload] = {}
 
     def check_fits(self, cell: Cell) -> None:
         """UsageError where the cell's mesh cannot be, UserError where it lacks memory."""
@@ -82,7 +82,7 @@ class Forecaster:
                 f"{architecture.num_kv_heads} key/value heads"
             )
         assert topology.chip is not None
-        needed = _bytes_a_chip(self._step(config, architecture, sizes, topology)[0], topology)
+        needed = _bytes_a_chip(self._workload(config, architecture, sizes, topology), topology)
         if needed > topology.chip.hbm_bytes:
             raise UserError(
                 f"cell {cell.name} cannot fit its mesh: about {needed / GIB:.0f} GiB a chip of "
@@ -103,19 +103,18 @@ class Forecaster:
         sizes = (
             mesh_sizes(cell, config, devices) if topology else {"data": 1, "fsdp": 1, "tensor": 1}
         )
-        work, state = self._step(config, architecture, sizes, topology)
+        work = self._workload(config, architecture, sizes, topology)
         steps = math.ceil(tokens / a_step)
         hours = None
         if topology is not None and topology.chip is not None:
             step_s = step_time(work, topology.chip, topology.shape).step
             hours = steps * step_s * topology.chips / 3600
         disk = checkpoint_bytes(
-            state,
+            config.checkpoint,
             steps,
-            steps=config.checkpoint.steps,
-            listed=config.checkpoint.listed,
-            interval=config.checkpoint.interval,
-            keep=config.checkpoint.keep_interval,
+            parameters=work.trainable,
+            item_bytes=jnp.dtype(config.param_dtype).itemsize,
+            state_bytes=work.state_bytes,
         )
         return Forecast(tokens, hours, disk["total"])
 
@@ -131,20 +130,19 @@ class Forecaster:
             return open_start(config.model).config
         return None
 
-    def _step(
+    def _workload(
         self,
         config: ConfigDict,
         architecture: LlamaConfig,
         sizes: Mapping[str, int],
         topology: Topology | None,
-    ) -> tuple[Workload, TrainState]:
+    ) -> Workload:
         platform = "cpu" if topology is None else topology.platform
         costly = {name: config.to_dict()[name] for name in _COSTLY}
         costly["optimizer"] = {k: v for k, v in costly["optimizer"].items() if "rate" not in k}
         key = json.dumps([costly, architecture.to_hf(), dict(sizes), platform], default=str)
         if key not in self._work:
-            work = workload(config, architecture, sizes, platform)
-            self._work[key] = work, abstract_state(config, architecture)
+            self._work[key] = workload(config, architecture, sizes, platform)
         return self._work[key]
 
 
