@@ -46,7 +46,7 @@ class TimeFit:
       x_name: what x is, for people.
       runs: what it was fitted to.
       slope, lo, hi: by profile likelihood at Student's quantile; a bound is infinite where the data
-        do not hold it.
+        do not hold it, and so is the slope where they only say which way it goes.
       intercept, spread: of the line; spread is the standard deviation in log steps.
       p_claim: one-sided p that 3 times x does not make removal more than 10 times faster.
       text: one line, with the study's claim tested.
@@ -126,8 +126,13 @@ def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFi
     line = _Line(timed)
     lo, hi = line.bounds(_cutoff(len(timed), limits.confidence))
     p = line.p_below(-math.log(CLAIM_SPEEDUP) / math.log(CLAIM_RATIO))
-    text = _text(x_name, line.slope, lo, hi, p, timed, limits)
-    return TimeFit(x_name, tuple(timed), line.slope, lo, hi, line.intercept, line.spread, p, text)
+    slope = line.slope
+    for end, bound in ((-MAX_SLOPE, lo), (MAX_SLOPE, hi)):
+        # As likely at the end of the range as at its best: the runs only say which way it goes.
+        if math.isinf(bound) and line.deviance(np.array([end]))[0] < 0.1:
+            slope = bound
+    text = _text(x_name, slope, lo, hi, p, timed, limits)
+    return TimeFit(x_name, tuple(timed), slope, lo, hi, line.intercept, line.spread, p, text)
 
 
 def _cutoff(n: int, confidence: float) -> float:
@@ -285,19 +290,36 @@ def _text(
 ) -> str:
     never = sum(item.steps.by is None for item in timed)
     ended = f"; {never} of {len(timed)} runs ended without removal" if never else ""
-    limit = -math.log(CLAIM_SPEEDUP) / math.log(CLAIM_RATIO)
-    times = f"{number(CLAIM_RATIO)} times the {x_name}"
-    if p < limits.p_value and hi < limit:
-        claim = f"more than {number(CLAIM_SPEEDUP)} times faster, as the study says"
-    elif lo > limit:
-        claim = f"less than {number(CLAIM_SPEEDUP)} times faster, against the study"
-    else:
-        claim = f"whether more than {number(CLAIM_SPEEDUP)} times faster is open"
+    interval = f"{percent(limits.confidence)} interval"
+    power = "" if math.isinf(slope) else f" {slope:.2f},"
     line = (
-        f"steps to removal change as {x_name}^{slope:.2f} ({percent(limits.confidence)} interval "
-        f"of the power {lo:.2f} to {hi:.2f}, {len(timed)} runs{ended})"
+        f"steps to removal change as a power of {x_name}:{power} {interval} {_bounds(lo, hi)} "
+        f"({len(timed)} runs{ended})"
     )
     if x_name != "learning rate":
         return line
-    factor = CLAIM_RATIO**-slope
-    return f"{line}; {times} removes {factor:.1f} times faster: {claim} ({p_in_words(p)} one-sided)"
+    limit = -math.log(CLAIM_SPEEDUP) / math.log(CLAIM_RATIO)
+    speedup = number(CLAIM_SPEEDUP)
+    if p < limits.p_value and hi < limit:
+        claim = f"more than {speedup} times faster, as the study says"
+    elif lo > limit:
+        claim = f"less than {speedup} times faster, against the study"
+    else:
+        claim = f"whether more than {speedup} times faster is open"
+    slowest, fastest = CLAIM_RATIO**-hi, CLAIM_RATIO**-lo if lo > -MAX_SLOPE else math.inf
+    reach = (
+        f"{slowest:.2g} to {fastest:.2g}" if math.isfinite(fastest) else f"at least {slowest:.2g}"
+    )
+    return (
+        f"{line}; {number(CLAIM_RATIO)} times the rate removes {reach} times faster: {claim} "
+        f"({p_in_words(p)}, one-sided)"
+    )
+
+
+def _bounds(lo: float, hi: float) -> str:
+    """'-1.20 to -0.80', 'below -0.25' or 'above 0.40'; 'unbounded' where neither end is held."""
+    if math.isinf(lo) and math.isinf(hi):
+        return "unbounded"
+    if math.isinf(lo):
+        return f"below {hi:.2f}"
+    return f"above {lo:.2f}" if math.isinf(hi) else f"{lo:.2f} to {hi:.2f}"
