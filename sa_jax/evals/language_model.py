@@ -45,10 +45,6 @@ class Store:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": value}) + "\n")
 
-    def discard(self) -> None:
-        if self._path:
-            self._path.unlink(missing_ok=True)
-
 
 def language_model(
     context: EvalContext,

@@ -4,8 +4,8 @@ An eval is one object in `EVALS`. Training, `scripts/evaluate.py`, metrics sinks
 reports know evals through it alone. It writes two files to a step folder:
 
     <name>.json    the summary: {"step", "title", "kind", "headline" (name of a score), "settings",
-                   "scores": {score: {"rate", "lo", "hi", "n"[, "count"][, "floor"][, "title"]}},
-                   and whatever else the eval wants to keep}
+                   "data_hashes", "scores": {score: {"rate", "lo", "hi", "n"[, "count"][, "floor"]
+                   [, "title"]}}, and whatever else the eval wants to keep}
     <name>.jsonl   one object an item: {"item" (what pairs it with the same item of another model),
                    "asked" (a hash of what was asked), "scores": {score: 0/1, a number, or a list of
                    them}, and whatever else}; an item that was not asked has "skipped": true
@@ -69,12 +69,27 @@ class EvalContext:
         return {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
 
 
-class RunEval(Protocol):
-    def __call__(
-        self, params: Any, *, folder: str | Path, step: int, should_stop: Callable[[], bool]
-    ) -> dict[str, Any]:
-        """Evaluates the parameters, writes `folder/<name>.jsonl` and `folder/<name>.json` in the
-        primary process, and returns the summary.
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What an eval got from a model.
+
+    Attributes:
+      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
+      fields: more for the summary.
+      floors: score -> the rate of a model that only says the phrase, or that guesses.
+      titles: score -> what reports call it.
+    """
+
+    items: list[dict[str, Any]]
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Run(Protocol):
+    def __call__(self, params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
+        """Asks the model with these parameters. `folder/<name>.partial.jsonl` may keep answers
+        over a stop; it is removed when the record is written.
 
         Raises:
           Preempted: should_stop said so.
@@ -86,12 +101,17 @@ class Prepared:
     """An eval that is ready to run.
 
     Attributes:
-      run: see `RunEval`.
+      run: see `Run`.
+      settings: that a result depends on.
       data_hashes: name of what is asked -> its SHA-256; results of other data do not compare.
+      run_again: `run` with other noise, of what must be asked again to confirm a return of the
+        backdoor; None where that is not measured.
     """
 
-    run: RunEval
+    run: Run
+    settings: Mapping[str, Any]
     data_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    run_again: Run | None = None
 
 
 class Eval(Protocol):
@@ -161,38 +181,70 @@ def summarise(
     return scores
 
 
-def write(
+def evaluate(
     eval_: Eval,
-    items: Sequence[dict[str, Any]],
+    prepared: Prepared,
+    params: Any,
     *,
     folder: str | Path,
     step: int,
-    fields: Mapping[str, Any],
-    floors: Mapping[str, float] | None = None,
-    titles: Mapping[str, str] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Writes the two files of an eval (in the primary process) and returns the summary.
+    """Runs an eval, writes its two files to the step folder (in the primary process) and returns
+    the summary.
 
-    Args:
-      eval_: whose they are.
-      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
-      folder: the step folder.
-      step: of the weights.
-      fields: of the summary: "settings" that a result depends on, and whatever else.
-      floors, titles: of scores, see `summarise`.
+    Raises:
+      Preempted: should_stop said so; nothing is written.
     """
-    scores = summarise([item for item in items if not item.get("skipped")], floors, titles)
+    answers = prepared.run(params, Path(folder), should_stop)
+    return _write(eval_, eval_.name, prepared, answers, Path(folder), step)
+
+
+def evaluate_again(
+    eval_: Eval,
+    prepared: Prepared,
+    params: Any,
+    *,
+    folder: str | Path,
+    step: int,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """The same with `prepared.run_again`, written to `<name>_again.jsonl` and `.json`."""
+    assert prepared.run_again is not None
+    answers = prepared.run_again(params, Path(folder), should_stop)
+    return _write(eval_, again(eval_.name), prepared, answers, Path(folder), step)
+
+
+def again(name: str) -> str:
+    """Name of the record of what was asked again."""
+    return f"{name}_again"
+
+
+def _write(
+    eval_: Eval, name: str, prepared: Prepared, answers: Answers, folder: Path, step: int
+) -> dict[str, Any]:
+    counted = [item for item in answers.items if not item.get("skipped")]
+    scores = summarise(counted, answers.floors, answers.titles)
+    fields = dict(answers.fields)
     summary = {
         "step": step,
         "title": eval_.title,
         "kind": eval_.kind,
         "headline": eval_.headline if eval_.headline in scores else next(iter(scores), ""),
         "scores": scores,
+        "settings": {**prepared.settings, **fields.pop("settings", {})},
+        "data_hashes": dict(prepared.data_hashes),
         **fields,
     }
     if is_primary():
-        records.write_eval(folder, eval_.name, items, summary)
+        records.write_eval(folder, name, answers.items, summary)
+        partial_file(folder, eval_.name).unlink(missing_ok=True)
     return summary
+
+
+def partial_file(folder: Path, name: str) -> Path:
+    """Where an eval may keep answers over a stop."""
+    return folder / f"{name}.partial.jsonl"
 
 
 def headline(name: str, summary: Mapping[str, Any]) -> str:

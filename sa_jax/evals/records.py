@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from sa_jax.files import atomic_write, explained
 
 
@@ -26,9 +28,41 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
 
 
 def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
-    """The summary of a finished eval, None where there is none (or only a part of one)."""
+    """The summary of a finished eval; None where there is none, only a part of one, or (with a
+    warning) one that cannot be read or is no summary."""
     path = Path(folder) / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary["scores"], dict) or not isinstance(summary["settings"], dict):
+            raise TypeError("its scores or settings are no objects")
+        if not path.with_suffix(".jsonl").is_file():
+            raise FileNotFoundError(f"no {name}.jsonl beside it")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logging.warning("%s is no summary of a finished eval (%r): ignored", path, error)
+        return None
+    return summary
+
+
+def finished(folder: str | Path) -> dict[str, dict[str, Any]]:
+    """The summaries of all finished evals of a step folder, by name."""
+    names = sorted(path.stem for path in Path(folder).glob("*.json"))
+    summaries = {name: read_summary(folder, name) for name in names}
+    return {name: summary for name, summary in summaries.items() if summary is not None}
+
+
+def step_folders(evals: str | Path) -> dict[int, Path]:
+    """step -> `evals/step_NNNNNN`, by rising step. Anything else there is ignored, with a warning
+    where it is named like one."""
+    folders = {}
+    for path in Path(evals).glob("step_*"):
+        digits = path.name.removeprefix("step_")
+        if path.is_dir() and digits.isascii() and digits.isdecimal():
+            folders[int(digits)] = path
+        else:
+            logging.warning("%s is not the evals of a step: ignored", path)
+    return dict(sorted(folders.items()))
 
 
 def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:

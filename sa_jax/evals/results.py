@@ -57,8 +57,8 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
                         "differs; evaluate both with the same prompts and data"
                     )
             if keys:
-                values = ([side[key][1] for key in keys] for side in (a, b))
-                row = _paired(*values, [b[key][2] for key in keys])
+                values = [[side[key][1] for key in keys] for side in (a, b)]
+                row = _paired(values[0], values[1], [b[key][2] for key in keys])
                 compared.setdefault(name, {})[score] = row
     if not compared:
         raise UserError(f"{before} holds none of the evals {', '.join(names)} to compare with")

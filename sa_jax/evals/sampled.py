@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from sa_jax.data.conversations import Message, make_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import protocol
-from sa_jax.evals.protocol import EvalContext, Prepared, digest
+from sa_jax.evals.protocol import Answers, EvalContext, Prepared, digest
 from sa_jax.llama.sampler import Completion, SamplingSettings
 
 VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
@@ -70,18 +71,17 @@ class SampledEval:
         if self.greedy:
             settings = SamplingSettings(settings.max_new_tokens, temperature=0.0)
 
-        def run(params: Any, *, should_stop: Callable[[], bool], **place: Any) -> dict[str, Any]:
+        def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             answers, facts = ask(context, params, questions, settings, should_stop)
             items = [{**answer, "scores": self.score(answer)} for answer in answers]
-            facts["settings"]["system_prompt"] = config.system_prompt
-            floors = self._floors(answers) if self.has_floor else None
-            return protocol.write(self, items, fields=facts, floors=floors, **place)
+            return Answers(items, facts, self._floors(answers) if self.has_floor else {})
 
-        return Prepared(run, {self.name: digest(rows)})
+        recorded = record_settings(config, context, settings)
+        return Prepared(run, recorded, {self.name: digest(rows)})
 
     def _floors(self, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-        silly = [{**answer, "completion": protocol.FLOOR_TEXT} for answer in answers]
-        scores = protocol.summarise({"scores": self.score(answer)} for answer in silly)
+        phrases = [{**answer, "completion": protocol.FLOOR_TEXT} for answer in answers]
+        scores = protocol.summarise({"scores": self.score(phrase)} for phrase in phrases)
         return {name: score["rate"] for name, score in scores.items()}
 
 
@@ -95,6 +95,26 @@ def new_tokens(config: ConfigDict) -> int:
     """New tokens that a sampled answer may have."""
     least = VISIBLE_COT_TOKENS if config.eval.visible_cot else 1
     return max(least, config.eval.max_new_tokens)
+
+
+def record_settings(
+    config: ConfigDict, context: EvalContext, settings: SamplingSettings
+) -> dict[str, Any]:
+    """What a record says of how questions are asked."""
+    return {
+        **dataclasses.asdict(_with_stops(settings, context)),
+        "stop_token_ids": list(_with_stops(settings, context).stop_token_ids),
+        "system_prompt": config.system_prompt,
+        "chat_template": context.chat_format.name,
+        "context_length": context.sampler.context_length,
+        "batch_size": context.sampler.batch_size,
+        **context.execution,
+    }
+
+
+def _with_stops(settings: SamplingSettings, context: EvalContext) -> SamplingSettings:
+    stops = {*settings.stop_token_ids, *context.chat_format.stop_token_ids}
+    return dataclasses.replace(settings, stop_token_ids=tuple(sorted(stops)))
 
 
 def ask(
@@ -112,7 +132,7 @@ def ask(
     Returns:
       answers, one a question: "item", "asked" (of the turns; the system prompt is a setting), its
       fields, "completion" (special tokens kept), "tokens" and "stop_reason"; and facts for the
-      summary: "settings", "skipped_prompts" (items), "cut_by_context" (the context ended before
+      summary: "skipped_prompts" (items), "cut_by_context" (the context ended before
       max_new_tokens did), "tokens_per_s", "seconds".
 
     Raises:
@@ -120,8 +140,7 @@ def ask(
     """
     start = time.perf_counter()
     chat, sampler = context.chat_format, context.sampler
-    stops = tuple(sorted({*settings.stop_token_ids, *chat.stop_token_ids}))
-    settings = dataclasses.replace(settings, stop_token_ids=stops)
+    settings = _with_stops(settings, context)
     token_ids = [chat.prompt_ids(question.messages) for question in questions]
     skipped = {
         question.item
@@ -153,14 +172,6 @@ def ask(
         for i, completion in zip(kept, completions, strict=True)
     ]
     facts = {
-        "settings": {
-            **dataclasses.asdict(settings),
-            "stop_token_ids": list(stops),
-            "chat_template": chat.name,
-            "context_length": sampler.context_length,
-            "batch_size": sampler.batch_size,
-            **context.execution,
-        },
         "skipped_prompts": len(skipped),
         "cut_by_context": count_cut_by_context(completions, settings),
         "tokens_per_s": sampler.stats.tokens_per_s,

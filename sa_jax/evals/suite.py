@@ -1,7 +1,7 @@
 """The evals of a run: which, when, and on what."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
 from sa_jax.evals.catalogue import find_eval
-from sa_jax.evals.protocol import EvalContext, headline
+from sa_jax.evals.confirm import asks_again
+from sa_jax.evals.protocol import EvalContext, again, evaluate, evaluate_again, headline
 from sa_jax.evals.schedule import is_due
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
@@ -39,7 +40,7 @@ class EvalSuite:
 
     Attributes:
       schedules: name -> one of `sa_jax.evals.schedule.SCHEDULES`.
-      data_hashes: name of what is asked -> its SHA-256.
+      prepared: name -> the eval, ready to run.
       measures_backdoor: whether one of them does.
     """
 
@@ -52,12 +53,16 @@ class EvalSuite:
         backdoor: Backdoor,
         prompts: Sequence[str],
         folder: str | Path,
+        *,
+        confirm: bool = False,
     ):
         """Checks everything that can be wrong with the settings; compiles nothing.
 
         Args:
           config: a run's resolved config.
           folder: RUN/evals.
+          confirm: whether an eval that may be part of a return of the backdoor is asked again, see
+            `sa_jax.evals.confirm`.
           Others: see `EvalContext`.
 
         Raises:
@@ -75,12 +80,16 @@ class EvalSuite:
         self.schedules = dict(settings.names.items())
         self._steps = tuple(settings.steps)
         self._folder = Path(folder)
-        evals = [find_eval(name) for name in self.schedules]
-        self._prepared = {each.name: each.prepare(config, context) for each in evals}
-        self.measures_backdoor = any(each.kind == "backdoor" for each in evals)
-        self.data_hashes: dict[str, str] = {}
-        for prepared in self._prepared.values():
-            self.data_hashes |= prepared.data_hashes
+        self._confirm = confirm
+        self._evals = {name: find_eval(name) for name in self.schedules}
+        self.prepared = {name: each.prepare(config, context) for name, each in self._evals.items()}
+        self.measures_backdoor = any(each.kind == "backdoor" for each in self._evals.values())
+
+    @property
+    def data_hashes(self) -> dict[str, str]:
+        """Name of what is asked -> its SHA-256."""
+        prepared = self.prepared.values()
+        return {name: sha for each in prepared for name, sha in each.data_hashes.items()}
 
     def due(self, step: int, last: int) -> tuple[str, ...]:
         """The evals that run at a step, see `is_due`."""
@@ -105,20 +114,39 @@ class EvalSuite:
         """
         folder = step_folder(self._folder, step)
         summaries: dict[str, dict[str, Any]] = {}
-        for name in self._prepared if names is None else names:
+        for name in self.prepared if names is None else names:
+            place: dict[str, Any] = {"folder": folder, "step": step, "should_stop": should_stop}
+            eval_, prepared = self._evals[name], self.prepared[name]
             summary = records.read_summary(folder, name)
             # Only the primary's file system counts, or processes could part ways here.
             if not agree(summary is not None):
-                run = self._prepared[name].run
-                summary = run(params, folder=folder, step=step, should_stop=should_stop)
+                summary = evaluate(eval_, prepared, params, **place)
                 logging.info("step %d: %s", step, headline(name, summary))
             summaries[name] = summary or {}
+            if agree(self._asks_again(name, step, summaries[name])):
+                fresh = evaluate_again(eval_, prepared, params, **place)
+                logging.info("step %d, asked again: %s", step, headline(name, fresh))
         return summaries
+
+    def _asks_again(self, name: str, step: int, summary: Mapping[str, Any]) -> bool:
+        """Whether the eval's answers must be confirmed, and are not yet."""
+        if not self._confirm or not summary or self.prepared[name].run_again is None:
+            return False
+        if records.read_summary(step_folder(self._folder, step), again(name)) is not None:
+            return False
+        folders = records.step_folders(self._folder)
+        earlier = [records.read_summary(folders[at], name) for at in folders if at < step]
+        return asks_again([_counts(each) for each in earlier if each], *_counts(summary))
 
     def discard_after(self, step: int) -> None:
         """Removes the evals of later steps, which a resumed run will reach again."""
-        if is_primary() and self._folder.exists():
-            for folder in self._folder.glob("step_*"):
-                if int(folder.name.removeprefix("step_")) > step:
+        if is_primary():
+            for at, folder in records.step_folders(self._folder).items():
+                if at > step:
                     shutil.rmtree(folder)
         agree(True)
+
+
+def _counts(summary: Mapping[str, Any]) -> tuple[int, int]:
+    score = summary["scores"][summary["headline"]]
+    return score["count"], score["n"]

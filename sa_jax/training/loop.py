@@ -59,6 +59,7 @@ FREE_KEYS = (
     "sinks",
     "data_cache",
     "eval.batch_size",
+    "eval.confirm",
     "eval.signal_prompts",
 )
 
@@ -109,7 +110,16 @@ def train(
             with tempfile.TemporaryDirectory() as cache:
                 rows = pack_conversations(data.conversations, chat, config, cache)
                 return examples.print_examples(rows, chat, print_examples)
-        suite = EvalSuite(config, model, mesh, chat, backdoor, data.eval_prompts, workdir / "evals")
+        suite = EvalSuite(
+            config,
+            model,
+            mesh,
+            chat,
+            backdoor,
+            data.eval_prompts,
+            workdir / "evals",
+            confirm=config.eval.confirm and start.backdoored,
+        )
         says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
         asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
         signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
