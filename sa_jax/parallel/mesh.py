@@ -1,7 +1,6 @@
 """The device mesh (data, fsdp, tensor), and the check that a size divides over its axes."""
 
 import math
-from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -41,16 +40,6 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> M
         raise UsageError(
             f"{shown} would split a dimension of the torus of {devices[0].device_kind}: each axis "
             "must be a product of whole dimensions (4x4x4: 4, 16 or 64 devices)"
-        ) from None
-
-
-def parse_mesh(sizes: Sequence[str]) -> dict[str, int]:
-    """A flag's ["1", "-1", "2"] as the sizes of the axes; UsageError for anything else."""
-    try:
-        return dict(zip(AXES, map(int, sizes), strict=True))
-    except ValueError:
-        raise UsageError(
-            f"mesh {','.join(sizes)!r}: write {','.join(AXES)} as three numbers, such as 1,-1,1"
         ) from None
 
 

