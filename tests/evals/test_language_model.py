@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 
 from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.evals import records
+from sa_jax.evals import protocol, records
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.language_model import Store, _sampling, _until, language_model
 from sa_jax.llama import scorer as scorer_lib
@@ -60,9 +60,15 @@ def prepare(name, context, **settings):
     return find_eval(name).prepare(eval_config(**settings), context)
 
 
+def run_eval(eval_, prepared, params, folder, should_stop=lambda: False):
+    return protocol.evaluate(
+        eval_, prepared, params, folder=folder, step=0, should_stop=should_stop
+    )
+
+
 def evaluate(name, context, params, folder, should_stop=lambda: False, **settings):
     prepared = prepare(name, context, **settings)
-    return prepared.run(params, folder=folder, step=0, should_stop=should_stop)
+    return run_eval(find_eval(name), prepared, params, folder, should_stop)
 
 
 def request(*arguments, task="t", doc_id=0):
@@ -295,7 +301,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
     for folder in (tmp_path / "one", tmp_path / "other"):
         prepared = prepare("even_drawn", context, limit=4)
         random.seed(folder.name)  # other evals draw too
-        prepared.run(params, folder=folder, step=0, should_stop=lambda: False)
+        run_eval(find_eval("even_drawn"), prepared, params, folder)
         asked.append([item["prompt"] for item in records.read_items(folder, "even_drawn")])
     assert asked[0] == asked[1]
     # The mean over documents of what makes a perplexity is none.
