@@ -13,7 +13,7 @@ from ml_collections import config_flags
 from sa_jax import cli
 from sa_jax.study.evaluate import evaluate
 
-MODEL = flags.DEFINE_string("model", None, "Required. Run folder or Hugging Face folder.")
+MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run. Without it: the newest.")
 EVALS = flags.DEFINE_list(
     "evals",
@@ -26,7 +26,7 @@ OUT = flags.DEFINE_string(
 CONFIG = config_flags.DEFINE_config_file(
     "config",
     "configs/defaults.py",
-    "Python file of settings; it may register evals and behaviours.",
+    "File of settings, which may register evals and behaviours; else configs/defaults.py.",
 )
 PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Without it: the run's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Without it: the hub.")
