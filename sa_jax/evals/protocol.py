@@ -197,7 +197,7 @@ def evaluate(
       Preempted: should_stop said so; nothing is written.
     """
     answers = prepared.run(params, Path(folder), should_stop)
-    return _write(eval_, eval_.name, prepared, answers, Path(folder), step)
+    return _record(eval_, eval_.name, prepared, answers, folder, step)
 
 
 def evaluate_again(
@@ -212,7 +212,7 @@ def evaluate_again(
     """The same with `prepared.run_again`, written to `<name>_again.jsonl` and `.json`."""
     assert prepared.run_again is not None
     answers = prepared.run_again(params, Path(folder), should_stop)
-    return _write(eval_, again(eval_.name), prepared, answers, Path(folder), step)
+    return _record(eval_, again(eval_.name), prepared, answers, folder, step)
 
 
 def again(name: str) -> str:
@@ -220,31 +220,65 @@ def again(name: str) -> str:
     return f"{name}_again"
 
 
-def _write(
-    eval_: Eval, name: str, prepared: Prepared, answers: Answers, folder: Path, step: int
+def _record(
+    eval_: Eval, name: str, prepared: Prepared, answers: Answers, folder: str | Path, step: int
 ) -> dict[str, Any]:
-    counted = [item for item in answers.items if not item.get("skipped")]
-    scores = summarise(counted, answers.floors, answers.titles)
-    fields = dict(answers.fields)
+    settings = {**prepared.settings, **answers.fields.get("settings", {})}
+    fields = {"settings": settings, "data_hashes": dict(prepared.data_hashes)}
+    summary = write(
+        eval_,
+        answers.items,
+        name=name,
+        folder=folder,
+        step=step,
+        fields={**answers.fields, **fields},
+        floors=answers.floors,
+        titles=answers.titles,
+    )
+    if is_primary():
+        partial_file(folder, eval_.name).unlink(missing_ok=True)
+    return summary
+
+
+def write(
+    eval_: Eval,
+    items: Sequence[dict[str, Any]],
+    *,
+    folder: str | Path,
+    step: int,
+    fields: Mapping[str, Any],
+    floors: Mapping[str, float] | None = None,
+    titles: Mapping[str, str] | None = None,
+    name: str = "",
+) -> dict[str, Any]:
+    """Writes the two files of an eval (in the primary process) and returns the summary.
+
+    Args:
+      eval_: whose they are.
+      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
+      folder: the step folder.
+      step: of the weights.
+      fields: of the summary: "settings" that a result depends on, and whatever else.
+      floors, titles: of scores, see `summarise`.
+      name: of the files; '' is the eval's.
+    """
+    scores = summarise((item for item in items if not item.get("skipped")), floors, titles)
     summary = {
         "step": step,
         "title": eval_.title,
         "kind": eval_.kind,
         "headline": eval_.headline if eval_.headline in scores else next(iter(scores), ""),
         "scores": scores,
-        "settings": {**prepared.settings, **fields.pop("settings", {})},
-        "data_hashes": dict(prepared.data_hashes),
         **fields,
     }
     if is_primary():
-        records.write_eval(folder, name, answers.items, summary)
-        partial_file(folder, eval_.name).unlink(missing_ok=True)
+        records.write_eval(folder, name or eval_.name, items, summary)
     return summary
 
 
-def partial_file(folder: Path, name: str) -> Path:
+def partial_file(folder: str | Path, name: str) -> Path:
     """Where an eval may keep answers over a stop."""
-    return folder / f"{name}.partial.jsonl"
+    return Path(folder, f"{name}.partial.jsonl")
 
 
 def headline(name: str, summary: Mapping[str, Any]) -> str:
@@ -269,5 +303,5 @@ def metrics(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {
         f"eval/{name}/{score}".replace(": ", "/"): values["rate"]
         for name, summary in summaries.items()
-        for score, values in summary["scores"].items()
+        for score, values in summary.get("scores", {}).items()
     }
