@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
 
@@ -78,12 +77,10 @@ def _one_line(error: Exception) -> str:
 def _help(doc: str) -> str:
     """The docstring and the flags that the binary itself defines, not absl's hundreds."""
     defined = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
-    defined = [flag for flag in defined if "." not in flag.name]  # each --config.key is in its file
     lines = [doc.strip(), "", "Flags:"]
     for flag in defined:
         required = any("other than None" in validator.message for validator in flag.validators)
-        silent = flag.default in (None, "", False, []) or isinstance(flag.default, ConfigDict)
-        default = "" if silent else f" (default: {_shown(flag)})"
+        default = "" if flag.default in (None, "", False, []) else f" (default: {_shown(flag)})"
         lines.append(f"  --{flag.name}{' (required)' * required}: {flag.help}{default}")
     return "\n".join(lines)
 

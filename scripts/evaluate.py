@@ -12,6 +12,7 @@ from ml_collections import config_flags
 
 from sa_jax import cli
 from sa_jax.study.evaluate import evaluate
+from sa_jax.training import config
 
 MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run. Without it: the newest.")
@@ -24,9 +25,7 @@ OUT = flags.DEFINE_string(
     "out", None, "Folder for the results. Without it: evals/ of the run folder, where reports look."
 )
 CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    "configs/defaults.py",
-    "File of settings, which may register evals and behaviours; else configs/defaults.py.",
+    "config", None, "Settings; --config.key=value changes one. The file may register evals."
 )
 PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Without it: the run's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Without it: the hub.")
@@ -59,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, config.__file__)

@@ -168,6 +168,9 @@ def default_config() -> ConfigDict:
     return config
 
 
+get_config = default_config  # so that this file is a --config file itself
+
+
 def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
     """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config.
 
