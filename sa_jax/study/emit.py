@@ -132,9 +132,9 @@ cd {shlex.quote(str(_PROJECT))} || exit 1
 launch=()
 if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then launch=("--launch=srun --kill-on-bad-exit=1"); fi
 child=
-stopping=0
-# Before the time limit, or at a preemption: the cell saves a checkpoint and ends with 75.
-trap 'stopping=1; [ -z "$child" ] || kill -TERM "$child"' TERM
+# Before the time limit, or at a preemption: the cell saves a checkpoint and ends with 75, or with
+# 143 if it has just begun.
+trap '[ -z "$child" ] || kill -TERM "$child"' TERM
 {_run_study(workdir, flags)} --only="$cell" "${{launch[@]}}" &
 child=$!
 wait "$child"
@@ -143,7 +143,7 @@ while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
     wait "$child"
     status=$?
 done
-if [ "$status" -eq 75 ] || [ "$stopping" -eq 1 ]; then
+if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
     scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
 fi
 exit "$status"

@@ -35,9 +35,11 @@ class Progress:
         """`logs`: of the cells that this process runs."""
         counts = count(states)
         eta = time_left(self._cells, states, looks)
+        blocked = f"{counts['blocked']} blocked, " if counts["blocked"] else ""
         line = (
             f"{counts['done']} done, {counts['running']} running, {counts['failed']} failed, "
-            f"{counts['left']} left, {'about ' if math.isfinite(eta) else ''}{seconds(eta)} to go"
+            f"{blocked}{counts['left']} left, "
+            f"{'about ' if math.isfinite(eta) else ''}{seconds(eta)} to go"
         )
         now = time.monotonic()
         changed = line.rpartition(",")[0] != self._line.rpartition(",")[0]
@@ -81,13 +83,12 @@ class Progress:
 
 
 def count(states: Mapping[str, str]) -> dict[str, int]:
-    """Cells by what a person asks: done (skipped ones too), running, failed (blocked ones too),
-    left."""
-    done = sum(state in DONE for state in states.values())
-    running = sum(state == "running" for state in states.values())
-    failed = sum(state in ("failed", "blocked") for state in states.values())
-    left = len(states) - done - running - failed
-    return {"done": done, "running": running, "failed": failed, "left": left}
+    """Cells by what a person asks: done (skipped ones too), running, failed, blocked by one that
+    failed, left."""
+    found = {"done": sum(state in DONE for state in states.values())}
+    for name in ("running", "failed", "blocked"):
+        found[name] = sum(state == name for state in states.values())
+    return found | {"left": len(states) - sum(found.values())}
 
 
 def describe(name: str, states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, object]:
