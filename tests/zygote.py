@@ -38,8 +38,10 @@ class Zygote:
         devices: int = 8,
         optimized: bool = False,
         env: Mapping[str, str] = MappingProxyType({}),
+        cwd: Path = ROOT,
     ) -> "Process":
-        """`env` is added to the environment, but too late for what jax reads when imported."""
+        """`env` is added to the environment, but too late for what jax reads when imported. `cwd`
+        stands for the project's root, and has the scripts in `scripts/`."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         out.touch()
@@ -48,6 +50,7 @@ class Zygote:
             "argv": list(map(str, argv)),
             "out": str(out),
             "err": str(err),
+            "cwd": str(cwd),
             "env": {**env, "XLA_FLAGS": xla_flags(devices, optimized)},
         }
         self._server.stdin.write(json.dumps(order) + "\n")
@@ -55,9 +58,14 @@ class Zygote:
         return Process(int(self._server.stdout.readline()), self, out, err)
 
     def run(
-        self, *argv: str, devices: int = 8, optimized: bool = False, timeout_s: float = 300
+        self,
+        *argv: str,
+        devices: int = 8,
+        optimized: bool = False,
+        timeout_s: float = 300,
+        cwd: Path = ROOT,
     ) -> "Process":
-        return self.start(*argv, devices=devices, optimized=optimized).wait(timeout_s)
+        return self.start(*argv, devices=devices, optimized=optimized, cwd=cwd).wait(timeout_s)
 
     def poll(self, pid: int) -> int | None:
         self._server.stdin.write(json.dumps({"poll": pid}) + "\n")
@@ -140,6 +148,7 @@ def _serve():
             file = os.open(order[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(file, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(order["cwd"])
         sys.argv = order["argv"]
         sys.path[0] = str(ROOT / "scripts")
         runpy.run_path(sys.argv[0], run_name="__main__")
