@@ -40,7 +40,7 @@ SHORTER += ("--config.eval.signal_prompts=0", "--config.lora.rank=4")
 SHORTER_BY_SCRIPT = {
     "insert_backdoor.py": SHORTER[:-1],
     "remove_backdoor.py": SHORTER,
-    "evaluate.py": ("--limit=4", "--config.eval.max_new_tokens=4"),
+    "evaluate.py": ("--limit=4",),
 }
 SHELL = re.compile(r"^(python|bash|pip|hf|git|gcloud|vllm|export|cp|VENV=\S+|on_all|first=|srun)\b")
 
