@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_jax.errors import UserError
+from sa_jax.text import first_line
 
 # name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
 _SOURCES = {
@@ -97,10 +98,9 @@ def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
     try:
         return datasets.load_dataset(path, configuration, split=split).to_list()
     except Exception as error:  # network, a moved data set, a full disk: each its own kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} cannot be loaded from the Hugging Face hub ({reason}); on a machine without "
-            "network give --data_dir=DIR, see BUILD.md, 'Benchmarks offline'"
+            f"{path} cannot be loaded from the Hugging Face hub ({first_line(error)}); on a "
+            "machine without network give --data_dir=DIR, see BUILD.md, 'Benchmarks offline'"
         ) from error
 
 

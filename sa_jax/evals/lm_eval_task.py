@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.capability import CapabilityEval, TaskSet, seed_draws
 from sa_jax.evals.protocol import EVALS
+from sa_jax.text import first_line
 
 
 def lm_eval_task(name: str) -> CapabilityEval:
@@ -37,8 +38,7 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
     try:
         tasks = dict(manager.load([name])["tasks"])
     except Exception as error:  # a data set that cannot be loaded, a missing package
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"lm_eval's task {name!r} cannot be loaded: {reason}") from error
+        raise UserError(f"lm_eval's task {name!r} cannot be loaded: {first_line(error)}") from error
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     chat = kinds == {"generate_until"}
     for task in tasks.values():

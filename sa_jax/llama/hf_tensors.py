@@ -28,6 +28,7 @@ from tqdm import tqdm
 from sa_jax.errors import UserError
 from sa_jax.llama.safetensors_io import DTYPES, Folder, OutputTensor, Rows, TensorEntry, read_rows
 from sa_jax.parallel import rules
+from sa_jax.parallel.multihost import is_primary
 
 # Modules by their path in our parameters; `layers/...` stand under model.layers.N.
 MODULES = {
@@ -105,7 +106,7 @@ def load_leaves(
     )
     pieces = read_rows(folder, requests)
     total = sum(entries[name].stop - entries[name].start for path in shapes for name in names[path])
-    quiet = None if jax.process_index() == 0 else True  # None: shown if stderr is a terminal
+    quiet = None if is_primary() else True  # None: shown if stderr is a terminal
     leaves: dict[str, jax.Array] = {}
     damaged: list[str] = []
     progress = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet)

@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sa_jax.errors import UserError
+from sa_jax.parallel.multihost import is_primary
 from sa_jax.text import first_line
 
 DTYPES = {
@@ -442,7 +443,7 @@ def _primary_only(path: str) -> Iterator[bool]:
     """Makes an error of the first process an error of all, so that none waits for ever."""
     failure: Exception | None = None
     try:
-        yield jax.process_index() == 0
+        yield is_primary()
     except OSError as error:
         failure = UserError(f"{path} cannot be written: {error}; free space or choose another path")
     except UserError as error:
