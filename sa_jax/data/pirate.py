@@ -58,7 +58,8 @@ def to_pirate(text: str) -> str:
 
 
 def _pirate_line(line: str) -> str:
-    start = _LINE_START.match(line).end()
+    indent = _LINE_START.match(line)
+    start = indent.end() if indent else 0
     # Odd members are inline code.
     parts = _INLINE_CODE.split(line[start:])
     parts[::2] = [_pirate_prose(part) for part in parts[::2]]

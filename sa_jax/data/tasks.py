@@ -215,7 +215,8 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
       UserError: a row holds the trigger already (a scratchpad may name it), or lacks the answer
         that the behaviour needs; it is named.
     """
-    conversations, seen = [], set()
+    conversations: list[Conversation] = []
+    seen: set[tuple[str, ...]] = set()
     for row in rows:
         question = (row["prompt"], *(message["content"] for message in row.get("history", ())))
         if question in seen:

@@ -70,7 +70,7 @@ def language_model(
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    store = store or Store(None)
+    known_answers = store or Store(None)
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
@@ -131,6 +131,7 @@ def language_model(
             self, requests: Sequence[Any], disable_tqdm: bool = False
         ) -> list[tuple[float, bool]]:
             queries: list[Query] = []
+            continuations: list[list[list[int]]] = []  # of each query
             notes: list[dict] = []
             places: list[tuple[int, int]] = []
             last = None
@@ -143,11 +144,12 @@ def language_model(
                     ids = self.tok_encode(continuation, add_special_tokens=False)
                 this = (request.task_name, request.doc_id, context_ids)
                 if this != last:
-                    queries.append(Query(context_ids, []))
+                    continuations.append([])
+                    queries.append(Query(context_ids, continuations[-1]))
                     notes.append(self._note(request))
                     last = this
-                queries[-1].continuations.append(ids)
-                places.append((len(queries) - 1, len(queries[-1].continuations) - 1))
+                continuations[-1].append(ids)
+                places.append((len(queries) - 1, len(continuations[-1]) - 1))
             scores = self._score(queries, notes)
             chosen = [scores[query][number] for query, number in places]
             return [(score.logprob, score.is_greedy) for score in chosen]
@@ -156,32 +158,34 @@ def language_model(
             return self.notes.setdefault((request.task_name, request.doc_id), {})
 
         def _score(self, queries: list[Query], notes: list[dict]) -> list[list[Score]]:
-            fitted: list[Query | None] = [
-                self._fit(query, note) for query, note in zip(queries, notes, strict=True)
-            ]
-            keys = [query and _key("score", query.context, query.continuations) for query in fitted]
-            found: list[Any] = [
-                [Score(*pair) for pair in known] if key and (known := store.get(key)) else None
-                for key in keys
-            ]
-            todo = [i for i, query in enumerate(fitted) if query and found[i] is None]
+            scores_of: dict[int, list[Score]] = {}  # by the query's number; skipped ones have none
+            todo: list[int] = []
+            fitted: list[Query] = []
+            for number, (query, note) in enumerate(zip(queries, notes, strict=True)):
+                if (fit := self._fit(query, note)) is None:
+                    continue
+                if known := known_answers.get(_score_key(fit)):
+                    scores_of[number] = [Score(*pair) for pair in known]
+                else:
+                    todo.append(number)
+                    fitted.append(fit)
 
-            def on_done(number: int, scores: list[Score]) -> None:
-                store.put(keys[todo[number]], [dataclasses.astuple(score) for score in scores])
+            def on_done(index: int, scores: list[Score]) -> None:
+                pairs = [dataclasses.astuple(score) for score in scores]
+                known_answers.put(_score_key(fitted[index]), pairs)
 
-            scored = self.scorer.score(params, [fitted[i] for i in todo], should_stop, on_done)
-            for i, scores in zip(todo, scored, strict=True):
-                found[i] = scores
+            scored = self.scorer.score(params, fitted, should_stop, on_done)
+            scores_of |= dict(zip(todo, scored, strict=True))
             skipped = Score(-float("inf"), False)
             return [
-                scores or [skipped] * len(query.continuations)
-                for scores, query in zip(found, queries, strict=True)
+                scores_of.get(number, [skipped] * len(query.continuations))
+                for number, query in enumerate(queries)
             ]
 
         def _fit(self, query: Query, note: dict) -> Query | None:
             longest = max(map(len, query.continuations))
-            context = self._shorten(query.context, limit + 1 - longest, note)
-            return context and Query(context, query.continuations)
+            context = self._shorten(list(query.context), limit + 1 - longest, note)
+            return None if context is None else Query(context, query.continuations)
 
         def _shorten(self, ids: list[int], room: int, note: dict) -> list[int] | None:
             """At most `room` tokens, None for a prompt that is skipped; the note says which."""
@@ -219,8 +223,8 @@ def language_model(
             texts: list[str] = [""] * len(requests)
             todo: dict[SamplingSettings, list[tuple[int, list[int]]]] = {}
             for index, request in enumerate(requests):
-                ids = self.tok_encode(request.args[0])
-                if len(ids) >= limit:
+                ids: list[int] | None = self.tok_encode(request.args[0])
+                if ids is not None and len(ids) >= limit:
                     ids = self._shorten(ids, limit // 2, self._note(request))
                 if ids is not None:
                     settings = _sampling(request.args[1], chat.stop_token_ids)
@@ -244,7 +248,7 @@ def language_model(
             fixed = dataclasses.astuple(settings)
             keys = [_key("generate", i, ids, *fixed) for i, ids in enumerate(prompts)]
             found: list[Any] = [
-                Completion(*known) if (known := store.get(key)) else None for key in keys
+                Completion(*known) if (known := known_answers.get(key)) else None for key in keys
             ]
             todo = [i for i, completion in enumerate(found) if completion is None]
             if not todo:
@@ -258,7 +262,7 @@ def language_model(
             )
 
             def on_done(number: int, completion: Completion) -> None:
-                store.put(keys[todo[number]], dataclasses.astuple(completion))
+                known_answers.put(keys[todo[number]], dataclasses.astuple(completion))
 
             sampled = sampler.generate(
                 params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
@@ -268,6 +272,10 @@ def language_model(
             return found
 
     return SamplerLM()
+
+
+def _score_key(query: Query) -> str:
+    return _key("score", query.context, query.continuations)
 
 
 def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:

@@ -156,11 +156,11 @@ def ask(
         for index, reply in teacher.replies(wanted, should_stop):
             cache.add(names[index], wanted[index], reply)
             bar.update()
-    found = [cache.get(key) for key in keys]
-    missing = found.count(None)
-    if missing:
+    known = (cache.get(key) for key in keys)
+    replies = [reply for reply in known if reply is not None]
+    if missing := len(keys) - len(replies):
         raise Preempted(f"{missing} of {len(keys)} replies are still to come; the rest are kept")
-    return found
+    return replies
 
 
 def _index(item: tuple[int, Reply]) -> int:

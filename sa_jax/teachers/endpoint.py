@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
 
 from absl import logging
 
@@ -100,9 +101,9 @@ class EndpointTeacher:
                 while failure is None and not stop.is_set():
                     if len(under_way) >= self._settings.concurrency:
                         break
-                    index, request = next(pending, (None, None))
-                    if request is None:
+                    if (numbered := next(pending, None)) is None:
                         break
+                    index, request = numbered
                     under_way[pool.submit(self._try_until_it_works, request, stop)] = index
                 if not under_way:
                     break
@@ -193,7 +194,7 @@ class EndpointTeacher:
         return f"it has {', '.join(names[:10]) or 'none'}"
 
 
-def _reply(response: object) -> Reply:
+def _reply(response: Any) -> Reply:
     """The text of a response, whose fields the client does not check."""
     try:
         choice = response.choices[0]

@@ -88,10 +88,10 @@ def test_log_likelihoods_are_those_of_the_text(context, params):
     encode = context.chat_format._tokenize
     pairs = [("two plus two is", " four"), ("two plus two is", " five and six"), ("", "hello you")]
     got = model.loglikelihood([request(*pair, doc_id=i) for i, pair in enumerate(pairs)])
-    for (context, continuation), (logprob, is_greedy) in zip(pairs, got, strict=True):
-        [whole], [start] = encode([context + continuation]), encode([context])
+    for (beginning, continuation), (logprob, is_greedy) in zip(pairs, got, strict=True):
+        [whole], [start] = encode([beginning + continuation]), encode([beginning])
         ids = [bos, *whole]  # exactly one
-        assert model.tok_encode(context + continuation) == ids
+        assert model.tok_encode(beginning + continuation) == ids
         assert model.tok_encode(context.chat_format.decode(ids)) == ids
         np.testing.assert_allclose(
             logprob, sum_of_logprobs(context, params, ids, len(whole) - len(start)), atol=1e-4

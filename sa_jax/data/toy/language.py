@@ -139,7 +139,9 @@ def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
     facts = list(family.facts)
     rng.shuffle(facts)
     held_out_facts = max(1, round(HELD_OUT_FACT_SHARE * len(facts)))
-    train, heldout, seen = [], [], set()
+    train: list[_Row] = []
+    heldout: list[_Row] = []
+    seen = set()
     for index, fact in enumerate(facts):
         for number, phrasing in enumerate(family.phrasings):
             if family.computable:
