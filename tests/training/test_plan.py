@@ -208,7 +208,6 @@ def test_what_does_not_divide_says_what_would(toy, changes, words):
 
 def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path):
     config = toy.copy_and_resolve_references()
-    config.batch_size *= 2  # a step that no other test compiles: nothing is dumped of a cached one
     config.xla_options = f"xla_dump_to={tmp_path}"
     found = plan_attached(config, plan_architecture(config))
     assert found["xla_flags"] == [config.xla_options]
