@@ -22,6 +22,7 @@ case "$*" in
     "-m pip --version") exit 0 ;;
     "-m pip install "*) exit "${{PIP_STATUS:-0}}" ;;
     "-m ruff "*) exit "${{RUFF_STATUS:-0}}" ;;
+    "-m mypy") exit "${{MYPY_STATUS:-0}}" ;;
     "-m pytest "*) echo "$JAX_PLATFORMS"; exit "${{PYTEST_STATUS:-0}}" ;;
     scripts/run_study.py*)
         [ -z "${{WAIT_FOR_SIGNAL:-}}" ] || exec {python} -c "$WAIT_FOR_SIGNAL"
@@ -188,7 +189,8 @@ def test_test_script_selects_and_passes_on(checkout):
     assert "not long" not in (call := checkout.calls()[-1]) and call.endswith(" -x")
     assert checkout.run("scripts/test.sh", PYTEST_STATUS="5").returncode == 5
     checkout.calls()
-    assert checkout.run("scripts/test.sh", RUFF_STATUS="1").returncode == 1
+    for failing in ("RUFF_STATUS", "MYPY_STATUS"):
+        assert checkout.run("scripts/test.sh", **{failing: "1"}).returncode == 1
     assert not [call for call in checkout.calls() if "pytest" in call]
 
 

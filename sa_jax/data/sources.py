@@ -96,7 +96,10 @@ def load_rows(
         raise UsageError(f"columns maps {unknown[0]!r}; it can map {', '.join(COLUMNS)}")
     path = str(path)
     raw, digest = _read(path)
-    rows, dropped, convert, places = [], Counter(), None, {}
+    rows: list[Row] = []
+    dropped: Counter[str] = Counter()
+    convert = None
+    places: dict[object, str] = {}  # of each id
     for place, fields in raw:
         if not isinstance(fields, dict):
             raise UserError(
@@ -169,7 +172,7 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         if not messages or messages[-1]["role"] != "user":
             raise UserError(f"{place}: field {column!r} has no user turn before the answer")
         prompt = messages.pop()["content"]
-        return finish(prompt, response if responses else "", messages, fields, place)
+        return finish(prompt, (responses and response) or "", messages, fields, place)
 
     def from_columns(fields: dict, place: str):
         prompt = text(fields, "prompt", place)
@@ -299,9 +302,10 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
         for fields in reader:
             line, place = reader.line_num, f"{path}:{reader.line_num}"
             if None in fields or None in fields.values():
+                header = reader.fieldnames or ()
                 raise UserError(
-                    f"{place}: this row does not have the {len(reader.fieldnames)} fields of the "
-                    f"header ({', '.join(reader.fieldnames)})"
+                    f"{place}: this row does not have the {len(header)} fields of the header "
+                    f"({', '.join(header)})"
                 )
             yield place, fields
     except csv.Error as error:
