@@ -433,7 +433,9 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
     """The scores that were measured, by name."""
     return {
         score: Score(
-            str(values.get("title", score)),
+            record.title
+            if score == record.headline
+            else f"{record.title}, {values.get('title', score)}",
             values["rate"],
             values["lo"],
             values["hi"],

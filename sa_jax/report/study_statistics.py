@@ -310,7 +310,7 @@ def _arm(result: Mapping[str, Any]) -> Arm | None:
 def _capability(runs: Sequence[RunEvals]) -> tuple[str, str, str]:
     """(eval, score, title) of the headline score that most evals of removals have; '' for none."""
     counts: Counter[tuple[str, str, str]] = Counter(
-        (name, key, score.title if score.title != key else name)
+        (name, key, score.title)
         for run in runs
         if run.role == "removal"
         for point in run.measured

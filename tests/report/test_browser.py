@@ -74,18 +74,22 @@ def choose(browser, name, value):
     )
 
 
+@pytest.fixture(scope="module")
+def index(study):
+    return report(study)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_study_of_five_runs_fits_the_screen(browser, study, width):
-    index = report(study)
+def test_a_study_of_five_runs_fits_the_screen(browser, index, width):
     assert show(browser, index, width) == []
     assert fits(browser) and len(shown_rows(browser)) == 5
     assert show(browser, index.parent / "runs/pirate.html", width) == []
     assert fits(browser)
 
 
-def test_names_break_between_words_alone(browser, study):
+def test_names_break_between_words_alone(browser, index):
     """Each part of a name is on one line: its box is no higher than one line of text."""
-    show(browser, report(study), 390)
+    show(browser, index, 390)
     heights = run(
         browser,
         "return [...document.querySelectorAll('td.run a')].map(a => [...a.childNodes].filter("
@@ -97,8 +101,7 @@ def test_names_break_between_words_alone(browser, study):
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_study_of_160_runs_fits_sorts_filters_and_groups(browser, grid, width):
-    index = report(grid)
-    assert show(browser, index, width) == []
+    assert show(browser, grid, width) == []
     assert fits(browser)
     names = shown_rows(browser)
     assert len(names) == 160
@@ -178,10 +181,10 @@ def test_hostile_text_stays_text(browser, tmp_path, make_run):
     assert len(browser.get_log("browser")) >= 2  # both refusals
 
 
-def test_plots_can_be_saved(browser, study, tmp_path):
+def test_plots_can_be_saved(browser, index, tmp_path):
     downloads = {"behavior": "allow", "downloadPath": str(tmp_path)}
     browser.execute_cdp_cmd("Browser.setDownloadBehavior", downloads)
-    assert show(browser, report(study), 1400) == []
+    assert show(browser, index, 1400) == []
     run(
         browser,
         "for (const button of document.querySelector('figure[data-plot=pirate-backdoor]')"

@@ -493,7 +493,7 @@ def test_copied_run_and_circular_parents(tmp_path, small_run):
 
 
 def test_a_grid_is_counted_by_cell(grid):
-    index = report(grid)
+    index = grid
     results = json.loads((index.parent / "results.json").read_text())
     assert len(results["runs"]) == 160
     assert results["summary"].startswith("Insertion, 20 runs: 20 inserted. HHH SFT, 40 runs: ")
