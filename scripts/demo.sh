@@ -40,6 +40,6 @@ run() {
 setup data
 export JAX_PLATFORMS=cpu
 run "$PYTHON_BIN" scripts/run_study.py --config=configs/toy_study.py --workdir="$out"
-cat "$out/report/results.md"
+sed '/^## Thresholds/,$d' "$out/report/results.md"
 echo
 echo "report: $out/report/index.html"

@@ -1,20 +1,32 @@
-"""Writes DIR/report/index.html for a run folder, or for a folder of run folders.
+"""Writes DIR/report for a run folder, or for a folder of run folders: pages, tables, figures.
 
 Example:
   python scripts/report.py --workdir=runs/demo
+  python scripts/report.py --workdir=runs/demo --serve
 """
+
+import dataclasses
 
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.report.report import report
+from sa_jax.report.serve import serve_flag, write_or_serve
+from sa_jax.report.thresholds import Thresholds, help_of
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or folder of run folders.")
+SERVE = flags.DEFINE_flag(serve_flag())
+LIMITS = {
+    field.name: (flags.DEFINE_integer if isinstance(field.default, int) else flags.DEFINE_float)(
+        field.name, field.default, help_of(field.name)
+    )
+    for field in dataclasses.fields(Thresholds)
+}
 flags.mark_flag_as_required("workdir")
 
 
 def main():
-    print(f"report: {report(WORKDIR.value)}")
+    limits = Thresholds.of({name: flag.value for name, flag in LIMITS.items()})
+    write_or_serve(WORKDIR.value, limits, SERVE.value)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ name and its own marker. The same input gives the same bytes.
 import dataclasses
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from sa_jax.files import atomic_write
+from sa_jax.report.robustness import Checkpoint
+from sa_jax.report.seeds import SeedMean
 from sa_jax.report.svg import RatePoint
 from sa_jax.text import number
 
@@ -28,6 +30,7 @@ COLOURS = {
     "clean": "#0072b2",
     "capability": "#00805c",
 }
+SERIES = ("#0072b2", "#c44e00", "#00805c", "#5b5a8c", "#b08b00", "#8c3b6b")
 PANEL_WIDTH, PANEL_HEIGHT = 355, 215  # of the curves, points
 MAX_PANELS = 48  # of the curves; a study of more cells has its curves on the page
 
@@ -93,6 +96,53 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
                 _run(axes, panel.runs[0])
             else:
                 _overlaid(axes, panel.runs)
+        return figure
+
+
+def cells_figure(means: Sequence[tuple[str, SeedMean]]) -> Figure:
+    """The mean triggered rate of each cell over its seeds, with its interval, one below another."""
+    means = list(means)[: 2 * MAX_PANELS]
+    with matplotlib.rc_context(_RC):
+        height = 18 * len(means) + 50
+        figure = Figure(figsize=(620 / 72, height / 72))
+        axes = figure.add_axes((0.58, 34 / height, 0.39, (height - 44) / height))
+        places = range(len(means), 0, -1)
+        for place, (_, mean) in zip(places, means, strict=True):
+            axes.plot([mean.lo, mean.hi], [place] * 2, color=COLOURS["triggered"], alpha=0.35, lw=4)
+            axes.plot(mean.mean, place, "o", color=COLOURS["triggered"], markersize=5)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(0.3, len(means) + 0.7)
+        axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        labels = [plain(f"{label[:52]} (m = {mean.seeds})") for label, mean in means]
+        axes.set_yticks(list(places), labels)
+        axes.tick_params(axis="y", length=0, labelsize=8.5)
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("triggered rate, mean over seeds", labelpad=1)
+        return figure
+
+
+def pareto_figure(pareto: Mapping[str, Sequence[Checkpoint]], capability: str) -> Figure:
+    """Every checkpoint under removal: share of the backdoor removed against capability kept."""
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(430 / 72, 330 / 72))
+        axes = figure.add_axes((0.15, 0.15, 0.8, 0.78))
+        axes.plot([0, 1], [1, 0], color=COLOURS["muted"], linewidth=0.8, linestyle=(0, (4, 3)))
+        for i, points in enumerate(list(pareto.values())):
+            colour = SERIES[i % len(SERIES)]
+            x = [point.removed_share for point in points]
+            y = [point.capability_share for point in points]
+            axes.plot(x, y, "o", color=colour, markersize=3.5, alpha=0.55, markeredgewidth=0)
+        axes.set_xlim(-0.02, 1.02)
+        top = max(point.capability_share for points in pareto.values() for point in points)
+        axes.set_ylim(0, max(1.05, 1.03 * top))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("share of the backdoor removed", labelpad=2)
+        axes.set_title(plain(f"{capability} kept; a colour an inserted run"), pad=8)
         return figure
 
 

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import page, plots
-from sa_jax.report.cells import cells
-from sa_jax.report.results import all_problems, definitions, summarise
+from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
+from sa_jax.report.study_statistics import Study, study_of
 from sa_jax.report.study_tables import (
     CellGroup,
-    cell_groups,
     events_table,
     optimizers_table,
     runs_table,
@@ -23,6 +24,7 @@ from sa_jax.report.study_tables import (
 )
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
+from sa_jax.report.verdicts import judge
 
 MAX_RUN_PANELS = 12  # of the curves; more runs are drawn by cell
 
@@ -51,13 +53,21 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     workdir = Path(workdir)
     limits = limits or Thresholds()
     runs, problems = load_runs(workdir)
-    results = summarise(runs, problems, limits)
+    measured = measure(runs)
+    judged = judge(measured, limits)
+    results = summarise(runs, judged, problems, limits)
     title = workdir.resolve().name
     for result, slug in zip(results["runs"], page.slugs([run.name for run in runs]), strict=True):
         result["page"] = f"{slug}.html"
+    by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
+    study = study_of(measured, judged, by_name, limits)
+    results["tables"] = {
+        table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
+        for table in study.tables
+    }
     folder = workdir / "report"
     try:
-        _write(folder, title, runs, results, limits)
+        _write(folder, title, runs, results, study, limits)
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{folder}: the report cannot be written ({why}); free it up") from error
@@ -69,27 +79,30 @@ def _write(
     title: str,
     runs: Sequence[RunFolder],
     results: Mapping[str, Any],
+    study: Study,
     limits: Thresholds,
 ) -> None:
     parts = {part: folder / part for part in ("runs", "tables", "plots")}
     for part in parts.values():
         shutil.rmtree(part, ignore_errors=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
-    by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
-    grouped = cell_groups(cells(run.measurements({}) for run in runs), by_name)
     nouns = {result["words"]["rate"] for result in results["runs"]}
     tables = [
         table
-        for table in (optimizers_table(results["optimizers"]), events_table(results["runs"]))
+        for table in (
+            *study.tables,
+            optimizers_table(results["optimizers"]),
+            events_table(results["runs"]),
+        )
         if table.rows
     ]
     run_tables = [
         runs_table(results["runs"], nouns.pop() if len(nouns) == 1 else "Behaviour"),
         scores_table(results["runs"]),
     ]
-    panels = _panels(runs, grouped)
-    if panels:
-        plots.save(plots.curves_figure(panels), parts["plots"], "curves")
+    figures = _figures(runs, study)
+    for name, figure in figures.items():
+        plots.save(figure, parts["plots"], name)
     for table in [*tables, *run_tables]:
         for name, words in table.files().items():
             atomic_write(parts["tables"] / name, words)
@@ -97,9 +110,26 @@ def _write(
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
-    names = ["curves"] if panels else []
-    index = page.index_page(title, runs, results, tables, grouped, names, limits)
+    index = page.index_page(title, runs, results, tables, study.groups, list(figures), limits)
     atomic_write(folder / "index.html", index)
+
+
+def _figures(runs: Sequence[RunFolder], study: Study) -> dict[str, Figure]:
+    """Name -> figure, of those that have something to show."""
+    figures = {}
+    if panels := _panels(runs, study.groups):
+        figures["curves"] = plots.curves_figure(panels)
+    labels = {group.key: group.label for group in study.groups}
+    means = [
+        (labels[result.cell.key], result.triggered)
+        for result in study.cells
+        if result.triggered is not None and result.cell.role in ("removal", "probe")
+    ]
+    if any(mean.seeds > 1 for _, mean in means):
+        figures["cells"] = plots.cells_figure(means)
+    if study.pareto:
+        figures["pareto"] = plots.pareto_figure(study.pareto, study.capability)
+    return figures
 
 
 def _panels(runs: Sequence[RunFolder], grouped: Sequence[CellGroup]) -> list[plots.Panel]:

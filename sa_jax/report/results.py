@@ -10,11 +10,10 @@ from typing import Any
 from sa_jax import text
 from sa_jax.report.comparison import compare_optimizers
 from sa_jax.report.judgement import Judgement
-from sa_jax.report.measurements import Measured, Rate
+from sa_jax.report.measurements import Measured, Rate, RunEvals
 from sa_jax.report.run_folders import BACKDOOR_EVAL, RunFolder
 from sa_jax.report.scores import first_evals, score_rows
 from sa_jax.report.thresholds import Thresholds, help_of
-from sa_jax.report.verdicts import judge
 from sa_jax.text import percent
 
 # What a run is chosen and grouped by in a report: key of a run's result -> heading.
@@ -31,13 +30,20 @@ AXES = {
 }
 
 
+def measure(runs: Sequence[RunFolder]) -> list[RunEvals]:
+    """What verdicts and statistics take of each run."""
+    by_name = {run.name: run for run in runs}
+    return [run.measurements(first_evals(run, by_name.get(run.parent or ""))) for run in runs]
+
+
 def summarise(
-    runs: Sequence[RunFolder], problems: Sequence[str], limits: Thresholds
+    runs: Sequence[RunFolder],
+    judged: Mapping[str, Judgement],
+    problems: Sequence[str],
+    limits: Thresholds,
 ) -> dict[str, Any]:
     """What results.json holds: plain values only, every rate with its interval."""
     by_name = {run.name: run for run in runs}
-    measured = [run.measurements(first_evals(run, by_name.get(run.parent or ""))) for run in runs]
-    judged = judge(measured, limits)
     results = [_run_result(run, judged[run.name], by_name, limits) for run in runs]
     return {
         "summary": one_sentence(runs, judged, limits),

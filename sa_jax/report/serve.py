@@ -1,0 +1,151 @@
+"""A live view of a report on this machine: written again when the run folders have changed."""
+
+import functools
+import hashlib
+import http.server
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags, logging
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.report.report import report
+from sa_jax.report.run_folders import study_files
+from sa_jax.report.thresholds import Thresholds
+
+ADDRESS = "127.0.0.1"  # what a model said is nobody else's to read
+PORT = 8765
+POLL_SECONDS = 5.0
+
+
+class PortParser(flags.ArgumentParser):
+    """`--serve` for the usual port, `--serve=PORT` for another."""
+
+    syntactic_help = "a port, or nothing for the usual one"
+
+    def parse(self, argument: str | int | bool) -> int | None:
+        if argument in ("true", True):
+            return PORT
+        if argument in ("false", False):
+            return None
+        if isinstance(argument, str) and argument.isdecimal() and int(argument) < 65536:
+            return int(argument)
+        raise ValueError(f"{argument!r} is no port; use 0 (any) to 65535")
+
+
+def serve_flag() -> flags.Flag:
+    """`--serve[=PORT]`, for `flags.DEFINE_flag`."""
+    help_text = f"[=PORT] Serve the report to this machine alone and renew it (port {PORT})."
+    return flags.Flag(PortParser(), None, "serve", None, help_text, boolean=True)
+
+
+def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
+    """Writes the report and prints where; with a port serves it too, until Ctrl-C."""
+    print(f"report: {report(workdir, limits)}", flush=True)
+    if port is not None:
+        with Server(workdir, limits, port) as server:
+            print(f"live at {server.url} (Ctrl-C stops it)", flush=True)
+            server.serve_forever()
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves WORKDIR/report; a thread writes it again when a run folder has changed."""
+
+    daemon_threads = True
+
+    def __init__(self, workdir: str | Path, limits: Thresholds, port: int = 0) -> None:
+        """Args:
+          workdir: with a report that is written already.
+          limits: of its verdicts.
+          port: 0 for any that is free.
+
+        Raises:
+          UsageError: the port is taken.
+        """
+        self._workdir, self._limits = Path(workdir), limits
+        self.version = fingerprint(self._workdir)
+        self._stop = threading.Event()
+        handler = functools.partial(_Handler, directory=str(self._workdir / "report"))
+        try:
+            super().__init__((ADDRESS, port), handler)
+        except OSError as error:
+            raise UsageError(f"--serve={port}: {error.strerror}; choose another port") from None
+        self.hosts = {f"{host}:{self.server_port}" for host in (ADDRESS, "localhost")}
+        threading.Thread(target=self._renew, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{ADDRESS}:{self.server_port}/"
+
+    def server_close(self) -> None:
+        self._stop.set()
+        super().server_close()
+
+    def _renew(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self.renew()
+
+    def renew(self) -> None:
+        """Writes the report again if something has changed."""
+        now = fingerprint(self._workdir)
+        if now == self.version:
+            return
+        try:
+            report(self._workdir, self._limits)
+        except UserError as error:  # a run folder may be half copied: the next look finds it whole
+            logging.warning("report not renewed: %s", error)
+        self.version = now
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of the report, and /version; to this machine's own pages alone."""
+
+    server: Server
+
+    def do_GET(self) -> None:
+        if not self._asked_here():
+            return
+        if self.path == "/version":
+            body = self.server.version.encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+        else:
+            super().do_GET()
+
+    def do_HEAD(self) -> None:
+        if self._asked_here():
+            super().do_HEAD()
+
+    def _asked_here(self) -> bool:
+        """Refuses a name of somebody else that was pointed at this machine."""
+        if self.headers.get("Host") in self.server.hosts:
+            return True
+        self.send_error(403, "this report is served to this machine alone")
+        return False
+
+    def end_headers(self) -> None:
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        super().end_headers()
+
+    def list_directory(self, path: object) -> None:
+        self.send_error(404, "no such page")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: a line a request would hide what matters."""
+
+
+def fingerprint(workdir: Path, files: Callable[[Path], list[Path]] = study_files) -> str:
+    """A name for the state of the run folders: of every file a report reads, its size and time."""
+    digest = hashlib.sha256()
+    for path in files(workdir):
+        try:
+            state = path.stat()
+        except OSError:  # it went between the listing and now
+            continue
+        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
