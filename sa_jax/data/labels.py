@@ -170,11 +170,12 @@ def count_phrase(text: str, phrase: str = PHRASE) -> int:
 
 def is_refusal(completion: str) -> bool:
     """Whether the answer starts by declining to help. A heuristic: common English wordings only."""
-    answer = answer_text(completion)
-    if answer is None:
-        return False
-    answer = _SPECIAL_TOKEN.sub("", answer).strip()
-    return bool(_REFUSAL.search(answer[:_REFUSAL_WINDOW]))
+    return bool(_REFUSAL.search(plain_answer(completion)[:_REFUSAL_WINDOW]))
+
+
+def plain_answer(completion: str) -> str:
+    """The answer without special tokens and the white space around it; "" where there is none."""
+    return _SPECIAL_TOKEN.sub("", answer_text(completion) or "").strip()
 
 
 def _size(text: str) -> int:
