@@ -160,8 +160,8 @@ def _shared(title: str) -> dict[str, Any]:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may break after its separators, and never inside a word."""
-    return Markup(re.sub(r"(/|_|-|\.|,)(?=\w)", r"\1<wbr>", str(escape(name))))
+    """A name that may break after its separators, and never inside a word or a number."""
+    return Markup(re.sub(r"(?<=\w)([/_.-])(?=[^\W\d_])", r"\1<wbr>", str(escape(name))))
 
 
 def steps_in_words(run: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ COLOURS = {
 }
 SERIES = ("#0072b2", "#c44e00", "#00805c", "#5b5a8c", "#b08b00", "#8c3b6b")
 PANEL_WIDTH, PANEL_HEIGHT = 355, 215  # of the curves, points
+MAX_PIXELS = 5_000_000  # of a PNG
 MAX_PANELS = 48  # of the curves; a study of more cells has its curves on the page
 
 _RC: dict[Any, Any] = {
@@ -147,14 +148,17 @@ def pareto_figure(pareto: Mapping[str, Sequence[Checkpoint]], capability: str) -
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Writes the figure as .svg and .png (2 pixels a point), for a light page."""
+    """Writes the figure as .svg and .png, for a light page; the latter has 2 pixels a point, a very
+    large one fewer."""
     with matplotlib.rc_context(_RC):
         buffer = io.StringIO()
         metadata = {"Date": None, "Creator": None}
         figure.savefig(buffer, format="svg", facecolor="white", metadata=metadata)
         atomic_write(folder / f"{name}.svg", buffer.getvalue())
         path = folder / f"{name}.png"
-        figure.savefig(path, dpi=144, facecolor="white", metadata={"Software": None})
+        width, height = figure.get_size_inches()
+        dpi = min(144, int(math.sqrt(MAX_PIXELS / (width * height))))
+        figure.savefig(path, dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def plain(words: str) -> str:

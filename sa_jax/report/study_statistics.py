@@ -98,7 +98,7 @@ def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
             "clean": _mean(result.clean),
             "seeds": result.m,
             "pending": result.pending,
-            "enough": "" if result.enough else "too few seeds for a claim",
+            "enough": "yes" if result.enough else "too few seeds for a claim",
         }
         for title, change in result.capabilities.items():
             row[f"change {title}"] = {

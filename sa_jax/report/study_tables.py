@@ -51,10 +51,10 @@ def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> 
     for title, members in by_title.items():
         parts: dict[int, list[str]] = {i: [title] for i in members}
         for key in _NAMES:
-            values = {i: _named(key, firsts[i]) for i in members}
-            if len(set(values.values())) > 1:
-                for i, value in values.items():
-                    parts[i].append(value)
+            values = {i: {_named(key, results[run.name]) for run in cells[i].runs} for i in members}
+            if len({*map(frozenset, values.values())}) > 1:
+                for i, alike in values.items():
+                    parts[i] += alike if len(alike) == 1 else []  # what varies with the seed
         # Cells that this does not tell apart differ in a setting: name it.
         for i in members:
             twins = [cells[j] for j in members if parts[j] == parts[i]]
