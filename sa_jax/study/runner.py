@@ -268,6 +268,7 @@ class Worker:
                 f"by cells that are not done (listed above, and in {self._workdir}/"
                 f"{folder.STATUS_FILE}); the same command tries them again"
             )
+        self._progress.say(f"all {len(self._chosen)} cells are done, in {self._workdir}")
 
 
 def last_triggered_rate(run: Path) -> float | None:
