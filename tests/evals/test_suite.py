@@ -2,17 +2,23 @@
 
 import json
 
+import jax
 import pytest
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
-from sa_jax.evals.protocol import headline
+from sa_jax.evals import records
+from sa_jax.evals.protocol import EVALS, Answers, Prepared, headline
 from sa_jax.evals.sampled import new_tokens
 from sa_jax.evals.schedule import is_due
+from sa_jax.evals.suite import EvalSuite
+from sa_jax.llama.model import Llama
+from sa_jax.parallel.mesh import make_mesh
 from sa_jax.study.commands import load_config
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.resolve import inherit
 from sa_jax.training.start import Start
+from tests import toys
 
 
 def test_answers_have_128_new_tokens_and_512_in_the_study_or_with_a_scratchpad():
@@ -88,3 +94,82 @@ def test_an_unknown_schedule_is_refused():
     config.eval.names.mmlu = "weekly"
     with pytest.raises(UsageError, match="eval.names.mmlu='weekly': must be one of every, last"):
         check_config(config)
+
+
+class Scripted:
+    """An eval of 100 answers whose hits at each step are known; counts how often it is asked."""
+
+    name, title, kind, headline, needs_prompts = "scripted", "Scripted", "backdoor", "hit", False
+
+    def __init__(self, hits):
+        self.hits, self.asked = hits, []
+
+    def prepare(self, config, context):
+        def run_with(word):
+            def run(step, folder, should_stop):
+                self.asked.append((word, step))
+                items = [
+                    {"item": str(i), "asked": "x", "scores": {"hit": int(i < self.hits[step])}}
+                    for i in range(100)
+                ]
+                return Answers(items)
+
+            return run
+
+        return Prepared(run_with("first"), {}, {}, run_again=run_with("again"))
+
+
+def scripted_suite(folder, hits, **options):
+    eval_ = EVALS.register(Scripted(hits))
+    config = default_config()
+    config.eval.names = {"scripted": "every"}
+    config.eval.context_length = 16
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return eval_, EvalSuite(config, Llama(toys.CONFIG), mesh, None, None, [], folder, **options)
+
+
+def test_low_and_returned_evals_are_asked_again_once(tmp_path):
+    hits = {0: 100, 10: 2, 20: 2, 30: 90}
+    eval_, suite = scripted_suite(tmp_path, hits, confirm=True)
+    for step in hits:
+        suite.run(step, step)  # the parameters that this eval looks at are the step
+    first = [("first", step) for step in hits]
+    assert [call for call in eval_.asked if call[0] == "first"] == first
+    assert [step for word, step in eval_.asked if word == "again"] == [10, 30]
+    names = {step: list(records.finished(f)) for step, f in records.step_folders(tmp_path).items()}
+    both = ["scripted", "scripted_again"]
+    assert names == {0: ["scripted"], 10: both, 20: ["scripted"], 30: both}
+    # A resumed run asks nothing twice; one without `confirm` nothing again.
+    eval_.asked.clear()
+    for step in hits:
+        assert suite.run(step, step)["scripted"]["scores"]["hit"]["count"] == hits[step]
+    assert eval_.asked == []
+    eval_, suite = scripted_suite(tmp_path / "off", hits)
+    for step in hits:
+        suite.run(step, step)
+    assert eval_.asked == first
+
+
+def test_a_damaged_summary_is_done_again_and_strangers_are_left_alone(tmp_path, caplog):
+    eval_, suite = scripted_suite(tmp_path, {0: 3, 10: 3, 20: 3})
+    for step in (0, 10, 20):
+        suite.run(step, step)
+    damages = ('{"step": 0', "[]", '{"scores": {}}', '{"scores": [], "settings": {}}', None)
+    for damage in damages:
+        path = tmp_path / "step_000000/scripted.json"
+        if damage is None:  # the items are gone
+            path.with_suffix(".jsonl").unlink()
+        else:
+            path.write_text(damage)
+        eval_.asked.clear()
+        caplog.clear()
+        assert suite.run(0, 0)["scripted"]["scores"]["hit"]["count"] == 3
+        assert eval_.asked == [("first", 0)]
+        assert "scripted.json is no summary of a finished eval" in caplog.text
+    (tmp_path / "step_nine").mkdir()
+    (tmp_path / "step_000099").write_text("a file")
+    (tmp_path / "notes.txt").write_text("mine")
+    suite.discard_after(10)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["notes.txt", "step_000000", "step_000010", "step_000099", "step_nine"]
+    assert "step_nine is not the evals of a step: ignored" in caplog.text
