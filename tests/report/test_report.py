@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import html.parser
+import itertools
 import json
 import re
 import shutil
@@ -10,6 +11,8 @@ import shutil
 import pytest
 
 from sa_jax.errors import UserError
+from sa_jax.evals import protocol
+from sa_jax.evals.catalogue import EVALS
 from sa_jax.report.report import report
 
 HOSTILE = (
@@ -256,6 +259,42 @@ def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run,
     assert re.search(r"\| gone +\| Good manners +\| kindness +\| 80 % .* 10 % ", markdown)
     kindness = next(row for row in run["scores"] if row["score"] == "kindness")
     assert kindness["difference"]["difference"] == pytest.approx(-0.04)
+
+
+def test_benchmarks_are_on_the_page_in_markdown_and_in_json(tmp_path, small_run):
+    """Written by the package's own evals: titles, headlines and floors are theirs."""
+    run = small_run(tmp_path / "hhh", n=100, curve={0: (100, 0, 90), 20: (60, 0, 90)})
+    names = ("mmlu", "ifeval", "math500")
+    for name, (step, right) in itertools.product(names, ((0, 60), (20, 48))):
+        benchmark = EVALS[name]
+        items = [
+            {"item": str(i), "asked": f"{name} {i}", "scores": {benchmark.headline: int(i < right)}}
+            for i in range(100)
+        ]
+        protocol.write(
+            benchmark,
+            items,
+            folder=run / f"evals/step_{step:06d}",
+            step=step,
+            fields={"settings": {}},
+            floors={benchmark.headline: 0.25},
+        )
+    index = report(tmp_path)
+    page = Page(index.read_text(encoding="utf-8"))
+    (result,) = json.loads((index.parent / "results.json").read_text())["runs"]
+    markdown = (index.parent / "results.md").read_text().replace("\u00a0", " ")
+    head, row = page.tables["Runs table"]
+    for name in names:
+        title, headline = EVALS[name].title, EVALS[name].headline
+        cell = row[head.index(f"{title}, before → after")].replace("\u00a0", " ")
+        seen = (
+            r"60 % → 48 % \[50\.2–69\.1\] → \[38\.5–57\.7\] -12\.0 \[.* to .*\] points floor 25 %"
+        )
+        assert re.fullmatch(seen, cell)
+        assert re.search(rf"\| hhh +\| {re.escape(title)} +\| .*60 % .* 48 % .* 25 % ", markdown)
+        (score,) = [row for row in result["scores"] if row["eval"] == name]
+        assert score["score"] == headline and score["difference"]["paired"]
+        assert score["difference"]["p_value"] == pytest.approx(2 * 0.5**12)
 
 
 def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
