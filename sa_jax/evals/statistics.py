@@ -152,7 +152,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], confidence: float = 0.95
+    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, confidence: float = 0.95
 ) -> tuple[float, float, float]:
     """Mean of b - a over the same items, and its percentile bootstrap interval.
 
