@@ -373,9 +373,9 @@ def test_a_removal_starts_from_an_insertion_checkpoint_that_is_weights_alone(
     assert "no checkpoint of step 5; there are steps 4, 6, 8" in done.stderr.splitlines()[-1]
 
     # The weights of a step are the same, alone and with the rest of the state.
-    alone = weights(zygote, Path(f"{run}@6"), tmp_path / "alone")
+    full = weights(zygote, Path(f"{run}@6"), tmp_path / "full")
     shutil.rmtree(run / "checkpoints/step_000006")
-    assert_bit_equal(alone, weights(zygote, Path(f"{run}@6"), tmp_path / "full"))
+    assert_bit_equal(full, weights(zygote, Path(f"{run}@6"), tmp_path / "alone"))
 
 
 def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp_path):
