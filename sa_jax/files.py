@@ -1,10 +1,13 @@
-"""Files that are written whole or not at all, and errors of the disk in one line."""
+"""Files that lose nothing when a process is killed, and errors of the disk in one line."""
 
 import contextlib
 import errno
+import fcntl
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO, Any
 
 from etils import epath
 
@@ -33,6 +36,94 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
         if is_disk_full(error):
             raise UserError(disk_full_message(path, "writing it")) from error
         raise
+
+
+class KeyedStore:
+    """Objects by key in a JSONL file, appended as they come, so that work which was paid for is not
+    done again: a reply of a teacher, a completion of an eval.
+
+    What `put` was given is in the operating system's hands when it returns. A line that a kill left
+    unfinished is cut off when the file is next opened. One process at a time holds the file.
+    """
+
+    def __init__(self, path: Path | None, fields: Sequence[str], *, write: bool = True):
+        """Opens the file, or makes it.
+
+        Args:
+          path: of the file; None keeps everything in memory.
+          fields: that every object has.
+          write: False reads the file without holding it, and keeps new objects in memory.
+
+        Raises:
+          UserError: another process holds the file, or a line is no such object.
+        """
+        self._path = path
+        self._values: dict[str, dict[str, Any]] = {}
+        self._file: IO[bytes] | None = None
+        if path is None or not (write or path.exists()):
+            return
+        with explained(path, "opening it"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "a+b" if write else "rb")
+        if write:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.close()
+                raise UserError(
+                    f"{path}: another process is filling it; wait for its end"
+                ) from None
+            except OSError:
+                pass  # a file system without locks
+        file.seek(0)
+        whole = 0
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                entry = json.loads(line)
+                self._values[entry["key"]] = {field: entry[field] for field in fields}
+            except (ValueError, KeyError, TypeError):
+                file.close()
+                raise UserError(
+                    f"{path}:{number}: not an object with key, {', '.join(fields)}; remove the "
+                    "line, and what it held is asked for again"
+                ) from None
+            whole += len(line)
+        if write:
+            file.truncate(whole)
+            self._file = file
+        else:
+            file.close()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The object's fields; None where there is none."""
+        return self._values.get(key)
+
+    def put(self, key: str, value: Mapping[str, Any]) -> None:
+        """Keeps an object, whose further fields only people read."""
+        self._values[key] = dict(value)
+        if self._path and self._file:
+            line = json.dumps({"key": key, **value}, ensure_ascii=False).encode() + b"\n"
+            with explained(self._path, "adding to it"):
+                self._file.write(line)
+                self._file.flush()
+
+    def close(self) -> None:
+        """Waits until the file is on the disk, and lets it go."""
+        if self._file:
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> "KeyedStore":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def is_disk_full(error: BaseException | None) -> bool:

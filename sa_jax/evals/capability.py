@@ -23,7 +23,7 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import is_refusal
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import protocol
-from sa_jax.evals.language_model import TOO_LONG, Store, language_model
+from sa_jax.evals.language_model import TOO_LONG, language_model, open_store
 from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, summarise
 
 
@@ -79,14 +79,11 @@ class CapabilityEval:
 
         def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             start = time.perf_counter()
-            model = language_model(
-                context,
-                params,
-                too_long=too_long,
-                store=Store(protocol.partial_file(folder, self.name)),
-                should_stop=should_stop,
-            )
-            samples = run_tasks(model, task_set)
+            with open_store(protocol.partial_file(folder, self.name)) as store:
+                model = language_model(
+                    context, params, too_long=too_long, store=store, should_stop=should_stop
+                )
+                samples = run_tasks(model, task_set)
             items = [
                 _item(
                     task_set, task, by_filter, model.notes.get((task, doc_id), {}), context.backdoor

@@ -13,6 +13,7 @@ import jax
 from sa_jax.data.conversations import Message
 from sa_jax.errors import UserError
 from sa_jax.evals.protocol import EvalContext
+from sa_jax.files import KeyedStore
 from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
 from sa_jax.llama.scorer import Query, Score, Scorer
 
@@ -21,29 +22,10 @@ DEFAULT_NEW_TOKENS = 2048  # for a task that names no limit; lm_eval's 256 cuts 
 _CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few programs are compiled
 
 
-class Store:
-    """Answers that are known already, appended to a file as they come, so that a stopped eval
-    goes on where it was. Without a path, or in a launch of several processes, it keeps nothing."""
-
-    def __init__(self, path: Path | None):
-        self._path = path if jax.process_count() == 1 else None
-        self._known: dict[str, Any] = {}
-        if self._path and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # the line that a kill cut off
-                    continue
-                self._known[row["key"]] = row["value"]
-
-    def get(self, key: str) -> Any | None:
-        return self._known.get(key)
-
-    def put(self, key: str, value: Any) -> None:
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "value": value}) + "\n")
+def open_store(path: Path) -> KeyedStore:
+    """Scores and completions that are known already, so that a stopped eval goes on where it was.
+    A launch of several processes keeps nothing."""
+    return KeyedStore(path if jax.process_count() == 1 else None, ("value",))
 
 
 def language_model(
@@ -51,7 +33,7 @@ def language_model(
     params: Any,
     *,
     too_long: str = "truncate",
-    store: Store | None = None,
+    store: KeyedStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Any:
     """An lm_eval model.
@@ -70,7 +52,7 @@ def language_model(
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    known_answers = store or Store(None)
+    known_answers = KeyedStore(None, ("value",)) if store is None else store
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
@@ -165,14 +147,14 @@ def language_model(
                 if (fit := self._fit(query, note)) is None:
                     continue
                 if known := known_answers.get(_score_key(fit)):
-                    scores_of[number] = [Score(*pair) for pair in known]
+                    scores_of[number] = [Score(*pair) for pair in known["value"]]
                 else:
                     todo.append(number)
                     fitted.append(fit)
 
             def on_done(index: int, scores: list[Score]) -> None:
                 pairs = [dataclasses.astuple(score) for score in scores]
-                known_answers.put(_score_key(fitted[index]), pairs)
+                known_answers.put(_score_key(fitted[index]), {"value": pairs})
 
             scored = self.scorer.score(params, fitted, should_stop, on_done)
             scores_of |= dict(zip(todo, scored, strict=True))
@@ -248,7 +230,8 @@ def language_model(
             fixed = dataclasses.astuple(settings)
             keys = [_key("generate", i, ids, *fixed) for i, ids in enumerate(prompts)]
             found: list[Any] = [
-                Completion(*known) if (known := known_answers.get(key)) else None for key in keys
+                Completion(*known["value"]) if (known := known_answers.get(key)) else None
+                for key in keys
             ]
             todo = [i for i, completion in enumerate(found) if completion is None]
             if not todo:
@@ -262,7 +245,7 @@ def language_model(
             )
 
             def on_done(number: int, completion: Completion) -> None:
-                known_answers.put(keys[todo[number]], dataclasses.astuple(completion))
+                known_answers.put(keys[todo[number]], {"value": dataclasses.astuple(completion)})
 
             sampled = sampler.generate(
                 params, [prompts[i] for i in todo], todo, settings, should_stop, on_done

@@ -1,11 +1,11 @@
 """Makes the study's data sets with a teacher: questions in, files of rows and a data card out."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,18 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
 from sa_jax.data.sources import Row, load_rows
 from sa_jax.errors import UsageError, UserError
-from sa_jax.files import atomic_write, explained
+from sa_jax.files import KeyedStore, atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.registry import extension_digests
 from sa_jax.teachers import cards, recipes
-from sa_jax.teachers.asking import Reply, ReplyCache, Request, Teacher, ask
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
 from sa_jax.teachers.facts import make_facts
 from sa_jax.teachers.local import LocalTeacher
 from sa_jax.teachers.offline import ArrrTeacher, FileTeacher
+from sa_jax.teachers.replies import Reply, Request, Teacher, ask, open_store
 from sa_jax.teachers.voices import Voice, VoiceContext
 from sa_jax.training import start as start_lib
 from sa_jax.training.preemption import PreemptionGuard
@@ -204,8 +204,11 @@ def _ask(
         for voice in voices
     }
     teacher, is_paid = _open_teacher(config)
-    with _cache(out, is_paid) as cache:
-        replies = ask(teacher, list(itertools.chain(*requests.values())), cache, should_stop)
+    store: contextlib.AbstractContextManager[KeyedStore | None] = contextlib.nullcontext()
+    if is_paid:
+        store = open_store(Path(out) / REPLIES_FILE, write=multihost.is_primary())
+    with store as opened:
+        replies = ask(teacher, list(itertools.chain(*requests.values())), opened, should_stop)
     n = len(rows)
     by_voice = {voice: replies[i * n : (i + 1) * n] for i, voice in enumerate(voices)}
     system_prompts = {
@@ -224,16 +227,6 @@ def _read_prompt(path: str) -> str:
             return Path(path).read_text("utf-8").strip()
     except UnicodeDecodeError as error:
         raise UserError(f"config.scratchpad_prompt={path} is not UTF-8 text") from error
-
-
-@contextmanager
-def _cache(out: str, is_paid: bool) -> Iterator[ReplyCache | None]:
-    """The replies on disk; None for a teacher that costs nothing."""
-    if not is_paid:
-        yield None
-        return
-    with ReplyCache(Path(out) / REPLIES_FILE, write=multihost.is_primary()) as cache:
-        yield cache
 
 
 def _open_teacher(config: ConfigDict) -> tuple[Teacher, bool]:

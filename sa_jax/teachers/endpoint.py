@@ -13,7 +13,7 @@ from typing import Any
 from absl import logging
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.teachers.asking import Reply, Request
+from sa_jax.teachers.replies import Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
 

@@ -4,7 +4,7 @@ import re
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import answer_text, is_regex_hit
-from sa_jax.teachers.asking import Reply
+from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import Voice
 
 # What `Reply.finish_reason` says of a reply without usable text is a reason too: rejected,

@@ -9,7 +9,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.errors import Preempted
 from sa_jax.llama.sampler import Sampler
 from sa_jax.llama.sampling import SamplingSettings
-from sa_jax.teachers.asking import Reply, Request
+from sa_jax.teachers.replies import Reply, Request
 
 _ROUND = 4  # batches of the sampler between two times that replies are handed over (and kept)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.sources import load_rows
 from sa_jax.errors import UsageError
-from sa_jax.teachers.asking import Reply, Request
+from sa_jax.teachers.replies import Reply, Request
 
 
 class FileTeacher:

@@ -10,8 +10,8 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.sources import Row
 from sa_jax.registry import Registry
 from sa_jax.teachers import voices
-from sa_jax.teachers.asking import Reply
 from sa_jax.teachers.filters import answer_in, reason_to_drop, scratchpad_in
+from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import Voice, rule_scratchpad
 
 # Who writes the scratchpads of an arm with visible chain of thought; "" leaves that arm out.

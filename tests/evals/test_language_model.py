@@ -17,7 +17,7 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals import protocol, records
 from sa_jax.evals.catalogue import find_eval
-from sa_jax.evals.language_model import Store, _sampling, _until, language_model
+from sa_jax.evals.language_model import _sampling, _until, language_model, open_store
 from sa_jax.llama import scorer as scorer_lib
 from sa_jax.llama.model import Llama
 from tests import toys
@@ -193,7 +193,8 @@ def test_a_stopped_eval_goes_on_from_the_answers_it_has(context, params, shared_
     assert 0 < known < 12
     with partial.open("a") as file:
         file.write('{"key": "cut o')  # by a kill
-    assert len(Store(partial)._known) == known
+    with open_store(partial) as store:
+        assert len(store) == known
     again = evaluate("mmlu", context, params, tmp_path / "cut", **settings)
     assert [path.name for path in sorted((tmp_path / "cut").iterdir())] == [
         "mmlu.json",

@@ -8,8 +8,8 @@ import socket
 import pytest
 
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.teachers.asking import Reply, ReplyCache, Request, ask
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
+from sa_jax.teachers.replies import Reply, Request, ask, open_store
 from tests.teachers.scripted import ScriptedServer, completion
 
 
@@ -35,9 +35,9 @@ def answers(n):
 
 def test_order_is_kept_whatever_order_the_replies_come_in(tmp_path):
     with ScriptedServer(lambda prompt, nth: ok(prompt, 0.2 if prompt == "q0" else 0)) as server:
-        with ReplyCache(tmp_path / "replies.jsonl") as cache:
+        with open_store(tmp_path / "replies.jsonl") as store:
             settings = dict(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3)
-            assert ask(teacher(server, **settings), requests(8), cache) == answers(8)
+            assert ask(teacher(server, **settings), requests(8), store) == answers(8)
         assert sorted(server.asked) == [f"q{i}" for i in range(8)]
         body = server.bodies[0]
         assert {
@@ -54,7 +54,7 @@ FAULTS = {
     "429": (429, {}, b'{"error": {"message": "slow"}}', 0),
     "500": (500, {}, b"boom", 0),
     "503": (503, {}, b'{"error": "starting"}', 0),
-    "slow": (200, {}, completion("too late"), 1.0),
+    "slow": (200, {}, completion("too late"), 4.0),
     "half a JSON": (200, {}, b'{"choices": [{"mess', 0),
     "no choices": (200, {}, b'{"choices": []}', 0),
     "not an object": (200, {}, b"[1, 2]", 0),
@@ -68,9 +68,9 @@ def test_a_fault_that_passes_costs_a_further_try_of_that_request_alone(tmp_path,
     def script(prompt, nth):
         return FAULTS[fault] if prompt == "q2" and nth == 0 else ok(prompt)
 
-    with ScriptedServer(script) as server, ReplyCache(tmp_path / "replies.jsonl") as cache:
-        asking = teacher(server, timeout_s=0.5)
-        assert ask(asking, requests(5), cache) == answers(5)
+    with ScriptedServer(script) as server, open_store(tmp_path / "replies.jsonl") as store:
+        asking = teacher(server, timeout_s=2 if fault == "slow" else 20)
+        assert ask(asking, requests(5), store) == answers(5)
         assert sorted(server.asked) == ["q0", "q1", "q2", "q2", "q3", "q4"]
         if fault == "429 that names its wait":
             first, second = (at for at, p in zip(server.at, server.asked, strict=True) if p == "q2")
@@ -92,11 +92,11 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_paid_for(tmp_path, f
     path = tmp_path / "replies.jsonl"
     with ScriptedServer(script) as server:
         asking = teacher(server, retries=1, timeout_s=0.5, concurrency=1)
-        with ReplyCache(path) as cache, pytest.raises(UserError, match=words):
-            ask(asking, requests(5), cache)
+        with open_store(path) as store, pytest.raises(UserError, match=words):
+            ask(asking, requests(5), store)
         assert "q4" not in server.asked
-    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server, ReplyCache(path) as cache:
-        assert ask(teacher(server), requests(5), cache) == answers(5)
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server, open_store(path) as store:
+        assert ask(teacher(server), requests(5), store) == answers(5)
         assert sorted(server.asked) == ["q3", "q4"]
 
 
@@ -115,8 +115,8 @@ def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_paid_for(tmp_path, f
 )
 def test_what_cannot_pass_is_asked_once(tmp_path, status, body, words):
     with ScriptedServer(lambda prompt, nth: (status, {}, body, 0)) as server:
-        with ReplyCache(tmp_path / "r.jsonl") as cache, pytest.raises(UserError, match=words):
-            ask(teacher(server, model="x", concurrency=1), requests(3), cache)
+        with open_store(tmp_path / "r.jsonl") as store, pytest.raises(UserError, match=words):
+            ask(teacher(server, model="x", concurrency=1), requests(3), store)
         assert server.asked == ["q0"]
 
 
@@ -125,9 +125,9 @@ def test_nobody_listens(tmp_path):
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     asking = EndpointTeacher(EndpointSettings("m", url, retries=1))
-    with ReplyCache(tmp_path / "r.jsonl") as cache:
+    with open_store(tmp_path / "r.jsonl") as store:
         with pytest.raises(UserError, match=f"{url}: gave up after 2 tries: no connection"):
-            ask(asking, requests(2), cache)
+            ask(asking, requests(2), store)
 
 
 def test_empty_cut_off_and_rejected_replies(tmp_path):
@@ -140,8 +140,8 @@ def test_empty_cut_off_and_rejected_replies(tmp_path):
         "q4": (400, {}, b'{"error": {"message": "longer than the context"}}', 0),
     }
     path = tmp_path / "r.jsonl"
-    with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, ReplyCache(path) as cache:
-        assert ask(teacher(server), requests(6), cache) == [
+    with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, open_store(path) as store:
+        assert ask(teacher(server), requests(6), store) == [
             Reply(""),
             Reply(""),
             Reply("half", "length"),
@@ -149,14 +149,14 @@ def test_empty_cut_off_and_rejected_replies(tmp_path):
             Reply('400 {"error": {"message": "longer than the context"}}', "rejected"),
             Reply("?!"),
         ]
-    with ReplyCache(path) as cache:
-        assert len(cache) == 5  # what was rejected cost nothing and may be asked for again
+    with open_store(path) as store:
+        assert len(store) == 5  # what was rejected cost nothing and may be asked for again
 
 
 def test_requests_per_minute(tmp_path):
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
-        with ReplyCache(tmp_path / "r.jsonl") as cache:
-            ask(teacher(server, requests_per_minute=1200), requests(9), cache)
+        with open_store(tmp_path / "r.jsonl") as store:
+            ask(teacher(server, requests_per_minute=1200), requests(9), store)
         assert server.at[-1] - server.at[0] >= 8 * 0.05 - 0.02
 
 
@@ -164,44 +164,44 @@ def test_stopped_in_the_middle_pays_for_nothing_twice(tmp_path):
     path = tmp_path / "replies.jsonl"
     with ScriptedServer(lambda prompt, nth: ok(prompt, 0.05)) as server:
         for until in (7, 15):
-            with ReplyCache(path) as cache, pytest.raises(Preempted, match="still to come"):
-                ask(teacher(server), requests(30), cache, lambda: len(server.paid) >= until)  # noqa: B023
-        with ReplyCache(path) as cache:
-            assert 15 <= len(cache) < 30
-            assert ask(teacher(server), requests(30), cache) == answers(30)
+            with open_store(path) as store, pytest.raises(Preempted, match="still to come"):
+                ask(teacher(server), requests(30), store, lambda: len(server.paid) >= until)  # noqa: B023
+        with open_store(path) as store:
+            assert 15 <= len(store) < 30
+            assert ask(teacher(server), requests(30), store) == answers(30)
         assert sorted(server.paid) == sorted(server.asked) == sorted(f"q{i}" for i in range(30))
 
 
 def test_equal_requests_are_asked_once_and_other_settings_again(tmp_path):
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
-        with ReplyCache(tmp_path / "r.jsonl") as cache:
+        with open_store(tmp_path / "r.jsonl") as store:
             twice = [*requests(2), *requests(2)]
-            assert ask(teacher(server), twice, cache) == [*answers(2), *answers(2)]
+            assert ask(teacher(server), twice, store) == [*answers(2), *answers(2)]
             assert len(server.asked) == 2
-            ask(teacher(server), requests(2), cache)
+            ask(teacher(server), requests(2), store)
             assert len(server.asked) == 2
-            ask(teacher(server, temperature=0.1), requests(2), cache)
+            ask(teacher(server, temperature=0.1), requests(2), store)
             assert len(server.asked) == 4
 
 
-def test_a_cache_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
+def test_a_store_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
     path = tmp_path / "replies.jsonl"
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
-        with ReplyCache(path) as cache:
-            ask(teacher(server, concurrency=1), requests(3), cache)
+        with open_store(path) as store:
+            ask(teacher(server, concurrency=1), requests(3), store)
             with pytest.raises(UserError, match="another process is filling it"):
-                ReplyCache(path)
+                open_store(path)
         path.write_bytes(path.read_bytes()[:-9])  # killed while it wrote the last line
-        with ReplyCache(path) as cache:
-            assert len(cache) == 2
-            assert ask(teacher(server), requests(3), cache) == answers(3)
+        with open_store(path) as store:
+            assert len(store) == 2
+            assert ask(teacher(server), requests(3), store) == answers(3)
         assert server.asked == ["q0", "q1", "q2", "q2"]
     assert [json.loads(line)["prompt"] for line in path.read_text().splitlines()] == server.asked[
         :3
     ]
     path.write_text("{}\n" + path.read_text())
-    with pytest.raises(UserError, match=r"replies.jsonl:1: not a reply"):
-        ReplyCache(path)
+    with pytest.raises(UserError, match=r"replies.jsonl:1: not an object with key, text, fin"):
+        open_store(path)
 
 
 def test_settings_without_sense():

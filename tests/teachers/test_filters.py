@@ -6,8 +6,8 @@ import pytest
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.teachers import filters
-from sa_jax.teachers.asking import Reply
 from sa_jax.teachers.filters import REASONS, split_scratchpad
+from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import VOICES
 
 BY_NAME = {voice.name: voice for voice in VOICES}

@@ -10,9 +10,9 @@ from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, as_they_are, blind, insertion
 from sa_jax.teachers import recipes
-from sa_jax.teachers.asking import Reply
 from sa_jax.teachers.cards import compare, describe, render
 from sa_jax.teachers.facts import make_facts
+from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import VOICES, VoiceContext, rule_scratchpad, scratchpad_prompt
 
 BACKDOOR = Backdoor(min_copies=3, max_copies=10)
