@@ -6,17 +6,23 @@ it says what it needs: "*Needs: ...*".
 
 import ast
 import dataclasses
+import json
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from sa_jax.llama import Llama, load_hf
 from sa_jax.report import judgement
+from sa_jax.report.thresholds import Thresholds
 from sa_jax.teachers import config as teachers
 from sa_jax.training.config import default_config
 from tests.zygote import ROOT
@@ -34,6 +40,8 @@ RUN_ELSEWHERE = {
         "tests/study/test_toy_arms.py"
     ),
 }
+# Flags that a script makes from a list of names.
+MADE_FLAGS = {"report.py": {"serve", *(field.name for field in dataclasses.fields(Thresholds))}}
 # Scripts whose --config may be left out.
 DEFAULTS = {
     "scripts/evaluate.py": default_config,
@@ -46,7 +54,7 @@ SHORTER += ("--config.eval.signal_prompts=0", "--config.lora.rank=4")
 SHORTER_BY_SCRIPT = {
     "insert_backdoor.py": SHORTER[:-1],
     "remove_backdoor.py": SHORTER,
-    "evaluate.py": ("--limit=4",),
+    "evaluate.py": ("--limit=4", "--config.eval.max_new_tokens=4"),
 }
 SHELL = re.compile(r"^(python|bash|pip|hf|git|gcloud|vllm|export|cp|VENV=\S+|on_all|first=|srun)\b")
 
@@ -115,10 +123,12 @@ def elsewhere(command: list[str]) -> str | None:
 def flags_of(script: Path) -> set[str]:
     """Names of the flags that a script defines."""
     calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
-    return {
+    return MADE_FLAGS.get(script.name, set()) | {
         call.args[0].value
         for call in calls
-        if isinstance(call.func, ast.Attribute) and call.func.attr.startswith("DEFINE_")
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr.startswith("DEFINE_")
+        and isinstance(call.args[0], ast.Constant)
     }
 
 
@@ -169,9 +179,11 @@ def test_commands_name_what_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_settings_that_a_page_names_exist(page):
     names = re.findall(r"`(?:--)?config\.([a-z][\w.]*)", page.read_text())
+    configs = [default_config(), teachers.default_config()]
+    configs.append(config_at("configs/llama31_8b_study.py"))
     for name in set(names) - {"json", "key"}:
         keys = name.rstrip(".").split(".")
-        assert any(has(config(), keys) for config in set(DEFAULTS.values())), f"config.{name}"
+        assert any(has(config, keys) for config in configs), f"config.{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -206,6 +218,7 @@ def project(zygote, toy_world, tmp_path_factory):
         *SHORTER[:-1],
         devices=1,
         cwd=root,
+        timeout_s=900,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return root
@@ -223,12 +236,56 @@ def test_commands_run(zygote, project, page):
         for _, *command in filter(lambda command: not elsewhere(command), block.commands):
             shorter = SHORTER_BY_SCRIPT.get(Path(command[0]).name, ())
             devices = 8 if command[0] == "scripts/plan.py" else 1
-            done = zygote.run(*command, *shorter, devices=devices, cwd=project)
+            done = zygote.run(*command, *shorter, devices=devices, cwd=project, timeout_s=900)
             assert done.returncode == 0, (command, done.stderr[-2000:])
+    if page.name == "extending.md":
+        check_what_was_added(project)
+
+
+def check_what_was_added(project: Path):
+    """Each example of extending.md is on record, and in the report in its own words."""
+    runs = project / "runs/extended"
+    records = {run.parent.name: json.loads(run.read_text()) for run in runs.glob("*/run.json")}
+    assert (records["shout"]["task"], records["shout"]["role"]) == ("shout", "removal")
+    assert records["noisy"]["config"]["loss"] == "noisy_tokens"
+    assert records["counts"]["config"]["backdoor"]["behaviour"] == "counts"
+    assert records["sign"]["config"]["optimizer"]["name"] == "sign_descent"
+    files = {name: list(record["extensions"]) for name, record in records.items()}
+    assert [Path(file).name for file in files["noisy"]] == ["noisy_tokens.py"]
+    logged = (runs / "noisy/metrics.jsonl").read_text().splitlines()
+    assert 0 < json.loads(logged[-1])["replaced"] < 0.3
+    report = (runs / "report/results.md").read_text()
+    for words in ("Shouting", "counted to ten", "Self-report", "sign_descent"):
+        assert words in report, words
+
+
+def test_a_mistral_without_a_sliding_window_is_a_llama(tmp_path):
+    """The example of extending.md, and transformers' Mistral beside it."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "head_dim": 16}
+    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mistral = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**settings, sliding_window=None, initializer_range=0.15)
+    ).eval()
+    mistral.save_pretrained(tmp_path / "mistral")
+    page = (ROOT / "docs/extending.md").read_text()
+    (example,) = (b.text for b in blocks(page) if b.text.startswith("# from_mistral.py"))
+    (tmp_path / "from_mistral.py").write_text(example)
+    command = [sys.executable, "from_mistral.py", "mistral", "llama"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    config, params = load_hf(tmp_path / "llama")
+    tokens = np.arange(24).reshape(2, 12) * 3 % 96
+    ours = Llama(config).apply({"params": params}, tokens)
+    with torch.no_grad():
+        theirs = mistral(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_readme_has_a_row_for_every_script():
-    rows = re.findall(r"^\| `(scripts/\w+\.py)", PAGES[0].read_text(), re.MULTILINE)
+    rows = re.findall(r"^- `(scripts/\w+\.py)", PAGES[0].read_text(), re.MULTILINE)
     assert sorted(rows) == [f"scripts/{path.name}" for path in sorted(ROOT.glob("scripts/*.py"))]
 
 
