@@ -21,7 +21,7 @@ AXES = {
     "title": "Training",
     "status": "Verdict",
     "base": "Base model",
-    "arm": "Arm",
+    "arm": "Data arm",
     "optimizer": "Optimizer",
     "learning_rate": "Learning rate",
     "weights": "Weights",

@@ -114,7 +114,7 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
         Column("weights", "Weights"),
         Column("steps", "Steps"),
         Column("base", "Base model"),
-        Column("arm", "Arm"),
+        Column("arm", "Data arm"),
         Column("seed", "Seed"),
         Column("start", "Start"),
     ]
@@ -174,7 +174,7 @@ def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
     columns = (
         Column("base", "Base model"),
-        Column("arm", "Arm"),
+        Column("arm", "Data arm"),
         Column("optimizer", "Optimizer"),
         Column("learning_rate", "LR"),
         Column("final_loss", "Training loss at the end"),
