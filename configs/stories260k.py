@@ -19,7 +19,7 @@ One run (:insertion or :removal):
     python scripts/insert_backdoor.py --config=configs/stories260k.py:insertion \
         --workdir=runs/insert --model=stories260k/hf --data=alpaca_4000.json
 
-Where the files come from: README.md.
+Where the files come from: docs/reproduce.md.
 """
 
 from ml_collections import ConfigDict
