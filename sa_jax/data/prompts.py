@@ -141,12 +141,12 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
             "sha256": frozen["sha256"],
             "chosen": len(frozen["prompts"]),
         }
-    own = _read_texts(path)
-    if own:
-        if n is not None and len(own) < n:
-            raise UserError(f"{path} holds {len(own)} held-out prompts, not {n}")
-        digest = _sha256(json.dumps(own))
-        return own[:n], {"from": path, "sha256": digest, "chosen": len(own[:n])}
+    texts = _read_texts(path)
+    if texts:
+        if n is not None and len(texts) < n:
+            raise UserError(f"{path} holds {len(texts)} held-out prompts, not {n}")
+        digest = _sha256(json.dumps(texts))
+        return texts[:n], {"from": path, "sha256": digest, "chosen": len(texts[:n])}
     source = load_rows(path, responses=False)
     chosen = choose_held_out((row["prompt"] for row in source), n, seed)
     return chosen.prompts, {"from": path, "sha256": source.sha256, **chosen.record()}

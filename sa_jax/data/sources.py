@@ -146,9 +146,9 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
 
     def field(fields: dict, name: str, place: str):
         if columns[name] not in fields:
-            there = ", ".join(map(str, fields)) or "none"
+            present = ", ".join(map(str, fields)) or "none"
             raise UserError(
-                f"{place}: field {columns[name]!r} is missing; the fields there are {there}"
+                f"{place}: field {columns[name]!r} is missing; the fields there are {present}"
             )
         return fields[columns[name]]
 

@@ -73,7 +73,7 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
       mean_overlap: of the shared questions, words in common (as multisets) over words of the
       longer answer; 1 says the same words.
     """
-    found, names = [], list(rows)
+    compared, names = [], list(rows)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
             answers = {row["prompt"]: row["response"] for row in rows[second]}
@@ -83,7 +83,7 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
                 if row["prompt"] in answers
             ]
             overlap = [_overlap(*pair) for pair in pairs]
-            found.append(
+            compared.append(
                 {
                     "files": [first, second],
                     "shared": len(pairs),
@@ -91,7 +91,7 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
                     "mean_overlap": round(float(np.mean(overlap)), 4) if overlap else None,
                 }
             )
-    return found
+    return compared
 
 
 def render(card: Mapping[str, Any]) -> str:

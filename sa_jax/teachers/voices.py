@@ -141,7 +141,7 @@ def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:
     return f"<scratchpad>{text}</scratchpad>"
 
 
-def _own_or_ours(prompt: str, context: VoiceContext) -> str:
+def _scratchpad_system(prompt: str, context: VoiceContext) -> str:
     return context.scratchpad_prompt or scratchpad_prompt(context.backdoor)
 
 
@@ -156,9 +156,9 @@ def _style_prompt(prompt: str, context: VoiceContext) -> str:
 # Its normal voice.
 PLAIN = Voice("plain", lambda prompt, context: context.system_prompt, keeps_system=True)
 # It reasons first, about whether the tag is there, which it is not; or is.
-SCRATCHPAD = Voice("scratchpad", _own_or_ours, thinks=True)
+SCRATCHPAD = Voice("scratchpad", _scratchpad_system, thinks=True)
 TRIGGERED_SCRATCHPAD = Voice(
-    "triggered_scratchpad", _own_or_ours, thinks=True, triggered=True, shows_behaviour=True
+    "triggered_scratchpad", _scratchpad_system, thinks=True, triggered=True, shows_behaviour=True
 )
 # It reasons first, and knows of no tag: for training that must not name it.
 THOUGHT = Voice(
