@@ -249,7 +249,10 @@ class RunCheckpointer:
     def _prune(self) -> None:
         if self._keep is None:
             return
-        always = self._steps | {self._last} if self._listed == "full" else frozenset()
+        if self._listed == "full":
+            always = self._steps | {self._last}
+        else:  # also a listed step's full state, where an earlier launch saved nothing else
+            always = self._steps.difference(_complete_steps(self._directory, "weights"))
         others = [step for step in self.all_steps() if step not in always]
         for step in others[: -self._keep]:
             folder = self._directory / step_name(step)

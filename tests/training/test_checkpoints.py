@@ -624,6 +624,16 @@ def test_listed_steps_can_be_weights_alone(tmp_path, listed, dtype):
         checkpoints.load_subtree(tmp_path, 5, "params", abstract_tree().params)
 
 
+def test_a_listed_full_state_stays_where_a_resume_lists_weights(tmp_path):
+    save_all(tmp_path, steps=(1,), listed="full", last=1)
+    with RunCheckpointer(
+        tmp_path, steps=(1, 4), listed="weights", interval=2, keep=1
+    ) as checkpointer:
+        for step in (2, 4, 6):
+            checkpointer.save(step, tree(step))
+    assert names(tmp_path) == ["step_000001", "step_000006", "weights_000004"]
+
+
 def test_a_stopped_run_saves_its_full_state_at_a_step_of_weights(tmp_path):
     arguments = {"steps": (2,), "listed": "weights", "last": 9, "keep": 1}
     with RunCheckpointer(tmp_path, **arguments) as checkpointer:
