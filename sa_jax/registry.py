@@ -81,8 +81,12 @@ class Registry(Generic[T]):
 
 
 def extension_digests() -> dict[str, str]:
-    """{file: SHA-256} of the files outside the package that have registered something."""
-    return {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in sorted(_files)}
+    """{file: SHA-256} of the files outside the package that have registered something; '' for what
+    is no file, such as a cell of a notebook."""
+    return {
+        file: hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
+        for file in sorted(_files)
+    }
 
 
 def load_extensions(files: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from sa_jax import registry
 from sa_jax.errors import UsageError
 from sa_jax.registry import Registry
 from tests.zygote import ROOT
@@ -58,6 +59,13 @@ def test_names_are_known_once():
     assert things["a"] is first and things.names() == ("a", "b") and "c" not in things
     with pytest.raises(UsageError, match="unknown thing 'c'; known: a, b"):
         things["c"]
+
+
+def test_what_a_notebook_registers_has_no_digest(monkeypatch):
+    monkeypatch.setattr(registry, "_files", set())
+    cell = compile("things.register(item)", "<cell 1>", "exec")
+    exec(cell, {"things": Registry("thing"), "item": Thing("a")})
+    assert registry.extension_digests() == {"<cell 1>": ""}
 
 
 def test_a_config_file_brings_a_loss_and_an_optimizer(zygote, toy_world, tmp_path):

@@ -222,8 +222,8 @@ def open_run(
     """Starts or resumes the run in `workdir` and returns its stored record.
 
     A new or empty folder gets `run.json` with a new run id. In a folder of the same configuration
-    the run id stays, and a launch in another environment is added to `relaunches`. Call it on all
-    processes; process 0 writes.
+    the run id stays, and a launch in another environment, or with other `extensions`, is added to
+    `relaunches`. Call it on all processes; process 0 writes.
 
     Args:
       workdir: the run folder; made if missing.
@@ -251,13 +251,10 @@ def open_run(
         }
     else:
         _check_same_run(folder, stored, plain, ignore)
-        plain = {**stored, **plain}
-        launches = [stored["environment"], *(x["environment"] for x in stored["relaunches"])]
-        if environment != launches[-1]:
-            plain["relaunches"] = [
-                *stored["relaunches"],
-                {"time": now, "environment": environment},
-            ]
+        launch = _launch({**plain, "environment": environment})
+        plain = {**stored, **plain, **_launch(stored)}
+        if launch != _launch([stored, *stored["relaunches"]][-1]):
+            plain["relaunches"] = [*stored["relaunches"], {"time": now, **launch}]
     _synchronize("run record read")  # all have looked before process 0 writes
     if is_primary():
         with explained(folder, "making the run folder"):
@@ -266,6 +263,11 @@ def open_run(
             write_run_json(folder, plain)
     _synchronize("run record written")
     return plain if is_primary() else read_run_json(folder)
+
+
+def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may differ between two launches of one run, and is kept of each."""
+    return {key: record[key] for key in ("environment", "extensions") if key in record}
 
 
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:

@@ -83,6 +83,14 @@ def test_another_environment_is_recorded(tmp_path, monkeypatch):
         assert [x["environment"]["devices"] for x in again["relaunches"]] == [3]
 
 
+def test_an_edited_extension_is_recorded_beside_the_first(tmp_path):
+    open_run(tmp_path, {"config": CONFIG, "extensions": {"mine.py": "1"}})
+    for _ in range(2):
+        again = open_run(tmp_path, {"config": CONFIG, "extensions": {"mine.py": "2"}})
+        assert again["extensions"] == {"mine.py": "1"}
+        assert [x["extensions"] for x in again["relaunches"]] == [{"mine.py": "2"}]
+
+
 def test_another_config_is_refused_with_both_hashes_and_the_keys(tmp_path):
     open_run(tmp_path, {"config": CONFIG})
     before = snapshot(tmp_path)
