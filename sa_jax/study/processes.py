@@ -176,7 +176,10 @@ def _run(order: dict[str, Any]) -> None:
 
     sys.argv = order["argv"]
     sys.path[0] = str(Path(order["argv"][0]).resolve().parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except BrokenPipeError as error:  # which would tell `_serve` that the runner has ended
+        raise RuntimeError("a pipe or connection of this cell was closed") from error
     sys.exit(0)
 
 
