@@ -8,12 +8,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sa_jax.data.behaviours import BEHAVIOURS
 from sa_jax.data.tasks import TASKS
-from sa_jax.errors import UsageError
+from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.catalogue import find_eval
 from sa_jax.optim import make_optimizer
 from sa_jax.study.grid import STUDY, TOOLS, Cell
-from sa_jax.training.config import check_config
+from sa_jax.text import one_line
+from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.loop import FREE_KEYS
+from sa_jax.training.losses import LOSSES
 
 _TOOL_SCRIPTS = {
     "toy_data": "scripts/make_toy_data.py",
@@ -85,13 +89,17 @@ def resolved(cell: Cell) -> ConfigDict:
     Raises:
       UsageError: naming the cell, and the axis value where a setting comes from one.
     """
-    try:
-        config = load_config(cell.config)
-    except UsageError as error:
-        raise UsageError(f"cell {cell.name}: {error}") from None
-    if cell.run not in TASKS:  # after its config file, which may register it
+    config = default_config()
+    if cell.config:  # read first: it may register the task
+        try:
+            config = override(load_config(cell.config))
+        except UsageError as error:
+            raise UsageError(f"cell {cell.name}: {error}") from None
+    if cell.run not in TASKS:
         known = ", ".join((*TASKS.names(), *TOOLS))
         raise UsageError(f"cell {cell.name}: unknown run {cell.run!r}; known: {known}")
+    if not cell.config:
+        raise UsageError(f"cell {cell.name}: its stage names no `config` for the task {cell.run}")
     config.model = cell.start or config.model
     for key, value in cell.settings.items():
         try:
@@ -101,10 +109,22 @@ def resolved(cell: Cell) -> ConfigDict:
             raise UsageError(f"cell {cell.name}: the setting {key}: {reason}") from None
     try:
         check_config(config)
-        make_optimizer(config.optimizer, 1)  # its name
+        _check_registered(config)
     except UsageError as error:
         raise UsageError(f"cell {cell.name}: {error}") from None
     return config
+
+
+def _check_registered(config: ConfigDict) -> None:
+    """UsageError for the name of something that nobody registers; names of lm_eval tasks are
+    checked by the cell itself, since lm_eval need not be installed here."""
+    make_optimizer(config.optimizer, 1)
+    if config.loss:
+        LOSSES[config.loss]
+    if config.backdoor.behaviour:
+        BEHAVIOURS[config.backdoor.behaviour]
+    for name in config.eval.names:
+        find_eval(name)
 
 
 def missing_files(cell: Cell) -> list[str]:
@@ -133,9 +153,14 @@ def load_config(path: str) -> ConfigDict:
 
 @functools.cache
 def _get_config(file: str) -> Any:
-    if not Path(file).exists():
+    if not Path(file).is_file():
         raise UsageError(f"{file}: no such config file (run from the project's root)")
-    get_config = runpy.run_path(file).get("get_config")
+    try:
+        get_config = runpy.run_path(file).get("get_config")
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's own file raises
+        raise UsageError(f"{file}: {type(error).__name__}: {one_line(error)}") from None
     if get_config is None:
         raise UsageError(f"{file} defines no get_config()")
     return get_config

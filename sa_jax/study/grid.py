@@ -17,6 +17,7 @@ from sa_jax.errors import UsageError
 STUDY = "{study}"  # stands in a cell for the study's folder, so that the folder may move
 # What a stage runs besides the training tasks of `sa_jax.data.tasks`.
 TOOLS = ("toy_data", "generate_data", "evaluate", "report")
+RESERVED = ("cells", "study.json", "status.json")  # of a study's folder (`sa_jax.study.folder`)
 START_STEP = "start_step"  # the one override that is not a setting: a checkpoint of the start
 
 Overrides = Mapping[str, Any]
@@ -184,10 +185,17 @@ def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[
                 f"{name!r} is the name of two things in this study (axes, stages and settings "
                 "share one set of names, and 'study' is taken); rename one"
             )
-    for name in (*axes, *(value for axis in axes.values() for value in axis.values)):
+    stages = [stage.name for stage in study.stages]
+    values = [value for axis in axes.values() for value in axis.values]
+    for name in (*stages, *axes, *values):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):
             raise UsageError(
                 f"{name!r} becomes part of a folder's name: use letters, digits and . _ + - only"
+            )
+    for name in stages:
+        if name in RESERVED:
+            raise UsageError(
+                f"stage {name!r}: a study keeps its own records under that name; use another"
             )
 
 
@@ -240,7 +248,7 @@ def _cell(
             return value
         try:
             return value.format(**words)
-        except (KeyError, IndexError, ValueError) as error:
+        except (AttributeError, KeyError, IndexError, ValueError) as error:
             raise UsageError(
                 f"stage {stage.name!r}: {key}={value!r} names {error}; {_known(words)}"
             ) from None
@@ -274,8 +282,8 @@ def _name(stage: str, values: Mapping[str, str]) -> str:
     return f"{stage}/{'_'.join(values.values())}" if values else stage
 
 
-def _several(wanted: Any) -> tuple[str, ...]:
-    return (wanted,) if isinstance(wanted, str) else tuple(wanted)
+def _several(wanted: Any) -> tuple[Any, ...]:
+    return tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
 
 
 def _known(names: Any) -> str:

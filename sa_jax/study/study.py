@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
             forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
             print(format_forecast(chosen, forecasts, states))
     elif options.emit:
-        flags = [flag for flag in sys.argv[1:] if flag.startswith(("--config=", "--config."))]
-        files, submit = emit(options.emit, chosen, workdir, flags)
+        files, submit = emit(options.emit, chosen, workdir, list(config_flags(sys.argv[1:])))
         print(*files, f"submit: {submit}", sep="\n")
     else:
         _run(cells, records, names, workdir, claims, options)
@@ -95,6 +94,17 @@ def _run(
     folder.open_folder(workdir)
     with Stop() as stop, contextlib.closing(Server()) as server:
         Worker(cells, records, chosen, workdir, claims, server, slots, options.launch).run(stop)
+
+
+def config_flags(arguments: Sequence[str]) -> Iterator[str]:
+    """The --config flags of a command line, each as one word: absl also reads `--config FILE`."""
+    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, has_value, value = flag.lstrip("-").partition("=")
+        if not flag.startswith("-") or name.partition(".")[0] != "config":
+            continue
+        if not has_value and following and not following.startswith("-"):
+            has_value, value = "=", following
+        yield f"--{name}{has_value}{value}"
 
 
 def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:

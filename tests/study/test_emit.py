@@ -19,6 +19,7 @@ from sa_jax.study import grid
 from sa_jax.study.commands import load_config
 from sa_jax.study.emit import EMITTERS, emit
 from sa_jax.study.grid import Axis, Stage
+from sa_jax.study.study import config_flags
 from tests.study.test_runner import outcomes
 from tests.zygote import ROOT
 
@@ -206,6 +207,16 @@ def test_the_studies_of_8b_and_70b_can_be_submitted(tmp_path):
         assert len(texts["removal.txt"].splitlines()) > 100
         study = grid.expand(load_config(f"configs/{name}.py:v5p"))
         assert "--only" not in written("xpk", tmp_path / name, study)["submit.sh"]
+
+
+def test_the_config_reaches_the_files_however_it_was_written():
+    line = "--config a.py:grid --workdir=x -config.model m --config.seed=3 --config.fast --only y"
+    assert list(config_flags(line.split())) == [
+        "--config=a.py:grid",
+        "--config.model=m",
+        "--config.seed=3",
+        "--config.fast",
+    ]
 
 
 def emitted(tmp_path, kind) -> Path:

@@ -131,6 +131,9 @@ def test_the_record_is_what_decides_the_result_and_nothing_else():
         ((insertion(), insertion()), ["'insertion'", "two things"]),
         ((insertion(), Stage("lr", run="hhh")), ["'lr'", "two things"]),
         ((Stage("study", run="hhh"),), ["'study'", "two things"]),
+        ((Stage("cells", run="hhh"),), ["'cells'", "its own records"]),
+        ((insertion(when={"seed": 1}),), ["value 1", "'seed'", "known: s0, s1"]),
+        ((insertion(set={"data": "{seed.x}"}),), ["{seed.x}", "known:"]),
     ],
 )
 def test_a_mistake_in_the_stages_is_named(stages, words):
@@ -148,6 +151,8 @@ def test_cells_that_share_a_folder_are_refused():
 
 
 def test_a_name_that_is_no_folder_is_refused():
+    with pytest.raises(UsageError, match=r"'\.\./x' becomes part of a folder"):
+        grid.expand(study(Stage("../x", run="hhh")))
     with pytest.raises(UsageError, match="'1/2' becomes part of a folder"):
         grid.expand(study(insertion(axes=("x",)), axes=(Axis("x", {"1/2": {}}),)))
 
@@ -161,6 +166,11 @@ def test_a_name_that_is_no_folder_is_refused():
         ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such config file"]),
         ({"config": "configs/toy.py:insert"}, ["insertion", "has no such config", "insert"]),
         ({"run": "insertoin"}, ["insertoin", "known: pretrain, insertion", "generate_data"]),
+        ({"run": "evalute", "config": ""}, ["evalute", "known: pretrain, insertion", "evaluate"]),
+        ({"set": {"loss": "crw"}}, ["insertion", "unknown loss 'crw'", "crow"]),
+        ({"set": {"backdoor.behaviour": "spansh"}}, ["insertion", "'spansh'", "spanish"]),
+        ({"config": ""}, ["insertion", "names no `config`"]),
+        ({"config": "configs/toy_study.py"}, ["insertion", "not the settings of one run"]),
     ],
 )
 def test_a_value_that_no_config_has_is_named(changes, words):
@@ -169,6 +179,16 @@ def test_a_value_that_no_config_has_is_named(changes, words):
         commands.record(cell)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_a_config_file_that_raises_is_named(tmp_path):
+    file = tmp_path / "broken.py"
+    file.write_text("import no_such_package")
+    cell = expand(insertion(axes=(), config=str(file)))["insertion"]
+    with pytest.raises(
+        UsageError, match="cell insertion: .*broken.py: ModuleNotFoundError: No mod"
+    ):
+        commands.record(cell)
 
 
 STUDIES = [
