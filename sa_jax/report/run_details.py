@@ -5,7 +5,8 @@ from collections import Counter
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.run_folders import BACKDOOR_EVAL, EvalRecord, RunFolder
+from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord
+from sa_jax.report.run_folders import RunFolder
 
 EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion

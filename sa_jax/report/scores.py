@@ -5,8 +5,9 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.report.capability import capability_changes
+from sa_jax.report.eval_records import EvalRecord, scores_of
 from sa_jax.report.measurements import Eval
-from sa_jax.report.run_folders import EvalRecord, RunFolder, scores_of
+from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.thresholds import Thresholds
 
 _PARTS = ("rate", "lo", "hi", "n", "count")

