@@ -260,7 +260,7 @@ def seed_mean(
     standard error seen between the seeds (Korn and Graubard's effective sample size, 1998): at most
     as many as at a correlation of `MIN_SEED_CORRELATION` within a seed, at least one a seed.
     In simulation it covers 93 % or more for 3, 5 and 10 seeds, from seeds that are alike to seeds
-    with a standard deviation of 15 points; a percentile bootstrap over three seeds covers fewer than
+    with a standard deviation of 15 points; a percentile bootstrap over three seeds covers less than
     85 % where seeds differ by 14 points (the tests simulate both).
     Where seeds come out all or nothing, give k of m with `exact_interval` beside it.
 
