@@ -5,7 +5,7 @@ from collections import Counter
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord
+from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord
 from sa_jax.report.run_folders import RunFolder
 
 EXAMPLES = 3  # a run and arm
@@ -114,7 +114,8 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
     Prompts are chosen by the last eval: one of each label first (the commonest first), then in
     order.
     """
-    names = list(dict.fromkeys(name for evals in run.evals.values() for name in evals))
+    names = dict.fromkeys(name for evals in run.evals.values() for name in evals)
+    names.pop(AGAIN_EVAL, None)  # the same prompts once more
     tables = []
     for name in names:
         steps = [step for step, evals in run.evals.items() if name in evals]

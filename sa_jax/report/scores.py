@@ -5,7 +5,7 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.report.capability import capability_changes
-from sa_jax.report.eval_records import EvalRecord, scores_of
+from sa_jax.report.eval_records import AGAIN_EVAL, EvalRecord, scores_of
 from sa_jax.report.measurements import Eval
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.thresholds import Thresholds
@@ -26,6 +26,8 @@ def score_rows(
     before, after = first_evals(run, parent), last_evals(run)
     rows = []
     for name in dict.fromkeys([*after, *before]):
+        if name == AGAIN_EVAL:  # of other steps; the verdict says what it confirms
+            continue
         rows += _rows(before.get(name), after.get(name), limits)
     for record in run.more_evals:
         rows += _rows(None, record, limits)
