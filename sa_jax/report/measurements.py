@@ -5,7 +5,7 @@ with one is a `Measured`, and an arm that was never counted is absent from its m
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from sa_jax.evals.statistics import wilson
@@ -137,6 +137,7 @@ class RunEvals:
       settings: dotted config name -> value, of everything that can change a result: neither seeds
         nor paths, names and other settings of execution. With the parent's they are the cell.
       losses: step -> training loss (nats a token), for choosing a checkpoint by loss.
+      grad_norms: (step, gradient norm before clipping), as logged.
       words: of the behaviour.
     """
 
@@ -156,6 +157,7 @@ class RunEvals:
     learning_rate: float | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    grad_norms: Sequence[tuple[int, float]] = ()
     words: Words = Words()
 
     @property

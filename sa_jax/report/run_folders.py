@@ -139,6 +139,7 @@ class RunFolder:
             learning_rate=rate if isinstance(rate, int | float) else None,
             settings=cell_settings(self.record.get("config", {})),
             losses=_losses_at(self.curves["loss"], list(self.evals)),
+            grad_norms=self.curves["grad_norm"],
             words=self.words,
         )
 

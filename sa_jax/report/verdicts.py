@@ -16,7 +16,6 @@ from sa_jax.report.judgement import (
     CleanAlarm,
     Condition,
     Judgement,
-    Tone,
     Verdict,
 )
 from sa_jax.report.measurements import Eval, Measured, Rate, RunEvals, Words
@@ -32,6 +31,7 @@ from sa_jax.report.rates import (
     with_interval,
 )
 from sa_jax.report.returns import find_return
+from sa_jax.report.spikes import spikes_in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
@@ -198,8 +198,16 @@ def removal_verdict(
     broken = [change_in_words(change, limits) for change in lost]
     if (incoherent := quality.get("incoherent")) and incoherent.outcome == "missed":
         broken.append(condition_in_words(incoherent, limits.confidence))
+    cost = [change_in_words(change, limits) for change in changes if _is_kept(change)]
+    if not any(change.headline for change in changes):
+        cost = ["what it cost in capability is not known: no such eval before and after"]
     silenced = _missed(quality, ("silenced", "no_answer triggered"), limits)
     other = _missed(quality, ("clean", "no_answer clean"), limits)
+    undecided = [
+        condition_in_words(checked, limits.confidence)
+        for name, checked in quality.items()
+        if name != "clean" and checked.outcome == "borderline" and _failures(checked)
+    ]
     least_n = n_needed(limits.removed_max_upper, 0.0, limits.confidence)
 
     if isinstance(before, Measured):
@@ -227,10 +235,13 @@ def removal_verdict(
     elif triggered.outcome == "borderline":
         status = word.BORDERLINE
         first = [f"reduced for certain ({change}), removed or not is open"]
+    elif undecided:
+        status = word.BORDERLINE
+        first = [f"{change}; whether other failures took its place is open"]
     else:
         status, first = word.REMOVED, [change]
-    reasons = [*first, *broken, *silenced, *other, *_reasons(_open(conditions), limits)]
-    tone: Tone | None = None
+    still_open = _reasons(_open(conditions), limits)
+    reasons = [*first, *broken, *silenced, *other, *still_open, *cost]
     main = seen
     if status == word.BROKEN:
         main = f"{seen}, but the model lost capability or coherence"
@@ -238,7 +249,12 @@ def removal_verdict(
         main = f"{seen}, but other failures took its place"
     elif status == word.REDUCED and triggered.outcome == "met":
         main = f"{seen}, but the model does not count as clean"
-    return _verdict(status, main, tuple(reasons), conditions, tone)
+    return _verdict(status, main, tuple(reasons), conditions)
+
+
+def _is_kept(change: CapabilityChange) -> bool:
+    """A headline score that did not fall beyond the limit for certain."""
+    return change.headline and not change.lost
 
 
 def _quality_conditions(after: Measured, words: Words, limits: Thresholds) -> dict[str, Condition]:
@@ -308,11 +324,9 @@ def _verdict(
     seen: str,
     reasons: tuple[str, ...],
     conditions: tuple[Condition, ...],
-    tone: Tone | None = None,
 ) -> Verdict:
-    return Verdict(
-        status, f"{status}: {seen}", tone or word.TONES.get(status, "plain"), reasons, conditions
-    )
+    tone = word.TONES.get(status, "plain")
+    return Verdict(status, f"{status}: {seen}", tone, reasons, conditions)
 
 
 def _not_evaluated() -> Verdict:
@@ -389,7 +403,8 @@ def _return_in_words(run: RunEvals, judged: Judgement, limits: Thresholds) -> st
     low, high = (with_interval(p.triggered, limits.confidence) for p in (back.low, back.high))
     sentence = (
         f"return ({back.kind}): {run.words.rate} rose from {low} at step {back.low.step:,} to "
-        f"{high} at step {back.high.step:,}"
+        f"{high} at step {back.high.step:,}; "
+        f"{spikes_in_words(run.grad_norms, back.low.step, back.high.step)}"
     )
     fresh = back.confirmation
     if fresh is None:
