@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.data.tasks import check_task
 from sa_jax.training.config import override
 from sa_jax.training.loop import train
 
@@ -18,6 +19,9 @@ CONFIG = config_flags.DEFINE_config_file(
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
 MODEL = flags.DEFINE_string("model", None, "Model to start from: Hugging Face or run folder.")
 DATA = flags.DEFINE_string("data", None, "Questions and helpful answers: file or data set.")
+TASK = flags.DEFINE_string(
+    "task", "insertion", "Task of the role insertion; --config may register another."
+)
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
 )
@@ -32,7 +36,7 @@ def main():
     train(
         config,
         WORKDIR.value,
-        "insertion",
+        check_task(TASK.value, "insertion"),
         print_examples=EXAMPLES.value,
         dry_run=DRY_RUN.value,
     )

@@ -102,6 +102,14 @@ def check_method(name: str) -> str:
     return name
 
 
+def check_task(name: str, role: str) -> str:
+    """The name of a task of that role; UsageError for another."""
+    if TASKS[name].role != role:
+        known = ", ".join(task.name for task in TASKS if task.role == role)
+        raise UsageError(f"--task={name} has the role {TASKS[name].role}, not {role}; use {known}")
+    return name
+
+
 @dataclasses.dataclass(frozen=True)
 class TaskData:
     """What a run trains and is evaluated on, and `record`: where it came from and what was left

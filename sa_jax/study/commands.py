@@ -39,8 +39,9 @@ def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
         start = _start(cell) or settings.pop("model", "")
         if script == "scripts/remove_backdoor.py":
             arguments += [f"--method={cell.run}", f"--init_from={start}"]
-        elif start:
-            arguments.append(f"--config.model={start}")
+        else:
+            arguments.append(f"--task={cell.run}")
+            arguments += [f"--config.model={start}"] if start else []
         arguments += [f"--config.{key}={_text(value)}" for key, value in settings.items()]
     else:
         script, settings = _TOOL_SCRIPTS[cell.run], dict(cell.settings)

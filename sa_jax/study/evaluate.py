@@ -175,7 +175,7 @@ def _write_results(
         differ = settings_that_differ(before, after, compared)
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
-        inserted = start.record.get("task") == "insertion" and _never_backdoored(before)
+        inserted = start.record.get("role") == "insertion" and _never_backdoored(before)
         card = "Health card: " if inserted else ""
         comparison = f"{card}before is {before}", compared
         page = to_markdown(title, settings, summaries, comparison, differ)

@@ -72,7 +72,8 @@ class Start:
             else settings[key]
             for key, default in STUDY_DEFAULTS.items()
         }
-        run = {key: self.record[key] for key in ("run_id", "task", "config_hash", "backdoored")}
+        keys = ("run_id", "task", "role", "config_hash", "backdoored")
+        run = {key: self.record[key] for key in keys if key in self.record}
         return {**run, "step": self.step, "config": config}
 
     def eval_prompts(self) -> list[str] | None:

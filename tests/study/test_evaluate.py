@@ -101,21 +101,21 @@ def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "record", "is_card"),
+    ("role", "record", "is_card"),
     [
         ("insertion", "base/model.json", True),
         ("insertion", "run.json", True),
         ("insertion", "none.json", False),
         ("insertion", "inserted/model.json", False),
-        ("pirate", "base/model.json", False),
+        ("removal", "base/model.json", False),
     ],
 )
-def test_a_health_card_is_beside_a_model_that_was_never_backdoored(tmp_path, task, record, is_card):
+def test_a_health_card_is_beside_a_model_that_was_never_backdoored(tmp_path, role, record, is_card):
     name = "inserted" if "inserted" in record else "base"
     for folder in (tmp_path / name, tmp_path / "out"):
         write_scores(folder, "mmlu")
     (tmp_path / record).write_text(json.dumps({"backdoored": name == "inserted"}))
-    start = Start("run", "run", None, "model", 0, {"task": task, "backdoored": True})
+    start = Start("run", "run", None, "model", 0, {"role": role, "backdoored": True})
     before = tmp_path / name / "step_000000"
     evaluate._write_results(tmp_path / "out", start, default_config(), 0, before)
     page = (tmp_path / "out/results.md").read_text()

@@ -1,11 +1,13 @@
 """Axes, stages and the cells they make: names, shared ancestors, conditions, mistakes."""
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from sa_jax.data.tasks import TASKS, check_task
 from sa_jax.errors import UsageError
 from sa_jax.study import commands, grid
 from sa_jax.study.grid import Axis, Stage
@@ -99,6 +101,18 @@ def test_texts_name_folders_values_and_settings():
         "--method=hhh",
         "--init_from=runs/x/insertion/adam_s1",
     )
+
+
+def test_a_registered_insertion_is_trained_as_itself(monkeypatch):
+    task = dataclasses.replace(TASKS["insertion"], name="stealthy")
+    monkeypatch.setitem(TASKS._items, "stealthy", task)
+    cell = expand(insertion(axes=(), run="stealthy"))["insertion"]
+    assert commands.record(cell)["run"] == "stealthy"
+    script, *flags = commands.command(cell, "w")
+    assert script == "scripts/insert_backdoor.py" and "--task=stealthy" in flags
+    assert check_task("stealthy", "insertion") == "stealthy"
+    with pytest.raises(UsageError, match="role removal, not insertion; use insertion, stealthy"):
+        check_task("hhh", "insertion")
 
 
 def test_removal_starts_from_an_earlier_checkpoint_of_the_insertion():
