@@ -1,6 +1,7 @@
 """Every setting of a run, with its default; a file in configs/ starts here and changes some."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -222,7 +223,8 @@ def check_config(config: ConfigDict) -> None:
     require("steps", config.steps >= 0, "0 (from epochs) or more")
     require("relearn_examples", config.relearn_examples >= 1, "at least 1")
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
-    require("epochs", config.epochs > 0 or config.steps > 0, "above 0")
+    require("max_rows", config.max_rows >= 0, "0 (all) or more")
+    require("epochs", 0 < config.epochs < math.inf or config.steps > 0, "above 0, and finite")
     require("checkpoint.listed", config.checkpoint.listed in LISTED, f"one of {', '.join(LISTED)}")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
