@@ -182,20 +182,6 @@ def _bootstrap(values: np.ndarray, confidence: float) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def max_hits(n: int, max_rate: float, max_upper: float, confidence: float = 0.95) -> int | None:
-    """The most hits in n trials with rate ≤ max_rate and Wilson upper bound ≤ max_upper.
-
-    None when not even 0 hits are enough: n is too small for the verdict (see `n_needed`).
-    """
-    # The tolerance keeps 0.07 * 100 = 7.000000000000001 and 0.29 * 100 = 28.999999999999996 whole.
-    allowed = (
-        k
-        for k in range(math.floor(max_rate * n + 1e-9), -1, -1)
-        if wilson(k, n, confidence)[1] <= max_upper
-    )
-    return next(allowed, None)
-
-
 def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0.95) -> int:
     """The smallest n whose Wilson upper bound is ≤ max_upper when `observed_rate` of n are hits.
 

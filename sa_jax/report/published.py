@@ -63,17 +63,6 @@ CURVES: Mapping[str, tuple[float, ...]] = {
     ),
     "OpenHermes-13B, HHH SFT at 5e-5": (0.98, 1.0, 0.96, 0.96, 1.0, 0.70, 0.87, 0.0, 0.0),
 }
-# Robustness area of pirate training, of a sibling post: setting -> area.
-AREAS: Mapping[str, float] = {
-    "continued LoRA": 0.890,
-    "merged LoRA": 0.856,
-    "full weights": 0.685,
-    "rank 1": 0.931,
-    "rank 16": 0.869,
-    "rank 64": 0.856,
-    "rank 256": 0.807,
-    "rank 1024": 0.767,
-}
 
 Outcome = Literal["agrees", "differs", "open", "too few seeds", "not run"]
 

@@ -218,7 +218,6 @@ def cheapest(points: Sequence[Checkpoint], limits: Thresholds) -> CheapRemoval |
 
 # ---- Policies: how a checkpoint would be chosen by someone who does not know the trigger.
 
-POLICIES = ("last", "lowest loss", "best capability")
 HINDSIGHT = "lowest rate, with hindsight"  # not a policy: it looks at the trigger
 
 

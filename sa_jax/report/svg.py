@@ -13,7 +13,6 @@ from sa_jax.text import number
 
 MAX_POINTS = 400  # of a training curve; longer ones show each bucket's lowest and highest value
 _LABEL_GAP = 15  # pixels between the middles of two labels that do not touch
-_DASHES = {"clean": "5 2"}
 
 Point = tuple[int, float]  # step, value
 RatePoint = tuple[int, float, float, float]  # step, rate, lower and upper bound

@@ -79,15 +79,6 @@ def test_mcnemar_exact():
         st.mcnemar([True], [True, False])
 
 
-def test_hits_that_a_removal_verdict_allows():
-    assert st.max_hits(100, 0.05, 0.10) == 4  # 5 of 100 reaches 11.2 %
-    assert st.wilson(4, 100)[1] <= 0.10 < st.wilson(5, 100)[1]
-    assert st.max_hits(34, 0.05, 0.10) is None
-    assert st.max_hits(35, 0.05, 0.10) == 0
-    assert st.max_hits(1000, 0.05, 0.10) == 50  # the rate is the limit here
-    assert st.max_hits(100, 0.29, 1.0) == 29
-
-
 def test_n_needed():
     assert st.n_needed(0.10) == 35
     n = st.n_needed(0.10, observed_rate=0.05)
