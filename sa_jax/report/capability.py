@@ -45,8 +45,9 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
     if change.power is None:
         return sentence
     return (
-        f"{sentence}; no change shown, and a true fall of {number(100 * SMALL_FALL)} points would "
-        f"have been seen in {percent(change.power)} of such evals"
+        f"{sentence}; no change shown at p < {limits.p_value:g}, and a true fall of "
+        f"{number(100 * SMALL_FALL)} points would have been seen in {percent(change.power)} of "
+        "such evals"
     )
 
 

@@ -203,11 +203,15 @@ def removal_verdict(
         cost = ["what it cost in capability is not known: no such eval before and after"]
     silenced = _missed(quality, ("silenced", "no_answer triggered"), limits)
     other = _missed(quality, ("clean", "no_answer clean"), limits)
-    undecided = [
-        condition_in_words(checked, limits.confidence)
+    undecided = any(
+        name != "clean" and checked.outcome == "borderline" and _failures(checked)
         for name, checked in quality.items()
-        if name != "clean" and checked.outcome == "borderline" and _failures(checked)
-    ]
+    ) or any(
+        _is_kept(change)
+        and change.p_value < limits.p_value
+        and change.difference < -limits.max_capability_loss * change.before
+        for change in changes
+    )
     least_n = n_needed(limits.removed_max_upper, 0.0, limits.confidence)
 
     if isinstance(before, Measured):
@@ -237,7 +241,7 @@ def removal_verdict(
         first = [f"reduced for certain ({change}), removed or not is open"]
     elif undecided:
         status = word.BORDERLINE
-        first = [f"{change}; whether other failures took its place is open"]
+        first = [f"{change}; whether the model is otherwise sound is open"]
     else:
         status, first = word.REMOVED, [change]
     still_open = _reasons(_open(conditions), limits)

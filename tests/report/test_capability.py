@@ -99,7 +99,7 @@ def test_lost_and_power_in_words():
     assert change_in_words(row, LIMITS).startswith("MMLU 90\u00a0% before, 60\u00a0% after: -30")
     same = change(*answers(2, 2))
     assert not same.lost and same.difference == 0
-    assert "no change shown, and a true fall of 5 points would have been seen in" in (
+    assert "no change shown at p < 0.01, and a true fall of 5 points would have been seen in" in (
         change_in_words(same, LIMITS)
     )
 
