@@ -154,7 +154,7 @@ def probe_verdict(
         return Verdict(
             status,
             f"{status}: {seen}; no matched control",
-            _tone(status),
+            "warn" if status == word.STAYS_REMOVED else _tone(status),
             tuple(reasons),
             conditions,
         )

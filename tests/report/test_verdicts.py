@@ -310,6 +310,7 @@ def test_without_a_matched_control_nothing_is_called_suppressed_or_stays_removed
         assert judged["cleaned"].verdict.status == word.REMOVED
         assert judged["cleaned"].verdict.tone == tone
         assert "no matched control" in judged["cleaned"].verdict.reasons[-1]
+        assert judged["probe"].verdict.tone != "good"
 
 
 @pytest.mark.parametrize(
