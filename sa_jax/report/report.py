@@ -158,7 +158,8 @@ def to_markdown(
     run_tables: Sequence[Table],
     limits: Thresholds,
 ) -> str:
-    """results.md: the sentence, the tables, why each verdict is what it is, the thresholds."""
+    """results.md: the sentence, the runs with the reason for each verdict, the study's tables, the
+    thresholds."""
     runs, scores = run_tables
     reasons = [
         f"- {text.markdown(run['name'])}: "
@@ -166,14 +167,15 @@ def to_markdown(
         for run in results["runs"]
     ]
     problems = [f"- {text.markdown(problem)}" for problem in all_problems(results)]
+    of_runs = [f"## {runs.title}\n\n{runs.markdown()}", "\n".join(reasons)]
+    of_study = [
+        f"## {text.markdown(t.title)}\n\n{text.markdown(t.note)}\n\n{t.markdown()}" for t in tables
+    ]
+    # Of a few runs each counts; of many, what they say together.
+    few = len(results["runs"]) <= page.FEW
     parts = [
         text.markdown(results["summary"]),
-        *(
-            f"## {text.markdown(t.title)}\n\n{text.markdown(t.note)}\n\n{t.markdown()}"
-            for t in tables
-        ),
-        f"## {runs.title}\n\n{runs.markdown()}",
-        "\n".join(reasons),
+        *(of_runs + of_study if few else of_study + of_runs),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
         "## Thresholds\n\n"
         + "\n".join(
