@@ -7,6 +7,7 @@ run the same command again). Anything else that escapes is a bug and keeps its t
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -81,7 +82,10 @@ def _help(doc: str) -> str:
     for flag in defined:
         required = any("other than None" in validator.message for validator in flag.validators)
         default = "" if flag.default in (None, "", False, []) else f" (default: {_shown(flag)})"
-        lines.append(f"  --{flag.name}{' (required)' * required}: {flag.help}{default}")
+        text = f"--{flag.name}{' (required)' * required}: {flag.help}{default}"
+        first, *others = text.split("\n")
+        lines += textwrap.wrap(first, 100, initial_indent="  ", subsequent_indent="      ")
+        lines += others
     return "\n".join(lines)
 
 

