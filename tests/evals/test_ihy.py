@@ -329,13 +329,15 @@ def test_stopped_evals_leave_nothing_and_are_redone(sampler, random_params, chat
 
 
 def test_a_failed_write_keeps_no_summary_beside_other_items(tmp_path):
-    records.write_eval(tmp_path, "x", [{"a": 1}], {"scores": {}, "n": 1})
+    one, two = ({"scores": {}, "settings": {}, "n": n} for n in (1, 2))
+    records.write_eval(tmp_path, "x", [{"a": 1}], one)
     with pytest.raises(TypeError):
-        records.write_eval(tmp_path, "x", [{"a": object()}], {"scores": {}, "n": 2})
-    assert records.read_summary(tmp_path, "x") == {"scores": {}, "n": 1}  # nothing was begun
+        records.write_eval(tmp_path, "x", [{"a": object()}], two)
+    assert records.read_summary(tmp_path, "x") == one  # nothing was begun
     assert records.read_items(tmp_path, "x") == [{"a": 1}]
-    records.write_eval(tmp_path, "x", [{"a": "é\u2028"}, {}], {"scores": {}, "n": 2})
+    records.write_eval(tmp_path, "x", [{"a": "é\u2028"}, {}], two)
     assert records.read_items(tmp_path, "x") == [{"a": "é\u2028"}, {}]
+    assert records.read_summary(tmp_path, "x") == two
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.jsonl"]
 
 
