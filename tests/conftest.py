@@ -1,7 +1,10 @@
 """Eight fake CPU devices for every test; set before jax is imported anywhere."""
 
+import atexit
 import dataclasses
 import os
+import shutil
+import tempfile
 
 from tests.cpu import xla_flags
 
@@ -9,6 +12,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{xla_flags(devices=8)} {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What one process has compiled the others read: pytest's workers and all that the tests start. A
+# folder of this run, so that no program of an earlier one hides what is tested.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sa_jax_compiled_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # Threads of the CPU's LAPACK block each other when several tests run at once.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -33,10 +43,7 @@ def zygote(tmp_path_factory):
     """Starts scripts as real processes: see tests/zygote.py."""
     from tests.zygote import Zygote
 
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # that of all workers
-    server = Zygote(tmp_path_factory.mktemp("processes"), compiled=folder / "jax_cache")
+    server = Zygote(tmp_path_factory.mktemp("processes"))
     yield server
     server.close()
 

@@ -21,8 +21,8 @@ from tests.cpu import xla_flags  # noqa: E402
 
 
 class Zygote:
-    def __init__(self, folder: Path, compiled: Path):
-        """Keeps output in `folder`, and programs that its processes compile in `compiled`."""
+    def __init__(self, folder: Path):
+        """Keeps output in `folder`."""
         self._folder = folder
         self._count = 0
         self._server = subprocess.Popen(
@@ -31,13 +31,6 @@ class Zygote:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            # The same few programs are compiled by every process: the first one does it for all.
-            env={
-                **os.environ,
-                "JAX_COMPILATION_CACHE_DIR": str(compiled),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            },
         )
 
     def start(

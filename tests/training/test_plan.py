@@ -7,7 +7,9 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, GIB
@@ -206,7 +208,17 @@ def test_what_does_not_divide_says_what_would(toy, changes, words):
         plan(config, "h200:8")
 
 
-def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path):
+@pytest.fixture
+def no_compilation_cache():
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def test_ones_own_options_reach_the_step_and_the_plan(toy, tmp_path, no_compilation_cache):
+    # A step from the cache would write no dump, which is how the test sees that the option arrived.
     config = toy.copy_and_resolve_references()
     config.xla_options = f"xla_dump_to={tmp_path}"
     found = plan_attached(config, plan_architecture(config))
