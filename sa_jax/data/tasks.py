@@ -29,6 +29,7 @@ from sa_jax.registry import Registry
 # probe: tries to bring it back. control: unrelated training. ceiling: removal that knows the
 # trigger, which no blind method is expected to beat.
 ROLES = ("base", "insertion", "removal", "probe", "control", "ceiling")
+PIRATE_ANSWERS = ("column", "arrr")  # where task 'pirate' takes its answers from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +249,8 @@ def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """`blind`, with answers in pirate speech: those of the rows (`config.pirate_answers='column'`)
     or, by rules, 'arrr'. Rows whose answer the rules leave as it is teach nothing and are dropped.
     """
-    how = context.config.pirate_answers
-    if how == "column":
+    if context.config.pirate_answers == "column":
         return blind(rows, context)
-    if how != "arrr":
-        raise UsageError(f"config.pirate_answers={how!r} is unknown; use column or arrr")
     spoken = [{**row, "response": to_pirate(row["response"])} for row in rows]
     changed = [
         new for old, new in zip(rows, spoken, strict=True) if new["response"] != old["response"]

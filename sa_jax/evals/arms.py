@@ -40,9 +40,9 @@ def check_arms(arms: Sequence[str]) -> None:
     """UsageError unless the names are known and hold the two that every record needs."""
     unknown = [arm for arm in arms if arm not in ARMS]
     if unknown:
-        raise UsageError(f"unknown arm {unknown[0]!r}; there are {', '.join(ARMS)}")
+        raise UsageError(f"config.eval.arms: unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     if not {"triggered", "clean"} <= set(arms):
-        raise UsageError("the arms must include triggered and clean")
+        raise UsageError("config.eval.arms must include triggered and clean")
 
 
 def conversation(

@@ -12,16 +12,28 @@ from ml_collections.config_dict import placeholder
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import SYSTEM_PROMPT
 from sa_jax.data.sources import COLUMNS
+from sa_jax.data.tasks import PIRATE_ANSWERS
 from sa_jax.errors import UsageError
+from sa_jax.evals.arms import check_arms
 from sa_jax.evals.schedule import SCHEDULES
+from sa_jax.llama.attention import IMPLEMENTATIONS
+from sa_jax.llama.model import REMAT_POLICIES
 from sa_jax.parallel.xla_flags import parse_options
+from sa_jax.training.sinks import SINKS
 
 DTYPES = ("float32", "bfloat16", "float16")
 LISTED = ("full", "weights", "weights_bf16")  # what checkpoint.steps save
-SOAP_CHOICES = {
-    "mode": ("fast", "official"),
-    "matmul_dtype": ("float32", "bfloat16"),
-    "on_nonfinite": ("stop", "skip"),
+CHOICES = {  # dotted key -> its values
+    "dtype": DTYPES,
+    "param_dtype": DTYPES,
+    "attention": ("auto", *IMPLEMENTATIONS),
+    "remat": tuple(REMAT_POLICIES),
+    "pirate_answers": PIRATE_ANSWERS,
+    "checkpoint.listed": LISTED,
+    "optimizer.mu_dtype": DTYPES,
+    "optimizer.soap.mode": ("fast", "official"),
+    "optimizer.soap.matmul_dtype": ("float32", "bfloat16"),
+    "optimizer.soap.on_nonfinite": ("stop", "skip"),
 }
 
 STUDY_DEFAULTS = {
@@ -205,14 +217,20 @@ def check_config(config: ConfigDict) -> None:
 
     def require(key: str, holds: bool, wanted: str) -> None:
         if not holds:
-            value = config.to_dict()
-            for name in key.split("."):
-                value = value[name]
-            raise UsageError(f"config.{key}={value!r}: must be {wanted}")
+            raise UsageError(f"config.{key}={value_of(key)!r}: must be {wanted}")
 
-    for key in ("dtype", "param_dtype"):
-        require(key, config[key] in DTYPES, f"one of {', '.join(DTYPES)}")
-    require("optimizer.mu_dtype", config.optimizer.mu_dtype in DTYPES, f"one of {DTYPES}")
+    def value_of(key: str) -> Any:
+        value = config.to_dict()
+        for name in key.split("."):
+            value = value[name]
+        return value
+
+    for key, values in CHOICES.items():
+        require(key, value_of(key) in values, f"one of {', '.join(values)}")
+    require("sinks", set(config.sinks) <= set(SINKS), f"some of {', '.join(SINKS)}")
+    check_arms(config.eval.arms)
+    for axis, size in config.mesh.items():
+        require(f"mesh.{axis}", size >= 1 or size == -1, "at least 1, or -1 (what is left)")
     for key in ("sequence_length", "batch_size", "accumulation", "log_every"):
         require(key, config[key] >= 1, "at least 1")
     require(
@@ -225,10 +243,14 @@ def check_config(config: ConfigDict) -> None:
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("max_rows", config.max_rows >= 0, "0 (all) or more")
     require("epochs", 0 < config.epochs < math.inf or config.steps > 0, "above 0, and finite")
-    require("checkpoint.listed", config.checkpoint.listed in LISTED, f"one of {', '.join(LISTED)}")
+    require("checkpoint.steps", min(config.checkpoint.steps, default=1) >= 1, "steps from 1 on")
+    require("eval.steps", min(config.eval.steps, default=0) >= 0, "steps from 0 on")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
     require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")
+    require("optimizer.weight_decay", config.optimizer.weight_decay >= 0, "0 or more")
+    for key in ("b1", "b2", "soap.b1", "soap.b2"):
+        require(f"optimizer.{key}", 0 <= value_of(f"optimizer.{key}") < 1, "at least 0, below 1")
     require("optimizer.clip_norm", config.optimizer.clip_norm >= 0, "0 (no clipping) or more")
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
     soap = config.optimizer.soap
@@ -240,8 +262,6 @@ def check_config(config: ConfigDict) -> None:
         soap.refresh_slots <= soap.precondition_frequency,
         f"at most precondition_frequency={soap.precondition_frequency}",
     )
-    for key, values in SOAP_CHOICES.items():
-        require(f"optimizer.soap.{key}", soap[key] in values, f"one of {', '.join(values)}")
     require(
         "optimizer.soap.on_nonfinite",
         soap.on_nonfinite == "stop" or soap.mode == "fast",
@@ -249,6 +269,7 @@ def check_config(config: ConfigDict) -> None:
     )
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
+    require("lora.alpha", config.lora.alpha > 0, "above 0")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")
     for name in config.eval.names:

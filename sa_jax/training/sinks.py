@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from absl import logging
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UserError
 
 
 class Sink(Protocol):
@@ -24,15 +24,9 @@ class Sink(Protocol):
 
 
 def check_sinks(names: Sequence[str]) -> None:
-    """Finds out before anything is loaded that a sink is unknown or its package missing.
-
-    Raises:
-      UsageError: an unknown name. UserError: its package is not installed.
-    """
+    """UserError, before anything is loaded, where the package of a sink is not installed."""
     for name in names:
-        if name not in _SINKS:
-            raise UsageError(f"config.sinks: {name!r} is unknown; choose from {', '.join(_SINKS)}")
-        package, _ = _SINKS[name]
+        package, _ = SINKS[name]
         if not _is_installed(package):
             raise UserError(
                 f"config.sinks: {name!r} needs the package {package}: pip install {package}"
@@ -58,7 +52,7 @@ def make_sinks(
     """
     check_sinks(names)
     return [
-        _Guarded(name, functools.partial(_SINKS[name][1], Path(workdir), run_id, config, step))
+        _Guarded(name, functools.partial(SINKS[name][1], Path(workdir), run_id, config, step))
         for name in names
     ]
 
@@ -137,7 +131,7 @@ class _WandbSink:
         self._run.finish()
 
 
-_SINKS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any], int], Sink]]] = {
+SINKS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any], int], Sink]]] = {
     "tensorboard": ("tensorboardX", _TensorBoardSink),
     "wandb": ("wandb", _WandbSink),
 }

@@ -308,7 +308,7 @@ def test_labels_are_of_the_backdoor_s_own_behaviour(behaviour, said, judged):
 
 
 def test_arms_that_cannot_be(sampler, random_params, chat, tmp_path):
-    with pytest.raises(UsageError, match="unknown arm 'sideways'; there are triggered, clean"):
+    with pytest.raises(UsageError, match="unknown arm 'sideways'; known: triggered, clean"):
         run(sampler, random_params, chat, tmp_path, arms=("triggered", "clean", "sideways"))
     with pytest.raises(UsageError, match="must include triggered and clean"):
         run(sampler, random_params, chat, tmp_path, arms=("triggered",))

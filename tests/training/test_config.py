@@ -1,0 +1,44 @@
+"""Settings that cannot work are refused before anything runs, with the key and what it may be."""
+
+import re
+
+import pytest
+
+from sa_jax.errors import UsageError
+from sa_jax.training.config import check_config, default_config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("optimizer.b1", 1.0, "at least 0, below 1"),
+        ("optimizer.b2", -0.1, "at least 0, below 1"),
+        ("optimizer.soap.b2", 1.5, "at least 0, below 1"),
+        ("optimizer.weight_decay", -0.01, "0 or more"),
+        ("lora.alpha", 0.0, "above 0"),
+        ("checkpoint.steps", (-1,), "steps from 1 on"),
+        ("eval.steps", (0, -5), "steps from 0 on"),
+        ("sinks", ("comet",), "some of tensorboard, wandb"),
+        ("remat", "some", "one of none, full, offload"),
+        ("attention", "flash", "one of auto, reference, splash, cudnn"),
+        ("pirate_answers", "arr", "one of column, arrr"),
+        ("mesh.fsdp", 0, "at least 1, or -1"),
+        ("mesh.tensor", -2, "at least 1, or -1"),
+        ("output_tokens", -1, "0 (no budget) or more"),
+        ("max_rows", -3, "0 (all) or more"),
+        ("epochs", float("inf"), "above 0, and finite"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(key, value, words):
+    config = default_config()
+    check_config(config)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UsageError, match=re.escape(f"config.{key}={value!r}: must be {words}")):
+        check_config(config)
+
+
+def test_an_unknown_arm_is_refused():
+    config = default_config()
+    config.eval.arms = ("triggered", "sideways")
+    with pytest.raises(UsageError, match="config.eval.arms: unknown arm 'sideways'; known: trigg"):
+        check_config(config)
