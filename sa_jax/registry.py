@@ -79,14 +79,21 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._items)
 
+    def extension(self, name: str) -> dict[str, str]:
+        """{"extension.KIND.NAME": SHA-256 of the file that registered it}; {} for one of the
+        package's own, or an unknown one."""
+        file = self._origins.get(name, "")
+        return {f"extension.{self._kind}.{name}": _digest(file)} if file in _files else {}
+
 
 def extension_digests() -> dict[str, str]:
     """{file: SHA-256} of the files outside the package that have registered something; '' for what
     is no file, such as a cell of a notebook."""
-    return {
-        file: hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
-        for file in sorted(_files)
-    }
+    return {file: _digest(file) for file in sorted(_files)}
+
+
+def _digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
 
 
 def load_extensions(files: Iterable[str]) -> None:

