@@ -191,8 +191,9 @@ class Claim:
         os.utime(self.folder / f"{self.number:06d}.claim")
 
     def is_lost(self) -> bool:
-        """Whether another process has taken the cell over."""
-        return (self.folder / f"{self.number + 1:06d}.claim").exists()
+        """Whether another process has taken the cell over, or someone has removed the claim."""
+        names = os.listdir(self.folder) if self.folder.exists() else []
+        return f"{self.number + 1:06d}.claim" in names or f"{self.number:06d}.claim" not in names
 
     def end(self, outcome: Mapping[str, Any]) -> bool:
         """Writes the outcome; False, and nothing is written, where the claim is lost."""

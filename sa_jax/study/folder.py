@@ -25,13 +25,13 @@ _SHOWN = 6  # of a list in one line
 
 
 def local_folder(workdir: str | Path) -> Path:
-    """The folder; UsageError for a bucket, since claims need a folder that is mounted."""
+    """The folder, absolute; UsageError for a bucket, since claims need one that is mounted."""
     if "://" in str(workdir):
         raise UsageError(
             f"--workdir={workdir}: a study's folder must be local or mounted (NFS, gcsfuse), since "
             "its workers claim cells by creating files"
         )
-    return Path(workdir)
+    return Path(workdir).absolute()
 
 
 def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
@@ -57,11 +57,41 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
 
 
 def open_folder(workdir: Path) -> None:
-    """Makes the folder and its `study.json`, where they are missing."""
+    """Makes the folder and its `study.json`, where they are missing.
+
+    Raises:
+      UserError: the study was made under another path, which its runs name for good.
+    """
     with explained(workdir, "making the study's folder"):
         workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / STUDY_FILE).exists():
-        atomic_write(workdir / STUDY_FILE, json.dumps({"version": VERSION}) + "\n")
+        if not (workdir / STUDY_FILE).exists():
+            made = {"version": VERSION, "folder": str(workdir)}
+            atomic_write(workdir / STUDY_FILE, json.dumps(made) + "\n")
+        before = json.loads((workdir / STUDY_FILE).read_text()).get("folder", str(workdir))
+    if before != str(workdir):
+        raise UserError(
+            f"{workdir}: this study was made as {before}, and its runs name files there; move it "
+            f"back, or link it (ln -s {workdir} {before}), and give --workdir={before}"
+        )
+
+
+def gone(workdir: Path, cells: Sequence[Cell], looks: Mapping[str, Look]) -> dict[str, int]:
+    """Cell -> number of its claim, of the cells that are done and whose folder was removed."""
+    return {
+        cell.name: looks[cell.name].number
+        for cell in cells
+        if looks[cell.name].state == "done" and not _left_something(workdir, cell)
+    }
+
+
+def _left_something(workdir: Path, cell: Cell) -> bool:
+    """Whether the folder that a finished cell must have made is there."""
+    folder = workdir / cell.name
+    if cell.is_training:
+        return (folder / RUN_FILE).exists()
+    if cell.run == "report":
+        return (workdir / "report").is_dir() or "workdir" in cell.settings
+    return cell.run == "evaluate" or "out" in cell.settings or folder.is_dir()
 
 
 def check_unchanged(
@@ -69,13 +99,14 @@ def check_unchanged(
     cells: Sequence[Cell],
     records: Mapping[str, Mapping[str, Any]],
     looks: Mapping[str, Look],
+    gone: Mapping[str, int],
 ) -> None:
     """UserError where cells were made under other settings, or from a parent that is to be made
     anew: which cells, and why."""
     stale: dict[str, str] = {}
     for cell in cells:
         look = looks[cell.name]
-        if cell.run == "report" or not look.number:
+        if cell.run == "report" or not look.number or cell.name in gone:
             continue
         is_done = look.state == "done"
         if not is_done and not (workdir / cell.name / RUN_FILE).exists():
@@ -87,6 +118,8 @@ def check_unchanged(
         for parent, made_from in look.parents.items():
             if parent in stale:
                 stale[cell.name] = f"it was made from {parent}"
+            elif parent in gone:
+                stale[cell.name] = f"it was made from {parent}, whose folder was removed"
             elif parent in looks and looks[parent].id != made_from:
                 stale[cell.name] = f"it was made from a {parent} that is no longer there"
     if stale:

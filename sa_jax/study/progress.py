@@ -11,6 +11,7 @@ from pathlib import Path
 
 from absl import logging
 
+from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.study.claims import Look
 from sa_jax.study.folder import STATUS_FILE
@@ -26,7 +27,7 @@ class Progress:
 
     def __init__(self, workdir: Path, cells: Sequence[Cell]):
         self._workdir, self._cells = workdir, cells
-        self._line, self._time = "", 0.0
+        self._line, self._time, self._warned = "", 0.0, False
         self._terminal = sys.stderr.isatty()
 
     def show(
@@ -79,7 +80,13 @@ class Progress:
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "cells": {name: describe(name, states, looks) for name in states},
         }
-        atomic_write(self._workdir / STATUS_FILE, json.dumps(status, indent=1) + "\n")
+        try:
+            atomic_write(self._workdir / STATUS_FILE, json.dumps(status, indent=1) + "\n")
+            self._warned = False
+        except (OSError, UserError) as error:  # it only says what the claims say
+            if not self._warned:
+                self.say(f"trouble  {STATUS_FILE} cannot be written: {one_line(error)}")
+            self._warned = True
 
 
 def count(states: Mapping[str, str]) -> dict[str, int]:

@@ -4,22 +4,24 @@ folder."""
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 from sa_jax.errors import Preempted, UserError
+from sa_jax.files import explained
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claim, Claims, Look
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Cell
 from sa_jax.study.processes import BUSY, Server
 from sa_jax.study.progress import DONE, ENDED, Progress, why_failed
-from sa_jax.text import percent
+from sa_jax.text import one_line, percent
 
 PREEMPTED = 75  # exit status of a cell that stopped after a checkpoint
 _POLL_S = 0.2
@@ -27,7 +29,7 @@ _BUSY_WAIT_S = 30.0  # before a cell is tried again in whose folder another host
 
 
 def states_of(
-    cells: Sequence[Cell], looks: Mapping[str, Look], tried: Mapping[str, int]
+    cells: Sequence[Cell], looks: Mapping[str, Look], void: Mapping[str, int]
 ) -> dict[str, str]:
     """The state of every cell: done, skipped, failed, running, ready, waiting, or blocked by a cell
     that failed.
@@ -35,18 +37,18 @@ def states_of(
     Args:
       cells: parents first.
       looks: at their claims.
-      tried: cell -> number of a claim that failed before this worker began: it is tried again.
+      void: cell -> number of a claim whose outcome does not count: it failed before this worker
+        began, or what it made is gone.
     """
     states: dict[str, str] = {}
     for cell in cells:
         look = looks[cell.name]
+        is_void = look.number == void.get(cell.name)
         parents = [states[name] for name in cell.parents]
         if cell.run == "report":
-            states[cell.name] = _report_state(cell, look, states, looks, tried)
-        elif look.state in ("done", "skipped", "running"):
+            states[cell.name] = _report_state(look, states, looks, is_void)
+        elif look.state == "running" or (look.state in (*DONE, "failed") and not is_void):
             states[cell.name] = look.state
-        elif look.state == "failed" and look.number != tried.get(cell.name):
-            states[cell.name] = "failed"
         elif any(state in ("failed", "blocked") for state in parents):
             states[cell.name] = "blocked"
         elif any(state == "skipped" for state in parents):
@@ -57,11 +59,7 @@ def states_of(
 
 
 def _report_state(
-    cell: Cell,
-    look: Look,
-    states: Mapping[str, str],
-    looks: Mapping[str, Look],
-    tried: Mapping[str, int],
+    look: Look, states: Mapping[str, str], looks: Mapping[str, Look], is_void: bool
 ) -> str:
     """A report is of what there is: it waits for all, but not for what failed; and is made again
     when a cell has been done since."""
@@ -69,10 +67,10 @@ def _report_state(
         return "running"
     if any(state not in ENDED for state in states.values()):
         return "waiting"
-    if look.state == "failed" and look.number != tried.get(cell.name):
+    if look.state == "failed" and not is_void:
         return "failed"
     is_new = look.parents != _done_ids(states, looks)
-    return "done" if look.state == "done" and not is_new else "ready"
+    return "done" if look.state == "done" and not (is_new or is_void) else "ready"
 
 
 def _done_ids(states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, str]:
@@ -101,36 +99,44 @@ class Worker:
         server: Server,
         slots: Sequence[Slot],
         launch: Sequence[str] = (),
+        gone: Mapping[str, int] = MappingProxyType({}),
     ):
+        """`gone`: see `folder.gone`."""
         self._cells, self._records, self._chosen = cells, records, chosen
         self._workdir, self._claims, self._server = workdir, claims, server
         self._free = list(slots)
-        self._launch = launch
+        self._launch, self._void = launch, dict(gone)
         self._running: dict[str, _Running] = {}
         self._not_before: dict[str, float] = {}
         self._final: dict[str, Look] = {}  # looks that cannot change any more
         self._progress = Progress(workdir, cells)
-        self._beat_s, self._beaten = claims.takeover_s / 10, 0.0
+        self._takeover_s, self._beaten = claims.takeover_s, 0.0
 
     def run(self, stop: "Stop") -> None:
         """Until nothing is left to do for the chosen cells; raises as `study.run_study` does."""
-        looks = self._look()
-        tried = {n: looks[n].number for n in self._chosen if looks[n].state == "failed"}
-        asked = False
+        with explained(self._workdir, "reading the claims of its cells"):
+            looks = self._look()
+        self._void |= {n: looks[n].number for n in self._chosen if looks[n].state == "failed"}
+        asked, trouble_since = False, math.inf
         while True:
             if stop.requested and not asked:
                 self._ask_to_stop()
                 asked = True
             if stop.insists:
                 raise KeyboardInterrupt
-            self._beat()
-            self._poll(asked)
-            looks = self._look()
-            states = states_of(self._cells, looks, tried)
-            if not self._running and (asked or not self._has_work(states)):
-                break
-            if not asked:
-                self._start(states, looks)
+            try:
+                self._beat()
+                self._poll(asked)
+                looks = self._look()
+                states = states_of(self._cells, looks, self._void)
+                if not self._running and (asked or not self._has_work(states)):
+                    break
+                if not asked:
+                    self._start(states, looks)
+                trouble_since = math.inf
+            except OSError as error:  # of a network file system, most often, and it passes
+                trouble_since = self._wait_out(error, trouble_since)
+                continue
             shown = states | dict.fromkeys(self._running, "running")
             self._progress.show(shown, looks, {n: r.claim.log for n, r in self._running.items()})
             # Looking at a thousand cells on a network file system takes its time.
@@ -141,11 +147,30 @@ class Worker:
             raise Preempted("the cells have stopped; run again to go on")
         self._finish(states, looks)
 
+    def _wait_out(self, error: OSError, since: float) -> float:
+        """Says that the folder cannot be used and waits a moment; returns since when it is so.
+
+        Raises:
+          UserError: for so long that others have taken this worker's cells over.
+        """
+        now = time.monotonic()
+        if since == math.inf:
+            self._progress.say(f"trouble  {self._workdir}: {one_line(error)}; trying again")
+            since = now
+        if now - since > self._takeover_s:
+            raise UserError(
+                f"{self._workdir}: unusable for {self._takeover_s:.0f} s ({one_line(error)}); the "
+                "cells that ran here have ended; run the same command again"
+            )
+        time.sleep(_POLL_S)
+        return since
+
     def _look(self) -> dict[str, Look]:
         looks = {}
         for cell in self._cells:
             look = self._final.get(cell.name) or self._claims.look(cell.name)
-            if look.state in DONE and cell.run != "report":
+            is_void = look.number == self._void.get(cell.name)
+            if look.state in DONE and cell.run != "report" and not is_void:
                 self._final[cell.name] = look
             looks[cell.name] = look
         return looks
@@ -205,7 +230,7 @@ class Worker:
     def _beat(self) -> None:
         """Heartbeats; and the end of cells that others have taken over while this was paused."""
         now = time.monotonic()
-        if now - self._beaten < self._beat_s:
+        if now - self._beaten < self._takeover_s / 10:
             return
         self._beaten = now
         for name, running in list(self._running.items()):
@@ -233,8 +258,9 @@ class Worker:
                 self._not_before[name] = time.monotonic() + _BUSY_WAIT_S
             else:
                 outcome |= {"state": "failed", "line": why_failed(running.claim.log, status)}
+            is_mine = running.claim.end(outcome)  # first: if it raises, the cell is polled again
             self._drop(name)
-            if not running.claim.end(outcome):
+            if not is_mine:
                 self._progress.say(f"lost     {name}: another worker has taken it over")
             elif outcome["state"] == "failed":
                 self._progress.say(f"failed   {name}: {outcome['line']}")

@@ -13,6 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
+from sa_jax.files import explained
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claims
 from sa_jax.study.devices import divide
@@ -57,8 +58,10 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
     folder.check_folder(workdir, cells)
     records = {cell.name: commands.record(cell) for cell in cells}
     claims = Claims(workdir / folder.CLAIMS_FOLDER, options.takeover_s)
-    looks = {cell.name: claims.look(cell.name) for cell in cells}
-    folder.check_unchanged(workdir, cells, records, looks)
+    with explained(workdir, "reading the claims of its cells"):
+        looks = {cell.name: claims.look(cell.name) for cell in cells}
+        gone = folder.gone(workdir, cells, looks)
+        folder.check_unchanged(workdir, cells, records, looks, gone)
     names = choose(cells, options.only, options.shard)
     chosen = [cell for cell in cells if cell.name in names]
     forecaster = Forecaster(cells, None if options.launch else local_devices(options.workers))
@@ -66,7 +69,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         forecaster.check_fits(cell)
 
     if options.list or options.dry_run:
-        states = states_of(cells, looks, {})
+        states = states_of(cells, looks, gone)
         if options.list:
             print(format_list(chosen, states, looks))
         else:
@@ -76,7 +79,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         files, submit = emit(options.emit, chosen, workdir, list(config_flags(sys.argv[1:])))
         print(*files, f"submit: {submit}", sep="\n")
     else:
-        _run(cells, records, names, workdir, claims, options)
+        _run(cells, records, names, workdir, claims, gone, options)
 
 
 def _run(
@@ -85,6 +88,7 @@ def _run(
     chosen: set[str],
     workdir: Path,
     claims: Claims,
+    gone: Mapping[str, int],
     options: Options,
 ) -> None:
     slots = divide(options.workers)
@@ -93,7 +97,10 @@ def _run(
             logging.warning("%s will fail: %s: no such file", cell.name, missing)
     folder.open_folder(workdir)
     with Stop() as stop, contextlib.closing(Server()) as server:
-        Worker(cells, records, chosen, workdir, claims, server, slots, options.launch).run(stop)
+        worker = Worker(
+            cells, records, chosen, workdir, claims, server, slots, options.launch, gone
+        )
+        worker.run(stop)
 
 
 def config_flags(arguments: Sequence[str]) -> Iterator[str]:

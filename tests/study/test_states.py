@@ -1,14 +1,17 @@
 """What is to be done next, from what the claims say."""
 
+import errno
 import json
 
+import pytest
 from ml_collections import ConfigDict
 
-from sa_jax.study import grid
-from sa_jax.study.claims import Look
+from sa_jax.errors import UserError
+from sa_jax.study import folder, grid
+from sa_jax.study.claims import Claims, Look
 from sa_jax.study.grid import Stage
-from sa_jax.study.progress import count, time_left
-from sa_jax.study.runner import last_triggered_rate, states_of
+from sa_jax.study.progress import Progress, count, time_left
+from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
 from sa_jax.study.study import choose
 
 
@@ -32,9 +35,9 @@ RUNNING = Look(1, "id1", None, {}, {}, None, False)
 LOST = Look(1, "id1", None, {}, {}, None, True)
 
 
-def states(tried=(), **looks):
+def states(void=(), **looks):
     looks = {name.replace("__", "/"): look for name, look in looks.items()}
-    found = states_of(cells(), {c.name: looks.get(c.name, Look()) for c in cells()}, dict(tried))
+    found = states_of(cells(), {c.name: looks.get(c.name, Look()) for c in cells()}, dict(void))
     return list(found.values())
 
 
@@ -62,8 +65,87 @@ def test_descendants_of_a_failure_are_blocked_and_the_report_is_made_all_the_sam
 
 def test_what_had_failed_before_is_tried_once():
     assert states(data=ended("failed"))[0] == "failed"
-    assert states(tried={"data": 1}, data=ended("failed"))[0] == "ready"
-    assert states(tried={"data": 1}, data=ended("failed", number=2))[0] == "failed"
+    assert states(void={"data": 1}, data=ended("failed"))[0] == "ready"
+    assert states(void={"data": 1}, data=ended("failed", number=2))[0] == "failed"
+
+
+def test_a_done_cell_whose_folder_was_removed_is_made_again(tmp_path):
+    looks = {c.name: Look() for c in cells()} | {"data": ended("done")}
+    assert folder.gone(tmp_path, cells(), looks) == {"data": 1}
+    assert states(void={"data": 1}, data=ended("done"))[:2] == ["ready", "waiting"]
+    assert states(void={"data": 1}, data=ended("done", number=2))[:2] == ["done", "ready"]
+    # A cell that was made from it says so, before anything runs.
+    looks["insertion/a"] = ended("done", parents={"data": "id1"})
+    (tmp_path / "insertion/a").mkdir(parents=True)
+    (tmp_path / "insertion/a/run.json").write_text("{}")
+    gone = folder.gone(tmp_path, cells(), looks)
+    records = {c.name: {} for c in cells()}
+    with pytest.raises(UserError, match=r"insertion/a \(it was made from data, whose folder was"):
+        folder.check_unchanged(tmp_path, cells(), records, looks, gone)
+    (tmp_path / "data").mkdir()
+    assert folder.gone(tmp_path, cells(), looks) == {}
+    folder.check_unchanged(tmp_path, cells(), records, looks, {})
+
+
+def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
+    folder.open_folder(tmp_path / "a")
+    folder.open_folder(tmp_path / "a")
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=rf"made as {tmp_path}/a, .*\(ln -s .*/b .*/a\)"):
+        folder.open_folder(tmp_path / "b")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    folder.open_folder(folder.local_folder(tmp_path / "a"))
+
+
+class Trouble(Claims):
+    """Claims of a cell that another worker ends, in a folder that cannot be read for a while."""
+
+    def fail(self, times):
+        self.left = [False, *[True] * times]
+        self.claim = self.take("data", Look(), {}, {})
+
+    def look(self, cell):
+        if not self.left:
+            self.claim.end({"state": "done"})
+        elif self.left.pop(0):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return super().look(cell)
+
+
+def test_a_worker_outlives_a_file_system_that_fails_for_a_moment(tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
+    made = [cell for cell in cells() if cell.name == "data"]
+
+    def run(name, takeover_s, times):
+        (tmp_path / name).mkdir()
+        claims = Trouble(tmp_path / name / "cells", takeover_s)
+        claims.fail(times)
+        Worker(made, {"data": {}}, {"data"}, tmp_path / name, claims, None, []).run(Stop())
+
+    run("a moment", 5, 3)
+    assert caplog.text.count("Stale file handle") == 1
+    assert "all 1 cells are done" in caplog.text
+    # For longer than the others wait, it ends with one line.
+    with pytest.raises(UserError, match="unusable for 0 s .*Stale file handle"):
+        run("long", 0.3, 1000)
+
+
+def test_a_status_that_cannot_be_written_ends_nothing(tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
+    (tmp_path / "status.json").mkdir()
+    progress = Progress(tmp_path, cells())
+    looks = {c.name: Look() for c in cells()}
+    for _ in range(2):
+        progress.show(states_of(cells(), looks, {}), looks, {})
+        progress._line = ""
+    assert caplog.text.count("status.json cannot be written") == 1
+
+
+def test_a_claim_that_someone_removed_is_lost(tmp_path):
+    claim = Claims(tmp_path, takeover_s=60).take("a", Look(), {}, {})
+    assert not claim.is_lost()
+    claim.log.with_suffix(".claim").unlink()
+    assert claim.is_lost() and not claim.end({"state": "done"})
 
 
 def test_what_starts_from_a_skipped_cell_is_skipped():
