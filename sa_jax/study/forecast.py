@@ -24,7 +24,7 @@ from sa_jax.study.devices import visible_devices
 from sa_jax.study.grid import Cell
 from sa_jax.study.progress import seconds
 from sa_jax.training.plan import workload
-from sa_jax.training.start import fresh_architecture, open_start
+from sa_jax.training.start import fresh_architecture, open_start, split_step
 
 # Settings that decide a step's cost; cells that agree in them are worked out once.
 _COSTLY = (
@@ -84,10 +84,11 @@ class Forecaster:
         assert topology.chip is not None
         needed = _bytes_a_chip(self._workload(config, architecture, sizes, topology), topology)
         if needed > topology.chip.hbm_bytes:
+            remat = "" if config.remat in ("full", "offload") else " config.remat=full,"
             raise UserError(
                 f"cell {cell.name} cannot fit its mesh: about {needed / GIB:.0f} GiB a chip of "
-                f"{topology.chip.hbm_bytes / GIB:.0f} on {topology.name}; give its stage a larger "
-                "topology, config.remat=full or more config.accumulation"
+                f"{topology.chip.hbm_bytes / GIB:.0f} on {topology.name}; give its stage{remat} "
+                "more config.accumulation or a larger topology"
             )
 
     def forecast(self, cell: Cell) -> Forecast:
@@ -126,7 +127,7 @@ class Forecaster:
             return self._architecture(self._cells[cell.start_cell])
         if config.architecture:
             return fresh_architecture(config)
-        if config.model and Path(config.model).is_dir():
+        if config.model and Path(split_step(config.model)[0]).is_dir():
             return open_start(config.model).config
         return None
 

@@ -12,6 +12,7 @@ LORA_RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 FULL_RATES = (2e-5, 5e-5)
 LORA_RANKS = (1, 16, 64, 256, 1024)
 EARLY_STEPS = (100, 200, 400, 800, 1600)
+RELEARN_EXAMPLES = (1, 4, 16, 64)
 REMOVAL_ROWS, REMOVAL_EPOCHS, REMOVAL_SLOTS = 1000, 10, 1024
 
 
@@ -32,8 +33,8 @@ def llama_study(
     inserted: Sequence[Mapping[str, Any]],
     insertion_tokens: float,
 ) -> ConfigDict:
-    """The study of one model: data, insertion, health card, removal with its sweeps, probes with
-    their controls, evaluations, report.
+    """The study of one model: data, insertion, health card, removal with its sweeps, probes and
+    relearning with their controls, evaluations, report.
 
     Args:
       size: '8b' or '70b', as in configs/llama.py.
@@ -60,6 +61,7 @@ def llama_study(
         Axis("method", {m: {"data": f"{{{m}_data}}/{m}.jsonl"} for m in ("hhh", "pirate")}),
         Axis("weights", lora_ranks(*LORA_RANKS)),
         Axis("lr", learning_rates(*FULL_RATES, *LORA_RATES)),
+        Axis("examples", {f"k{k}": {"relearn_examples": k} for k in RELEARN_EXAMPLES}),
         Axis("seed", seeds(3)),
     )
     usual = {"weights": "r64", "checkpoint": "last", "lr": "lr1e-4"}
@@ -69,6 +71,8 @@ def llama_study(
         {**usual, "checkpoint": list(early)},
     )
     probed = {"method": "pirate", "weights": "r64", "lr": ["lr1e-4", "lr3e-4"]}
+    # More normal speech tests nothing of HHH SFT; a few triggered examples do.
+    relearnt = {"method": ["hhh", "pirate"], "weights": "r64", "lr": "lr3e-4"}
     held_out = {"eval.prompts": "{held_out}/held_out.json"}
 
     def training(name: str, stage: str, machine: Machine, **fields: Any) -> Stage:
@@ -80,6 +84,19 @@ def llama_study(
         config = f"configs/llama.py:{size}_{stage}"
         fields |= {"config": config, "set": settings, "topology": machine.topology}
         return Stage(name, tokens=tokens, **fields)
+
+    def relearning(name: str, start: str, **condition: str) -> Stage:
+        settings = {
+            "data": "{hhh_data}/hhh.jsonl",
+            "lora.rank": 64,
+            "batch_size": 16,
+            "steps": 32,
+            "eval.steps": (0, 1, 2, 4, 8, 16),
+            "checkpoint.interval": 0,
+        }
+        fields = {"run": "relearn", "start": start, "axes": ("examples", "seed"), "set": settings}
+        when = {**relearnt, **condition}
+        return training(name, "removal", removal, needs=("hhh_data",), when=when, **fields)
 
     def asked(name: str, task: str, which: str = "", rows: int = 0) -> Stage:
         settings = {
@@ -187,7 +204,7 @@ def llama_study(
             run="{method}",
             needs=removal_data,
             axes=("method", "weights", "lr", "seed"),
-            when=probed,
+            when=(probed, relearnt),
             set={"model": "{model}"},
         ),
         training(
@@ -198,8 +215,11 @@ def llama_study(
             start="removal_control",
             needs=("hhh_data",),
             axes=("seed",),
+            when=probed,
             set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
         ),
+        relearning("relearning", "removal", checkpoint="last"),
+        relearning("relearning_control", "removal_control"),
         evaluated("evaluation", "removal"),
         evaluated("full_evaluation", "full_removal"),
         evaluated("probe_evaluation", "probe"),

