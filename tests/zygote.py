@@ -1,7 +1,7 @@
 """Runs scripts as real processes without paying for the imports each time.
 
-A server process imports jax, flax, orbax and transformers once (and starts no device); each command
-is a fork of it that runs the script as `__main__`. Exit codes, signals and output are real.
+A server process imports once what the scripts need (and starts no device); each command is a fork
+of it that runs the script as `__main__`. Exit codes, signals and output are real.
 """
 
 import json
@@ -117,18 +117,13 @@ class Process:
 
 
 def _serve():
-    # Imported for the forks; none of these starts a device or a thread that a fork would lose.
     import runpy
 
-    import flax.linen  # noqa: F401
-    import jax  # noqa: F401
-    import matplotlib.figure  # noqa: F401
-    import ml_collections.config_flags  # noqa: F401
-    import optax  # noqa: F401
-    import orbax.checkpoint.experimental.v1  # noqa: F401
-    import transformers
+    import sa_jax.report.report
+    import sa_jax.study.generate_data  # noqa: F401
+    from sa_jax.study.processes import import_for_forks
 
-    transformers.AutoTokenizer  # noqa: B018 (resolves the lazy import)
+    import_for_forks()
     ended = {}
     for line in sys.stdin:
         order = json.loads(line)

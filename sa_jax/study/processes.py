@@ -99,7 +99,7 @@ def _serve() -> None:
     _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
-    _import_for_the_forks()
+    import_for_forks()
     running: set[int] = set()
     with contextlib.suppress(BrokenPipeError):  # the runner was killed
         _answer(answers, running)
@@ -132,8 +132,9 @@ def _answer(answers: TextIO, running: set[int]) -> None:
         answers.write(f"{pid}\n")
 
 
-def _import_for_the_forks() -> None:
-    """None of these starts a device, or a thread that a fork would lack."""
+def import_for_forks() -> None:
+    """Imports what most scripts need. None of it starts a device, or a thread that a fork would
+    lack."""
     import flax.linen  # noqa: F401
     import jax  # noqa: F401
     import matplotlib.figure  # noqa: F401

@@ -1,0 +1,204 @@
+r"""One training step on CPU: sa_jax against transformers and torch, on the same weights and rows.
+
+Both train all weights in float32 with AdamW (torch's is the fused one) and clip the gradient's norm
+to 1, on packed rows of documents that do not see each other. The losses of the first three steps
+must agree to 1e-5, relative. Then all take turns, a step each, and the median of each counts.
+
+    python benchmarks/training.py [--sizes=toy,25M] [--rounds=10] [--out=FILE.json]
+
+torch runs as it is ("eager") and through torch.compile, both with SDPA attention.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.hf import save_hf
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.training.config import default_config
+from sa_jax.training.program import make_model, make_program
+from sa_jax.training.step import init_state
+
+# name: (vocabulary, width, MLP, layers, heads, key/value heads), rows, tokens a row
+SIZES = {
+    "toy": ((768, 128, 352, 4, 4, 2), 32, 128),
+    "stories260k": ((512, 64, 172, 5, 8, 4), 32, 256),
+    "25M": ((8192, 512, 1408, 6, 8, 4), 4, 256),
+    "110M": ((8192, 768, 2048, 12, 12, 12), 2, 512),
+}
+LEARNING_RATE, B1, B2, EPS, DECAY, CLIP = 1e-3, 0.9, 0.99, 1e-8, 0.01, 1.0
+CHECKED_STEPS = 3
+
+
+def architecture(vocab, width, mlp, layers, heads, kv_heads) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=width,
+        intermediate_size=mlp,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=width // heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+
+
+def packed_rows(vocab: int, rows: int, length: int) -> dict[str, np.ndarray]:
+    """Rows of four documents; all tokens but each document's last bear loss."""
+    rng = np.random.default_rng(0)
+    cuts = np.sort(rng.choice(np.arange(4, length), (rows, 3)), axis=1)
+    segments = 1 + (np.arange(length) >= cuts[..., None]).sum(1).astype(np.int32)
+    starts = np.stack([np.searchsorted(row, row) for row in segments])
+    tokens = rng.integers(3, vocab, (rows, length), dtype=np.int32)
+    mask = np.zeros((rows, length), bool)
+    mask[:, :-1] = segments[:, 1:] == segments[:, :-1]
+    return {
+        "tokens": tokens,
+        "targets": np.where(mask, np.roll(tokens, -1, axis=1), 0),
+        "loss_mask": mask,
+        "positions": (np.arange(length) - starts).astype(np.int32),
+        "segment_ids": segments,
+    }
+
+
+def ours(config: LlamaConfig, batch: dict[str, np.ndarray], folder: str) -> Callable[[], float]:
+    """The step that a run compiles; writes its first weights to the folder."""
+    settings = default_config()
+    settings.batch_size, settings.sequence_length = batch["tokens"].shape
+    settings.dtype, settings.remat = "float32", "none"
+    settings.optimizer.update(
+        learning_rate=LEARNING_RATE, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY, clip_norm=CLIP
+    )
+    settings.optimizer.update(schedule="constant", warmup_fraction=0.0)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model = make_model(settings, config, mesh)
+    params = model.init(jax.random.key(0), batch["tokens"][:, :8])["params"]
+    save_hf(folder, config, params)
+    program = make_program(settings, model, total_steps=1000)
+    state = init_state(params, program.tx)
+    batch = jax.device_put(batch)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = program.step(state, {}, batch)
+        return float(metrics["loss"])
+
+    return step
+
+
+def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], float]:
+    """The same step by transformers and torch, from the weights in the folder."""
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        lr=LEARNING_RATE,
+        betas=(B1, B2),
+        eps=EPS,
+        weight_decay=DECAY,
+        fused=True,
+    )
+    length = batch["tokens"].shape[1]
+    tensors = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+    segments = tensors["segment_ids"]
+    same_document = segments[:, None, :, None] == segments[:, None, None, :]
+    mask = same_document & torch.ones(length, length, dtype=torch.bool).tril()
+    bias = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+    targets = torch.where(tensors["loss_mask"].bool(), tensors["targets"], -100)
+
+    def forward() -> torch.Tensor:
+        logits = model(
+            input_ids=tensors["tokens"],
+            position_ids=tensors["positions"],
+            attention_mask=bias,
+            use_cache=False,
+        ).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    forward = torch.compile(forward) if compiled else forward
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def measure(name: str, rounds: int) -> dict:
+    shape, rows, length = SIZES[name]
+    config = architecture(*shape)
+    batch = packed_rows(config.vocab_size, rows, length)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {"sa_jax": ours(config, batch, f"{folder}/model")}
+        for label, compiled in (("torch eager", False), ("torch.compile", True)):
+            steps[label] = theirs(f"{folder}/model", batch, compiled)
+        losses, first_s = {}, {}
+        for label, step in steps.items():
+            started = time.perf_counter()
+            losses[label] = [step()]
+            first_s[label] = time.perf_counter() - started
+            losses[label] += [step() for _ in range(CHECKED_STEPS - 1)]
+        for label in steps:
+            np.testing.assert_allclose(losses[label], losses["sa_jax"], rtol=1e-5, err_msg=label)
+        times = {label: [] for label in steps}
+        for _ in range(rounds):
+            for label, step in steps.items():
+                started = time.perf_counter()
+                step()
+                times[label].append(time.perf_counter() - started)
+    median = {label: float(np.median(seconds)) for label, seconds in times.items()}
+    return {
+        "size": name,
+        "rows": rows,
+        "tokens_a_row": length,
+        "losses": losses,
+        "first_step_s": first_s,
+        "ms": {label: 1e3 * seconds for label, seconds in median.items()},
+        "over_compiled_torch": median["sa_jax"] / median["torch.compile"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--sizes", default=",".join(SIZES), help="of: " + ", ".join(SIZES))
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
+    parser.add_argument("--out", help="write the results to this JSON file too")
+    args = parser.parse_args()
+    print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
+    print("|---|---|---|---|---|---|")
+    results = []
+    for name in args.sizes.split(","):
+        row = measure(name, args.rounds)
+        ms = " | ".join(f"{value:.0f} ms" for value in row["ms"].values())
+        shape = f"{row['rows']} x {row['tokens_a_row']}"
+        print(f"| {name} | {shape} | {ms} | {row['over_compiled_torch']:.2f} |", flush=True)
+        results.append(row)
+    if args.out:
+        versions = {m.__name__: m.__version__ for m in (jax, torch, transformers)}
+        record = {"python": platform.python_version(), **versions, "results": results}
+        with open(args.out, "w") as file:
+            json.dump(record, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
