@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from sa_jax.evals.statistics import exact_interval, holm, paired_seeds, seed_mean
+from sa_jax.evals.statistics import exact_interval, paired_seeds, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
 from sa_jax.report.judgement import Judgement
-from sa_jax.report.measurements import Measured, Rate, RunEvals, Words
-from sa_jax.report.rates import interval_in_words, p_in_words
+from sa_jax.report.measurements import Measured, Rate, RunEvals
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.text import percent, points
 
 ENOUGH_SEEDS = 3  # for a claim; a headline wants 5
 
@@ -54,7 +52,6 @@ class CellResult:
       k, m: seeds that came out so, of how many; `lo`, `hi` the exact (Clopper-Pearson) interval.
       triggered, clean: mean rates of the last eval; None without a judged run.
       capabilities: title -> mean change of a headline score from before, as a fraction.
-      text: one line; with fewer than `ENOUGH_SEEDS` it says that this is a demonstration.
     """
 
     cell: Cell
@@ -69,7 +66,6 @@ class CellResult:
     triggered: SeedMean | None
     clean: SeedMean | None
     capabilities: Mapping[str, SeedMean]
-    text: str
 
     @property
     def enough(self) -> bool:
@@ -95,7 +91,7 @@ def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds
     lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
     last = [after for run in done if (after := judged[run.name].after) is not None]
     triggered = mean_rate([point.triggered for point in last], limits)
-    result = CellResult(
+    return CellResult(
         cell=cell,
         judged=done,
         pending=len(cell.replicates) - m,
@@ -108,9 +104,7 @@ def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds
         triggered=triggered,
         clean=mean_rate([point.clean for point in last], limits),
         capabilities=_capability_means([judged[run.name] for run in done], limits),
-        text="",
     )
-    return dataclasses.replace(result, text=_text(result, cell.runs[0].words, limits))
 
 
 def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
@@ -145,23 +139,6 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
     return means
 
 
-def _text(result: CellResult, words: Words, limits: Thresholds) -> str:
-    if result.m == 0 or result.triggered is None:
-        return "no seed has been judged yet"
-    seen = result.triggered
-    interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
-    mean = f"{percent(seen.mean)} of triggered answers {words.said}"
-    seeds = f"{result.m} seed{'s' if result.m > 1 else ''}"
-    if result.m == 1:
-        counted = f"{result.counted}: {result.k} of 1 seed; " if result.counted else ""
-        return f"{counted}{mean}; one seed is a demonstration, not a result"
-    text = f"{mean} on average over {seeds} ({interval})"
-    if result.counted:
-        exact = interval_in_words(result.lo, result.hi, limits.confidence)
-        text = f"{result.counted} in {result.k} of {seeds} ({exact}); {text}"
-    return text if result.enough else f"{text}; too few seeds for a claim"
-
-
 # ---- Arms.
 
 
@@ -178,8 +155,6 @@ class Comparison:
       prompts: prompts that both were asked, mean over the pairs; 0 where answers are not kept.
       difference, lo, hi: triggered rate of b - a, mean over seeds, and its interval.
       p_value: of no difference, for this comparison alone.
-      p_holm: the same, corrected for all comparisons of the report (Holm).
-      text: one line.
     """
 
     a: str
@@ -194,14 +169,12 @@ class Comparison:
     lo: float
     hi: float
     p_value: float
-    p_holm: float
-    text: str = ""
 
 
 def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
     """Every two cells of a role that differ in one axis alone, over two or more seeds of both.
 
-    Of an axis of numbers only neighbours are compared. All comparisons together are one family.
+    Of an axis of numbers only neighbours are compared.
     """
     comparisons = []
     by_role: dict[str, list[CellResult]] = {}
@@ -215,12 +188,7 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
                 compared = _compare(members[i], members[j], role, axis, limits)
                 if compared is not None:
                     comparisons.append(compared)
-    adjusted = holm([compared.p_value for compared in comparisons])
-    rows = [
-        dataclasses.replace(compared, p_holm=p)
-        for compared, p in zip(comparisons, adjusted, strict=True)
-    ]
-    return [dataclasses.replace(row, text=_comparison_text(row, limits)) for row in rows]
+    return comparisons
 
 
 def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
@@ -291,7 +259,6 @@ def _compare(
         lo=lo,
         hi=hi,
         p_value=p,
-        p_holm=p,
     )
 
 
@@ -315,17 +282,3 @@ def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float],
 def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[float]:
     said = np.linspace(0.5 / n, 1 - 0.5 / n, n) < point.triggered.rate
     return [float(x) for x in rng.permutation(said)]
-
-
-def _comparison_text(row: Comparison, limits: Thresholds) -> str:
-    interval = interval_in_words(row.lo, row.hi, limits.confidence)
-    if row.p_holm < limits.p_value:
-        shown = "higher" if row.difference > 0 else "lower"
-    else:
-        shown = "no difference shown"
-    few = "" if row.seeds >= ENOUGH_SEEDS else "; too few seeds for a claim"
-    return (
-        f"{row.axis} {row.b_value} against {row.a_value}: {points(row.difference)} points "
-        f"({interval}) over {row.seeds} seeds, {p_in_words(row.p_value)}, "
-        f"{p_in_words(row.p_holm)} by Holm: {shown}{few}"
-    )

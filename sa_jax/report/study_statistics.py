@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sa_jax.evals.statistics import holm
 from sa_jax.report.cells import cells
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Measured, RunEvals
@@ -18,8 +19,8 @@ from sa_jax.report.robustness import (
     policy_choices,
     robustness_area,
 )
-from sa_jax.report.seeds import CellResult, SeedMean, compare_arms, over_seeds
-from sa_jax.report.steps_to_removal import by_insertion_length, by_learning_rate
+from sa_jax.report.seeds import CellResult, Comparison, SeedMean, compare_arms, over_seeds
+from sa_jax.report.steps_to_removal import TimeFit, by_insertion_length, by_learning_rate
 from sa_jax.report.study_tables import CellGroup, cell_groups
 from sa_jax.report.tables import Column, Table
 from sa_jax.report.thresholds import Thresholds
@@ -58,7 +59,7 @@ def study_of(
     Args:
       runs: all of them.
       judged: by name.
-      results: by name, as in results.json.
+      results: by name, as in results.json; their headline differences get a `p_holm`.
       limits: in force.
     """
     grouped = cells(runs)
@@ -68,16 +69,43 @@ def study_of(
     several = any(len(cell.runs) > 1 for cell in grouped)
     eval_name, score, capability = _capability(runs)
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
+    compared = compare_arms(over, limits) if several else []
+    fits = [*by_learning_rate(runs, limits), *by_insertion_length(runs, limits)]
+    adjusted = one_family(compared, fits, list(results.values()))
     tables = [
         cells_table(over, labels) if several else None,
-        comparisons_table(over, labels, limits) if several else None,
-        times_table(runs, limits),
+        comparisons_table(compared, adjusted, labels, limits),
+        times_table(fits, adjusted),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal"]),
         published_table(over, labels, results, limits) if several else None,
     ]
     kept = tuple(table for table in tables if table is not None and table.rows)
     return Study(tuple(over), tuple(groups), kept, pareto, capability)
+
+
+def one_family(
+    compared: Sequence[Comparison],
+    fits: Sequence[TimeFit],
+    results: Sequence[Mapping[str, Any]],
+) -> dict[int, float]:
+    """Holm's p of every test of the report at once, by `id` of the comparison or the fit; those of
+    the runs' headline scores are added to their differences as `p_holm`.
+
+    Other scores are not tested: they say what stands behind a headline, and decide nothing.
+    """
+    claims = [fit for fit in fits if fit.x_name == "learning rate"]
+    changes = [
+        row["difference"]
+        for result in results
+        for row in result["scores"]
+        if row["headline"] and row["difference"] and not row["source"]
+    ]
+    raw = [row.p_value for row in compared] + [fit.p_claim for fit in claims]
+    adjusted = holm(raw + [change["p_value"] for change in changes])
+    for change, p in zip(changes, adjusted[len(raw) :], strict=True):
+        change["p_holm"] = p
+    return dict(zip(map(id, [*compared, *claims]), adjusted, strict=False))
 
 
 def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
@@ -128,23 +156,26 @@ def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
 
 
 def comparisons_table(
-    over: Sequence[CellResult], labels: Mapping[str, str], limits: Thresholds
+    compared: Sequence[Comparison],
+    adjusted: Mapping[int, float],
+    labels: Mapping[str, str],
+    limits: Thresholds,
 ) -> Table:
-    """Cells that differ in one axis, paired by seed and prompt; one family of tests."""
+    """Cells that differ in one axis, paired by seed and prompt; `adjusted`: see `one_family`."""
     rows = tuple(
         {
             "verdict": ("higher" if row.difference > 0 else "lower")
-            if row.p_holm < limits.p_value
+            if adjusted[id(row)] < limits.p_value
             else "no difference shown",
             "a": labels[row.a],
             "b": labels[row.b],
             "axis": row.axis,
             "difference": {"difference": row.difference, "lo": row.lo, "hi": row.hi},
             "p": row.p_value,
-            "p_holm": row.p_holm,
+            "p_holm": adjusted[id(row)],
             "seeds": row.seeds,
         }
-        for row in compare_arms(over, limits)
+        for row in compared
     )
     columns = (
         Column("b", "This cell"),
@@ -157,15 +188,15 @@ def comparisons_table(
         Column("seeds", "Seeds"),
     )
     note = (
-        "Every two cells that differ in one axis alone, paired by seed and prompt. All tests of "
-        "this report are one family, corrected by Holm."
+        "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
+        "for all tests of this report: these, the study's statement on learning rates, and every "
+        "run's change of a headline score."
     )
     return Table("comparisons", "Cells compared", columns, rows, note)
 
 
-def times_table(runs: Sequence[RunEvals], limits: Thresholds) -> Table:
+def times_table(fits: Sequence[TimeFit], adjusted: Mapping[int, float]) -> Table:
     """How steps to removal change with the learning rate and with the length of insertion."""
-    fits = [*by_learning_rate(runs, limits), *by_insertion_length(runs, limits)]
     rows = tuple(
         {
             "x": fit.x_name,
@@ -173,7 +204,8 @@ def times_table(runs: Sequence[RunEvals], limits: Thresholds) -> Table:
             "slope": _finite(fit.slope),
             "lo": _finite(fit.lo),
             "hi": _finite(fit.hi),
-            "p_claim": fit.p_claim if fit.x_name == "learning rate" else None,
+            "p_claim": fit.p_claim if id(fit) in adjusted else None,
+            "p_holm": adjusted.get(id(fit)),
             "runs": len(fit.runs),
             "of": fit.runs[0].run,
         }
@@ -186,6 +218,7 @@ def times_table(runs: Sequence[RunEvals], limits: Thresholds) -> Table:
         Column("lo", "from"),
         Column("hi", "to"),
         Column("p_claim", "p of the study’s statement"),
+        Column("p_holm", "the same, Holm"),
         Column("runs", "Runs"),
         Column("of", "Like"),
     )

@@ -132,6 +132,7 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
             "after": row["after"],
             "difference": row["difference"],
             "p_value": row["difference"] and row["difference"]["p_value"],
+            "p_holm": row["difference"] and row["difference"].get("p_holm"),
             "floor": None if row["floor"] is None else text.percent(row["floor"]),
             "n": (row["after"] or row["before"] or {}).get("n"),
         }
@@ -146,10 +147,12 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
         Column("after", "After"),
         Column("difference", "Difference, on the same items"),
         Column("p_value", "p"),
+        Column("p_holm", "p, Holm"),
         Column("floor", "Floor"),
         Column("n", "n"),
     )
-    return Table("scores", "Every score", columns, tuple(rows))
+    note = "Holm's p: of headline scores, over all tests of the report."
+    return Table("scores", "Every score", columns, tuple(rows), note)
 
 
 def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
