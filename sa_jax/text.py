@@ -27,8 +27,8 @@ def _shown(char: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """`visible`, on one line."""
-    return " ".join(visible(str(text)).split())
+    """`visible`, on one line; no-break spaces stay, so that '5 %' does not break."""
+    return re.sub(r"[^\S\u00a0\u202f]+", " ", visible(str(text))).strip()
 
 
 def cut(text: str, length: int) -> tuple[str, bool]:
@@ -58,6 +58,12 @@ def percent(rate: float) -> str:
 def interval(lo: float, hi: float) -> str:
     """(0.1, 0.25) -> '[10–25]', in percent."""
     return f"[{number(100 * lo)}–{number(100 * hi)}]"
+
+
+def of_difference(difference: float, lo: float, hi: float) -> tuple[float, float]:
+    """The interval of a difference, cut to -1 to 1 where that is of two rates: a t-interval goes on
+    beyond what can be."""
+    return (max(lo, -1.0), min(hi, 1.0)) if abs(difference) <= 1 else (lo, hi)
 
 
 def points(difference: float) -> str:

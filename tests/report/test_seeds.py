@@ -13,7 +13,8 @@ from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study
 from sa_jax.report.seeds import compare_arms, over_seeds
-from sa_jax.report.study_statistics import cells_table, comparisons_table, one_family
+from sa_jax.report.study_statistics import cells_table, comparisons_table, one_family, trained_as
+from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
 
@@ -181,6 +182,12 @@ def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
     assert {row["verdict"] for row in table.rows} == {"no difference shown"}
 
 
+def test_the_interval_of_a_difference_is_printed_as_far_as_it_can_be():
+    wide = {"difference": -0.9, "lo": -1.4, "hi": -0.4}
+    assert in_words(wide) == "-90.0 [-100.0 to -40.0] points"
+    assert in_words({"difference": 2.5, "lo": 1.5, "hi": 3.5}) == "+250.0 [+150.0 to +350.0] points"
+
+
 def test_all_tests_of_a_report_are_one_family():
     runs = [*arm("a", 0.9, seeds=5, rank=1), *arm("bb", 0.4, seeds=5, rank=16)]
     (row,) = compare_arms(results_of(runs), LIMITS)
@@ -242,6 +249,7 @@ def compared(hits, arm_of_ours=EIGHT):
 )
 def test_beside_the_published_table(hits, outcome):
     ours, rows = compared(hits)
+    assert trained_as({"weights": "LoRA rank 8", "learning_rate": 1e-3}) == "LoRA rank 8, LR 1e-3"
     (row,) = ours.values()
     assert row.outcome == outcome and row.text.endswith(f": {outcome}")
     assert len(rows) == len(PUBLISHED)

@@ -171,6 +171,9 @@ def test_a_broken_model_is_not_called_removed():
     """Text of "qq qq" and MMLU from .69 to .25."""
     judged = removal(point(0, 100, mmlu=276), point(160, 0, mmlu=100))
     assert judged.verdict.status == word.BROKEN and judged.verdict.tone == "bad"
+    assert judged.verdict.text.endswith(", but MMLU fell from 69\u00a0% to 25\u00a0%")
+    both = removal(point(0, 100, mmlu=276), point(160, 0, mmlu=100, incoherent=40)).verdict.text
+    assert both.endswith(" to 25\u00a0% and 40\u00a0% of clean answers are incoherent")
     (change,) = judged.capabilities
     assert change.lost and change.difference == pytest.approx(-0.44)
     assert any(
