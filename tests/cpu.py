@@ -6,6 +6,7 @@ import importlib.metadata
 # versions do not know the flag, and XLA aborts on one that it does not know.
 _OLD_EMITTERS = importlib.metadata.version("jaxlib").startswith("0.10.")
 
+
 def xla_flags(devices: int, optimized: bool = False) -> str:
     """XLA_FLAGS for so many fake devices.
 

@@ -24,6 +24,7 @@ from sa_jax.report.eval_records import BACKDOOR_EVAL
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.spikes import spikes
 from sa_jax.report.study_tables import CellGroup, scores_table
 from sa_jax.report.tables import Table, difference_in_words, in_words, learning_rate
 from sa_jax.report.thresholds import Thresholds
@@ -299,7 +300,9 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
     training = svg.training(curves["loss"], curves["grad_norm"], end, f"{name}: training")
     return {
         "plots": {
-            "backdoor": svg.rates(backdoor, end, f"{name}: rates of the backdoor")
+            "backdoor": svg.rates(
+                backdoor, end, f"{name}: rates of the backdoor", spikes=spike_steps(run)
+            )
             if backdoor
             else None,
             "capability": svg.rates(
@@ -339,6 +342,11 @@ def backdoor_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
             if score and score["n"]:
                 points.append((step, score["rate"], score["lo"], score["hi"]))
     return list(series.items())
+
+
+def spike_steps(run: RunFolder) -> list[int]:
+    """Where the gradient norm spiked."""
+    return [spike.step for spike in spikes(run.curves["grad_norm"])]
 
 
 def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:

@@ -70,17 +70,20 @@ class Panel:
       title: over it.
       runs: one series by arm for each run.
       last_step: where the x axis ends.
+      spikes: steps at which a run's gradient norm spiked, marked on the top edge.
     """
 
     title: str
     runs: Sequence[Series]
     last_step: int
+    spikes: Sequence[int] = ()
 
 
 def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
     """One panel of triggered and clean rates a run or cell, on one scale.
 
-    A panel of one run shades the intervals and names the ends; one of several has thin lines.
+    A panel of one run shades the intervals and names the ends; one of several has thin lines. A
+    black triangle on the top edge is a spike of the gradient norm.
     """
     rows = max(1, math.ceil(len(panels) / columns))
     columns = max(1, math.ceil(len(panels) / rows))  # 4 panels: 2 by 2, not 3 and 1
@@ -93,6 +96,8 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
             axes = figure.add_axes((left / width, bottom / height, 210 / width, 140 / height))
             axes.set_title(plain(_wrapped(panel.title)), pad=8, fontweight="bold")
             _rate_axes(axes, panel.last_step)
+            marks = {"marker": 7, "color": COLOURS["ink"], "linestyle": "", "markersize": 4}
+            axes.plot(panel.spikes, [1.05] * len(panel.spikes), clip_on=False, **marks)
             if len(panel.runs) == 1:
                 _run(axes, panel.runs[0])
             else:

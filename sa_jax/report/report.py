@@ -146,6 +146,7 @@ def _panels(runs: Sequence[RunFolder], grouped: Sequence[CellGroup]) -> list[plo
             label,
             [page.backdoor_series(run) for run in members],
             max(page.axis_end(run) for run in members),
+            sorted({step for run in members for step in page.spike_steps(run)}),
         )
         for label, members in groups[: plots.MAX_PANELS]
         if members

@@ -111,6 +111,7 @@ def rates(
     last_step: int,
     label: str,
     names: Sequence[str] | None = None,
+    spikes: Sequence[int] = (),
 ) -> Markup:
     """Rates with their intervals over the steps of a run, y from 0 to 100 %.
 
@@ -119,11 +120,14 @@ def rates(
       last_step: where the x axis ends.
       label: what a screen reader says.
       names: of the lines, at their ends; None: their classes.
+      spikes: steps at which the gradient norm spiked, marked on the top edge.
     """
     names = [css for css, _ in series] if names is None else names
     plot = _rate_plot(
         390, 200, 22 + 7 * max((len(name) + 6 for name in names), default=0), last_step
     )
+    for step in spikes:
+        plot.text(plot.x(step), plot.top - 1, "▾", "alarm m")
     ends = []
     for (css, points), name in zip(series, names, strict=True):
         if not points:

@@ -128,6 +128,9 @@ def test_a_return_is_told_with_the_spikes_of_the_gradient_norm(judged, tmp_path)
     index = report(tmp_path / "run")
     words = (index.parent / "results.json").read_text().replace("\\u00a0", " ")
     (result,) = json.loads(words)["runs"]
+    page = (index.parent / "runs/run.html").read_text()
+    rates = page[page.index("rates of the backdoor") :]
+    assert rates[: rates.index("</svg>")].count(">▾</text>") == 1
     spiked = "the gradient norm spiked between them, at step 150 (3.5 times the median before it)"
     assert spiked in result["verdict"]["reasons"][-1]
 
