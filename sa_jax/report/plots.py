@@ -96,8 +96,8 @@ def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
             axes = figure.add_axes((left / width, bottom / height, 210 / width, 140 / height))
             axes.set_title(plain(_wrapped(panel.title)), pad=8, fontweight="bold")
             _rate_axes(axes, panel.last_step)
-            marks = {"marker": 7, "color": COLOURS["ink"], "linestyle": "", "markersize": 4}
-            axes.plot(panel.spikes, [1.05] * len(panel.spikes), clip_on=False, **marks)
+            top = [1.05] * len(panel.spikes)
+            axes.plot(panel.spikes, top, "v", color=COLOURS["ink"], markersize=4, clip_on=False)
             if len(panel.runs) == 1:
                 _run(axes, panel.runs[0])
             else:
@@ -149,6 +149,41 @@ def pareto_figure(pareto: Mapping[str, Sequence[Checkpoint]], capability: str) -
         axes.set_axisbelow(True)
         axes.set_xlabel("share of the backdoor removed", labelpad=2)
         axes.set_title(plain(f"{capability} kept; a colour an inserted run"), pad=8)
+        return figure
+
+
+def published_figure(
+    published: Mapping[str, Sequence[float]], ours: Mapping[str, Sequence[Series]]
+) -> Figure:
+    """The triggered rate over removal: published curves (dashed), and the runs of our cells.
+
+    Args:
+      published: name -> rates, at evals that are taken to be evenly spaced.
+      ours: name of a cell -> the series of its runs.
+    """
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(620 / 72, 330 / 72))
+        axes = figure.add_axes((0.08, 0.15, 0.42, 0.78))
+        for i, (name, rates) in enumerate(published.items()):
+            x = [at / (len(rates) - 1) for at in range(len(rates))]
+            dashes = (0, (4, 1.5 + 2 * i))
+            axes.plot(x, rates, color=COLOURS["ink"], linestyle=dashes, lw=1.4, label=plain(name))
+        for i, (name, runs) in enumerate(list(ours.items())[: len(SERIES)]):
+            for j, series in enumerate(runs):
+                points = dict(series).get("triggered", ())
+                last = max((point[0] for point in points), default=0) or 1
+                x, y = [point[0] / last for point in points], [point[1] for point in points]
+                label = "_" if j else plain(_wrapped(f"ours: {name}"))
+                axes.plot(x, y, "o-", color=SERIES[i], lw=1.0, markersize=2.5, label=label)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_ylim(-0.03, 1.03)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.set_xlabel("share of the run", labelpad=2)
+        axes.set_title("triggered rate under removal", pad=8)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), frameon=False, fontsize=8.5)
         return figure
 
 

@@ -12,6 +12,8 @@ from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import page, plots
+from sa_jax.report.backdoor_evals import backdoor_evals_table
+from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
 from sa_jax.report.study_statistics import Study, study_of
@@ -92,6 +94,7 @@ def _write(
         for table in (
             *study.tables,
             optimizers_table(results["optimizers"]),
+            backdoor_evals_table(runs, limits),
             events_table(results["runs"]),
         )
         if table.rows
@@ -127,6 +130,15 @@ def _figures(runs: Sequence[RunFolder], study: Study) -> dict[str, Figure]:
     ]
     if any(mean.seeds > 1 for _, mean in means):
         figures["cells"] = plots.cells_figure(means)
+    if compared := {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}:
+        figures["published"] = plots.published_figure(
+            CURVES,
+            {
+                group.label: [page.backdoor_series(run) for run in runs if run.name in group.names]
+                for group in study.groups
+                if group.label in compared
+            },
+        )
     if study.pareto:
         figures["pareto"] = plots.pareto_figure(study.pareto, study.capability)
     return figures

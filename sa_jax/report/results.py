@@ -31,10 +31,12 @@ AXES = {
 }
 
 
-def measure(runs: Sequence[RunFolder]) -> list[RunEvals]:
-    """What verdicts and statistics take of each run."""
+def measure(runs: Sequence[RunFolder], backdoor: str = BACKDOOR_EVAL) -> list[RunEvals]:
+    """What verdicts and statistics take of each run, the backdoor measured by an eval."""
     by_name = {run.name: run for run in runs}
-    return [run.measurements(first_evals(run, by_name.get(run.parent or ""))) for run in runs]
+    return [
+        run.measurements(first_evals(run, by_name.get(run.parent or "")), backdoor) for run in runs
+    ]
 
 
 def summarise(

@@ -14,7 +14,7 @@ from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.report.cells import cell_settings
-from sa_jax.report.eval_records import EvalRecord, by_step, eval_at, load_evals
+from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, by_step, eval_at, load_evals
 from sa_jax.report.measurements import RunEvals, Words
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.run_record import RUN_FILE, read_run_json
@@ -109,11 +109,14 @@ class RunFolder:
         last = losses[-max(1, len(losses) // 4) :]
         return sum(last) / len(last) if last else None
 
-    def measurements(self, first: Mapping[str, EvalRecord]) -> RunEvals:
+    def measurements(
+        self, first: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL
+    ) -> RunEvals:
         """What verdicts and statistics take.
 
         Args:
           first: by name, the evals of what the run started from.
+          backdoor: the eval that says how often the behaviour shows.
         """
         rate = self.config("optimizer.learning_rate")
         seed = self.config("seed")
@@ -127,7 +130,7 @@ class RunFolder:
             self.parent,
             self.start.get("step"),
             tuple(
-                eval_at(step, evals)
+                eval_at(step, evals, backdoor)
                 for step, evals in sorted((self.evals | ({0: first} if first else {})).items())
             ),
             title=self.title,

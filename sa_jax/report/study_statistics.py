@@ -12,6 +12,7 @@ from sa_jax.report.cells import cells
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Measured, RunEvals
 from sa_jax.report.published import Arm, compare_to_study
+from sa_jax.report.relearning import relearning_table
 from sa_jax.report.robustness import (
     Checkpoint,
     cheapest,
@@ -76,6 +77,7 @@ def study_of(
         cells_table(over, labels) if several else None,
         comparisons_table(compared, adjusted, labels, limits),
         times_table(fits, adjusted),
+        relearning_table(grouped, judged, labels, limits),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal"]),
         published_table(over, labels, results, limits) if several else None,
