@@ -166,7 +166,7 @@ def published_figure(
         axes = figure.add_axes((0.08, 0.15, 0.42, 0.78))
         for i, (name, rates) in enumerate(published.items()):
             x = [at / (len(rates) - 1) for at in range(len(rates))]
-            dashes = (0, (4, 1.5 + 2 * i))
+            dashes = ("--", ":")[i % 2]
             axes.plot(x, rates, color=COLOURS["ink"], linestyle=dashes, lw=1.4, label=plain(name))
         for i, (name, runs) in enumerate(list(ours.items())[: len(SERIES)]):
             for j, series in enumerate(runs):

@@ -1,6 +1,5 @@
 """Rates against thresholds: decided by the interval, and said in words."""
 
-from collections.abc import Mapping
 from typing import Literal
 
 from sa_jax.evals.statistics import mcnemar, n_to_decide, two_proportion_test
@@ -109,8 +108,3 @@ def fall(before: Eval | None, after: Measured) -> float | None:
         return mcnemar([before.said[p] for p in prompts], [after.said[p] for p in prompts])
     a, b = before.triggered, after.triggered
     return two_proportion_test(a.count, a.n, b.count, b.n)
-
-
-def worst(rates: Mapping[str, Rate]) -> tuple[str, Rate] | None:
-    """The arm with the highest rate; None where no arm was counted."""
-    return max(rates.items(), key=lambda item: item[1].rate, default=None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 from sa_jax.evals.statistics import mcnemar, two_proportion_z, wilson_bounds
@@ -19,27 +19,30 @@ from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.thresholds import Thresholds
 
 
-def return_table(low_n: int, high_n: int, evals: int, limits: Thresholds) -> NDArray[np.bool_]:
-    """Which pairs of counts are a return, before it is confirmed.
+def is_return(
+    low: ArrayLike,
+    low_n: ArrayLike,
+    high: ArrayLike,
+    high_n: ArrayLike,
+    evals: int,
+    limits: Thresholds,
+) -> NDArray[np.bool_]:
+    """Which pairs of counts are a return, before it is confirmed; arrays that broadcast.
 
     Args:
-      low_n, high_n: answers at the two evals.
+      low, low_n, high, high_n: hits and answers at the two evals.
       evals: of the run; with k evals there are k (k - 1) / 2 pairs, and p is multiplied by that.
       limits: the definition.
-
-    Returns:
-      [low_n + 1, high_n + 1], by the count at the low and at the high eval.
     """
-    low, high = np.arange(low_n + 1)[:, None], np.arange(high_n + 1)[None, :]
+    low, low_n, high, high_n = (np.asarray(x, float) for x in (low, low_n, high, high_n))
     low_bound, _ = wilson_bounds(low, low_n, limits.confidence)
     _, high_bound = wilson_bounds(high, high_n, limits.confidence)
-    rise = high / high_n - low / low_n
-    z = two_proportion_z(low, low_n, high, high_n)
+    p = corrected_p(two_proportion_z(low, low_n, high, high_n), evals)
     return np.asarray(
         (low_bound <= limits.return_low)
         & (high_bound >= limits.return_high)
-        & (rise >= limits.return_rise - 1e-9)
-        & (corrected_p(z, evals) < limits.return_p_value),
+        & (high / high_n - low / low_n >= limits.return_rise - 1e-9)
+        & (p < limits.return_p_value),
         dtype=np.bool_,
     )
 
@@ -47,22 +50,6 @@ def return_table(low_n: int, high_n: int, evals: int, limits: Thresholds) -> NDA
 def corrected_p(z: NDArray[np.float64], evals: int) -> NDArray[np.float64]:
     """Two-sided p of z, times the number of ordered pairs of evals."""
     return np.minimum(1.0, 2 * special.ndtr(-np.abs(z)) * (evals * (evals - 1) / 2))
-
-
-def any_return(counts: NDArray[np.int_], n: int, limits: Thresholds) -> NDArray[np.bool_]:
-    """Whether each of many runs holds a return, before it is confirmed: for simulations.
-
-    Args:
-      counts: [runs, evals], hits of n at each eval, by rising step.
-      n: answers at each eval.
-      limits: the definition.
-
-    Returns:
-      [runs].
-    """
-    table = return_table(n, n, counts.shape[1], limits)
-    lowest = np.minimum.accumulate(counts, axis=1)[:, :-1]
-    return np.asarray(table[lowest, counts[:, 1:]].any(axis=1), dtype=np.bool_)
 
 
 def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
@@ -98,12 +85,7 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
 
 def _is_return(low: Measured, high: Measured, evals: int, limits: Thresholds) -> bool:
     a, b = low.triggered, high.triggered
-    return (
-        a.interval(limits.confidence)[0] <= limits.return_low
-        and b.interval(limits.confidence)[1] >= limits.return_high
-        and b.rate - a.rate >= limits.return_rise - 1e-9
-        and float(corrected_p(np.asarray(_z(low, high)), evals)) < limits.return_p_value
-    )
+    return bool(is_return(a.count, a.n, b.count, b.n, evals, limits))
 
 
 def _z(low: Measured, high: Measured) -> float:
