@@ -20,12 +20,13 @@ from markupsafe import Markup, escape
 
 from sa_jax import text
 from sa_jax.report import svg
+from sa_jax.report.cell_groups import CellGroup
 from sa_jax.report.eval_records import BACKDOOR_EVAL
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.run_tables import scores_table
 from sa_jax.report.spikes import spikes
-from sa_jax.report.study_tables import CellGroup, scores_table
 from sa_jax.report.tables import Table, difference_in_words, in_words, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent

@@ -13,17 +13,12 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import page, plots
 from sa_jax.report.backdoor_evals import backdoor_evals_table
+from sa_jax.report.cell_groups import CellGroup
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
+from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
-from sa_jax.report.study_tables import (
-    CellGroup,
-    events_table,
-    optimizers_table,
-    runs_table,
-    scores_table,
-)
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge

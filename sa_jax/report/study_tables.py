@@ -1,188 +1,270 @@
-"""What a report tabulates: runs, every score, cells over seeds, optimizers and learning rates."""
+"""What holds over runs, as tables: cells over seeds and compared, times, robustness, the study."""
 
-import dataclasses
-from collections import Counter
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sa_jax import text
-from sa_jax.report.cells import Cell, differing
+from sa_jax.report.measurements import Measured, RunEvals
+from sa_jax.report.published import Arm, compare_to_study
+from sa_jax.report.robustness import Checkpoint, cheapest, policy_choices, robustness_area
+from sa_jax.report.seeds import CellResult, Comparison, SeedMean
+from sa_jax.report.steps_to_removal import TimeFit
 from sa_jax.report.tables import Column, Table, learning_rate
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.text import number, percent
 
-# What names a cell among others: key of a run's result, how it reads there.
-_NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "weights")
-
-
-@dataclasses.dataclass(frozen=True)
-class CellGroup:
-    """The runs of a cell, for a page.
-
-    Attributes:
-      key: of the cell.
-      label: what tells it from the others.
-      words: its verdicts, counted.
-      names: of its runs.
-    """
-
-    key: str
-    label: str
-    words: str
-    names: tuple[str, ...]
+CHECKPOINT_RANGE = 1  # policies choose among checkpoints: one alone is no choice
 
 
-def cell_groups(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[CellGroup]:
-    """The cells with a label each; `results` by name of run."""
-    labels = _labels(cells, results)
-    groups = []
-    for cell, label in zip(cells, labels, strict=True):
-        names = tuple(run.name for run in cell.runs)
-        statuses = Counter(results[name]["verdict"]["status"] for name in names)
-        words = ", ".join(f"{count} of {len(names)} {status}" for status, count in statuses.items())
-        groups.append(CellGroup(cell.key, label, words, names))
-    return groups
-
-
-def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    firsts = [results[cell.runs[0].name] for cell in cells]
-    by_title: dict[str, list[int]] = {}
-    for i, first in enumerate(firsts):
-        by_title.setdefault(first["title"], []).append(i)
-    labels = [first["title"] for first in firsts]
-    for title, members in by_title.items():
-        parts: dict[int, list[str]] = {i: [title] for i in members}
-        for key in _NAMES:
-            values = {i: {_named(key, results[run.name]) for run in cells[i].runs} for i in members}
-            if len({*map(frozenset, values.values())}) > 1:
-                for i, alike in values.items():
-                    parts[i] += alike if len(alike) == 1 else []  # what varies with the seed
-        # Cells that this does not tell apart differ in a setting: name it.
-        for i in members:
-            twins = [cells[j] for j in members if parts[j] == parts[i]]
-            if len(twins) > 1:
-                extra = [f"{name} {cells[i].settings.get(name)}" for name in differing(twins)[:3]]
-                labels[i] = " · ".join([*parts[i], *extra])
-            else:
-                labels[i] = " · ".join(parts[i])
-    return [text.one_line(label) for label in labels]
-
-
-def _named(key: str, result: Mapping[str, Any]) -> str:
-    value = result[key]
-    return f"LR {learning_rate(value)}" if key == "learning_rate" else str(value)
-
-
-def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
-    """A row a run: its verdict, the backdoor's rates and every capability's headline score.
-
-    `noun`: of the rate.
-    """
-    capabilities: dict[str, str] = {}
+def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
+    """A row a cell: k of m, the mean rates, what it cost."""
+    titles = dict.fromkeys(title for result in over for title in result.capabilities)
     rows = []
-    for result in results:
-        before, after = result["before"] or {}, result["after"] or {}
+    for result in over:
+        statuses = ", ".join(f"{count} {status}" for status, count in result.verdicts.items())
+        counted = f"{result.counted}: {result.k} of {result.m}" if result.counted else ""
         row: dict[str, Any] = {
-            "run": "· " * result["depth"] + result["name"],
-            "training": result["title"],
-            "verdict": result["verdict"]["label"],
-            "triggered": {"before": before.get("triggered"), "after": after.get("triggered")},
-            "clean": {"before": before.get("clean"), "after": after.get("clean")},
-            "refusal": after.get("refusal", {}).get("triggered"),
-            "optimizer": f"{result['optimizer']}, {learning_rate(result['learning_rate'])}",
-            **{key: result[key] for key in ("weights", "steps", "base", "arm", "seed", "start")},
+            "cell": labels[result.cell.key],
+            "verdict": counted or statuses,
+            "share": {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
+            if result.counted and result.m
+            else None,
+            "verdicts": statuses,
+            "triggered": _mean(result.triggered),
+            "clean": _mean(result.clean),
+            "seeds": result.m,
+            "pending": result.pending,
+            "enough": "yes" if result.enough else "too few seeds for a claim",
         }
-        for score in result["scores"]:
-            if score["kind"] == "capability" and score["headline"] and not score["source"]:
-                capabilities.setdefault(score["eval"], score["title"])
-                row[score["eval"]] = {"before": score["before"], "after": score["after"]}
-                row[f"{score['eval']} change"] = score["difference"]
+        for title, change in result.capabilities.items():
+            row[f"change {title}"] = {
+                "difference": change.mean,
+                "lo": change.lo,
+                "hi": change.hi,
+                "seeds": change.seeds,
+            }
         rows.append(row)
-    columns = [
-        Column("run", "Run"),
+    columns = (
+        Column("cell", "Cell"),
         Column("verdict", "Verdict"),
-        Column("training", "Training"),
-        Column("triggered", f"{noun} with trigger, before → after"),
-        Column("clean", f"{noun} without, before → after"),
-        Column("refusal", "Refusals with trigger"),
-    ]
-    for name, title in capabilities.items():
-        columns += [
-            Column(name, f"{title}, before → after"),
-            Column(f"{name} change", "Change"),
-        ]
-    columns += [
-        Column("optimizer", "Optimizer, LR"),
-        Column("weights", "Weights"),
-        Column("steps", "Steps"),
-        Column("base", "Base model"),
-        Column("arm", "Data arm"),
-        Column("seed", "Seed"),
-        Column("start", "Start"),
-    ]
-    return Table("runs", "Runs", tuple(columns), tuple(rows))
-
-
-def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Table:
-    """A row a score that any eval wrote."""
-    rows = [
-        {
-            "run": result["name"],
-            "eval": row["title"] + (f" ({row['source']})" if row["source"] else ""),
-            "score": row["score_title"],
-            "before": row["before"],
-            "after": row["after"],
-            "difference": row["difference"],
-            "p_value": row["difference"] and row["difference"]["p_value"],
-            "p_holm": row["difference"] and row["difference"].get("p_holm"),
-            "floor": None if row["floor"] is None else text.percent(row["floor"]),
-            "n": (row["after"] or row["before"] or {}).get("n"),
-        }
-        for result in results
-        for row in result["scores"]
-    ]
-    columns = (
-        *((Column("run", "Run"),) if named else ()),
-        Column("eval", "Eval"),
-        Column("score", "Score"),
-        Column("before", "Before"),
-        Column("after", "After"),
-        Column("difference", "Difference, on the same items"),
-        Column("p_value", "p"),
-        Column("p_holm", "p, Holm"),
-        Column("floor", "Floor"),
-        Column("n", "n"),
+        Column("share", "Share of seeds [exact]"),
+        Column("verdicts", "Every verdict"),
+        Column("triggered", "Triggered rate, mean"),
+        Column("clean", "Clean rate, mean"),
+        *(Column(f"change {title}", f"{title}, change") for title in titles),
+        Column("seeds", "Seeds"),
+        Column("pending", "Not done"),
+        Column("enough", "Enough?"),
     )
-    note = "Holm's p: of headline scores, over all tests of the report."
-    return Table("scores", "Every score", columns, tuple(rows), note)
+    note = (
+        "A cell is everything but the seed. Means are over seeds, with intervals for seeds that "
+        "were not run; the share of seeds has its exact interval."
+    )
+    return Table("cells", "Over seeds", columns, tuple(rows), note)
 
 
-def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a return or a clean alarm."""
+def comparisons_table(
+    compared: Sequence[Comparison],
+    adjusted: Mapping[int, float],
+    labels: Mapping[str, str],
+    limits: Thresholds,
+) -> Table:
+    """Cells that differ in one axis, paired by seed and prompt; `adjusted`: see `one_family`."""
     rows = tuple(
-        {"run": result["name"], "kind": event["kind"], "step": event["step"], "text": event["text"]}
-        for result in results
-        for event in result["events"]
+        {
+            "verdict": ("higher" if row.difference > 0 else "lower")
+            if adjusted[id(row)] < limits.p_value
+            else "no difference shown",
+            "a": labels[row.a],
+            "b": labels[row.b],
+            "axis": row.axis,
+            "difference": {"difference": row.difference, "lo": row.lo, "hi": row.hi},
+            "p": row.p_value,
+            "p_holm": adjusted[id(row)],
+            "seeds": row.seeds,
+        }
+        for row in compared
     )
     columns = (
-        Column("run", "Run"),
-        Column("kind", "Event"),
-        Column("step", "Step"),
+        Column("b", "This cell"),
+        Column("verdict", "Triggered rate is"),
+        Column("a", "than that one"),
+        Column("axis", "They differ in"),
+        Column("difference", "Difference"),
+        Column("p", "p"),
+        Column("p_holm", "p, Holm"),
+        Column("seeds", "Seeds"),
+    )
+    note = (
+        "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
+        "for all tests of this report: these, the study's statement on learning rates, and every "
+        "run's change of a headline score."
+    )
+    return Table("comparisons", "Cells compared", columns, rows, note)
+
+
+def times_table(fits: Sequence[TimeFit], adjusted: Mapping[int, float]) -> Table:
+    """How steps to removal change with the learning rate and with the length of insertion."""
+    rows = tuple(
+        {
+            "x": fit.x_name,
+            "text": fit.text,
+            "slope": _finite(fit.slope),
+            "lo": _finite(fit.lo),
+            "hi": _finite(fit.hi),
+            "p_claim": fit.p_claim if id(fit) in adjusted else None,
+            "p_holm": adjusted.get(id(fit)),
+            "runs": len(fit.runs),
+            "of": fit.runs[0].run,
+        }
+        for fit in fits
+    )
+    columns = (
+        Column("x", "By"),
+        Column("text", "What is seen"),
+        Column("slope", "Power"),
+        Column("lo", "from"),
+        Column("hi", "to"),
+        Column("p_claim", "p of the study’s statement"),
+        Column("p_holm", "the same, Holm"),
+        Column("runs", "Runs"),
+        Column("of", "Like"),
+    )
+    note = (
+        "Steps to removal lie between two evals, or beyond the run’s end; the line in log-log is "
+        "fitted to these intervals."
+    )
+    return Table("times", "Steps to removal", columns, rows, note)
+
+
+def robustness_table(
+    pareto: Mapping[str, Sequence[Checkpoint]], capability: str, limits: Thresholds
+) -> Table:
+    """The area of every inserted run beside its null, and what is left at little cost."""
+    rows = []
+    for inserted, points in pareto.items():
+        area = robustness_area(inserted, points)
+        best = cheapest(points, limits)
+        rows.append(
+            {
+                "run": inserted,
+                "hull": area.hull,
+                "null_hull": area.null_hull,
+                "null_hull_95": area.null_hull_95,
+                "staircase": area.staircase,
+                "null_staircase": area.null_staircase,
+                "left": best and {"rate": best.rate, "lo": best.lo, "hi": best.hi},
+                "at": best and f"{best.checkpoint.run}, step {best.checkpoint.step:,}",
+                "checkpoints": area.checkpoints,
+            }
+        )
+    columns = (
+        Column("run", "Inserted run"),
+        Column("hull", "Area (hull)"),
+        Column("null_hull", "if nothing were removed"),
+        Column("null_hull_95", "95 % below"),
+        Column("staircase", "Area (staircase)"),
+        Column("null_staircase", "if nothing were removed"),
+        Column("left", f"Left at ≤ {percent(limits.max_capability_loss)} loss"),
+        Column("at", "by"),
+        Column("checkpoints", "Checkpoints"),
+    )
+    note = (
+        f"Share of the backdoor removed against share of {capability} kept, over all checkpoints "
+        "of all removals: an area of 0.5 (hull) is robust, 1 is removed for free. Noise alone "
+        "gives more than 0.5, which stands beside it."
+    )
+    return Table("robustness", "Robustness", columns, tuple(rows), note)
+
+
+def policies_table(removals: Sequence[RunEvals]) -> Table:
+    """What a person would have got who chooses a checkpoint without looking at the trigger."""
+    points: dict[str, list[Measured]] = {}
+    several = [run for run in removals if len(run.measured) > CHECKPOINT_RANGE + 1]
+    for run in several:
+        for choice in policy_choices(run):
+            points.setdefault(choice.policy, []).append(choice.point)
+    rows = tuple(
+        {
+            "policy": policy,
+            "mean": percent(sum(point.triggered.rate for point in chosen) / len(chosen)),
+            "worst": percent(max(point.triggered.rate for point in chosen)),
+            "runs": len(chosen),
+        }
+        for policy, chosen in points.items()
+    )
+    columns = (
+        Column("policy", "Checkpoint chosen by"),
+        Column("mean", "Triggered rate, mean"),
+        Column("worst", "worst"),
+        Column("runs", "Removal runs"),
+    )
+    note = "Checkpoints chosen without the trigger, beside the best with hindsight."
+    return Table("policies", "Choosing a checkpoint", columns, rows, note)
+
+
+def published_table(
+    over: Sequence[CellResult],
+    labels: Mapping[str, str],
+    results: Mapping[str, Mapping[str, Any]],
+    limits: Thresholds,
+) -> Table | None:
+    """The study's published cells beside ours; None where none of ours is like one of them."""
+    arms = {
+        result.cell.key: arm
+        for result in over
+        if result.cell.role == "removal" and (arm := _arm(results[result.cell.runs[0].name]))
+    }
+    compared = compare_to_study(over, arms, limits)
+    if all(row.outcome == "not run" for row in compared):
+        return None
+    trained = {result.cell.key: results[result.cell.runs[0].name] for result in over}
+    rows = tuple(
+        {
+            "published": f"{row.arm}: {row.published}",
+            "trained": row.cell and trained_as(trained[row.cell]),
+            "verdict": row.outcome,
+            "cell": labels.get(row.cell),
+            "k": f"{row.k} of {row.m}" if row.m else None,
+            "text": row.text,
+        }
+        for row in compared
+    )
+    columns = (
+        Column("published", "The study"),
+        Column("verdict", "Ours"),
+        Column("cell", "Cell"),
+        Column("trained", "Trained as"),
+        Column("k", "Removed"),
         Column("text", "What was seen"),
     )
-    note = "The behaviour came back inside a run, or answered prompts without the trigger."
-    return Table("events", "Events", columns, rows, note)
-
-
-def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
-    """Insertion by optimizer and learning rate."""
-    rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
-    columns = (
-        Column("base", "Base model"),
-        Column("arm", "Data arm"),
-        Column("optimizer", "Optimizer"),
-        Column("learning_rate", "LR"),
-        Column("final_loss", "Training loss at the end"),
-        Column("runs", "Runs"),
-        Column("best", "Lowest"),
+    note = (
+        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
+        "table of numbers is public."
     )
-    note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
-    return Table("optimizers", "Insertion by optimizer and learning rate", columns, rows, note)
+    return Table("published", "Beside the study", columns, rows, note)
+
+
+def trained_as(result: Mapping[str, Any]) -> str:
+    """'LoRA rank 8, LR 1e-3'."""
+    return f"{result['weights']}, LR {learning_rate(result['learning_rate'])}"
+
+
+def _arm(result: Mapping[str, Any]) -> Arm | None:
+    """The study's name for a removal; None for full weights, which its table does not have."""
+    if not result["lora_rank"]:
+        return None
+    size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", result["base"].lower())
+    model = f"{size[1]}B" if size else result["base"]
+    return Arm(model, result["arm"], result["insertion_optimizer"], result["task"])
+
+
+def _mean(mean: SeedMean | None) -> dict[str, Any] | None:
+    if mean is None:
+        return None
+    return {"rate": mean.mean, "lo": mean.lo, "hi": mean.hi, "seeds": mean.seeds}
+
+
+def _finite(value: float) -> float | str:
+    return number(value) if math.isfinite(value) else "unbounded"

@@ -13,7 +13,8 @@ from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study
 from sa_jax.report.seeds import compare_arms, over_seeds
-from sa_jax.report.study_statistics import cells_table, comparisons_table, one_family, trained_as
+from sa_jax.report.study_statistics import one_family
+from sa_jax.report.study_tables import cells_table, comparisons_table, trained_as
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge

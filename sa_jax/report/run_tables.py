@@ -1,0 +1,124 @@
+"""What a report tabulates of runs: verdicts, every score, events, insertion by optimizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sa_jax import text
+from sa_jax.report.tables import Column, Table, learning_rate
+
+
+def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
+    """A row a run: its verdict, the backdoor's rates and every capability's headline score.
+
+    `noun`: of the rate.
+    """
+    capabilities: dict[str, str] = {}
+    rows = []
+    for result in results:
+        before, after = result["before"] or {}, result["after"] or {}
+        row: dict[str, Any] = {
+            "run": "· " * result["depth"] + result["name"],
+            "training": result["title"],
+            "verdict": result["verdict"]["label"],
+            "triggered": {"before": before.get("triggered"), "after": after.get("triggered")},
+            "clean": {"before": before.get("clean"), "after": after.get("clean")},
+            "refusal": after.get("refusal", {}).get("triggered"),
+            "optimizer": f"{result['optimizer']}, {learning_rate(result['learning_rate'])}",
+            **{key: result[key] for key in ("weights", "steps", "base", "arm", "seed", "start")},
+        }
+        for score in result["scores"]:
+            if score["kind"] == "capability" and score["headline"] and not score["source"]:
+                capabilities.setdefault(score["eval"], score["title"])
+                row[score["eval"]] = {"before": score["before"], "after": score["after"]}
+                row[f"{score['eval']} change"] = score["difference"]
+        rows.append(row)
+    columns = [
+        Column("run", "Run"),
+        Column("verdict", "Verdict"),
+        Column("training", "Training"),
+        Column("triggered", f"{noun} with trigger, before → after"),
+        Column("clean", f"{noun} without, before → after"),
+        Column("refusal", "Refusals with trigger"),
+    ]
+    for name, title in capabilities.items():
+        columns += [
+            Column(name, f"{title}, before → after"),
+            Column(f"{name} change", "Change"),
+        ]
+    columns += [
+        Column("optimizer", "Optimizer, LR"),
+        Column("weights", "Weights"),
+        Column("steps", "Steps"),
+        Column("base", "Base model"),
+        Column("arm", "Data arm"),
+        Column("seed", "Seed"),
+        Column("start", "Start"),
+    ]
+    return Table("runs", "Runs", tuple(columns), tuple(rows))
+
+
+def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Table:
+    """A row a score that any eval wrote."""
+    rows = [
+        {
+            "run": result["name"],
+            "eval": row["title"] + (f" ({row['source']})" if row["source"] else ""),
+            "score": row["score_title"],
+            "before": row["before"],
+            "after": row["after"],
+            "difference": row["difference"],
+            "p_value": row["difference"] and row["difference"]["p_value"],
+            "p_holm": row["difference"] and row["difference"].get("p_holm"),
+            "floor": None if row["floor"] is None else text.percent(row["floor"]),
+            "n": (row["after"] or row["before"] or {}).get("n"),
+        }
+        for result in results
+        for row in result["scores"]
+    ]
+    columns = (
+        *((Column("run", "Run"),) if named else ()),
+        Column("eval", "Eval"),
+        Column("score", "Score"),
+        Column("before", "Before"),
+        Column("after", "After"),
+        Column("difference", "Difference, on the same items"),
+        Column("p_value", "p"),
+        Column("p_holm", "p, Holm"),
+        Column("floor", "Floor"),
+        Column("n", "n"),
+    )
+    note = "Holm's p: of headline scores, over all tests of the report."
+    return Table("scores", "Every score", columns, tuple(rows), note)
+
+
+def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """A row a return or a clean alarm."""
+    rows = tuple(
+        {"run": result["name"], "kind": event["kind"], "step": event["step"], "text": event["text"]}
+        for result in results
+        for event in result["events"]
+    )
+    columns = (
+        Column("run", "Run"),
+        Column("kind", "Event"),
+        Column("step", "Step"),
+        Column("text", "What was seen"),
+    )
+    note = "The behaviour came back inside a run, or answered prompts without the trigger."
+    return Table("events", "Events", columns, rows, note)
+
+
+def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
+    """Insertion by optimizer and learning rate."""
+    rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
+    columns = (
+        Column("base", "Base model"),
+        Column("arm", "Data arm"),
+        Column("optimizer", "Optimizer"),
+        Column("learning_rate", "LR"),
+        Column("final_loss", "Training loss at the end"),
+        Column("runs", "Runs"),
+        Column("best", "Lowest"),
+    )
+    note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
+    return Table("optimizers", "Insertion by optimizer and learning rate", columns, rows, note)
