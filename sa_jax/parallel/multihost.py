@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
+from sa_jax.parallel.host_memory import keep_freed_memory
 
 
 def initialize(timeout_s: int = 300) -> None:
@@ -28,6 +29,8 @@ def initialize(timeout_s: int = 300) -> None:
       UserError: the others did not answer in time, with what to look at; or a TPU that is part of
         a pod was started without a word about the others.
     """
+    if jax.config.jax_platforms == "cpu":
+        keep_freed_memory()
     wanted = several_processes(os.environ) or _on_tpu_vm()
     if wanted and not jax.distributed.is_initialized():
         processes = _count(os.environ, "JAX_NUM_PROCESSES")

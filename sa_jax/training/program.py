@@ -23,6 +23,8 @@ from sa_jax.training.losses import DEFAULT_LOSS, LOSSES
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
+UNROLLED_LAYERS = 16  # of a model on one CPU; a deeper one would take long to compile
+
 BATCH_DTYPES = {
     "tokens": jnp.int32,
     "targets": jnp.int32,
@@ -76,16 +78,18 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
             f"{architecture.max_position_embeddings} tokens"
         )
     check_mesh(architecture, mesh)
+    platform = mesh.devices.flat[0].platform
     micro_batch = config.batch_size // config.accumulation
     check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
     model = Llama(
         architecture,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        attention=attention_of(config, mesh.devices.flat[0].platform),
+        attention=attention_of(config, platform),
         remat=config.remat,
         lora=lora_config(config.lora),
         mesh=mesh,
+        unroll=platform == "cpu" and mesh.size == 1 and architecture.num_layers <= UNROLLED_LAYERS,
     )
     trainable, _ = split_trainable(abstract_params(model), model.lora)
     if not jax.tree.leaves(trainable):
