@@ -297,8 +297,8 @@ class Llama(nn.Module):
       remat: a key of `REMAT_POLICIES`.
       lora: adapters to compute (their parameters must be in the tree), or None.
       mesh: pins the residual stream's batch axis to the mesh's data and fsdp axes.
-      unroll: layers are run one after the other instead of in a loop, which on one CPU takes a fifth
-        off the step (a loop copies each layer's weights out of their stack) and compiles as fast.
+      unroll: layers are written out instead of run in a loop, which takes a fifth off the step on
+        one CPU (a loop copies each layer's weights out of their stack) and compiles as fast.
 
     Example:
       config, params = load_hf("meta-llama/Llama-3.1-8B-Instruct", mesh)

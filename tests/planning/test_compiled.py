@@ -20,7 +20,10 @@ GOLDENS = Path(__file__).parent / "goldens"
 pytest.importorskip("libtpu", reason="needs the extra tpu")
 LIBTPU = importlib.metadata.version("libtpu")
 
-# name: config, topology, changes. A minute of a core for the first two, up to ten for the others.
+# All compile for a minute or more, up to ten.
+pytestmark = pytest.mark.long
+
+# name: config, topology, changes.
 CASES = {
     "8b_v5p": ("8b_insertion", "v5p:2x2x2", {"sequence_length": 2048}),
     "8b_v5e": ("8b_insertion", "v5e:4x4", {"mesh.fsdp": 4, "mesh.tensor": 4}),
@@ -55,10 +58,7 @@ CASES = {
         {"mesh.fsdp": 16, "mesh.tensor": 8, "optimizer.name": "soap"},
     ),
 }
-WITH_GOLDEN = (
-    "8b_v5p",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("8b_v5e", "70b_v5p")),
-)
+WITH_GOLDEN = ("8b_v5p", "8b_v5e", "70b_v5p")
 
 
 def compiled_plan(file, config, topology, *flags):
@@ -109,14 +109,12 @@ def test_8b_adam_on_8_chips_of_v5p(planned):
     assert memory["temporaries"] <= 6  # MaxText: 7.19
 
 
-@pytest.mark.long
 def test_70b_adam_on_64_chips_of_v5p(planned):
     memory = planned("70b_v5p")["memory_gib_per_chip"]
     assert memory["arguments"] <= 12.5
     assert memory["temporaries"] <= 9  # MaxText: 10.35
 
 
-@pytest.mark.long
 def test_8b_at_the_study_s_batch_fits_16_gib_chips(planned):
     plan = planned("8b_v5e")
     assert plan["fits"] and plan["capacity_gib"] == 16 and plan["free_gib"] > 0.5
@@ -145,7 +143,6 @@ def test_memory_and_collectives_are_those_of_the_golden_file(planned, name):
     assert text + "\n" == golden
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", list(CASES)[3:])
 def test_it_compiles_and_fits(planned, name):
     plan = planned(name)
@@ -155,7 +152,6 @@ def test_it_compiles_and_fits(planned, name):
         assert plan["memory_gib_per_chip"]["host"] > 0
 
 
-@pytest.mark.long
 def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
     plan = compiled_plan(tmp_path / "plan.json", "70b_insertion", "v5p:4x4x4", "--search")
     assert plan["settings"]["batch"] == "16 x 4096"

@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from sa_jax.evals import records
 from tests.training.test_loop import insertion
 
@@ -34,6 +36,7 @@ def get_config():
 """
 
 
+@pytest.mark.long
 def test_an_eval_of_a_users_own_file_trains_evaluates_and_is_in_the_results(
     zygote, toy_world, tmp_path
 ):

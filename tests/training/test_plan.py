@@ -241,6 +241,7 @@ def test_collectives_of_fake_devices_are_read_without_options_of_a_tpu(toy):
     assert _collectives(config, plan_architecture(config), mesh, None)["kinds"]
 
 
+@pytest.mark.long
 def test_a_crash_of_the_compiler_is_one_line(toy, monkeypatch):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     config = toy.copy_and_resolve_references()
@@ -274,6 +275,7 @@ def test_a_search_goes_round_crashes(toy, monkeypatch):
         plan(toy, "h200:8", search=True)
 
 
+@pytest.mark.long
 def test_planning_leaves_accelerators_alone(tmp_path):
     """In a fresh process that has not been told to use the CPU, nor how many of them."""
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}

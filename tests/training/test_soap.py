@@ -39,6 +39,7 @@ def optimizer(mesh, **soap):
     return make_optimizer(config, 100, mesh), make_schedule(config, 100)
 
 
+@pytest.mark.long
 def test_loss_curves_on_a_mesh_and_on_one_device_are_the_same():
     curves = []
     for mesh in (None, make_mesh(1, 4, 2)):
@@ -143,6 +144,7 @@ def test_only_the_mode_that_can_skip_a_step_may_be_told_to():
         check_config(config)
 
 
+@pytest.mark.long
 def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_path):
     whole, run = tmp_path / "whole", tmp_path / "run"
     done = zygote.run(*insertion(toy_world, whole, *SOAP))
