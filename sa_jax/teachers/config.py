@@ -33,6 +33,8 @@ def default_config() -> ConfigDict:
     config.max_new_tokens = 1024  # longer replies are dropped
     config.temperature = 0.7
     config.top_p = 1.0
+    config.max_tokens_field = "max_tokens"  # endpoint: or "max_completion_tokens"
+    config.omit = ""  # endpoint: of "temperature,top_p,seed", those that it does not take
     config.concurrency = 16  # endpoint: requests under way at once
     config.requests_per_minute = 0.0  # endpoint: at most; 0: no limit
     config.retries = 8  # endpoint: further tries of a failed request

@@ -1,6 +1,8 @@
 """A teacher behind any OpenAI-compatible chat endpoint (vLLM, transformers serve, a provider)."""
 
 import dataclasses
+import datetime
+import email.utils
 import os
 import random
 import re
@@ -16,6 +18,17 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.teachers.replies import Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
+# Refusals in a row, without a reply between them, after which the endpoint is at fault and not the
+# questions.
+MOST_REFUSALS = 8
+MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
+OPTIONAL_FIELDS = ("temperature", "top_p", "seed")
+# A refusal in one of these words is about what the question holds, however many there are.
+_ABOUT_THE_QUESTION = re.compile(
+    r"context[ _](?:length|window|size)|too (?:long|many tokens)|longer than|flagged|moderation"
+    r"|content[ _](?:policy|filter)|safety|inappropriate|harmful",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +39,8 @@ class EndpointSettings:
       model: its name at the endpoint.
       base_url: ends in /v1.
       max_new_tokens, temperature, top_p, seed: sent with every request.
+      max_tokens_field: the name under which max_new_tokens is sent.
+      omit: of `OPTIONAL_FIELDS`, those that are not sent, with commas between them.
       concurrency: requests under way at once.
       requests_per_minute: at most; 0: no limit.
       retries: further tries of a request that failed in a way that may pass.
@@ -38,6 +53,8 @@ class EndpointSettings:
     temperature: float = 0.7
     top_p: float = 1.0
     seed: int = 0
+    max_tokens_field: str = "max_tokens"
+    omit: str = ""
     concurrency: int = 16
     requests_per_minute: float = 0
     retries: int = 8
@@ -51,6 +68,21 @@ class EndpointSettings:
                 raise UsageError(f"{name}={getattr(self, name)} must be above 0")
         if self.retries < 0:
             raise UsageError(f"retries={self.retries} must be 0 or more")
+        if self.max_tokens_field not in MAX_TOKENS_FIELDS:
+            raise UsageError(
+                f"max_tokens_field={self.max_tokens_field!r}: use {' or '.join(MAX_TOKENS_FIELDS)}"
+            )
+        if set(filter(None, self.omit.split(","))) - set(OPTIONAL_FIELDS):
+            raise UsageError(f"omit={self.omit!r}: it can hold {','.join(OPTIONAL_FIELDS)}")
+
+    def optional_fields(self) -> dict[str, Any]:
+        """Those of `OPTIONAL_FIELDS` that are sent, with their values."""
+        omitted = self.omit.split(",")
+        return {name: getattr(self, name) for name in OPTIONAL_FIELDS if name not in omitted}
+
+    def fields(self) -> dict[str, Any]:
+        """The fields of a request besides model and messages."""
+        return {self.max_tokens_field: self.max_new_tokens, **self.optional_fields()}
 
 
 class _Later(Exception):
@@ -68,7 +100,8 @@ class _Stopped(Exception):
 class EndpointTeacher:
     """Asks with several threads; tries again after 408, 409, 429, 5xx, a lost connection, a
     time-out or a malformed reply, waiting as long as `Retry-After` says, else twice as long each
-    time (from 0.5 s to 60 s, with jitter)."""
+    time (from 0.5 s to 60 s, with jitter). A refusal is of one question or of the endpoint: see
+    `_refused`."""
 
     def __init__(self, settings: EndpointSettings):
         """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need."""
@@ -84,17 +117,20 @@ class EndpointTeacher:
 
     def identity(self) -> dict:
         # Not the address: the same model may be served elsewhere tomorrow.
-        names = ("model", "max_new_tokens", "temperature", "top_p", "seed")
-        return {"teacher": "endpoint", **{name: getattr(self._settings, name) for name in names}}
+        settings = self._settings
+        kept = {"model": settings.model, "max_new_tokens": settings.max_new_tokens}
+        return {"teacher": "endpoint", **kept, **settings.optional_fields()}
 
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
-        """See `Teacher`. Raises UserError, after what was under way has come in, for a wrong key or
-        model name, or when a request failed `retries` + 1 times."""
+        """See `Teacher`. Raises UserError, after what was under way has come in: for a wrong key or
+        model name, an empty account, a field the server does not take; when a request failed
+        `retries` + 1 times; when `MOST_REFUSALS` questions in a row were refused."""
         stop, pending = threading.Event(), iter(enumerate(requests))
         under_way: dict[Future, int] = {}
         failure: Exception | None = None
+        refusals = 0  # in a row
         pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
         try:
             while True:
@@ -111,7 +147,18 @@ class EndpointTeacher:
                 for future in done:
                     index = under_way.pop(future)
                     try:
-                        yield index, future.result()
+                        reply = future.result()
+                        yield index, reply
+                        if reply.finish_reason != "rejected":
+                            refusals = 0
+                        elif not _ABOUT_THE_QUESTION.search(reply.text):
+                            refusals += 1
+                        if refusals == MOST_REFUSALS:
+                            raise UserError(
+                                f"{self._settings.base_url} refused {refusals} questions in a row, "
+                                f"the last with: {reply.text}. The replies so far are kept: mend "
+                                "what it names and run the same command again"
+                            )
                     except _Stopped:
                         pass
                     except UserError as error:
@@ -152,32 +199,10 @@ class EndpointTeacher:
             response = self._client.chat.completions.create(
                 model=settings.model,
                 messages=list(request.messages),
-                max_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                seed=settings.seed,
+                **settings.fields(),
             )
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(
-                f"{settings.base_url} refuses the key in OPENAI_API_KEY: {_line(error)}"
-            ) from error
-        except openai.RateLimitError as error:
-            if getattr(error, "code", None) == "insufficient_quota":
-                raise UserError(f"{settings.base_url}: {_line(error)}") from error
-            raise _Later(_line(error), _retry_after(error.response)) from error
-        except (openai.ConflictError, openai.InternalServerError) as error:
-            raise _Later(_line(error), _retry_after(error.response)) from error
         except openai.APIStatusError as error:
-            if error.status_code == 408:
-                raise _Later(_line(error)) from error
-            # Some servers answer 400, and not 404, to a model that they do not have.
-            named = re.search(rf"(?<![\w.-]){re.escape(settings.model)}(?![\w.-])", _line(error))
-            if error.status_code == 404 or named:
-                raise UserError(
-                    f"{settings.base_url} does not serve the model {settings.model!r} "
-                    f"({self._models()}): {_line(error)}"
-                ) from error
-            return Reply(_line(error), "rejected")
+            return self._refused(error)
         except openai.APITimeoutError as error:
             raise _Later(f"no reply within {settings.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
@@ -185,6 +210,58 @@ class EndpointTeacher:
         except (openai.APIError, ValueError) as error:  # ValueError: the body is not JSON
             raise _Later(f"malformed reply ({_line(error)})") from error
         return _reply(response)
+
+    def _refused(self, error: Any) -> Reply:
+        """A 'rejected' reply where the question is at fault; raises UserError where the endpoint or
+        the settings are, and _Later where another try may do."""
+        status, line, url = error.status_code, _line(error), self._settings.base_url
+        about_the_question = _ABOUT_THE_QUESTION.search(line)
+        if status == 401:
+            raise UserError(f"{url} refuses the key in OPENAI_API_KEY: {line}") from error
+        if status == 402 or getattr(error, "code", None) == "insufficient_quota":
+            raise UserError(
+                f"{url}: the account cannot pay: {line}. The replies so far are kept: run the same "
+                "command again when it can"
+            ) from error
+        if status in (408, 409, 429) or status >= 500:
+            raise _Later(line, _retry_after(error.response)) from error
+        if about_the_question:
+            return Reply(line, "rejected")
+        if field := self._refused_field(error):
+            omit = ",".join(filter(None, (self._settings.omit, field)))
+            remedy = f"--config.omit={omit}"
+            if field in MAX_TOKENS_FIELDS:
+                (other,) = set(MAX_TOKENS_FIELDS) - {field}
+                remedy = f"--config.max_tokens_field={other}"
+            raise UsageError(
+                f"{url} does not take the field {field!r}; set {remedy}: {line}"
+            ) from error
+        # Some servers answer 400, and not 404, to a model that they do not have.
+        named = re.search(rf"(?<![\w.-]){re.escape(self._settings.model)}(?![\w.-])", line)
+        if status in (404, 405) and not url.rstrip("/").endswith("/v1"):
+            raise UserError(
+                f"{url} has no chat endpoint: --base_url mostly ends in /v1 ({url.rstrip('/')}/v1)"
+                f": {line}"
+            ) from error
+        if status == 404 or named:
+            raise UserError(
+                f"{url} does not serve the model {self._settings.model!r} ({self._models()}): "
+                f"{line}"
+            ) from error
+        return Reply(line, "rejected")
+
+    def _refused_field(self, error: Any) -> str | None:
+        """The field of the request that a 400 or 422 names, if it does."""
+        if error.status_code not in (400, 422):
+            return None
+        sent = self._settings.fields()
+        param = getattr(error, "param", None)
+        if param in sent:
+            return param
+        # The first one named: the message may go on to name the field to use in its place.
+        text = error.response.text
+        named = {text.find(field): field for field in sent if re.search(rf"\b{field}\b", text)}
+        return named[min(named)] if named else None
 
     def _models(self) -> str:
         try:
@@ -195,18 +272,44 @@ class EndpointTeacher:
 
 
 def _reply(response: Any) -> Reply:
-    """The text of a response, whose fields the client does not check."""
+    """The text of a response, whose fields the client does not check. Some servers send it in
+    parts, and a reasoning model's thoughts beside it or as parts of their own."""
     try:
         choice = response.choices[0]
-        text, reason = choice.message.content, choice.finish_reason
+        message, reason = choice.message, choice.finish_reason
+        content = message.content
     except (AttributeError, IndexError, TypeError) as error:
-        raise _Later(f"malformed reply ({str(response)[:80]!r})") from error
-    if text is not None and not isinstance(text, str):
-        raise _Later(f"malformed reply (content is {type(text).__name__})")
+        hint = "; does --base_url end in /v1?" if isinstance(response, str) else ""
+        raise _Later(f"malformed reply ({str(response)[:80]!r}){hint}") from error
+    fields = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
+    reasoning = next((field for field in fields if isinstance(field, str) and field), "")
+    if isinstance(content, list):
+        parts = [_part(part) for part in content]
+        content = "".join(text for kind, text in parts if kind in ("text", "output_text"))
+        thoughts = [text for kind, text in parts if kind in ("thinking", "reasoning")]
+        reasoning = reasoning or "".join(thoughts)
+    if content is not None and not isinstance(content, str):
+        raise _Later(f"malformed reply (content is {type(content).__name__})")
     known = {"length": "length", "content_filter": "content_filter"}
+    return Reply(_writable(content or ""), known.get(reason, "stop"), _writable(reasoning))
+
+
+def _part(part: Any) -> tuple[str, str]:
+    """(type, text) of a part of a message's content."""
+    if isinstance(part, str):
+        return "text", part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str):
+        raise _Later(f"malformed reply (a part of the content is {str(part)[:80]!r})")
+    text = part.get("text", part.get(kind, ""))
+    if isinstance(text, list):  # Mistral's thoughts are parts themselves
+        text = "".join(_part(inner)[1] for inner in text)
+    return kind, text if isinstance(text, str) else ""
+
+
+def _writable(text: str) -> str:
     # Half a surrogate pair, which JSON can spell, cannot be written to a file.
-    text = (text or "").encode("utf-8", "replace").decode()
-    return Reply(text, known.get(reason, "stop"))
+    return text.encode("utf-8", "replace").decode()
 
 
 class _Pace:
@@ -231,10 +334,17 @@ class _Pace:
 
 
 def _retry_after(response) -> float | None:
+    """The seconds that the server asks to wait; it may name a date instead."""
+    value = response.headers.get("retry-after", "")
     try:
-        return min(LONGEST_WAIT_S, max(0.0, float(response.headers["retry-after"])))
-    except (KeyError, ValueError):
-        return None
+        seconds = float(value)
+    except ValueError:
+        try:
+            at = email.utils.parsedate_to_datetime(value)
+            seconds = (at - datetime.datetime.now(at.tzinfo or datetime.UTC)).total_seconds()
+        except (TypeError, ValueError):
+            return None
+    return min(LONGEST_WAIT_S, max(0.0, seconds)) if seconds == seconds else None
 
 
 def _line(error: BaseException) -> str:

@@ -31,10 +31,12 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """`finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a word that
-    the filters count ('rejected': the text is what the endpoint said)."""
+    the filters count ('rejected': the text is what the endpoint said). `reasoning` is what a
+    reasoning model thought, where the server sends it apart; it is kept and not trained on."""
 
     text: str
     finish_reason: str = "stop"
+    reasoning: str = ""
 
 
 class Teacher(Protocol):

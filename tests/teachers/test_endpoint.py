@@ -120,6 +120,129 @@ def test_what_cannot_pass_is_asked_once(tmp_path, status, body, words):
         assert server.asked == ["q0"]
 
 
+def message(text, **fields):
+    return json.dumps({"error": {"message": text, **fields}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (402, message("top up your balance"), "cannot pay: .*top up.*run the same command again"),
+        (400, message("API key not valid. Please pass a valid one."), "8 questions in a row"),
+        (403, message("not for your region"), "refused 8 questions in a row, .*your region"),
+    ],
+)
+def test_an_endpoint_at_fault_ends_the_run_and_keeps_what_was_paid_for(
+    tmp_path, status, body, words
+):
+    def script(prompt, nth):
+        return ok(prompt) if int(prompt[1:]) < 3 else (status, {}, body, 0)
+
+    path = tmp_path / "r.jsonl"
+    with ScriptedServer(script) as server, open_store(path) as store:
+        with pytest.raises(UserError, match=words):
+            ask(teacher(server), requests(40), store)
+        assert len(server.asked) <= 3 + 8 + 4
+        assert len(store) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (403, message('your input was flagged for "violence"')),
+        (403, message("blocked by a guardrail")),
+        (400, message("This model's maximum context length is 8 tokens; max_tokens is 7")),
+        (413, b"request entity too large"),
+    ],
+)
+def test_a_row_at_fault_is_dropped_and_the_others_go_on(tmp_path, status, body):
+    def script(prompt, nth):
+        return (status, {}, body, 0) if int(prompt[1:]) % 3 == 1 else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        replies = ask(teacher(server, concurrency=1), requests(30), store)
+    assert [reply.finish_reason == "rejected" for reply in replies] == [False, True, False] * 10
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "remedy"),
+    [
+        (
+            400,
+            message("'max_tokens' is not supported. Use 'max_completion_tokens' instead."),
+            "--config.max_tokens_field=max_completion_tokens",
+        ),
+        (400, message("Unsupported value", param="temperature"), "--config.omit=top_p,temperature"),
+        (422, b'{"detail": [{"loc": ["body", "seed"], "type": "extra_forbidden"}]}', "=top_p,seed"),
+    ],
+)
+def test_a_field_that_the_model_does_not_take_is_answered_with_the_flag(
+    tmp_path, status, body, remedy
+):
+    with ScriptedServer(lambda prompt, nth: (status, {}, body, 0)) as server:
+        with open_store(tmp_path / "r.jsonl") as store, pytest.raises(UsageError, match=remedy):
+            ask(teacher(server, concurrency=1, omit="top_p"), requests(9), store)
+        assert server.asked == ["q0"]
+
+
+def test_the_fields_of_a_request_are_chosen(tmp_path):
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        chosen = teacher(server, omit="seed,top_p", max_tokens_field="max_completion_tokens")
+        with open_store(tmp_path / "r.jsonl") as store:
+            ask(chosen, requests(1), store)
+    sent = {"max_completion_tokens", "temperature", "model", "messages"}
+    assert server.bodies[0].keys() == sent
+    assert "seed" not in chosen.identity()
+
+
+def with_message(**fields):
+    body = json.loads(completion(None))
+    body["choices"][0]["message"] |= fields
+    return 200, {}, json.dumps(body).encode(), 0
+
+
+def test_answers_in_parts_and_reasoning_apart(tmp_path):
+    parts = [{"type": "text", "text": "Four"}, {"type": "text", "text": "."}]
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "2 + 2"}]}
+    replies = {
+        "q0": with_message(content=parts),
+        "q1": with_message(content=[thought, *parts]),
+        "q2": with_message(content="Four.", reasoning_content="2 + 2"),
+        "q3": with_message(content=None, reasoning="2 + 2"),
+        "q4": with_message(content=["Four", "."]),
+    }
+    path = tmp_path / "r.jsonl"
+    with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, open_store(path) as store:
+        assert ask(teacher(server), requests(5), store) == [
+            Reply("Four."),
+            Reply("Four.", reasoning="2 + 2"),
+            Reply("Four.", reasoning="2 + 2"),
+            Reply("", reasoning="2 + 2"),
+            Reply("Four."),
+        ]
+    assert path.read_text().count('"reasoning": "2 + 2"') == 3
+
+
+def test_a_date_to_wait_for(tmp_path):
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+
+    def script(prompt, nth):
+        return (429, {"retry-after": date}, message("slow"), 0) if nth == 0 else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        assert ask(teacher(server), requests(1), store) == answers(1)
+    assert server.at[1] - server.at[0] < 0.35  # at once: without the date it is 0.375 s or more
+
+
+def test_an_address_without_v1(tmp_path):
+    with ScriptedServer(lambda prompt, nth: (404, {}, b'{"detail": "Not Found"}', 0)) as server:
+        url = server.base_url.removesuffix("/v1")
+        asking = EndpointTeacher(EndpointSettings("m", url))
+        with open_store(tmp_path / "r.jsonl") as store:
+            with pytest.raises(UserError, match=rf"ends in /v1 \({url}/v1\)"):
+                ask(asking, requests(2), store)
+
+
 def test_nobody_listens(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
