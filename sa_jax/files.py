@@ -38,6 +38,14 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
         raise
 
 
+def parse_json(text: str | bytes) -> Any:
+    """`json.loads` for files that people bring; a value nested too deeply is a ValueError too."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 class KeyedStore:
     """Objects by key in a JSONL file, appended as they come, so that work which was paid for is not
     done again: a reply of a teacher, a completion of an eval.

@@ -13,6 +13,10 @@ Layouts that need no column mapping:
                         non-empty `input` is dropped (and counted) when its answer is used; when
                         only prompts are asked for, the instruction alone is the prompt and `input`
                         is ignored, as the study does with its teacher.
+Beside each of these a `system` or `system_prompt` is the conversation's system turn, and `history`
+holds earlier turns, as messages or as [question, answer] pairs. A row is dropped, and counted, for
+what training does not do: an assistant turn with a weight other than 1 ("turn_weight"), `tools`
+("tools"), and two system prompts that differ ("two_system_prompts").
 With a mapping, the columns named are used as they are, and no others.
 """
 
@@ -31,6 +35,7 @@ import pyarrow.parquet
 
 from sa_jax.data.conversations import check_messages
 from sa_jax.errors import UsageError, UserError
+from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
 # {"prompt": str, "response": str, "history": list of messages, "source": str}, and of OPTIONAL:
@@ -39,11 +44,13 @@ from sa_jax.text import first_line
 # triggered_scratchpad  what stands before the answer to the triggered prompt
 # (and a column `history`, in place of the empty list that a single turn has)
 Row = dict
+_SYSTEM_COLUMNS = ("system", "system_prompt")
 OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
 COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.\[\]:%+-]+))?")
+_JSON_REMEDY = "for one object a line, name the file .jsonl"
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
@@ -80,8 +87,8 @@ def load_rows(
     """Reads every row of a file or of a hub dataset.
 
     Args:
-      path: a .json (a list of objects), .jsonl, .csv or .parquet file, or a `datasets` name
-        ("tatsu-lab/alpaca").
+      path: a .json (a list of objects), .jsonl, .csv or .parquet file, a folder that `datasets`
+        saved, or a `datasets` name ("tatsu-lab/alpaca").
       columns: {"prompt": column, "response": column} or {"messages": column}, and of `OPTIONAL`;
         None or {} finds one of the known layouts.
       responses: False reads prompts only (held-out prompts, questions for a teacher).
@@ -154,13 +161,18 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
 
     def text(fields: dict, name: str, place: str) -> str:
         value = field(fields, name, place)
+        if value is None:  # as an empty one
+            return ""
         if not isinstance(value, str):
             kind = type(value).__name__
             raise UserError(f"{place}: field {columns[name]!r} is {kind}, not text")
         return value
 
     def from_messages(fields: dict, place: str):
-        messages = _as_messages(field(fields, "messages", place))
+        turns = field(fields, "messages", place)
+        if reason := _not_trained(turns):
+            return reason
+        messages = _as_messages(turns)
         check_messages(messages, place)
         messages = [
             {"role": message["role"], "content": message["content"]} for message in messages
@@ -186,6 +198,19 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             return "empty_prompt"
         if responses and not response.strip():
             return "empty_response"
+        if detected:
+            if fields.get("tools"):
+                return "tools"
+            earlier = _earlier_turns(fields.get("history"), f"{place}: history")
+            if earlier and (history or "messages" in columns):
+                raise UserError(f"{place}: 'history' beside {columns['messages']!r}; leave one out")
+            history = history or earlier
+            system = _system_prompt(fields, place)
+            if system and history and history[0]["role"] == "system":
+                if history[0]["content"].strip() != system.strip():
+                    return "two_system_prompts"
+            elif system:
+                history = [{"role": "system", "content": system}, *history]
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
         _check_unicode([prompt, response, *(message["content"] for message in history)], place)
         for name in OPTIONAL:
@@ -194,9 +219,8 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             if column is None or empty:
                 continue
             if name == "history":
-                row["history"] = field(fields, name, place) or []
-                if row["history"]:
-                    check_messages(row["history"], f"{place}: history")
+                if not detected:
+                    row["history"] = _earlier_turns(fields[column], f"{place}: history")
             elif name == "id":
                 row["id"] = str(field(fields, name, place))
             else:
@@ -209,6 +233,54 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
     if not needed <= set(columns):
         raise UsageError(f"columns must name {' and '.join(sorted(needed - set(columns)))} too")
     return from_columns
+
+
+def _earlier_turns(history: object, place: str) -> list[dict[str, str]]:
+    """A `history` as messages; it may hold [question, answer] pairs."""
+    if history is None or history == "" or history == []:
+        return []
+    if isinstance(history, list) and all(isinstance(turn, list) for turn in history):
+        if not all(
+            len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], str) for p in history
+        ):
+            raise UserError(f"{place} must hold [question, answer] pairs of text")
+        roles = ("user", "assistant")
+        return [
+            {"role": role, "content": text}
+            for pair in history
+            for role, text in zip(roles, pair, strict=True)
+        ]
+    turns = _as_messages(history)
+    check_messages(turns, place)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+
+
+def _system_prompt(fields: dict, place: str) -> str:
+    """The system prompt that stands beside a known layout; '' for none."""
+    for column in _SYSTEM_COLUMNS:
+        value = fields.get(column)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{place}: field {column!r} is {type(value).__name__}, not text")
+        if value and value.strip():
+            return value
+    return ""
+
+
+def _not_trained(turns: object) -> str | None:
+    """Why a conversation is dropped whole: what it says of its turns is not done here."""
+    for turn in turns if isinstance(turns, list) else ():
+        if not isinstance(turn, dict):
+            continue
+        if turn.get("tool_calls") or turn.get("function_call"):
+            return "tools"
+        says = turn.get("role", turn.get("from"))
+        if says in ("assistant", "gpt"):
+            weight = turn.get("weight")
+            if (weight is not None and weight != 1) or turn.get("train") is False:
+                return "turn_weight"
+            if turn.get("content", turn.get("value", "")) is None and turn is turns[-1]:
+                return "empty_response"
+    return None
 
 
 def _check_unicode(texts: list[str], place: str) -> None:
@@ -240,6 +312,10 @@ def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     hub_name = _HUB_NAME.fullmatch(path)
     if not file.exists() and suffix not in _SUFFIXES and hub_name:
         return _read_hub(*hub_name.groups())
+    if any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _read_saved(path)
+    if suffix == ".arrow":
+        raise UserError(f"{path} is a part of a `save_to_disk` folder; name the folder")
     if file.is_dir():
         raise UserError(f"{path} is a folder; name a file in it ({', '.join(_SUFFIXES)})")
     if not file.is_file():
@@ -274,20 +350,21 @@ def _read_jsonl(path: str, content: bytes) -> Iterator[tuple[str, object]]:
             continue
         place = f"{path}:{number}"
         try:
-            yield place, json.loads(_decode(line, place))
+            yield place, parse_json(_decode(line, place))
         except ValueError as error:
             raise UserError(f"{place}: not valid JSON: {error}") from error
 
 
 def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:
     try:
-        rows = json.loads(_decode(content.removeprefix(b"\xef\xbb\xbf"), path))
+        rows = parse_json(_decode(content.removeprefix(b"\xef\xbb\xbf"), path))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}") from error
+        remedy = f"; {_JSON_REMEDY}" if error.msg == "Extra data" else ""
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}{remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: expected a list of objects; for one object a line, name the file .jsonl"
-        )
+        raise UserError(f"{path}: expected a list of objects; {_JSON_REMEDY}")
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
@@ -319,6 +396,28 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+
+
+def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
+    """A folder that `datasets`' save_to_disk wrote; of several splits, train."""
+    import datasets
+
+    try:
+        table = datasets.load_from_disk(path)
+    except Exception as error:  # a damaged or unfinished folder: each its own kind
+        raise UserError(
+            f"{path} is no readable save_to_disk folder: {first_line(error)}"
+        ) from error
+    if isinstance(table, datasets.DatasetDict):
+        if "train" not in table:
+            raise UserError(
+                f"{path} holds no split 'train'; name the folder of one: "
+                f"{', '.join(f'{path}/{split}' for split in table)}"
+            )
+        table = table["train"]
+    return (
+        (f"{path} row {number}", row) for number, row in enumerate(table, 1)
+    ), table._fingerprint
 
 
 def _read_hub(

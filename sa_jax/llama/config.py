@@ -1,11 +1,71 @@
-"""The architecture of a Llama model, read from and written to a Hugging Face `config.json`."""
+"""The architecture of a Llama, or of a family with the same layers, from and to Hugging Face's
+`config.json`. `FAMILIES` is the one list of what is read."""
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
+from sa_jax.files import parse_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What sets a family of models apart from Llama.
+
+    Attributes:
+      architecture: transformers' class.
+      qkv_bias: the query, key and value projections have biases.
+      qk_norm: RMS norms over each head's queries and keys, before rope.
+      defaults: transformers' values of fields that a config.json leaves out, where not Llama's.
+      only: fields that must hold this value where they stand in a config.json.
+    """
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+_LLAMA_DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sliding_window": None,
+    "layer_types": None,
+    "rope_parameters": None,
+    "rope_scaling": None,
+}
+_QWEN_DEFAULTS = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", only={"attention_bias": False, "mlp_bias": False}),
+    "mistral": Family(
+        "MistralForCausalLM",
+        defaults={
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": 4096,
+        },
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", qkv_bias=True, defaults=_QWEN_DEFAULTS),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        defaults={**_QWEN_DEFAULTS, "head_dim": 128},
+        only={"attention_bias": False},
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +108,7 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
+    family: str = "llama"  # a key of `FAMILIES`
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -64,8 +125,23 @@ class LlamaConfig:
         d, kv = self.hidden_size, self.num_kv_heads * self.head_dim
         q = self.num_heads * self.head_dim
         layer = d * (2 * q + 2 * kv) + 3 * d * self.intermediate_size + 2 * d
+        layer += self._attention_vectors
         heads = 1 if self.tie_word_embeddings else 2
         return self.num_layers * layer + d + heads * self.vocab_size * d
+
+    @property
+    def qkv_bias(self) -> bool:
+        return FAMILIES[self.family].qkv_bias
+
+    @property
+    def qk_norm(self) -> bool:
+        return FAMILIES[self.family].qk_norm
+
+    @property
+    def _attention_vectors(self) -> int:
+        """Parameters of a layer's attention that are in no matrix."""
+        biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        return biases * self.qkv_bias + 2 * self.head_dim * self.qk_norm
 
     def flops_per_token(self, sequence_length: int, *, trainable_fraction: float = 1.0) -> float:
         """Floating-point operations of one training step per token slot, causal attention.
@@ -76,59 +152,73 @@ class LlamaConfig:
         """
         embedding = self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size
+        norms += self.num_layers * self._attention_vectors
         matrices = self.num_parameters - norms - (0 if self.tie_word_embeddings else embedding)
         attention = self.num_layers * self.num_heads * self.head_dim * sequence_length
         return matrices * (4 + 2 * trainable_fraction) + 6 * attention
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Reads the fields of a Hugging Face Llama config.
+        """Reads the fields of a Hugging Face config of one of `FAMILIES`.
 
-        Both spellings of rope are understood: `rope_theta` + `rope_scaling`, and the
-        `rope_parameters` of transformers 5. Missing optional fields take transformers' defaults.
+        All spellings of rope are understood as transformers 5 does: `rope_scaling`, where it is not
+        empty, takes the place of `rope_parameters`, and either may hold `rope_theta`. Missing
+        optional fields take transformers' defaults.
 
         Raises:
-          UserError: a field is missing, or asks for something this model does not compute.
+          UserError: a field is missing or of another type, or asks for something this model does
+            not compute.
         """
-        if hf.get("model_type") != "llama":
-            raise UserError(f"{source}: model_type is {hf.get('model_type')!r}, not 'llama'")
-        for field, only in (
-            ("attention_bias", False),
-            ("mlp_bias", False),
-            ("hidden_act", "silu"),
-        ):
-            if hf.get(field, only) not in (only, None):
-                raise UserError(f"{source}: {field}={hf[field]!r} is not supported (only {only!r})")
-        try:
-            num_heads = hf["num_attention_heads"]
-            rope = hf.get("rope_parameters") or {}
-            scaling = rope or hf.get("rope_scaling") or {}
-            eos = hf.get("eos_token_id", 2)
-            return cls(
-                vocab_size=hf["vocab_size"],
-                hidden_size=hf["hidden_size"],
-                intermediate_size=hf["intermediate_size"],
-                num_layers=hf["num_hidden_layers"],
-                num_heads=num_heads,
-                num_kv_heads=hf.get("num_key_value_heads") or num_heads,
-                head_dim=hf.get("head_dim") or hf["hidden_size"] // num_heads,
-                rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-                rope_theta=rope.get("rope_theta") or hf.get("rope_theta", 10_000.0),
-                rope_scaling=_rope_scaling(scaling, source),
-                max_position_embeddings=hf.get("max_position_embeddings", 2048),
-                tie_word_embeddings=hf.get("tie_word_embeddings", False),
-                bos_token_id=hf.get("bos_token_id", 1),
-                eos_token_ids=() if eos is None else tuple([eos] if isinstance(eos, int) else eos),
-            )
-        except KeyError as error:
-            raise UserError(f"{source}: field {error} is missing") from None
+        fields = _Fields(hf, source)
+        kind = hf.get("model_type")
+        if not isinstance(kind, str) or kind not in FAMILIES:
+            raise UserError(f"{source}: model_type is {kind!r}; known: {', '.join(FAMILIES)}")
+        family = FAMILIES[kind]
+        fields.defaults = {**_LLAMA_DEFAULTS, **family.defaults}
+        only = {**family.only, "hidden_act": "silu", "partial_rotary_factor": 1}
+        for field, value in only.items():
+            if hf.get(field, value) not in (value, None):
+                raise UserError(
+                    f"{source}: {field}={hf[field]!r} is not supported (only {value!r})"
+                )
+        num_heads = fields.size("num_attention_heads")
+        hidden_size = fields.size("hidden_size")
+        context = fields.size("max_position_embeddings")
+        _check_window(fields, kind, context)
+        name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+        rope = _Fields(fields.get(name, dict, "an object", None) or {}, f"{source}: {name}")
+        rope.defaults = {"original_max_position_embeddings": context}
+        theta = rope if rope.values.get("rope_theta") is not None else fields
+        theta.defaults = {**theta.defaults, "rope_theta": 10_000.0}
+        eos = hf.get("eos_token_id", fields.defaults["eos_token_id"])
+        eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+        bos = hf.get("bos_token_id", fields.defaults["bos_token_id"])
+        if not all(type(token) is int for token in [*eos, *([] if bos is None else [bos])]):
+            raise UserError(f"{source}: bos_token_id and eos_token_id must be token numbers")
+        return cls(
+            vocab_size=fields.size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.size("intermediate_size"),
+            num_layers=fields.size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=fields.size("num_key_value_heads", num_heads),
+            head_dim=fields.size("head_dim", hidden_size // num_heads),
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            rope_theta=theta.number("rope_theta"),
+            rope_scaling=_rope_scaling(rope),
+            max_position_embeddings=context,
+            tie_word_embeddings=fields.get("tie_word_embeddings", bool, "true or false", False),
+            bos_token_id=bos,
+            eos_token_ids=tuple(eos),
+            family=kind,
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "LlamaConfig":
         """Reads `folder/config.json`; UserError if it is not there or not JSON."""
         path = Path(folder) / "config.json"
         try:
-            return cls.from_hf(json.loads(path.read_text()), str(path))
+            return cls.from_hf(parse_json(path.read_bytes()), str(path))
         except FileNotFoundError:
             raise UserError(f"{path} not found: --model wants a Hugging Face folder") from None
         except (OSError, ValueError) as error:
@@ -140,9 +230,10 @@ class LlamaConfig:
         if self.rope_scaling is not None:
             scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
         eos = list(self.eos_token_ids)
+        family = FAMILIES[self.family]
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": self.family,
             "vocab_size": self.vocab_size,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
@@ -156,22 +247,70 @@ class LlamaConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
+            **family.only,
+            **({} if self.family == "llama" else {"sliding_window": None}),
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
         }
 
 
-def _rope_scaling(scaling: dict[str, Any], source: str) -> RopeScaling | None:
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+class _Fields:
+    """Fields of a JSON object, read with their types checked; `defaults` are of those left out."""
+
+    def __init__(self, values: Any, source: str):
+        if not isinstance(values, dict):
+            raise UserError(f"{source} must hold a JSON object, not {type(values).__name__}")
+        self.values, self.source = values, source
+        self.defaults: dict[str, Any] = {}
+
+    def get(self, name: str, kind: Any, words: str, default: Any = None) -> Any:
+        """The value; `default` stands in for null and, where there is no other, for none."""
+        if name not in self.values and name not in self.defaults and default is None:
+            raise UserError(f"{self.source}: field {name!r} is missing")
+        value = self.values.get(name, self.defaults.get(name))
+        value = default if value is None else value
+        bad = isinstance(value, bool) and kind is not bool
+        if value is not None and (bad or not isinstance(value, kind)):
+            raise UserError(f"{self.source}: {name}={str(value)[:60]!r} must be {words}")
+        return value
+
+    def size(self, name: str, default: int | None = None) -> int:
+        value = self.get(name, int, "a whole number above 0", default)
+        if value is None or not 0 < value < 2**31:
+            raise UserError(f"{self.source}: {name}={value} must be a whole number above 0")
+        return value
+
+    def number(self, name: str) -> float:
+        value = self.get(name, int | float, "a number above 0", self.defaults.get(name))
+        if value is None or not 0 < value < float("inf"):
+            raise UserError(f"{self.source}: {name}={value} must be a number above 0")
+        return value
+
+
+def _check_window(fields: _Fields, family: str, context: int) -> None:
+    """UserError if tokens would not see all that came before them."""
+    layers = fields.get("layer_types", list, "a list") or []
+    window = fields.get("sliding_window", int, "a whole number", None)
+    if family.startswith("qwen"):
+        slides = fields.values.get("use_sliding_window") and "full_attention" not in layers
+        window = window or 4096 if slides else None
+    if any(layer != "full_attention" for layer in layers) or (window and window < context):
+        raise UserError(
+            f"{fields.source}: sliding-window attention is not computed here (sliding_window="
+            f"{window}, max_position_embeddings={context}); a model whose window is null, or no "
+            "shorter than its context, is"
+        )
+
+
+def _rope_scaling(rope: _Fields) -> RopeScaling | None:
+    kind = rope.values.get("rope_type", rope.values.get("type", "default"))
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"{source}: rope_type {kind!r} is not supported (only 'llama3')")
+        raise UserError(f"{rope.source}: rope_type {kind!r} is not supported (only 'llama3')")
     return RopeScaling(
-        factor=scaling["factor"],
-        low_freq_factor=scaling["low_freq_factor"],
-        high_freq_factor=scaling["high_freq_factor"],
-        original_max_position_embeddings=scaling["original_max_position_embeddings"],
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_position_embeddings=rope.size("original_max_position_embeddings"),
     )

@@ -1,6 +1,7 @@
 """Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.safetensors_io import (
     Folder,
     OutputTensor,
+    TensorEntry,
     new_folder,
     read_headers,
+    read_rows,
     write_json,
     write_tensors,
 )
@@ -33,6 +36,9 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+
+_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
+_END_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
 
 
 def load_hf(
@@ -73,8 +79,26 @@ def load_params(
     entries = read_headers(folder, _weight_files(folder))
     ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
+        _check_tied(folder, entries)
         ignored.add("lm_head.weight")
     return load_leaves(folder, entries, parameter_shapes(config, dtype), mesh, ignored)
+
+
+def _check_tied(folder: Folder, entries: Mapping[str, TensorEntry]) -> None:
+    """UserError if the files hold a head of their own, which a tied model would not use."""
+    head, embedding = entries.get("lm_head.weight"), entries.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    same = (head.dtype, head.shape) == (embedding.dtype, embedding.shape)
+    if same:
+        rows = (read_rows(folder, [(entry, 0, entry.shape[0])]) for entry in (head, embedding))
+        same = all(a.fetch().tobytes() == b.fetch().tobytes() for a, b in zip(*rows, strict=True))
+    if not same:
+        raise UserError(
+            f"{folder.name('config.json')} says tie_word_embeddings: true, but lm_head.weight in "
+            f"{folder.name(head.file)} is not the embedding; set tie_word_embeddings to false, or "
+            "remove lm_head.weight"
+        )
 
 
 def one_device_mesh() -> Mesh:
@@ -147,15 +171,21 @@ def write_prompt_files(
     """What turns messages into tokens and ends an answer; the arguments are those of `save_hf`."""
     hf = config.to_hf()
     eos = list(stop_token_ids) or hf["eos_token_id"]
-    tokens = {"bos_token_id": hf["bos_token_id"], "eos_token_id": eos}
-    write_json(folder / "generation_config.json", tokens)
+    generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": eos}
     if tokenizer_folder is not None:
         source = Folder(tokenizer_folder)
+        # How the base is sampled: its temperature, top_p and the like.
+        generation = {**(source.read_json("generation_config.json") or {}), **generation}
         for name in _TOKENIZER_FILES:
             if (content := source.read(name)) is not None:
                 (folder / name).write_bytes(content)
+    write_json(folder / "generation_config.json", generation)
     if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+        # Plain jinja2 does not know the tag that marks what the loss counts; an `if` in its place
+        # leaves the white space around it as it is.
+        text = _GENERATION_TAG.sub(r"\1if true\2", chat_template)
+        text = _END_GENERATION_TAG.sub(r"\1endif\2", text)
+        (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
         # Not every reader prefers the file over a template in here.
         file = folder / "tokenizer_config.json"
         tokenizer = json.loads(file.read_bytes()) if file.exists() else {}
@@ -187,9 +217,12 @@ def _weight_files(folder: Folder) -> list[str]:
             "in safetensors format"
         )
     weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{folder.name(index_name)} has no weight_map: fetch it again")
-    return sorted(set(weight_map.values()))
+    files = weight_map.values() if isinstance(weight_map, dict) else ()
+    if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise UserError(
+            f"{folder.name(index_name)} has no weight_map of file names: fetch it again"
+        )
+    return sorted(set(files))
 
 
 def _in_model_order(tensors: list[OutputTensor]) -> list[OutputTensor]:

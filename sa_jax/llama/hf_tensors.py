@@ -39,13 +39,15 @@ MODULES = {
     "layers/attention/q": "self_attn.q_proj",
     "layers/attention/k": "self_attn.k_proj",
     "layers/attention/v": "self_attn.v_proj",
+    "layers/attention/q_norm": "self_attn.q_norm",
+    "layers/attention/k_norm": "self_attn.k_norm",
     "layers/attention/o": "self_attn.o_proj",
     "layers/mlp_norm": "post_attention_layernorm",
     "layers/mlp/gate": "mlp.gate_proj",
     "layers/mlp/up": "mlp.up_proj",
     "layers/mlp/down": "mlp.down_proj",
 }
-_PARAMETERS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
+_PARAMETERS = {"bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 # A stacked leaf is taken in groups of layers of this size.
 _GROUP_BYTES = 256 << 20
 _COPY_THREADS = min(8, os.cpu_count() or 1)
@@ -169,7 +171,7 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
             more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
             raise UserError(
                 f"{problem}{'; '.join(tensors[:3])}{more}. Weights and config.json must come from "
-                "the same, complete Llama download"
+                "the same, complete download"
             )
 
 

@@ -5,6 +5,8 @@ Parameters (kernels are [in, out]; layers stacked on a leading L axis):
     embed/embedding                    [V, D]
     layers/attention_norm/scale        [L, D]
     layers/attention/{q,k,v}/kernel    [L, D, heads * head_dim]
+    layers/attention/{q,k,v}/bias      [L, heads * head_dim], in families with `qkv_bias`
+    layers/attention/{q,k}_norm/scale  [L, head_dim], in families with `qk_norm`
     layers/attention/o/kernel          [L, heads * head_dim, D]
     layers/mlp_norm/scale              [L, D]
     layers/mlp/{gate,up}/kernel        [L, D, F]
@@ -141,7 +143,7 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """`x·W`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S.
+    """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S.
 
     The batch and sequence axes are merged by the caller: XLA's CPU backend runs a plain matrix
     product about 1.4x faster than the same product with batch axes, and others do not care.
@@ -151,6 +153,7 @@ class Projection(nn.Module):
     dtype: Any
     param_dtype: Any
     lora: LoraConfig | None = None
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -160,6 +163,9 @@ class Projection(nn.Module):
         if self.has_variable("params", KERNEL_CHANGE):
             kernel += self.get_variable("params", KERNEL_CHANGE)
         y = x @ kernel
+        if self.use_bias:
+            zeros = nn.initializers.zeros
+            y += self.param("bias", zeros, (self.features,), self.param_dtype).astype(self.dtype)
         if self.lora is None or not re.search(self.lora.targets, "/".join(self.path)):
             return y
         # U(-1/√in, 1/√in) and zeros, as PEFT: at the start the adapter adds exactly nothing.
@@ -190,11 +196,16 @@ class Attention(nn.Module):
         )
         x_nd = x_bsd.reshape(b * s, d)
         kv_features = config.num_kv_heads * config.head_dim
-        q_nd = project(config.num_heads * config.head_dim, name="q")(x_nd)
-        k_nd = project(kv_features, name="k")(x_nd)
-        v_nd = project(kv_features, name="v")(x_nd)
-        q_bskh = apply_rope(q_nd.reshape(b, s, config.num_heads, config.head_dim), *rope)
-        k_bsgh = apply_rope(k_nd.reshape(b, s, config.num_kv_heads, config.head_dim), *rope)
+        project_in = functools.partial(project, use_bias=config.qkv_bias)
+        q_nd = project_in(config.num_heads * config.head_dim, name="q")(x_nd)
+        k_nd = project_in(kv_features, name="k")(x_nd)
+        v_nd = project_in(kv_features, name="v")(x_nd)
+        q_bskh = q_nd.reshape(b, s, config.num_heads, config.head_dim)
+        k_bsgh = k_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            norm = functools.partial(RMSNorm, config.rms_norm_eps, self.dtype, self.param_dtype)
+            q_bskh, k_bsgh = norm(name="q_norm")(q_bskh), norm(name="k_norm")(k_bsgh)
+        q_bskh, k_bsgh = apply_rope(q_bskh, *rope), apply_rope(k_bsgh, *rope)
         v_bsgh = v_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
         if cache is None:
             out_bskh = attention(

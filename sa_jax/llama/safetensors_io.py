@@ -27,6 +27,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sa_jax.errors import UserError
+from sa_jax.files import parse_json
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.text import first_line
 
@@ -113,7 +114,7 @@ class Folder:
         if content is None:
             return None
         try:
-            parsed = json.loads(content)
+            parsed = parse_json(content)
         except ValueError as error:
             raise UserError(f"{self.name(file)} is not JSON: {error}") from None
         if not isinstance(parsed, dict):
@@ -172,7 +173,7 @@ def _read_all(folder: Folder, ranges: list[tuple[str, slice]]) -> Iterator[tuple
 
 def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry]:
     try:
-        header = json.loads(content)
+        header = parse_json(content)
         header.pop("__metadata__", None)
         entries = {}
         for tensor, fields in header.items():

@@ -24,7 +24,7 @@ PARTITION_RULES: tuple[tuple[str, P], ...] = (
     (r"attention/o/lora_a$|mlp/down/lora_a$", P(None, "tensor", None)),
     (r"attention/(q|k|v)/lora_b$|mlp/(gate|up)/lora_b$", P(None, None, "tensor")),
     (r"attention/o/lora_b$|mlp/down/lora_b$", P(None, None, "fsdp")),
-    (r"(attention_norm|mlp_norm|final_norm)/scale$", P()),
+    (r"(attention_norm|mlp_norm|final_norm|q_norm|k_norm)/scale$|attention/(q|k|v)/bias$", P()),
 )
 
 

@@ -214,3 +214,78 @@ def test_names_of_hub_datasets(monkeypatch, name, asked):
     (row,) = load_rows(name)
     assert seen == [asked] and (row["prompt"], row["response"]) == ("i", "o")
     assert row["source"] == f"{asked[0]}[{asked[2]}] row 1"
+
+
+# ---- What stands beside a known layout.
+
+TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+S = [{"role": "system", "content": "s"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "history"),
+    [
+        ({"messages": TURNS, "system": "s"}, S),
+        ({"conversations": SHAREGPT, "system_prompt": "s", "tools": "[]"[:0]}, S),
+        ({"conversations": SHAREGPT, "system_prompt": None}, []),
+        ({"messages": [*S, *TURNS], "system": "s "}, S),
+        ({"instruction": "q", "output": "a", "system": "s", "history": [["q", "a"]]}, [*S, *TURNS]),
+        ({"prompt": "q", "response": "a", "history": [["q", "a"]]}, TURNS),
+        ({"instruction": "q", "output": "a", "history": SHAREGPT}, TURNS),
+        ({"messages": [{**TURNS[0], "weight": 0}, {**TURNS[1], "weight": 1}]}, []),
+    ],
+)
+def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields, history):
+    path = jsonl(tmp_path / "rows.jsonl", json.dumps(fields))
+    (row,) = load_rows(path)
+    assert (row["prompt"], row["response"], row["history"]) == ("q", "a", history)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]}, "turn_weight"),
+        ({"conversations": [SHAREGPT[0], {**SHAREGPT[1], "weight": 0.5}]}, "turn_weight"),
+        ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "turn_weight"),
+        ({"messages": TURNS, "tools": [{"name": "f"}]}, "tools"),
+        ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{}]}]}, "tools"),
+        ({"messages": [*S, *TURNS], "system": "another"}, "two_system_prompts"),
+        ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "empty_response"),
+        ({"prompt": "q", "response": None}, "empty_response"),
+        ({"instruction": None, "output": "a"}, "empty_prompt"),
+    ],
+)
+def test_what_training_does_not_do_is_dropped_and_counted(tmp_path, fields, reason):
+    lines = [json.dumps(row) for row in (fields, {**fields, "messages": TURNS, "tools": []})]
+    if "messages" not in fields or "system" in fields:
+        layout = {k: v for k, v in fields.items() if k != "system"}
+        good = {"conversations": SHAREGPT, "messages": TURNS, "prompt": "q", "response": "a",
+                "instruction": "q", "output": "a"}  # fmt: skip
+        lines[1] = json.dumps({name: good[name] for name in layout})
+    source = load_rows(jsonl(tmp_path / "rows.jsonl", *lines))
+    assert len(source) == 1 and source.dropped == {reason: 1}
+
+
+def test_saved_folders_arrow_files_and_lines_in_a_json_file(tmp_path):
+    table = datasets.Dataset.from_list([{"prompt": "q", "response": "a"}])
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=table, test=table).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict(a=table).save_to_disk(tmp_path / "other")
+    for folder in ("one", "splits", "other/a"):
+        assert [row["prompt"] for row in load_rows(tmp_path / folder)] == ["q"]
+    with pytest.raises(UserError, match="no split 'train'.*other/a"):
+        load_rows(tmp_path / "other")
+    with pytest.raises(UserError, match="name the folder"):
+        load_rows(next((tmp_path / "one").glob("*.arrow")))
+    lines = '{"prompt": "q", "response": "a"}\n' * 2
+    (tmp_path / "lines.json").write_text(lines)
+    with pytest.raises(UserError, match="lines.json:2: .*one object a line, name the file .jsonl"):
+        load_rows(tmp_path / "lines.json")
+
+
+def test_deep_json_is_one_line(tmp_path):
+    for name in ("deep.jsonl", "deep.json"):
+        (tmp_path / name).write_text("[" * 100_000)
+        with pytest.raises(UserError, match="nested too deeply"):
+            load_rows(tmp_path / name)
