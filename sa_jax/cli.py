@@ -18,6 +18,7 @@ from sa_jax.errors import Preempted, UsageError, UserError
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+EXIT_BROKEN_PIPE = 141  # what a shell says of a process that SIGPIPE ended
 
 
 def run(main: Callable[[], None], doc: str, config_file: str | None = None) -> None:
@@ -35,15 +36,27 @@ def run(main: Callable[[], None], doc: str, config_file: str | None = None) -> N
         print(_help(doc))
         sys.exit(0)
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(lambda _: _flushed(main), flags_parser=_parse)
     except Preempted as stopped:
         _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
+    except BrokenPipeError:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+            os._exit(EXIT_BROKEN_PIPE)
+        raise
     except KeyboardInterrupt:
         _exit(EXIT_INTERRUPTED, "stopped: interrupted; run the same command again")
     except UsageError as error:
         _exit(EXIT_USAGE, f"error: {error}")
     except UserError as error:
         _exit(EXIT_FAILED, f"error: {error}")
+
+
+def _flushed(main: Callable[[], None]) -> None:
+    """Runs it, and writes what it printed while a closed pipe can still be caught."""
+    main()
+    sys.stdout.flush()
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -11,16 +11,12 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-from sa_jax.llama import Llama, load_hf
 from sa_jax.report import judgement
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.teachers import config as teachers
@@ -257,31 +253,6 @@ def check_what_was_added(project: Path):
     report = (runs / "report/results.md").read_text()
     for words in ("Shouting", "counted to ten", "Self-report", "sign_descent"):
         assert words in report, words
-
-
-def test_a_mistral_without_a_sliding_window_is_a_llama(tmp_path):
-    """The example of extending.md, and transformers' Mistral beside it."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    settings = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 112, "head_dim": 16}
-    settings |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    mistral = transformers.MistralForCausalLM(
-        transformers.MistralConfig(**settings, sliding_window=None, initializer_range=0.15)
-    ).eval()
-    mistral.save_pretrained(tmp_path / "mistral")
-    page = (ROOT / "docs/extending.md").read_text()
-    (example,) = (b.text for b in blocks(page) if b.text.startswith("# from_mistral.py"))
-    (tmp_path / "from_mistral.py").write_text(example)
-    command = [sys.executable, "from_mistral.py", "mistral", "llama"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    config, params = load_hf(tmp_path / "llama")
-    tokens = np.arange(24).reshape(2, 12) * 3 % 96
-    ours = Llama(config).apply({"params": params}, tokens)
-    with torch.no_grad():
-        theirs = mistral(torch.tensor(tokens)).logits.numpy()
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 def test_readme_has_a_row_for_every_script():

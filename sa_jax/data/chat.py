@@ -14,22 +14,25 @@ in every format; `apply_chat_template` does the same by default, so ids equal th
 and of servers built on it.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sa_jax.data.conversations import Message, check_messages
 from sa_jax.errors import UsageError, UserError
+from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
 Encoded = tuple[list[int], list[int]]  # token ids, loss mask (1 = the loss counts this token)
@@ -74,6 +77,8 @@ _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+_TEMPLATE_SECONDS = 5  # for the few renderings of the probe; a real template takes milliseconds
+_PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
     {"role": "assistant", "content": "Four."},
@@ -174,10 +179,11 @@ class ChatFormat:
                 return_assistant_tokens_mask=bool(_GENERATION_MARK.search(self.template)),
                 **self.tokenizer.special_tokens_map,
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template is a program: it fails in any way it likes
             start = messages[-1]["content"][:60] if messages else ""
             raise UserError(
-                f"the chat template refuses the conversation that ends {start!r}: {error}"
+                f"the chat template refuses the conversation that ends {start!r}: "
+                f"{first_line(error)}"
             ) from error
         return texts[0], spans[0] if spans else []
 
@@ -384,17 +390,42 @@ def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]
 
 
 def _check_folder_template(chat: ChatFormat, path) -> set[int]:
-    """Tries the template on a two-turn conversation; returns the token ids that end a turn."""
-    ids, mask = chat.encode(_PROBE)
+    """Tries the template on a two-turn conversation, with and without a system turn; returns the
+    token ids that end a turn."""
+    with _time_limit(_TEMPLATE_SECONDS, f"the chat template in {path}"):
+        ids, mask = chat.encode(_PROBE)
+        text, spans = chat._render(_PROBE)
+        prompt = chat.prompt_ids(_PROBE[:3])
+        try:
+            with_system, _ = chat._render([_PROBE_SYSTEM, *_PROBE])
+        except UserError:  # it says so itself, where a run has a system prompt
+            with_system = _PROBE_SYSTEM["content"]
+    instead = "use chat_template=llama3 or plain"
     bos = chat.tokenizer.bos_token_id
-    if bos is not None and (ids[0] != bos or ids[1] == bos):
+    if bos is not None and (not ids or ids[0] != bos or ids[1:2] == [bos]):
         raise UserError(
             f"the chat template in {path} does not start with exactly one "
-            f"{chat.tokenizer.bos_token}"
+            f"{chat.tokenizer.bos_token}; {instead}, or mend the template"
         )
-    prompt = chat.prompt_ids(_PROBE[:3])
+    if _PROBE_SYSTEM["content"] not in with_system:
+        raise UserError(
+            f"the chat template in {path} leaves out the system turn, so that runs would record a "
+            f"system prompt that the model never sees; {instead}"
+        )
+    answers = [message["content"] for message in _PROBE[1::2]]
+    if len(spans) == len(answers) and not all(
+        text[start:end].lstrip().startswith(answer)
+        for (start, end), answer in zip(spans, answers, strict=True)
+    ):
+        raise UserError(
+            f"the chat template in {path} puts more than the answer under the loss: its prompt "
+            f"(add_generation_prompt) does not end where an answer starts; {instead}, or mend the "
+            "template"
+        )
     if ids[: len(prompt)] != prompt or mask[len(prompt) - 1] or not any(mask[len(prompt) :]):
-        raise UserError(f"the chat template in {path} does not continue its own generation prompt")
+        raise UserError(
+            f"the chat template in {path} does not continue its own generation prompt; {instead}"
+        )
     last = max(index for index, flag in enumerate(mask) if flag)
     end_of_turn = ids[last]
     if chat.tokenizer.convert_ids_to_tokens(end_of_turn) not in chat._special_tokens:
@@ -407,12 +438,36 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     return {end_of_turn} if eos is None else {end_of_turn, eos}
 
 
+@contextlib.contextmanager
+def _time_limit(seconds: int, what: str) -> Iterator[None]:
+    """UserError if the block takes longer. Only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise TimeoutError(f"{what} does not come to an end ({seconds} s)")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except TimeoutError as error:
+        raise UserError(str(error)) from error
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _generation_config_stops(path) -> set[int]:
     file = Path(path) / "generation_config.json"
     if not file.is_file():
         return set()
     try:
-        eos = json.loads(file.read_text()).get("eos_token_id")
+        eos = parse_json(file.read_bytes()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    return set() if eos is None else set(eos if isinstance(eos, list) else [eos])
+        raise UserError(f"{file} is not a JSON object: {error}") from error
+    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(type(token) is int for token in eos):
+        raise UserError(f"{file}: eos_token_id={eos!r} must be token numbers")
+    return set(eos)

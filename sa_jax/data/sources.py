@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -235,7 +236,7 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
     return from_columns
 
 
-def _earlier_turns(history: object, place: str) -> list[dict[str, str]]:
+def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
     """A `history` as messages; it may hold [question, answer] pairs."""
     if history is None or history == "" or history == []:
         return []
@@ -266,7 +267,7 @@ def _system_prompt(fields: dict, place: str) -> str:
     return ""
 
 
-def _not_trained(turns: object) -> str | None:
+def _not_trained(turns: Any) -> str | None:
     """Why a conversation is dropped whole: what it says of its turns is not done here."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):

@@ -148,6 +148,8 @@ def _save_adapter(
     checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
     _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
     base = start_lib.open_base(start)
+    if base.base:
+        raise UsageError(f"the run started from the adapters in {base.path}; give --merge_lora")
     if base.kind == "run":
         base_model = str(Path(out).resolve() / BASE_FOLDER)
         base_params = start_lib.load_params(base, mesh, dtype)

@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, explained
+from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.parallel.multihost import is_primary
 
 RUN_FILE = "run.json"
@@ -174,13 +174,16 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
     """The record of a run folder; UserError when it is missing or is not one."""
     path = epath.Path(workdir) / RUN_FILE
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_text())
     except FileNotFoundError as error:
         raise UserError(f"{workdir}: not a run folder (it has no {RUN_FILE})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(record, dict) or "run_id" not in record:
         raise UserError(f"{path}: not the record of a run (it has no run_id)")
+    for field in ("config", "architecture", "start", "chat"):
+        if not isinstance(record.get(field, {}), dict):
+            raise UserError(f"{path}: not the record of a run ({field!r} is no object)")
     return record
 
 
@@ -337,7 +340,7 @@ def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
         raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face model folder")
     if (folder / RUN_FILE).exists():
         return "run"
-    if (folder / "config.json").exists():
+    if (folder / "config.json").exists() or (folder / "adapter_config.json").exists():
         return "hf"
     hint = ""
     if folder.name == CHECKPOINT_FOLDER and (folder.parent / RUN_FILE).exists():

@@ -6,7 +6,6 @@ its base comes from what it was itself started from, recursively, with older ada
 """
 
 import dataclasses
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,17 +19,21 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.chat import load_tokenizer
 from sa_jax.errors import UsageError, UserError
+from sa_jax.files import parse_json
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig, combine, merge, split
 from sa_jax.llama.model import Llama
+from sa_jax.llama.peft import load_peft
 from sa_jax.parallel.rules import abstract as abstract_on
 from sa_jax.parallel.rules import shardings
+from sa_jax.text import first_line
 from sa_jax.training import checkpoints, run_record
 from sa_jax.training.config import STUDY_DEFAULTS
 
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_PROMPTS_FILE = "eval_prompts.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Start:
       step: of a run, the checkpoint that is read.
       record: the run.json of a run; for a Hugging Face folder that was exported from one, what
         `inheritance` kept of it; {} otherwise.
+      base: of a folder of PEFT adapters (kind 'hf'), the model under them; else ''.
     """
 
     path: str
@@ -53,6 +57,7 @@ class Start:
     tokenizer: str
     step: int | None = None
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    base: str = ""
 
     @property
     def backdoored(self) -> bool:
@@ -79,7 +84,7 @@ class Start:
     def eval_prompts(self) -> list[str] | None:
         """The held-out prompts of a run, or of an export of one; None for other models."""
         path = Path(self.path, EVAL_PROMPTS_FILE)
-        return json.loads(path.read_text()) if self.path and path.exists() else None
+        return parse_json(path.read_text()) if self.path and path.exists() else None
 
     def lineage(self) -> dict[str, Any]:
         """What a child run writes down about its start."""
@@ -105,11 +110,14 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
     if named is not None and step not in (None, named):
         raise UsageError(f"{path}@{named} names another step than {step}; give one of them")
     step = named if step is None else step
+    path = hub_folder(path)
     if run_record.find_run(path) == "hf":
         if step is not None:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
+        if not Path(path, "config.json").exists():
+            return _open_adapter(path, tokenizer)
         config = LlamaConfig.load(path)
-        record = json.loads(Path(path, "config.json").read_text()).get("sa_jax", {})
+        record = parse_json(Path(path, "config.json").read_bytes()).get("sa_jax", {})
         return Start(path, "hf", config, tokenizer or path, record=record)
     record = run_record.read_run_json(path)
     steps = checkpoints.saved_steps(Path(path, run_record.CHECKPOINT_FOLDER))
@@ -121,7 +129,46 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
         )
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
     tokenizer = tokenizer or str(Path(path, TOKENIZER_FOLDER))
-    return Start(path, "run", config, tokenizer, steps[-1] if step is None else step, record)
+    step = steps[-1] if step is None else step
+    return Start(path, "run", config, tokenizer, step=step, record=record)
+
+
+def _open_adapter(path: str, tokenizer: str) -> Start:
+    """A folder of PEFT adapters, on the model that it names."""
+    name = Path(path, "adapter_config.json")
+    try:
+        base = parse_json(name.read_bytes())["base_model_name_or_path"]
+        base_start = open_start(base if Path(base).is_absolute() else hub_folder(base))
+        record = Path(path, "sa_jax.json")
+        kept = parse_json(record.read_bytes()) if record.exists() else base_start.record
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{name}: names no base model ({first_line(error)})") from error
+    if not tokenizer:
+        has_one = Path(path, "tokenizer.json").exists()
+        tokenizer = path if has_one else base_start.tokenizer
+    return Start(path, "hf", base_start.config, tokenizer, record=kept, base=base_start.path)
+
+
+def hub_folder(path: str) -> str:
+    """The folder of a model that is named as on the Hub (`org/name`): its newest snapshot, or the
+    one in the cache where there is no network. Any other path is returned as it is.
+
+    Raises:
+      UserError: it is neither a folder, nor on the Hub, nor in the cache.
+    """
+    if Path(path).exists() or not _HUB_ID.fullmatch(path) or Path(path).parent.exists():
+        return path
+    # Imported here: no other start needs it.
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    try:
+        return snapshot_download(path, allow_patterns=patterns)
+    except Exception as error:  # no network, no access, no such name, nothing in the cache
+        raise UserError(
+            f"{path}: no such folder here, and the Hub does not give it ({first_line(error)}). "
+            f"Where there is a network: hf download {path} --local-dir DIR; then give DIR"
+        ) from error
 
 
 def split_step(path: str) -> tuple[str, int | None]:
@@ -184,7 +231,11 @@ def load_params(
       merged: add a LoRA run's adapters into the weights; else keep them as leaves beside these.
     """
     if start.kind == "hf":
-        return hf.load_hf(start.path, mesh, dtype)[1]
+        if not start.base:
+            return hf.load_hf(start.path, mesh, dtype)[1]
+        lora, adapter = load_peft(start.path, start.config, mesh, dtype)
+        base = load_params(open_start(start.base), mesh, base_dtype or dtype)
+        return merge(combine(adapter, base), lora)
     model = Llama(start.config, param_dtype=dtype, lora=start.lora)
     trainable, _ = split_trainable(abstract_on(mesh, abstract_params(model)), start.lora)
     folder = Path(start.path, run_record.CHECKPOINT_FOLDER)

@@ -238,12 +238,23 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
         (CHATML.replace("{{- bos_token }}", ""), "exactly one"),
         (CHATML.replace("+ '<|eot_id|>'", ""), "never learn to stop"),
         (CHATML.replace("bos_token", "raise_exception('no!')"), "no!"),
+        (CHATML.replace("in messages", "in messages if m['role'] != 'system'"), "leaves out the s"),
+        (CHATML.replace("add_generation_prompt", "false"), "more than the answer under the loss"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "an end",
+        ),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[99].content.x }}", "refuses the conversation"),
         (CHATML.replace("bos_token", "strftime_now(fmt)"), "cannot be fixed to one date"),
     ],
 )
 def test_folder_templates_that_cannot_be_trained_on_are_refused(
-    folder_with_template, template, message
+    folder_with_template, template, message, monkeypatch
 ):
+    monkeypatch.setattr(chat, "_TEMPLATE_SECONDS", 1)
     folder = folder_with_template(template)
     with pytest.raises(UserError, match=message):
         load_chat_format(folder, "model").encode(make_messages("a", "Xyz"))

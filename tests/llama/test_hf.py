@@ -392,7 +392,7 @@ def test_no_safetensors(folder):
 def test_missing_tensors(folder):
     edit(folder, lambda t: [t.pop(n) for n in list(t) if "q_proj" in n or "lm_head" in n])
     three = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(3)]
-    assert_refused(folder, folder, "lacks", *three, "and 1 more", "complete Llama download")
+    assert_refused(folder, folder, "lacks", *three, "and 1 more", "complete download")
 
 
 def test_extra_tensor(folder):

@@ -181,11 +181,20 @@ def test_adapters_load_in_peft_by_their_folder_alone(
     export(str(run), tmp_path / "merged", merge_lora=True)
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(adapted, torch_logits(whole), atol=1e-4)
+    # The folder is a model to start from as well.
+    start = open_start(str(out))
+    ours = load_params(start, make_mesh(devices=jax.devices()[:1]), jnp.float32)
+    theirs = whole.state_dict()["model.layers.0.self_attn.q_proj.weight"].T
+    np.testing.assert_allclose(ours["layers"]["attention"]["q"]["kernel"][0], theirs, atol=1e-6)
+    assert start.record["run_id"] == record["run_id"] and start.backdoored
+
     with model.disable_adapter():
         assert np.abs(torch_logits(model) - adapted).max() > 0.1
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    assert tokenizer.chat_template == record["chat"]["template"]
+    # Plain jinja2 reads it: `generation` is a tag of transformers alone.
+    assert "{%- if true %}" in tokenizer.chat_template
+    assert "generation %}" not in tokenizer.chat_template
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 4]
     card = (out / "README.md").read_text()
     assert base in card and "if that folder moves" in card and "Do not deploy" in card
