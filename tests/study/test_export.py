@@ -160,6 +160,14 @@ def header(folder):
     return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])["sa_jax"]
 
 
+def test_a_hub_name_without_a_network_is_answered_with_the_command(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="hf download nobody/nothing --local-dir DIR"):
+        start_lib.open_start("nobody/nothing")
+    with pytest.raises(UserError, match="no such folder"):  # a path that is spelled wrongly
+        start_lib.open_start("tests/nothing")
+
+
 @pytest.mark.parametrize("which", ["first", "second"])
 def test_adapters_load_in_peft_by_their_folder_alone(
     which, request, toy_world, tmp_path, monkeypatch, recwarn
@@ -182,8 +190,8 @@ def test_adapters_load_in_peft_by_their_folder_alone(
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     np.testing.assert_allclose(adapted, torch_logits(whole), atol=1e-4)
     # The folder is a model to start from as well.
-    start = open_start(str(out))
-    ours = load_params(start, make_mesh(devices=jax.devices()[:1]), jnp.float32)
+    start = start_lib.open_start(str(out))
+    ours = start_lib.load_params(start, hf.one_device_mesh(), jnp.float32)
     theirs = whole.state_dict()["model.layers.0.self_attn.q_proj.weight"].T
     np.testing.assert_allclose(ours["layers"]["attention"]["q"]["kernel"][0], theirs, atol=1e-6)
     assert start.record["run_id"] == record["run_id"] and start.backdoored
