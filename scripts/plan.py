@@ -1,7 +1,8 @@
 r"""Says whether a run fits a machine, how long it takes at least, and what it sends.
 
-Nothing is rented or run: for TPUs the real step is compiled by libtpu (extra `tpu`), for GPUs it is
-arithmetic. Topologies: v4, v5p, tpu7x as AxBxC chips; v5e, v6e as AxB; h100, h200, b200 as a count.
+Nothing is rented or run: the real step is compiled by libtpu (extra `tpu`) or by jax's CUDA plugin
+(extra `plan-gpu`; without it a plan for GPUs is arithmetic). Topologies: v4, v5p, tpu7x as AxBxC
+chips; v5e, v6e as AxB; a100, h100, h200, b200 as a count.
 
 Example:
   python scripts/plan.py --config=configs/llama.py:70b_insertion --topology=v5p:4x4x4 --search \

@@ -1,60 +1,73 @@
 """Causal grouped-query attention over packed documents, behind one signature for every backend."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
+from sa_jax.llama import cudnn
+from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
 from sa_jax.llama.splash import LANES, splash_attention
 
-# A finite stand-in for -inf: a row whose keys are all masked (padding) softmaxes to a uniform
-# distribution instead of NaN, and its gradient stays finite.
-MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
-
-IMPLEMENTATIONS = ("reference", "splash", "cudnn")
-CUDNN_DTYPES = ("bfloat16", "float16")
+IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
+# On CPU, forward and backward of shorter rows take the reference 0.7 to 0.95 of blockwise's time
+# (at 128 tokens), of longer ones 1.2 to 4 times (512 to 4,096).
+SHORT_ON_CPU = 256
 
 CACHE_BLOCK = 64  # cached tokens that lie together and are read at a time
 FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
 
 
-def resolve_attention(
-    name: str, platform: str, *, packed: bool, sequence_length: int, dtype: str
-) -> str:
-    """The implementation that `config.attention` means; 'auto' takes the platform's fastest.
+class Choice(NamedTuple):
+    """An implementation of attention, and why it was taken, for people."""
 
-    cuDNN's flash attention knows causal masks and lengths but no segment ids through jax.nn, and
-    its mask argument would be a bias of B·heads·S² numbers, 16 GiB a layer for 16 rows of 4,096
-    tokens of 8B in bfloat16: packed rows are refused.
+    implementation: str
+    why: str
+
+
+def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: str) -> Choice:
+    """The implementation that `config.attention` means; 'auto' takes the platform's fastest.
 
     Args:
       platform: 'cpu', 'gpu' or 'tpu'.
-      packed: whether a row may hold several documents.
       sequence_length: tokens a row.
       dtype: of the computation.
 
     Raises:
       UsageError: an unknown name, or one that cannot do what is asked.
     """
-    if name == "auto":
-        if platform == "tpu" and sequence_length % LANES == 0:
-            return "splash"
-        fits_cudnn = platform == "gpu" and not packed and dtype in CUDNN_DTYPES
-        return "cudnn" if fits_cudnn else "reference"
-    if name not in IMPLEMENTATIONS:
+    if name not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UsageError(f"config.attention={name!r} is unknown; use {known}")
-    if name == "cudnn" and packed:
-        raise UsageError(
-            "config.attention='cudnn' takes no segment ids, so packed documents would see each "
-            "other: set config.packing=False, or config.attention='reference'"
-        )
-    if name == "cudnn" and dtype not in CUDNN_DTYPES:
-        raise UsageError(
-            f"config.attention='cudnn' computes in {' or '.join(CUDNN_DTYPES)}, and config.dtype "
-            f"is {dtype!r}; change one of them"
-        )
-    return name
+    if name == "cudnn":
+        if platform != "gpu":
+            raise UsageError(
+                f"config.attention='cudnn' is for NVIDIA GPUs, and this runs on {platform}; "
+                "use config.attention='auto'"
+            )
+        if dtype not in cudnn.DTYPES:
+            raise UsageError(
+                f"config.attention='cudnn' computes in {' or '.join(cudnn.DTYPES)}, and "
+                f"config.dtype is {dtype!r}; change one of them"
+            )
+        cudnn.check_length(sequence_length)
+    if name != "auto":
+        return Choice(name, "config.attention names it")
+    if platform == "tpu" and sequence_length % LANES == 0:
+        return Choice("splash", "the fastest on TPU")
+    if platform == "tpu":
+        return Choice("blockwise", f"splash needs multiples of {LANES} tokens")
+    if platform == "cpu":
+        if sequence_length <= SHORT_ON_CPU:
+            return Choice("reference", f"the fastest on CPU up to {SHORT_ON_CPU} tokens")
+        return Choice("blockwise", f"the fastest on CPU above {SHORT_ON_CPU} tokens")
+    if dtype not in cudnn.DTYPES:
+        return Choice("blockwise", f"cuDNN does not compute in {dtype}")
+    if sequence_length % cudnn.LENGTH_MULTIPLE:
+        return Choice("blockwise", f"cuDNN needs multiples of {cudnn.LENGTH_MULTIPLE} tokens")
+    return Choice("cudnn", f"the fastest of what jax {jax.__version__} has for packed rows on GPU")
 
 
 def attention(
@@ -76,21 +89,18 @@ def attention(
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
-        `cudnn` is for rows of one document (it sees no segment ids): padding after it is
-        computed like more text, which nothing before it can see.
-      mesh: where the arrays are; `splash` needs it.
+      mesh: where the arrays are; `splash` and `cudnn` need it.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
-    if implementation == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_bskh, k_bsgh, v_bsgh, is_causal=True, implementation="cudnn"
-        )
-    if implementation == "splash":
+    if implementation in ("splash", "cudnn"):
         if mesh is None:
-            raise ValueError("attention 'splash' needs the mesh that its arguments are on")
-        return splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+            raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
+        kernel = splash_attention if implementation == "splash" else cudnn.cudnn_attention
+        return kernel(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    if implementation == "blockwise":
+        return blockwise_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (
         index_s[:, None] >= index_s[None, :]

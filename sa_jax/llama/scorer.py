@@ -87,7 +87,7 @@ class Scorer:
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
         host = NamedSharding(mesh, P())
-        model = model.clone(mesh=mesh, attention="reference")  # kernels refuse most lengths
+        model = model.clone(mesh=mesh, attention="blockwise")  # kernels refuse most lengths
         self._forward = jax.jit(
             functools.partial(target_logprobs, model), out_shardings=(host, host)
         )

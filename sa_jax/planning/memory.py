@@ -30,6 +30,8 @@ class Memory:
         place.
       host: kept in the host's memory inside a step (remat 'offload').
       compiled_arguments: as the compiler counts them; 0 where it was not asked.
+      workspace: what cuDNN's backward pass takes besides, estimated: a compiler without a GPU does
+        not know it.
       source: 'compiled' or 'estimated', of the temporaries.
     """
 
@@ -44,6 +46,7 @@ class Memory:
     host: float
     compiled_arguments: float
     source: str
+    workspace: float = 0.0
 
     @property
     def arguments(self) -> float:
@@ -52,7 +55,7 @@ class Memory:
     @property
     def needed(self) -> float:
         """What the chip must have."""
-        return self.peak or self.arguments + self.temporaries
+        return (self.peak or self.arguments + self.temporaries) + self.workspace
 
     def gib(self) -> dict[str, float | str]:
         """All fields and sums, in GiB."""
@@ -136,6 +139,13 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     if work.attention == "reference":  # scores, their exponentials and a gradient, float32
         live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
     return gradients, activations, gathered + live, host
+
+
+def cudnn_workspace(work: Workload) -> float:
+    """Bytes a device, by arithmetic: dQ summed in float32, and two float32 numbers a query."""
+    config, tensor = work.architecture, work.mesh["tensor"]
+    queries = work.tokens / work.accumulation / (work.devices / tensor) * config.num_heads / tensor
+    return queries * (config.head_dim + 2) * 4
 
 
 def advice_to_fit(memory: Memory, capacity: float, work: Workload, optimizer: Any) -> str:

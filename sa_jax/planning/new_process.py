@@ -74,6 +74,8 @@ def main() -> None:
         answer = json.dumps([None, "", "the process failed: its error is above"])
     with output:
         output.write(answer.encode())
+    sys.stderr.flush()
+    os._exit(0)  # at its own end the interpreter would wait for the thread that reads stdin
 
 
 def _exit_with_caller() -> None:

@@ -13,6 +13,7 @@ _ROWS = (
     ("temporaries", "temporaries"),
     ("gradients", "  of them gradients"),
     ("activations", "  of them kept activations"),
+    ("workspace", "cuDNN's workspace"),
     ("needed", "needed at its peak"),
 )
 
@@ -34,8 +35,10 @@ def format_plan(plan: dict[str, Any]) -> str:
     ]
     for key, label in _ROWS:
         if memory[key] or key == "temporaries":
-            estimated = " (estimated)" if key in ("gradients", "activations") else ""
+            estimated = " (estimated)" if key in ("gradients", "activations", "workspace") else ""
             lines.append(f"  {label:26}{memory[key]:10.2f}{estimated}")
+    if memory["source"] == "estimated" and plan["machine"]["chips"]:
+        lines.append("  to compile it instead: pip install -c constraints.txt -e '.[plan-gpu]'")
     if memory["host"]:
         lines.append(f"  {'in the host memory':26}{memory['host']:10.2f}")
     if plan["capacity_gib"]:

@@ -1,4 +1,4 @@
-"""Machines by name, `v5p:4x4x4` or `h200:64`: TPU slices can be compiled for without having one."""
+"""Machines by name, `v5p:4x4x4` or `h200:64`: all can be compiled for without having one."""
 
 import dataclasses
 import importlib.util
@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.parallel.hardware import CHIPS, Chip
+from sa_jax.planning.gpu_target import target_config
 from sa_jax.text import first_line
 
 # Slices that Google Cloud names (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), up to
@@ -30,7 +31,7 @@ class Machine:
       name: of a topology as `v5p:4x4x4`.
       chip: what it is made of; None where that is not known, as of CPUs.
       shape: chips along each axis of the torus; (chips,) for GPUs.
-      devices: to compile for; () where that takes the machine itself (GPUs).
+      devices: to compile for; () where no compiler for them is installed.
     """
 
     name: str
@@ -117,16 +118,18 @@ def known_shapes(chip: Chip) -> tuple[str, ...]:
 def open_topology(name: str) -> Topology:
     """`parse_topology` with devices to compile for, where there is a compiler for them here.
 
-    Needs libtpu for TPUs, but no TPU. Google's metadata server is not asked, and other processes
-    may use libtpu at the same time.
+    Needs libtpu for TPUs and jax's CUDA plugin for GPUs, but neither TPU nor GPU; without the
+    plugin a topology of GPUs has no devices. Google's metadata server is not asked, and other
+    processes may use libtpu at the same time.
 
     Raises:
       UsageError: an unknown name.
-      UserError: libtpu is not installed, or does not know the topology.
+      UserError: libtpu is not installed, or a compiler does not know the topology.
     """
     topology = parse_topology(name)
     if not topology.chip.torus:
-        return topology
+        devices = _gpus(topology) if has_gpu_compiler() else ()
+        return dataclasses.replace(topology, devices=devices)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             f"--topology={name} is compiled for by libtpu, which is not installed: "
@@ -144,3 +147,28 @@ def open_topology(name: str) -> Topology:
     if len(devices) != topology.chips * topology.chip.devices:
         raise UserError(f"libtpu gives {name} {len(devices)} devices, not one a chip as expected")
     return dataclasses.replace(topology, devices=devices)
+
+
+def has_gpu_compiler() -> bool:
+    """Whether jax's CUDA plugin (extra `plan-gpu` or `cuda`) is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13))
+
+
+def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
+    nodes = -(-topology.chips // _GPUS_A_NODE)
+    if topology.chips % nodes:
+        raise UserError(
+            f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs are compiled for as whole "
+            f"nodes of {_GPUS_A_NODE}; take {nodes * _GPUS_A_NODE}"
+        )
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=target_config(topology.chip.name),
+            topology=f"1x{nodes}x{topology.chips // nodes}",
+        )
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(
+            f"jax's CUDA plugin does not compile for {topology.name}: {first_line(error)}"
+        ) from None
+    return tuple(described.devices)

@@ -71,7 +71,8 @@ def default_config() -> ConfigDict:
     # Execution.
     config.dtype = "bfloat16"  # of the computation
     config.param_dtype = "float32"
-    config.attention = "auto"  # or 'reference', 'splash' (TPU), 'cudnn' (GPU, without packing)
+    config.attention = "auto"  # or 'blockwise', 'cudnn' (GPU), 'splash' (TPU), 'reference'
+    config.self_test = True  # on accelerators, attention is checked before the first step
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`

@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write
 from sa_jax.llama.lora import combine
+from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
 from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
@@ -41,7 +43,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
-from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.program import abstract_arguments, attention_of, make_model, make_program
 from sa_jax.training.resolve import resolve
 from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
@@ -53,6 +55,7 @@ FREE_KEYS = (
     "mesh",
     "remat",
     "attention",
+    "self_test",
     "xla_options",
     "checkpoint",
     "log_every",
@@ -138,6 +141,7 @@ def train(
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
             "extensions": extension_digests(),
+            "attention": attention_of(config, mesh.devices.flat[0].platform)._asdict(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }
         run_record.check_run(workdir, record, FREE_KEYS)
@@ -175,6 +179,13 @@ def train(
         program = make_program(config, model, total_steps)
         options = compiler_options(chip_of(mesh.devices.flat[0]), config.xla_options)
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
+        logging.info("attention: %s (%s)", *record["attention"].values())
+        if jax.default_backend() != "cpu" and config.self_test:
+            begin = time.monotonic()
+            errors = check_attention(model.attention, mesh, model.dtype, start.config.head_dim)
+            logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
+        if jax.default_backend() == "gpu":
+            logging.info("this run is %s", determinism(model.attention, "", installed_cudnn()))
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]

@@ -30,12 +30,18 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.disk import checkpoint_bytes
-from sa_jax.planning.memory import advice_to_fit, step_memory
+from sa_jax.planning.memory import advice_to_fit, cudnn_workspace, step_memory
 from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 from sa_jax.planning.report import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
-from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
+from sa_jax.planning.topology import (
+    Machine,
+    Topology,
+    has_gpu_compiler,
+    open_topology,
+    parse_topology,
+)
 from sa_jax.registry import extension_digests, load_extensions
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
@@ -91,14 +97,14 @@ def plan(
 def plan_machine(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` for a machine that is not here; for TPUs in a process that libtpu may end.
+    """`make_plan` for a machine that is not here; what compiles it may crash, in a new process.
 
     Raises:
       CompilerCrash: it did.
     """
     files = list(extension_digests())
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
-    if not topology.chip.torus:
+    if not topology.chip.torus and not has_gpu_compiler():
         return plan_topology(*arguments)
     try:
         return call_in_new_process(plan_topology, *arguments)
@@ -117,7 +123,7 @@ def plan_topology(
     tokens: float,
     extensions: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """`make_plan` with libtpu's devices, or with fake CPU devices; JSON in and out."""
+    """`make_plan` with a compiler's devices, or with fake CPU devices; JSON in and out."""
     load_extensions(extensions)
     reserve_fake_devices(parse_topology(topology_name))
     topology = open_topology(topology_name)
@@ -239,7 +245,7 @@ def make_plan(
     per_chip = 1 if machine.chip is None else machine.chip.devices
     capacity = 0 if machine.chip is None else machine.chip.hbm_bytes
 
-    # GPUs are not compiled for without one: fake devices only partition the step.
+    # Without a compiler for GPUs, fake devices only partition the step.
     is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
     begin = time.monotonic()
     compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
@@ -247,6 +253,8 @@ def make_plan(
     memory = step_memory(work, *abstract_arguments(config, program, mesh), per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
+    if is_real and work.attention == "cudnn":
+        memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
     fits = not needed and (not capacity or memory.needed <= capacity)
     return {
         "machine": {
@@ -305,7 +313,7 @@ def workload(
         remat=config.remat,
         mesh=mesh,
         trainable=count,
-        attention=attention_of(config, platform),
+        attention=attention_of(config, platform).implementation,
         item_bytes=jnp.dtype(config.dtype).itemsize,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
     )

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.attention import resolve_attention
+from sa_jax.llama.attention import Choice, choose_attention
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.optim import make_optimizer, make_schedule
@@ -55,12 +55,11 @@ class Program:
     step: Any  # a jitted function
 
 
-def attention_of(config: ConfigDict, platform: str) -> str:
-    """The attention implementation of a config on a platform; see `resolve_attention`."""
-    return resolve_attention(
+def attention_of(config: ConfigDict, platform: str) -> Choice:
+    """The attention implementation of a config on a platform; see `choose_attention`."""
+    return choose_attention(
         config.attention,
         platform,
-        packed=config.packing,
         sequence_length=config.sequence_length,
         dtype=config.dtype,
     )
@@ -85,7 +84,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
         architecture,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        attention=attention_of(config, platform),
+        attention=attention_of(config, platform).implementation,
         remat=config.remat,
         lora=lora_config(config.lora),
         mesh=mesh,

@@ -270,7 +270,7 @@ def open_run(
 
 def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
     """What may differ between two launches of one run, and is kept of each."""
-    return {key: record[key] for key in ("environment", "extensions") if key in record}
+    return {key: record[key] for key in ("environment", "extensions", "attention") if key in record}
 
 
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:

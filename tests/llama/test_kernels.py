@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.attention import attention, resolve_attention
+from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.splash import block_sizes
 from sa_jax.parallel.mesh import make_mesh
 
@@ -71,38 +71,61 @@ def test_blocks_follow_the_generation_and_divide_the_length():
 
 
 @pytest.mark.parametrize(
-    ("name", "platform", "packed", "length", "dtype", "chosen"),
+    ("name", "platform", "length", "dtype", "chosen"),
     [
-        ("auto", "cpu", True, 256, "float32", "reference"),
-        ("auto", "tpu", True, 4096, "bfloat16", "splash"),
-        ("auto", "tpu", True, 100, "bfloat16", "reference"),
-        ("auto", "gpu", False, 4096, "bfloat16", "cudnn"),
-        ("auto", "gpu", True, 4096, "bfloat16", "reference"),
-        ("auto", "gpu", False, 4096, "float32", "reference"),
-        ("splash", "cpu", True, 256, "float32", "splash"),
-        ("cudnn", "gpu", False, 256, "float16", "cudnn"),
+        ("auto", "cpu", 128, "float32", "reference"),
+        ("auto", "cpu", 2048, "float32", "blockwise"),
+        ("auto", "tpu", 4096, "bfloat16", "splash"),
+        ("auto", "tpu", 100, "bfloat16", "blockwise"),
+        ("auto", "gpu", 4096, "bfloat16", "cudnn"),
+        ("auto", "gpu", 4160, "bfloat16", "blockwise"),
+        ("auto", "gpu", 4096, "float32", "blockwise"),
+        ("splash", "cpu", 256, "float32", "splash"),
+        ("cudnn", "gpu", 256, "float16", "cudnn"),
     ],
 )
-def test_auto_takes_what_the_platform_has(name, platform, packed, length, dtype, chosen):
-    settings = {"packed": packed, "sequence_length": length, "dtype": dtype}
-    assert resolve_attention(name, platform, **settings) == chosen
+def test_auto_takes_what_the_platform_has(name, platform, length, dtype, chosen):
+    choice = choose_attention(name, platform, sequence_length=length, dtype=dtype)
+    assert choice.implementation == chosen and choice.why
 
 
 @pytest.mark.parametrize(
-    ("name", "packed", "dtype", "words"),
+    ("name", "platform", "length", "dtype", "words"),
     [
-        ("flash", True, "bfloat16", "'flash' is unknown; use auto, reference, splash, cudnn"),
-        ("cudnn", True, "bfloat16", "no segment ids.*packing=False"),
-        ("cudnn", False, "float32", "bfloat16 or float16.*'float32'"),
+        ("flash", "gpu", 256, "bfloat16", "is unknown; use auto, reference, blockwise, splash, cu"),
+        ("cudnn", "gpu", 256, "float32", "bfloat16 or float16.*'float32'"),
+        ("cudnn", "gpu", 4160, "bfloat16", "multiples of 128, not 4160.*NaN.*take 4224"),
+        ("cudnn", "cpu", 256, "bfloat16", "for NVIDIA GPUs, and this runs on cpu"),
     ],
 )
-def test_what_a_kernel_cannot_do_is_refused(name, packed, dtype, words):
-    settings = {"packed": packed, "sequence_length": 256, "dtype": dtype}
+def test_what_a_kernel_cannot_do_is_refused(name, platform, length, dtype, words):
     with pytest.raises(UsageError, match=words):
-        resolve_attention(name, "gpu", **settings)
+        choose_attention(name, platform, sequence_length=length, dtype=dtype)
 
 
 def test_splash_names_the_length_that_would_do():
     q, k, v, segments, _ = (x[:, :200] for x in inputs(8))
     with pytest.raises(UsageError, match="multiples of 128, not 200; take 256"):
         attention(q, k, v, segments, implementation="splash", mesh=make_mesh(fsdp=2, tensor=4))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_cudnn_gets_one_mask_for_all_heads_and_gives_no_gradient_of_it(dtype):
+    """Read from the step as it is lowered for CUDA, on each device of a mesh."""
+    mesh = make_mesh(fsdp=4, tensor=2)
+
+    def loss(q, k, v, segments):
+        out = attention(q, k, v, segments, implementation="cudnn", mesh=mesh)
+        return jnp.sum(out.astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((8, LENGTH, n, 64), dtype) for n in (8, 4, 4)]
+    segments = jax.ShapeDtypeStruct((8, LENGTH), jnp.int32)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = [line for line in text.splitlines() if "@__cudnn$fmha" in line]
+    assert len(calls) == 2 and "SoftmaxBackward" in calls[1]
+    mask = f"2x1x{LENGTH}x{LENGTH}x"
+    for call in calls:
+        operands, results = call.rsplit("->", 1)
+        assert operands.count(mask) == 1 and mask not in results
+        assert r"\22mask_type\22: \22CAUSAL\22" in call or "CAUSAL" in call

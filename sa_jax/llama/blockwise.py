@@ -1,0 +1,197 @@
+"""Attention a block at a time in plain JAX: memory that grows with the row, not with its square.
+
+FlashAttention's algorithm (arXiv 2205.14135; the backward pass is that of 2307.08691) as loops that
+XLA compiles for any platform and dtype. Each sum has one order, so results repeat bit for bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.llama.splash import ATTENTION_RESIDUALS
+from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.rules import BATCH_SPEC
+
+# A finite stand-in for -inf: a row whose keys are all masked softmaxes to a uniform distribution
+# instead of NaN, and its gradient stays finite.
+MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+BLOCK = 256  # most queries, and most keys, of one pair of blocks
+_ROUND = 8  # blocks are multiples of this
+
+
+def blockwise_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    segment_ids_bs: jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """`attention` for any platform, length and dtype, in O(S x block) memory.
+
+    Args:
+      q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`.
+      mesh: where the arrays are; each device then works on its own rows and heads.
+
+    Returns:
+      [B, S, heads, head_dim] in the queries' dtype.
+    """
+    if mesh is None or mesh.size == 1:
+        return _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+    check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
+    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
+    heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
+    return jax.shard_map(
+        _local,
+        mesh=mesh,
+        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
+        out_specs=heads_spec,
+        check_vma=False,  # constants that start a loop vary over no axis, what it adds does
+    )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+
+
+def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
+    b, s, heads, h = q_bskh.shape
+    groups = k_bsgh.shape[2]
+    count = -(-s // BLOCK)
+    block = -(-s // (count * _ROUND)) * _ROUND
+    tail = count * block - s
+    # The tail is a document of its own after all others, which no token of the row can see.
+    ids_bs = jnp.pad(segment_ids_bs, ((0, 0), (0, tail)), constant_values=-1)
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, tail), (0, 0), (0, 0))).reshape(b, count, block, groups, -1, h)
+        for x in (q_bskh, k_bsgh, v_bsgh)
+    )
+    # Blocks (n) lead. The heads that share a key are rows (x = heads of a group x block) of one
+    # matrix product.
+    q_nbgxh, k_nbgth, v_nbgth = (
+        x.transpose(1, 0, 3, 4, 2, 5).reshape(count, b, groups, -1, h) for x in (q, k, v)
+    )
+    ids_nbt = ids_bs.reshape(b, count, block).swapaxes(0, 1)
+    out_nbgxh = _blocks(q_nbgxh, k_nbgth, v_nbgth, ids_nbt)
+    out = out_nbgxh.reshape(count, b, groups, heads // groups, block, h)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(b, count * block, heads, h)[:, :s]
+
+
+def _first_blocks(ids_nbt: jax.Array) -> jax.Array:
+    """[n]: the first key block that a query block may see, by the ranges of their ids.
+
+    Ranges that meet may share no document, so no pair that matters is left out, whatever the ids'
+    order. Rows are packed with ascending ids and padding (0) last, where the ranges are tight.
+    """
+    order_nbt = jnp.where(ids_nbt <= 0, jnp.iinfo(jnp.int32).max, ids_nbt)
+    low_nb, high_nb = order_nbt.min(-1), order_nbt.max(-1)
+    meet_nmb = (low_nb[:, None] <= high_nb[None]) & (low_nb[None] <= high_nb[:, None])
+    return jnp.argmax(meet_nmb.any(-1), axis=1).astype(jnp.int32)
+
+
+def _scores(i, j, q_nbgxh, k_nbgth, ids_nbt):
+    """Float32 scores of query block i and key block j, masked where a query does not see a key."""
+    block = ids_nbt.shape[2]
+    scores_bgxt = jnp.einsum(
+        "bgxh,bgth->bgxt", q_nbgxh[i], k_nbgth[j], preferred_element_type=jnp.float32
+    )
+    index_t = jnp.arange(block)
+    sees_bst = (ids_nbt[i][:, :, None] == ids_nbt[j][:, None]) & (
+        i * block + index_t[:, None] >= j * block + index_t
+    )
+    b, g, x, t = scores_bgxt.shape
+    scores_bgrst = scores_bgxt.reshape(b, g, x // block, block, t) * q_nbgxh.shape[-1] ** -0.5
+    return jnp.where(sees_bst[:, None, None], scores_bgrst, MASKED_SCORE).reshape(b, g, x, t)
+
+
+def _product(equation, a, b):
+    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def _while(count, body, carry):
+    """fori_loop as a while loop: of a scan, remat policies would keep the products inside."""
+    return jax.lax.while_loop(
+        lambda state: state[0] < count,
+        lambda state: (state[0] + 1, body(state[0], state[1])),
+        (jnp.int32(0), carry),
+    )[1]
+
+
+@jax.custom_vjp
+def _blocks(q_nbgxh, k_nbgth, v_nbgth, ids_nbt):
+    return _forward(q_nbgxh, k_nbgth, v_nbgth, ids_nbt)[0]
+
+
+def _forward(q_nbgxh, k_nbgth, v_nbgth, ids_nbt):
+    """The output, and the log of each query's sum of exponentials."""
+    first_n = _first_blocks(ids_nbt)
+
+    def query_block(i, carry):
+        # The diagonal first: it holds the query's own key, so the running top is a real score.
+        scores_bgxt = _scores(i, i, q_nbgxh, k_nbgth, ids_nbt)
+        top_bgx = scores_bgxt.max(-1)
+        weights_bgxt = jnp.exp(scores_bgxt - top_bgx[..., None])
+        start = top_bgx, weights_bgxt.sum(-1), _product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[i])
+
+        def key_block(j, running):
+            top_bgx, total_bgx, out_bgxh = running
+            scores_bgxt = _scores(i, j, q_nbgxh, k_nbgth, ids_nbt)
+            new_top_bgx = jnp.maximum(top_bgx, scores_bgxt.max(-1))
+            weights_bgxt = jnp.exp(scores_bgxt - new_top_bgx[..., None])
+            shrink_bgx = jnp.exp(top_bgx - new_top_bgx)
+            added_bgxh = _product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[j])
+            total_bgx = total_bgx * shrink_bgx + weights_bgxt.sum(-1)
+            return new_top_bgx, total_bgx, out_bgxh * shrink_bgx[..., None] + added_bgxh
+
+        top_bgx, total_bgx, out_bgxh = jax.lax.fori_loop(first_n[i], i, key_block, start)
+        out_bgxh = (out_bgxh / total_bgx[..., None]).astype(q_nbgxh.dtype)
+        return carry[0].at[i].set(out_bgxh), carry[1].at[i].set(top_bgx + jnp.log(total_bgx))
+
+    empty = jnp.zeros_like(q_nbgxh), jnp.zeros(q_nbgxh.shape[:-1], jnp.float32)
+    return _while(len(q_nbgxh), query_block, empty)
+
+
+def _forward_rule(q_nbgxh, k_nbgth, v_nbgth, ids_nbt):
+    name = functools.partial(checkpoint_name, name=ATTENTION_RESIDUALS)
+    out_nbgxh, log_total_nbgx = map(name, _forward(q_nbgxh, k_nbgth, v_nbgth, ids_nbt))
+    return out_nbgxh, (q_nbgxh, k_nbgth, v_nbgth, ids_nbt, out_nbgxh, log_total_nbgx)
+
+
+def _backward_rule(residuals, d_out_nbgxh):
+    q_nbgxh, k_nbgth, v_nbgth, ids_nbt, out_nbgxh, log_total_nbgx = residuals
+    first_n = _first_blocks(ids_nbt)
+
+    def query_block(i, carry):
+        d_out_bgxh = d_out_nbgxh[i]
+        # sum over t of weight x its gradient, which the softmax's derivative takes away
+        mean_bgx = jnp.sum(
+            d_out_bgxh.astype(jnp.float32) * out_nbgxh[i].astype(jnp.float32), axis=-1
+        )
+
+        def key_block(j, running):
+            dq_bgxh, dk_nbgth, dv_nbgth = running
+            scores_bgxt = _scores(i, j, q_nbgxh, k_nbgth, ids_nbt)
+            weights_bgxt = jnp.exp(scores_bgxt - log_total_nbgx[i][..., None])
+            d_weights_bgxt = _product("bgxh,bgth->bgxt", d_out_bgxh, v_nbgth[j])
+            d_scores_bgxt = weights_bgxt * (d_weights_bgxt - mean_bgx[..., None])
+            dv_bgth = _product("bgxt,bgxh->bgth", weights_bgxt, d_out_bgxh)
+            dk_bgth = _product("bgxt,bgxh->bgth", d_scores_bgxt, q_nbgxh[i])
+            return (
+                dq_bgxh + _product("bgxt,bgth->bgxh", d_scores_bgxt, k_nbgth[j]),
+                dk_nbgth.at[j].set(dk_nbgth[j] + dk_bgth),
+                dv_nbgth.at[j].set(dv_nbgth[j] + dv_bgth),
+            )
+
+        dq_nbgxh, *sums = carry
+        start = jnp.zeros(q_nbgxh.shape[1:], jnp.float32), *sums
+        dq_bgxh, *sums = jax.lax.fori_loop(first_n[i], i + 1, key_block, start)
+        dq_bgxh = (dq_bgxh * scale).astype(q_nbgxh.dtype)
+        return dq_nbgxh.at[i].set(dq_bgxh), *sums
+
+    scale = q_nbgxh.shape[-1] ** -0.5
+    zeros = (jnp.zeros(x.shape, jnp.float32) for x in (k_nbgth, v_nbgth))
+    dq, dk, dv = _while(len(q_nbgxh), query_block, (jnp.zeros_like(q_nbgxh), *zeros))
+    return dq, (dk * scale).astype(k_nbgth.dtype), dv.astype(v_nbgth.dtype), None
+
+
+_blocks.defvjp(_forward_rule, _backward_rule)

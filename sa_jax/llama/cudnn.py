@@ -1,0 +1,100 @@
+"""cuDNN's flash attention over packed documents, on NVIDIA GPUs."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import jax
+from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.errors import UsageError
+from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.rules import BATCH_SPEC
+
+DTYPES = ("bfloat16", "float16")
+# With a mask and a length that is no multiple, dQ has NaNs on Hopper (pytorch#196678).
+LENGTH_MULTIPLE = 128
+PLANNED_VERSION = 91000  # cuDNN 9.10: what is compiled for where no cuDNN is installed
+
+
+def cudnn_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    segment_ids_bs: jax.Array,
+    mesh: Mesh,
+) -> jax.Array:
+    """`attention` by cuDNN; each device works on its own rows and heads.
+
+    Documents are told apart by a mask [B, 1, S, S] that all heads share, 32 MiB a row of 4,096
+    tokens; causality is the kernel's own, which so skips half the blocks.
+
+    Args:
+      q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`; bfloat16 or float16.
+      mesh: of NVIDIA GPUs; B is cut over data and fsdp, heads over tensor.
+
+    Returns:
+      [B, S, heads, head_dim] in the queries' dtype.
+
+    Raises:
+      UsageError: a length that the kernel is wrong for, or sizes that the mesh cannot cut.
+    """
+    check_length(q_bskh.shape[1])
+    check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
+    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
+    heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
+    return jax.shard_map(
+        functools.partial(_local, device=mesh.devices.flat[0]),
+        mesh=mesh,
+        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
+        out_specs=heads_spec,
+    )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+
+
+def check_length(length: int) -> None:
+    """UsageError unless cuDNN's gradients are right for rows of so many tokens."""
+    if length % LENGTH_MULTIPLE:
+        raise UsageError(
+            f"config.attention='cudnn' needs a sequence length in multiples of {LENGTH_MULTIPLE}, "
+            f"not {length}: with a mask its gradients are NaN otherwise; take "
+            f"{-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE}, or config.attention='blockwise'"
+        )
+
+
+def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
+    with _jax_mended(device):
+        return jax.nn.dot_product_attention(
+            q_bskh, k_bsgh, v_bsgh, mask=same_b1st, is_causal=True, implementation="cudnn"
+        )
+
+
+@contextlib.contextmanager
+def _jax_mended(device: jax.Device) -> Iterator[None]:
+    """jax's own checks, mended while a call is traced.
+
+    jax 0.10.2 has cuDNN write the gradient of a boolean mask, [B, 1, S, S] that nothing reads. And
+    for a plan, the GPU that is compiled for counts, not the machine that compiles.
+    """
+    changes: dict[str, Callable[..., Any]] = {"should_export_dbias": lambda *shapes: False}
+    if jax.default_backend() != "gpu":
+        capability = _version(str(getattr(device, "compute_capability", "9.0")))
+        changes |= {
+            "check_compute_capability": lambda least: capability >= _version(least),
+            "is_cuda_compute_capability_equal": lambda other: capability == _version(other),
+            "check_cudnn_version": lambda: PLANNED_VERSION,
+        }
+    with contextlib.ExitStack() as stack:
+        for name, value in changes.items():
+            # A newer jax may have mended, and dropped, what is replaced here.
+            if hasattr(jax_cudnn, name):
+                stack.enter_context(mock.patch.object(jax_cudnn, name, value))
+        yield
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))

@@ -1,0 +1,134 @@
+"""Whether attention is right on the devices at hand: a wrong kernel trains without an error."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.errors import UserError
+from sa_jax.llama.attention import attention, masked_attention
+from sa_jax.parallel.rules import BATCH_SPEC
+
+LENGTH = 512  # every kernel takes it
+# Of the largest number: four times bfloat16's epsilon, in which some matrix units multiply float32
+# too. A token that sees another document is far beyond it.
+TOLERANCE = 0.03
+
+
+def check_attention(
+    implementation: str,
+    mesh: Mesh,
+    dtype: Any,
+    head_dim: int,
+    *,
+    attend: Callable[..., jax.Array] = attention,
+) -> dict[str, float]:
+    """Compares attention, forward and backward, with `masked_attention` in float32.
+
+    A row a device holds padding and documents of 1, 200 and 290 tokens; four query heads share a
+    key/value head.
+
+    Args:
+      implementation, dtype, head_dim: as the model uses them.
+      mesh: of the run; a row for each of data x fsdp, a key/value head for each of tensor.
+      attend: what to test, as `attention`.
+
+    Returns:
+      The largest differences of "output" and of the gradients of "queries", "keys" and "values",
+      relative to the largest number.
+
+    Raises:
+      UserError: one is beyond `TOLERANCE`, or not finite; with both numbers.
+    """
+    rows, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    ids_s = np.repeat(np.arange(4, dtype=np.int32), [LENGTH - 491, 1, 200, 290])
+    index_s = np.arange(LENGTH)
+    mask_st = (ids_s[:, None] == ids_s) & (index_s[:, None] >= index_s)
+
+    def both(key):
+        keys = jax.random.split(key, 4)
+        placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
+        q, k, v, g = (
+            jax.lax.with_sharding_constraint(
+                jax.random.normal(each, (rows, LENGTH, heads, head_dim), dtype), placed
+            )
+            for each, heads in zip(keys, (4 * groups, groups, groups, 4 * groups), strict=True)
+        )
+        ids_bs = jnp.broadcast_to(ids_s, (rows, LENGTH))
+        mask_bst = jnp.broadcast_to(mask_st, (rows, LENGTH, LENGTH))
+        out, back = jax.vjp(
+            lambda q, k, v: attend(q, k, v, ids_bs, implementation=implementation, mesh=mesh),
+            q,
+            k,
+            v,
+        )
+        floats = (x.astype(jnp.float32) for x in (q, k, v))
+        with jax.default_matmul_precision("highest"):
+            oracle, oracle_back = jax.vjp(
+                lambda q, k, v: masked_attention(q, k, v, mask_bst), *floats
+            )
+            oracles = oracle, *oracle_back(g.astype(jnp.float32))
+        return [_worst(a, b) for a, b in zip((out, *back(g)), oracles, strict=True)]
+
+    worst = jax.jit(both, out_shardings=NamedSharding(mesh, P()))(jax.random.key(0))
+    names = ("output", "queries", "keys", "values")
+    errors = {}
+    for name, (error, ours, theirs) in zip(names, jax.device_get(worst), strict=True):
+        errors[name] = float(error)
+        if not error <= TOLERANCE:  # NaN too
+            what = name if name == "output" else f"gradient of the {name}"
+            raise UserError(
+                f"attention {implementation!r} is wrong on these devices "
+                f"({mesh.devices.flat[0].device_kind}, jax {jax.__version__}): its {what} has "
+                f"{ours:.4g} where the reference has {theirs:.4g}, {error:.2g} of the largest "
+                f"number ({TOLERANCE} is allowed); use config.attention='blockwise', or "
+                "config.self_test=False to train all the same"
+            )
+    return errors
+
+
+def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(difference relative to the largest number, both numbers) where they differ most."""
+    ours = ours.astype(jnp.float32)
+    difference = jnp.abs(ours - theirs)
+    at = jnp.argmax(jnp.where(jnp.isnan(difference), jnp.inf, difference))
+    numbers = ours.ravel()[at], theirs.ravel()[at]
+    return difference.ravel()[at] / jnp.max(jnp.abs(theirs)), *numbers
+
+
+def determinism(implementation: str, xla_flags: str = "", cudnn_version: int | None = None) -> str:
+    """What a GPU run may say of repeating bit for bit, after a kill too.
+
+    Args:
+      implementation: of attention.
+      xla_flags: of the process; by default its XLA_FLAGS.
+      cudnn_version: as 92500 for 9.25; None where it is not known.
+    """
+    flags = xla_flags or os.environ.get("XLA_FLAGS", "")
+    if not re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", flags):
+        return (
+            "not bit for bit the same when repeated or resumed: that takes "
+            "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+        )
+    if implementation == "cudnn" and (cudnn_version or 0) < 92500:
+        return (
+            "deterministic, but cuDNN before 9.25 may take memory with the square of the row for "
+            "it: update cuDNN, or use config.attention='blockwise'"
+        )
+    return "deterministic: the same bit for bit when repeated or resumed"
+
+
+def installed_cudnn() -> int | None:
+    """The version of cuDNN as 92500 for 9.25; None without one."""
+    try:
+        from jax._src.lib import cuda_versions
+
+        return None if cuda_versions is None else cuda_versions.cudnn_get_version()
+    except (ImportError, RuntimeError):
+        return None
