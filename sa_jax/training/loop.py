@@ -128,6 +128,7 @@ def train(
         signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
         # ---- The run folder: created, or recognised as the same run.
+        attention_choice = attention_of(config, mesh.devices.flat[0].platform)
         record = {
             "task": task,
             **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
@@ -141,7 +142,7 @@ def train(
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
             "extensions": extension_digests(),
-            "attention": attention_of(config, mesh.devices.flat[0].platform)._asdict(),
+            "attention": attention_choice._asdict(),
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }
         run_record.check_run(workdir, record, FREE_KEYS)
@@ -179,7 +180,7 @@ def train(
         program = make_program(config, model, total_steps)
         options = compiler_options(chip_of(mesh.devices.flat[0]), config.xla_options)
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
-        logging.info("attention: %s (%s)", *record["attention"].values())
+        logging.info("attention: %s (%s)", *attention_choice)
         if jax.default_backend() != "cpu" and config.self_test:
             begin = time.monotonic()
             errors = check_attention(model.attention, mesh, model.dtype, start.config.head_dim)
