@@ -8,77 +8,16 @@ Example:
   python scripts/check_attention.py --lengths=256
 """
 
-import time
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.errors import UserError
-from sa_jax.llama.attention import attention, choose_attention
-from sa_jax.llama.self_test import TOLERANCE, check_attention
-from sa_jax.parallel.mesh import make_mesh
+from sa_jax.llama.compare_kernels import compare_kernels
 
 LENGTHS = flags.DEFINE_list("lengths", "4096,8192", "Tokens a row, with commas.")
-HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-
-
-def step(implementation, mesh, arguments):
-    """(output, gradients) of packed rows, compiled."""
-
-    def run(q, k, v, g, ids):
-        def attend(q, k, v):
-            return attention(q, k, v, ids, implementation=implementation, mesh=mesh)
-
-        out, back = jax.vjp(attend, q, k, v)
-        return out, *back(g)
-
-    return jax.jit(run).lower(*arguments).compile()
-
-
-def check(length, implementation, mesh):
-    """(largest relative difference, repeats bit for bit, milliseconds)."""
-    rng = np.random.default_rng(0)
-    heads = (HEADS, KV_HEADS, KV_HEADS, HEADS)
-    q, k, v, g = (
-        jnp.asarray(rng.standard_normal((1, length, n, HEAD_DIM)), jnp.bfloat16) for n in heads
-    )
-    ids = jnp.asarray(np.repeat([1, 2, 3, 0], [1, length // 2, length // 4, length // 4 - 1])[None])
-    floats = [x.astype(jnp.float32) for x in (q, k, v, g)]
-    with jax.default_matmul_precision("highest"):
-        oracle = step("reference", mesh, (*floats, ids))(*floats, ids)
-    run = step(implementation, mesh, (q, k, v, g, ids))
-    ours, again = run(q, k, v, g, ids), run(q, k, v, g, ids)
-    repeats = all(bool(jnp.array_equal(a, b)) for a, b in zip(ours, again, strict=True))
-    error = max(
-        float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b)))
-        for a, b in zip(ours, oracle, strict=True)
-    )
-    begin = time.perf_counter()
-    jax.block_until_ready([run(q, k, v, g, ids) for _ in range(3)])
-    return error, repeats, (time.perf_counter() - begin) / 3 * 1000
 
 
 def main():
-    device = jax.devices()[0]
-    kernels = ("reference", "blockwise", *(("cudnn",) if device.platform == "gpu" else ()))
-    mesh = make_mesh(devices=[device])
-    print(f"{device.device_kind}, jax {jax.__version__}\n")
-    print(f"{'tokens':>7}  {'kernel':10}{'difference':>11}{'repeats':>9}{'ms':>10}")
-    wrong = []
-    for length in map(int, LENGTHS.value):
-        for kernel in kernels:
-            error, repeats, ms = check(length, kernel, mesh)
-            print(f"{length:7}  {kernel:10}{error:11.2e}{repeats!s:>9}{ms:10.2f}", flush=True)
-            if not error <= TOLERANCE:
-                wrong.append(f"{kernel} at {length} tokens")
-    choice = choose_attention("auto", device.platform, sequence_length=512, dtype="bfloat16")
-    check_attention(choice.implementation, mesh, "bfloat16", HEAD_DIM)
-    print(f"\nself-test of {choice.implementation}: right")
-    if wrong:
-        raise UserError(f"beyond {TOLERANCE}: {', '.join(wrong)}")
+    compare_kernels([int(length) for length in LENGTHS.value])
 
 
 if __name__ == "__main__":
