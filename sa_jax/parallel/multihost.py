@@ -29,7 +29,7 @@ def initialize(timeout_s: int = 300) -> None:
       UserError: the others did not answer in time, with what to look at; or a TPU that is part of
         a pod was started without a word about the others.
     """
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.values["jax_platforms"] == "cpu":
         keep_freed_memory()
     wanted = several_processes(os.environ) or _on_tpu_vm()
     if wanted and not jax.distributed.is_initialized():
@@ -115,3 +115,13 @@ def agree(value: bool) -> bool:
     if jax.process_count() == 1:
         return value
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def exchange(text: str) -> list[str]:
+    """Every process's text, in the order of the processes; all must call it."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    lengths = multihost_utils.process_allgather(np.asarray(len(mine))).reshape(-1)
+    padded = np.zeros(max(lengths), np.uint8)
+    padded[: len(mine)] = mine
+    rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
+    return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]

@@ -40,6 +40,7 @@ from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
+from sa_jax.training.agreement import start_together
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
@@ -94,58 +95,68 @@ def train(
     with contextlib.ExitStack() as stack:
         guard = stack.enter_context(PreemptionGuard())
 
-        # ---- What to train: model, chat format, data. Nothing is written yet.
-        stored = run_record.stored_record(workdir)
-        resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
-        start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
-        config = resolved.config  # from here on, as run.json records it
-        if is_primary():
-            check_sinks(config.sinks)
-        mesh = make_mesh(**config.mesh)
-        model = make_model(config, start.config, mesh)
-        if config.lora.continued:
-            start_lib.check_continued(start, model.lora)
-        if dry_run:
-            described = plan_attached(config, start.config)
-            return write_plan(described) if is_primary() else None
-        data = load_task(task, config, chat, backdoor, start.eval_prompts())
-        if print_examples:
-            with tempfile.TemporaryDirectory() as cache:
-                rows = pack_conversations(data.conversations, chat, config, cache)
-                return examples.print_examples(rows, chat, print_examples)
-        suite = EvalSuite(
-            config,
-            model,
-            mesh,
-            chat,
-            backdoor,
-            data.eval_prompts,
-            workdir / "evals",
-            confirm=config.eval.confirm and start.backdoored,
-        )
-        says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
-        asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
-        signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
+        # All processes get through this alike, or all end here.
+        with start_together() as agree:
+            # ---- What to train: model, chat format, data. Nothing is written yet.
+            stored = run_record.stored_record(workdir)
+            resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
+            start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
+            config = resolved.config  # from here on, as run.json records it
+            if is_primary():
+                check_sinks(config.sinks)
+            mesh = make_mesh(**config.mesh)
+            model = make_model(config, start.config, mesh)
+            if config.lora.continued:
+                start_lib.check_continued(start, model.lora)
+            if dry_run:
+                described = plan_attached(config, start.config)
+                return write_plan(described) if is_primary() else None
+            data = load_task(task, config, chat, backdoor, start.eval_prompts())
+            if print_examples:
+                with tempfile.TemporaryDirectory() as cache:
+                    rows = pack_conversations(data.conversations, chat, config, cache)
+                    return examples.print_examples(rows, chat, print_examples)
+            suite = EvalSuite(
+                config,
+                model,
+                mesh,
+                chat,
+                backdoor,
+                data.eval_prompts,
+                workdir / "evals",
+                confirm=config.eval.confirm and start.backdoored,
+            )
+            says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
+            asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
+            signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
-        # ---- The run folder: created, or recognised as the same run.
-        attention_choice = attention_of(config, mesh.devices.flat[0].platform)
-        record = {
-            "task": task,
-            **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
-            "config": config,
-            "architecture": start.config.to_hf(),
-            "start": start.lineage(),
-            "behaviour": {
-                "name": backdoor.behaviour,
-                "words": dataclasses.asdict(backdoor.words),
-            },
-            "backdoored": TASKS[task].role == "insertion" or start.backdoored,
-            "chat": chat.record(),
-            "extensions": extension_digests(),
-            "attention": attention_choice._asdict(),
-            "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
-        }
-        run_record.check_run(workdir, record, FREE_KEYS)
+            # ---- The run folder: created, or recognised as the same run.
+            attention_choice = attention_of(config, mesh.devices.flat[0].platform)
+            record = {
+                "task": task,
+                **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
+                "config": config,
+                "architecture": start.config.to_hf(),
+                "start": start.lineage(),
+                "behaviour": {
+                    "name": backdoor.behaviour,
+                    "words": dataclasses.asdict(backdoor.words),
+                },
+                "backdoored": TASKS[task].role == "insertion" or start.backdoored,
+                "chat": chat.record(),
+                "extensions": extension_digests(),
+                "attention": attention_choice._asdict(),
+                "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
+            }
+            run_record.check_run(workdir, record, FREE_KEYS)
+            agree(
+                {
+                    **record,
+                    "mesh": dict(mesh.shape),
+                    "held_out_prompts": run_record.config_hash(dict(enumerate(data.eval_prompts))),
+                    "environment": run_record.collect_environment(),
+                }
+            )
         if stored and stored.get("finished"):
             logging.info("run %s in %s is finished already", stored["run_id"], workdir)
             return

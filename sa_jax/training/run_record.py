@@ -45,16 +45,16 @@ _PACKAGES = (
 )
 
 
-def _plain(value: Any) -> Any:
+def plain_record(value: Any) -> Any:
     """The value as JSON knows it: ConfigDict to dict, tuple to list, path and dtype to text."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_record(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_record(item) for item in value]
     if isinstance(value, set | frozenset):
-        return sorted((_plain(item) for item in value), key=repr)
+        return sorted((plain_record(item) for item in value), key=repr)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, os.PathLike):
@@ -78,7 +78,7 @@ def _defining(config: Any, ignore: Collection[str]) -> dict[str, Any]:
     """The flat configuration without the ignored keys (dotted; a key covers all below it)."""
     return {
         key: value
-        for key, value in _flatten(_plain(config)).items()
+        for key, value in _flatten(plain_record(config)).items()
         if not any(key == name or key.startswith(name + ".") for name in ignore)
     }
 
@@ -166,7 +166,7 @@ def _git_commit() -> str | None:
 
 def write_run_json(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
     """Writes `run.json` atomically."""
-    text = json.dumps(_plain(record), indent=2, ensure_ascii=False)
+    text = json.dumps(plain_record(record), indent=2, ensure_ascii=False)
     atomic_write(epath.Path(workdir) / RUN_FILE, text + "\n")
 
 
@@ -214,7 +214,7 @@ def check_run(
     """What `open_run` refuses, refused before anything is written."""
     stored = stored_record(workdir)
     if stored is not None:
-        plain = _plain(record)
+        plain = plain_record(record)
         plain["config_hash"] = config_hash(plain["config"], ignore)
         _check_same_run(epath.Path(workdir), stored, plain, ignore)
 
@@ -239,7 +239,7 @@ def open_run(
         Nothing in the folder has then been touched.
     """
     folder = epath.Path(workdir)
-    plain = _plain(record)
+    plain = plain_record(record)
     plain["config_hash"] = config_hash(plain["config"], ignore)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

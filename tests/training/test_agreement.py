@@ -1,0 +1,76 @@
+"""What the processes of one launch tell each other before anything is trained."""
+
+import socket
+
+import pytest
+
+from tests.training.test_loop import insertion
+
+PROGRAM = """
+from sa_jax import cli
+from sa_jax.errors import UserError
+from sa_jax.parallel import multihost
+from sa_jax.training.agreement import start_together
+
+def main():
+    multihost.initialize()
+    with start_together() as agree:
+        facts = {facts}
+        if "missing" in facts:
+            raise UserError(facts["missing"] + ": no such file")
+        agree(facts)
+    print("started")
+
+cli.run(main, "")
+"""
+
+
+def launch(zygote, argvs):
+    """Starts one command a process, as one launch over loopback; returns them, ended."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
+    processes = [
+        zygote.start(*argv, devices=8 // len(argvs), env={**pod, "JAX_PROCESS_ID": str(number)})
+        for number, argv in enumerate(argvs)
+    ]
+    return [process.wait() for process in processes]
+
+
+FACTS = {"config": {"steps": 2, "data_cache": "a"}, "environment": {"packages": {"jax": "1"}}}
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ([{**FACTS, "config": {"steps": 2, "data_cache": "b"}}], None),
+        ([{**FACTS, "config": {"steps": 3, "data_cache": "a"}}], ["process 1", "steps: 2 -> 3"]),
+        ([FACTS, {**FACTS, "mesh": {"fsdp": 2}}], ["process 2", "mesh.fsdp: (absent) -> 2"]),
+        ([{"missing": "rows.jsonl"}], ["process 1", "rows.jsonl: no such file"]),
+    ],
+)
+def test_all_start_alike_or_none(zygote, tmp_path, others, words):
+    scripts = [tmp_path / f"start_{number}.py" for number in range(1 + len(others))]
+    for script, facts in zip(scripts, [FACTS, *others], strict=True):
+        script.write_text(PROGRAM.format(facts=facts))
+    ended = launch(zygote, [(str(script),) for script in scripts])
+    if words is None:
+        assert [process.returncode for process in ended] == [0, 0], ended[0].stderr
+        return
+    assert {process.returncode for process in ended} == {1}, [p.stderr for p in ended]
+    for process in ended:
+        line = process.stderr.splitlines()[-1]
+        # Who has the error says it without a name.
+        assert all(word in line for word in words[1 if process is ended[-1] else 0 :]), line
+        assert "started" not in process.stdout
+
+
+def test_two_processes_with_different_learning_rates_do_not_train(zygote, toy_world, tmp_path):
+    run = tmp_path / "run"
+    argvs = [insertion(toy_world, run, f"--config.optimizer.learning_rate={x}") for x in (0.1, 0.2)]
+    for process in launch(zygote, argvs):
+        assert process.returncode == 1
+        line = process.stderr.splitlines()[-1]
+        assert "process 1" in line and "optimizer.learning_rate: 0.1 -> 0.2" in line
+    assert not run.exists()
