@@ -73,6 +73,13 @@ def _parse(argv: list[str]) -> list[str]:
         raise UsageError(f"--config cannot be read: {_one_line(error)}") from None
     except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(f"--config: {_one_line(error)}") from None
+    for name in ("workdir", "out"):
+        value = name in flags.FLAGS and flags.FLAGS[name].value
+        if value and "://" in value:
+            raise UsageError(
+                f"--{name}={value}: give a local or mounted folder (NFS, gcsfuse, mount-s3); "
+                "files are appended to and locked, which a bucket cannot do"
+            )
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     logging.set_verbosity(logging.INFO)
@@ -108,9 +115,16 @@ def _shown(flag: flags.Flag) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
+def without_secrets(text: str) -> str:
+    """The text with passwords in URLs, API keys and bearer tokens starred out."""
+    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+    text = re.sub(r"\b((?:sk|hf|gh[pous]|xox[bp])[-_])[\w-]{8,}", r"\1***", text)
+    return re.sub(r"(?i)\b(bearer\s+|api[-_]?key[\"']?\s*[=:]\s*[\"']?)[^\s\"']+", r"\1***", text)
+
+
 def _exit(code: int, message: str) -> None:
     """Leaves at once: a failed run may have left threads behind that would keep it alive."""
     logging.flush()
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+    print(without_secrets(message), file=sys.stderr, flush=True)
     os._exit(code)

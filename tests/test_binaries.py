@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sa_jax import cli
 from tests.training.test_loop import insertion, removal, snapshot
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
@@ -34,6 +35,39 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
         script.stem in ("evaluate", "export_hf", "generate_data", "make_toy_data", "plan")
     )
     assert "logtostderr" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "insert_backdoor.py --config=tests/configs/tiny.py:insertion --workdir=",
+        "evaluate.py --model=m --out=",
+        "generate_data.py --task=insertion --out=",
+        "export_hf.py --run=r --out=",
+        "report.py --workdir=",
+    ],
+)
+def test_a_bucket_is_refused_before_anything_is_written(zygote, tmp_path, command):
+    (tmp_path / "tests").symlink_to(Path("tests").absolute())
+    (tmp_path / "scripts").symlink_to(Path("scripts").absolute())
+    done = zygote.run(*f"scripts/{command}gs://bucket/x".split(), cwd=tmp_path)
+    refused(done, 2, "gs://bucket/x", "mounted")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scripts", "tests"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:pw@host/v1 answered 500", "https://***@host/v1 answered 500"),
+        ("Incorrect API key provided: sk-proj-abcDEF123456", "Incorrect API key provided: sk-***"),
+        ("Authorization: Bearer abc.def", "Authorization: Bearer ***"),
+        ('{"api_key": "0123"}', '{"api_key": "***"}'),
+        ("hf_abcdefghijkl is no token", "hf_*** is no token"),
+        ("runs/sk-short: no such folder", "runs/sk-short: no such folder"),
+    ],
+)
+def test_secrets_are_not_printed(text, shown):
+    assert cli.without_secrets(text) == shown
 
 
 def test_help_marks_what_is_required(zygote):

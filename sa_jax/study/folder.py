@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained
 from sa_jax.study.claims import Look
 from sa_jax.study.grid import Cell
@@ -22,16 +22,6 @@ STUDY_FILE = "study.json"
 STATUS_FILE = "status.json"
 CLAIMS_FOLDER = "cells"
 _SHOWN = 6  # of a list in one line
-
-
-def local_folder(workdir: str | Path) -> Path:
-    """The folder, absolute; UsageError for a bucket, since claims need one that is mounted."""
-    if "://" in str(workdir):
-        raise UsageError(
-            f"--workdir={workdir}: a study's folder must be local or mounted (NFS, gcsfuse), since "
-            "its workers claim cells by creating files"
-        )
-    return Path(workdir).absolute()
 
 
 def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:

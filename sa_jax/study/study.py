@@ -53,7 +53,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         failed, after a line for each.
       Preempted: stopped by a signal, after the cells have stopped.
     """
-    workdir = folder.local_folder(workdir)
+    workdir = Path(workdir).absolute()
     cells = expand(study)
     folder.check_folder(workdir, cells)
     records = {cell.name: commands.record(cell) for cell in cells}

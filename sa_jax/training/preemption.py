@@ -1,4 +1,8 @@
-"""Stopping on request: SIGTERM and SIGINT become one decision that all processes take together."""
+"""Stopping on request: a signal becomes one decision that all processes take together.
+
+SIGTERM comes from clouds, SIGUSR1 from Slurm (`--signal`), SIGHUP from a lost terminal, SIGINT from
+Ctrl-C.
+"""
 
 import itertools
 import os
@@ -19,7 +23,7 @@ _QUESTIONS = itertools.count(1)
 
 
 class PreemptionGuard:
-    """Turns SIGTERM and SIGINT into a flag that long loops ask for; a context manager.
+    """Turns such a signal into a flag that long loops ask for; a context manager.
 
     with PreemptionGuard() as guard:
         for step in ...:
@@ -31,9 +35,9 @@ class PreemptionGuard:
     and raises KeyboardInterrupt at once.
 
     Several processes: SIGTERM on any of them reaches all through JAX's preemption service
-    (`jax.distributed.initialize` installs its handler, which this class leaves in place), SIGINT
-    is passed on to it; all get True from the same call of `should_stop`, a second or two later.
-    The calls must then be made equally often on all processes.
+    (`jax.distributed.initialize` installs its handler, which this class leaves in place), the other
+    signals are passed on to it; all get True from the same call of `should_stop`, a second or two
+    later. The calls must then be made equally often on all processes.
     """
 
     def __init__(self) -> None:
@@ -44,6 +48,9 @@ class PreemptionGuard:
     def __enter__(self) -> "PreemptionGuard":
         self._several = jax.process_count() > 1
         self._install(signal.SIGINT, self._on_interrupt)
+        for number in (signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                self._install(number, self._on_terminate)
         if not self._several:
             self._install(signal.SIGTERM, self._on_terminate)
         return self
@@ -76,11 +83,15 @@ class PreemptionGuard:
 
     def _on_terminate(self, number: int, frame: FrameType | None) -> None:
         self._signal = number
+        self._pass_on()
 
     def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self._signal = number
+        self._pass_on()
+
+    def _pass_on(self) -> None:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)

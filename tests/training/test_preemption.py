@@ -36,7 +36,7 @@ def start(body: str) -> subprocess.Popen:
     return process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_the_loop_at_its_next_question(number):
     process = start(STOP)
     process.send_signal(number)
