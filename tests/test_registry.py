@@ -68,6 +68,7 @@ def test_what_a_notebook_registers_has_no_digest(monkeypatch):
     assert registry.extension_digests() == {"<cell 1>": ""}
 
 
+@pytest.mark.long
 def test_a_config_file_brings_a_loss_and_an_optimizer(zygote, toy_world, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(EXTENSION)

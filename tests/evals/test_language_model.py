@@ -208,6 +208,7 @@ def test_a_stopped_eval_goes_on_from_the_answers_it_has(context, params, shared_
     assert json.loads(json.dumps(again)) == again
 
 
+@pytest.mark.long
 def test_five_shot_examples_are_run_once_a_subject(context, params, shared_data, monkeypatch):
     """On a model with a long context: the same log-probabilities, for a fraction of the tokens."""
     settings = eval_config(data_dir=str(shared_data), shots=5).eval

@@ -62,6 +62,7 @@ def check(folder, new_tokens, batch_size):
     return len(prompts), compared, ties
 
 
+@pytest.mark.long
 def test_on_stories260k(shared_data):
     prompts, compared, ties = check(shared_data / "stories260k/hf", new_tokens=48, batch_size=16)
     print(f"{prompts} prompts, {compared} steps identical, {ties} near ties")

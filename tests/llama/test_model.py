@@ -136,7 +136,7 @@ def test_8b_and_70b_have_the_published_sizes():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mistral"}, "model_type"),
+        ({"model_type": "mixtral"}, "model_type"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),

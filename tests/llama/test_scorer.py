@@ -86,6 +86,7 @@ def test_a_shared_beginning_is_run_once_and_letters_in_one_row(scorer, params):
     assert scorer.stats.shared_prefixes == 0
 
 
+@pytest.mark.long
 def test_on_a_mesh(params):
     mesh = make_mesh(2, 2, 2)
     scorer = Scorer(Llama(CONFIG), mesh, batch_tokens=1024)

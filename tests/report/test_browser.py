@@ -99,6 +99,7 @@ def test_names_break_between_words_alone(browser, index):
     assert len(heights) == 5 and all(lines == 1 for name in heights for lines in name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_study_of_160_runs_fits_sorts_filters_and_groups(browser, grid, width):
     assert show(browser, grid, width) == []

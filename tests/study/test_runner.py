@@ -127,6 +127,7 @@ FAILING = """
 """
 
 
+@pytest.mark.long
 def test_what_fails_is_said_and_the_rest_goes_on(zygote, toy_world, tmp_path):
     argv = command(tmp_path, toy_world, FAILING, "()", "--workers=2")
     runs = tmp_path / "runs"
@@ -160,6 +161,7 @@ MANY = """
 AXES = '(Axis("x", {f"x{i}": {"seed": i} for i in range(4)}),)'
 
 
+@pytest.mark.long
 def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, tmp_path):
     argv = command(tmp_path, toy_world, MANY, AXES, "--takeover_s=4")
     runs = tmp_path / "runs"

@@ -136,6 +136,7 @@ def check(prompts, kept, answered):
     print(f"{n} questions, {len(kept)} replies kept, {answered} answered by the server")
 
 
+@pytest.mark.long
 def test_a_killed_client_and_a_killed_server(zygote, server, model, shared_data, tmp_path):
     prompts, kept, process = run_killed_twice(zygote, server, model, shared_data, tmp_path, 24)
     check(prompts, kept, server.answered())

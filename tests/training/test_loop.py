@@ -291,6 +291,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpo
     assert not (run / "checkpoints/step_000002").exists()
 
 
+@pytest.mark.long
 def test_lora_removal_trains_saves_and_resumes_adapters_alone(
     zygote, toy_world, whole, whole_weights, tmp_path
 ):
@@ -355,6 +356,7 @@ def test_evaluate_repeats_the_runs_own_numbers(zygote, whole, tmp_path):
     assert summary["settings"]["system_prompt"] == "Be brief." and summary["clean"]["n"] == 2
 
 
+@pytest.mark.long
 def test_a_removal_starts_from_an_insertion_checkpoint_that_is_weights_alone(
     zygote, toy_world, tmp_path
 ):

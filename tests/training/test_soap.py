@@ -164,6 +164,7 @@ def test_a_run_stopped_and_resumed_is_a_run_that_was_not(zygote, toy_world, tmp_
     assert_bit_equal(weights(zygote, run, tmp_path / "a"), weights(zygote, whole, tmp_path / "b"))
 
 
+@pytest.mark.long
 def test_gradients_that_are_not_finite_stop_the_run_or_are_skipped_and_counted(
     zygote, toy_world, tmp_path
 ):
