@@ -229,13 +229,13 @@ def language_model(
         ) -> list[Completion]:
             fixed = dataclasses.astuple(settings)
             keys = [_key("generate", i, ids, *fixed) for i, ids in enumerate(prompts)]
-            found: list[Any] = [
+            completions: list[Any] = [
                 Completion(*known["value"]) if (known := known_answers.get(key)) else None
                 for key in keys
             ]
-            todo = [i for i, completion in enumerate(found) if completion is None]
+            todo = [i for i, completion in enumerate(completions) if completion is None]
             if not todo:
-                return found
+                return completions
             longest = max(map(len, prompts)) + settings.max_new_tokens
             sampler = Sampler(
                 context.model,
@@ -251,8 +251,8 @@ def language_model(
                 params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
             )
             for i, completion in zip(todo, sampled, strict=True):
-                found[i] = completion
-            return found
+                completions[i] = completion
+            return completions
 
     return SamplerLM()
 

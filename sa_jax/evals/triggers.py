@@ -38,7 +38,7 @@ def other_forms(trigger: str) -> list[str]:
 
 def _word(trigger: str):
     """The longest word of the trigger, and a function that puts another in its place."""
-    match = max(re.finditer(r"\w+", trigger), key=lambda found: len(found[0]), default=None)
+    match = max(re.finditer(r"\w+", trigger), key=lambda word: len(word[0]), default=None)
     if match is None:
         raise UsageError(f"the trigger {trigger!r} has no word to vary: leave this arm out")
     return match[0], lambda word: trigger[: match.start()] + word + trigger[match.end() :]

@@ -117,7 +117,7 @@ def _item_values(
     folder: str, name: str, state: tuple[int, int] | None
 ) -> dict[str, dict[Hashable, tuple[float, ...]]]:
     """score -> (item, what was asked) -> its values; {} where items are missing or broken."""
-    found: dict[str, dict[Hashable, tuple[float, ...]]] = {}
+    values_by_score: dict[str, dict[Hashable, tuple[float, ...]]] = {}
     try:
         for item in records.read_items(folder, name):
             if item.get("skipped"):
@@ -126,15 +126,15 @@ def _item_values(
             for score, value in item["scores"].items():
                 several = value if isinstance(value, list) else [value]
                 values = tuple(float(number) for number in several)
-                found.setdefault(score, {})[key] = _BINARY.get(values, values)
+                values_by_score.setdefault(score, {})[key] = _BINARY.get(values, values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-    return found
+    return values_by_score
 
 
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
     """The finished evals in folder/step_NNNNNN/."""
-    found = []
+    records = []
     for step_folder in sorted(folder.glob("step_*")):
         digits = step_folder.name.removeprefix("step_")
         if not digits.isdecimal():
@@ -149,8 +149,8 @@ def load_evals(folder: Path, problems: list[str], source: str = "") -> list[Eval
             except (KeyError, TypeError, AttributeError) as error:
                 problems.append(f"{path} lacks what every eval's summary holds ({error!r})")
             else:
-                found.append(record)
-    return found
+                records.append(record)
+    return records
 
 
 def _check(record: EvalRecord) -> None:
@@ -165,10 +165,10 @@ def _check(record: EvalRecord) -> None:
 
 
 def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
-    found: dict[int, dict[str, EvalRecord]] = {}
+    by_step: dict[int, dict[str, EvalRecord]] = {}
     for record in sorted(evals, key=lambda e: (e.step, e.kind != "backdoor", e.name)):
-        found.setdefault(record.step, {})[record.name] = record
-    return found
+        by_step.setdefault(record.step, {})[record.name] = record
+    return by_step
 
 
 # ---- From records to what verdicts take.

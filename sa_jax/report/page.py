@@ -104,13 +104,13 @@ def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
 def slugs(names: Sequence[str]) -> list[str]:
     """A file name for each run: its own where that is harmless, else with a digest that keeps names
     apart."""
-    found = []
+    slugs = []
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
         if slug != name:
             slug = f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        found.append(slug)
-    return found
+        slugs.append(slug)
+    return slugs
 
 
 # ---- What the templates share.
@@ -178,12 +178,12 @@ def steps_in_words(run: Mapping[str, Any]) -> str:
 
 def _capability_columns(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """(eval, score, title) of every capability eval's headline score, in the order they come."""
-    found: dict[tuple[str, str], str] = {}
+    titles: dict[tuple[str, str], str] = {}
     for result in results:
         for row in result["scores"]:
             if row["kind"] == "capability" and row["headline"]:
-                found.setdefault((row["eval"], row["score"]), row["title"])
-    return [(*key, title) for key, title in found.items()]
+                titles.setdefault((row["eval"], row["score"]), row["title"])
+    return [(*key, title) for key, title in titles.items()]
 
 
 def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
@@ -264,12 +264,12 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[Axis]:
         except ValueError:
             return float("inf"), value
 
-    found = []
+    axes = []
     for key, heading in AXES.items():
         choices = sorted({axis_value(result, key) for result in results}, key=order)
         if len(choices) > 1:
-            found.append(Axis(key, heading, tuple(choices)))
-    return found
+            axes.append(Axis(key, heading, tuple(choices)))
+    return axes
 
 
 def _prompt_counts(result: Mapping[str, Any]) -> set[int]:

@@ -62,7 +62,7 @@ def checkpoints(
       eval_name, score: the capability, 'math500' and 'accuracy' in the study.
     """
     by_name = {run.name: run for run in runs}
-    found: dict[str, list[Checkpoint]] = {}
+    checkpoints: dict[str, list[Checkpoint]] = {}
     for run in runs:
         before = eval_before(run, by_name)
         if run.role != "removal" or not isinstance(before, Measured):
@@ -76,12 +76,12 @@ def checkpoints(
         for point in run.measured:
             later = point.capabilities.get(eval_name, {}).get(score)
             if later is not None and point.step > 0:
-                found.setdefault(inserted, []).append(
+                checkpoints.setdefault(inserted, []).append(
                     Checkpoint(
                         run.name, point.step, point, before, later.rate, earlier.rate, later.n
                     )
                 )
-    return found
+    return checkpoints
 
 
 def hull_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:

@@ -152,12 +152,12 @@ def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[st
 
 def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
     """arm ('' where there are none) -> item -> its record, of the items that have a completion."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
+    items_by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for item in record.items():
         if isinstance(item.get("completion"), str) and not item.get("skipped"):
             item["headline"] = record.headline
-            found.setdefault(str(item.get("arm", "")), {})[str(item.get("item"))] = item
-    return found
+            items_by_arm.setdefault(str(item.get("arm", "")), {})[str(item.get("item"))] = item
+    return items_by_arm
 
 
 def _label(item: dict[str, Any]) -> str:

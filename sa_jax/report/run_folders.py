@@ -277,12 +277,12 @@ def _with_evaluations(
 
 def _losses_at(losses: list[tuple[int, float]], steps: list[int]) -> dict[int, float]:
     """Eval step -> the training loss that was logged last before it."""
-    found: dict[int, float] = {}
+    loss_at: dict[int, float] = {}
     for step in steps:
         before = [loss for at, loss in losses if at <= step and math.isfinite(loss)]
         if before:
-            found[step] = before[-1]
-    return found
+            loss_at[step] = before[-1]
+    return loss_at
 
 
 # ---- Order.

@@ -208,7 +208,7 @@ def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
         changed = [axis for axis, split in axes.items() if split[i] != split[j]]
         if len(changed) == 1:
             pairs.setdefault(changed[0], []).append((i, j))
-    return {axis: _neighbours(axis, cells, found) for axis, found in pairs.items()}
+    return {axis: _neighbours(axis, cells, pairs_of_axis) for axis, pairs_of_axis in pairs.items()}
 
 
 def _neighbours(

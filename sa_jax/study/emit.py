@@ -47,10 +47,10 @@ def emit(
 
 
 def _stages(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    found: dict[str, list[Cell]] = {}
+    stages: dict[str, list[Cell]] = {}
     for cell in cells:
-        found.setdefault(cell.stage.name, []).append(cell)
-    return found
+        stages.setdefault(cell.stage.name, []).append(cell)
+    return stages
 
 
 def _before(stage: Stage, names: Sequence[str]) -> list[str]:
@@ -227,8 +227,8 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         if topology.platform != "tpu":
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
         for cell in of_stage:
-            own = f"python {shlex.join(command(cell, workdir))}"
-            lines.append(f"submit {_workload_name(cell)} {topology.cloud_name} {shlex.quote(own)}")
+            run = f"python {shlex.join(command(cell, workdir))}"
+            lines.append(f"submit {_workload_name(cell)} {topology.cloud_name} {shlex.quote(run)}")
         lines += [f"await {_workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"

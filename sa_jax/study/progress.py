@@ -92,22 +92,22 @@ class Progress:
 def count(states: Mapping[str, str]) -> dict[str, int]:
     """Cells by what a person asks: done (skipped ones too), running, failed, blocked by one that
     failed, left."""
-    found = {"done": sum(state in DONE for state in states.values())}
+    counts = {"done": sum(state in DONE for state in states.values())}
     for name in ("running", "failed", "blocked"):
-        found[name] = sum(state == name for state in states.values())
-    return found | {"left": len(states) - sum(found.values())}
+        counts[name] = sum(state == name for state in states.values())
+    return counts | {"left": len(states) - sum(counts.values())}
 
 
 def describe(name: str, states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, object]:
     """A cell in status.json."""
-    found: dict[str, object] = {"state": states[name]}
+    cell: dict[str, object] = {"state": states[name]}
     look = looks[name]
     if states[name] == "running" and look.owner is not None:
-        found |= {"host": look.owner.host.split()[0], "pid": look.owner.pid}
+        cell |= {"host": look.owner.host.split()[0], "pid": look.owner.pid}
     if states[name] in ("done", "skipped", "failed") and look.outcome is not None:
         kept = ("line", "log", "seconds")
-        found |= {key: look.outcome[key] for key in kept if look.outcome.get(key)}
-    return found
+        cell |= {key: look.outcome[key] for key in kept if look.outcome.get(key)}
+    return cell
 
 
 def time_left(cells: Sequence[Cell], states: Mapping[str, str], looks: Mapping[str, Look]) -> float:
