@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("SA_JAX_COMPILATION_CACHE", "off")  # the first step's time holds compilation
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ import transformers
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
+from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
@@ -184,6 +186,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
     parser.add_argument("--out", help="write the results to this JSON file too")
     args = parser.parse_args()
+    multihost.initialize()  # as a run starts: malloc keeps what is freed, for torch too
     print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
     print("|---|---|---|---|---|---|")
     results = []
