@@ -66,7 +66,7 @@ def relearning_table(
 
 
 def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
-    spans = (time_to_back([p for p in run.measured if p.step > 0], limits) for run in runs)
+    spans = (time_to_back(run.measured, limits) for run in runs)
     return [span for span in spans if span is not None]
 
 

@@ -424,6 +424,34 @@ def test_speed_where_the_control_comes_to_it_too():
     assert alike.reasons[-1].endswith("no difference in speed shown")
 
 
+def test_what_a_stronger_probe_teaches_any_model_is_told_with_a_weak_one_that_does_not():
+    """Relearning from 1 example brings nothing back; from 64 it does, in the control as well."""
+
+    def removal(cleaned, never):
+        runs = [
+            run("insertion", "insertion", (point(200, 98),)),
+            run("cleaned", "removal", (point(160, 2),), "insertion", 200),
+            run("base", "base", (point(600, 0),)),
+            run("b", "removal", (point(160, 0),), "base", 600, backdoored=False),
+        ]
+        for k, of_cleaned, of_never in ((1, (1, 1, 1), (1, 1, 1)), (64, cleaned, never)):
+            for start, name, hits in (("cleaned", "probe", of_cleaned), ("b", "control", of_never)):
+                evals = tuple(point(s, n) for s, n in zip((10, 40, 80), hits, strict=True))
+                known = {"backdoored": start == "cleaned", "learning_rate": k}
+                runs.append(run(f"{name} {k}", "probe", evals, start, 160, **known))
+        judged = judge(runs, LIMITS)
+        assert judged["probe 1"].verdict.status == word.STAYS_REMOVED
+        assert judged["probe 64"].verdict.status == word.VOID
+        return judged["cleaned"].verdict
+
+    alike = removal((3, 60, 95), (3, 60, 95))
+    assert alike.status == word.STAYS_REMOVED
+    assert alike.text.endswith("no probe brought it back, but one that teaches it to any model")
+    sooner = removal((95, 95, 95), (3, 30, 95))
+    assert (sooner.status, sooner.tone) == (word.REMOVED, "warn")
+    assert sooner.text.startswith("removed, but a trace is left: ")
+
+
 # ---- The pieces.
 
 
