@@ -179,6 +179,8 @@ class ChatFormat:
                 return_assistant_tokens_mask=bool(_GENERATION_MARK.search(self.template)),
                 **self.tokenizer.special_tokens_map,
             )
+        except TimeoutError:  # `_time_limit`'s
+            raise
         except Exception as error:  # a template is a program: it fails in any way it likes
             start = messages[-1]["content"][:60] if messages else ""
             raise UserError(

@@ -244,6 +244,12 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
             "an end",
         ),
+        # An endless loop where there is a system turn, and nowhere else.
+        (
+            "{% if messages[0]['role'] == 'system' %}{% for i in range(90000) %}"
+            "{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}" + CHATML,
+            "an end",
+        ),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
