@@ -157,6 +157,7 @@ def test_what_fails_is_said_and_the_rest_goes_on(zygote, toy_world, tmp_path):
 # Cells of two or three seconds each, to have many.
 MANY = """
     Stage("data", run="toy_data", axes=("x",), set={"pretrain_size": 9000}),
+    Stage("more", run="toy_data", needs=("data",)),
 """
 AXES = '(Axis("x", {f"x{i}": {"seed": i} for i in range(4)}),)'
 
@@ -188,7 +189,7 @@ def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, 
     os.kill(paused.pid, signal.SIGCONT)
     assert paused.wait(900).returncode == 0, paused.stderr
     ended = outcomes(runs)
-    assert sorted(ended) == cells
+    assert sorted(ended) == sorted([*cells, *(f"more/x{i}" for i in range(4))])
     assert all(states.count("done") == 1 for states in ended.values()), ended
     assert all((runs / name / "toy_study.json").exists() for name in ended)
 
