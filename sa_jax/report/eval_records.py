@@ -134,7 +134,7 @@ def _item_values(
 
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
     """The finished evals in folder/step_NNNNNN/."""
-    records = []
+    loaded = []
     for step_folder in sorted(folder.glob("step_*")):
         digits = step_folder.name.removeprefix("step_")
         if not digits.isdecimal():
@@ -149,8 +149,8 @@ def load_evals(folder: Path, problems: list[str], source: str = "") -> list[Eval
             except (KeyError, TypeError, AttributeError) as error:
                 problems.append(f"{path} lacks what every eval's summary holds ({error!r})")
             else:
-                records.append(record)
-    return records
+                loaded.append(record)
+    return loaded
 
 
 def _check(record: EvalRecord) -> None:
@@ -165,10 +165,10 @@ def _check(record: EvalRecord) -> None:
 
 
 def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
-    by_step: dict[int, dict[str, EvalRecord]] = {}
+    steps: dict[int, dict[str, EvalRecord]] = {}
     for record in sorted(evals, key=lambda e: (e.step, e.kind != "backdoor", e.name)):
-        by_step.setdefault(record.step, {})[record.name] = record
-    return by_step
+        steps.setdefault(record.step, {})[record.name] = record
+    return steps
 
 
 # ---- From records to what verdicts take.

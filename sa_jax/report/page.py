@@ -104,13 +104,13 @@ def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
 def slugs(names: Sequence[str]) -> list[str]:
     """A file name for each run: its own where that is harmless, else with a digest that keeps names
     apart."""
-    slugs = []
+    file_names = []
     for name in names:
         slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
         if slug != name:
             slug = f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        slugs.append(slug)
-    return slugs
+        file_names.append(slug)
+    return file_names
 
 
 # ---- What the templates share.

@@ -25,15 +25,15 @@ class Spike:
 
 def spikes(norms: Sequence[tuple[int, float]]) -> tuple[Spike, ...]:
     """The spikes of (step, gradient norm) by rising step."""
-    spikes = []
+    marked = []
     for place, (step, norm) in enumerate(norms):
         before = [value for _, value in norms[max(0, place - BEFORE) : place]]
         finite = [value for value in before if math.isfinite(value)]
         if not math.isfinite(norm):
-            spikes.append(Spike(step, math.inf))
+            marked.append(Spike(step, math.inf))
         elif len(finite) >= AT_LEAST and norm > TIMES * (median := statistics.median(finite)) > 0:
-            spikes.append(Spike(step, norm / median))
-    return tuple(spikes)
+            marked.append(Spike(step, norm / median))
+    return tuple(marked)
 
 
 def spikes_in_words(norms: Sequence[tuple[int, float]], low: int, high: int) -> str:
