@@ -6,6 +6,7 @@ its base comes from what it was itself started from, recursively, with older ada
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 from collections.abc import Mapping
@@ -209,8 +210,13 @@ def lora_config(section: Any) -> LoraConfig | None:
 
 def abstract_params(model: Llama) -> Any:
     """The parameter tree's shapes and dtypes; nothing is computed."""
+    return _shapes(_without_kernels(model))
+
+
+@functools.cache
+def _shapes(model: Llama) -> Any:
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(_without_kernels(model).init, jax.random.key(0), tokens)["params"]
+    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
 
 
 def _without_kernels(model: Llama) -> Llama:
