@@ -7,6 +7,7 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.report.cells import Cell, differing
+from sa_jax.report.judgement import NO_BACKDOOR
 from sa_jax.report.tables import learning_rate
 
 # What names a cell among others: key of a run's result, how it reads there.
@@ -43,11 +44,10 @@ def cell_groups(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]])
 
 
 def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    firsts = [results[cell.runs[0].name] for cell in cells]
+    labels = [_title(cell, results) for cell in cells]
     by_title: dict[str, list[int]] = {}
-    for i, first in enumerate(firsts):
-        by_title.setdefault(first["title"], []).append(i)
-    labels = [first["title"] for first in firsts]
+    for i, title in enumerate(labels):
+        by_title.setdefault(title, []).append(i)
     for title, members in by_title.items():
         parts: dict[int, list[str]] = {i: [title] for i in members}
         for key in _NAMES:
@@ -64,6 +64,11 @@ def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> 
             else:
                 labels[i] = " · ".join(parts[i])
     return [text.one_line(label) for label in labels]
+
+
+def _title(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:
+    statuses = {results[run.name]["verdict"]["status"] for run in cell.runs}
+    return f"{cell.title}, no backdoor" if statuses == {NO_BACKDOOR} else cell.title
 
 
 def _named(key: str, result: Mapping[str, Any]) -> str:

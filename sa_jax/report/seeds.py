@@ -48,7 +48,8 @@ class CellResult:
       judged: finished and evaluated runs, one for each set of seeds; all else is about them.
       pending: runs that are not finished, or not evaluated.
       verdicts: status -> number of seeds.
-      counted: how `k` is counted in words ('removed'); '' for a base model, which is not counted.
+      counted: how `k` is counted in words ('removed'); '' for a base model or a control, which is
+        not counted.
       k, m: seeds that came out so, of how many; `lo`, `hi` the exact (Clopper-Pearson) interval.
       triggered, clean: mean rates of the last eval; None without a judged run.
       capabilities: title -> mean change of a headline score from before, as a fraction.
@@ -87,6 +88,8 @@ def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds
     )
     statuses = Counter(judged[run.name].verdict.status for run in done)
     successes, counted = SUCCESSES.get(cell.role, (frozenset(), ""))
+    if set(statuses) == {word.NO_BACKDOOR}:
+        counted = ""  # a control: there was nothing to remove, or to bring back
     k, m = sum(statuses[status] for status in successes), len(done)
     lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
     last = [after for run in done if (after := judged[run.name].after) is not None]
@@ -179,7 +182,7 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
     comparisons = []
     by_role: dict[str, list[CellResult]] = {}
     for result in results:
-        if result.cell.role in SUCCESSES and result.m:
+        if result.counted and result.m:
             by_role.setdefault(result.cell.role, []).append(result)
     for role, members in by_role.items():
         cells = [result.cell for result in members]

@@ -75,7 +75,7 @@ def study_of(
         times_table(fits, adjusted),
         relearning_table(grouped, judged, labels, limits),
         robustness_table(pareto, capability, limits),
-        policies_table([run for run in runs if run.role == "removal"]),
+        policies_table([run for run in runs if run.role == "removal" and run.backdoored]),
         published_table(over, labels, results, limits) if several else None,
     ]
     kept = tuple(table for table in tables if table is not None and table.rows)

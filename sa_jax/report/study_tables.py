@@ -18,7 +18,8 @@ CHECKPOINT_RANGE = 1  # policies choose among checkpoints: one alone is no choic
 
 
 def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
-    """A row a cell: k of m, the mean rates, what it cost."""
+    """A row a cell, base models apart: k of m, the mean rates, what it cost."""
+    over = [result for result in over if result.cell.role != "base"]
     titles = dict.fromkeys(title for result in over for title in result.capabilities)
     rows = []
     for result in over:
