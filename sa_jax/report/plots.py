@@ -82,8 +82,8 @@ class Panel:
 def curves_figure(panels: Sequence[Panel], columns: int = 3) -> Figure:
     """One panel of triggered and clean rates a run or cell, on one scale.
 
-    A panel of one run shades the intervals and names the ends; one of several has thin lines. A
-    black triangle on the top edge is a spike of the gradient norm.
+    A panel of one run shades the intervals and names the ends; one of several has thin lines and
+    names the means of their ends. A black triangle on the top edge is a spike of the gradient norm.
     """
     rows = max(1, math.ceil(len(panels) / columns))
     columns = max(1, math.ceil(len(panels) / rows))  # 4 panels: 2 by 2, not 3 and 1
@@ -111,7 +111,9 @@ def cells_figure(means: Sequence[tuple[str, SeedMean]]) -> Figure:
     with matplotlib.rc_context(_RC):
         height = 18 * len(means) + 50
         figure = Figure(figsize=(620 / 72, height / 72))
-        axes = figure.add_axes((0.58, 34 / height, 0.39, (height - 44) / height))
+        longest = max(len(label[:52]) for label, _ in means) + 8
+        left = 0.05 + 0.53 * longest / 60
+        axes = figure.add_axes((left, 34 / height, 0.97 - left, (height - 44) / height))
         places = range(len(means), 0, -1)
         for place, (_, mean) in zip(places, means, strict=True):
             axes.plot([mean.lo, mean.hi], [place] * 2, color=COLOURS["triggered"], alpha=0.35, lw=4)
@@ -247,11 +249,20 @@ def _run(axes: Axes, series: Series) -> None:
 
 
 def _overlaid(axes: Axes, runs: Sequence[Series]) -> None:
+    last: dict[str, list[RatePoint]] = {}
     for series in runs:
         for name, points in series:
             if points:
                 steps, rates, *_ = zip(*points, strict=True)
                 _line(axes, name, steps, rates, 1.0, 2.4)
+                last.setdefault(name, []).append(points[-1])
+    _end_labels(
+        axes,
+        [
+            (sum(point[1] for point in ends) / len(ends), name, max(point[0] for point in ends))
+            for name, ends in last.items()
+        ],
+    )
 
 
 def _line(
