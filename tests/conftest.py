@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 
+import sa_jax  # noqa: F401  (sets OpenBLAS's threads before numpy is imported)
 from tests.cpu import xla_flags
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,8 +20,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
-# Threads of the CPU's LAPACK block each other when several tests run at once.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from pathlib import Path
 
