@@ -1,4 +1,5 @@
-"""Memory that a thread frees is used again without asking the system for cleared pages."""
+"""Memory that a thread frees is used again without asking the system for cleared pages, and
+OpenBLAS has one thread."""
 
 import subprocess
 import sys
@@ -38,3 +39,12 @@ def cleared_pages(mode: str) -> int:
 def test_freed_memory_is_kept():
     given_back, kept = cleared_pages("default"), cleared_pages("keep")
     assert kept < given_back / 5, (kept, given_back)
+
+
+def test_openblas_has_one_thread():
+    """Of numpy's copy and of scipy's, which jax calls."""
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import threadpool_info
+
+    threads = {i["filepath"]: i["num_threads"] for i in threadpool_info() if "blas" in i["prefix"]}
+    assert threads and set(threads.values()) == {1}
