@@ -11,8 +11,10 @@ import textwrap
 from collections.abc import Callable
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.files import check_local
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -73,15 +75,13 @@ def _parse(argv: list[str]) -> list[str]:
         raise UsageError(f"--config cannot be read: {_one_line(error)}") from None
     except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(f"--config: {_one_line(error)}") from None
-    for name in ("workdir", "out"):
-        value = name in flags.FLAGS and flags.FLAGS[name].value
-        if value and "://" in value:
-            raise UsageError(
-                f"--{name}={value}: give a local or mounted folder (NFS, gcsfuse, mount-s3); "
-                "files are appended to and locked, which a bucket cannot do"
-            )
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
+        if isinstance(flag.value, ConfigDict):
+            check_local("config", flag.value.to_dict())
+        else:
+            check_local(f"--{flag.name}", flag.value)
     logging.set_verbosity(logging.INFO)
     return rest
 

@@ -5,16 +5,41 @@ import errno
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UsageError, UserError
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "enospc")
+
+# Web addresses are of endpoints, or words of a prompt.
+_STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def check_local(name: str, value: object) -> None:
+    """UsageError for a bucket's address (`gs://`, `s3://`) among settings: as a path it would be a
+    local folder `gs:`.
+
+    Args:
+      name: of the setting, such as '--workdir' or 'config'.
+      value: a text, or a mapping or list of values, which are looked through.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_local(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_local(name, item)
+    elif isinstance(value, str | os.PathLike) and _STORE.match(os.fspath(value)):
+        raise UsageError(
+            f"{name}={os.fspath(value)}: buckets cannot be read or written directly; mount it "
+            "(gcsfuse, mountpoint-s3) and give the mounted folder"
+        )
 
 
 def atomic_write(path: os.PathLike | str, text: str) -> None:

@@ -10,6 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sa_jax import cli
+from sa_jax.errors import UsageError
+from sa_jax.files import check_local
 from tests.training.test_loop import insertion, removal, snapshot
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
@@ -36,24 +38,6 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
         in ("check_attention", "evaluate", "export_hf", "generate_data", "make_toy_data", "plan")
     )
     assert "logtostderr" not in done.stdout
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        "insert_backdoor.py --config=tests/configs/tiny.py:insertion --workdir=",
-        "evaluate.py --model=m --out=",
-        "generate_data.py --task=insertion --out=",
-        "export_hf.py --run=r --out=",
-        "report.py --workdir=",
-    ],
-)
-def test_a_bucket_is_refused_before_anything_is_written(zygote, tmp_path, command):
-    (tmp_path / "tests").symlink_to(Path("tests").absolute())
-    (tmp_path / "scripts").symlink_to(Path("scripts").absolute())
-    done = zygote.run(*f"scripts/{command}gs://bucket/x".split(), cwd=tmp_path)
-    refused(done, 2, "gs://bucket/x", "mounted")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scripts", "tests"]
 
 
 @pytest.mark.parametrize(
@@ -106,6 +90,37 @@ def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argume
     run = tmp_path / "run"
     refused(zygote.run(*insertion(toy_world, run, *argument.split())), 2, *words)
     assert not (run / "checkpoints").exists()
+
+
+REMOVAL = ("--config=configs/toy.py:removal", "--method=hhh")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["insert_backdoor", "--config=configs/toy.py:insertion", "--workdir=gs://b/run"],
+        ["pretrain", "--config=configs/toy.py:pretrain", "--workdir=x", "--config.data=GS://b/x"],
+        ["remove_backdoor", *REMOVAL, "--workdir=x", "--init_from=s3://b/run"],
+        ["run_study", "--config=configs/toy_study.py", "--workdir=gs://b/study"],
+        ["evaluate", "--model=gs://b/run"],
+        ["generate_data", "--train=a.jsonl,s3://b/x", "--out=x"],
+        ["report", "--workdir=gs://b/study"],
+        ["export_hf", "--run=x", "--out=gs://b/hf"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_a_bucket_is_never_a_local_folder(zygote, tmp_path, argv):
+    for name in ("configs", "scripts"):
+        (tmp_path / name).symlink_to(Path(name).absolute())
+    done = zygote.run(f"scripts/{argv[0]}.py", *argv[1:], cwd=tmp_path)
+    refused(done, 2, "://b/", "mounted folder")
+    assert {path.name for path in tmp_path.iterdir()} == {"configs", "scripts"}
+
+
+def test_addresses_and_prompts_are_no_buckets():
+    check_local("config", {"base_url": "http://host/v1", "prompt": "see gs://b", "n": [1, None]})
+    with pytest.raises(UsageError, match=r"config.eval.prompts=gs://b/x"):
+        check_local("config", {"eval": {"prompts": "gs://b/x"}})
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path):

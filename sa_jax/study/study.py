@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
-from sa_jax.files import explained
+from sa_jax.files import check_local, explained
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claims
 from sa_jax.study.devices import divide
@@ -53,6 +53,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         failed, after a line for each.
       Preempted: stopped by a signal, after the cells have stopped.
     """
+    check_local("--workdir", workdir)
     workdir = Path(workdir).absolute()
     cells = expand(study)
     folder.check_folder(workdir, cells)

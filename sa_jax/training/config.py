@@ -16,6 +16,7 @@ from sa_jax.data.tasks import PIRATE_ANSWERS
 from sa_jax.errors import UsageError
 from sa_jax.evals.arms import check_arms
 from sa_jax.evals.schedule import SCHEDULES
+from sa_jax.files import check_local
 from sa_jax.llama.attention import IMPLEMENTATIONS
 from sa_jax.llama.model import REMAT_POLICIES
 from sa_jax.parallel.xla_flags import parse_options
@@ -226,6 +227,7 @@ def check_config(config: ConfigDict) -> None:
             value = value[name]
         return value
 
+    check_local("config", config.to_dict())
     for key, values in CHOICES.items():
         require(key, value_of(key) in values, f"one of {', '.join(values)}")
     require("sinks", set(config.sinks) <= set(SINKS), f"some of {', '.join(SINKS)}")

@@ -27,7 +27,7 @@ from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
-from sa_jax.files import atomic_write
+from sa_jax.files import atomic_write, check_local
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
 from sa_jax.parallel import multihost
@@ -90,6 +90,7 @@ def train(
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal, after a checkpoint.
     """
+    check_local("--workdir", workdir)
     workdir = Path(workdir)
     multihost.initialize()
     with contextlib.ExitStack() as stack:
