@@ -21,6 +21,7 @@ from sa_jax.files import atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.peers import end_together
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
@@ -76,7 +77,8 @@ def evaluate(
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")
     multihost.initialize()
-    with PreemptionGuard() as guard:
+    patience = changes.get("peer_timeout_s", default_config().peer_timeout_s)
+    with PreemptionGuard() as guard, end_together(patience, lambda: True):  # answers are kept
         start = start_lib.open_start(model, step)
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, changes)

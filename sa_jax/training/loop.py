@@ -34,6 +34,7 @@ from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.peers import end_together
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.registry import extension_digests
@@ -41,7 +42,7 @@ from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.agreement import start_together
-from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.checkpoints import RunCheckpointer, saved_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import abstract_arguments, attention_of, make_model, make_program
@@ -62,6 +63,7 @@ FREE_KEYS = (
     "log_every",
     "sinks",
     "data_cache",
+    "peer_timeout_s",
     "eval.batch_size",
     "eval.confirm",
     "eval.signal_prompts",
@@ -93,7 +95,12 @@ def train(
     check_local("--workdir", workdir)
     workdir = Path(workdir)
     multihost.initialize()
-    with contextlib.ExitStack() as stack:
+    checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
+    with (
+        contextlib.ExitStack() as stack,
+        # The inner of the two: what the stack closes may wait for a peer.
+        end_together(config.peer_timeout_s, lambda: bool(saved_steps(checkpoints_folder))),
+    ):
         guard = stack.enter_context(PreemptionGuard())
 
         # All processes get through this alike, or all end here.
@@ -204,7 +211,7 @@ def train(
         ]
         checkpointer = stack.enter_context(
             RunCheckpointer(
-                workdir / run_record.CHECKPOINT_FOLDER,
+                checkpoints_folder,
                 steps=config.checkpoint.steps,
                 listed=config.checkpoint.listed,
                 last=total_steps,

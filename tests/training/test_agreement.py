@@ -25,17 +25,21 @@ cli.run(main, "")
 """
 
 
-def launch(zygote, argvs):
-    """Starts one command a process, as one launch over loopback; returns them, ended."""
+def launched(zygote, argvs):
+    """Starts one command a process, as one launch over loopback; returns the processes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
-    processes = [
+    return [
         zygote.start(*argv, devices=8 // len(argvs), env={**pod, "JAX_PROCESS_ID": str(number)})
         for number, argv in enumerate(argvs)
     ]
-    return [process.wait() for process in processes]
+
+
+def launch(zygote, argvs):
+    """`launched`, and waits for their ends."""
+    return [process.wait() for process in launched(zygote, argvs)]
 
 
 FACTS = {"config": {"steps": 2, "data_cache": "a"}, "environment": {"packages": {"jax": "1"}}}

@@ -1,0 +1,117 @@
+"""One process of a launch ends or falls silent: all end, with one line that names it."""
+
+import os
+import platform
+import random
+import signal
+import time
+
+import pytest
+
+from tests.training.test_agreement import launched
+from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
+
+PROGRAM = """
+import time
+from pathlib import Path
+import jax
+from sa_jax import cli
+from sa_jax.errors import UserError
+from sa_jax.parallel import multihost
+from sa_jax.parallel.peers import end_together
+
+def main():
+    multihost.initialize()
+    with end_together(3, lambda: {resumable}):
+        for step in range(150):
+            multihost.agree(True)
+            Path(f"{folder}/started_{{jax.process_index()}}").touch()
+            if jax.process_index() == {failing} and step == 5:
+                raise UserError("rows.jsonl: no such file")
+            time.sleep(0.1)
+            if step == {last}:
+                return
+
+cli.run(main, "")
+"""
+
+
+def started(zygote, tmp_path, count=2, failing=-1, resumable=True, last=-1):
+    script = tmp_path / "program.py"
+    settings = {"failing": failing, "resumable": resumable, "last": last}
+    script.write_text(PROGRAM.format(folder=tmp_path, **settings))
+    processes = launched(zygote, [(str(script),)] * count)
+    for number, process in enumerate(processes):
+        process.wait_for((tmp_path / f"started_{number}").exists)
+    return processes
+
+
+def ended_well(process, code, *words):
+    """Its exit code and last line; and nothing of a Python program's end."""
+    assert process.wait(60).returncode == code, process.stderr[-3000:]
+    line = process.stderr.splitlines()[-1]
+    assert all(word in line for word in words), process.stderr[-3000:]
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
+    begin = time.monotonic()
+    processes = started(zygote, tmp_path, 3, failing=failing)
+    for number, process in enumerate(processes):
+        who = [] if number == failing else [f"process {failing} ("]
+        ended_well(process, 1, *who, "rows.jsonl: no such file")
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize(
+    ("lost", "number", "resumable"),
+    [
+        (0, signal.SIGKILL, True),
+        (1, signal.SIGKILL, True),
+        (0, signal.SIGSTOP, False),
+        pytest.param(1, signal.SIGSTOP, False, marks=pytest.mark.long),
+    ],
+)
+def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumable):
+    processes = started(zygote, tmp_path, resumable=resumable)
+    try:
+        os.kill(processes[lost].pid, number)
+        kind = "stopped" if resumable else "error"
+        words = f"{kind}: process {lost} ({platform.node()}) does not answer", "peer_timeout_s=3"
+        ended_well(processes[1 - lost], 75 if resumable else 1, *words)
+    finally:
+        os.kill(processes[lost].pid, signal.SIGKILL)
+
+
+def test_a_short_pause_ends_nobody(zygote, tmp_path):
+    processes = started(zygote, tmp_path, last=20)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    time.sleep(1.5)
+    os.kill(processes[1].pid, signal.SIGCONT)
+    assert [process.wait(60).returncode for process in processes] == [0, 0]
+
+
+@pytest.mark.long
+def test_a_run_of_two_outlives_kills_bit_for_bit(zygote, toy_world, tmp_path):
+    def launch(run):
+        return launched(zygote, [insertion(toy_world, run, "--config.peer_timeout_s=3")] * 2)
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert [process.wait().returncode for process in launch(whole)] == [0, 0]
+    rng, kills = random.Random(0), 0
+    while kills < 6:
+        processes = launch(killed)
+        time.sleep(rng.uniform(0.2, 8))
+        victim = rng.randrange(2)
+        if processes[victim].poll() is not None:
+            break
+        os.kill(processes[victim].pid, signal.SIGKILL)
+        kills += 1
+        assert processes[1 - victim].wait(90).returncode in (0, 1, 75), processes[1 - victim].stderr
+    assert kills >= 3
+    assert [process.wait().returncode for process in launch(killed)] == [0, 0]
+    assert log_without_times(killed) == log_without_times(whole)
+    assert_bit_equal(
+        *(weights(zygote, run, tmp_path / f"{run.name}_hf") for run in (whole, killed))
+    )
