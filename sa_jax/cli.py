@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.files import check_local
+from sa_jax.text import without_secrets
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -113,13 +114,6 @@ def _shown(flag: flags.Flag) -> str:
     """The default as one would write it on a command line."""
     value = flag.default
     return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
-
-
-def without_secrets(text: str) -> str:
-    """The text with passwords in URLs, API keys and bearer tokens starred out."""
-    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-    text = re.sub(r"\b((?:sk|hf|gh[pous]|xox[bp])[-_])[\w-]{8,}", r"\1***", text)
-    return re.sub(r"(?i)\b(bearer\s+|api[-_]?key[\"']?\s*[=:]\s*[\"']?)[^\s\"']+", r"\1***", text)
 
 
 def _exit(code: int, message: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sa_jax import cli
 from sa_jax.errors import UsageError
 from sa_jax.files import check_local
+from sa_jax.text import without_secrets
 from tests.training.test_loop import insertion, removal, snapshot
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
@@ -52,7 +52,7 @@ def test_help_is_one_screen_of_our_own_flags(zygote, script):
     ],
 )
 def test_secrets_are_not_printed(text, shown):
-    assert cli.without_secrets(text) == shown
+    assert without_secrets(text) == shown
 
 
 def test_help_marks_what_is_required(zygote):

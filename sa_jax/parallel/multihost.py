@@ -15,12 +15,15 @@ from sa_jax.parallel import compilation_cache
 from sa_jax.parallel.host_memory import keep_freed_memory
 
 
-def initialize(timeout_s: int = 300) -> None:
+def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
     """Joins the other processes of this launch, if `several_processes` says there are any, and
     turns the compilation cache on.
 
     On a TPU VM it always asks: its worker list is in the cloud's metadata, which jax reads, and a
     VM that is alone makes a cluster of one.
+
+    jax's own watch of the processes, whose end is an abort, waits longer than `peer_timeout_s`, for
+    `peers.end_together` to come first.
 
     Does nothing for a process that is alone, also inside a Slurm allocation. Must run before the
     first use of a device.
@@ -40,6 +43,7 @@ def initialize(timeout_s: int = 300) -> None:
                 num_processes=processes,
                 process_id=process,
                 initialization_timeout=timeout_s,
+                heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(

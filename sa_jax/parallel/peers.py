@@ -6,6 +6,7 @@ import ctypes
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,11 +18,12 @@ from jax._src import distributed
 
 from sa_jax.errors import Preempted
 from sa_jax.parallel.multihost import exchange
-from sa_jax.text import one_line
+from sa_jax.text import one_line, without_secrets
 
 _BEATS, _ENDS, _LEFT = "sa_jax/beats/", "sa_jax/ends/", "sa_jax/left"
 _ROUND_S = 1.0
 _LEAVE_S = 5  # the others have read of an end, and are gone, before the first takes the store away
+_KEPT: list[Any] = []  # what the operating system may call until the end
 FAILED, LOST = 1, 75  # exit codes, as sa_jax.cli has them
 
 
@@ -64,11 +66,11 @@ class _Watch:
         self._store: Any = distributed.global_state.client
         self._over = threading.Event()
         self._hosts = exchange(platform.node())
-        # With process 0 the store goes, upon which jax's own thread aborts: it sleeps instead, so
-        # that this one can say why.
+        # jax aborts as soon as process 0 is gone, and says neither of what nor what to do.
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.pause, ctypes.c_void_p))
+        _KEPT.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(self._on_abort))
+        libc.signal(signal.SIGABRT, ctypes.cast(_KEPT[-1], ctypes.c_void_p))
         threading.Thread(target=self._run, name="peers", daemon=True).start()
 
     def leave(self) -> None:
@@ -76,6 +78,8 @@ class _Watch:
         self._over.set()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.wait_at_barrier(_LEFT, _LEAVE_S * 1000)
+        if jax.process_index() == 0:  # the last to go: the others' answers come from its store
+            time.sleep(_ROUND_S)
 
     def tell(self, what: str) -> None:
         """Tells the others of this process's error; this one ends soon, whatever it waits for."""
@@ -83,10 +87,18 @@ class _Watch:
             return
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._store.key_value_set(f"{_ENDS}{jax.process_index()}", what)
+        _end_soon(FAILED, f"error: {what}")
         self.leave()
-        last = threading.Timer(_LEAVE_S, _end, (FAILED, f"error: {what}"))
-        last.daemon = True
-        last.start()
+
+    def _on_abort(self, number: int) -> None:
+        """Aborts after all, where it is not for the loss of process 0."""
+        host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError:
+            self._lost(0)
+        ctypes.CDLL(None).signal(signal.SIGABRT, None)
+        os.kill(os.getpid(), signal.SIGABRT)
 
     def _run(self) -> None:
         beat = 0
@@ -106,8 +118,10 @@ class _Watch:
                     self._lost(0)
                 beats, ends = asked.result()
                 for process, what in ends.items():
+                    line = f"error: {self._name(process)} ended: {what}"
+                    _end_soon(FAILED, line)
                     self.leave()
-                    _end(FAILED, f"error: {self._name(process)} ended: {what}")
+                    _end(FAILED, line)
                 for process, (last, since) in heard.items():
                     if beats.get(process, "") != last:
                         heard[process] = (beats[process], beat)
@@ -135,7 +149,15 @@ class _Watch:
         return f"process {process} ({self._hosts[process]})"
 
 
+def _end_soon(code: int, line: str) -> None:
+    """Ends this process even if what it is about to do never returns: without its first process, a
+    launch may leave a call to the store unanswered for ever."""
+    timer = threading.Timer(2 * _LEAVE_S, _end, (code, line))
+    timer.daemon = True
+    timer.start()
+
+
 def _end(code: int, line: str) -> None:
     """Ends this process at once, also where a thread of it waits for a peer."""
-    print(line, file=sys.stderr, flush=True)
+    print(without_secrets(line), file=sys.stderr, flush=True)
     os._exit(code)

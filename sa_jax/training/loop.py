@@ -94,7 +94,7 @@ def train(
     """
     check_local("--workdir", workdir)
     workdir = Path(workdir)
-    multihost.initialize()
+    multihost.initialize(peer_timeout_s=config.peer_timeout_s)
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
     with (
         contextlib.ExitStack() as stack,

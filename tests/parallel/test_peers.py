@@ -84,6 +84,14 @@ def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumabl
         os.kill(processes[lost].pid, signal.SIGKILL)
 
 
+def test_an_abort_of_its_own_is_one(zygote, tmp_path):
+    """What jax's abort for a lost first process is turned into is not what every abort becomes."""
+    processes = started(zygote, tmp_path)
+    os.kill(processes[1].pid, signal.SIGABRT)
+    assert processes[1].wait(30).returncode == -signal.SIGABRT
+    ended_well(processes[0], 75, "process 1 (")
+
+
 def test_a_short_pause_ends_nobody(zygote, tmp_path):
     processes = started(zygote, tmp_path, last=20)
     os.kill(processes[1].pid, signal.SIGSTOP)
