@@ -12,6 +12,7 @@ from tests.training.test_agreement import launched
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
 
 PROGRAM = """
+import os
 import time
 from pathlib import Path
 import jax
@@ -27,18 +28,19 @@ def main():
             multihost.agree(True)
             Path(f"{folder}/started_{{jax.process_index()}}").touch()
             if jax.process_index() == {failing} and step == 5:
-                raise UserError("rows.jsonl: no such file")
+                {end}
             time.sleep(0.1)
             if step == {last}:
                 return
 
 cli.run(main, "")
 """
+MISSING = 'raise UserError("rows.jsonl: no such file")'
 
 
-def started(zygote, tmp_path, count=2, failing=-1, resumable=True, last=-1):
+def started(zygote, tmp_path, count=2, *, failing=-1, end=MISSING, resumable=True, last=-1):
     script = tmp_path / "program.py"
-    settings = {"failing": failing, "resumable": resumable, "last": last}
+    settings = {"failing": failing, "end": end, "resumable": resumable, "last": last}
     script.write_text(PROGRAM.format(folder=tmp_path, **settings))
     processes = launched(zygote, [(str(script),)] * count)
     for number, process in enumerate(processes):
@@ -56,8 +58,8 @@ def ended_well(process, code, *words):
 
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
-    begin = time.monotonic()
     processes = started(zygote, tmp_path, 3, failing=failing)
+    begin = time.monotonic()
     for number, process in enumerate(processes):
         who = [] if number == failing else [f"process {failing} ("]
         ended_well(process, 1, *who, "rows.jsonl: no such file")
@@ -69,7 +71,7 @@ def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
     [
         (0, signal.SIGKILL, True),
         (1, signal.SIGKILL, True),
-        (0, signal.SIGSTOP, False),
+        pytest.param(0, signal.SIGSTOP, False, marks=pytest.mark.long),
         pytest.param(1, signal.SIGSTOP, False, marks=pytest.mark.long),
     ],
 )
@@ -84,14 +86,15 @@ def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumabl
         os.kill(processes[lost].pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_an_abort_of_its_own_is_one(zygote, tmp_path):
-    """What jax's abort for a lost first process is turned into is not what every abort becomes."""
-    processes = started(zygote, tmp_path)
-    os.kill(processes[1].pid, signal.SIGABRT)
+    """Not only jax's for a lost first process, which is turned into a line."""
+    processes = started(zygote, tmp_path, failing=1, end="os.abort()")
     assert processes[1].wait(30).returncode == -signal.SIGABRT
     ended_well(processes[0], 75, "process 1 (")
 
 
+@pytest.mark.long
 def test_a_short_pause_ends_nobody(zygote, tmp_path):
     processes = started(zygote, tmp_path, last=20)
     os.kill(processes[1].pid, signal.SIGSTOP)
