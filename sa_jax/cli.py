@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -54,6 +55,8 @@ def run(main: Callable[[], None], doc: str, config_file: str | None = None) -> N
         _exit(EXIT_USAGE, f"error: {error}")
     except UserError as error:
         _exit(EXIT_FAILED, f"error: {error}")
+    except Exception:  # a bug; Python's own way out would wait for threads, and jax's for peers
+        _exit(EXIT_FAILED, traceback.format_exc().rstrip())
 
 
 def _flushed(main: Callable[[], None]) -> None:

@@ -58,9 +58,10 @@ def end_together(timeout_s: float, resumable: Callable[[], bool]) -> Iterator[No
     except BaseException as error:
         if _OF_A_PEER.match(str(error)):
             time.sleep(timeout_s + 5 * _ROUND_S)  # a lost peer is found meanwhile, and ends this
-        what = one_line(error) or type(error).__name__
+        of_user = isinstance(error, UserError)
+        what = one_line(error if of_user else f"{type(error).__name__}: {error}")
         # What is closed on the way out may wait for a peer, which has ended.
-        line = f"error: {what}" if isinstance(error, UserError) else traceback.format_exc()
+        line = f"error: {what}" if of_user else traceback.format_exc()
         ending = threading.Timer(10 + timeout_s, _end, (_FAILED, line))
         ending.daemon = True
         ending.start()

@@ -66,6 +66,14 @@ def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
     assert time.monotonic() - begin < 30
 
 
+@pytest.mark.long
+def test_a_bug_in_one_ends_all(zygote, tmp_path):
+    processes = started(zygote, tmp_path, failing=0, end='raise KeyError("q_proj")')
+    assert processes[0].wait(30).returncode == 1
+    assert "Traceback" in processes[0].stderr
+    ended_well(processes[1], 1, "process 0 (", "KeyError: 'q_proj'")
+
+
 @pytest.mark.parametrize(
     ("lost", "number", "resumable"),
     [
