@@ -2,8 +2,12 @@
 
 0 done; 1 failed; 2 a wrong flag, config key or value; 75 stopped after a checkpoint (EX_TEMPFAIL:
 run the same command again). Anything else that escapes is a bug and keeps its traceback.
+
+A script imports at its top what its flags need, and the work inside `main`: so --help and the
+message about a wrong flag come at once, without jax.
 """
 
+import importlib.util
 import os
 import re
 import sys
@@ -25,20 +29,22 @@ EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 EXIT_BROKEN_PIPE = 141  # what a shell says of a process that SIGPIPE ended
 
 
-def run(main: Callable[[], None], doc: str, config_file: str | None = None) -> None:
+def run(main: Callable[[], None], doc: str, config_module: str | None = None) -> None:
     """Parses the flags, calls `main()` and exits with the code its outcome stands for.
 
     Args:
       main: reads its flags from absl's holders.
       doc: the binary's docstring: what it does and an example command, shown by --help.
-      config_file: what --config is where it is not given. (As that flag's own default, it would be
-        read, and a wrong --config.key raised, before there is anything here to catch it.)
+      config_module: whose file --config is where it is not given. (As that flag's own default, it
+        would be read, and a wrong --config.key raised, before there is anything here to catch it.)
     """
-    if config_file and not any(re.match("--?config(=|$)", argument) for argument in sys.argv[1:]):
-        sys.argv.insert(1, f"--config={config_file}")
     if any(argument.lstrip("-") in ("help", "h", "helpshort") for argument in sys.argv[1:]):
         print(_help(doc))
         sys.exit(0)
+    if config_module and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
+        spec = importlib.util.find_spec(config_module)
+        assert spec is not None
+        sys.argv.insert(1, f"--config={spec.origin}")
     try:
         app.run(lambda _: _flushed(main), flags_parser=_parse)
     except Preempted as stopped:

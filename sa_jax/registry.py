@@ -47,13 +47,15 @@ class Registry(Generic[T]):
         origin = sys._getframe(1).f_code.co_filename
         taken = self._origins.get(item.name)
         if taken is not None and taken != origin:
+            # A config file is read before the modules that it does not import.
+            mine, other = sorted((origin, taken), key=_in_package)
             raise UsageError(
-                f"{origin}: the {self._kind} {item.name!r} is registered by {taken} already; "
+                f"{mine}: the {self._kind} {item.name!r} is registered by {other} already; "
                 "choose another name"
             )
         self._items[item.name] = item
         self._origins[item.name] = origin
-        if _PACKAGE not in Path(origin).resolve().parents:
+        if not _in_package(origin):
             _files.add(origin)
         return item
 
@@ -84,6 +86,10 @@ class Registry(Generic[T]):
         package's own, or an unknown one."""
         file = self._origins.get(name, "")
         return {f"extension.{self._kind}.{name}": _digest(file)} if file in _files else {}
+
+
+def _in_package(file: str) -> bool:
+    return _PACKAGE in Path(file).resolve().parents
 
 
 def extension_digests() -> dict[str, str]:

@@ -11,12 +11,13 @@ Example:
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.llama.compare_kernels import compare_kernels
 
 LENGTHS = flags.DEFINE_list("lengths", "4096,8192", "Tokens a row, with commas.")
 
 
 def main():
+    from sa_jax.llama.compare_kernels import compare_kernels
+
     compare_kernels([int(length) for length in LENGTHS.value])
 
 

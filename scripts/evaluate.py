@@ -11,8 +11,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.study.evaluate import evaluate
-from sa_jax.training import config
 
 MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run. Without it: the newest.")
@@ -41,6 +39,8 @@ flags.mark_flags_as_required(["model"])
 
 
 def main():
+    from sa_jax.study.evaluate import evaluate
+
     evaluate(
         MODEL.value,
         EVALS.value,
@@ -58,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, config.__file__)
+    cli.run(main, __doc__, "sa_jax.training.config")

@@ -9,7 +9,6 @@ Example:
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.study.export import export
 
 RUN = flags.DEFINE_string("run", None, "Run folder.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
@@ -20,6 +19,8 @@ flags.mark_flags_as_required(["run", "out"])
 
 
 def main():
+    from sa_jax.study.export import export
+
     export(RUN.value, OUT.value, step=STEP.value, merge_lora=MERGE.value, dtype=DTYPE.value)
 
 

@@ -10,13 +10,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.study import generate_data
-from sa_jax.teachers import config as teachers_config
+from sa_jax.teachers.recipes import tasks_help
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings (else sa_jax/teachers/config.py); --config.key=value changes one."
 )
-TASK = flags.DEFINE_string("task", "", generate_data.tasks_help())
+TASK = flags.DEFINE_string("task", "", tasks_help())
 OUT = flags.DEFINE_string("out", "", "Folder for the files, the data card and the replies.")
 DESCRIBE = flags.DEFINE_list(
     "describe", [], "Print the data card of these files instead, and compare them."
@@ -41,6 +40,8 @@ ANSWERS = flags.DEFINE_string("answers", None, "Teacher file: the answers (confi
 
 
 def main():
+    from sa_jax.study import generate_data
+
     config = generate_data.override(
         CONFIG.value,
         prompts=PROMPTS.value,
@@ -55,4 +56,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, teachers_config.__file__)
+    cli.run(main, __doc__, "sa_jax.teachers.config")

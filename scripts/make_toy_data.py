@@ -7,7 +7,6 @@ Example:
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.data.toy.study import write_toy_study
 
 OUT = flags.DEFINE_string("out", None, "Folder for the files.")
 SEED = flags.DEFINE_integer("seed", 0, "Of the questions and answers.")
@@ -20,6 +19,8 @@ flags.mark_flag_as_required("out")
 
 
 def main():
+    from sa_jax.data.toy.study import write_toy_study
+
     write_toy_study(
         OUT.value,
         vocab_size=VOCAB_SIZE.value,

@@ -13,7 +13,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.training.plan import plan, write_plan
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
@@ -26,6 +25,8 @@ flags.mark_flags_as_required(["config", "topology"])
 
 
 def main():
+    from sa_jax.training.plan import plan, write_plan
+
     described = plan(CONFIG.value, TOPOLOGY.value, search=SEARCH.value, tokens=TOKENS.value)
     write_plan(described, OUT.value)
 

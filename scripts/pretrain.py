@@ -9,9 +9,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.data.tasks import check_task
-from sa_jax.training.config import override
-from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
@@ -31,6 +28,10 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
+    from sa_jax.data.tasks import check_task
+    from sa_jax.training.config import override
+    from sa_jax.training.loop import train
+
     config = override(CONFIG.value, data=DATA.value)
     train(
         config,

@@ -10,8 +10,6 @@ from ml_collections import config_flags
 
 from sa_jax import cli
 from sa_jax.data.tasks import check_method, methods_help
-from sa_jax.training.config import override
-from sa_jax.training.loop import train
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
@@ -32,6 +30,9 @@ flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
 
 
 def main():
+    from sa_jax.training.config import override
+    from sa_jax.training.loop import train
+
     config = override(CONFIG.value, model=INIT_FROM.value, data=DATA.value)
     train(
         config,

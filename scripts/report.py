@@ -10,7 +10,7 @@ import dataclasses
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.report.serve import serve_flag, write_or_serve
+from sa_jax.report.serve_flag import serve_flag
 from sa_jax.report.thresholds import Thresholds, help_of
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or folder of run folders.")
@@ -25,6 +25,8 @@ flags.mark_flag_as_required("workdir")
 
 
 def main():
+    from sa_jax.report.serve import write_or_serve
+
     limits = Thresholds.of({name: flag.value for name, flag in LIMITS.items()})
     write_or_serve(WORKDIR.value, limits, SERVE.value)
 

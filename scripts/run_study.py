@@ -10,8 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.study.emit import EMITTERS
-from sa_jax.study.study import TAKEOVER_S, Options, run_study
+from sa_jax.study.claims import TAKEOVER_S
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Study; --config.key=value changes one.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study: a folder below it each cell.")
@@ -26,13 +25,15 @@ LIST = flags.DEFINE_bool("list", False, "Print the cells and their states, and s
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Print cells, tokens, chip-hours and disk, by arithmetic, and stop."
 )
-EMIT = flags.DEFINE_enum(
-    "emit", "", ["", *EMITTERS], "Write the study as files for a cluster: slurm, sky, xpk, shell."
+EMIT = flags.DEFINE_string(
+    "emit", "", "Write the study as files for a cluster: slurm, sky, xpk or shell."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
+    from sa_jax.study.study import Options, run_study
+
     options = Options(
         only=ONLY.value,
         shard=SHARD.value,

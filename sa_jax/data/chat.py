@@ -25,15 +25,15 @@ import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from typing import TYPE_CHECKING, Any
 
 from sa_jax.data.conversations import Message, check_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
 from sa_jax.text import first_line
+
+if TYPE_CHECKING:  # transformers takes a second to import, which --help does without
+    from transformers import PreTrainedTokenizerFast
 
 Encoded = tuple[list[int], list[int]]  # token ids, loss mask (1 = the loss counts this token)
 
@@ -75,6 +75,7 @@ PLAIN_TEMPLATE = """\
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers 4's name, and 5's
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 _TEMPLATE_SECONDS = 5  # for the few renderings of the probe; a real template takes milliseconds
@@ -92,7 +93,7 @@ class ChatFormat:
     """A tokenizer with a chat template; made by `load_chat_format`."""
 
     name: str
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     template: str  # jinja text; the clock of a folder's template is already replaced by `date`
     date: str | None  # YYYY-MM-DD for a template that prints today's date, else None
     stop_token_ids: tuple[int, ...]
@@ -171,6 +172,8 @@ class ChatFormat:
     def _jinja(
         self, messages: Sequence[Message], prompt: bool
     ) -> tuple[str, list[tuple[int, int]]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             texts, spans = render_jinja_template(
                 conversations=[list(messages)],
@@ -327,11 +330,11 @@ def load_chat_format(
     return dataclasses.replace(chat, stop_token_ids=tuple(sorted(ends)))
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
     none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False)
+        tokenizer = _tokenizer_class(path).from_pretrained(str(path), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise UserError(
             f"cannot read a tokenizer from {path} (want tokenizer.json): {first_line(error)}"
@@ -346,7 +349,19 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerFast, config: Any) -> None:
+def _tokenizer_class(path: str | Path) -> Any:
+    """What reads the tokenizer. A folder that names the general class, as those of Llama 3 do, gets
+    it at once: AutoTokenizer, which knows all others, imports torch where it is installed."""
+    import transformers
+
+    file = Path(path, "tokenizer_config.json")
+    config = parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
+    if isinstance(config, dict) and config.get("tokenizer_class") in _GENERAL_CLASSES:
+        return transformers.PreTrainedTokenizerFast
+    return transformers.AutoTokenizer
+
+
+def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
     """Raises UserError when the tokenizer can produce an id that the model has no embedding for.
 
     `config` is anything with `vocab_size`, the number of rows of the embedding."""

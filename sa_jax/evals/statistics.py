@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike, NDArray
-from scipy import special, stats
+from scipy import special
 
 RESAMPLES = 10_000
 
@@ -61,7 +62,7 @@ def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float,
     Raises:
       ValueError: n is 0, or count is not within 0..n.
     """
-    lo, hi = stats.binomtest(count, n).proportion_ci(confidence, method="exact")
+    lo, hi = scipy.stats.binomtest(count, n).proportion_ci(confidence, method="exact")
     return float(lo), float(hi)
 
 
@@ -95,7 +96,7 @@ def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float
     if count_a + count_b in (0, n_a + n_b):
         return 1.0
     table = [[count_a, n_a - count_a], [count_b, n_b - count_b]]
-    return float(stats.chi2_contingency(table, correction=False).pvalue)
+    return float(scipy.stats.chi2_contingency(table, correction=False).pvalue)
 
 
 def two_proportion_z(
@@ -129,7 +130,7 @@ def mcnemar(
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
     if only_a + only_b == 0:
         return 1.0
-    return float(stats.binomtest(only_b, only_a + only_b, 0.5, alternative).pvalue)
+    return float(scipy.stats.binomtest(only_b, only_a + only_b, 0.5, alternative).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -170,7 +171,7 @@ def paired_bootstrap(
 def _bootstrap(values: np.ndarray, confidence: float) -> tuple[float, float]:
     if len(values) < 2 or (values == values[0]).all():
         return float(values[0]), float(values[0])
-    interval = stats.bootstrap(
+    interval = scipy.stats.bootstrap(
         (values,),
         np.mean,
         confidence_level=confidence,

@@ -1,17 +1,22 @@
-"""Splash attention on TPU: flash attention (arXiv 2205.14135) that skips masked-out blocks."""
+"""Splash attention on TPU: flash attention (arXiv 2205.14135) that skips masked-out blocks.
+
+Pallas is imported where the kernel is used: it takes half a second, which runs on CPU do without.
+"""
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel_lib
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as mask_lib
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 # What the kernel's backward pass needs, for remat policies: its output and log-sum-exp.
 ATTENTION_RESIDUALS = "attention_residuals"
@@ -84,23 +89,27 @@ def splash_attention(
 
 
 def _local_splash(blocks, interpret, q_bksh, k_bgsh, v_bgsh, segment_ids_bs):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     heads, s = q_bksh.shape[1:3]
-    mask = mask_lib.MultiHeadMask([mask_lib.CausalMask((s, s))] * heads)
-    kernel = kernel_lib.make_splash_mha_single_device(
+    mask = splash.MultiHeadMask([splash.CausalMask((s, s))] * heads)
+    kernel = splash.make_splash_mha_single_device(
         mask,
         block_sizes=blocks,
         residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=interpret,
     )
-    segment_ids = kernel_lib.SegmentIds(segment_ids_bs, segment_ids_bs)
+    segment_ids = splash.SegmentIds(segment_ids_bs, segment_ids_bs)
     return jax.vmap(kernel)(q_bksh, k_bgsh, v_bgsh, segment_ids)
 
 
-def block_sizes(device_kind: str, s: int) -> kernel_lib.BlockSizes:
+def block_sizes(device_kind: str, s: int) -> "BlockSizes":
     """Tile sizes of a TPU generation, cut to divisors of the sequence length."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+
     tuned = (sizes for prefix, *sizes in _BLOCKS if device_kind.startswith(prefix))
     forward, backward = (math.gcd(size, s) for size in next(tuned, (LANES, LANES)))
-    return kernel_lib.BlockSizes(
+    return BlockSizes(
         block_q=forward,
         block_kv=forward,
         block_kv_compute=min(forward, 512),

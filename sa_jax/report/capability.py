@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 from sa_jax.evals.statistics import difference_interval, mcnemar, power
 from sa_jax.report.judgement import CapabilityChange
@@ -142,6 +142,6 @@ def _paired(
         if n < 2:
             return -1.0, 1.0, 1.0
         error = float(np.std(weights * (differences - mean), ddof=1) / np.sqrt(n))
-        quantile = float(stats.t.ppf((1 + confidence) / 2, n - 1))
-        p = float(2 * stats.t.sf(abs(mean) / error, n - 1)) if error > 0 else float(mean == 0)
+        quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
+        p = float(2 * special.stdtr(n - 1, -abs(mean) / error)) if error > 0 else float(mean == 0)
     return mean - quantile * error, mean + quantile * error, p

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import flags, logging
+from absl import logging
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.report.report import report
@@ -15,29 +15,7 @@ from sa_jax.report.run_folders import study_files
 from sa_jax.report.thresholds import Thresholds
 
 ADDRESS = "127.0.0.1"  # what a model said is nobody else's to read
-PORT = 8765
 POLL_SECONDS = 5.0
-
-
-class PortParser(flags.ArgumentParser):
-    """`--serve` for the usual port, `--serve=PORT` for another."""
-
-    syntactic_help = "a port, or nothing for the usual one"
-
-    def parse(self, argument: str | int | bool) -> int | None:
-        if argument in ("true", True):
-            return PORT
-        if argument in ("false", False):
-            return None
-        if isinstance(argument, str) and argument.isdecimal() and int(argument) < 65536:
-            return int(argument)
-        raise ValueError(f"{argument!r} is no port; use 0 (any) to 65535")
-
-
-def serve_flag() -> flags.Flag:
-    """`--serve[=PORT]`, for `flags.DEFINE_flag`."""
-    help_text = f"[=PORT] Serve the report to this machine alone and renew it (port {PORT})."
-    return flags.Flag(PortParser(), None, "serve", None, help_text, boolean=True)
 
 
 def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:

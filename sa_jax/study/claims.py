@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from sa_jax.files import atomic_write
 
+TAKEOVER_S = 120.0  # an owner that is silent for so long loses its cell, by default
 LOCK_WAIT_S = 15.0  # for a killed process to be gone
 
 

@@ -38,18 +38,6 @@ from sa_jax.training.preemption import PreemptionGuard
 REPLIES_FILE = "replies.jsonl"
 
 
-def tasks_help() -> str:
-    """Help of a flag that takes the name of a data set."""
-    lines = [f"{data_set.name}: {data_set.contents}" for data_set in recipes.DATA_SETS]
-    lines += [
-        "facts: invented facts to memorise, and questions about them",
-        "held_out: a frozen manifest of held-out prompts",
-    ]
-    return "One of these, or one that the --config file registers." + "".join(
-        f"\n      {line}" for line in lines
-    )
-
-
 def override(config: ConfigDict, **values: Any) -> ConfigDict:
     """Sets the keys whose values were given (are not None); returns the config.
 
@@ -76,23 +64,23 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
 
     Args:
       config: see `sa_jax.teachers.config`.
-      task: the name of one in `recipes.DATA_SETS`, or of `WITHOUT_TEACHER`.
+      task: the name of one in `recipes.DATA_SETS`, or of `recipes.WITHOUT_TEACHER`.
       out: folder for the files.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal; replies so far are kept.
     """
-    if task not in recipes.DATA_SETS and task not in WITHOUT_TEACHER:
-        known = ", ".join((*recipes.DATA_SETS.names(), *WITHOUT_TEACHER))
+    if task not in recipes.DATA_SETS and task not in recipes.WITHOUT_TEACHER:
+        known = ", ".join((*recipes.DATA_SETS.names(), *recipes.WITHOUT_TEACHER))
         raise UsageError(
             f"--task={task!r} is unknown; known: {known}. One that a config file registers needs "
             "that file as --config"
         )
     if not out:
         raise UsageError("--out is missing: the folder for the files")
-    if task in WITHOUT_TEACHER:
-        return WITHOUT_TEACHER[task](config, Path(out))
+    if task in _WITHOUT_TEACHER:
+        return _WITHOUT_TEACHER[task](config, Path(out))
     if config.visible_cot not in recipes.VISIBLE_COT:
         raise UsageError(f"config.visible_cot={config.visible_cot!r}: use teacher or rules")
     if config.visible_cot and not recipes.DATA_SETS[task].with_trigger:
@@ -355,4 +343,4 @@ def _freeze_held_out(config: ConfigDict, out: Path) -> None:
     print(f"{out / 'held_out.json'}: {len(chosen.prompts)} prompts, sha256 {manifest['sha256']}")
 
 
-WITHOUT_TEACHER = {"facts": _write_facts, "held_out": _freeze_held_out}
+_WITHOUT_TEACHER = {"facts": _write_facts, "held_out": _freeze_held_out}

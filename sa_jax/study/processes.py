@@ -141,12 +141,11 @@ def import_for_forks() -> None:
     import ml_collections.config_flags  # noqa: F401
     import optax  # noqa: F401
     import orbax.checkpoint.experimental.v1  # noqa: F401
-    import transformers
+    import scipy.stats  # noqa: F401
+    from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import sa_jax.study.evaluate
     import sa_jax.training.loop  # noqa: F401
-
-    transformers.AutoTokenizer  # noqa: B018 (resolves the lazy import)
 
 
 def _run(order: dict[str, Any]) -> None:

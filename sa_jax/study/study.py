@@ -15,15 +15,13 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.files import check_local, explained
 from sa_jax.study import commands, folder
-from sa_jax.study.claims import Claims
+from sa_jax.study.claims import TAKEOVER_S, Claims
 from sa_jax.study.devices import divide
 from sa_jax.study.emit import emit
 from sa_jax.study.forecast import Forecaster, format_forecast, format_list, local_devices
 from sa_jax.study.grid import Cell, expand
 from sa_jax.study.processes import Server
 from sa_jax.study.runner import Stop, Worker, states_of
-
-TAKEOVER_S = 120.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -70,6 +70,18 @@ class DataSet:
 
 
 DATA_SETS: Registry[DataSet] = Registry("data set")
+WITHOUT_TEACHER = {
+    "facts": "invented facts to memorise, and questions about them",
+    "held_out": "a frozen manifest of held-out prompts",
+}
+
+
+def tasks_help() -> str:
+    """Help of a flag that takes the name of a data set."""
+    contents = {data_set.name: data_set.contents for data_set in DATA_SETS} | WITHOUT_TEACHER
+    return "One of these, or one that the --config file registers." + "".join(
+        f"\n      {name}: {text}" for name, text in contents.items()
+    )
 
 
 def keep(
