@@ -3,6 +3,8 @@ right exit code, and nothing lost. Plus --help on one screen."""
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from sa_jax.text import without_secrets
 from tests.training.test_loop import insertion, removal, snapshot
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
+# What takes seconds to import, and --help and a wrong flag do without.
+HEAVY = set("jax flax optax orbax transformers torch datasets scipy matplotlib".split())
 
 
 def refused(done, code: int, *words: str) -> str:
@@ -28,9 +32,12 @@ def refused(done, code: int, *words: str) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_help_is_one_screen_of_our_own_flags(zygote, script):
-    done = zygote.run(script, "--help")
+def test_help_is_one_screen_of_our_own_flags_and_comes_at_once(script):
+    argv = [sys.executable, "-X", "importtime", script, "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "absl.flags" in imported and not imported & HEAVY
     lines = done.stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
     assert "Example:" in done.stdout and "--workdir" in done.stdout + "--workdir" * (

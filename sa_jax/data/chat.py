@@ -75,7 +75,7 @@ PLAIN_TEMPLATE = """\
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers 4's name, and 5's
+_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 _TEMPLATE_SECONDS = 5  # for the few renderings of the probe; a real template takes milliseconds
@@ -355,7 +355,7 @@ def _tokenizer_class(path: str | Path) -> Any:
     import transformers
 
     file = Path(path, "tokenizer_config.json")
-    config = parse_json(file.read_bytes(), str(file)) if file.is_file() else {}
+    config = parse_json(file.read_bytes()) if file.is_file() else {}
     if isinstance(config, dict) and config.get("tokenizer_class") in _GENERAL_CLASSES:
         return transformers.PreTrainedTokenizerFast
     return transformers.AutoTokenizer

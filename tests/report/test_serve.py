@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from sa_jax.errors import UsageError
-from sa_jax.report import serve
+from sa_jax.report import serve, serve_flag
 from sa_jax.report.report import report
 from sa_jax.report.thresholds import Thresholds
 
@@ -71,8 +71,8 @@ def test_a_port_that_is_taken_is_said(server, tmp_path):
 
 def test_the_flag():
     values = flags.FlagValues()
-    flags.DEFINE_flag(serve.serve_flag(), values)
-    for argv, port in (([], None), (["--serve"], serve.PORT), (["--serve=0"], 0)):
+    flags.DEFINE_flag(serve_flag.serve_flag(), values)
+    for argv, port in (([], None), (["--serve"], serve_flag.PORT), (["--serve=0"], 0)):
         values.unparse_flags()
         values["serve"].unparse()
         values(["report.py", *argv])
