@@ -10,6 +10,7 @@ from sa_jax.report.cells import Cell
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.probes import faster, time_to_back
+from sa_jax.report.seeds import ENOUGH_SEEDS
 from sa_jax.report.tables import Column, Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.times import Span
@@ -73,7 +74,8 @@ def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
 def _verdict(pairs: Sequence[Sequence[Span]]) -> str:
     """Of (cleaned, never) pairs: 'faster' where all are, for certain."""
     if all(faster(cleaned, never) for cleaned, never in pairs):
-        return f"faster in {len(pairs)} of {len(pairs)} pairs: a trace was left"
+        claim = "a trace was left" if len(pairs) >= ENOUGH_SEEDS else "too few seeds for a claim"
+        return f"faster in {len(pairs)} of {len(pairs)} pairs: {claim}"
     if all(faster(never, cleaned) for cleaned, never in pairs):
         return f"more slowly in {len(pairs)} of {len(pairs)} pairs"
     sooner = sum(faster(cleaned, never) for cleaned, never in pairs)

@@ -72,7 +72,7 @@ def study_of(
     tables = [
         cells_table(over, labels) if several else None,
         comparisons_table(compared, adjusted, labels, limits),
-        times_table(fits, adjusted),
+        times_table(fits, adjusted, limits),
         relearning_table(grouped, judged, labels, limits),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal" and run.backdoored]),

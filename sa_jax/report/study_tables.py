@@ -100,17 +100,20 @@ def comparisons_table(
     note = (
         "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
         "for all tests of this report: these, the study's statement on learning rates, and every "
-        "run's change of a headline score."
+        "run's change of a headline score. Holm's p decides; the interval is of one comparison "
+        "alone."
     )
     return Table("comparisons", "Cells compared", columns, rows, note)
 
 
-def times_table(fits: Sequence[TimeFit], adjusted: Mapping[int, float]) -> Table:
+def times_table(
+    fits: Sequence[TimeFit], adjusted: Mapping[int, float], limits: Thresholds
+) -> Table:
     """How steps to removal change with the learning rate and with the length of insertion."""
     rows = tuple(
         {
             "x": fit.x_name,
-            "text": fit.text,
+            "text": fit.text(limits, adjusted.get(id(fit))),
             "slope": _finite(fit.slope),
             "lo": _finite(fit.lo),
             "hi": _finite(fit.hi),
@@ -134,7 +137,8 @@ def times_table(fits: Sequence[TimeFit], adjusted: Mapping[int, float]) -> Table
     )
     note = (
         "Steps to removal lie between two evals, or beyond the run’s end; the line in log-log is "
-        "fitted to these intervals."
+        "fitted to these intervals. The study’s statement, that 3 times the rate removes more than "
+        "10 times faster, is decided by Holm’s p."
     )
     return Table("times", "Steps to removal", columns, rows, note)
 
@@ -242,7 +246,7 @@ def published_table(
     )
     note = (
         "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
-        "table of numbers is public."
+        "table of numbers is public. Intervals allow for the number of our cells in this table."
     )
     return Table("published", "Beside the study", columns, rows, note)
 

@@ -60,7 +60,9 @@ class Thresholds:
         0.50, "suppressed: the share of triggered answers to which a probe must bring it back"
     )
     p_value: float = _threshold(
-        0.01, "a fall, a confirmed return and a difference need a p-value below this"
+        0.01,
+        "a fall, a confirmed return and a difference need a p-value below this: of a run its own, "
+        "of cells compared Holm's",
     )
     confidence: float = _threshold(0.95, "confidence of every interval")
 

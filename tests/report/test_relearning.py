@@ -39,7 +39,16 @@ def study(cleaned, never, k):
 @pytest.mark.parametrize(
     ("cleaned", "never", "verdict", "times"),
     [
-        ((4, 2), (32, None), "faster in 2 of 2 pairs: a trace was left", ("2–4, 0–2", "8–32, >32")),
+        (
+            *((4, 2), (32, None), "faster in 2 of 2 pairs: too few seeds for a claim"),
+            ("2–4, 0–2", "8–32, >32"),
+        ),
+        (
+            (2,) * 3,
+            (32,) * 3,
+            "faster in 3 of 3 pairs: a trace was left",
+            ("0–2, " * 2 + "0–2", "8–32, " * 2 + "8–32"),
+        ),
         ((8, None), (8, None), "no difference shown (faster in 0 of 2 pairs)", ("4–8, >32",) * 2),
         ((None, 32), (2, 4), "more slowly in 2 of 2 pairs", (">32, 8–32", "0–2, 2–4")),
     ],
@@ -53,4 +62,4 @@ def test_steps_to_half_beside_a_model_that_never_had_it(cleaned, never, verdict,
     assert (row["examples"], row["verdict"]) == (16, verdict)
     assert (row["cleaned"], row["never"]) == times
     reached = sum(back is not None for back in cleaned)
-    assert row["cleaned_reached"] == f"{reached} of 2"
+    assert row["cleaned_reached"] == f"{reached} of {len(cleaned)}"

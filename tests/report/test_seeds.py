@@ -12,6 +12,7 @@ from sa_jax.report import judgement as word
 from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study
+from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import compare_arms, over_seeds
 from sa_jax.report.study_statistics import one_family
 from sa_jax.report.study_tables import cells_table, comparisons_table, trained_as
@@ -255,6 +256,19 @@ def test_beside_the_published_table(hits, outcome):
     assert row.outcome == outcome and row.text.endswith(f": {outcome}")
     assert len(rows) == len(PUBLISHED)
     assert {other.outcome for other in rows if not other.cell} == {"not run"}
+
+
+def test_intervals_beside_the_study_allow_for_the_number_of_our_cells():
+    runs = [removal(f"s{i}", point(160, k), i) for i, k in enumerate((0, 0, 3))]
+    twin = [dataclasses.replace(r, name=f"t{r.name}", settings={"lora.rank": 1}) for r in runs]
+    for all_runs, cells_compared in ((runs, 1), (runs + twin, 2)):
+        results = results_of(all_runs)
+        rows = compare_to_study(results, {r.cell.key: EIGHT for r in results}, LIMITS)
+        confidence = 1 - 0.05 / cells_compared
+        _, lo, hi = seed_mean([(k, 100) for k in (0, 0, 3)], confidence)
+        ours = [row.text for row in rows if row.cell]
+        assert len(ours) == cells_compared
+        assert all(interval_in_words(lo, hi, confidence) in text for text in ours)
 
 
 def test_another_model_shows_the_direction_alone():
