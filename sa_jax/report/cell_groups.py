@@ -54,15 +54,15 @@ def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> 
             values = {i: {_named(key, results[run.name]) for run in cells[i].runs} for i in members}
             if len({*map(frozenset, values.values())}) > 1:
                 for i, alike in values.items():
-                    parts[i] += alike if len(alike) == 1 else []  # what varies with the seed
+                    if len(alike) == 1 and not alike <= {*parts[i]}:  # more: varies with the seed
+                        parts[i] += alike
         # Cells that this does not tell apart differ in a setting: name it.
         for i in members:
             twins = [cells[j] for j in members if parts[j] == parts[i]]
-            if len(twins) > 1:
-                extra = [f"{name} {cells[i].settings.get(name)}" for name in differing(twins)[:3]]
-                labels[i] = " · ".join([*parts[i], *extra])
-            else:
-                labels[i] = " · ".join(parts[i])
+            extra = [
+                f"{name} {str(cells[i].settings.get(name))[:20]}" for name in differing(twins)[:3]
+            ]
+            labels[i] = " · ".join([*parts[i], *extra])
     return [text.one_line(label) for label in labels]
 
 
@@ -73,4 +73,6 @@ def _title(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _named(key: str, result: Mapping[str, Any]) -> str:
     value = result[key]
+    if key == "insertion_optimizer" and result["role"] != "insertion":
+        return f"inserted by {value}"
     return f"LR {learning_rate(value)}" if key == "learning_rate" else str(value)

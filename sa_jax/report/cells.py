@@ -148,14 +148,26 @@ def cell_key(run: RunEvals, by_name: Mapping[str, RunEvals]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+# Settings that tell a reader most, first.
+_TELLING = ("task", "optimizer.name", "optimizer.learning_rate", "lora.rank")
+
+
 def differing(cells_: Sequence[Cell]) -> list[str]:
-    """The settings in which the cells are not all alike: the axes of the study."""
-    names = {name for cell in cells_ for name in cell.settings}
-    return sorted(
-        name
-        for name in names
-        if len({json.dumps(cell.settings.get(name), default=str) for cell in cells_}) > 1
-    )
+    """The settings in which the cells are not all alike, the most telling first. Of settings that
+    split the cells in the same way (an optimizer and its constants, a method and its data) the
+    first stands for all."""
+
+    def order(name: str) -> tuple[int, int, str]:
+        known = (i for i, end in enumerate(_TELLING) if name.endswith(end))
+        return next(known, len(_TELLING)), name.count("."), name
+
+    axes: dict[tuple[int, ...], str] = {}
+    for name in sorted({name for cell in cells_ for name in cell.settings}, key=order):
+        values = [json.dumps(cell.settings.get(name), default=str) for cell in cells_]
+        split = tuple(values.index(value) for value in values)
+        if any(split):
+            axes.setdefault(split, name)
+    return list(axes.values())
 
 
 def same_but_backdoor(

@@ -22,6 +22,7 @@ from sa_jax import text
 from sa_jax.report import svg
 from sa_jax.report.cell_groups import CellGroup
 from sa_jax.report.eval_records import BACKDOOR_EVAL
+from sa_jax.report.published import CURVES
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
@@ -52,6 +53,7 @@ def index_page(
     tables: Sequence[Table],
     cells: Sequence[CellGroup],
     figures: Sequence[str],
+    beside: Mapping[str, Sequence[svg.Series]],
     limits: Thresholds,
 ) -> str:
     """index.html.
@@ -63,6 +65,7 @@ def index_page(
       tables: of the study, over the table of its runs.
       cells: the runs by cell.
       figures: names of the figures in plots/.
+      beside: the cells that stand beside the study: label -> the rates of their runs.
       limits: in force.
     """
     few = len(runs) <= FEW
@@ -91,6 +94,7 @@ def index_page(
             study_tables=tables,
             panels=[] if few else [_panel(cell, runs, results["runs"]) for cell in cells],
             figures=figures,
+            published=_published(beside),
         )
     )
 
@@ -333,7 +337,7 @@ def axis_end(run: RunFolder) -> int:
     return max(run.total_steps or 0, run.last_step)
 
 
-def backdoor_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
+def backdoor_series(run: RunFolder) -> svg.Series:
     """Triggered and clean rate at every step that measured them."""
     series: dict[str, list[svg.RatePoint]] = {"clean": [], "triggered": []}
     for step, evals in run.evals.items():
@@ -361,6 +365,15 @@ def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
                 _, points = series.setdefault(name, (record.title, []))
                 points.append((step, score["rate"], score["lo"], score["hi"]))
     return list(series.values())[: len(_LINES)]
+
+
+def _published(ours: Mapping[str, Sequence[svg.Series]]) -> dict[str, Any] | None:
+    """The public curves and ours, and (class, name) of each line; None without any of ours."""
+    if not ours:
+        return None
+    names = [(f"p{i}", f"published: {name}") for i, name in enumerate(CURVES)]
+    names += [(f"s{i}", name) for i, name in enumerate(ours)]
+    return {"svg": svg.published(CURVES, ours, "triggered rate under removal"), "names": names}
 
 
 def _panel(

@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from sa_jax.files import atomic_write
 from sa_jax.report.robustness import Checkpoint
 from sa_jax.report.seeds import SeedMean
-from sa_jax.report.svg import RatePoint
+from sa_jax.report.svg import Series
 from sa_jax.text import number
 
 COLOURS = {
@@ -58,8 +58,6 @@ _RC: dict[Any, Any] = {
     "svg.hashsalt": "sa_jax",
 }
 _LABEL_GAP = 0.085  # of the y axis; closer labels would touch
-
-Series = Sequence[tuple[str, Sequence[RatePoint]]]  # (arm, points by rising step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +120,7 @@ def cells_figure(means: Sequence[tuple[str, SeedMean]]) -> Figure:
         axes.set_ylim(0.3, len(means) + 0.7)
         axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-        labels = [plain(f"{label[:52]} (m = {mean.seeds})") for label, mean in means]
+        labels = [plain(f"{label[:78]} (m = {mean.seeds})") for label, mean in means]
         axes.set_yticks(list(places), labels)
         axes.tick_params(axis="y", length=0, labelsize=8.5)
         axes.grid(axis="x")
@@ -170,7 +168,7 @@ def published_figure(
             x = [at / (len(rates) - 1) for at in range(len(rates))]
             dashes = ("--", ":")[i % 2]
             axes.plot(x, rates, color=COLOURS["ink"], linestyle=dashes, lw=1.4, label=plain(name))
-        for i, (name, runs) in enumerate(list(ours.items())[: len(SERIES)]):
+        for i, (name, runs) in enumerate(ours.items()):
             for j, series in enumerate(runs):
                 points = dict(series).get("triggered", ())
                 last = max((point[0] for point in points), default=0) or 1

@@ -19,6 +19,7 @@ from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
 from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
+from sa_jax.report.svg import Series
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -98,7 +99,8 @@ def _write(
         runs_table(results["runs"], nouns.pop() if len(nouns) == 1 else "Behaviour"),
         scores_table(results["runs"]),
     ]
-    figures = _figures(runs, study)
+    beside = _beside_the_study(runs, study)
+    figures = _figures(runs, study, beside)
     for name, figure in figures.items():
         plots.save(figure, parts["plots"], name)
     for table in [*tables, *run_tables]:
@@ -108,11 +110,25 @@ def _write(
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
-    index = page.index_page(title, runs, results, tables, study.groups, list(figures), limits)
+    index = page.index_page(
+        title, runs, results, tables, study.groups, list(figures), beside, limits
+    )
     atomic_write(folder / "index.html", index)
 
 
-def _figures(runs: Sequence[RunFolder], study: Study) -> dict[str, Figure]:
+def _beside_the_study(runs: Sequence[RunFolder], study: Study) -> dict[str, list[Series]]:
+    """Label -> the rates of its runs, of the first cells that stand beside the study's."""
+    compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
+    cells = [group for group in study.groups if group.label in compared]
+    return {
+        group.label: [page.backdoor_series(run) for run in runs if run.name in group.names]
+        for group in cells[: len(plots.SERIES)]
+    }
+
+
+def _figures(
+    runs: Sequence[RunFolder], study: Study, beside: Mapping[str, Sequence[Series]]
+) -> dict[str, Figure]:
     """Name -> figure, of those that have something to show."""
     figures = {}
     if panels := _panels(runs, study.groups):
@@ -125,15 +141,8 @@ def _figures(runs: Sequence[RunFolder], study: Study) -> dict[str, Figure]:
     ]
     if any(mean.seeds > 1 for _, mean in means):
         figures["cells"] = plots.cells_figure(means)
-    if compared := {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}:
-        figures["published"] = plots.published_figure(
-            CURVES,
-            {
-                group.label: [page.backdoor_series(run) for run in runs if run.name in group.names]
-                for group in study.groups
-                if group.label in compared
-            },
-        )
+    if beside:
+        figures["published"] = plots.published_figure(CURVES, beside)
     if study.pareto:
         figures["pareto"] = plots.pareto_figure(study.pareto, study.capability)
     return figures

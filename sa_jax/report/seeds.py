@@ -195,20 +195,12 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
 
 
 def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
-    """axis -> pairs of cells (by position) that differ in this axis alone.
-
-    Settings that split the cells in the same way (an optimizer and its constants, a method and its
-    data) are one axis, named by the first of `_axis_order`.
-    """
-    splits: dict[tuple[int, ...], list[str]] = {}
-    for name in differing(cells):
-        values = [repr(cell.settings.get(name)) for cell in cells]
-        order = {value: i for i, value in enumerate(dict.fromkeys(values))}
-        splits.setdefault(tuple(order[value] for value in values), []).append(name)
-    axes = {min(names, key=_axis_order): split for split, names in splits.items()}
+    """axis -> pairs of cells (by position) that differ in this axis alone."""
+    axes = differing(cells)
     pairs: dict[str, list[tuple[int, int]]] = {}
     for i, j in itertools.combinations(range(len(cells)), 2):
-        changed = [axis for axis, split in axes.items() if split[i] != split[j]]
+        a, b = cells[i].settings, cells[j].settings
+        changed = [axis for axis in axes if a.get(axis) != b.get(axis)]
         if len(changed) == 1:
             pairs.setdefault(changed[0], []).append((i, j))
     return {axis: _neighbours(axis, cells, pairs_of_axis) for axis, pairs_of_axis in pairs.items()}
@@ -229,12 +221,6 @@ def _neighbours(
         low, high = (i, j) if numbers[i] < numbers[j] else (j, i)
         partners.setdefault(low, []).append(high)
     return [(low, min(above, key=lambda j: numbers[j])) for low, above in partners.items()]
-
-
-def _axis_order(name: str) -> tuple[int, int, str]:
-    telling = ("task", "optimizer.name", "optimizer.learning_rate", "lora.rank", "data_hash")
-    leaf = next((i for i, end in enumerate(telling) if name.endswith(end)), len(telling))
-    return leaf, name.count("."), name
 
 
 def _compare(

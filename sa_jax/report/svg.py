@@ -5,7 +5,7 @@ name and its own dash. What goes to files (SVG, PNG) is drawn in `sa_jax.report.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup, escape
 
@@ -14,8 +14,9 @@ from sa_jax.text import number
 MAX_POINTS = 400  # of a training curve; longer ones show each bucket's lowest and highest value
 _LABEL_GAP = 15  # pixels between the middles of two labels that do not touch
 
-Point = tuple[int, float]  # step, value
+Point = tuple[float, float]  # step, value
 RatePoint = tuple[int, float, float, float]  # step, rate, lower and upper bound
+Series = Sequence[tuple[str, Sequence[RatePoint]]]  # (arm, points by rising step)
 
 
 class _Plot:
@@ -56,7 +57,7 @@ class _Plot:
             self.parts.append(f'<path class="g" d="M{self.left} {y}H{self.right}"/>')
             self.text(self.left - 7, y, label, "t e", dy=".35em")
 
-    def steps(self, labelled: bool = True) -> None:
+    def steps(self, labelled: bool = True, name: str = "step") -> None:
         """The x axis; the ticks' labels and its name where `labelled`."""
         self.parts.append(f'<path class="x" d="M{self.left} {self.bottom}H{self.right}"/>')
         for value in ticks(0, self.x_max, 4):
@@ -67,7 +68,7 @@ class _Plot:
             if labelled:
                 self.text(x, self.bottom + 16, f"{value:,.0f}", "t m")
         if labelled:
-            self.text((self.left + self.right) / 2, self.bottom + 31, "step", "t m")
+            self.text((self.left + self.right) / 2, self.bottom + 31, name, "t m")
 
     def line(self, points: Sequence[Point], css: str, marker: bool = False) -> None:
         if not points:
@@ -140,14 +141,34 @@ def rates(
     return plot.svg(label)
 
 
-def seeds(
-    runs: Sequence[Sequence[tuple[str, Sequence[RatePoint]]]], last_step: int, label: str
-) -> Markup:
+def seeds(runs: Sequence[Series], last_step: int, label: str) -> Markup:
     """The runs of a cell over one another: a thin line a seed and series, without bands."""
     plot = _rate_plot(300, 150, 8, last_step)
     for series in runs:
         for name, points in series:
             plot.line([(step, rate) for step, rate, _, _ in points], name, marker=len(points) < 12)
+    return plot.svg(label, "plot thin")
+
+
+def published(
+    curves: Mapping[str, Sequence[float]], ours: Mapping[str, Sequence[Series]], label: str
+) -> Markup:
+    """The triggered rate over removal: public curves (classes p0, p1), and ours (s0, s1, ...).
+
+    Args:
+      curves: name -> rates, at evals that are taken to be evenly spaced.
+      ours: name of a cell -> the series of its runs.
+      label: what a screen reader says.
+    """
+    plot = _rate_plot(620, 230, 8, 100, "% of the run")
+    for i, rates in enumerate(curves.values()):
+        every = 100 / (len(rates) - 1)
+        plot.line([(every * at, rate) for at, rate in enumerate(rates)], f"p{i}", marker=True)
+    for i, runs in enumerate(ours.values()):
+        for series in runs:
+            points = dict(series).get("triggered", ())
+            last = max((point[0] for point in points), default=0) or 1
+            plot.line([(100 * p[0] / last, p[1]) for p in points], f"s{i}", marker=True)
     return plot.svg(label, "plot thin")
 
 
@@ -206,12 +227,14 @@ def signal(series: Sequence[tuple[str, Sequence[Point]]], last_step: int, label:
     return plot.svg(label)
 
 
-def _rate_plot(width: int, height: int, label_space: int, last_step: int) -> _Plot:
+def _rate_plot(
+    width: int, height: int, label_space: int, last_step: int, x_name: str = "step"
+) -> _Plot:
     box = (44, 10, width - label_space, height - 38)
     plot = _Plot((width, height), box, last_step, (0, 1))
     marks = [0, 0.25, 0.5, 0.75, 1] if height > 160 else [0, 0.5, 1]
     plot.grid(marks, [f"{100 * mark:.0f}%" for mark in marks])
-    plot.steps()
+    plot.steps(name=x_name)
     return plot
 
 
