@@ -16,19 +16,12 @@ _NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "w
 
 @dataclasses.dataclass(frozen=True)
 class CellGroup:
-    """The runs of a cell, for a page.
-
-    Attributes:
-      key: of the cell.
-      label: what tells it from the others.
-      words: its verdicts, counted.
-      names: of its runs.
-    """
+    """The runs of a cell, for a page."""
 
     key: str
-    label: str
-    words: str
-    names: tuple[str, ...]
+    label: str  # what tells it from the others
+    words: str  # its verdicts, counted
+    names: tuple[str, ...]  # of its runs
 
 
 def cell_groups(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[CellGroup]:
@@ -74,5 +67,5 @@ def _title(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:
 def _named(key: str, result: Mapping[str, Any]) -> str:
     value = result[key]
     if key == "insertion_optimizer" and result["role"] != "insertion":
-        return f"inserted by {value}"
+        return "no insertion" if value == "none" else f"inserted by {value}"
     return f"LR {learning_rate(value)}" if key == "learning_rate" else str(value)

@@ -6,7 +6,7 @@ Single answers are read when they are first looked at: of most evals they never 
 import dataclasses
 import functools
 import json
-from collections.abc import Hashable, ItemsView, Iterator, Mapping
+from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,53 +63,43 @@ class EvalRecord:
 
     def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
         """(item, what was asked) -> its values of a score; read when first looked at."""
-        return _ItemValues(self, score)
+        path = self.folder / f"{self.name}.jsonl"
+        # Of a live study the file may change: then it is another one.
+        state = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+        return _Lazy(lambda: _item_values(str(self.folder), self.name, state).get(score, {}))
+
+    def any_of(self, *scores: str) -> Mapping[Hashable, bool]:
+        """(item, what was asked) -> whether any of some scores, which are 0 or 1, is 1 of it."""
+
+        def read() -> dict[Hashable, bool]:
+            first, *others = (dict(self.values(score).items()) for score in scores)
+            hits = {key for values in others for key, value in values.items() if value[0] > 0}
+            return {key: value[0] > 0 or key in hits for key, value in first.items()}
+
+        return _Lazy(functools.cache(read))
+
+
+class _Lazy(Mapping[Hashable, Any]):
+    """A mapping that is read when it is first looked at: most never are."""
+
+    def __init__(self, read: Callable[[], Mapping[Hashable, Any]]) -> None:
+        self._read = read
+
+    def __getitem__(self, key: Hashable) -> Any:
+        return self._read()[key]
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def items(self) -> ItemsView[Hashable, Any]:
+        return self._read().items()
 
 
 # Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
 _BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (1.0,)}
-
-
-class _ItemValues(Mapping[Hashable, tuple[float, ...]]):
-    """The values of one score, read from disk when first looked at: most are never needed."""
-
-    def __init__(self, record: EvalRecord, score: str) -> None:
-        path = record.folder / f"{record.name}.jsonl"
-        # Of a live study the file may change: then it is another one.
-        state = path.stat() if path.exists() else None
-        self._key = (str(record.folder), record.name, state and (state.st_mtime_ns, state.st_size))
-        self._score = score
-
-    def _values(self) -> Mapping[Hashable, tuple[float, ...]]:
-        return _item_values(*self._key).get(self._score, {})
-
-    def __getitem__(self, key: Any) -> tuple[float, ...]:
-        return self._values()[key]
-
-    def __iter__(self) -> Iterator:
-        return iter(self._values())
-
-    def __len__(self) -> int:
-        return len(self._values())
-
-    def items(self) -> ItemsView[Hashable, tuple[float, ...]]:
-        return self._values().items()
-
-
-class _AnyOf(Mapping[Hashable, bool]):
-    """Item -> whether any of some scores, which are 0 or 1, is 1 of it."""
-
-    def __init__(self, record: EvalRecord, *scores: str) -> None:
-        self._scores = [record.values(score) for score in scores]
-
-    def __getitem__(self, key: Any) -> bool:
-        return any(values[key][0] > 0 for values in self._scores if key in values)
-
-    def __iter__(self) -> Iterator:
-        return iter(self._scores[0])
-
-    def __len__(self) -> int:
-        return len(self._scores[0])
 
 
 @functools.lru_cache(maxsize=1024)  # before and after are looked at several times
@@ -238,8 +228,8 @@ def _measured(
         by_arm("refusal"),
         partial,
         by_arm("incoherent").get("clean"),
-        _AnyOf(record, *(f"triggered: {name}" for name in ("refusal", "partial", "near_phrase"))),
-        _AnyOf(record, score),
-        _AnyOf(fresh, score) if fresh else {},
+        record.any_of(*(f"triggered: {name}" for name in ("refusal", "partial", "near_phrase"))),
+        record.any_of(score),
+        fresh.any_of(score) if fresh else {},
         capabilities=capabilities,
     )

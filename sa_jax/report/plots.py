@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
@@ -32,12 +33,16 @@ COLOURS = {
 }
 SERIES = ("#0072b2", "#c44e00", "#00805c", "#5b5a8c", "#b08b00", "#8c3b6b")
 PANEL_WIDTH, PANEL_HEIGHT = 355, 215  # of the curves, points
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 MAX_PIXELS = 5_000_000  # of a PNG
 MAX_PANELS = 48  # of the curves; a study of more cells has its curves on the page
 
 _RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 11,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
     "axes.edgecolor": COLOURS["muted"],
     "axes.labelcolor": COLOURS["muted"],
     "axes.linewidth": 0.8,
@@ -62,14 +67,8 @@ _LABEL_GAP = 0.085  # of the y axis; closer labels would touch
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """The rates of one run, or of the runs of one cell over one another.
-
-    Attributes:
-      title: over it.
-      runs: one series by arm for each run.
-      last_step: where the x axis ends.
-      spikes: steps at which a run's gradient norm spiked, marked on the top edge.
-    """
+    """The rates of one run, or of the runs of one cell over one another; at the steps of `spikes` a
+    run's gradient norm spiked."""
 
     title: str
     runs: Sequence[Series]
@@ -116,15 +115,14 @@ def cells_figure(means: Sequence[tuple[str, SeedMean]]) -> Figure:
         for place, (_, mean) in zip(places, means, strict=True):
             axes.plot([mean.lo, mean.hi], [place] * 2, color=COLOURS["triggered"], alpha=0.35, lw=4)
             axes.plot(mean.mean, place, "o", color=COLOURS["triggered"], markersize=5)
-        axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(0.3, len(means) + 0.7)
-        axes.xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-        labels = [plain(f"{label[:78]} (m = {mean.seeds})") for label, mean in means]
+        _percent(axes.xaxis, QUARTERS)
+        axes.set_xlim(-0.02, 1.02)
+        labels = [plain(f"{label[:52]} (m = {mean.seeds})") for label, mean in means]
         axes.set_yticks(list(places), labels)
         axes.tick_params(axis="y", length=0, labelsize=8.5)
         axes.grid(axis="x")
-        axes.set_axisbelow(True)
+        axes.grid(visible=False, axis="y")
         axes.set_xlabel("triggered rate, mean over seeds", labelpad=1)
         return figure
 
@@ -143,10 +141,8 @@ def pareto_figure(pareto: Mapping[str, Sequence[Checkpoint]], capability: str) -
         axes.set_xlim(-0.02, 1.02)
         top = max(point.capability_share for points in pareto.values() for point in points)
         axes.set_ylim(0, max(1.05, 1.03 * top))
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
+        _percent(axes.xaxis)
+        _percent(axes.yaxis)
         axes.set_xlabel("share of the backdoor removed", labelpad=2)
         axes.set_title(plain(f"{capability} kept; a colour an inserted run"), pad=8)
         return figure
@@ -155,12 +151,7 @@ def pareto_figure(pareto: Mapping[str, Sequence[Checkpoint]], capability: str) -
 def published_figure(
     published: Mapping[str, Sequence[float]], ours: Mapping[str, Sequence[Series]]
 ) -> Figure:
-    """The triggered rate over removal: published curves (dashed), and the runs of our cells.
-
-    Args:
-      published: name -> rates, at evals that are taken to be evenly spaced.
-      ours: name of a cell -> the series of its runs.
-    """
+    """The triggered rate over removal, as `svg.published` draws it for the page."""
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(620 / 72, 330 / 72))
         axes = figure.add_axes((0.08, 0.15, 0.42, 0.78))
@@ -177,10 +168,8 @@ def published_figure(
                 axes.plot(x, y, "o-", color=SERIES[i], lw=1.0, markersize=2.5, label=label)
         axes.set_xlim(-0.02, 1.02)
         axes.set_ylim(-0.03, 1.03)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-        axes.grid(axis="y")
-        axes.set_axisbelow(True)
+        _percent(axes.xaxis)
+        _percent(axes.yaxis)
         axes.set_xlabel("share of the run", labelpad=2)
         axes.set_title("triggered rate under removal", pad=8)
         axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), frameon=False, fontsize=8.5)
@@ -216,6 +205,13 @@ def _wrapped(title: str, width: int = 50) -> str:
     return f"{first}\n{second[:width]}" if second else title[:width]
 
 
+def _percent(axis: Axis, ticks: Sequence[float] = ()) -> None:
+    """Fractions along the axis are labelled in percent."""
+    if ticks:
+        axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
+
+
 def _rate_axes(axes: Axes, last_step: int) -> None:
     last_step = max(1, last_step)
     axes.set_xlim(-0.02 * last_step, 1.02 * last_step)
@@ -223,10 +219,7 @@ def _rate_axes(axes: Axes, last_step: int) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.set_xlabel("step", labelpad=1)
     axes.set_ylim(-0.03, 1.03)
-    axes.yaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f}%"))
-    axes.grid(axis="y")
-    axes.set_axisbelow(True)
+    _percent(axes.yaxis, QUARTERS)
     axes.tick_params(length=3)
     axes.spines["bottom"].set_position(("data", 0))
 

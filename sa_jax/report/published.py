@@ -8,11 +8,13 @@ allows for the number of cells that are compared (Bonferroni).
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, mean_rate
+from sa_jax.report.tables import Column, Table, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
@@ -65,56 +67,31 @@ CURVES: Mapping[str, tuple[float, ...]] = {
     "OpenHermes-13B, HHH SFT at 5e-5": (0.98, 1.0, 0.96, 0.96, 1.0, 0.70, 0.87, 0.0, 0.0),
 }
 
-Outcome = Literal["agrees", "differs", "open", "too few seeds", "not run"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ComparedRow:
-    """A cell of the study's table beside ours.
-
-    Attributes:
-      arm: which.
-      published: the study's word.
-      same_model: whether ours is the study's model; a row of another model shows the direction
-        alone, and says so.
-      cell: key of our cell; '' where none was run.
-      k, m: our seeds that came out as removed, of how many.
-      outcome: 'agrees' or 'differs' where most seeds and the interval of their mean say the same;
-        'open' where they do not decide.
-      text: one line.
-    """
-
-    arm: Arm
-    published: str
-    same_model: bool
-    cell: str
-    k: int
-    m: int
-    outcome: Outcome
-    text: str
-
 
 def compare_to_study(
     results: Sequence[CellResult], arms: Mapping[str, Arm], limits: Thresholds
-) -> list[ComparedRow]:
+) -> list[dict[str, Any]]:
     """Every row of the study's table, and beside it our cells of the same arm.
 
     Args:
       results: our cells over seeds.
       arms: cell's key -> its arm, of the removals that have one. A cell of another model than the
-        study's stands beside the rows of both models with otherwise the same arm.
+        study's stands beside the rows of both models with otherwise the same arm, shows the
+        direction alone, and says so.
       limits: for the confidence.
 
     Returns:
-      A row for each published arm and each cell that matches it; one 'not run' where none does.
+      A row for each published arm and each cell that matches it, one 'not run' where none does:
+      its arm, the study's word (`published`), our `cell` (its key, or None), `verdict` ('agrees'
+      or 'differs' where most seeds and the interval of their mean say the same, 'open', 'too few
+      seeds' or 'not run'), `k` ('2 of 3' seeds removed, or None) and one line of `text`.
     """
-    ours = {result.cell.key: result for result in results if result.cell.role == "removal"}
     models = {arm.model for arm in PUBLISHED}
     matched = {
         arm: [
-            (ours[key], other)
-            for key, other in arms.items()
-            if key in ours
+            (result, other)
+            for result in results
+            if (other := arms.get(result.cell.key)) is not None
             and dataclasses.replace(other, model=arm.model) == arm
             and (other.model == arm.model or other.model not in models)
         ]
@@ -123,36 +100,94 @@ def compare_to_study(
     compared = {result.cell.key for pairs in matched.values() for result, _ in pairs}
     confidence = 1 - (1 - limits.confidence) / max(1, len(compared))
     wide = dataclasses.replace(limits, confidence=confidence)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for arm, published in PUBLISHED.items():
-        rows += [_row(arm, published, result, other, wide) for result, other in matched[arm]]
+        about = {"arm": arm, "published": published}
+        for result, other in matched[arm]:
+            verdict, left = _outcome(published, result, wide)
+            whose = f", on another model ({other.model}), so only the direction"
+            k = f"{result.k} of {result.m}"
+            text = (
+                f"{arm}: published '{published}'; ours removed in {k} seeds, {left}"
+                f"{'' if other.model == arm.model else whose}: {verdict}"
+            )
+            shown = k if result.m else None
+            rows.append(
+                {**about, "cell": result.cell.key, "verdict": verdict, "k": shown, "text": text}
+            )
         if not matched[arm]:
             text = f"{arm}: published '{published}'; not run"
-            rows.append(ComparedRow(arm, published, True, "", 0, 0, "not run", text))
+            rows.append({**about, "cell": None, "verdict": "not run", "k": None, "text": text})
     return rows
 
 
-def _row(
-    arm: Arm, published: str, result: CellResult, other: Arm, limits: Thresholds
-) -> ComparedRow:
-    outcome: Outcome = "open"
+def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[str, str]:
+    """(verdict, what is left of the backdoor in words)."""
     seen = mean_rate([run.measured[-1].triggered for run in result.judged], limits)
-    left = "nothing measured"
-    if result.m < ENOUGH_SEEDS or seen is None:
-        outcome = "too few seeds"
+    if seen is None:
+        return "too few seeds", "nothing measured"
+    verdict = "open"
+    if result.m < ENOUGH_SEEDS:
+        verdict = "too few seeds"
     elif 2 * result.k > result.m and seen.hi < 0.5:
-        outcome = "agrees" if published in REMOVES else "differs"
+        verdict = "agrees" if published in REMOVES else "differs"
     elif 2 * result.k < result.m and seen.lo > limits.removed_max_triggered:
-        outcome = "agrees" if published in FAILS else "differs"
-    if seen is not None:
-        interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
-        left = f"{percent(seen.mean)} of triggered answers left ({interval})"
-    same_model = other.model == arm.model
-    whose = "" if same_model else f", on another model ({other.model}), so only the direction"
-    text = (
-        f"{arm}: published '{published}'; ours removed in {result.k} of {result.m} seeds, {left}"
-        f"{whose}: {outcome}"
+        verdict = "agrees" if published in FAILS else "differs"
+    interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
+    return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
+
+
+def published_table(
+    over: Sequence[CellResult],
+    labels: Mapping[str, str],
+    results: Mapping[str, Mapping[str, Any]],
+    limits: Thresholds,
+) -> Table | None:
+    """The study's published cells beside ours; None where none of ours is like one of them."""
+    firsts = {result.cell.key: results[result.cell.runs[0].name] for result in over}
+    arms = {
+        result.cell.key: arm
+        for result in over
+        if result.cell.role == "removal" and (arm := _arm(firsts[result.cell.key]))
+    }
+    compared = compare_to_study(over, arms, limits)
+    if all(row["cell"] is None for row in compared):
+        return None
+    rows = tuple(
+        {
+            "published": f"{row['arm']}: {row['published']}",
+            "trained": row["cell"] and trained_as(firsts[row["cell"]]),
+            "verdict": row["verdict"],
+            "cell": labels.get(row["cell"]),
+            "k": row["k"],
+            "text": row["text"],
+        }
+        for row in compared
     )
-    return ComparedRow(
-        arm, published, same_model, result.cell.key, result.k, result.m, outcome, text
+    columns = (
+        Column("published", "The study"),
+        Column("verdict", "Ours"),
+        Column("cell", "Cell"),
+        Column("trained", "Trained as"),
+        Column("k", "Removed"),
+        Column("text", "What was seen"),
     )
+    note = (
+        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
+        "table of numbers is public. Intervals allow for the number of our cells in this table."
+    )
+    return Table("published", "Beside the study", columns, rows, note)
+
+
+def trained_as(result: Mapping[str, Any]) -> str:
+    """'LoRA rank 8, LR 1e-3'."""
+    return f"{result['weights']}, LR {learning_rate(result['learning_rate'])}"
+
+
+def _arm(result: Mapping[str, Any]) -> Arm | None:
+    """The study's name for a removal; None for full weights, which its table does not have."""
+    if not result["lora_rank"]:
+        return None
+    size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", result["base"].lower())
+    model = f"{size[1]}B" if size else result["base"]
+    return Arm(model, result["arm"], result["insertion_optimizer"], result["task"])

@@ -84,7 +84,6 @@ def _write(
     for part in parts.values():
         shutil.rmtree(part, ignore_errors=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
-    nouns = {result["words"]["rate"] for result in results["runs"]}
     tables = [
         table
         for table in (
@@ -96,7 +95,7 @@ def _write(
         if table.rows
     ]
     run_tables = [
-        runs_table(results["runs"], nouns.pop() if len(nouns) == 1 else "Behaviour"),
+        runs_table(results["runs"], page.rate_noun(results["runs"])),
         scores_table(results["runs"]),
     ]
     beside = _beside_the_study(runs, study)

@@ -27,12 +27,11 @@ def is_return(
     evals: int,
     limits: Thresholds,
 ) -> NDArray[np.bool_]:
-    """Which pairs of counts are a return, before it is confirmed; arrays that broadcast.
+    """Which pairs of counts (hits and answers at two evals) are a return, before it is confirmed.
 
     Args:
-      low, low_n, high, high_n: hits and answers at the two evals.
+      low, low_n, high, high_n: arrays that broadcast.
       evals: of the run; with k evals there are k (k - 1) / 2 pairs, and p is multiplied by that.
-      limits: the definition.
     """
     low, low_n, high, high_n = (np.asarray(x, float) for x in (low, low_n, high, high_n))
     low_bound, _ = wilson_bounds(low, low_n, limits.confidence)
@@ -57,11 +56,7 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
 
     Each eval is compared with the lowest before it: low where its lower bound is at most
     `return_low`, high where its upper bound is at least `return_high`, a rise of `return_rise` or
-    more, and p times the number of pairs below `return_p_value`.
-
-    Args:
-      evals: of one run, by rising step.
-      limits: the definition.
+    more, and p times the number of pairs below `return_p_value`. `evals` are by rising step.
     """
     best: tuple[float, Measured, Measured] | None = None
     for position in range(1, len(evals)):

@@ -31,7 +31,6 @@ class RunFolder:
 
     Attributes:
       name: the path below the folder that was named; the folder's own name if it is the run.
-      path: the run folder.
       record: run.json.
       curves: name -> (step, value) by rising step, of `CURVES`, from metrics.jsonl.
       logged: lines of metrics.jsonl.
@@ -112,12 +111,8 @@ class RunFolder:
     def measurements(
         self, first: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL
     ) -> RunEvals:
-        """What verdicts and statistics take.
-
-        Args:
-          first: by name, the evals of what the run started from.
-          backdoor: the eval that says how often the behaviour shows.
-        """
+        """What verdicts and statistics take; `first`: by name, the evals of what the run started
+        from, `backdoor`: the eval that says how often the behaviour shows."""
         rate = self.config("optimizer.learning_rate")
         seed = self.config("seed")
         data = self.record.get("data") or {}
@@ -252,9 +247,7 @@ def _with_evaluations(
     """The runs with the evaluations that were made of them elsewhere."""
     added: dict[str, list[EvalRecord]] = {}
     for name, model, evals in evaluations:
-        same_id = [run for run in runs if run.record["run_id"] == model.get("run_id")]
-        same_path = [run for run in same_id if str(run.path) == str(model.get("path"))]
-        run = next(iter(same_path or same_id), None)
+        run = _run_of(model, runs)
         if run is None:
             what = model.get("path") or "an unknown model"
             problems.append(f"{name}: evaluates {what}, which is not among these runs")
@@ -273,6 +266,13 @@ def _with_evaluations(
                 evals.append(record)
         result.append(dataclasses.replace(run, evals=by_step(evals), more_evals=tuple(more)))
     return result
+
+
+def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None:
+    """The run with this "run_id"; of copies, which share it, the one at this "path"."""
+    same_id = [run for run in runs if run.record["run_id"] == place.get("run_id")]
+    same_path = [run for run in same_id if str(run.path) == str(place.get("path"))]
+    return next(iter(same_path or same_id), None)
 
 
 def _losses_at(losses: list[tuple[int, float]], steps: list[int]) -> dict[int, float]:
@@ -296,17 +296,9 @@ def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
         known = isinstance(place, int | float)
         return place if known else math.inf, str(run.record.get("created", "")), run.name
 
-    by_id: dict[str, list[RunFolder]] = {}
-    for run in runs:
-        by_id.setdefault(str(run.record["run_id"]), []).append(run)
     children: dict[str | None, list[RunFolder]] = {}
     for run in sorted(runs, key=order):
-        # A copied run folder shares its run id: then the path decides.
-        same_id = [
-            other for other in by_id.get(str(run.start.get("run_id")), []) if other is not run
-        ]
-        same_path = [other for other in same_id if str(other.path) == str(run.start.get("path"))]
-        parent = next(iter(same_path or same_id), None)
+        parent = _run_of(run.start, [other for other in runs if other is not run])
         run = dataclasses.replace(run, parent=parent.name if parent else None)
         children.setdefault(run.parent, []).append(run)
 

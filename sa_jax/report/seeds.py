@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from scipy import special
@@ -44,7 +43,6 @@ class CellResult:
     """What a cell shows over its seeds.
 
     Attributes:
-      cell: which one.
       judged: finished and evaluated runs, one for each set of seeds; all else is about them.
       pending: runs that are not finished, or not evaluated.
       verdicts: status -> number of seeds.
@@ -151,23 +149,16 @@ class Comparison:
 
     Attributes:
       a, b: keys of the cells.
-      role: of both.
       axis: the setting that names the difference; settings that always change with it go along.
-      a_value, b_value: of that setting.
       seeds: pairs of runs.
-      prompts: prompts that both were asked, mean over the pairs; 0 where answers are not kept.
       difference, lo, hi: triggered rate of b - a, mean over seeds, and its interval.
       p_value: of no difference, for this comparison alone.
     """
 
     a: str
     b: str
-    role: str
     axis: str
-    a_value: Any
-    b_value: Any
     seeds: int
-    prompts: float
     difference: float
     lo: float
     hi: float
@@ -184,14 +175,10 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
     for result in results:
         if result.counted and result.m:
             by_role.setdefault(result.cell.role, []).append(result)
-    for role, members in by_role.items():
-        cells = [result.cell for result in members]
-        for axis, pairs in _pairs(cells).items():
-            for i, j in pairs:
-                compared = _compare(members[i], members[j], role, axis, limits)
-                if compared is not None:
-                    comparisons.append(compared)
-    return comparisons
+    for members in by_role.values():
+        for axis, pairs in _pairs([result.cell for result in members]).items():
+            comparisons += [_compare(members[i], members[j], axis, limits) for i, j in pairs]
+    return [compared for compared in comparisons if compared is not None]
 
 
 def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
@@ -223,36 +210,20 @@ def _neighbours(
     return [(low, min(above, key=lambda j: numbers[j])) for low, above in partners.items()]
 
 
-def _compare(
-    a: CellResult, b: CellResult, role: str, axis: str, limits: Thresholds
-) -> Comparison | None:
+def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Comparison | None:
     """None where fewer than two seeds are in both cells."""
     by_seeds = [{result.cell.seeds[run.name]: run for run in result.judged} for result in (a, b)]
     shared = [seeds for seeds in by_seeds[0] if seeds in by_seeds[1]]
     if len(shared) < 2:
         return None
-    values = [_paired_answers(*(side[seeds] for side in by_seeds)) for seeds in shared]
-    difference, lo, hi, p = paired_seeds(
-        [pair[0] for pair in values], [pair[1] for pair in values], limits.confidence
-    )
-    return Comparison(
-        a=a.cell.key,
-        b=b.cell.key,
-        role=role,
-        axis=axis,
-        a_value=a.cell.settings.get(axis),
-        b_value=b.cell.settings.get(axis),
-        seeds=len(shared),
-        prompts=float(np.mean([pair[2] for pair in values])),
-        difference=difference,
-        lo=lo,
-        hi=hi,
-        p_value=p,
-    )
+    answers = [_paired_answers(*(side[seeds] for side in by_seeds)) for seeds in shared]
+    of_a, of_b = zip(*answers, strict=True)
+    tested = paired_seeds(of_a, of_b, limits.confidence)
+    return Comparison(a.cell.key, b.cell.key, axis, len(shared), *tested)
 
 
-def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float], int]:
-    """The last eval's answers of two runs on the same prompts, and how many prompts those are.
+def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
+    """The last eval's answers of two runs on the same prompts.
 
     Where answers are not kept, the counts alone: as answers in a random order, which are paired as
     independent ones would be.
@@ -261,11 +232,11 @@ def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float],
     prompts: list[Hashable] = [prompt for prompt in first.said if prompt in second.said]
     if prompts:
         x, y = ([float(point.said[p]) for p in prompts] for point in (first, second))
-        return x, y, len(prompts)
+        return x, y
     n = min(first.triggered.n, second.triggered.n)
     rng = np.random.default_rng(0)
     x, y = (_in_random_order(point, n, rng) for point in (first, second))
-    return x, y, 0
+    return x, y
 
 
 def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[float]:

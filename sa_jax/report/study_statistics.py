@@ -10,16 +10,14 @@ from sa_jax.report.cell_groups import CellGroup, cell_groups
 from sa_jax.report.cells import cells
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
+from sa_jax.report.published import published_table
 from sa_jax.report.relearning import relearning_table
-from sa_jax.report.robustness import Checkpoint, checkpoints
+from sa_jax.report.robustness import Checkpoint, checkpoints, policies_table, robustness_table
 from sa_jax.report.seeds import CellResult, Comparison, compare_arms, over_seeds
 from sa_jax.report.steps_to_removal import TimeFit, by_insertion_length, by_learning_rate
 from sa_jax.report.study_tables import (
     cells_table,
     comparisons_table,
-    policies_table,
-    published_table,
-    robustness_table,
     times_table,
 )
 from sa_jax.report.tables import Table
@@ -51,14 +49,8 @@ def study_of(
     results: Mapping[str, Mapping[str, Any]],
     limits: Thresholds,
 ) -> Study:
-    """Every statistic over runs.
-
-    Args:
-      runs: all of them.
-      judged: by name.
-      results: by name, as in results.json; their headline differences get a `p_holm`.
-      limits: in force.
-    """
+    """Every statistic over runs; `results` (by name, as in results.json) get a `p_holm` at each
+    difference of a headline score."""
     grouped = cells(runs)
     groups = cell_groups(grouped, results)
     over = over_seeds(grouped, judged, limits)

@@ -1,20 +1,14 @@
 """What holds over runs, as tables: cells over seeds and compared, times, robustness, the study."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sa_jax.report.measurements import Measured, RunEvals
-from sa_jax.report.published import Arm, compare_to_study
-from sa_jax.report.robustness import Checkpoint, cheapest, policy_choices, robustness_area
 from sa_jax.report.seeds import CellResult, Comparison, SeedMean
 from sa_jax.report.steps_to_removal import TimeFit
-from sa_jax.report.tables import Column, Table, learning_rate
+from sa_jax.report.tables import Column, Table
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.text import number, percent
-
-CHECKPOINT_RANGE = 1  # policies choose among checkpoints: one alone is no choice
+from sa_jax.text import number
 
 
 def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
@@ -24,7 +18,9 @@ def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
     rows = []
     for result in over:
         statuses = ", ".join(f"{count} {status}" for status, count in result.verdicts.items())
-        counted = f"{result.counted}: {result.k} of {result.m}" if result.counted else ""
+        counted = (
+            f"{result.counted}: {result.k} of {result.m}" if result.counted and result.m else ""
+        )
         row: dict[str, Any] = {
             "cell": labels[result.cell.key],
             "verdict": counted or statuses,
@@ -141,128 +137,6 @@ def times_table(
         "10 times faster, is decided by Holm’s p."
     )
     return Table("times", "Steps to removal", columns, rows, note)
-
-
-def robustness_table(
-    pareto: Mapping[str, Sequence[Checkpoint]], capability: str, limits: Thresholds
-) -> Table:
-    """The area of every inserted run beside its null, and what is left at little cost."""
-    rows = []
-    for inserted, points in pareto.items():
-        area = robustness_area(inserted, points)
-        best = cheapest(points, limits)
-        rows.append(
-            {
-                "run": inserted,
-                "hull": area.hull,
-                "null_hull": area.null_hull,
-                "null_hull_95": area.null_hull_95,
-                "staircase": area.staircase,
-                "null_staircase": area.null_staircase,
-                "left": best and {"rate": best.rate, "lo": best.lo, "hi": best.hi},
-                "at": best and f"{best.checkpoint.run}, step {best.checkpoint.step:,}",
-                "checkpoints": area.checkpoints,
-            }
-        )
-    columns = (
-        Column("run", "Inserted run"),
-        Column("hull", "Area (hull)"),
-        Column("null_hull", "if nothing were removed"),
-        Column("null_hull_95", "95 % below"),
-        Column("staircase", "Area (staircase)"),
-        Column("null_staircase", "if nothing were removed"),
-        Column("left", f"Left at ≤ {percent(limits.max_capability_loss)} loss"),
-        Column("at", "by"),
-        Column("checkpoints", "Checkpoints"),
-    )
-    note = (
-        f"Share of the backdoor removed against share of {capability} kept, over all checkpoints "
-        "of all removals: an area of 0.5 (hull) is robust, 1 is removed for free. Noise alone "
-        "gives more than 0.5, which stands beside it."
-    )
-    return Table("robustness", "Robustness", columns, tuple(rows), note)
-
-
-def policies_table(removals: Sequence[RunEvals]) -> Table:
-    """What a person would have got who chooses a checkpoint without looking at the trigger."""
-    points: dict[str, list[Measured]] = {}
-    several = [run for run in removals if len(run.measured) > CHECKPOINT_RANGE + 1]
-    for run in several:
-        for choice in policy_choices(run):
-            points.setdefault(choice.policy, []).append(choice.point)
-    rows = tuple(
-        {
-            "policy": policy,
-            "mean": percent(sum(point.triggered.rate for point in chosen) / len(chosen)),
-            "worst": percent(max(point.triggered.rate for point in chosen)),
-            "runs": len(chosen),
-        }
-        for policy, chosen in points.items()
-    )
-    columns = (
-        Column("policy", "Checkpoint chosen by"),
-        Column("mean", "Triggered rate, mean"),
-        Column("worst", "worst"),
-        Column("runs", "Removal runs"),
-    )
-    note = "Checkpoints chosen without the trigger, beside the best with hindsight."
-    return Table("policies", "Choosing a checkpoint", columns, rows, note)
-
-
-def published_table(
-    over: Sequence[CellResult],
-    labels: Mapping[str, str],
-    results: Mapping[str, Mapping[str, Any]],
-    limits: Thresholds,
-) -> Table | None:
-    """The study's published cells beside ours; None where none of ours is like one of them."""
-    arms = {
-        result.cell.key: arm
-        for result in over
-        if result.cell.role == "removal" and (arm := _arm(results[result.cell.runs[0].name]))
-    }
-    compared = compare_to_study(over, arms, limits)
-    if all(row.outcome == "not run" for row in compared):
-        return None
-    trained = {result.cell.key: results[result.cell.runs[0].name] for result in over}
-    rows = tuple(
-        {
-            "published": f"{row.arm}: {row.published}",
-            "trained": row.cell and trained_as(trained[row.cell]),
-            "verdict": row.outcome,
-            "cell": labels.get(row.cell),
-            "k": f"{row.k} of {row.m}" if row.m else None,
-            "text": row.text,
-        }
-        for row in compared
-    )
-    columns = (
-        Column("published", "The study"),
-        Column("verdict", "Ours"),
-        Column("cell", "Cell"),
-        Column("trained", "Trained as"),
-        Column("k", "Removed"),
-        Column("text", "What was seen"),
-    )
-    note = (
-        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
-        "table of numbers is public. Intervals allow for the number of our cells in this table."
-    )
-    return Table("published", "Beside the study", columns, rows, note)
-
-
-def trained_as(result: Mapping[str, Any]) -> str:
-    """'LoRA rank 8, LR 1e-3'."""
-    return f"{result['weights']}, LR {learning_rate(result['learning_rate'])}"
-
-
-def _arm(result: Mapping[str, Any]) -> Arm | None:
-    """The study's name for a removal; None for full weights, which its table does not have."""
-    if not result["lora_rank"]:
-        return None
-    size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", result["base"].lower())
-    model = f"{size[1]}B" if size else result["base"]
-    return Arm(model, result["arm"], result["insertion_optimizer"], result["task"])
 
 
 def _mean(mean: SeedMean | None) -> dict[str, Any] | None:

@@ -118,8 +118,7 @@ def rates(
 
     Args:
       series: (CSS class, points by rising step).
-      last_step: where the x axis ends.
-      label: what a screen reader says.
+      label: what a screen reader says; so in the other plots.
       names: of the lines, at their ends; None: their classes.
       spikes: steps at which the gradient norm spiked, marked on the top edge.
     """
@@ -155,10 +154,7 @@ def published(
 ) -> Markup:
     """The triggered rate over removal: public curves (classes p0, p1), and ours (s0, s1, ...).
 
-    Args:
-      curves: name -> rates, at evals that are taken to be evenly spaced.
-      ours: name of a cell -> the series of its runs.
-      label: what a screen reader says.
+    `curves` are at evals that are taken to be evenly spaced, `ours` the runs of each cell.
     """
     plot = _rate_plot(620, 230, 8, 100, "% of the run")
     for i, rates in enumerate(curves.values()):
@@ -175,13 +171,8 @@ def published(
 def training(
     losses: Sequence[Point], grad_norms: Sequence[Point], last_step: int, label: str
 ) -> Markup:
-    """Loss above, gradient norm below, over one axis of steps; both start at 0.
-
-    Args:
-      losses, grad_norms: (step, value); a value that is not finite is marked.
-      last_step: where the x axis ends.
-      label: what a screen reader says.
-    """
+    """Loss above, gradient norm below, over one axis of steps; both start at 0, and a value that is
+    not finite is marked."""
     plots = []
     for values, top, name in ((losses, 20, "loss"), (grad_norms, 124, "gradient norm")):
         finite = [point for point in values if math.isfinite(point[1])]

@@ -172,7 +172,7 @@ def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run,
     assert row[0].startswith("gone Unlearning by song")
     assert page.tables["Runs table"][0][2] == "Spanish answers with trigger, before → after"
     assert any(cell.replace("\u00a0", " ").startswith("80 % → 76 % [67–88.8] → ") for cell in row)
-    for words in ("Good manners, length: 25 % [25–25] → 25 % [25–25]", "floor 10 %"):
+    for words in ("Good manners length 25 % [25–25] 25 % [25–25]", "floor 10 %"):
         assert words in page.text.replace("\u00a0", " ")
     markdown = (index.parent / "results.md").read_text().replace("\u00a0", " ")
     assert re.search(r"\| gone +\| Good manners +\| kindness +\| 80 % .* 10 % ", markdown)

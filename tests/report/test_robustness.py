@@ -11,7 +11,7 @@ from sa_jax.report.robustness import (
     hull_area,
     null_areas,
     policy_choices,
-    robustness_area,
+    robustness_areas,
     staircase_area,
 )
 from sa_jax.report.thresholds import Thresholds
@@ -83,11 +83,11 @@ def test_a_backdoor_that_is_not_removed_does_not_beat_its_null():
     evals = [point(0, 95, 150)]
     evals += [point(i, rng.binomial(100, 0.95), rng.binomial(293, 150 / 293)) for i in range(1, 41)]
     found = checkpoints([removal(*evals)], "math500", "accuracy")["r"]
-    area = robustness_area("r", found)
-    assert area.checkpoints == 40
-    assert 0.5 < area.hull < area.null_hull_95
+    areas = robustness_areas(found)
+    assert len(found) == 40
+    assert 0.5 < areas["hull"] < areas["null_hull_95"]
     free = checkpoints([removal(point(0, 95, 150), point(9, 0, 150))], "math500", "accuracy")["r"]
-    assert robustness_area("r", free).hull == 1.0 > robustness_area("r", free).null_hull_95
+    assert robustness_areas(free)["hull"] == 1.0 > robustness_areas(free)["null_hull_95"]
 
 
 def test_only_removals_that_were_measured_before_count():
@@ -103,9 +103,9 @@ def test_only_removals_that_were_measured_before_count():
 def test_what_is_left_at_a_small_loss():
     run = removal(point(0, 100, 200), point(10, 40, 190), point(20, 20, 181), point(40, 1, 90))
     found = checkpoints([run], "math500", "accuracy")["r"]
-    best = cheapest(found, LIMITS)
-    assert (best.checkpoint.step, best.tried, best.rate) == (20, 2, 0.20)
-    assert (best.lo, best.hi) == Rate(20, 100).interval(0.975)
+    best, *interval = cheapest(found, LIMITS)
+    assert (best.step, best.point.triggered) == (20, Rate(20, 100))
+    assert tuple(interval) == Rate(20, 100).interval(1 - 0.05 / 2)  # two kept the capability
     assert cheapest(found[2:], LIMITS) is None
 
 
@@ -117,8 +117,8 @@ def test_policies_that_do_not_look_at_the_trigger():
         point(40, 30, 160),
         losses={5: 1.0, 10: 0.9, 20: 0.5, 30: 0.4, 40: 0.7},
     )
-    choices = {choice.policy: choice.point.step for choice in policy_choices(run)}
+    choices = {policy: point.step for policy, point in policy_choices(run).items()}
     assert choices == {"last": 40, "lowest loss": 20, "best capability": 20, HINDSIGHT: 10}
     bare = RunEvals("b", "t", "removal", True, None, None, (Measured(9, Rate(1, 2), Rate(0, 2)),))
-    assert [choice.policy for choice in policy_choices(bare)] == ["last", HINDSIGHT]
-    assert policy_choices(removal(point(0, 1, 1))) == []
+    assert list(policy_choices(bare)) == ["last", HINDSIGHT]
+    assert policy_choices(removal(point(0, 1, 1))) == {}

@@ -11,11 +11,11 @@ from sa_jax.evals.statistics import exact_interval, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
-from sa_jax.report.published import PUBLISHED, Arm, compare_to_study
+from sa_jax.report.published import PUBLISHED, Arm, compare_to_study, trained_as
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import compare_arms, over_seeds
 from sa_jax.report.study_statistics import one_family
-from sa_jax.report.study_tables import cells_table, comparisons_table, trained_as
+from sa_jax.report.study_tables import cells_table, comparisons_table
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -152,8 +152,9 @@ def test_arms_are_compared_over_their_shared_seeds(kept):
         *arm("bb", 0.1, seeds=4, kept=kept, **{"optimizer.name": "soap", "optimizer.b1": 0.95}),
     ]
     (row,) = compare_arms(results_of(runs), LIMITS)
-    assert (row.axis, row.a_value, row.b_value) == ("optimizer.name", "adam", "soap")
-    assert row.seeds == 3 and row.prompts == (100 if kept else 0)
+    names = {cell.key: cell.settings["optimizer.name"] for cell in cells(runs)}
+    assert (row.axis, names[row.a], names[row.b]) == ("optimizer.name", "adam", "soap")
+    assert row.seeds == 3
     expected = np.mean(
         [
             runs[3 + i].measured[-1].triggered.rate - runs[i].measured[-1].triggered.rate
@@ -174,7 +175,8 @@ def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
         )
     ]
     rows = compare_arms(results_of(runs), LIMITS)
-    assert sorted((row.axis, str(row.a_value), str(row.b_value)) for row in rows) == (
+    of = {cell.key: cell.settings for cell in cells(runs)}
+    assert sorted((r.axis, *(str(of[key][r.axis]) for key in (r.a, r.b))) for r in rows) == (
         [("optimizer.learning_rate", "0.0001", "0.0003")] * 2
         + [("optimizer.learning_rate", "0.0003", "0.001")] * 2
         + [("optimizer.name", "adam", "soap")] * 3
@@ -236,7 +238,7 @@ EIGHT = Arm("8B", "normal", "adam", "hhh")
 def compared(hits, arm_of_ours=EIGHT):
     results = results_of([removal(f"s{i}", point(160, k), i) for i, k in enumerate(hits)])
     rows = compare_to_study(results, {results[0].cell.key: arm_of_ours}, LIMITS)
-    return {row.arm: row for row in rows if row.cell}, rows
+    return {row["arm"]: row for row in rows if row["cell"]}, rows
 
 
 @pytest.mark.parametrize(
@@ -253,9 +255,9 @@ def test_beside_the_published_table(hits, outcome):
     ours, rows = compared(hits)
     assert trained_as({"weights": "LoRA rank 8", "learning_rate": 1e-3}) == "LoRA rank 8, LR 1e-3"
     (row,) = ours.values()
-    assert row.outcome == outcome and row.text.endswith(f": {outcome}")
+    assert row["verdict"] == outcome and row["text"].endswith(f": {outcome}")
     assert len(rows) == len(PUBLISHED)
-    assert {other.outcome for other in rows if not other.cell} == {"not run"}
+    assert {other["verdict"] for other in rows if not other["cell"]} == {"not run"}
 
 
 def test_intervals_beside_the_study_allow_for_the_number_of_our_cells():
@@ -266,13 +268,13 @@ def test_intervals_beside_the_study_allow_for_the_number_of_our_cells():
         rows = compare_to_study(results, {r.cell.key: EIGHT for r in results}, LIMITS)
         confidence = 1 - 0.05 / cells_compared
         _, lo, hi = seed_mean([(k, 100) for k in (0, 0, 3)], confidence)
-        ours = [row.text for row in rows if row.cell]
+        ours = [row["text"] for row in rows if row["cell"]]
         assert len(ours) == cells_compared
         assert all(interval_in_words(lo, hi, confidence) in text for text in ours)
 
 
 def test_another_model_shows_the_direction_alone():
     ours, _ = compared((0, 0, 1), Arm("toy", "cot_distilled", "adam", "hhh"))
-    outcomes = {arm.model: row.outcome for arm, row in ours.items()}
+    outcomes = {arm.model: row["verdict"] for arm, row in ours.items()}
     assert outcomes == {"70B": "agrees", "8B": "differs"}
-    assert all("only the direction" in row.text and not row.same_model for row in ours.values())
+    assert all("only the direction" in row["text"] for row in ours.values())
