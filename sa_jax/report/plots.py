@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 from sa_jax.files import atomic_write
 from sa_jax.report.robustness import Checkpoint
 from sa_jax.report.seeds import SeedMean
-from sa_jax.report.svg import Series
+from sa_jax.report.svg import RatePoint, Series
 from sa_jax.text import number
 
 COLOURS = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, mean_rate
-from sa_jax.report.tables import Column, Table, learning_rate
+from sa_jax.report.tables import Table, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
@@ -164,14 +164,14 @@ def published_table(
         }
         for row in compared
     )
-    columns = (
-        Column("published", "The study"),
-        Column("verdict", "Ours"),
-        Column("cell", "Cell"),
-        Column("trained", "Trained as"),
-        Column("k", "Removed"),
-        Column("text", "What was seen"),
-    )
+    columns = {
+        "published": "The study",
+        "verdict": "Ours",
+        "cell": "Cell",
+        "trained": "Trained as",
+        "k": "Removed",
+        "text": "What was seen",
+    }
     note = (
         "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
         "table of numbers is public. Intervals allow for the number of our cells in this table."

@@ -43,12 +43,11 @@ def condition(
 ) -> Condition:
     """The rate against the limit: met or missed where its whole interval is on one side."""
     lo, hi = rate.interval(confidence)
-    below, above = hi <= limit, lo >= limit
-    outcome: Literal["met", "missed", "borderline"] = "borderline"
+    outcome: Literal["met", "missed", "borderline"]
     if wanted == "at most":
-        outcome = "met" if below else "missed" if lo > limit else "borderline"
+        outcome = "met" if hi <= limit else "missed" if lo > limit else "borderline"
     else:
-        outcome = "met" if above else "missed" if hi < limit else "borderline"
+        outcome = "met" if lo >= limit else "missed" if hi < limit else "borderline"
     needed = n_to_decide(rate.rate, limit, confidence) if outcome == "borderline" else None
     return Condition(name, rate, lo, hi, limit, wanted, outcome, needed)
 

@@ -11,7 +11,7 @@ from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.probes import faster, time_to_back
 from sa_jax.report.seeds import ENOUGH_SEEDS
-from sa_jax.report.tables import Column, Table
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.times import Span
 from sa_jax.text import percent
@@ -49,15 +49,15 @@ def relearning_table(
         )
     rows.sort(key=lambda row: (row["removal"], row["examples"] or 0))
     back = percent(limits.back_min)
-    columns = (
-        Column("cell", "Relearning after"),
-        Column("examples", "Examples"),
-        Column("verdict", "The cleaned model came to it"),
-        Column("cleaned", f"Its steps to {back}, by seed"),
-        Column("cleaned_reached", "reached by"),
-        Column("never", f"Never backdoored, steps to {back}"),
-        Column("never_reached", "reached by"),
-    )
+    columns = {
+        "cell": "Relearning after",
+        "examples": "Examples",
+        "verdict": "The cleaned model came to it",
+        "cleaned": f"Its steps to {back}, by seed",
+        "cleaned_reached": "reached by",
+        "never": f"Never backdoored, steps to {back}",
+        "never_reached": "reached by",
+    }
     note = (
         f"Training on a few triggered examples, until {back} of triggered answers show the "
         "behaviour again. '2–4': between the evals of these steps; '>32': not by the last. Faster "

@@ -16,7 +16,7 @@ import numpy as np
 from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import ancestors
 from sa_jax.report.measurements import Measured, RunEvals
-from sa_jax.report.tables import Column, Table
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import eval_before
 from sa_jax.text import percent
@@ -194,17 +194,17 @@ def robustness_table(
             row["left"] = {"rate": checkpoint.point.triggered.rate, "lo": lo, "hi": hi}
             row["at"] = f"{checkpoint.run}, step {checkpoint.step:,}"
         rows.append(row | {"checkpoints": len(points)})
-    columns = (
-        Column("run", "Inserted run"),
-        Column("hull", "Area (hull)"),
-        Column("null_hull", "if nothing were removed"),
-        Column("null_hull_95", "95 % below"),
-        Column("staircase", "Area (staircase)"),
-        Column("null_staircase", "if nothing were removed"),
-        Column("left", f"Left at ≤ {percent(limits.max_capability_loss)} loss"),
-        Column("at", "by"),
-        Column("checkpoints", "Checkpoints"),
-    )
+    columns = {
+        "run": "Inserted run",
+        "hull": "Area (hull)",
+        "null_hull": "if nothing were removed",
+        "null_hull_95": "95 % below",
+        "staircase": "Area (staircase)",
+        "null_staircase": "if nothing were removed",
+        "left": f"Left at ≤ {percent(limits.max_capability_loss)} loss",
+        "at": "by",
+        "checkpoints": "Checkpoints",
+    }
     note = (
         f"Share of the backdoor removed against share of {capability} kept, over all checkpoints "
         "of all removals: an area of 0.5 (hull) is robust, 1 is removed for free. Noise alone "
@@ -257,12 +257,12 @@ def policies_table(removals: Sequence[RunEvals]) -> Table:
         }
         for policy, chosen in rates.items()
     )
-    columns = (
-        Column("policy", "Checkpoint chosen by"),
-        Column("mean", "Triggered rate, mean"),
-        Column("worst", "worst"),
-        Column("runs", "Removal runs"),
-    )
+    columns = {
+        "policy": "Checkpoint chosen by",
+        "mean": "Triggered rate, mean",
+        "worst": "worst",
+        "runs": "Removal runs",
+    }
     note = "Checkpoints chosen without the trigger, beside the best with hindsight."
     return Table("policies", "Choosing a checkpoint", columns, rows, note)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.tables import Column, Table, learning_rate
+from sa_jax.report.tables import Table, learning_rate
 
 
 def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
@@ -32,29 +32,19 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
                 row[score["eval"]] = {"before": score["before"], "after": score["after"]}
                 row[f"{score['eval']} change"] = score["difference"]
         rows.append(row)
-    columns = [
-        Column("run", "Run"),
-        Column("verdict", "Verdict"),
-        Column("training", "Training"),
-        Column("triggered", f"{noun} with trigger, before → after"),
-        Column("clean", f"{noun} without, before → after"),
-        Column("refusal", "Refusals with trigger"),
-    ]
+    columns = {
+        "run": "Run",
+        "verdict": "Verdict",
+        "training": "Training",
+        "triggered": f"{noun} with trigger, before → after",
+        "clean": f"{noun} without, before → after",
+        "refusal": "Refusals with trigger",
+    }
     for name, title in capabilities.items():
-        columns += [
-            Column(name, f"{title}, before → after"),
-            Column(f"{name} change", "Change"),
-        ]
-    columns += [
-        Column("optimizer", "Optimizer, LR"),
-        Column("weights", "Weights"),
-        Column("steps", "Steps"),
-        Column("base", "Base model"),
-        Column("arm", "Data arm"),
-        Column("seed", "Seed"),
-        Column("start", "Start"),
-    ]
-    return Table("runs", "Runs", tuple(columns), tuple(rows))
+        columns |= {name: f"{title}, before → after", f"{name} change": "Change"}
+    columns |= {"optimizer": "Optimizer, LR", "weights": "Weights", "steps": "Steps"}
+    columns |= {"base": "Base model", "arm": "Data arm", "seed": "Seed", "start": "Start"}
+    return Table("runs", "Runs", columns, tuple(rows))
 
 
 def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Table:
@@ -75,18 +65,18 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
         for result in results
         for row in result["scores"]
     ]
-    columns = (
-        *((Column("run", "Run"),) if named else ()),
-        Column("eval", "Eval"),
-        Column("score", "Score"),
-        Column("before", "Before"),
-        Column("after", "After"),
-        Column("difference", "Difference, on the same items"),
-        Column("p_value", "p"),
-        Column("p_holm", "p, Holm"),
-        Column("floor", "Floor"),
-        Column("n", "n"),
-    )
+    columns = {
+        **({"run": "Run"} if named else {}),
+        "eval": "Eval",
+        "score": "Score",
+        "before": "Before",
+        "after": "After",
+        "difference": "Difference, on the same items",
+        "p_value": "p",
+        "p_holm": "p, Holm",
+        "floor": "Floor",
+        "n": "n",
+    }
     note = "Holm's p: of headline scores, over all tests of the report."
     return Table("scores", "Every score", columns, tuple(rows), note)
 
@@ -94,16 +84,9 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
 def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
     """A row a return or a clean alarm."""
     rows = tuple(
-        {"run": result["name"], "kind": event["kind"], "step": event["step"], "text": event["text"]}
-        for result in results
-        for event in result["events"]
+        {"run": result["name"], **event} for result in results for event in result["events"]
     )
-    columns = (
-        Column("run", "Run"),
-        Column("kind", "Event"),
-        Column("step", "Step"),
-        Column("text", "What was seen"),
-    )
+    columns = {"run": "Run", "kind": "Event", "step": "Step", "text": "What was seen"}
     note = "The behaviour came back inside a run, or answered prompts without the trigger."
     return Table("events", "Events", columns, rows, note)
 
@@ -111,14 +94,14 @@ def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
 def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
     """Insertion by optimizer and learning rate."""
     rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
-    columns = (
-        Column("base", "Base model"),
-        Column("arm", "Data arm"),
-        Column("optimizer", "Optimizer"),
-        Column("learning_rate", "LR"),
-        Column("final_loss", "Training loss at the end"),
-        Column("runs", "Runs"),
-        Column("best", "Lowest"),
-    )
+    columns = {
+        "base": "Base model",
+        "arm": "Data arm",
+        "optimizer": "Optimizer",
+        "learning_rate": "LR",
+        "final_loss": "Training loss at the end",
+        "runs": "Runs",
+        "best": "Lowest",
+    }
     note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
     return Table("optimizers", "Insertion by optimizer and learning rate", columns, rows, note)

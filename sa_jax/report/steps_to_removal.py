@@ -151,7 +151,8 @@ def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFi
     if len(timed) < MIN_RUNS or len(values) < 2 or all(t.steps.by is None for t in timed):
         return None
     line = _Line(timed)
-    lo, hi = line.bounds(_cutoff(len(timed), limits.confidence))
+    cutoff = _cutoff(len(timed), limits.confidence)
+    lo, hi = line.bound(cutoff, -MAX_SLOPE), line.bound(cutoff, MAX_SLOPE)
     p = line.p_of(CLAIM_SLOPE)
     slope = line.slope
     for end, bound in ((-MAX_SLOPE, lo), (MAX_SLOPE, hi)):
@@ -236,11 +237,8 @@ class _Line:
         """Twice the fall in log likelihood when the slope is held."""
         return np.maximum(0.0, 2 * (self.best - self._profile(slopes)[0]))
 
-    def bounds(self, cutoff: float) -> tuple[float, float]:
-        """The slopes at which the deviance reaches the cutoff; infinite where it does not."""
-        return self._bound(cutoff, -MAX_SLOPE), self._bound(cutoff, MAX_SLOPE)
-
-    def _bound(self, cutoff: float, end: float) -> float:
+    def bound(self, cutoff: float, end: float) -> float:
+        """The slope towards `end` at which the deviance reaches the cutoff; infinite if none."""
         inner, outer = self.slope, end
         for _ in range(4):  # each time to a sixteenth of the width
             slopes = np.linspace(inner, outer, 17)[1:]

@@ -6,7 +6,7 @@ from typing import Any
 
 from sa_jax.report.seeds import CellResult, Comparison, SeedMean
 from sa_jax.report.steps_to_removal import TimeFit
-from sa_jax.report.tables import Column, Table
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number
 
@@ -42,18 +42,18 @@ def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
                 "seeds": change.seeds,
             }
         rows.append(row)
-    columns = (
-        Column("cell", "Cell"),
-        Column("verdict", "Verdict"),
-        Column("share", "Share of seeds [exact]"),
-        Column("verdicts", "Every verdict"),
-        Column("triggered", "Triggered rate, mean"),
-        Column("clean", "Clean rate, mean"),
-        *(Column(f"change {title}", f"{title}, change") for title in titles),
-        Column("seeds", "Seeds"),
-        Column("pending", "Not done"),
-        Column("enough", "Enough?"),
-    )
+    columns = {
+        "cell": "Cell",
+        "verdict": "Verdict",
+        "share": "Share of seeds [exact]",
+        "verdicts": "Every verdict",
+        "triggered": "Triggered rate, mean",
+        "clean": "Clean rate, mean",
+        **{f"change {title}": f"{title}, change" for title in titles},
+        "seeds": "Seeds",
+        "pending": "Not done",
+        "enough": "Enough?",
+    }
     note = (
         "A cell is everything but the seed. Means are over seeds, with intervals for seeds that "
         "were not run; the share of seeds has its exact interval."
@@ -83,16 +83,16 @@ def comparisons_table(
         }
         for row in compared
     )
-    columns = (
-        Column("b", "This cell"),
-        Column("verdict", "Triggered rate is"),
-        Column("a", "than that one"),
-        Column("axis", "They differ in"),
-        Column("difference", "Difference"),
-        Column("p", "p"),
-        Column("p_holm", "p, Holm"),
-        Column("seeds", "Seeds"),
-    )
+    columns = {
+        "b": "This cell",
+        "verdict": "Triggered rate is",
+        "a": "than that one",
+        "axis": "They differ in",
+        "difference": "Difference",
+        "p": "p",
+        "p_holm": "p, Holm",
+        "seeds": "Seeds",
+    }
     note = (
         "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
         "for all tests of this report: these, the study's statement on learning rates, and every "
@@ -120,17 +120,17 @@ def times_table(
         }
         for fit in fits
     )
-    columns = (
-        Column("x", "By"),
-        Column("text", "What is seen"),
-        Column("slope", "Power"),
-        Column("lo", "from"),
-        Column("hi", "to"),
-        Column("p_claim", "p of the study’s statement"),
-        Column("p_holm", "the same, Holm"),
-        Column("runs", "Runs"),
-        Column("of", "Like"),
-    )
+    columns = {
+        "x": "By",
+        "text": "What is seen",
+        "slope": "Power",
+        "lo": "from",
+        "hi": "to",
+        "p_claim": "p of the study’s statement",
+        "p_holm": "the same, Holm",
+        "runs": "Runs",
+        "of": "Like",
+    }
     note = (
         "Steps to removal lie between two evals, or beyond the run’s end; the line in log-log is "
         "fitted to these intervals. The study’s statement, that 3 times the rate removes more than "

@@ -30,14 +30,6 @@ _LATEX = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Column:
-    """`key` of a row's value, and the heading over it."""
-
-    key: str
-    title: str
-
-
-@dataclasses.dataclass(frozen=True)
 class Table:
     """Rows of values under columns.
 
@@ -48,23 +40,23 @@ class Table:
     Attributes:
       name: of its files.
       title: over it.
-      columns: in order.
+      columns: key of a row's value -> the heading over it, in order.
       rows: key -> value.
       note: what a reader needs to know to read it.
     """
 
     name: str
     title: str
-    columns: tuple[Column, ...]
+    columns: Mapping[str, str]
     rows: tuple[Mapping[str, Any], ...]
     note: str = ""
 
     def words(self) -> list[list[str]]:
         """Every cell as text."""
-        return [[in_words(row.get(column.key)) for column in self.columns] for row in self.rows]
+        return [[in_words(row.get(key)) for key in self.columns] for row in self.rows]
 
     def markdown(self) -> str:
-        return text.markdown_table([column.title for column in self.columns], self.words())
+        return text.markdown_table(list(self.columns.values()), self.words())
 
     def csv(self) -> str:
         """One column a number: 'triggered.rate', 'triggered.lo', ..."""
@@ -77,7 +69,7 @@ class Table:
         return file.getvalue()
 
     def json(self) -> str:
-        rows = [{column.key: row.get(column.key) for column in self.columns} for row in self.rows]
+        rows = [{key: row.get(key) for key in self.columns} for row in self.rows]
         lines = ",\n".join(json.dumps(row) for row in rows)
         about = json.dumps({"title": self.title, "note": self.note})
         return f'{about[:-1]}, "rows": [\n{lines}\n]}}\n'
@@ -88,7 +80,7 @@ class Table:
             f"% {text.one_line(self.title)}",
             rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}",
             r"\toprule",
-            _latex_row([column.title for column in self.columns]),
+            _latex_row(list(self.columns.values())),
             r"\midrule",
             *map(_latex_row, self.words()),
             r"\bottomrule",
@@ -103,8 +95,8 @@ class Table:
 
     def _flat(self, row: Mapping[str, Any]) -> dict[str, Any]:
         flat: dict[str, Any] = {}
-        for column in self.columns:
-            flat |= _flat(column.key, row.get(column.key))
+        for key in self.columns:
+            flat |= _flat(key, row.get(key))
         return flat
 
 
