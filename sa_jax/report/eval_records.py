@@ -122,6 +122,9 @@ def _item_values(
     return values_by_score
 
 
+forget_items = _item_values.cache_clear
+
+
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
     """The finished evals in folder/step_NNNNNN/."""
     loaded = []

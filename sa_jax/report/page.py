@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from sa_jax import text
 from sa_jax.report import svg
-from sa_jax.report.cell_groups import CellGroup
+from sa_jax.report.cells import CellGroup
 from sa_jax.report.eval_records import BACKDOOR_EVAL
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import AXES, all_problems, definitions

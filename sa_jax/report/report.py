@@ -13,7 +13,8 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import page, plots
 from sa_jax.report.backdoor_evals import backdoor_evals_table
-from sa_jax.report.cell_groups import CellGroup
+from sa_jax.report.cells import CellGroup
+from sa_jax.report.eval_records import forget_items
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
@@ -63,6 +64,7 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
         for table in study.tables
     }
+    forget_items()  # a study of hundreds of runs holds hundreds of thousands
     folder = workdir / "report"
     try:
         _write(folder, title, runs, results, study, limits)

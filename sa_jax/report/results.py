@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.comparison import compare_optimizers
 from sa_jax.report.eval_records import BACKDOOR_EVAL
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Measured, Rate, RunEvals
 from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.run_tables import compare_optimizers
 from sa_jax.report.scores import first_evals, score_rows
 from sa_jax.report.thresholds import Thresholds, help_of
 from sa_jax.text import percent

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy import special
@@ -13,6 +14,7 @@ from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Measured, Rate, RunEvals
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 
 ENOUGH_SEEDS = 3  # for a claim; a headline wants 5
@@ -140,6 +142,62 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
     return means
 
 
+def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
+    """A row a cell, base models apart: k of m, the mean rates, what it cost."""
+    over = [result for result in over if result.cell.role != "base"]
+    titles = dict.fromkeys(title for result in over for title in result.capabilities)
+    rows = []
+    for result in over:
+        statuses = ", ".join(f"{count} {status}" for status, count in result.verdicts.items())
+        counted = (
+            f"{result.counted}: {result.k} of {result.m}" if result.counted and result.m else ""
+        )
+        row: dict[str, Any] = {
+            "cell": labels[result.cell.key],
+            "verdict": counted or statuses,
+            "share": {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
+            if result.counted and result.m
+            else None,
+            "verdicts": statuses,
+            "triggered": _mean(result.triggered),
+            "clean": _mean(result.clean),
+            "seeds": result.m,
+            "pending": result.pending,
+            "enough": "yes" if result.enough else "too few seeds for a claim",
+        }
+        for title, change in result.capabilities.items():
+            row[f"change {title}"] = {
+                "difference": change.mean,
+                "lo": change.lo,
+                "hi": change.hi,
+                "seeds": change.seeds,
+            }
+        rows.append(row)
+    columns = {
+        "cell": "Cell",
+        "verdict": "Verdict",
+        "share": "Share of seeds [exact]",
+        "verdicts": "Every verdict",
+        "triggered": "Triggered rate, mean",
+        "clean": "Clean rate, mean",
+        **{f"change {title}": f"{title}, change" for title in titles},
+        "seeds": "Seeds",
+        "pending": "Not done",
+        "enough": "Enough?",
+    }
+    note = (
+        "A cell is everything but the seed. Means are over seeds, with intervals for seeds that "
+        "were not run; the share of seeds has its exact interval."
+    )
+    return Table("cells", "Over seeds", columns, tuple(rows), note)
+
+
+def _mean(mean: SeedMean | None) -> dict[str, Any] | None:
+    if mean is None:
+        return None
+    return {"rate": mean.mean, "lo": mean.lo, "hi": mean.hi, "seeds": mean.seeds}
+
+
 # ---- Arms.
 
 
@@ -242,3 +300,44 @@ def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]
 def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[float]:
     said = np.linspace(0.5 / n, 1 - 0.5 / n, n) < point.triggered.rate
     return [float(x) for x in rng.permutation(said)]
+
+
+def comparisons_table(
+    compared: Sequence[Comparison],
+    adjusted: Mapping[int, float],
+    labels: Mapping[str, str],
+    limits: Thresholds,
+) -> Table:
+    """Cells that differ in one axis, paired by seed and prompt; `adjusted`: see `one_family`."""
+    rows = tuple(
+        {
+            "verdict": ("higher" if row.difference > 0 else "lower")
+            if adjusted[id(row)] < limits.p_value
+            else "no difference shown",
+            "a": labels[row.a],
+            "b": labels[row.b],
+            "axis": row.axis,
+            "difference": {"difference": row.difference, "lo": row.lo, "hi": row.hi},
+            "p": row.p_value,
+            "p_holm": adjusted[id(row)],
+            "seeds": row.seeds,
+        }
+        for row in compared
+    )
+    columns = {
+        "b": "This cell",
+        "verdict": "Triggered rate is",
+        "a": "than that one",
+        "axis": "They differ in",
+        "difference": "Difference",
+        "p": "p",
+        "p_holm": "p, Holm",
+        "seeds": "Seeds",
+    }
+    note = (
+        "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
+        "for all tests of this report: these, the study's statement on learning rates, and every "
+        "run's change of a headline score. Holm's p decides; the interval is of one comparison "
+        "alone."
+    )
+    return Table("comparisons", "Cells compared", columns, rows, note)

@@ -16,6 +16,7 @@ from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import ancestors, lineage_settings
 from sa_jax.report.measurements import Measured, RunEvals
 from sa_jax.report.rates import p_in_words, removed_condition
+from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.times import Span, first_time
 from sa_jax.text import number, percent
@@ -309,3 +310,44 @@ def _bounds(lo: float, hi: float) -> str:
     if math.isinf(lo):
         return f"below {hi:.2f}"
     return f"above {lo:.2f}" if math.isinf(hi) else f"{lo:.2f} to {hi:.2f}"
+
+
+def times_table(
+    fits: Sequence[TimeFit], adjusted: Mapping[int, float], limits: Thresholds
+) -> Table:
+    """How steps to removal change with the learning rate and with the length of insertion."""
+    rows = tuple(
+        {
+            "x": fit.x_name,
+            "text": fit.text(limits, adjusted.get(id(fit))),
+            "slope": _finite(fit.slope),
+            "lo": _finite(fit.lo),
+            "hi": _finite(fit.hi),
+            "p_claim": fit.p_claim if id(fit) in adjusted else None,
+            "p_holm": adjusted.get(id(fit)),
+            "runs": len(fit.runs),
+            "of": fit.runs[0].run,
+        }
+        for fit in fits
+    )
+    columns = {
+        "x": "By",
+        "text": "What is seen",
+        "slope": "Power",
+        "lo": "from",
+        "hi": "to",
+        "p_claim": "p of the study’s statement",
+        "p_holm": "the same, Holm",
+        "runs": "Runs",
+        "of": "Like",
+    }
+    note = (
+        "Steps to removal lie between two evals, or beyond the run’s end; the line in log-log is "
+        "fitted to these intervals. The study’s statement, that 3 times the rate removes more than "
+        "10 times faster, is decided by Holm’s p."
+    )
+    return Table("times", "Steps to removal", columns, rows, note)
+
+
+def _finite(value: float) -> float | str:
+    return number(value) if math.isfinite(value) else "unbounded"

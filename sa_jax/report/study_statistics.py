@@ -6,18 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_jax.evals.statistics import holm
-from sa_jax.report.cell_groups import CellGroup, cell_groups
-from sa_jax.report.cells import cells
+from sa_jax.report.cells import CellGroup, cell_groups, cells
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.published import published_table
 from sa_jax.report.relearning import relearning_table
 from sa_jax.report.robustness import Checkpoint, checkpoints, policies_table, robustness_table
-from sa_jax.report.seeds import CellResult, Comparison, compare_arms, over_seeds
-from sa_jax.report.steps_to_removal import TimeFit, by_insertion_length, by_learning_rate
-from sa_jax.report.study_tables import (
+from sa_jax.report.seeds import (
+    CellResult,
+    Comparison,
     cells_table,
+    compare_arms,
     comparisons_table,
+    over_seeds,
+)
+from sa_jax.report.steps_to_removal import (
+    TimeFit,
+    by_insertion_length,
+    by_learning_rate,
     times_table,
 )
 from sa_jax.report.tables import Table

@@ -13,9 +13,8 @@ from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study, trained_as
 from sa_jax.report.rates import interval_in_words
-from sa_jax.report.seeds import compare_arms, over_seeds
+from sa_jax.report.seeds import cells_table, compare_arms, comparisons_table, over_seeds
 from sa_jax.report.study_statistics import one_family
-from sa_jax.report.study_tables import cells_table, comparisons_table
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge

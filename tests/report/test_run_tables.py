@@ -1,4 +1,4 @@
-from sa_jax.report.comparison import compare_optimizers
+from sa_jax.report.run_tables import compare_optimizers
 
 
 def run(optimizer, rate, loss, role="insertion", arm="normal"):
