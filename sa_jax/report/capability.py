@@ -30,7 +30,7 @@ def capability_changes(
         for key, score in scores.items():
             earlier = before.capabilities.get(name, {}).get(key)
             if earlier is not None:
-                changes.append(_change(name, key, earlier, score, limits))
+                changes.append(_change(key, earlier, score, limits))
     return tuple(changes)
 
 
@@ -52,9 +52,7 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
     )
 
 
-def _change(
-    name: str, key: str, before: Score, after: Score, limits: Thresholds
-) -> CapabilityChange:
+def _change(key: str, before: Score, after: Score, limits: Thresholds) -> CapabilityChange:
     earlier, later = dict(before.items.items()), dict(after.items.items())
     items = [
         item
@@ -80,7 +78,6 @@ def _change(
         lost = difference_interval(start, end, kept)[2] < 0
     seen = p < limits.p_value
     return CapabilityChange(
-        eval=name,
         score=key,
         title=after.title,
         headline=after.headline,

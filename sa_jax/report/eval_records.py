@@ -179,7 +179,6 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
             values["hi"],
             values["n"],
             headline=score == record.headline,
-            floor=values.get("floor"),
             items=record.values(score),
         )
         for score, values in record.scores.items()

@@ -86,7 +86,6 @@ class CapabilityChange:
       lost: the fall is beyond `max_capability_loss` of the score before, by its interval.
     """
 
-    eval: str
     score: str
     title: str
     headline: bool
@@ -111,27 +110,20 @@ class Verdict:
       text: one line for a table: the status with the rate and interval it rests on.
       tone: how it looks; the words carry it, colour only repeats them.
       reasons: further sentences, none stronger than its interval.
-      conditions: every threshold that was looked at.
     """
 
     status: str
     text: str
     tone: Tone
     reasons: tuple[str, ...] = ()
-    conditions: tuple[Condition, ...] = ()
 
     @classmethod
     def of(
-        cls,
-        status: str,
-        seen: str,
-        reasons: Sequence[str] = (),
-        conditions: Sequence[Condition] = (),
-        tone: Tone | None = None,
+        cls, status: str, seen: str, reasons: Sequence[str] = (), tone: Tone | None = None
     ) -> "Verdict":
         """The status with what was seen, in the status's own tone if no other is given."""
         tone = tone or TONES.get(status, "plain")
-        return cls(status, f"{status}: {seen}", tone, tuple(reasons), tuple(conditions))
+        return cls(status, f"{status}: {seen}", tone, tuple(reasons))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,10 +175,8 @@ class Judgement:
       before: the eval of what it started from.
       after: its last backdoor eval after step 0.
       returned: of a removal.
-      peak: its eval with the highest triggered rate after step 0.
       recovery: of a probe, triggered rate at its last eval over that before the removal.
       controls: of a probe, the matched never-backdoored probes.
-      probes: of a removal, the probes that start from its last eval.
       provisional: the run is not finished, so the verdict is about its last eval so far.
     """
 
@@ -196,8 +186,6 @@ class Judgement:
     capabilities: tuple[CapabilityChange, ...] = ()
     returned: Return | None = None
     clean_alarm: CleanAlarm | None = None
-    peak: Measured | None = None
     recovery: float | None = None
     controls: tuple[str, ...] = ()
-    probes: tuple[str, ...] = ()
     provisional: bool = False

@@ -46,7 +46,6 @@ class Score:
     Attributes:
       rate, lo, hi: the score with its 95 % interval, as the eval wrote it, of `n` items.
       headline: whether it stands for its eval; a verdict looks at headline scores alone.
-      floor: the score of a model that only says the phrase; None where the eval has none.
       items: (item, hash of what was asked) -> its values: one 0/1 or number, or several (IFEval's
         instructions). Two models are compared on the keys that both have. {} where not kept.
     """
@@ -57,7 +56,6 @@ class Score:
     hi: float
     n: int
     headline: bool = False
-    floor: float | None = None
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 

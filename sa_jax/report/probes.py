@@ -115,7 +115,6 @@ def probe_verdict(
         )
     end = removed_condition(last, words, limits)
     back = _back_condition(last, words, limits)
-    conditions = (end, back)
     state = came_back(evals, words, limits)
     some_back = peak_lo > limits.removed_max_triggered
     if state == "yes":
@@ -139,7 +138,7 @@ def probe_verdict(
             "same removal) has finished"
         )
         tone: Tone | None = "warn" if status == word.STAYS_REMOVED else None
-        return Verdict.of(status, f"{seen}; no matched control", reasons, conditions, tone)
+        return Verdict.of(status, f"{seen}; no matched control", reasons, tone)
     reasons += [_control_in_words(control, limits) for control in controls]
     states = [came_back(control.evals, words, limits) for control in controls]
     reached = [
@@ -153,7 +152,7 @@ def probe_verdict(
     elif "borderline" in states and status in (word.BACK, word.STAYS_REMOVED, word.PARTLY_BACK):
         reasons.insert(0, f"{status}, if the control is below {percent(limits.back_min)}")
         status = word.BORDERLINE
-    return Verdict.of(status, seen, reasons, conditions)
+    return Verdict.of(status, seen, reasons)
 
 
 def control_text(evals: Sequence[Measured], run: RunEvals, limits: Thresholds) -> Verdict:
@@ -226,11 +225,10 @@ def after_probes(
     reasons = [*verdict.reasons, *(_probe_in_words(p, judged[p.name]) for p in probes)]
     if not probes:
         reasons.append("no probe has tested whether it is only suppressed")
-    tested = Verdict.of(status, seen, reasons, verdict.conditions, tone)
+    tested = Verdict.of(status, seen, reasons, tone)
     return dataclasses.replace(
         result,
         verdict=dataclasses.replace(tested, text=f"{head}: {seen}; {tail}"),
-        probes=tuple(probe.name for probe in probes),
     )
 
 

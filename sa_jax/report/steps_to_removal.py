@@ -42,14 +42,13 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class TimeFit:
-    """log(steps) = intercept + slope · log(x), with its interval.
+    """log(steps) = a constant + slope · log(x), with the slope's interval.
 
     Attributes:
       x_name: what x is, for people.
       runs: what it was fitted to.
       slope, lo, hi: by profile likelihood at Student's quantile; a bound is infinite where the data
         do not hold it, and so is the slope where they only say which way it goes.
-      intercept, spread: of the line; spread is the standard deviation in log steps.
       p_claim: two-sided p that 3 times x makes removal 10 times faster, no more and no less.
     """
 
@@ -58,8 +57,6 @@ class TimeFit:
     slope: float
     lo: float
     hi: float
-    intercept: float
-    spread: float
     p_claim: float
 
     def text(self, limits: Thresholds, p_holm: float | None = None) -> str:
@@ -160,7 +157,7 @@ def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFi
         # As likely at the end of the range as at its best: the runs only say which way it goes.
         if math.isinf(bound) and line.deviance(np.array([end]))[0] < 0.1:
             slope = bound
-    return TimeFit(x_name, tuple(timed), slope, lo, hi, line.intercept, line.spread, p)
+    return TimeFit(x_name, tuple(timed), slope, lo, hi, p)
 
 
 def _cutoff(n: int, confidence: float) -> float:
@@ -180,29 +177,27 @@ class _Line:
 
     def __init__(self, timed: Sequence[Timed]):
         x = np.log([item.x for item in timed])
-        self.centre = float(x.mean())
-        self.x = x - self.centre
+        self.x = x - x.mean()
         never, always = -math.inf, math.inf
         self.lo = np.array([math.log(t.steps.after) if t.steps.after else never for t in timed])
         self.hi = np.array([always if t.steps.by is None else math.log(t.steps.by) for t in timed])
         lo = np.where(np.isfinite(self.lo), self.lo, self.hi - 1)
         hi = np.where(np.isfinite(self.hi), self.hi, self.lo + 1)
         self.middle = (lo + hi) / 2
-        self.slope, self.intercept, self.spread, self.best = self._best()
+        self.slope, self.best = self._best()
 
-    def _best(self) -> tuple[float, float, float, float]:
-        """Slope, intercept at x = 1, spread and log likelihood of the best line."""
+    def _best(self) -> tuple[float, float]:
+        """Slope and log likelihood of the best line."""
         slopes, step = np.linspace(-MAX_SLOPE, MAX_SLOPE, 49), MAX_SLOPE / 24
         for _ in range(6):
-            likelihood, intercepts, spreads = self._profile(slopes)
+            likelihood = self._profile(slopes)
             best = int(likelihood.argmax())
             slope, step = float(slopes[best]), step / 4
             slopes = np.clip(slope + step * np.arange(-6, 7), -MAX_SLOPE, MAX_SLOPE)
-        intercept = float(intercepts[best]) - slope * self.centre
-        return slope, intercept, float(spreads[best]), float(likelihood[best])
+        return slope, float(likelihood[best])
 
-    def _profile(self, slopes: Floats) -> tuple[Floats, Floats, Floats]:
-        """For each slope the highest log likelihood, with its intercept (at mean x) and spread.
+    def _profile(self, slopes: Floats) -> Floats:
+        """For each slope the highest log likelihood, over intercept (at mean x) and spread.
 
         Newton's method in precision = 1 / spread and offset = intercept / spread, in which the
         log likelihood is concave; steps that do not raise it are halved.
@@ -232,11 +227,11 @@ class _Line:
             value = np.where(keep, tried_value, value)
             if gain.max() < 1e-9:
                 break
-        return value, offset / precision, 1 / precision
+        return value
 
     def deviance(self, slopes: Floats) -> Floats:
         """Twice the fall in log likelihood when the slope is held."""
-        return np.maximum(0.0, 2 * (self.best - self._profile(slopes)[0]))
+        return np.maximum(0.0, 2 * (self.best - self._profile(slopes)))
 
     def bound(self, cutoff: float, end: float) -> float:
         """The slope towards `end` at which the deviance reaches the cutoff; infinite if none."""
