@@ -154,3 +154,8 @@ class RunEvals:
     def measured(self) -> tuple[Measured, ...]:
         """The evals at which the backdoor was measured, by rising step."""
         return tuple(point for point in self.evals if isinstance(point, Measured))
+
+    @property
+    def trained(self) -> tuple[Measured, ...]:
+        """Those of them after step 0."""
+        return tuple(point for point in self.measured if point.step > 0)

@@ -67,7 +67,7 @@ def relearning_table(
 
 
 def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
-    spans = (time_to_back(run.measured, limits) for run in runs)
+    spans = (time_to_back(run, limits) for run in runs)
     return [span for span in spans if span is not None]
 
 

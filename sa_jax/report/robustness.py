@@ -72,9 +72,9 @@ def checkpoints(
         inserted = next(
             (a.name for a in ancestors(run, by_name) if a.role == "insertion"), run.name
         )
-        for point in run.measured:
+        for point in run.trained:
             later = point.capabilities.get(eval_name, {}).get(score)
-            if later is not None and point.step > 0:
+            if later is not None:
                 checkpoints.setdefault(inserted, []).append(
                     Checkpoint(
                         run.name, point.step, point, before, later.rate, earlier.rate, later.n
@@ -225,7 +225,7 @@ def policy_choices(run: RunEvals) -> dict[str, Measured]:
     the one with the highest mean of the headline scores; of equals the later. A policy that cannot
     be applied (no loss on record, no score) is absent.
     """
-    points = [point for point in run.measured if point.step > 0]
+    points = run.trained
     if not points:
         return {}
     choices = {"last": points[-1]}

@@ -94,7 +94,7 @@ def removal_time(run: RunEvals, limits: Thresholds) -> Span | None:
     def removed(point: Measured) -> bool:
         return removed_condition(point, run.words, limits).outcome == "met"
 
-    return first_time(run.measured, removed)
+    return first_time(run.trained, removed)
 
 
 def by_learning_rate(runs: Sequence[RunEvals], limits: Thresholds) -> list[TimeFit]:

@@ -23,8 +23,7 @@ class Span:
 
 
 def first_time(evals: Sequence[Measured], holds: Callable[[Measured], bool]) -> Span | None:
-    """The first eval after step 0 at which `holds` is true; None where there is no such eval."""
-    evals = [point for point in evals if point.step > 0]
+    """The first of a run's evals after step 0 at which `holds` is true; None without an eval."""
     if not evals:
         return None
     after = 0

@@ -63,8 +63,7 @@ def _judge_alone(
 ) -> Judgement:
     """Without what other runs say of it, beyond the eval it started from."""
     before = eval_before(run, by_name)
-    trained = [point for point in run.measured if point.step > 0]
-    after = trained[-1] if trained else None
+    after = run.trained[-1] if run.trained else None
     changes = capability_changes(before, run.evals[-1] if run.evals else None, limits)
     returned = None
     if after is None:
@@ -327,24 +326,23 @@ def _judge_probe(
     limits: Thresholds,
 ) -> Judgement:
     alone = judged[run.name]
-    trained = [point for point in run.measured if point.step > 0]
-    if not trained:
+    if alone.after is None:
         return alone
     if not backdoored[run.name]:
-        return dataclasses.replace(alone, verdict=control_text(trained, run, limits))
-    controls = matched_controls(run, by_name, backdoored)
-    verdict = probe_verdict(alone.before, trained, controls, run, limits)
+        return dataclasses.replace(alone, verdict=control_text(run, limits))
+    controls, same_seeds = matched_controls(run, by_name, backdoored)
+    verdict = probe_verdict(alone.before, run, controls, same_seeds, limits)
     recovery = None
     parent = by_name.get(run.parent or "")
     if parent is not None:
         before_removal = eval_before(parent, by_name)
         if isinstance(before_removal, Measured) and before_removal.triggered.count:
-            recovery = trained[-1].triggered.rate / before_removal.triggered.rate
+            recovery = alone.after.triggered.rate / before_removal.triggered.rate
     return dataclasses.replace(
         alone,
         verdict=verdict,
         recovery=recovery,
-        controls=tuple(control.run.name for control in controls),
+        controls=tuple(control.name for control in controls),
     )
 
 
