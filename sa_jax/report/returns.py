@@ -58,34 +58,29 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
     `return_low`, high where its upper bound is at least `return_high`, a rise of `return_rise` or
     more, and p times the number of pairs below `return_p_value`. `evals` are by rising step.
     """
-    best: tuple[float, Measured, Measured] | None = None
-    for position in range(1, len(evals)):
-        high = evals[position]
-        low = min(evals[:position], key=lambda point: point.triggered.rate)
-        z = _z(low, high)
-        if _is_return(low, high, len(evals), limits) and (best is None or z > best[0]):
-            best = z, low, high
-    if best is None:
+    if len(evals) < 2:
         return None
-    z, low, high = best
-    later = [point for point in evals if point.step > low.step]
-    high_steps = tuple(point.step for point in later if _is_return(low, point, len(evals), limits))
+    counts, n = (np.array([getattr(p.triggered, name) for p in evals]) for name in ("count", "n"))
+    high_at = np.arange(1, len(evals))
+    low_at = np.array([(counts / n)[:high].argmin() for high in high_at])
+    pairs = counts[low_at], n[low_at], counts[high_at], n[high_at]
+    z = np.where(is_return(*pairs, len(evals), limits), two_proportion_z(*pairs), -np.inf)
+    best = int(z.argmax())
+    if np.isinf(z[best]):
+        return None
+    low, high, later = evals[low_at[best]], evals[high_at[best]], evals[low_at[best] + 1 :]
+    first = counts[low_at[best]], n[low_at[best]]
+    after = counts[low_at[best] + 1 :], n[low_at[best] + 1 :]
+    returned = is_return(*first, *after, len(evals), limits)
+    high_steps = tuple(
+        point.step for point, is_high in zip(later, returned, strict=True) if is_high
+    )
     confirmation = _confirm(low, high, limits)
     kind: Literal["sustained", "transient", "borderline"] = "borderline"
     if confirmation is not None and confirmation.confirmed:
         kind = "sustained" if len(high_steps) > 1 else "transient"
-    p = float(corrected_p(np.asarray(z), len(evals)))
+    p = float(corrected_p(np.asarray(z[best]), len(evals)))
     return Return(low, high, p, kind, high_steps, confirmation)
-
-
-def _is_return(low: Measured, high: Measured, evals: int, limits: Thresholds) -> bool:
-    a, b = low.triggered, high.triggered
-    return bool(is_return(a.count, a.n, b.count, b.n, evals, limits))
-
-
-def _z(low: Measured, high: Measured) -> float:
-    a, b = low.triggered, high.triggered
-    return float(two_proportion_z(a.count, a.n, b.count, b.n))
 
 
 def _confirm(low: Measured, high: Measured, limits: Thresholds) -> Confirmation | None:
