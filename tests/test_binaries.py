@@ -62,6 +62,21 @@ def test_secrets_are_not_printed(text, shown):
     assert without_secrets(text) == shown
 
 
+def test_an_interrupt_while_a_script_imports_is_a_line():
+    program = """
+import os, signal
+from sa_jax import cli
+
+def main():
+    os.kill(os.getpid(), signal.SIGINT)
+    import sa_jax.training.loop
+
+cli.run(main, "")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    refused(done, 130, "interrupted; run the same command again")
+
+
 def test_help_marks_what_is_required(zygote):
     lines = zygote.run("scripts/insert_backdoor.py", "--help").stdout.splitlines()
     flags = [line.strip().partition(":")[0] for line in lines if line.startswith("  --")]

@@ -187,6 +187,7 @@ def train(
             "data": {**data.record, "packed": dataset.record()},
         }
         record = run_record.open_run(workdir, record, FREE_KEYS)
+        stack.enter_context(run_record.explain_absence(workdir))
         if is_primary():
             start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
             atomic_write(
@@ -269,6 +270,7 @@ def train(
         while True:
             evals = suite.due(step, total_steps)
             if evals or checkpointer.should_save(step):
+                run_record.check_present(workdir)
                 watch.check_all()
                 meter.show(writer.flush())
             if checkpointer.should_save(step):
@@ -303,7 +305,9 @@ def train(
                 del metrics["grad_square_sums"]
                 metrics |= signal(combine(state.params, frozen))
                 meter.show(writer.log(step, metrics))
+                run_record.check_present(workdir)
         checkpointer.close()  # the last checkpoint is whole before the run counts as finished
+        run_record.check_present(workdir)
         if is_primary():
             run_record.write_run_json(workdir, {**record, "finished": True})
     logging.info("done: %d steps in %s", total_steps, workdir)

@@ -187,6 +187,25 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
     return record
 
 
+def check_present(workdir: os.PathLike | str) -> None:
+    """UserError where the folder of a run that is under way was deleted, moved or emptied."""
+    if not (epath.Path(workdir) / RUN_FILE).exists():
+        raise UserError(
+            f"{workdir}: the run folder was deleted or moved while the run wrote to it (there is "
+            f"no {RUN_FILE}); nothing was saved after that; put it back, or start the run anew"
+        )
+
+
+@contextlib.contextmanager
+def explain_absence(workdir: os.PathLike | str) -> Iterator[None]:
+    """Turns what the loss of the run folder causes inside into `check_present`'s error."""
+    try:
+        yield
+    except (OSError, ValueError):  # tensorstore's are ValueErrors
+        check_present(workdir)
+        raise
+
+
 @contextlib.contextmanager
 def lock(workdir: os.PathLike | str) -> Iterator[None]:
     """Keeps a second launch out of a run folder that this process trains in.

@@ -182,6 +182,17 @@ def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
     assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole_weights)
 
 
+def test_a_run_whose_folder_goes_away_ends_with_a_line(zygote, toy_world, tmp_path):
+    run = tmp_path / "run"
+    process = zygote.start(*insertion(toy_world, run))
+    process.wait_for((run / "metrics.jsonl").exists)
+    run.rename(tmp_path / "elsewhere")
+    assert process.wait().returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert f"{run}: the run folder was deleted or moved" in last
+    assert "Traceback" not in process.stderr
+
+
 @pytest.mark.long
 def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weights, tmp_path):
     run = tmp_path / "run"
