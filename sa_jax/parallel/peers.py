@@ -62,7 +62,7 @@ def end_together(timeout_s: float, resumable: Callable[[], bool]) -> Iterator[No
         what = one_line(error if of_user else f"{type(error).__name__}: {error}")
         # What is closed on the way out may wait for a peer, which has ended.
         line = f"error: {what}" if of_user else traceback.format_exc()
-        ending = threading.Timer(10 + timeout_s, _end, (_FAILED, line))
+        ending = threading.Timer(10 + timeout_s, end_process, (_FAILED, line))
         ending.daemon = True
         ending.start()
         peers.leave(what)
@@ -130,7 +130,7 @@ class _Peers:
                 if note["error"] and process != self._me:
                     line = f"error: {self._name(process)} ended: {note['error']}"
                     self.leave()
-                    _end(_FAILED, line)
+                    end_process(_FAILED, line)
             unheard = {
                 process: self._round - heard
                 for process, heard in self._heard.items()
@@ -148,8 +148,10 @@ class _Peers:
         seconds = self._patience * _ROUND_S
         what = f"{self._name(process)} does not answer (config.peer_timeout_s={seconds:.0f})"
         if self._resumable():
-            _end(_LOST, f"stopped: {what}; run the same command again on all hosts to go on")
-        _end(_FAILED, f"error: {what}; see its log, and run the same command again on all hosts")
+            end_process(_LOST, f"stopped: {what}; run the same command again on all hosts to go on")
+        end_process(
+            _FAILED, f"error: {what}; see its log, and run the same command again on all hosts"
+        )
 
     def _name(self, process: int) -> str:
         return f"process {process} ({self._hosts[process]})"
@@ -167,7 +169,7 @@ def _store_gone() -> bool:
     return False
 
 
-def _end(code: int, line: str) -> None:
+def end_process(code: int, line: str) -> None:
     """Ends this process at once, also where a thread of it waits for a peer."""
     print(without_secrets(line), file=sys.stderr, flush=True)
     os._exit(code)

@@ -27,6 +27,7 @@ from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
 from sa_jax.training.run_record import RUN_FILE
+from sa_jax.training.watch import StallWatch
 
 MODEL_FILE = "model.json"  # in an --out: which model its evals are of
 EXECUTION = ("mesh", "batch_size")  # settings of a record that a result does not depend on
@@ -99,7 +100,13 @@ def evaluate(
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
         )
-        summaries = suite.run(params, at, lambda: guard.should_stop(at))
+        with StallWatch(config.stall_timeout_s) as stall:
+
+            def should_stop() -> bool:
+                stall.beat()
+                return guard.should_stop(at)
+
+            summaries = suite.run(params, at, should_stop)
     if multihost.is_primary():
         for name, summary in summaries.items():
             print(headline(name, summary))

@@ -77,6 +77,7 @@ def default_config() -> ConfigDict:
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
     config.peer_timeout_s = 30.0  # a process of several that is silent for longer ends all
+    config.stall_timeout_s = 1800.0  # no step or eval batch for longer, and 10 times the usual: end
     config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
@@ -271,7 +272,8 @@ def check_config(config: ConfigDict) -> None:
         soap.on_nonfinite == "stop" or soap.mode == "fast",
         f"'stop' with mode={soap.mode!r}, which cannot skip a step",
     )
-    require("peer_timeout_s", config.peer_timeout_s > 0, "above 0")
+    for key in ("peer_timeout_s", "stall_timeout_s"):
+        require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
     require("lora.alpha", config.lora.alpha > 0, "above 0")

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import tempfile
@@ -49,8 +48,9 @@ from sa_jax.training.program import abstract_arguments, attention_of, make_model
 from sa_jax.training.resolve import resolve
 from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
-from sa_jax.training.watch import FiniteWatch, Meter
+from sa_jax.training.watch import FiniteWatch, Goodput, Meter, StallWatch
 
+METRICS_FILE = "metrics.jsonl"
 # Settings that say how a run is executed and watched, not what it computes: a resume may change
 # them.
 FREE_KEYS = (
@@ -64,6 +64,7 @@ FREE_KEYS = (
     "sinks",
     "data_cache",
     "peer_timeout_s",
+    "stall_timeout_s",
     "eval.batch_size",
     "eval.confirm",
     "eval.signal_prompts",
@@ -101,12 +102,19 @@ def train(
         # The inner of the two: what the stack closes may wait for a peer.
         end_together(config.peer_timeout_s, lambda: bool(saved_steps(checkpoints_folder))),
     ):
+        goodput = stack.enter_context(Goodput())
+        stall = stack.enter_context(StallWatch(config.stall_timeout_s))
         guard = stack.enter_context(PreemptionGuard())
+
+        def should_stop() -> bool:
+            stall.beat()
+            return guard.should_stop(step)
 
         # All processes get through this alike, or all end here.
         with start_together() as agree:
             # ---- What to train: model, chat format, data. Nothing is written yet.
             stored = run_record.stored_record(workdir)
+            goodput.idle_since(workdir / METRICS_FILE)
             resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
             start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
             config = resolved.config  # from here on, as run.json records it
@@ -242,14 +250,15 @@ def train(
             logging.info("resuming at step %d", step)
         del params
         if is_primary():
-            metrics_lib.truncate_after(workdir / "metrics.jsonl", step)
+            lines = metrics_lib.truncate_after(workdir / METRICS_FILE, step)
+            goodput.lost(lines * config.log_every)
 
         # ---- Evals and metrics.
         meter = Meter(config, start.config, program.trainable, total_steps)
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
-                workdir / "metrics.jsonl",
+                workdir / METRICS_FILE,
                 run_id=record["run_id"],
                 primary=is_primary(),
                 sinks=make_sinks(
@@ -274,12 +283,13 @@ def train(
                 watch.check_all()
                 meter.show(writer.flush())
             if checkpointer.should_save(step):
+                goodput.switch("checkpoint")
                 checkpointer.save(step, state)
             if evals:
+                goodput.switch("eval")
                 try:
                     params = combine(state.params, frozen)
-                    stop = functools.partial(guard.should_stop, step)
-                    summaries = suite.run(params, step, stop, evals)
+                    summaries = suite.run(params, step, should_stop, evals)
                 except Preempted:
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None
@@ -287,13 +297,16 @@ def train(
                     writer.log_scores(step, eval_metrics(summaries))
             if step == total_steps:
                 break
-            if guard.should_stop(step):
+            if should_stop():
                 watch.check_all()
                 checkpointer.save(step, state, wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to go on")
             if evals or checkpointer.should_save(step) or step == first_step:
                 meter.restart(step)
-            state, metrics = program.step(state, frozen, load_batch(dataset, config, step, mesh))
+            goodput.switch("data")
+            rows = load_batch(dataset, config, step, mesh)
+            goodput.switch("compile" if step == first_step else "step")
+            state, metrics = program.step(state, frozen, rows)
             if step == first_step:
                 jax.block_until_ready(metrics)
                 logging.info("first step, compilation included: %.1f s", meter.seconds())
@@ -306,6 +319,7 @@ def train(
                 metrics |= signal(combine(state.params, frozen))
                 meter.show(writer.log(step, metrics))
                 run_record.check_present(workdir)
+        goodput.switch("checkpoint")
         checkpointer.close()  # the last checkpoint is whole before the run counts as finished
         run_record.check_present(workdir)
         if is_primary():

@@ -1,7 +1,12 @@
-"""What is watched while a run trains: its speed, and that its numbers are finite."""
+"""What is watched while a run trains: its speed and what its time goes into, that its numbers are
+finite, and that it gets on."""
 
+import collections
+import faulthandler
 import math
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +17,7 @@ from ml_collections import FrozenConfigDict
 from sa_jax.errors import UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import peak_flops
+from sa_jax.parallel.peers import end_process
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 
@@ -64,6 +70,91 @@ class Meter:
             seconds_per_step=self._tokens / rate,
         )
         logging.info("%s", line)
+
+
+class Goodput:
+    """What the seconds of a launch go into; a context manager that logs them at the end."""
+
+    def __init__(self) -> None:
+        self._seconds: collections.Counter[str] = collections.Counter()
+        self._doing, self._since = "start", time.monotonic()
+        self._steps = self._lost_steps = 0
+
+    def switch(self, doing: str) -> None:
+        """From now on the time counts as 'compile', 'data', 'step', 'eval' or 'checkpoint'."""
+        now = time.monotonic()
+        self._seconds[self._doing] += now - self._since
+        self._doing, self._since = doing, now
+        self._steps += doing == "step"
+
+    def idle_since(self, file: Path) -> None:
+        """The launch before, if there was one, last wrote to this file."""
+        if file.exists():
+            self._seconds["idle"] += max(0.0, time.time() - file.stat().st_mtime)
+
+    def lost(self, steps: int) -> None:
+        """So many steps of the launch before are done again."""
+        self._lost_steps = steps
+
+    def line(self) -> str:
+        """'goodput 80 % of 100 s: step 80 s, eval 15 s, start 5 s'. Lost: steps done again."""
+        seconds = self._seconds.copy()
+        if self._steps:
+            lost = min(1.0, self._lost_steps / self._steps) * seconds["step"]
+            seconds["lost"], seconds["step"] = lost, seconds["step"] - lost
+        total = seconds.total()
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.most_common() if value)
+        return f"goodput {seconds['step'] / max(total, 1e-9):.0%} of {total:.1f} s: {parts}"
+
+    def __enter__(self) -> "Goodput":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._steps:
+            self.switch("end")
+            logging.info("%s", self.line())
+
+
+class StallWatch:
+    """Ends a process that stands still: the stacks of its threads, a line, exit 1; a context
+    manager.
+
+    From the first `beat` on, the next may take `floor_s` seconds, or ten times the longest that one
+    took before. Seconds in which the process was paused do not count.
+    """
+
+    def __init__(self, floor_s: float) -> None:
+        self._floor = self._limit = floor_s
+        self._waited = 0.0
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def beat(self) -> None:
+        """The loop gets on: a step was given out, a batch of an eval is done."""
+        self._limit = max(self._limit, 10 * self._waited)
+        self._waited = 0.0
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._thread.start()
+
+    def _watch(self) -> None:
+        pause = min(1.0, self._floor / 10)
+        while not self._closed.wait(pause):
+            self._waited += pause
+            if self._waited > self._limit:
+                faulthandler.dump_traceback()
+                end_process(
+                    1,
+                    f"error: no step, eval batch or checkpoint for {self._waited:.0f} s "
+                    f"(config.stall_timeout_s={self._floor:g}, or ten times the longest wait "
+                    "before); above is where each thread waits; run the same command again",
+                )
+
+    def __enter__(self) -> "StallWatch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
 
 
 class FiniteWatch:
