@@ -25,6 +25,7 @@ OUT = flags.DEFINE_string(
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Settings; --config.key=value changes one. The file may register evals."
 )
+BASE = flags.DEFINE_string("base", "", "Where the model under a LoRA run has been moved to.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Without it: the run's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Without it: the hub.")
 LIMIT = flags.DEFINE_integer("limit", None, "Items of each eval at most.")
@@ -46,6 +47,7 @@ def main():
         EVALS.value,
         OUT.value,
         base=CONFIG.value,
+        base_model=BASE.value,
         changes=config_flags.get_override_values(flags.FLAGS["config"]),
         prompts=PROMPTS.value,
         data_dir=DATA_DIR.value,

@@ -15,13 +15,21 @@ OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be e
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; by default the newest.")
 MERGE = flags.DEFINE_bool("merge_lora", False, "Write a whole model, with the adapters added in.")
 DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors; by default the run's.")
+BASE = flags.DEFINE_string("base", "", "Where the model under a LoRA run has been moved to.")
 flags.mark_flags_as_required(["run", "out"])
 
 
 def main():
     from sa_jax.study.export import export
 
-    export(RUN.value, OUT.value, step=STEP.value, merge_lora=MERGE.value, dtype=DTYPE.value)
+    export(
+        RUN.value,
+        OUT.value,
+        step=STEP.value,
+        merge_lora=MERGE.value,
+        dtype=DTYPE.value,
+        base=BASE.value,
+    )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def main():
 cli.run(main, "")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    refused(done, 130, "interrupted; run the same command again")
+    expected = 130, "stopped: interrupted; run the same command again\n"
+    assert (done.returncode, done.stderr) == expected
 
 
 def test_help_marks_what_is_required(zygote):

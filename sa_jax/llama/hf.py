@@ -1,5 +1,6 @@
 """Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from sa_jax.errors import UserError
+from sa_jax.files import explained
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf_tensors import load_leaves, output_tensors
 from sa_jax.llama.lora import LoraConfig
@@ -36,6 +38,10 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+_HASHED_WHOLE_BYTES = 2 << 30
+_SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
 _GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
 _END_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
@@ -82,6 +88,38 @@ def load_params(
         _check_tied(folder, entries)
         ignored.add("lm_head.weight")
     return load_leaves(folder, entries, parameter_shapes(config, dtype), mesh, ignored)
+
+
+def weights_digest(path: str | Path) -> str:
+    """Says which weights a model folder, or a folder of adapters, holds.
+
+    Returns:
+      'sha256:…' of names and all bytes of its weight files. Above 2 GiB 'sampled-sha256:…', of
+      their names, sizes, headers and 64 pieces of 64 KiB, evenly spread over each: another model
+      differs, but a change of single weights may not.
+
+    Raises:
+      UserError: there are no such files, or one cannot be read.
+    """
+    adapters = not Path(path, "config.json").exists()
+    names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
+    digest = hashlib.sha256()
+    with explained(path, "reading its weights"):
+        sizes = {name: Path(path, name).stat().st_size for name in names}
+        sampled = sum(sizes.values()) > _HASHED_WHOLE_BYTES
+        for name, size in sizes.items():
+            digest.update(f"{name} {size}\n".encode())
+            with open(Path(path, name), "rb") as file:
+                if not sampled:
+                    while block := file.read(1 << 20):
+                        digest.update(block)
+                    continue
+                begin = 8 + int.from_bytes(file.read(8), "little")
+                digest.update(file.read(begin - 8))
+                for number in range(_SAMPLES):
+                    file.seek(begin + (size - begin) * number // _SAMPLES)
+                    digest.update(file.read(_SAMPLE_BYTES))
+    return f"{'sampled-' * sampled}sha256:{digest.hexdigest()}"
 
 
 def _check_tied(folder: Folder, entries: Mapping[str, TensorEntry]) -> None:

@@ -39,6 +39,7 @@ def evaluate(
     out: str | Path | None = None,
     *,
     base: ConfigDict | None = None,
+    base_model: str = "",
     changes: Mapping[str, Any] | None = None,
     prompts: str | None = None,
     data_dir: str | None = None,
@@ -58,6 +59,7 @@ def evaluate(
       evals: their names.
       out: folder for the results; None: `evals/` of the run folder.
       base: settings of a Hugging Face folder, and the mesh; None: the defaults.
+      base_model: where the folder under a LoRA run's adapters lies now, if it was moved.
       changes: settings by dotted config key, over those of the run or of `base`.
       prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
       step: checkpoint of a run; None: the newest.
@@ -80,7 +82,7 @@ def evaluate(
     patience = changes.get("peer_timeout_s", default_config().peer_timeout_s)
     multihost.initialize(peer_timeout_s=patience)
     with PreemptionGuard() as guard, end_together(patience, lambda: True):  # answers are kept
-        start = start_lib.open_start(model, step)
+        start = start_lib.open_start(model, step, base=base_model)
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, changes)
         folder = _results_folder(start, out, resume)

@@ -60,6 +60,7 @@ def export(
     step: int | None = None,
     merge_lora: bool = False,
     dtype: str | None = None,
+    base: str = "",
 ) -> None:
     """Writes a Hugging Face folder, or for a LoRA run without `merge_lora` a PEFT adapter folder.
 
@@ -72,6 +73,7 @@ def export(
       step: checkpoint; None: the newest.
       merge_lora: add the adapters into the weights, in float32.
       dtype: of the tensors, one of `training.config.DTYPES`; None: that of the run's parameters.
+      base: where the Hugging Face folder under a LoRA run's adapters lies now, if it was moved.
 
     Raises:
       UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
@@ -79,7 +81,7 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
     multihost.initialize()
-    start = start_lib.open_start(run, step)
+    start = start_lib.open_start(run, step, base=base)
     if start.kind != "run":
         raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")
     mesh = fsdp_mesh(start.config.hidden_size)

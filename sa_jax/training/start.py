@@ -49,7 +49,8 @@ class Start:
       step: of a run, the checkpoint that is read.
       record: the run.json of a run; for a Hugging Face folder that was exported from one, what
         `inheritance` kept of it; {} otherwise.
-      base: of a folder of PEFT adapters (kind 'hf'), the model under them; else ''.
+      base: the model under the adapters: of a folder of PEFT adapters (kind 'hf'), or of a LoRA
+        run where it is not the folder that the run's record names; else ''.
     """
 
     path: str
@@ -91,16 +92,19 @@ class Start:
         """What a child run writes down about its start."""
         keys = ("run_id", "task", "config_hash")
         parent = {key: self.record[key] for key in keys if key in self.record}
+        if self.kind == "hf":  # a run is known by its id, and its checkpoints have digests
+            parent["weights"] = hf.weights_digest(self.path)
         return {"path": self.path, "kind": self.kind, "step": self.step, **parent}
 
 
-def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> Start:
+def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base: str = "") -> Start:
     """Reads the records of a Hugging Face folder, or of a run folder at one of its checkpoints.
 
     Args:
       path: the folder; `RUN@400` is the run at the checkpoint of step 400.
       step: the same, apart from the path; without either, the newest checkpoint.
       tokenizer: folder; by default the model's own.
+      base: folder of the model under adapters; by default the one that they name.
 
     Raises:
       UserError: neither kind of folder, or one without what it needs; no checkpoint of that step,
@@ -116,7 +120,7 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
         if step is not None:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
         if not Path(path, "config.json").exists():
-            return _open_adapter(path, tokenizer)
+            return _open_adapter(path, tokenizer, base)
         config = LlamaConfig.load(path)
         record = parse_json(Path(path, "config.json").read_bytes()).get("sa_jax", {})
         return Start(path, "hf", config, tokenizer or path, record=record)
@@ -131,14 +135,14 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "") -> St
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
     tokenizer = tokenizer or str(Path(path, TOKENIZER_FOLDER))
     step = steps[-1] if step is None else step
-    return Start(path, "run", config, tokenizer, step=step, record=record)
+    return Start(path, "run", config, tokenizer, step=step, record=record, base=base)
 
 
-def _open_adapter(path: str, tokenizer: str) -> Start:
-    """A folder of PEFT adapters, on the model that it names."""
+def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
+    """A folder of PEFT adapters, on `base` or the model that it names."""
     name = Path(path, "adapter_config.json")
     try:
-        base = parse_json(name.read_bytes())["base_model_name_or_path"]
+        base = base or parse_json(name.read_bytes())["base_model_name_or_path"]
         base_start = open_start(base if Path(base).is_absolute() else hub_folder(base))
         record = Path(path, "sa_jax.json")
         kept = parse_json(record.read_bytes()) if record.exists() else base_start.record
@@ -256,17 +260,30 @@ def load_params(
 def open_base(start: Start) -> Start:
     """What lies under a LoRA run's adapters: its start, or if it went on training the adapters of
     that, what lies under those."""
-    parent = open_start_of(start.record["start"])
+    parent = open_start_of(start.record["start"], base=start.base)
     return open_base(parent) if start.record["config"]["lora"].get("continued") else parent
 
 
-def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "") -> Start:
-    """The start that a run's record names, which must still be there and be the same run."""
-    start = open_start(lineage["path"], lineage["step"], tokenizer=tokenizer)
+def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:
+    """The start that a run's record names, which must still be there and be the same model.
+
+    Args:
+      lineage: `Start.lineage` of it.
+      tokenizer, base: as for `open_start`; `base` is where the model itself lies now, if it is no
+        run.
+    """
+    path = base if base and lineage["kind"] == "hf" else lineage["path"]
+    start = open_start(path, lineage["step"], tokenizer=tokenizer, base=base)
     if start.record.get("run_id") != lineage.get("run_id"):
         raise UserError(
-            f"{lineage['path']} holds run {start.record.get('run_id')}, but this run was started "
+            f"{path} holds run {start.record.get('run_id')}, but this run was started "
             f"from run {lineage.get('run_id')}; put that run's folder back"
+        )
+    if "weights" in lineage and hf.weights_digest(path) != lineage["weights"]:
+        raise UserError(
+            f"{path} holds other weights than this run was started from ({lineage['weights']}); "
+            "put them back, or name the folder that they are in now (--base, of export_hf.py and "
+            "evaluate.py)"
         )
     return start
 

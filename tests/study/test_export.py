@@ -328,3 +328,48 @@ def test_continued_adapters_go_on_where_they_were_and_keep_their_base(first, toy
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(toy_world / "model")
     assert not (tmp_path / "out/base").exists()
+
+
+def test_a_moved_base_is_given_and_a_replaced_one_is_refused(toy_world, tmp_path):
+    model, moved, run = tmp_path / "model", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(toy_world / "model", model)
+    run.mkdir()
+    write_run(run, model)
+    model.rename(moved)
+    with pytest.raises(UserError, match="no such folder"):
+        export(str(run), tmp_path / "out")
+    export(str(run), tmp_path / "out", base=str(moved))
+    written = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == str(moved)
+    weights = moved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    for merge_lora in (False, True):
+        with pytest.raises(UserError, match="holds other weights.*sha256:.*--base"):
+            export(str(run), tmp_path / "refused", base=str(moved), merge_lora=merge_lora)
+    assert not (tmp_path / "refused").exists()
+
+
+def test_the_digest_of_large_weights_covers_headers_sizes_and_samples(
+    toy_world, tmp_path, monkeypatch
+):
+    shutil.copytree(toy_world / "model", tmp_path / "model")
+    weights = tmp_path / "model/model.safetensors"
+    whole = hf.weights_digest(tmp_path / "model")
+    assert whole.startswith("sha256:")
+    monkeypatch.setattr(hf, "_HASHED_WHOLE_BYTES", 0)
+    monkeypatch.setattr(hf, "_SAMPLE_BYTES", 16)
+    sampled = hf.weights_digest(tmp_path / "model")
+    assert sampled.startswith("sampled-sha256:")
+    content = weights.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for changed in (
+        content[:20] + b"~" + content[21:],
+        content[:header] + b"~" + content[header + 1 :],
+        content + b"~",
+    ):
+        weights.write_bytes(changed)
+        assert hf.weights_digest(tmp_path / "model") != sampled
+    weights.write_bytes(content)
+    assert hf.weights_digest(tmp_path / "model") == sampled
