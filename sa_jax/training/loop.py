@@ -304,9 +304,9 @@ def train(
             if evals or checkpointer.should_save(step) or step == first_step:
                 meter.restart(step)
             goodput.switch("data")
-            rows = load_batch(dataset, config, step, mesh)
+            arrays = load_batch(dataset, config, step, mesh)
             goodput.switch("compile" if step == first_step else "step")
-            state, metrics = program.step(state, frozen, rows)
+            state, metrics = program.step(state, frozen, arrays)
             if step == first_step:
                 jax.block_until_ready(metrics)
                 logging.info("first step, compilation included: %.1f s", meter.seconds())

@@ -76,7 +76,7 @@ class Goodput:
     """What the seconds of a launch go into; a context manager that logs them at the end."""
 
     def __init__(self) -> None:
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: dict[str, float] = collections.defaultdict(float)
         self._doing, self._since = "start", time.monotonic()
         self._steps = self._lost_steps = 0
 
@@ -98,12 +98,13 @@ class Goodput:
 
     def line(self) -> str:
         """'goodput 80 % of 100 s: step 80 s, eval 15 s, start 5 s'. Lost: steps done again."""
-        seconds = self._seconds.copy()
+        seconds = {"step": 0.0, **self._seconds}
         if self._steps:
             lost = min(1.0, self._lost_steps / self._steps) * seconds["step"]
             seconds["lost"], seconds["step"] = lost, seconds["step"] - lost
-        total = seconds.total()
-        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.most_common() if value)
+        total = sum(seconds.values())
+        largest_first = sorted(seconds.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {value:.1f} s" for name, value in largest_first if value)
         return f"goodput {seconds['step'] / max(total, 1e-9):.0%} of {total:.1f} s: {parts}"
 
     def __enter__(self) -> "Goodput":
