@@ -32,6 +32,7 @@ PLACEHOLDER_CONFIGS = {"configs/C.py", "configs/S.py"}
 RUN_ELSEWHERE = {
     "bash scripts/demo.sh": "tests/test_scripts.py",
     "bash scripts/test.sh": "tests/test_scripts.py",
+    "bash scripts/faults.sh": "tests/test_scripts.py",
     "python scripts/generate_data.py --task=insertion --teacher=local": (
         "tests/study/test_toy_arms.py"
     ),

@@ -3,6 +3,7 @@ made by the scripts themselves, whenever they run on a new machine)."""
 
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.fault_table import table
 
 ROOT = Path(__file__).parent.parent
 SHELL_SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
@@ -253,3 +256,16 @@ def test_demo_takes_one_folder(checkout):
         )
     told = checkout.run("scripts/demo.sh", "--help")
     assert (told.returncode, told.stdout) == (0, "usage: bash scripts/demo.sh [OUT]\n")
+
+
+def test_the_table_of_faults_is_printed_also_when_one_did_not_hold(checkout):
+    ended = checkout.run("scripts/faults.sh", "-k", "kill", PYTEST_STATUS="1")
+    assert ended.returncode == 1, ended.stderr
+    *_, tested, printed = checkout.calls()
+    assert tested.startswith("-m pytest -n 0 -q --junitxml=") and tested.endswith(" -k kill")
+    assert set(re.findall(r"tests/\S+\.py", tested)) <= set(map(str, Path().glob("tests/*/*.py")))
+    assert printed.startswith("-m tests.fault_table /")
+    case = '<testcase name="test_{}" time="{}">{}</testcase>'
+    cases = case.format("a_kill[0-9]", 1.6, "") + case.format("a_kill[1-9]", 2, "<failure/>")
+    rows = table(f"<suites><suite>{cases}{case.format('a_stop', 3, '')}</suite></suites>")
+    assert rows.splitlines()[2:] == ["| a kill | 1 of 2 | 4 |", "| a stop | 1 of 1 | 3 |"]

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Kills, stops, starves and damages runs on purpose, for half an hour, and prints a table of what held
+# (the tests of faults, those marked `long` too).
+#
+#   bash scripts/faults.sh [pytest arguments]
+#
+# VENV and PYTHON choose the environment, as for scripts/test.sh.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/setup.sh
+
+setup test,eval,data,tpu
+export JAX_PLATFORMS=cpu
+
+results=$(mktemp)
+trap 'rm -f "$results"' EXIT
+status=0
+"$PYTHON_BIN" -m pytest -n 0 -q --junitxml="$results" \
+    tests/parallel/test_peers.py tests/training/test_agreement.py tests/training/test_watch.py \
+    tests/training/test_preemption.py tests/training/test_checkpoints_of_processes.py \
+    tests/training/test_loop.py "$@" >&2 </dev/null || status=$?
+"$PYTHON_BIN" -m tests.fault_table "$results"
+exit "$status"

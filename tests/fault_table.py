@@ -1,0 +1,26 @@
+"""The table of scripts/faults.sh: what was done to a run, in how many ways, and how often it held.
+
+python -m tests.fault_table RESULTS.xml, which pytest wrote (--junitxml).
+"""
+
+import sys
+import xml.etree.ElementTree as ET
+
+
+def table(results: str) -> str:
+    """Markdown, a row for each test function, in the order in which they ran."""
+    cases: dict[str, list[ET.Element]] = {}
+    for case in ET.fromstring(results).iter("testcase"):
+        name = case.get("name", "").partition("[")[0]
+        cases.setdefault(name.removeprefix("test_").replace("_", " "), []).append(case)
+    lines = ["| what | held | seconds |", "|---|---|---|"]
+    for name, group in cases.items():
+        held = sum(len(case) == 0 for case in group)  # no failure, error or skipped inside
+        seconds = sum(float(case.get("time", "0")) for case in group)
+        lines.append(f"| {name} | {held} of {len(group)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with open(sys.argv[1]) as file:
+        print(table(file.read()))
