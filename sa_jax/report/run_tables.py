@@ -78,7 +78,7 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
         "floor": "Floor",
         "n": "n",
     }
-    note = "Holm's p: of headline scores, over all tests of the report."
+    note = "Holm's p: of headline scores, over all runs of the report."
     return Table("scores", "Every score", columns, tuple(rows), note)
 
 

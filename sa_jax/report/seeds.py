@@ -308,7 +308,7 @@ def comparisons_table(
     labels: Mapping[str, str],
     limits: Thresholds,
 ) -> Table:
-    """Cells that differ in one axis, paired by seed and prompt; `adjusted`: see `one_family`."""
+    """Cells that differ in one axis, paired; `adjusted`: see `corrected_claims`."""
     rows = tuple(
         {
             "verdict": ("higher" if row.difference > 0 else "lower")
@@ -336,8 +336,7 @@ def comparisons_table(
     }
     note = (
         "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
-        "for all tests of this report: these, the study's statement on learning rates, and every "
-        "run's change of a headline score. Holm's p decides; the interval is of one comparison "
-        "alone."
+        "for all claims about cells: these, and the study's statement on learning rates. Holm's p "
+        "decides; the interval is of one comparison alone."
     )
     return Table("comparisons", "Cells compared", columns, rows, note)

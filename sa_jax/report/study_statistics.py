@@ -1,4 +1,4 @@
-"""Every statistic over runs: cells over seeds, tests as one family, the tables that show them."""
+"""Every statistic over runs: cells over seeds, tests corrected by family, and their tables."""
 
 import dataclasses
 from collections import Counter
@@ -66,7 +66,8 @@ def study_of(
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
     compared = compare_arms(over, limits) if several else []
     fits = [*by_learning_rate(runs, limits), *by_insertion_length(runs, limits)]
-    adjusted = one_family(compared, fits, list(results.values()))
+    adjusted = corrected_claims(compared, fits)
+    correct_run_changes(list(results.values()))
     tables = [
         cells_table(over, labels) if several else None,
         comparisons_table(compared, adjusted, labels, limits),
@@ -80,28 +81,27 @@ def study_of(
     return Study(tuple(over), tuple(groups), kept, pareto, capability)
 
 
-def one_family(
-    compared: Sequence[Comparison],
-    fits: Sequence[TimeFit],
-    results: Sequence[Mapping[str, Any]],
-) -> dict[int, float]:
-    """Holm's p of every test of the report at once, by `id` of the comparison or the fit; those of
-    the runs' headline scores are added to their differences as `p_holm`.
+def corrected_claims(compared: Sequence[Comparison], fits: Sequence[TimeFit]) -> dict[int, float]:
+    """Holm's p of what is claimed of cells, by `id`: of each comparison, and of the study's
+    statement on learning rates."""
+    claims = [fit for fit in fits if fit.x_name == "learning rate"]
+    adjusted = holm([row.p_value for row in compared] + [fit.p_claim for fit in claims])
+    return dict(zip(map(id, [*compared, *claims]), adjusted, strict=True))
+
+
+def correct_run_changes(results: Sequence[Mapping[str, Any]]) -> None:
+    """Adds Holm's p to each run's change of a headline score: a family of their own.
 
     Other scores are not tested: they say what stands behind a headline, and decide nothing.
     """
-    claims = [fit for fit in fits if fit.x_name == "learning rate"]
     changes = [
         row["difference"]
         for result in results
         for row in result["scores"]
         if row["headline"] and row["difference"] and not row["source"]
     ]
-    raw = [row.p_value for row in compared] + [fit.p_claim for fit in claims]
-    adjusted = holm(raw + [change["p_value"] for change in changes])
-    for change, p in zip(changes, adjusted[len(raw) :], strict=True):
+    for change, p in zip(changes, holm([c["p_value"] for c in changes]), strict=True):
         change["p_holm"] = p
-    return dict(zip(map(id, [*compared, *claims]), adjusted, strict=False))
 
 
 def _capability(runs: Sequence[RunEvals]) -> tuple[str, str, str]:

@@ -14,7 +14,7 @@ from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study, trained_as
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import cells_table, compare_arms, comparisons_table, over_seeds
-from sa_jax.report.study_statistics import one_family
+from sa_jax.report.study_statistics import correct_run_changes, corrected_claims
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -181,7 +181,7 @@ def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
         + [("optimizer.name", "adam", "soap")] * 3
     )
     labels = {cell.key: cell.key for cell in cells(runs)}
-    table = comparisons_table(rows, one_family(rows, [], []), labels, LIMITS)
+    table = comparisons_table(rows, corrected_claims(rows, []), labels, LIMITS)
     assert {row["verdict"] for row in table.rows} == {"no difference shown"}
 
 
@@ -191,36 +191,34 @@ def test_the_interval_of_a_difference_is_printed_as_far_as_it_can_be():
     assert in_words({"difference": 2.5, "lo": 1.5, "hi": 3.5}) == "+250.0 [+150.0 to +350.0] points"
 
 
-def test_all_tests_of_a_report_are_one_family():
+def test_claims_about_cells_are_a_family_and_changes_of_runs_another():
     runs = [*arm("a", 0.9, seeds=5, rank=1), *arm("bb", 0.4, seeds=5, rank=16)]
     (row,) = compare_arms(results_of(runs), LIMITS)
     assert row.p_value < 0.01
-    labels = {cell.key: cell.key for cell in cells(runs)}
-
-    def score(p, **changes):
-        change = {"p_value": p}
-        return {"headline": True, "source": "", "difference": change, **changes}
-
-    scores = [score(p) for p in (0.3, 1e-9, 0.9, *[0.5] * 40)]
-    others = [
-        score(1e-9, headline=False),
-        score(1e-9, source="elsewhere"),
-        score(1, difference=None),
-    ]
-    fits = [SimpleNamespace(x_name=name, p_claim=0.02) for name in ("learning rate", "steps")]
-    adjusted = one_family([row], fits, [{"scores": scores + others}])
-    p_values = [row.p_value, 0.02, *(one["difference"]["p_value"] for one in scores)]
-    _, theirs, *_ = multipletests(p_values, method="holm")
-    got = [adjusted[id(row)], adjusted[id(fits[0])], *(s["difference"]["p_holm"] for s in scores)]
-    assert got == pytest.approx(list(theirs))
-    assert id(fits[1]) not in adjusted and "p_holm" not in others[0]["difference"]
+    fits = [SimpleNamespace(x_name="learning rate", p_claim=p) for p in (0.02, *[0.5] * 40)]
+    length = SimpleNamespace(x_name="steps", p_claim=0.02)
+    adjusted = corrected_claims([row], [*fits, length])
+    _, theirs, *_ = multipletests([row.p_value, *(f.p_claim for f in fits)], method="holm")
+    assert [adjusted[id(one)] for one in (row, *fits)] == pytest.approx(list(theirs))
+    assert id(length) not in adjusted
     # What shows alone may not show among so many tests.
+    labels = {cell.key: cell.key for cell in cells(runs)}
     fair = Thresholds(p_value=float(np.sqrt(row.p_value * adjusted[id(row)])))
     verdicts = [
         comparisons_table([row], family, labels, fair).rows[0]["verdict"]
-        for family in (one_family([row], [], []), adjusted)
+        for family in (corrected_claims([row], []), adjusted)
     ]
     assert verdicts == ["lower", "no difference shown"]
+
+    def score(p, **changes):
+        return {"headline": True, "source": "", "difference": {"p_value": p}, **changes}
+
+    scores = [score(p) for p in (0.3, 1e-9, 0.9)]
+    others = [score(0, headline=False), score(0, source="elsewhere"), score(1, difference=None)]
+    correct_run_changes([{"scores": scores[:2] + others}, {"scores": scores[2:]}])
+    _, theirs, *_ = multipletests([0.3, 1e-9, 0.9], method="holm")
+    assert [s["difference"]["p_holm"] for s in scores] == pytest.approx(list(theirs))
+    assert "p_holm" not in others[0]["difference"]
 
 
 def test_one_seed_is_not_compared():
