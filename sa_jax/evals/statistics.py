@@ -62,7 +62,11 @@ def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float,
     Raises:
       ValueError: n is 0, or count is not within 0..n.
     """
-    lo, hi = scipy.stats.binomtest(count, n).proportion_ci(confidence, method="exact")
+    if not 0 <= count <= n or n == 0:
+        raise ValueError(f"count {count} of n = {n}: needs n ≥ 1 and 0 ≤ count ≤ n")
+    tail = (1 - confidence) / 2
+    lo = special.betaincinv(count, n - count + 1, tail) if count else 0.0
+    hi = special.betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0
     return float(lo), float(hi)
 
 
@@ -93,10 +97,7 @@ def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float
     for count, n in ((count_a, n_a), (count_b, n_b)):
         if not 0 <= count <= n or n == 0:
             raise ValueError(f"count {count} of n = {n}: needs n ≥ 1 and 0 ≤ count ≤ n")
-    if count_a + count_b in (0, n_a + n_b):
-        return 1.0
-    table = [[count_a, n_a - count_a], [count_b, n_b - count_b]]
-    return float(scipy.stats.chi2_contingency(table, correction=False).pvalue)
+    return 2 * float(special.ndtr(-abs(two_proportion_z(count_a, n_a, count_b, n_b))))
 
 
 def two_proportion_z(
@@ -128,9 +129,10 @@ def mcnemar(
     """
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
-    if only_a + only_b == 0:
-        return 1.0
-    return float(scipy.stats.binomtest(only_b, only_a + only_b, 0.5, alternative).pvalue)
+    # At one half the binomial is symmetric: k or more hits of n are as likely as n - k or fewer.
+    fewest = {"less": only_b, "greater": only_a, "two-sided": min(only_a, only_b)}[alternative]
+    tail = float(special.bdtr(fewest, only_a + only_b, 0.5))
+    return min(1.0, 2 * tail) if alternative == "two-sided" else tail
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

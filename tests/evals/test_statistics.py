@@ -99,6 +99,14 @@ def test_wilson_of_arrays_equals_scipy():
         assert (lo[k], hi[k]) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
+@pytest.mark.parametrize("alternative", ["two-sided", "greater", "less"])
+def test_mcnemar_equals_scipy(alternative):
+    for n, only_b in ((1, 0), (1, 1), (9, 2), (10, 5), (60, 60), (200, 75)):
+        a, b = [False] * only_b + [True] * (n - only_b), [True] * only_b + [False] * (n - only_b)
+        expected = stats.binomtest(only_b, n, 0.5, alternative).pvalue
+        assert st.mcnemar(a, b, alternative) == pytest.approx(expected, rel=1e-10)
+
+
 def test_exact_interval_equals_statsmodels():
     for count, n in ((0, 3), (3, 3), (2, 5), (5, 5), (37, 100)):
         expected = proportion.proportion_confint(count, n, 0.05, method="beta")
