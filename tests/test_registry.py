@@ -61,6 +61,15 @@ def test_names_are_known_once():
         things["c"]
 
 
+def test_a_name_of_the_package_is_refused_to_a_file_that_was_read_before(monkeypatch):
+    monkeypatch.setattr(registry, "_files", set())
+    names = {"things": Registry("thing"), "item": Thing("a")}
+    exec(compile("things.register(item)", "mine.py", "exec"), names)
+    ours = compile("things.register(item)", registry.__file__, "exec")
+    with pytest.raises(UsageError, match="^mine.py: .* is registered by .*registry.py already"):
+        exec(ours, names)
+
+
 def test_what_a_notebook_registers_has_no_digest(monkeypatch):
     monkeypatch.setattr(registry, "_files", set())
     cell = compile("things.register(item)", "<cell 1>", "exec")
