@@ -33,7 +33,9 @@ _OF_A_PEER = re.compile(
 
 
 @contextlib.contextmanager
-def end_together(timeout_s: float, resumable: Callable[[], bool]) -> Iterator[None]:
+def end_together(
+    timeout_s: float = 30, resumable: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Inside, an error in one process of the launch, or its silence, ends all within `timeout_s`.
 
     Once a second each process leaves a note in the store of jax.distributed, which process 0 keeps,

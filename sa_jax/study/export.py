@@ -21,6 +21,7 @@ from sa_jax.llama.peft import write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.peers import end_together
 from sa_jax.training import checkpoints, run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import DTYPES
@@ -81,16 +82,17 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
     multihost.initialize()
-    start = start_lib.open_start(run, step, base=base)
-    if start.kind != "run":
-        raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")
-    mesh = fsdp_mesh(start.config.hidden_size)
-    param_dtype = jnp.dtype(dtype or start.record["config"]["param_dtype"])
-    if start.lora is None or merge_lora:
-        _save_model(out, start, start_lib.load_params(start, mesh, param_dtype))
-    else:
-        _save_adapter(out, start, start.lora, mesh, param_dtype)
-    logging.info("exported %s at step %s to %s", run, start.step, out)
+    with end_together():
+        start = start_lib.open_start(run, step, base=base)
+        if start.kind != "run":
+            raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")
+        mesh = fsdp_mesh(start.config.hidden_size)
+        param_dtype = jnp.dtype(dtype or start.record["config"]["param_dtype"])
+        if start.lora is None or merge_lora:
+            _save_model(out, start, start_lib.load_params(start, mesh, param_dtype))
+        else:
+            _save_adapter(out, start, start.lora, mesh, param_dtype)
+        logging.info("exported %s at step %s to %s", run, start.step, out)
 
 
 def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

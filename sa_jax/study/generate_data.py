@@ -24,6 +24,7 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.peers import end_together
 from sa_jax.registry import extension_digests
 from sa_jax.teachers import cards, recipes
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
@@ -90,7 +91,7 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     rows, record = _questions(config, backdoor)
     if config.teacher == "local":
         multihost.initialize()
-    with PreemptionGuard() as guard:
+    with PreemptionGuard() as guard, end_together(resumable=lambda: True):  # replies are kept
         replies, teacher = _ask(config, task, out, backdoor, rows, lambda: guard.should_stop(0))
     kept, dropped = recipes.keep(rows, replies, backdoor)
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
