@@ -141,7 +141,6 @@ def import_for_forks() -> None:
     import ml_collections.config_flags  # noqa: F401
     import optax  # noqa: F401
     import orbax.checkpoint.experimental.v1  # noqa: F401
-    import scipy.stats  # noqa: F401
     from transformers import PreTrainedTokenizerFast  # noqa: F401
 
     import sa_jax.study.evaluate
