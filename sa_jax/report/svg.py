@@ -156,7 +156,7 @@ def published(
 
     `curves` are at evals that are taken to be evenly spaced, `ours` the runs of each cell.
     """
-    plot = _rate_plot(620, 230, 8, 100, "% of the run")
+    plot = _rate_plot(460, 200, 8, 100, "% of the run")
     for i, rates in enumerate(curves.values()):
         every = 100 / (len(rates) - 1)
         plot.line([(every * at, rate) for at, rate in enumerate(rates)], f"p{i}", marker=True)
