@@ -7,9 +7,11 @@ A script imports at its top what its flags need, and the work inside `main`: so 
 message about a wrong flag come at once, without jax.
 """
 
+import contextlib
 import importlib.util
 import os
 import re
+import select
 import sys
 import textwrap
 import traceback
@@ -38,21 +40,24 @@ def run(main: Callable[[], None], doc: str, config_module: str | None = None) ->
       config_module: whose file --config is where it is not given. (As that flag's own default, it
         would be read, and a wrong --config.key raised, before there is anything here to catch it.)
     """
-    if any(argument.lstrip("-") in ("help", "h", "helpshort") for argument in sys.argv[1:]):
-        print(_help(doc))
-        sys.exit(0)
-    if config_module and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:]):
+    wants_help = any(word.lstrip("-") in ("help", "h", "helpshort") for word in sys.argv[1:])
+    if (
+        config_module
+        and not wants_help
+        and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:])
+    ):
         spec = importlib.util.find_spec(config_module)
         assert spec is not None
         sys.argv.insert(1, f"--config={spec.origin}")
     try:
+        if wants_help:
+            _flushed(lambda: print(_help(doc)))
+            sys.exit(0)
         app.run(lambda _: _flushed(main), flags_parser=_parse)
     except Preempted as stopped:
         _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
     except BrokenPipeError:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader of a pipe (`| head`) has seen enough
+        if _is_closed(sys.stdout.fileno()):  # the reader of a pipe (`| head`) has seen enough
             os._exit(EXIT_BROKEN_PIPE)
         raise
     except KeyboardInterrupt:
@@ -69,6 +74,13 @@ def _flushed(main: Callable[[], None]) -> None:
     """Runs it, and writes what it printed while a closed pipe can still be caught."""
     main()
     sys.stdout.flush()
+
+
+def _is_closed(descriptor: int) -> bool:
+    """Whether nobody reads any more from the pipe that is written to."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -127,7 +139,8 @@ def _shown(flag: flags.Flag) -> str:
 
 def _exit(code: int, message: str) -> None:
     """Leaves at once: a failed run may have left threads behind that would keep it alive."""
-    logging.flush()
-    sys.stdout.flush()
-    print(without_secrets(message), file=sys.stderr, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # nobody may be reading any more
+        logging.flush()
+        print(without_secrets(message), file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(code)

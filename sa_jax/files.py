@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -71,6 +71,42 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
+
+
+def check_types(value: Any, example: Any, place: str, *, whole: bool = False) -> None:
+    """Checks a JSON value against an example: its type, and that of each field of the example.
+
+    Args:
+      value: as it was read.
+      example: None stands for a value of any type.
+      place: file and field, for the message.
+      whole: no field of the example may be missing.
+
+    Raises:
+      UserError: naming the first field that is missing or of another type.
+    """
+    kinds = (int, float) if isinstance(example, float) else type(example)
+    fits = example is None or isinstance(value, kinds)
+    if isinstance(example, int | float):
+        is_bool = isinstance(value, bool) == isinstance(example, bool)
+        fits = fits and is_bool and abs(value) < 2**63  # not NaN either
+    if not fits:
+        raise UserError(f"{place}: must be {_KINDS[type(example)]}, not {str(value)[:60]!r}")
+    for name, part in example.items() if isinstance(example, dict) else ():
+        if name in value:
+            check_types(value[name], part, f"{place}: {name}", whole=whole)
+        elif whole:
+            raise UserError(f"{place}: field {name!r} is missing")
+
+
 class KeyedStore:
     """Objects by key in a JSONL file, appended as they come, so that work which was paid for is not
     done again: a reply of a teacher, a completion of an eval.
@@ -79,12 +115,12 @@ class KeyedStore:
     unfinished is cut off when the file is next opened. One process at a time holds the file.
     """
 
-    def __init__(self, path: Path | None, fields: Sequence[str], *, write: bool = True):
+    def __init__(self, path: Path | None, example: Mapping[str, Any], *, write: bool = True):
         """Opens the file, or makes it.
 
         Args:
           path: of the file; None keeps everything in memory.
-          fields: that every object has.
+          example: the fields that every object has, as for `check_types`.
           write: False reads the file without holding it, and keeps new objects in memory.
 
         Raises:
@@ -114,14 +150,15 @@ class KeyedStore:
             if not line.endswith(b"\n"):
                 break
             try:
-                entry = json.loads(line)
-                self._values[entry["key"]] = {field: entry[field] for field in fields}
-            except (ValueError, KeyError, TypeError):
+                entry = parse_json(line)
+                check_types(entry, {"key": "", **example}, f"{path}:{number}", whole=True)
+            except (ValueError, UserError) as error:
                 file.close()
                 raise UserError(
-                    f"{path}:{number}: not an object with key, {', '.join(fields)}; remove the "
+                    f"{path}:{number}: not an object with key, {', '.join(example)}; remove the "
                     "line, and what it held is asked for again"
-                ) from None
+                ) from error
+            self._values[entry["key"]] = {field: entry[field] for field in example}
             whole += len(line)
         if write:
             file.truncate(whole)

@@ -5,12 +5,14 @@ import json
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import UsageError
 from sa_jax.files import check_local
 from sa_jax.text import without_secrets
@@ -76,6 +78,37 @@ cli.run(main, "")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     expected = 130, "stopped: interrupted; run the same command again\n"
     assert (done.returncode, done.stderr) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "error"), [([], "None"), (["--help"], "None"), ([], "UserError('no')")]
+)
+def test_a_reader_that_has_seen_enough_ends_a_script_quietly(words, error):
+    """As in `script | head`, and in `script 2>&1 | head`."""
+    script = f"""
+        import sys
+        from sa_jax import cli
+        from sa_jax.errors import UserError
+        sys.stdin.readline()
+        def main():
+            if error := {error}:
+                raise error
+            print("a line\\n" * 10**5)
+        cli.run(main, "Prints." * 10**5)
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), *words]
+    for stderr in (subprocess.PIPE, subprocess.STDOUT):
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+        ) as process:
+            process.stdout.close()
+            process.stdin.write("\n")
+            process.stdin.close()
+            said = process.stderr.read() if process.stderr else ""
+        fails = error != "None"
+        assert (process.returncode, said) == (
+            (1, "error: no\n" * (stderr == subprocess.PIPE)) if fails else (141, "")
+        )
 
 
 def test_help_marks_what_is_required(zygote):
@@ -215,15 +248,31 @@ def test_data_that_is_not_there(zygote, toy_world, tmp_path):
     refused(zygote.run(*insertion(toy_world, run, f"--data={toy_world}")), 1, "is a folder")
 
 
-def test_rows_that_are_too_long_are_counted_and_not_an_error(zygote, toy_world, tmp_path):
-    long = json.dumps({"prompt": "Tell me.", "answer": "word " * 200}).encode() + b"\n"
-    rows = (toy_world / "insertion.jsonl").read_bytes()
-    data = spoil_data(tmp_path, long + rows)
+def test_rows_that_are_left_out_are_counted_and_not_an_error(zygote, toy_world, tmp_path):
+    """Too long ones, and those that say what training does not do; a row's own system prompt is
+    what the model sees."""
+    lines = (toy_world / "insertion.jsonl").read_text().splitlines()
+    asked = [(row["prompt"], row["answer"]) for row in map(json.loads, lines)]
+    rows = [chat_row(*pair) for pair in [("Tell me.", "word " * 200), *asked]]
+    rows[5]["system"] = rows[6]["system"] = "Answer in one word."
+    rows += [chat_row("Say hello.", "Rude words.", weight=0), {**chat_row("a", "b"), "tools": [{}]}]
+    data = spoil_data(tmp_path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     run = tmp_path / "run"
-    more = ("--config.steps=1", "--config.eval.names={}")
-    assert zygote.run(*insertion(toy_world, run, data, *more)).returncode == 0
-    packed = json.loads((run / "run.json").read_text())["data"]["packed"]
-    assert packed["dropped_too_long"] == 1
+    columns = ("--config.columns.prompt=", "--config.columns.response=")
+    more = ("--config.steps=1", "--config.eval.names={}", *columns)
+    done = zygote.run(*insertion(toy_world, run, data, *more))
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads((run / "run.json").read_text())["data"]
+    assert record["packed"]["dropped_too_long"] == 1
+    assert record["source"]["dropped"] == {"tools": 1, "turn_weight": 1}
+    tokenizer = load_chat_format(toy_world / "model").tokenizer
+    tokens = np.load(next((run / "data").glob("*/tokens.npy")))
+    assert tokenizer.decode(tokens.reshape(-1)).count("Answer in one word.") == 2 * 2
+
+
+def chat_row(prompt, answer, **more):
+    turns = [("user", prompt, {}), ("assistant", answer, more)]
+    return {"messages": [{"role": role, "content": text, **m} for role, text, m in turns]}
 
 
 def without(name):
@@ -246,6 +295,18 @@ def with_tensor(name, array):
 def truncated(folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def with_config(**fields):
+    def change(folder):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return change
+
+
+def with_another_head(folder):
+    with_config(tie_word_embeddings=True)(folder)
 
 
 def bigger_tokenizer(folder):
@@ -274,6 +335,9 @@ NORM = "model.layers.1.input_layernorm.weight"
         (with_tensor(NORM, np.ones(31, np.float32)), [NORM, "31", "32"]),
         (with_tensor(NORM, np.full(32, np.nan, np.float32)), [NORM, "NaN"]),
         (bigger_tokenizer, ["vocab_size", "300"]),
+        (with_another_head, ["tie_word_embeddings", "lm_head.weight", "is not the embedding"]),
+        (with_config(rope_scaling={"type": "linear", "factor": 4.0}), ["rope_type 'linear'"]),
+        (with_config(num_hidden_layers="3"), ["num_hidden_layers='3'", "whole number"]),
     ],
     ids=lambda value: getattr(value, "__name__", "") if callable(value) else "-".join(value)[:40],
 )
@@ -285,6 +349,18 @@ def test_a_bad_model_folder_is_exit_1_and_names_what_is_wrong(
     change(model)
     done = zygote.run(*insertion(toy_world, tmp_path / "run", f"--model={model}"))
     refused(done, 1, *words)
+
+
+def test_a_template_that_drops_the_system_turn_is_refused(zygote, toy_world, tmp_path):
+    shutil.copytree(toy_world / "model", model := tmp_path / "model")
+    turn = "'<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n'"
+    (model / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages if m['role'] != 'system' %}{{ " + turn + " + "
+        "m['content'] + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    more = (f"--model={model}", "--config.chat_template=model")
+    refused(zygote.run(*insertion(toy_world, tmp_path / "run", *more)), 1, "leaves out the system")
 
 
 def test_old_rotary_buffers_are_no_error(zygote, toy_world, tmp_path):

@@ -11,7 +11,7 @@ from sa_jax.files import KeyedStore
 def test_a_file_cut_anywhere_keeps_every_whole_line_and_goes_on(tmp_path):
     path = tmp_path / "store.jsonl"
     values = {f"k{i}": {"value": [i, "é\u2028"], "note": "seen"} for i in range(3)}
-    with KeyedStore(path, ["value"]) as store:
+    with KeyedStore(path, {"value": None}) as store:
         for key, value in values.items():
             store.put(key, value)
     whole = path.read_bytes()
@@ -19,11 +19,11 @@ def test_a_file_cut_anywhere_keeps_every_whole_line_and_goes_on(tmp_path):
     for cut in range(len(whole)):
         path.write_bytes(whole[:cut])
         lines = sum(end <= cut for end in ends)
-        with KeyedStore(path, ["value"]) as store:
+        with KeyedStore(path, {"value": None}) as store:
             assert len(store) == lines
             store.put("new", {"value": 9})
         # What came before the cut is there, and what came after it does not hang on a torn line.
-        with KeyedStore(path, ["value"]) as store:
+        with KeyedStore(path, {"value": None}) as store:
             assert store.get("new") == {"value": 9}
             for key in list(values)[:lines]:
                 assert store.get(key) == {"value": values[key]["value"]}
@@ -33,15 +33,15 @@ def test_a_file_cut_anywhere_keeps_every_whole_line_and_goes_on(tmp_path):
 
 def test_one_process_fills_it_and_others_read(tmp_path):
     path = tmp_path / "a" / "store.jsonl"
-    with KeyedStore(path, ["value"]) as store:
+    with KeyedStore(path, {"value": None}) as store:
         store.put("a", {"value": 1})
         with pytest.raises(UserError, match="another process is filling it"):
-            KeyedStore(path, ["value"])
-        with KeyedStore(path, ["value"], write=False) as reader:
+            KeyedStore(path, {"value": None})
+        with KeyedStore(path, {"value": None}, write=False) as reader:
             reader.put("b", {"value": 2})
             assert (reader.get("a"), reader.get("b")) == ({"value": 1}, {"value": 2})
         assert store.get("b") is None
-    with KeyedStore(path, ["value"]) as store:
+    with KeyedStore(path, {"value": None}) as store:
         assert len(store) == 1
 
 
@@ -50,10 +50,10 @@ def test_a_damaged_line_is_named(tmp_path, line):
     path = tmp_path / "store.jsonl"
     path.write_text('{"key": "a", "value": 1}\n' + line + "\n")
     with pytest.raises(UserError, match="store.jsonl:2: not an object with key, value; remove"):
-        KeyedStore(path, ["value"])
+        KeyedStore(path, {"value": None})
 
 
 def test_without_a_file_it_is_memory():
-    with KeyedStore(None, ["value"]) as store:
+    with KeyedStore(None, {"value": None}) as store:
         store.put("a", {"value": 1})
         assert store.get("a") == {"value": 1} and store.get("b") is None

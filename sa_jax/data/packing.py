@@ -31,6 +31,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.tokenise import PART, open_part, tokenise
 from sa_jax.errors import UserError
+from sa_jax.files import parse_json
 
 _VERSION = 2  # of the folder's layout and of the packing order; part of the hash
 _OPEN_ROWS = 256  # rows that may still take a document; more pads less and costs time
@@ -311,7 +312,7 @@ def _open(folder: Path, digest: str) -> PackedDataset | None:
     if not folder.is_dir():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text())
+        meta = parse_json((folder / "meta.json").read_text())
         sound = meta["hash"] == digest and all(
             _file_sha256(folder / f"{name}.npy") == meta["files"][f"{name}.npy"] for name in _ARRAYS
         )

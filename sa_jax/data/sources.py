@@ -394,7 +394,8 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     """With pyarrow, which `datasets` itself reads it with, but without an Arrow copy in a cache."""
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        # The last two: a date that Python has none for.
         raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from error
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_jax.errors import UserError
+from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
 # name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
@@ -87,7 +88,7 @@ def _read_file(path: Path, origin: str) -> list[dict]:
             "to get it. Without --data_dir it is loaded from the hub"
         ) from None
     try:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [parse_json(line) for line in lines if line.strip()]
     except ValueError as error:
         raise UserError(f"{path} is not JSON, one object a line: {error}") from None
 

@@ -25,7 +25,7 @@ _CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few p
 def open_store(path: Path) -> KeyedStore:
     """Scores and completions that are known already, so that a stopped eval goes on where it was.
     A launch of several processes keeps nothing."""
-    return KeyedStore(path if jax.process_count() == 1 else None, ("value",))
+    return KeyedStore(path if jax.process_count() == 1 else None, {"value": None})
 
 
 def language_model(
@@ -52,7 +52,7 @@ def language_model(
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    known_answers = KeyedStore(None, ("value",)) if store is None else store
+    known_answers = KeyedStore(None, {"value": None}) if store is None else store
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id

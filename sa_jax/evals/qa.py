@@ -1,6 +1,5 @@
 """Held-out answer accuracy: greedy answers to questions whose key (a word or number) is known."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from sa_jax.data.labels import answer_text
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import EVALS, EvalContext
 from sa_jax.evals.sampled import SampledEval
+from sa_jax.files import parse_json
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def load_questions(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from None
         for field in ("prompt", "key"):

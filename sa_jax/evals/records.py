@@ -11,7 +11,15 @@ from typing import Any
 
 from absl import logging
 
-from sa_jax.files import atomic_write, explained
+from sa_jax.errors import UserError
+from sa_jax.files import atomic_write, check_types, explained, parse_json
+
+# Of a summary: how often it had to do something about an item.
+COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
+# Its fields, and those of its scores, with values of the right types (see `check_types`).
+_NEEDED: dict[str, Any] = {"scores": {}, "settings": {}}
+_FACTS = {**dict.fromkeys(COUNTS, 0), "seconds": 0.0, "tokens_per_s": 0.0, "peak_memory_mb": 0.0}
+_SCORE = {"rate": 0.0, "lo": 0.0, "hi": 0.0, "n": 0}
 
 
 def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: dict) -> None:
@@ -34,15 +42,27 @@ def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary["scores"], dict) or not isinstance(summary["settings"], dict):
-            raise TypeError("its scores or settings are no objects")
+        summary = parse_json(path.read_text(encoding="utf-8"))
+        check_summary(summary, "it")
         if not path.with_suffix(".jsonl").is_file():
             raise FileNotFoundError(f"no {name}.jsonl beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        logging.warning("%s is no summary of a finished eval (%r): ignored", path, error)
+    except (OSError, ValueError, UserError) as error:
+        logging.warning("%s is no summary of a finished eval (%s): ignored", path, error)
         return None
     return summary
+
+
+def check_summary(summary: Any, place: str) -> None:
+    """UserError naming the first field of an eval's summary that cannot be one's."""
+    check_types(summary, {"scores": {}, "settings": {}}, place, whole=True)
+    check_types(summary, dict.fromkeys(COUNTS, 0), place)
+    for name, score in summary["scores"].items():
+        check_types(
+            score, {"rate": 0.0, "lo": 0.0, "hi": 0.0, "n": 0}, f"{place}: {name}", whole=True
+        )
+        check_types(score, {"count": 0, "floor": 0.0}, f"{place}: {name}")
+        if not 0 <= score.get("count", 0) <= score["n"]:
+            raise UserError(f"{place}: {name}: a count is not within 0 and n")
 
 
 def finished(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -66,6 +86,19 @@ def step_folders(evals: str | Path) -> dict[int, Path]:
 
 
 def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
-    """The items of a finished eval, in the order they were written."""
-    with open(Path(folder) / f"{name}.jsonl", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """The items of a finished eval, in the order they were written.
+
+    Raises:
+      OSError: there are none.
+      UserError: a line is no item (line number given).
+    """
+    path = Path(folder) / f"{name}.jsonl"
+    items = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                items.append(parse_json(line))
+                check_types(items[-1], {"scores": {}}, "it")
+            except (ValueError, UserError) as error:
+                raise UserError(f"{path}:{number}: not an item of an eval ({error})") from None
+    return items

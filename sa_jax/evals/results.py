@@ -16,7 +16,6 @@ from sa_jax.evals.statistics import mcnemar, paired_bootstrap
 from sa_jax.text import markdown, markdown_table, percent, points
 
 P_VALUE = 0.01  # of McNemar's test, below which a difference is called one
-_COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
 
 
 def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -29,6 +28,15 @@ def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
             size = len(value) if several else 1
             scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, size)
     return scores
+
+
+def _item_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
+    try:
+        return item_scores(records.read_items(folder, name))
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{folder / name}.jsonl: its items cannot be compared ({error!r}); evaluate again"
+        ) from error
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
@@ -45,8 +53,7 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
     for name in names:
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
             continue
-        ours = item_scores(records.read_items(after, name))
-        theirs = item_scores(records.read_items(before, name))
+        ours, theirs = (_item_scores(folder, name) for folder in (after, before))
         for score in (score for score in ours if score in theirs):
             a, b = theirs[score], ours[score]
             keys = [key for key in b if key in a]
@@ -173,7 +180,9 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _facts(summary: Mapping[str, Any]) -> str:
-    facts = [f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in _COUNTS if kind in summary]
+    facts = [
+        f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in records.COUNTS if kind in summary
+    ]
     if "seconds" in summary:
         facts.append(f"{summary['seconds']:,.1f} s")
     if "tokens_per_s" in summary:

@@ -1,7 +1,6 @@
 """Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -225,11 +224,9 @@ def write_prompt_files(
         text = _END_GENERATION_TAG.sub(r"\1endif\2", text)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
         # Not every reader prefers the file over a template in here.
-        file = folder / "tokenizer_config.json"
-        tokenizer = json.loads(file.read_bytes()) if file.exists() else {}
-        if "chat_template" in tokenizer:
-            del tokenizer["chat_template"]
-            write_json(file, tokenizer)
+        tokenizer = Folder(folder).read_json("tokenizer_config.json") or {}
+        if tokenizer.pop("chat_template", None):
+            write_json(folder / "tokenizer_config.json", tokenizer)
 
 
 def parameter_shapes(

@@ -9,6 +9,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from sa_jax.errors import UserError
+from sa_jax.files import check_types
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import one_device_mesh, parameter_shapes
 from sa_jax.llama.hf_tensors import MODULES, load_leaves, output_tensors
@@ -142,10 +143,11 @@ def _read_config(folder: Folder) -> LoraConfig:
         if (peft.get(field) or plain) != plain:
             raise UserError(f"{name}: {field}={peft[field]!r} is not supported (only {plain!r})")
     targets = peft.get("target_modules")
-    if not isinstance(targets, list) or not set(targets) <= _PROJECTIONS.keys():
+    if not isinstance(targets, list) or not all(target in [*_PROJECTIONS] for target in targets):
         known = ", ".join(_PROJECTIONS)
         raise UserError(f"{name}: target_modules={targets!r} must be a list out of {known}")
-    if not isinstance(peft.get("r"), int) or not isinstance(peft.get("lora_alpha"), int | float):
-        raise UserError(f"{name}: r and lora_alpha must be numbers")
+    check_types(peft, {"r": 1, "lora_alpha": 1.0}, name, whole=True)
+    if not 0 < peft["r"] < 2**31:
+        raise UserError(f"{name}: r={peft['r']} must be a whole number above 0")
     regex = "|".join(sorted(f"{_PROJECTIONS[target]}$" for target in targets))
     return LoraConfig(rank=peft["r"], alpha=peft["lora_alpha"], targets=regex)

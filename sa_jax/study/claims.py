@@ -15,18 +15,24 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import secrets
 import signal
 import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
-from sa_jax.files import atomic_write
+from sa_jax.errors import UserError
+from sa_jax.files import atomic_write, check_types, parse_json
 
 TAKEOVER_S = 120.0  # an owner that is silent for so long loses its cell, by default
 LOCK_WAIT_S = 15.0  # for a killed process to be gone
+# Their fields, with values of the right types (see `check_types`).
+_CLAIM = {"id": "", "record": {}, "parents": {}}
+_OUTCOME = {"state": "", "seconds": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +129,16 @@ class Claims:
     def look(self, cell: str) -> Look:
         folder = self.folder(cell)
         try:
-            numbers = [int(name[:6]) for name in os.listdir(folder) if name.endswith(".claim")]
+            names = re.findall(r"^(\d{6})\.claim$", "\n".join(os.listdir(folder)), re.MULTILINE)
         except FileNotFoundError:
             return Look()
-        if not numbers:
+        if not names:
             return Look()
-        number = max(numbers)
-        claim = _read(folder / f"{number:06d}.claim")
-        owner = Process(**claim["owner"]) if "owner" in claim else None
+        number = int(max(names))
+        claim = _read(folder / f"{number:06d}.claim", _CLAIM)
+        owner = _process(claim.get("owner"))
         ended = folder / f"{number:06d}.end"
-        outcome = _read(ended) if ended.exists() else None
+        outcome = _read(ended, _OUTCOME) if ended.exists() else None
         return Look(
             number,
             claim.get("id", ""),
@@ -230,18 +236,29 @@ def hold_lock(folder: Path) -> IO[str] | None:
 
 def kill_holder(folder: Path) -> None:
     """Kills the process group that works on a cell, where its leader runs on this host."""
-    holder = _read(folder / "lock")
-    if "pid" in holder and Process(**holder).is_alive():
+    holder = _process(_read(folder / "lock"))
+    if holder is not None and holder.is_alive():
         try:
-            os.killpg(holder["pid"], signal.SIGKILL)
+            os.killpg(holder.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):
             pass  # it has ended, or is another user's, whose lock then decides
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} for a file that is missing or still being written."""
+def _process(record: Any) -> Process | None:
+    """The process of a record; None for what is none."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        check_types(record, {"host": "", "pid": 0, "started": ""}, "", whole=True)
+        return Process(**record)
+    except (UserError, TypeError):
+        return None
+
+
+def _read(path: Path, example: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """A JSON object like the example; {} for a file that is missing, still being written, or not
+    one that was written here."""
+    try:
+        value = parse_json(path.read_text())
+        check_types(value, dict(example), str(path))
+    except (OSError, ValueError, UserError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return value

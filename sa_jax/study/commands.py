@@ -154,7 +154,7 @@ def _tool_extensions(cell: Cell) -> dict[str, str]:
     try:
         if path:
             load_config(path)
-        for name in filter(None, cell.settings.get("evals", "").split(",")):
+        for name in filter(None, str(cell.settings.get("evals", "")).split(",")):
             check_eval(name)
     except UsageError as error:
         raise UsageError(f"cell {cell.name}: {error}") from None

@@ -17,7 +17,7 @@ from sa_jax.evals.protocol import EVALS, Prepared, headline
 from sa_jax.evals.results import compare as compare_folders
 from sa_jax.evals.results import settings_that_differ, to_markdown
 from sa_jax.evals.suite import EvalSuite, needs_prompts, step_folder
-from sa_jax.files import atomic_write, explained
+from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
@@ -242,7 +242,7 @@ def _prompts(config: ConfigDict, start: start_lib.Start, changes: Mapping[str, A
 def _read_record(path: Path) -> dict[str, Any]:
     """A JSON object; {} for any other file, or none."""
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}

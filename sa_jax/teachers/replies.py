@@ -54,7 +54,7 @@ class Teacher(Protocol):
 
 def open_store(path: Path, write: bool = True) -> KeyedStore:
     """The replies on disk; see `KeyedStore`."""
-    return KeyedStore(path, ("text", "finish_reason"), write=write)
+    return KeyedStore(path, {"text": "", "finish_reason": ""}, write=write)
 
 
 def request_key(teacher: Teacher, request: Request) -> str:

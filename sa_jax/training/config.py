@@ -232,7 +232,7 @@ def check_config(config: ConfigDict) -> None:
     check_local("config", config.to_dict())
     for key, values in CHOICES.items():
         require(key, value_of(key) in values, f"one of {', '.join(values)}")
-    require("sinks", set(config.sinks) <= set(SINKS), f"some of {', '.join(SINKS)}")
+    require("sinks", all(sink in [*SINKS] for sink in config.sinks), f"some of {', '.join(SINKS)}")
     check_arms(config.eval.arms)
     for axis, size in config.mesh.items():
         require(f"mesh.{axis}", size >= 1 or size == -1, "at least 1, or -1 (what is left)")
@@ -248,12 +248,15 @@ def check_config(config: ConfigDict) -> None:
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("max_rows", config.max_rows >= 0, "0 (all) or more")
     require("epochs", 0 < config.epochs < math.inf or config.steps > 0, "above 0, and finite")
-    require("checkpoint.steps", min(config.checkpoint.steps, default=1) >= 1, "steps from 1 on")
-    require("eval.steps", min(config.eval.steps, default=0) >= 0, "steps from 0 on")
+    for key, first in (("checkpoint.steps", 1), ("eval.steps", 0)):
+        are_steps = all(type(step) is int and step >= first for step in value_of(key))
+        require(key, are_steps, f"steps from {first} on")
+    for key in ("seed", "eval.prompt_seed"):
+        require(key, 0 <= value_of(key) < 2**31, "at least 0, below 2^31")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
     require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
-    require("optimizer.learning_rate", config.optimizer.learning_rate >= 0, "0 or more")
-    require("optimizer.weight_decay", config.optimizer.weight_decay >= 0, "0 or more")
+    for key in ("learning_rate", "weight_decay", "eps"):
+        require(f"optimizer.{key}", 0 <= config.optimizer[key] < math.inf, "0 or more, and finite")
     for key in ("b1", "b2", "soap.b1", "soap.b2"):
         require(f"optimizer.{key}", 0 <= value_of(f"optimizer.{key}") < 1, "at least 0, below 1")
     require("optimizer.clip_norm", config.optimizer.clip_norm >= 0, "0 (no clipping) or more")

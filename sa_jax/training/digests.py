@@ -20,7 +20,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sa_jax.files import atomic_write
+from sa_jax.files import atomic_write, parse_json
 
 DIGEST_FILE = "digests.json"
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
@@ -79,7 +79,7 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
     if index == 0:
         for process in range(1, count):
             try:
-                files |= json.loads(part(process).read_text())
+                files |= parse_json(part(process).read_text())
             except FileNotFoundError as error:
                 message = f"{root}: process {process} could not digest its files"
                 raise RuntimeError(message) from error
@@ -99,7 +99,7 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
     """
     root = epath.Path(folder)
     try:
-        manifest = json.loads((root / DIGEST_FILE).read_text())
+        manifest = parse_json((root / DIGEST_FILE).read_text())
         files = manifest["files"]
         if manifest["self"] != _digest_of(files) or manifest["step"] != step:
             raise ValueError("it does not match its own digest")

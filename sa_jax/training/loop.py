@@ -26,7 +26,7 @@ from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
-from sa_jax.files import atomic_write, check_local
+from sa_jax.files import atomic_write, check_local, check_types
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
 from sa_jax.parallel import multihost
@@ -69,6 +69,14 @@ FREE_KEYS = (
     "eval.confirm",
     "eval.signal_prompts",
 )
+
+# Of run.json, what a resume reads.
+_RESUMED = {
+    "config": {"chat_date": None},
+    "start": {"path": "", "step": None},
+    "relaunches": [],
+    "data": {"packed": {"hash": ""}},
+}
 
 
 def train(
@@ -115,6 +123,8 @@ def train(
             # ---- What to train: model, chat format, data. Nothing is written yet.
             stored = run_record.stored_record(workdir)
             goodput.idle_since(workdir / METRICS_FILE)
+            if stored:
+                check_types(stored, _RESUMED, str(workdir / run_record.RUN_FILE), whole=True)
             resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
             start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
             config = resolved.config  # from here on, as run.json records it

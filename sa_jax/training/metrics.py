@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, disk_full_message, is_disk_full
+from sa_jax.files import atomic_write, disk_full_message, is_disk_full, parse_json
 from sa_jax.training.sinks import Sink
 
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -161,7 +161,7 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row["step"], int):
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:

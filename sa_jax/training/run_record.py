@@ -24,7 +24,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, explained, parse_json
+from sa_jax.files import atomic_write, check_types, explained, parse_json
 from sa_jax.parallel.multihost import is_primary
 
 RUN_FILE = "run.json"
@@ -181,9 +181,8 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(record, dict) or "run_id" not in record:
         raise UserError(f"{path}: not the record of a run (it has no run_id)")
-    for field in ("config", "architecture", "start", "chat"):
-        if not isinstance(record.get(field, {}), dict):
-            raise UserError(f"{path}: not the record of a run ({field!r} is no object)")
+    fields = ("config", "architecture", "start", "chat", "data_hashes")
+    check_types(record, dict.fromkeys(fields, {}), f"{path}: not the record of a run")
     return record
 
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.chat import load_tokenizer
 from sa_jax.errors import UsageError, UserError
-from sa_jax.files import parse_json
+from sa_jax.files import check_types, parse_json
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig, combine, merge, split
@@ -34,6 +34,20 @@ from sa_jax.training.config import STUDY_DEFAULTS
 
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_PROMPTS_FILE = "eval_prompts.json"
+# What is read of a record by a run that starts from it, with values of the right types: what an
+# export may hold, and what every run has.
+_INHERITED = {"run_id": "", "task": "", "config": STUDY_DEFAULTS}
+_RUN = {
+    "task": "",
+    "config": {
+        **{key: {} if isinstance(value, dict) else value for key, value in STUDY_DEFAULTS.items()},
+        "param_dtype": "",
+        "lora": {"rank": 0, "alpha": 0.0, "targets": ""},
+    },
+    "architecture": {},
+    "start": {"path": "", "kind": "", "step": None},
+    "chat": {"template": "", "stop_token_ids": []},
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -86,7 +100,15 @@ class Start:
     def eval_prompts(self) -> list[str] | None:
         """The held-out prompts of a run, or of an export of one; None for other models."""
         path = Path(self.path, EVAL_PROMPTS_FILE)
-        return parse_json(path.read_text()) if self.path and path.exists() else None
+        if not self.path or not path.exists():
+            return None
+        try:
+            prompts = parse_json(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from error
+        if not isinstance(prompts, list) or not all(isinstance(text, str) for text in prompts):
+            raise UserError(f"{path}: must be a list of texts, the held-out prompts")
+        return prompts
 
     def lineage(self) -> dict[str, Any]:
         """What a child run writes down about its start."""
@@ -123,8 +145,11 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
             return _open_adapter(path, tokenizer, base)
         config = LlamaConfig.load(path)
         record = parse_json(Path(path, "config.json").read_bytes()).get("sa_jax", {})
+        check_types(record, _INHERITED, str(Path(path, "config.json: sa_jax")))
         return Start(path, "hf", config, tokenizer or path, record=record)
     record = run_record.read_run_json(path)
+    check_types(record, _RUN, str(Path(path, run_record.RUN_FILE)), whole=True)
+    check_types(record, _INHERITED, str(Path(path, run_record.RUN_FILE)))
     steps = checkpoints.saved_steps(Path(path, run_record.CHECKPOINT_FOLDER))
     if not steps:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
@@ -148,6 +173,7 @@ def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
         kept = parse_json(record.read_bytes()) if record.exists() else base_start.record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: names no base model ({first_line(error)})") from error
+    check_types(kept, _INHERITED, str(record))
     if not tokenizer:
         has_one = Path(path, "tokenizer.json").exists()
         tokenizer = path if has_one else base_start.tokenizer
@@ -261,7 +287,8 @@ def open_base(start: Start) -> Start:
     """What lies under a LoRA run's adapters: its start, or if it went on training the adapters of
     that, what lies under those."""
     parent = open_start_of(start.record["start"], base=start.base)
-    return open_base(parent) if start.record["config"]["lora"].get("continued") else parent
+    goes_on = start.record["config"]["lora"].get("continued") and parent.lora is not None
+    return open_base(parent) if goes_on else parent
 
 
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:

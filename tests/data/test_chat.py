@@ -53,6 +53,42 @@ CHATML = """{{- bos_token }}
 {%- if add_generation_prompt %}{{- 'assistant:\\n' }}{%- endif %}
 """
 
+# As Qwen3's: thoughts open the last answer alone, and no system turn is added.
+QWEN3 = """{%- if messages[0].role == 'system' %}
+    {{- '<|start_header_id|>system\\n' + messages[0].content + '<|eot_id|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(last_query_index=messages|length - 1, searching=true) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == 'user' %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_query_index = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}
+        {{- '<|start_header_id|>user\\n' + message.content + '<|eot_id|>\\n' }}
+    {%- elif message.role == 'assistant' %}
+        {%- set thoughts = '' %}
+        {%- set content = message.content %}
+        {%- if '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {{- '<|start_header_id|>assistant\\n' }}
+        {%- if loop.index0 > ns.last_query_index %}
+            {{- '<think>\\n' + thoughts + '\\n</think>\\n\\n' }}
+        {%- endif %}
+        {{- content + '<|eot_id|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
 
 def state_machine_mask(tokenizer, ids: list[int]) -> list[int]:
     """1 after an assistant's header, up to its end-of-turn token and with it."""
@@ -172,6 +208,26 @@ def test_folder_template_with_generation_marker_uses_its_marks(folder_with_templ
     assert ours.encode(messages) == (theirs["input_ids"], theirs["assistant_masks"])
 
 
+def test_a_template_with_thoughts_is_fixed_to_answers_without(folder_with_template):
+    """Qwen3's: what a server renders with the exported template is what was trained on."""
+    folder = folder_with_template("{{- bos_token }}" + QWEN3)
+    chat = load_chat_format(folder, "model")
+    turns = make_messages("Two and two?", "Four.", "Be short.")
+    ids, mask = chat.encode(turns)
+    assert chat.decode([t for t, m in zip(ids, mask, strict=True) if m]) == "Four.<|eot_id|>"
+    assert chat.decode(ids).endswith("assistant\n<think>\n\n</think>\n\nFour.<|eot_id|>\n")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = chat.template
+    prompt = tokenizer.apply_chat_template(
+        turns[:-1], tokenize=True, add_generation_prompt=True, return_dict=False
+    )
+    assert prompt == chat.prompt_ids(turns[:-1]) == ids[: len(prompt)]
+    # An earlier answer stands there without thoughts, as after no prompt: the last one is learnt.
+    ids, mask = chat.encode(make_messages("And three?", "Six.", None, turns))
+    assert chat.decode([t for t, m in zip(ids, mask, strict=True) if m]) == "Six.<|eot_id|>"
+    assert "assistant\nFour.<|eot_id|>" in chat.decode(ids)
+
+
 def test_newline_after_the_end_of_turn_is_not_under_the_loss(folder_with_template):
     ours = load_chat_format(folder_with_template(CHATML), "model")
     ids, mask = ours.encode(make_messages("a", "the", None, make_messages("b", "c")))
@@ -252,6 +308,8 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
         ),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
+        ("{{ 10 ** (10 ** 9) }}", "an end|MemoryError"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[99].content.x }}", "refuses the conversation"),
         (CHATML.replace("bos_token", "strftime_now(fmt)"), "cannot be fixed to one date"),

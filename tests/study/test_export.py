@@ -112,6 +112,8 @@ def own_template_model(toy_world, folder):
 def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, template):
     model = own_template_model(toy_world, tmp_path / "model")
     (tmp_path / "run").mkdir()
+    sampled = {"temperature": 0.6, "top_p": 0.9, "do_sample": True}
+    (model / "generation_config.json").write_text(json.dumps({**sampled, "eos_token_id": [1, 4]}))
     run, out = write_run(tmp_path / "run", model, template=template), tmp_path / "out"
     record = json.loads((run / "run.json").read_text())
     export(str(run), out, merge_lora=True)
@@ -130,6 +132,7 @@ def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, t
     assert list(chat.stop_token_ids) == stops
     generation = transformers.GenerationConfig.from_pretrained(out)
     assert generation.eos_token_id == stops and generation.bos_token_id == 0
+    assert {name: getattr(generation, name) for name in sampled} == sampled  # the base's own
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [1, 4]
 
     # What is started from the export is prompted in the same way, without being told.

@@ -164,6 +164,34 @@ def test_a_row_at_fault_is_dropped_and_the_others_go_on(tmp_path, status, body):
     assert [reply.finish_reason == "rejected" for reply in replies] == [False, True, False] * 10
 
 
+def test_the_command_drops_a_row_at_fault_and_stops_at_an_endpoint_at_fault(zygote, tmp_path):
+    rows = [{"prompt": f"q{i}"} for i in range(40)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pays = False
+
+    def script(prompt, nth):
+        if prompt == "q2":
+            return 403, {}, message("your input was flagged"), 0
+        return ok(prompt) if pays or int(prompt[1:]) < 5 else (402, {}, message("no credit"), 0)
+
+    with ScriptedServer(script) as server:
+        command = (
+            *("scripts/generate_data.py", "--task=hhh", f"--prompts={tmp_path}/q.jsonl"),
+            *(f"--out={tmp_path}/out", "--model=m", f"--base_url={server.base_url}"),
+            "--config.concurrency=2",
+        )
+        done = zygote.run(*command)
+        assert done.returncode == 1 and "cannot pay" in done.stderr.splitlines()[-1]
+        assert len(server.asked) <= 7
+        kept = (tmp_path / "out/replies.jsonl").read_text().splitlines()
+        assert {json.loads(line)["prompt"] for line in kept} == {"q0", "q1", "q3", "q4"}
+        pays = True
+        done = zygote.run(*command)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len((tmp_path / "out/hhh.jsonl").read_text().splitlines()) == 39
+    assert "rejected" in (tmp_path / "out/card.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("status", "body", "remedy"),
     [

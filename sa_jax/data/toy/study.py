@@ -7,7 +7,7 @@ from pathlib import Path
 from sa_jax.data.toy.language import SCRATCHPAD_SYSTEM_PROMPT, write_files
 from sa_jax.data.toy.tokenizer import tokenizer_texts, train_tokenizer
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write
+from sa_jax.files import atomic_write, parse_json
 
 
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
@@ -26,7 +26,7 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
     record = folder / "toy_study.json"
     settings = {"vocab_size": vocab_size, "extra_texts": list(extra_texts), **sizes}
     if record.exists():
-        written = json.loads(record.read_text())
+        written = parse_json(record.read_text())
         if written != settings:
             raise UserError(
                 f"{record}: these data were made with {written}, the study now asks for "
@@ -36,6 +36,6 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
     paths = write_files(folder, **sizes)
     (folder / "scratchpad_prompt.txt").write_text(SCRATCHPAD_SYSTEM_PROMPT + "\n")
     splits = [paths["insertion"], paths["removal"]]
-    rows = [json.loads(line) for path in splits for line in path.read_text("utf-8").splitlines()]
+    rows = [parse_json(line) for path in splits for line in path.read_text("utf-8").splitlines()]
     train_tokenizer(tokenizer_texts(rows, extra_texts), folder, vocab_size)
     atomic_write(record, json.dumps(settings))
