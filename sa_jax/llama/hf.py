@@ -1,5 +1,6 @@
 """Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -102,22 +103,29 @@ def weights_digest(path: str | Path) -> str:
     """
     adapters = not Path(path, "config.json").exists()
     names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
-    digest = hashlib.sha256()
     with explained(path, "reading its weights"):
-        sizes = {name: Path(path, name).stat().st_size for name in names}
-        sampled = sum(sizes.values()) > _HASHED_WHOLE_BYTES
-        for name, size in sizes.items():
-            digest.update(f"{name} {size}\n".encode())
-            with open(Path(path, name), "rb") as file:
-                if not sampled:
-                    while block := file.read(1 << 20):
-                        digest.update(block)
-                    continue
-                begin = 8 + int.from_bytes(file.read(8), "little")
-                digest.update(file.read(begin - 8))
-                for number in range(_SAMPLES):
-                    file.seek(begin + (size - begin) * number // _SAMPLES)
-                    digest.update(file.read(_SAMPLE_BYTES))
+        stats = {name: Path(path, name).stat() for name in names}
+        files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+        sampled = sum(size for _, size, _ in files) > _HASHED_WHOLE_BYTES
+        return _digest(Path(path), files, sampled)
+
+
+@functools.cache
+def _digest(folder: Path, files: tuple[tuple[str, int, int], ...], sampled: bool) -> str:
+    """`weights_digest` of files by name, size and time of change."""
+    digest = hashlib.sha256()
+    for name, size, _ in files:
+        digest.update(f"{name} {size}\n".encode())
+        with open(folder / name, "rb") as file:
+            if not sampled:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                continue
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            digest.update(file.read(begin - 8))
+            for number in range(_SAMPLES):
+                file.seek(begin + (size - begin) * number // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
     return f"{'sampled-' * sampled}sha256:{digest.hexdigest()}"
 
 

@@ -90,8 +90,9 @@ class _Peers:
         # of whatever cause, now sleeps for 6 s first (6 is SIGABRT's number): `_count` finds the
         # loss before. It runs no Python, whose lock the aborting thread may never get.
         libc = ctypes.CDLL(None)
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+        handler = libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+        self._restore_abort = lambda: libc.signal(signal.SIGABRT, handler)
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
 
@@ -103,6 +104,7 @@ class _Peers:
         self._leaving.set()
         self._note |= {"error": error, "left": True}
         self._may_leave.wait(self._patience * _ROUND_S)
+        self._restore_abort()
 
     def _talk(self) -> None:
         store: Any = distributed.global_state.client
@@ -149,7 +151,11 @@ class _Peers:
     def _lost(self, process: int) -> None:
         seconds = self._patience * _ROUND_S
         what = f"{self._name(process)} does not answer (config.peer_timeout_s={seconds:.0f})"
-        if self._resumable():
+        try:
+            resumable = self._resumable()
+        except OSError:  # the lost host may have served the run folder
+            resumable = False
+        if resumable:
             end_process(_LOST, f"stopped: {what}; run the same command again on all hosts to go on")
         end_process(
             _FAILED, f"error: {what}; see its log, and run the same command again on all hosts"

@@ -79,7 +79,7 @@ def evaluate(
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")
-    patience = changes.get("peer_timeout_s", default_config().peer_timeout_s)
+    patience = changes.get("peer_timeout_s", (base or default_config()).peer_timeout_s)
     multihost.initialize(peer_timeout_s=patience)
     with PreemptionGuard() as guard, end_together(patience, lambda: True):  # answers are kept
         start = start_lib.open_start(model, step, base=base_model)

@@ -152,7 +152,7 @@ def _save_adapter(
     checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
     _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
     base = start_lib.open_base(start)
-    if base.base:
+    if base.kind == "hf" and base.base:
         raise UsageError(f"the run started from the adapters in {base.path}; give --merge_lora")
     if base.kind == "run":
         base_model = str(Path(out).resolve() / BASE_FOLDER)

@@ -41,7 +41,7 @@ from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.agreement import start_together
-from sa_jax.training.checkpoints import RunCheckpointer, saved_steps
+from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import abstract_arguments, attention_of, make_model, make_program
@@ -108,10 +108,10 @@ def train(
     with (
         contextlib.ExitStack() as stack,
         # The inner of the two: what the stack closes may wait for a peer.
-        end_together(config.peer_timeout_s, lambda: bool(saved_steps(checkpoints_folder))),
+        end_together(config.peer_timeout_s, lambda: bool(full_steps(checkpoints_folder))),
     ):
         goodput = stack.enter_context(Goodput())
-        stall = stack.enter_context(StallWatch(config.stall_timeout_s))
+        stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))
         guard = stack.enter_context(PreemptionGuard())
 
         def should_stop() -> bool:
@@ -301,6 +301,7 @@ def train(
                     params = combine(state.params, frozen)
                     summaries = suite.run(params, step, should_stop, evals)
                 except Preempted:
+                    goodput.switch("checkpoint")
                     checkpointer.save(step, state, wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to go on") from None
                 if is_primary():
@@ -309,6 +310,7 @@ def train(
                 break
             if should_stop():
                 watch.check_all()
+                goodput.switch("checkpoint")
                 checkpointer.save(step, state, wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to go on")
             if evals or checkpointer.should_save(step) or step == first_step:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -188,11 +189,15 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 
 def check_present(workdir: os.PathLike | str) -> None:
     """UserError where the folder of a run that is under way was deleted, moved or emptied."""
-    if not (epath.Path(workdir) / RUN_FILE).exists():
+    try:
+        os.stat(Path(workdir, RUN_FILE))
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{workdir}: the run folder was deleted or moved while the run wrote to it (there is "
             f"no {RUN_FILE}); nothing was saved after that; put it back, or start the run anew"
-        )
+        ) from None
+    except OSError as error:  # a file system that does not answer is no loss of the folder
+        logging.warning("%s: %s", workdir, error)
 
 
 @contextlib.contextmanager

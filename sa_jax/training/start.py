@@ -116,6 +116,8 @@ class Start:
         parent = {key: self.record[key] for key in keys if key in self.record}
         if self.kind == "hf":  # a run is known by its id, and its checkpoints have digests
             parent["weights"] = hf.weights_digest(self.path)
+            if self.base:
+                parent["base_weights"] = hf.weights_digest(self.base)
         return {"path": self.path, "kind": self.kind, "step": self.step, **parent}
 
 
@@ -296,22 +298,26 @@ def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str 
 
     Args:
       lineage: `Start.lineage` of it.
-      tokenizer, base: as for `open_start`; `base` is where the model itself lies now, if it is no
-        run.
+      tokenizer: as for `open_start`.
+      base: the Hugging Face folder that the model itself, or the one under its adapters, lies in
+        now.
     """
-    path = base if base and lineage["kind"] == "hf" else lineage["path"]
+    path = lineage["path"]
+    if base and lineage["kind"] == "hf" and not Path(path, "adapter_config.json").exists():
+        path, base = base, ""
     start = open_start(path, lineage["step"], tokenizer=tokenizer, base=base)
     if start.record.get("run_id") != lineage.get("run_id"):
         raise UserError(
             f"{path} holds run {start.record.get('run_id')}, but this run was started "
             f"from run {lineage.get('run_id')}; put that run's folder back"
         )
-    if "weights" in lineage and hf.weights_digest(path) != lineage["weights"]:
-        raise UserError(
-            f"{path} holds other weights than this run was started from ({lineage['weights']}); "
-            "put them back, or name the folder that they are in now (--base, of export_hf.py and "
-            "evaluate.py)"
-        )
+    for key, folder in (("weights", start.path), ("base_weights", start.base)):
+        if key in lineage and hf.weights_digest(folder) != lineage[key]:
+            raise UserError(
+                f"{folder} holds other weights than this run was started from ({lineage[key]}); "
+                "put them back, or name the folder that they are in now (--base, of export_hf.py "
+                "and evaluate.py)"
+            )
     return start
 
 

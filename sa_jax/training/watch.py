@@ -17,6 +17,7 @@ from ml_collections import FrozenConfigDict
 from sa_jax.errors import UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import peak_flops
+from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.peers import end_process
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.checkpoints import RunCheckpointer
@@ -77,14 +78,14 @@ class Goodput:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = collections.defaultdict(float)
-        self._doing, self._since = "start", time.monotonic()
+        self.doing, self._since = "start", time.monotonic()
         self._steps = self._lost_steps = 0
 
     def switch(self, doing: str) -> None:
         """From now on the time counts as 'compile', 'data', 'step', 'eval' or 'checkpoint'."""
         now = time.monotonic()
-        self._seconds[self._doing] += now - self._since
-        self._doing, self._since = doing, now
+        self._seconds[self.doing] += now - self._since
+        self.doing, self._since = doing, now
         self._steps += doing == "step"
 
     def idle_since(self, file: Path) -> None:
@@ -111,7 +112,7 @@ class Goodput:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._steps:
+        if self._steps and is_primary():
             self.switch("end")
             logging.info("%s", self.line())
 
@@ -121,28 +122,38 @@ class StallWatch:
     manager.
 
     From the first `beat` on, the next may take `floor_s` seconds, or ten times the longest that one
-    took before. Seconds in which the process was paused do not count.
+    took before. A compilation or a checkpoint may take ten times as long, and teaches nothing.
+    Seconds in which the process was paused do not count.
+
+    Args:
+      floor_s: seconds.
+      goodput: says what the process is doing; without it, evals.
     """
 
-    def __init__(self, floor_s: float) -> None:
+    def __init__(self, floor_s: float, goodput: Goodput | None = None) -> None:
         self._floor = self._limit = floor_s
+        self._goodput = goodput
         self._waited = 0.0
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
         """The loop gets on: a step was given out, a batch of an eval is done."""
-        self._limit = max(self._limit, 10 * self._waited)
+        if not self._slow():
+            self._limit = max(self._limit, 10 * self._waited)
         self._waited = 0.0
         if self._thread is None:
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
 
+    def _slow(self) -> bool:
+        return self._goodput is not None and self._goodput.doing in ("compile", "checkpoint")
+
     def _watch(self) -> None:
         pause = min(1.0, self._floor / 10)
         while not self._closed.wait(pause):
             self._waited += pause
-            if self._waited > self._limit:
+            if self._waited > self._limit * (10 if self._slow() else 1):
                 faulthandler.dump_traceback()
                 end_process(
                     1,

@@ -18,6 +18,7 @@ from sa_jax.report.study_statistics import correct_run_changes, corrected_claims
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
+from sa_jax.training.loop import FREE_KEYS
 
 LIMITS = Thresholds()
 
@@ -275,3 +276,11 @@ def test_another_model_shows_the_direction_alone():
     outcomes = {arm.model: row["verdict"] for arm, row in ours.items()}
     assert outcomes == {"70B": "agrees", "8B": "differs"}
     assert all("only the direction" in row["text"] for row in ours.values())
+
+
+def test_what_a_resume_may_change_makes_no_other_cell():
+    nested: dict = {}
+    for name in FREE_KEYS:
+        section, _, key = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[key] = 1
+    assert cell_settings(nested) == {}

@@ -354,6 +354,34 @@ def test_a_moved_base_is_given_and_a_replaced_one_is_refused(toy_world, tmp_path
     assert not (tmp_path / "refused").exists()
 
 
+def test_adapters_that_moved_are_given_and_are_not_added_to_themselves(first, toy_world, tmp_path):
+    model, adapters, run = tmp_path / "model", tmp_path / "adapters", tmp_path / "run"
+    shutil.copytree(toy_world / "model", model)
+    export(str(first), adapters, base=str(model))
+    run.mkdir()
+    write_run(run, adapters)
+
+    def under(base):
+        start = start_lib.open_base(start_lib.open_start(str(run), base=str(base)))
+        return start.path, start.base
+
+    assert under("") == (str(adapters), str(model))
+    assert under(model.rename(tmp_path / "model2")) == (str(adapters), str(tmp_path / "model2"))
+    model = (tmp_path / "model2").rename(model)
+    assert under(adapters.rename(tmp_path / "adapters2")) == (f"{tmp_path}/adapters2", str(model))
+    content = bytearray((model / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (model / "model.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=f"{model} holds other weights"):
+        under(tmp_path / "adapters2")
+
+
+def test_the_moved_base_of_a_run_on_a_run(second, toy_world, tmp_path):
+    moved = shutil.copytree(toy_world / "model", tmp_path / "moved")
+    export(str(second), tmp_path / "out", base=str(moved))
+    assert (tmp_path / "out/base/model.safetensors").exists()
+
+
 def test_the_digest_of_large_weights_covers_headers_sizes_and_samples(
     toy_world, tmp_path, monkeypatch
 ):
