@@ -90,9 +90,9 @@ class _Peers:
         # of whatever cause, now sleeps for 6 s first (6 is SIGABRT's number): `_count` finds the
         # loss before. It runs no Python, whose lock the aborting thread may never get.
         libc = ctypes.CDLL(None)
-        libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-        handler = libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-        self._restore_abort = lambda: libc.signal(signal.SIGABRT, handler)
+        # So it stays after the end too: process 0 may be out a moment before the others are.
+        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
 
@@ -104,7 +104,6 @@ class _Peers:
         self._leaving.set()
         self._note |= {"error": error, "left": True}
         self._may_leave.wait(self._patience * _ROUND_S)
-        self._restore_abort()
 
     def _talk(self) -> None:
         store: Any = distributed.global_state.client
