@@ -130,23 +130,10 @@ def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
 cell=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" {shlex.quote(str(folder))}/"$1")
 cd {shlex.quote(str(_PROJECT))} || exit 1
 launch=()
-if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then launch=("--launch=srun --kill-on-bad-exit=1"); fi
-child=
-# Before the time limit, or at a preemption: the cell saves a checkpoint and ends with 75, or with
-# 143 if it has just begun.
-trap '[ -z "$child" ] || kill -TERM "$child"' TERM
-{_run_study(workdir, flags)} --only="$cell" "${{launch[@]}}" &
-child=$!
-wait "$child"
-status=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
-    wait "$child"
-    status=$?
-done
-if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then
-    scontrol requeue "${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}"
-fi
-exit "$status"
+if [ "${{SLURM_JOB_NUM_NODES:-1}}" -gt 1 ]; then launch=(--launch=launch/srun.sh); fi
+# shellcheck source=/dev/null
+. launch/slurm.sh
+run_requeued {_run_study(workdir, flags)} --only="$cell" "${{launch[@]}}"
 """
     return texts, f"bash {shlex.quote(f'{folder}/submit.sh')}"
 

@@ -1,11 +1,7 @@
 """A study as files for Slurm, SkyPilot, xpk and a plain shell: what they say, and what they do."""
 
-import contextlib
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +16,7 @@ from sa_jax.study.commands import load_config
 from sa_jax.study.emit import EMITTERS, emit
 from sa_jax.study.grid import Axis, Stage
 from sa_jax.study.study import config_flags
+from tests.slurm import SHELLCHECK, slurm  # noqa: F401 (a fixture)
 from tests.study.test_runner import outcomes
 from tests.zygote import ROOT
 
@@ -96,10 +93,9 @@ def test_shellcheck_has_nothing_to_say(kind, tmp_path):
         }
     scripts = {name: text for name, text in texts.items() if text.startswith("#!")}
     assert scripts
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for text in scripts.values():
         done = subprocess.run(
-            [checker, "--shell=bash", "-"], input=text, capture_output=True, text=True
+            [SHELLCHECK, "--shell=bash", "-"], input=text, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stdout
 
@@ -241,72 +237,23 @@ def test_the_shell_script_runs_the_study(tmp_path):
     assert outcomes(runs) == ALL_DONE
 
 
-@pytest.fixture
-def slurm(tmp_path):
-    """A cluster of this machine, with Debian's packages slurmctld, slurmd and munge."""
-    if os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
-        pytest.skip("needs root, and Slurm: apt-get install slurmctld slurmd slurm-client munge")
-    folder = tmp_path / "slurm"
-    for name in ("state", "spool", "munge"):
-        (folder / name).mkdir(parents=True)
-    os.chmod(tmp_path, 0o755)
-    (folder / "key").write_bytes(os.urandom(1024))
-    os.chmod(folder / "key", 0o400)
-    host = socket.gethostname().partition(".")[0]
-    config = folder / "slurm.conf"
-    config.write_text(
-        f"ClusterName=test\nSlurmctldHost={host}\nSlurmUser=root\nSlurmdUser=root\n"
-        f"AuthInfo=socket={folder}/munge/socket\nStateSaveLocation={folder}/state\n"
-        f"SlurmdSpoolDir={folder}/spool\nSlurmctldPidFile={folder}/ctld.pid\n"
-        f"SlurmdPidFile={folder}/d.pid\nSlurmctldPort=26817\nSlurmdPort=26818\n"
-        "ProctrackType=proctrack/pgid\nTaskPlugin=task/none\nSelectType=select/cons_tres\n"
-        "SelectTypeParameters=CR_Core\nJobAcctGatherType=jobacct_gather/none\nMpiDefault=none\n"
-        f"ReturnToService=2\nNodeName={host} CPUs={os.cpu_count()}\n"
-        f"PartitionName=all Nodes={host} Default=YES State=UP\n"
-    )
-    munge = [
-        *("munged", "--foreground", "--force", f"--key-file={folder}/key"),
-        *(f"--socket={folder}/munge/socket", f"--pid-file={folder}/munge/pid"),
-        *(f"--log-file={folder}/munge/log", f"--seed-file={folder}/munge/seed"),
-    ]
-    env = {**os.environ, "SLURM_CONF": str(config)}
-    daemons = []
-    for command in (munge, ["slurmctld", "-D"], ["slurmd", "-D"]):
-        daemons.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
-        time.sleep(2)
-    yield env
-    for daemon in reversed(daemons):
-        daemon.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            daemon.wait(20)
-        daemon.kill()
-
-
 @pytest.mark.long
-def test_a_real_slurm_runs_the_arrays_and_starts_again_what_stopped(slurm, tmp_path):
+def test_a_real_slurm_runs_the_arrays_and_starts_again_what_stopped(slurm, tmp_path):  # noqa: F811
     runs = emitted(tmp_path, "slurm")
-    subprocess.run(["bash", runs / "slurm/submit.sh"], env=slurm, check=True)
-
-    def squeue(*flags: str) -> list[str]:
-        done = subprocess.run(
-            ["squeue", "--noheader", "--array", *flags], env=slurm, capture_output=True, text=True
-        )
-        return done.stdout.split()
+    subprocess.run(["bash", runs / "slurm/submit.sh"], env=slurm.env, check=True)
 
     # A cell that is told to stop, as before its time limit, ends with 75 and is queued again.
     deadline = time.monotonic() + 600
-    while not (running := squeue("--states=RUNNING", "--format=%A")):
+    while not (running := slurm.queue("--states=RUNNING", "--format=%A")):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     while not (runs / "cells").exists():
         time.sleep(0.05)
-    subprocess.run(["scancel", "--batch", "--signal=TERM", running[0]], env=slurm, check=True)
+    subprocess.run(["scancel", "--batch", "--signal=TERM", running[0]], env=slurm.env, check=True)
     restarted = False
-    while squeue():
-        restarted |= "1" in squeue("--Format=RestartCnt")
-        assert time.monotonic() < deadline, squeue()
+    while slurm.queue():
+        restarted |= "1" in slurm.queue("--Format=RestartCnt")
+        assert time.monotonic() < deadline, slurm.queue()
         time.sleep(0.5)
     assert restarted
     ended = outcomes(runs)
