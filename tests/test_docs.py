@@ -53,7 +53,7 @@ SHORTER_BY_SCRIPT = {
     "remove_backdoor.py": SHORTER,
     "evaluate.py": ("--limit=4", "--config.eval.max_new_tokens=4"),
 }
-SHELL = re.compile(r"^(python|bash|pip|hf|git|gcloud|vllm|export|cp|VENV=\S+|on_all|first=|srun)\b")
+SHELL = re.compile(r"^(python|bash|pip|hf|git|ssh-add|vllm|export|cp|VENV=\S+|srun)\b")
 
 
 @dataclasses.dataclass(frozen=True)
