@@ -3,7 +3,6 @@ installed, the command started, its logs followed, and all of it done again afte
 
 import asyncio
 import dataclasses
-import json
 import re
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.files import parse_json
 from sa_jax.planning.topology import parse_topology
 
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -304,7 +304,7 @@ async def _follow(job: Slice, worker: int, poll_s: float) -> int | None:
 def _look(command: list[str]) -> dict | None:
     """What a description says; None for what does not exist."""
     try:
-        return json.loads(_call(command))
+        return parse_json(_call(command))
     except UserError as error:
         if "NOT_FOUND" in str(error):
             return None
