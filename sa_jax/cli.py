@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.files import check_local
-from sa_jax.text import without_secrets
+from sa_jax.text import one_line, without_secrets
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -63,9 +63,9 @@ def run(main: Callable[[], None], doc: str, config_module: str | None = None) ->
     except KeyboardInterrupt:
         _exit(EXIT_INTERRUPTED, "stopped: interrupted; run the same command again")
     except UsageError as error:
-        _exit(EXIT_USAGE, f"error: {error}")
+        _exit(EXIT_USAGE, f"error: {one_line(error)}")
     except UserError as error:
-        _exit(EXIT_FAILED, f"error: {error}")
+        _exit(EXIT_FAILED, f"error: {one_line(error)}")
     except Exception:  # a bug; Python's own way out would wait for threads, and jax's for peers
         _exit(EXIT_FAILED, traceback.format_exc().rstrip())
 

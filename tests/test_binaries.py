@@ -81,7 +81,7 @@ cli.run(main, "")
 
 
 @pytest.mark.parametrize(
-    ("words", "error"), [([], "None"), (["--help"], "None"), ([], "UserError('no')")]
+    ("words", "error"), [([], "None"), (["--help"], "None"), ([], "UserError('n\\no')")]
 )
 def test_a_reader_that_has_seen_enough_ends_a_script_quietly(words, error):
     """As in `script | head`, and in `script 2>&1 | head`."""
@@ -107,7 +107,7 @@ def test_a_reader_that_has_seen_enough_ends_a_script_quietly(words, error):
             said = process.stderr.read() if process.stderr else ""
         fails = error != "None"
         assert (process.returncode, said) == (
-            (1, "error: no\n" * (stderr == subprocess.PIPE)) if fails else (141, "")
+            (1, "error: n o\n" * (stderr == subprocess.PIPE)) if fails else (141, "")
         )
 
 
