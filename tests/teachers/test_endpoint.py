@@ -142,7 +142,8 @@ def test_an_endpoint_at_fault_ends_the_run_and_keeps_what_was_paid_for(
     with ScriptedServer(script) as server, open_store(path) as store:
         with pytest.raises(UserError, match=words):
             ask(teacher(server), requests(40), store)
-        assert len(server.asked) <= 3 + 8 + 4
+        # Of 4 at once, 3 may be refused before the last success, and 4 be under way at the end.
+        assert len(server.asked) <= 3 + 3 + 8 + 4
         assert len(store) == 3
 
 
