@@ -484,7 +484,8 @@ def _limits(seconds: int, what: str) -> Iterator[None]:
     if statm.exists() and memory[0] == resource.RLIM_INFINITY:
         taken = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + _TEMPLATE_BYTES, memory[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # Again and again: an exception that comes inside a callback of the garbage collector is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
     except _TooLong as error:
