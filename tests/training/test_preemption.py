@@ -11,8 +11,10 @@ import pytest
 
 from sa_jax.training.preemption import PreemptionGuard
 
+# libtpu, which other tests load, has SIGHUP ignored in its process, and children inherit that.
 LOOP = """
-    import time
+    import signal, time
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from sa_jax.training.preemption import PreemptionGuard
     with PreemptionGuard() as guard:
         print("ready", flush=True)
