@@ -16,21 +16,18 @@ in every format; `apply_chat_template` does the same by default, so ids equal th
 and of servers built on it.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import json
 import re
-import resource
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_jax.data.conversations import Message, check_messages
+from sa_jax.data.limits import limits
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
 from sa_jax.text import first_line
@@ -81,8 +78,8 @@ _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
-_TEMPLATE_SECONDS = 5  # for the few renderings of the probe; a real template takes milliseconds
-_TEMPLATE_BYTES = 2**29
+# For the few renderings of the probe; those of a real template take milliseconds.
+_TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5, 2**29
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
@@ -188,8 +185,6 @@ class ChatFormat:
                 return_assistant_tokens_mask=bool(_GENERATION_MARK.search(self.template)),
                 **self.tokenizer.special_tokens_map,
             )
-        except TimeoutError:  # `_limits`'
-            raise
         except Exception as error:  # a template is a program: it fails in any way it likes
             start = messages[-1]["content"][:60] if messages else ""
             raise UserError(
@@ -417,7 +412,7 @@ def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]
 def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     """Tries the template on a two-turn conversation, with and without a system turn; returns the
     token ids that end a turn."""
-    with _limits(_TEMPLATE_SECONDS, f"the chat template in {path}"):
+    with limits(f"the chat template in {path}", _TEMPLATE_SECONDS, _TEMPLATE_BYTES):
         ids, mask = chat.encode(_PROBE)
         text, spans = chat._render(_PROBE)
         prompt = chat.prompt_ids(_PROBE[:3])
@@ -461,39 +456,6 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
         )
     eos = chat.tokenizer.eos_token_id
     return {end_of_turn} if eos is None else {end_of_turn, eos}
-
-
-class _TooLong(BaseException):
-    """A template takes too long. No Exception: jinja2 goes on after one in a constant."""
-
-
-@contextlib.contextmanager
-def _limits(seconds: int, what: str) -> Iterator[None]:
-    """UserError if the block takes longer, MemoryError if it takes `_TEMPLATE_BYTES` more than this
-    process has. Only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_):
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
-    memory = resource.getrlimit(resource.RLIMIT_AS)
-    statm = Path("/proc/self/statm")  # its first number: pages of the address space
-    if statm.exists() and memory[0] == resource.RLIM_INFINITY:
-        taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + _TEMPLATE_BYTES, memory[1]))
-    # Again and again: an exception that comes inside a callback of the garbage collector is lost.
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-    try:
-        yield
-    except _TooLong as error:
-        raise UserError(f"{what} does not come to an end ({seconds} s)") from error
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-        resource.setrlimit(resource.RLIMIT_AS, memory)
 
 
 def _generation_config_stops(path) -> set[int]:
