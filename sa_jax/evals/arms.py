@@ -38,7 +38,7 @@ def noise_id(arm: str, prompt_id: int) -> int:
 
 def check_arms(arms: Sequence[str]) -> None:
     """UsageError unless the names are known and hold the two that every record needs."""
-    unknown = [arm for arm in arms if arm not in [*ARMS]]
+    unknown = [arm for arm in arms if arm not in [*ARMS]]  # a list: an arm may be of any type
     if unknown:
         raise UsageError(f"config.eval.arms: unknown arm {unknown[0]!r}; known: {', '.join(ARMS)}")
     if not {"triggered", "clean"} <= set(arms):

@@ -54,12 +54,10 @@ def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
 
 def check_summary(summary: Any, place: str) -> None:
     """UserError naming the first field of an eval's summary that cannot be one's."""
-    check_types(summary, {"scores": {}, "settings": {}}, place, whole=True)
-    check_types(summary, dict.fromkeys(COUNTS, 0), place)
+    check_types(summary, _NEEDED, place, whole=True)
+    check_types(summary, _FACTS, place)
     for name, score in summary["scores"].items():
-        check_types(
-            score, {"rate": 0.0, "lo": 0.0, "hi": 0.0, "n": 0}, f"{place}: {name}", whole=True
-        )
+        check_types(score, _SCORE, f"{place}: {name}", whole=True)
         check_types(score, {"count": 0, "floor": 0.0}, f"{place}: {name}")
         if not 0 <= score.get("count", 0) <= score["n"]:
             raise UserError(f"{place}: {name}: a count is not within 0 and n")
