@@ -10,13 +10,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.cpu import xla_flags
+from tests.planning.golden import assert_is_golden
 
-GOLDENS = Path(__file__).parent / "goldens"
 pytest.importorskip("libtpu", reason="needs the extra tpu")
 LIBTPU = importlib.metadata.version("libtpu")
 
@@ -124,23 +123,12 @@ def test_8b_at_the_study_s_batch_fits_16_gib_chips(planned):
 def test_memory_and_collectives_are_those_of_the_golden_file(planned, name):
     plan = planned(name)
     memory = {k: v for k, v in plan["memory_gib_per_chip"].items() if k != "source"}
-    text = json.dumps(
-        {
-            "libtpu": LIBTPU,
-            "settings": plan["settings"],
-            "memory_gib_per_chip": {key: round(value, 2) for key, value in memory.items()},
-            "collectives": plan["collectives"]["kinds"],
-        },
-        indent=1,
-    )
-    file = GOLDENS / f"compiled_{name}.json"
-    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
-        file.write_text(text + "\n")
-    assert file.exists(), f"no {file.name} yet; SA_JAX_UPDATE_GOLDENS=1 writes it"
-    golden = file.read_text()
-    if json.loads(golden)["libtpu"] != LIBTPU:
-        pytest.skip(f"{file.name} is of another libtpu; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
-    assert text + "\n" == golden
+    content = {
+        "settings": plan["settings"],
+        "memory_gib_per_chip": {key: round(value, 2) for key, value in memory.items()},
+        "collectives": plan["collectives"]["kinds"],
+    }
+    assert_is_golden(f"compiled_{name}", "libtpu", LIBTPU, content)
 
 
 @pytest.mark.parametrize("name", list(CASES)[3:])

@@ -6,9 +6,6 @@ The steps of 8B and 70B have such files for TPUs (test_compiled.py), and take mi
 
 import dataclasses
 import importlib.metadata
-import json
-import os
-from pathlib import Path
 
 import jax
 import pytest
@@ -18,9 +15,8 @@ from sa_jax.planning.collectives import read_collectives
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import abstract_arguments, make_model, make_program
+from tests.planning.golden import assert_is_golden
 
-GOLDENS = Path(__file__).parent / "goldens"
-JAXLIB = importlib.metadata.version("jaxlib")
 MESHES = {"1": (1, 1, 1), "8": (2, 2, 2)}
 
 
@@ -34,23 +30,13 @@ def test_the_compiled_step_is_that_of_the_golden_file(devices):
     compiled = lowered.compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     traffic = read_collectives(compiled.as_text())
-    text = json.dumps(
-        {
-            "jaxlib": JAXLIB,
-            "flops": int(cost["flops"]),  # of a loop's body once
-            "bytes_accessed": int(cost["bytes accessed"]),
-            "argument_bytes": memory.argument_size_in_bytes,
-            "donated_bytes": memory.alias_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
-            "collectives": {kind: dataclasses.asdict(each) for kind, each in traffic.items()},
-        },
-        indent=1,
-    )
-    file = GOLDENS / f"compiled_toy_cpu{devices}.json"
-    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
-        file.write_text(text + "\n")
-    assert file.exists(), f"no {file.name} yet; SA_JAX_UPDATE_GOLDENS=1 writes it"
-    golden = file.read_text()
-    if json.loads(golden)["jaxlib"] != JAXLIB:
-        pytest.skip(f"{file.name} is of another jaxlib; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
-    assert text + "\n" == golden
+    content = {
+        "flops": int(cost["flops"]),  # of a loop's body once
+        "bytes_accessed": int(cost["bytes accessed"]),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "donated_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "collectives": {kind: dataclasses.asdict(each) for kind, each in traffic.items()},
+    }
+    version = importlib.metadata.version("jaxlib")
+    assert_is_golden(f"compiled_toy_cpu{devices}", "jaxlib", version, content)
