@@ -88,9 +88,9 @@ class _Peers:
         self._may_leave = threading.Event()
         # jax aborts once process 0 is gone, and tells neither which host nor what to do. An abort,
         # of whatever cause, now sleeps for 6 s first (6 is SIGABRT's number): `_count` finds the
-        # loss before. It runs no Python, whose lock the aborting thread may never get.
+        # loss before. It runs no Python, whose lock the aborting thread may never get. It stays so
+        # after the end: process 0 may be out a moment before the others are.
         libc = ctypes.CDLL(None)
-        # So it stays after the end too: process 0 may be out a moment before the others are.
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
         for target in (self._talk, self._count):

@@ -225,3 +225,14 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
     assert commit() == head
     (package / source.name).write_text(source.read_text() + "\n")
     assert commit() == head + "-dirty"
+
+
+def test_a_file_system_that_does_not_answer_is_no_deleted_folder(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="deleted or moved"):
+        run_record.check_present(tmp_path)
+
+    def stale(path):
+        raise OSError(116, "Stale file handle", str(path))
+
+    monkeypatch.setattr(run_record.os, "stat", stale)
+    run_record.check_present(tmp_path)

@@ -1,5 +1,6 @@
 """A run that stands still ends; where a launch's time went is added up."""
 
+import re
 import time
 
 import pytest
@@ -32,6 +33,32 @@ def test_a_loop_that_stands_still_ends_with_its_stacks(zygote, tmp_path):
     assert "in stuck" in done.stderr
     assert "no step, eval batch or checkpoint for" in done.stderr.splitlines()[-1]
     assert time.monotonic() - begin > 2  # ten times 0.3 s
+
+
+SLOW = """
+import time
+from sa_jax.training.watch import Goodput, StallWatch
+
+goodput = Goodput()
+with StallWatch(0.3, goodput) as stall:
+    stall.beat()
+    goodput.switch("checkpoint")
+    time.sleep(1)
+    stall.beat()
+    print("saved", flush=True)
+    goodput.switch("step")
+    time.sleep(60)
+"""
+
+
+def test_a_checkpoint_may_take_longer_and_teaches_nothing(zygote, tmp_path):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    done = zygote.run(str(script), timeout_s=50)
+    assert (done.returncode, done.stdout) == (1, "saved\n"), done.stderr
+    # Not ten times the second that the checkpoint took.
+    waited = float(re.search(r"checkpoint for (\d+) s", done.stderr)[1])
+    assert waited < 5
 
 
 def test_goodput_adds_up(tmp_path, monkeypatch):
