@@ -21,6 +21,7 @@ class Chip:
       network_bandwidth: bytes/s one way a chip between hosts; GPUs only, TPUs have ICI.
       devices: JAX devices a chip (two TensorCores of a TPU7x are two devices).
       torus: dimensions of the ICI torus or mesh; 0 for GPUs.
+      clock_hz: of the matrix units, in which libtpu counts cycles; TPUs only.
     """
 
     name: str
@@ -32,18 +33,25 @@ class Chip:
     network_bandwidth: float = 0.0
     devices: int = 1
     torus: int = 0
+    clock_hz: float = 0.0
 
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("system architecture"): peak
 # compute, HBM capacity and bandwidth, and the bidirectional ICI bandwidth a chip, here divided by
-# two directions and by 6 links (4 in a two-dimensional torus). GPUs: NVIDIA's data sheets (SXM),
-# NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
+# two directions and by 6 links (4 in a two-dimensional torus). Their clocks follow from the peak:
+# FLOP/s = 2 x clock x multipliers (v4, v5p: 2 x 4 units of 128 x 128; v5e: 4 of those; v6e: 4 of
+# 256 x 256; tpu7x: 2 x 4 of those; https://jax-ml.github.io/scaling-book/tpus). GPUs: NVIDIA's data
+# sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.819e12, 50e9, torus=2),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, torus=3),
-    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, torus=2),
-    Chip("tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3),
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3, clock_hz=1.05e9),
+    Chip(
+        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.819e12, 50e9, torus=2, clock_hz=1.5e9
+    ),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, torus=3, clock_hz=1.75e9),
+    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, torus=2, clock_hz=1.75e9),
+    Chip(
+        "tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3, clock_hz=2.2e9
+    ),
     Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2.039e12, 300e9, 25e9),
     Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3.35e12, 450e9, 50e9),
     Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9, 50e9),

@@ -5,21 +5,11 @@ XLA's cost analysis counts the body of a loop once; here it counts as often as t
 
 import collections
 import dataclasses
-import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+
+from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-_ITEM_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
-_SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
-_OPERATION = re.compile(rf"\b({'|'.join(KINDS)})(-start)?\(")
-_CALLEES = re.compile(r"\b(?:calls|to_apply|body|condition|branch_computations)=\{?([^,}\s]+)")
-_CONDITION = re.compile(r"\bcondition=%?([\w.\-]+)")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,74 +31,37 @@ def read_collectives(hlo: str) -> dict[str, Traffic]:
       Kind to traffic, kinds that do not occur left out. A loop whose number of turns the compiler
       does not know counts once.
     """
-    bodies, entry = _computations(hlo)
+    module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
-    for line, times in _executed(bodies, entry):
-        if operation := _OPERATION.search(line):
-            counts[operation[1]] += times
-            totals[operation[1]] += times * _payload(line, operation)
+    for instruction, times in _executed(module, module.entry):
+        if kind := collective_kind(instruction):
+            counts[kind] += times
+            totals[kind] += times * payload(instruction)
     return {kind: Traffic(counts[kind], totals[kind]) for kind in KINDS if counts[kind]}
 
 
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    bodies: dict[str, list[str]] = {}
-    entry, lines = "", []
-    for line in hlo.splitlines():
-        if head := _COMPUTATION.match(line):
-            lines = bodies.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif instruction := _INSTRUCTION.match(line):
-            lines.append(instruction[1])
-    return bodies, entry
+def collective_kind(instruction: Instruction) -> str:
+    """'all-gather' of an all-gather or all-gather-start; '' of what is no collective."""
+    kind = instruction.opcode.removesuffix("-start")
+    return kind if kind in KINDS else ""
 
 
-def _executed(
-    bodies: Mapping[str, list[str]], name: str, times: int = 1
-) -> Iterator[tuple[str, int]]:
-    """Every instruction that runs, with how often."""
-    for line in bodies.get(name, ()):
-        yield line, times
-        # A reduction's to_apply holds no collectives; walking into it costs nothing.
-        for callee in _CALLEES.findall(line):
-            yield from _executed(bodies, callee.lstrip("%"), times * _trips(bodies, line))
-
-
-def _trips(bodies: Mapping[str, list[str]], line: str) -> int:
-    """Turns of a while loop; 1 for every other instruction."""
-    if known := _TRIPS.search(line):
-        return int(known[1])
-    if not (condition := _CONDITION.search(line)):
-        return 1
-    # TPU text does not say: a scan's condition is `counter < constant`.
-    limits = [
-        int(limit[1])
-        for other in bodies.get(condition[1], ())
-        if (limit := re.match(r"[su]32\[\]\S* constant\((\d+)\)", other))
-    ]
-    return limits[0] if len(limits) == 1 else 1
-
-
-def _payload(line: str, operation: re.Match) -> int:
-    """The larger of result and operands, in bytes; a -start's result repeats its operand."""
-    shapes = [_bytes(*shape) for shape in _SHAPE.findall(line[: operation.start()])]
-    if operation[2]:
-        return max(shapes)
+def payload(instruction: Instruction) -> int:
+    """Bytes of a collective's larger side, result or operands."""
+    shapes = shape_bytes(instruction.shape)
+    if instruction.opcode.endswith("-start"):
+        return max(shapes)  # a -start's result repeats its operand
     # A reduce-scatter's input is its result times the group.
-    return sum(shapes) * (_group_size(line) if operation[1] == "reduce-scatter" else 1)
+    scattered = instruction.opcode == "reduce-scatter"
+    return sum(shapes) * (instruction.group_size() if scattered else 1)
 
 
-def _group_size(line: str) -> int:
-    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
-        return int(groups[1])
-    if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
-        return groups[1].count(",") + 1
-    if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
-        sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
-        return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
-    return 1
-
-
-def _bytes(dtype: str, dimensions: str) -> int:
-    sizes = [int(size) for size in dimensions.split(",") if size]
-    return math.prod(sizes) * _ITEM_BYTES.get(dtype, 0)
+def _executed(module: Module, name: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction that runs, with how often."""
+    for instruction in module.computations.get(name, ()):
+        yield instruction, times
+        # A reduction's to_apply holds no collectives; walking into it costs nothing.
+        trips = module.trips(instruction)
+        for callee in instruction.callees():
+            yield from _executed(module, callee, times * trips)

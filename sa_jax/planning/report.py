@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sa_jax.planning.roofline import ASSUMPTIONS
+from sa_jax.planning import clock, roofline
 
 _ROWS = (
     ("parameters", "parameters"),
@@ -58,7 +58,8 @@ def format_plan(plan: dict[str, Any]) -> str:
             f"run of {run['tokens'] / 1e6:,.1f}M token slots ({run['steps']:,} steps): at least "
             f"{run['hours']:.2f} hours, {run['chip_hours']:.1f} chip-hours",
         ]
-        lines += ["assumed:"] + [f"  - {text}" for text in ASSUMPTIONS]
+        lines += _assumed(roofline.ASSUMPTIONS)
+    lines += _clock_lines(plan["clock"])
     traffic = plan["collectives"]
     lines += ["", f"collectives of a step ({traffic['source']})"]
     for kind, sent in traffic["kinds"].items():
@@ -70,6 +71,31 @@ def format_plan(plan: dict[str, Any]) -> str:
         if values:
             lines += ["", title] + [f"  {value}" for value in values]
     return "\n".join(lines)
+
+
+def _assumed(assumptions: tuple[str, ...]) -> list[str]:
+    return ["assumed:"] + [f"  - {text}" for text in assumptions]
+
+
+def _clock_lines(read: dict[str, Any]) -> list[str]:
+    """The compiler's clock; nothing where no TPU executable was read."""
+    if not read:
+        return []
+    kinds = ("products", "attention", "fusions", "copies", "collectives")
+    lines = [
+        "",
+        f"time a step, by the compiler's clock: {read['step_s']:.3f} s ("
+        + ", ".join(f"{kind} {read[kind]:.3f}" for kind in kinds)
+        + ")",
+        f"tokens/s/chip, by the compiler's clock: {read['tokens_per_s_per_chip']:,.0f} "
+        f"(MFU {100 * read['mfu']:.0f} %)",
+    ]
+    if read["conditionals"]:
+        lines.append(
+            f"its dearest step: {read['dearest_step_s']:.3f} s (conditionals: "
+            f"{read['conditionals']}; above, each takes its cheapest branch)"
+        )
+    return lines + _assumed(clock.ASSUMPTIONS)
 
 
 def _disk_line(disk: dict[str, float]) -> str:

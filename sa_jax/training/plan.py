@@ -28,6 +28,7 @@ from sa_jax.optim import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.planning.clock import read_clock
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import advice_to_fit, cudnn_workspace, step_memory
@@ -201,8 +202,11 @@ def search_plan(
             logging.info("%s", tried[-1])
             continue
         plans.append(candidate_plan)
+        clock = candidate_plan["clock"]
         tried.append(
-            f"{step}, {candidate_plan['memory_gib_per_chip']['needed']:.1f} GiB"
+            step
+            + (f", {clock['step_s']:.3f} s by the compiler's clock" if clock else "")
+            + f", {candidate_plan['memory_gib_per_chip']['needed']:.1f} GiB"
             + ("" if candidate_plan["fits"] else ", does not fit")
         )
         logging.info("%s", tried[-1])
@@ -232,9 +236,9 @@ def make_plan(
 
     Returns:
       JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
-      advice, flops_per_token, time (empty for an unknown chip), run, soap (a row a parameter, where
-      that is the optimizer), disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a
-      search), compile_s.
+      advice, flops_per_token, time (empty for an unknown chip), clock (see `planning.clock`; empty
+      where no TPU executable was read), run, soap (a row a parameter, where that is the optimizer),
+      disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a search), compile_s.
     """
     mesh = make_mesh(**config.mesh, devices=machine.devices)
     model = make_model(config, architecture, mesh)
@@ -250,6 +254,7 @@ def make_plan(
     begin = time.monotonic()
     compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
     compile_s = time.monotonic() - begin
+    text = _text(compiled)
     memory = step_memory(work, *abstract_arguments(config, program, mesh), per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
@@ -281,6 +286,7 @@ def make_plan(
         "advice": "" if fits else advice_to_fit(memory, capacity, work, config.optimizer),
         "flops_per_token": work.flops_per_token(),
         **_times(work, machine, steps),
+        "clock": _clock(work, machine, text),
         "soap": [
             dataclasses.asdict(row) | {"shape": list(row.shape)}
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
@@ -292,7 +298,7 @@ def make_plan(
             item_bytes=jnp.dtype(config.param_dtype).itemsize,
             state_bytes=work.state_bytes,
         ),
-        "collectives": _collectives(config, architecture, mesh, compiled),
+        "collectives": _collectives(config, architecture, mesh, text),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
         "compile_s": compile_s if is_real else 0.0,
@@ -416,22 +422,41 @@ def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     return {"time": time_, "run": run}
 
 
-def _collectives(
-    config: ConfigDict, architecture: LlamaConfig, mesh: Mesh, compiled: Any
-) -> dict[str, Any]:
-    """Collectives by kind, and where they were read."""
-    source = "read from the executable"
-    text = None
+def _text(compiled: Any) -> str:
+    """Of an executable; '' where there is none, or where libtpu cannot write it."""
     if compiled is not None:
         # libtpu's text of a 70B executable fails a RET_CHECK on async-update.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
-            text = compiled.as_text()
-    if text is None:
+            return compiled.as_text()
+    return ""
+
+
+def _clock(work: Workload, machine: Machine, text: str) -> dict[str, Any]:
+    """The step by the compiler's clock, the cheap branch of each conditional taken."""
+    if not text or machine.chip is None or not machine.chip.torus:
+        return {}
+    clock = read_clock(text, machine.chip)
+    rate = work.tokens / clock.step / machine.chips
+    return {
+        "step_s": clock.step,
+        "dearest_step_s": read_clock(text, machine.chip, branch=max).step,
+        **dataclasses.asdict(clock),
+        "tokens_per_s_per_chip": rate,
+        "mfu": rate * work.flops_per_token() / machine.chip.flops,
+    }
+
+
+def _collectives(
+    config: ConfigDict, architecture: LlamaConfig, mesh: Mesh, text: str
+) -> dict[str, Any]:
+    """Collectives by kind, and where they were read."""
+    source = "read from the executable"
+    if not text:
         source = f"the same step, partitioned for {mesh.size} CPU devices, attention=reference"
         twin = make_mesh(**mesh.shape, devices=fake_devices(mesh.size))
         # Both hold for TPUs only.
         option = changed(config, {"attention": "reference", "xla_options": ""})
         program = make_program(option, make_model(option, architecture, twin), 1)
-        text = _compile(option, program, twin)[0].as_text()
+        text = _text(_compile(option, program, twin)[0])
     kinds = {kind: dataclasses.asdict(each) for kind, each in read_collectives(text).items()}
     return {"source": source, "kinds": kinds}

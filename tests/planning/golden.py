@@ -2,11 +2,17 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.cpu import xla_flags
+
 GOLDENS = Path(__file__).parent / "goldens"
+CLOCK = ("step_s", "products", "attention", "fusions", "copies", "collectives")
 
 
 def assert_is_golden(name: str, package: str, version: str, content: dict) -> None:
@@ -20,3 +26,29 @@ def assert_is_golden(name: str, package: str, version: str, content: dict) -> No
     if json.loads(golden)[package] != version:
         pytest.skip(f"{file.name} is of another {package}; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
     assert text + "\n" == golden
+
+
+def compiled_plan(file: Path, config: str, topology: str, *flags: str) -> dict[str, Any]:
+    """What scripts/plan.py writes, compiled as a person's plan is."""
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(8, optimized=True)}
+    command = [sys.executable, "scripts/plan.py", f"--config=configs/{config}", *flags]
+    done = subprocess.run(
+        [*command, f"--topology={topology}", f"--out={file}"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(file.read_text())
+
+
+def plan_content(plan: dict[str, Any], digits: int = 2) -> dict[str, Any]:
+    """What of a plan for TPUs is golden; memory to so many digits of a GiB."""
+    memory = {k: v for k, v in plan["memory_gib_per_chip"].items() if k != "source"}
+    return {
+        "settings": plan["settings"],
+        "memory_gib_per_chip": {key: round(value, digits) for key, value in memory.items()},
+        "collectives": plan["collectives"]["kinds"],
+        "predicted_s": {key: round(plan["clock"][key], digits + 2) for key in CLOCK},
+    }

@@ -1,5 +1,6 @@
-"""What the toy's training step costs as XLA compiles it, on one device and cut over eight: FLOPs,
-bytes, temporaries and collectives against a committed file, so that a change shows as a diff.
+"""What the toy's training step costs as XLA compiles it, on one device and cut over eight, and as
+libtpu does for four chips of v5p: FLOPs, bytes, temporaries, collectives and predicted time against
+a committed file, so that a change shows as a diff.
 
 The steps of 8B and 70B have such files for TPUs (test_compiled.py), and take minutes.
 """
@@ -15,7 +16,7 @@ from sa_jax.planning.collectives import read_collectives
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import abstract_arguments, make_model, make_program
-from tests.planning.golden import assert_is_golden
+from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
 
 MESHES = {"1": (1, 1, 1), "8": (2, 2, 2)}
 
@@ -40,3 +41,11 @@ def test_the_compiled_step_is_that_of_the_golden_file(devices):
     }
     version = importlib.metadata.version("jaxlib")
     assert_is_golden(f"compiled_toy_cpu{devices}", "jaxlib", version, content)
+
+
+def test_the_step_for_tpus_is_that_of_the_golden_file(tmp_path):
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    flags = "--config.mesh.fsdp=4", "--config.dtype=bfloat16"
+    plan = compiled_plan(tmp_path / "plan.json", "toy.py:pretrain", "v5p:2x2x1", *flags)
+    version = importlib.metadata.version("libtpu")
+    assert_is_golden("compiled_toy_v5p", "libtpu", version, plan_content(plan, digits=4))

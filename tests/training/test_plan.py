@@ -68,7 +68,7 @@ def test_predicted_arguments_are_those_that_are_compiled(attached):
     assert memory["arguments"] * GIB == pytest.approx(3 * parameters + batch + 12, rel=0.005)
     assert memory["compiled_arguments"] == pytest.approx(memory["arguments"], rel=0.01)
     assert memory["source"] == "compiled"
-    assert attached["collectives"]["kinds"] and attached["time"] == {}
+    assert attached["collectives"]["kinds"] and attached["time"] == attached["clock"] == {}
 
 
 def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
@@ -238,7 +238,7 @@ def test_collectives_of_fake_devices_are_read_without_options_of_a_tpu(toy):
     config = toy.copy_and_resolve_references()
     config.xla_options = "xla_jf_bf16_propagation=true"
     mesh = make_mesh(**config.mesh)
-    assert _collectives(config, plan_architecture(config), mesh, None)["kinds"]
+    assert _collectives(config, plan_architecture(config), mesh, "")["kinds"]
 
 
 @pytest.mark.long

@@ -1,0 +1,162 @@
+"""The compiler's clock: seconds of a compiled TPU step, from libtpu's own `estimated_cycles`.
+
+It replays the schedule that the text of an executable is: one instruction after another, loops as
+often as they turn. docs/scale.md says how near it comes to published speeds.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable
+
+from sa_jax.parallel.hardware import Chip
+from sa_jax.planning.collectives import collective_kind, payload
+from sa_jax.planning.hlo import Instruction, Module, parse_module
+
+# Of the matrix units' peak, what a splash kernel reaches on the unmasked half of its scores; libtpu
+# does not estimate custom calls. See docs/scale.md for what it was fitted to.
+ATTENTION_SHARE = 0.5
+
+ASSUMPTIONS = (
+    "products, other fusions and copies take the cycles that libtpu estimates; it knows no stalls",
+    "a collective takes its bytes over one direction of one link in each dimension of the torus; "
+    "asynchronous ones run beside what is scheduled until their end is awaited",
+    f"splash attention reaches {100 * ATTENTION_SHARE:.0f} % of the matrix units' peak on half of "
+    "the scores; other custom calls, and prefetches into vector memory, take no time",
+)
+
+_CYCLES = re.compile(r'"estimated_cycles":"?(\d+)')
+_SPLASH = re.compile(r"splash_\w+?_(fwd|dq|dkv)")
+_PRODUCTS = {"convolution", "dot"}
+_MOVES = {"parameter", "copy", "transpose", "bitcast", "reshape"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Clock:
+    """Seconds of one step on one device; the kinds add up to the step.
+
+    Attributes:
+      products, attention, fusions, copies: computing. `fusions` is everything else that libtpu
+        estimates.
+      collectives: waiting for the links.
+      conditionals: how many were met; each takes the branch that its reader chose.
+    """
+
+    products: float = 0.0
+    attention: float = 0.0
+    fusions: float = 0.0
+    copies: float = 0.0
+    collectives: float = 0.0
+    conditionals: int = 0
+
+    @property
+    def step(self) -> float:
+        return self.products + self.attention + self.fusions + self.copies + self.collectives
+
+
+def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] = min) -> Clock:
+    """The clock of one execution.
+
+    Args:
+      hlo: text of a TPU executable (`compiled.as_text()`), which is scheduled.
+      chip: what it is compiled for.
+      branch: of the seconds of a conditional's branches, those that count: `max` or `min`.
+    """
+    module = parse_module(hlo)
+    spent = _replay(module, module.entry, chip, branch)
+    conditionals = round(spent.pop("conditionals", 0))
+    return Clock(**spent, conditionals=conditionals)
+
+
+def _replay(
+    module: Module, name: str, chip: Chip, branch: Callable[[Iterable[float]], float]
+) -> dict[str, float]:
+    """Seconds by kind of one execution of a computation."""
+    spent: dict[str, float] = collections.defaultdict(float)
+    now = links_free = 0.0
+    arrival: dict[str, float] = {}  # of asynchronous collectives, by the name of their start
+    for instruction in module.computations[name]:
+        opcode = instruction.opcode
+        within: dict[str, float] = {}
+        if opcode == "while":
+            turn = _replay(module, instruction.attribute("body"), chip, branch)
+            within = {kind: module.trips(instruction) * value for kind, value in turn.items()}
+        elif opcode == "conditional":
+            branches = [_replay(module, callee, chip, branch) for callee in instruction.callees()]
+            seconds = [sum(each.values()) for each in branches]
+            within = dict(branches[seconds.index(branch(seconds))])
+            within["conditionals"] = within.get("conditionals", 0) + 1
+        elif opcode == "call":
+            within = _replay(module, instruction.attribute("to_apply"), chip, branch)
+        elif sent := _sent(module, instruction):
+            links_free = max(now, links_free) + sent / link_bandwidth(chip)
+            if opcode.endswith("-start"):
+                arrival[instruction.name] = links_free
+            else:
+                within = {"collectives": links_free - now}
+        elif opcode.endswith("-done") and instruction.operand() in arrival:
+            within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
+        if kind := _kind(module, instruction):
+            within = {**within, kind: _seconds(instruction, chip)}
+        for kind, value in within.items():
+            spent[kind] += value
+            now += value if kind != "conditionals" else 0
+    return spent
+
+
+def link_bandwidth(chip: Chip) -> float:
+    """Bytes/s that a collective brings to a device: one direction of one link a dimension."""
+    return chip.torus * chip.link_bandwidth / chip.devices
+
+
+def _sent(module: Module, instruction: Instruction) -> float:
+    """Bytes that a device receives in a collective; 0 for what is none, and for a -done."""
+    inside = [instruction]
+    if instruction.opcode in ("fusion", "async-start"):
+        inside = module.computations.get(instruction.attribute("calls"), [])
+    total = 0.0
+    for each in inside:
+        if kind := collective_kind(each):
+            others = 1 - 1 / each.group_size() if kind != "collective-permute" else 1
+            total += payload(each) * others * (2 if kind == "all-reduce" else 1)
+    return total
+
+
+def _kind(module: Module, instruction: Instruction) -> str:
+    """The kind of what computes; '' of the rest."""
+    if instruction.opcode == "custom-call":
+        return "attention" if _SPLASH.match(instruction.name) else ""
+    if not _CYCLES.search(instruction.rest):
+        return ""
+    opcodes = _opcodes(module, instruction)
+    if opcodes & _PRODUCTS:
+        return "products"
+    return "copies" if opcodes <= _MOVES else "fusions"
+
+
+def _opcodes(module: Module, instruction: Instruction) -> set[str]:
+    """Of an instruction, or of all in its fusion."""
+    inside = module.computations.get(instruction.attribute("calls"))
+    if inside is None:
+        return {instruction.opcode}
+    return set().union(*(_opcodes(module, each) for each in inside))
+
+
+def _seconds(instruction: Instruction, chip: Chip) -> float:
+    if cycles := _CYCLES.search(instruction.rest):
+        return int(cycles[1]) / chip.clock_hz
+    return splash_flops(instruction) * chip.devices / (ATTENTION_SHARE * chip.flops)
+
+
+def splash_flops(call: Instruction) -> float:
+    """FLOPs of a splash kernel on the causal half of its scores; 0 for other custom calls."""
+    if not (kernel := _SPLASH.match(call.name)):
+        return 0.0
+    # Products over [S, S, head_dim]: scores and output; for dQ scores, dP and dQ; for dK and dV
+    # scores, dP, dK and dV. The first operand of rank four is the queries' [B, heads, S, head_dim].
+    products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel[1]]
+    shape = re.search(r"\[(\d+),(\d+),(\d+),(\d+)\]", call.rest)
+    assert shape is not None, call.rest[:200]
+    b, heads, s, h = map(int, shape.groups())
+    return products * math.prod((b, heads, s, s, h))

@@ -1,0 +1,96 @@
+"""Compiled programs as text (`compiled.as_text()`): computations, instructions, loops, bytes."""
+
+import dataclasses
+import math
+import re
+
+_ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_ITEM_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+# A shape's layout, `{1,0:T(8,128)}`, has no lower-case word before a parenthesis.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_CALLEES = re.compile(
+    r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """`name = shape opcode(rest`; `rest` holds the operands and the attributes."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    def attribute(self, key: str) -> str:
+        """The computation that an attribute names, `body=%body.1`; '' where there is none."""
+        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
+
+    def callees(self) -> list[str]:
+        """All computations that it names."""
+        named = (many or one for many, one in _CALLEES.findall(self.rest))
+        return [name.strip().lstrip("%") for names in named for name in names.split(",")]
+
+    def operand(self) -> str:
+        """The name of its first operand."""
+        match = re.match(r"(?:\S+ )?%?([\w.\-]+)", self.rest)
+        return match[1] if match else ""
+
+    def group_size(self) -> int:
+        """Devices that take part in one collective; 1 where the text does not say."""
+        if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
+            return int(groups[1])
+        if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest):
+            return groups[1].count(",") + 1
+        if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.rest):
+            sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
+            return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
+        return 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """Computations by name, in the order in which the text has their instructions."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def trips(self, instruction: Instruction) -> int:
+        """Turns of a while loop; 1 where the text does not say, and for other instructions."""
+        if known := _TRIPS.search(instruction.rest):
+            return int(known[1])
+        # TPU text does not say: a scan's condition is `counter < constant`.
+        limits = [
+            int(limit[1])
+            for other in self.computations.get(instruction.attribute("condition"), ())
+            if other.opcode == "constant" and other.shape.startswith(("s32[]", "u32[]"))
+            if (limit := re.match(r"(\d+)\)", other.rest))
+        ]
+        return limits[0] if len(limits) == 1 else 1
+
+
+def parse_module(hlo: str) -> Module:
+    """The module that a text describes; of a partitioned one, what one device runs."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, lines = "", []
+    for line in hlo.splitlines():
+        if head := _COMPUTATION.match(line):
+            lines = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif match := _INSTRUCTION.match(line):
+            lines.append(Instruction(*match.groups()))
+    return Module(computations, entry)
+
+
+def shape_bytes(text: str) -> list[int]:
+    """Bytes of each array shape in a text such as `(f32[8,128]{1,0}, u32[])`."""
+    return [
+        math.prod(int(size) for size in dimensions.split(",") if size) * _ITEM_BYTES.get(dtype, 0)
+        for dtype, dimensions in _SHAPE.findall(text)
+    ]

@@ -1,0 +1,108 @@
+"""The clock against sums by hand, on a text with a line or two of each kind."""
+
+import dataclasses
+
+import pytest
+
+from sa_jax.parallel.hardware import CHIPS
+from sa_jax.planning.clock import ATTENTION_SHARE, read_clock
+
+# Round numbers: a thousand cycles are a microsecond, and a million bytes arrive in one.
+CHIP = dataclasses.replace(
+    next(chip for chip in CHIPS if chip.name == "v5p"),
+    clock_hz=1e9,
+    link_bandwidth=1e12 / 3,
+    flops=1e15,
+)
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused.1 (a: bf16[8,8], b: bf16[8,8]) -> bf16[8,8] {
+  %inner = bf16[8,8]{1,0} fusion(%a), kind=kLoop, calls=%fused.2
+  ROOT %product = bf16[8,8]{1,0} convolution(%inner, %b), dim_labels=bf_io->bf
+}
+
+%fused.2 (a: bf16[8,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} parameter(0)
+  ROOT %turned = bf16[8,8]{1,0} transpose(%a), dimensions={1,0}
+}
+
+%fused.3 (a: bf16[8,8]) -> bf16[8,8] {
+  ROOT %twice = bf16[8,8]{1,0} add(%a, %a)
+}
+
+%inner_condition (p: (s32[])) -> pred[] {
+  %limit.1 = s32[]{:T(128)} constant(3)
+  ROOT %less.1 = pred[] compare(%counter, %limit.1), direction=LT
+}
+
+%inner_body (p: (s32[])) -> (s32[]) {
+  %moved = bf16[8,8]{1,0:T(8,128)(2,1)} copy(%x), backend_config={"estimated_cycles":"1000"}
+}
+
+%outer_condition (p: (s32[])) -> pred[] {
+  %limit.2 = s32[]{:T(128)} constant(5)
+  ROOT %less.2 = pred[] compare(%counter, %limit.2), direction=LT
+}
+
+%outer_body (p: (s32[])) -> (s32[]) {
+  %permute-start = (bf16[1000,1000]{1,0}, bf16[1000,1000]{1,0}, u32[], u32[]) \
+collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
+  %gather-start = (bf16[1000,500]{1,0}, bf16[1000,1000]{1,0}) all-gather-start(%x), \
+replica_groups={{0,1}}, dimensions={1}
+  %beside = bf16[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused.1, \
+backend_config={"estimated_cycles":"2500"}
+  %permute-done = bf16[1000,1000]{1,0} collective-permute-done(%permute-start)
+  %gather-done = bf16[1000,1000]{1,0} all-gather-done(%gather-start)
+  %turned = bf16[8,8]{1,0} fusion(%x), kind=kLoop, calls=%fused.2, \
+backend_config={"window_config":{"estimated_cycles":"10"}}
+  %while.2 = (s32[]) while(%tuple.2), condition=%inner_condition, body=%inner_body
+}
+
+%small (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %doubled.1 = bf16[8,8]{1,0} fusion(%p), kind=kLoop, calls=%fused.3, \
+backend_config={"estimated_cycles":"7000"}
+}
+
+%large (p: bf16[8,8]) -> bf16[8,8] {
+  ROOT %doubled.2 = bf16[8,8]{1,0} fusion(%p), kind=kLoop, calls=%fused.3, \
+backend_config={"estimated_cycles":"90000"}
+}
+
+ENTRY %main.2 (p: bf16[8,8]) -> bf16[8,8] {
+  %while.1 = (s32[]) while(%tuple.1), condition=%outer_condition, body=%outer_body
+  %reduce = f32[1000,250]{1,0} all-reduce(%z), replica_groups=[2,4]<=[8], to_apply=%add
+  %scatter = f32[1000,250]{1,0} reduce-scatter(%z), replica_groups=[2,4]<=[8], to_apply=%add
+  %splash_mha_fwd_residuals.1 = (f32[8]{0}, bf16[2,4,1000,100]{3,2,1,0}) custom-call(%i, %q), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, \
+bf16[2,4,1000,100]{3,2,1,0}}
+  %splash_mha_dkv_no_residuals.1 = (f32[8]{0}, bf16[2,4,1000,100]{3,2,1,0}) custom-call(%i, %q), \
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, \
+bf16[2,4,1000,100]{3,2,1,0}}
+  %bounds = s32[8]{0} custom-call(%i), custom_call_target="AssumeGatherIndicesInBound"
+  ROOT %either = bf16[8,8]{1,0} conditional(%flag, %p, %p), \
+branch_computations={%small, %large}
+}
+"""
+
+
+def test_every_kind_is_as_by_hand():
+    clock = read_clock(TEXT, CHIP)
+    assert clock.products == pytest.approx(5 * 2.5e-6)
+    assert clock.copies == pytest.approx(5 * (3 * 1e-6 + 0.01e-6))
+    assert clock.fusions == pytest.approx(7e-6)
+    # Two products forward and four for dK and dV, 2 x 4 heads, half of 1000 x 1000 scores.
+    flops = (2 + 4) * 2 * 8 * 1000**2 * 100 / 2
+    assert clock.attention == pytest.approx(flops / (1e15 * ATTENTION_SHARE))
+    # A turn: 2 MB permuted, then half of 2 MB gathered, beside a product of 2.5 us. An all-reduce
+    # of 1 MB sends 3/4 of it twice, a reduce-scatter of 4 x 1 MB 3/4 of it once.
+    assert clock.collectives == pytest.approx((5 * (2 + 1 - 2.5) + 2 * 0.75 + 3) * 1e-6)
+    assert clock.conditionals == 1
+    assert clock.step == pytest.approx(
+        clock.products + clock.attention + clock.fusions + clock.copies + clock.collectives
+    )
+
+
+def test_a_conditional_takes_the_branch_that_is_asked_for():
+    cheap, dear = read_clock(TEXT, CHIP), read_clock(TEXT, CHIP, branch=max)
+    assert dear.step - cheap.step == pytest.approx(83e-6)
