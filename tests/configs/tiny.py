@@ -7,8 +7,7 @@ def get_config(stage):
     config = default_config()
     config.dtype = "float32"
     config.remat = "none"
-    config.mesh.fsdp = 4
-    config.mesh.tensor = 2
+    config.mesh.fsdp = 2
     config.sequence_length = 128
     config.batch_size = 4
     config.steps = 20

