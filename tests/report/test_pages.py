@@ -110,8 +110,10 @@ def test_a_grid_is_counted_by_cell(grid):
     assert "up to 5 training seeds a cell" in page.text
     assert len(page.tables["Runs table"]) == 161
     assert len(list((index.parent / "runs").iterdir())) == 160
-    plots = sum(attributes.get("class") == "plot thin" for _, attributes in page.elements)
-    assert plots == 32 + 1  # a plot a cell, and the public curves beside ours
+    plots = [about["data-plot"] for _, about in page.elements if "data-plot" in about]
+    # A plot a cell, and beside their tables the public curves and ours, and the Pareto points.
+    assert sum(name.startswith("cell-") for name in plots) == 32
+    assert {name for name in plots if not name.startswith("cell-")} == {"published", "robustness"}
 
 
 def test_write_study_is_the_same_every_time(tmp_path, study, make_study):
