@@ -78,12 +78,12 @@ def _started(pid: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
-    """What the claims of a cell say.
+class LatestClaim:
+    """The newest claim of a cell.
 
     Attributes:
-      number: of the newest claim; 0 for none.
-      id: of the newest claim, which no other has; '' for none.
+      number: 0 for a cell that nobody has claimed.
+      id: which no other claim has; '' for none.
       owner: who holds it; None where that cannot be read (yet).
       record: what decided the cell's result when it was claimed.
       parents: cell -> id of the claim under which it was done, of those it was made from.
@@ -121,25 +121,25 @@ class Claims:
         self._folder = folder
         self.takeover_s = takeover_s
         self._me = Process.of(os.getpid())
-        self._heard: dict[str, tuple[tuple[int, int], float]] = {}  # (number, beat), our clock
+        self._last_beats: dict[str, tuple[tuple[int, int], float]] = {}  # (number, beat), our clock
 
     def folder(self, cell: str) -> Path:
         return self._folder / cell
 
-    def look(self, cell: str) -> Look:
+    def latest(self, cell: str) -> LatestClaim:
         folder = self.folder(cell)
         try:
             names = re.findall(r"^(\d{6})\.claim$", "\n".join(os.listdir(folder)), re.MULTILINE)
         except FileNotFoundError:
-            return Look()
+            return LatestClaim()
         if not names:
-            return Look()
+            return LatestClaim()
         number = int(max(names))
         claim = _read(folder / f"{number:06d}.claim", _CLAIM)
         owner = _process(claim.get("owner"))
         ended = folder / f"{number:06d}.end"
         outcome = _read(ended, _OUTCOME) if ended.exists() else None
-        return Look(
+        return LatestClaim(
             number,
             claim.get("id", ""),
             owner,
@@ -157,14 +157,14 @@ class Claims:
         except FileNotFoundError:
             beat = 0
         now = time.monotonic()
-        seen, since = self._heard.get(cell, (None, now))
+        seen, since = self._last_beats.get(cell, (None, now))
         if seen != (number, beat):
             since = now
-        self._heard[cell] = ((number, beat), since)
+        self._last_beats[cell] = ((number, beat), since)
         return now - since > self.takeover_s
 
     def take(
-        self, cell: str, look: Look, record: Mapping[str, Any], parents: Mapping[str, str]
+        self, cell: str, newest: LatestClaim, record: Mapping[str, Any], parents: Mapping[str, str]
     ) -> "Claim | None":
         """The claim after the one that was looked at; None where another process was faster.
 
@@ -172,7 +172,7 @@ class Claims:
         """
         folder = self.folder(cell)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{look.number + 1:06d}.claim"
+        path = folder / f"{newest.number + 1:06d}.claim"
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError:
@@ -181,7 +181,7 @@ class Claims:
             claim = {"id": secrets.token_hex(8), "owner": dataclasses.asdict(self._me)}
             json.dump(claim | {"record": record, "parents": parents}, file)
         kill_holder(folder)
-        return Claim(folder, look.number + 1)
+        return Claim(folder, newest.number + 1)
 
 
 class Claim:

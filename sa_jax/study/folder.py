@@ -13,7 +13,7 @@ from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained, parse_json
-from sa_jax.study.claims import Look
+from sa_jax.study.claims import LatestClaim
 from sa_jax.study.grid import Cell
 from sa_jax.training.run_record import RUN_FILE, config_difference
 
@@ -65,16 +65,18 @@ def open_folder(workdir: Path) -> None:
         )
 
 
-def gone(workdir: Path, cells: Sequence[Cell], looks: Mapping[str, Look]) -> dict[str, int]:
+def removed_outputs(
+    workdir: Path, cells: Sequence[Cell], latest: Mapping[str, LatestClaim]
+) -> dict[str, int]:
     """Cell -> number of its claim, of the cells that are done and whose folder was removed."""
     return {
-        cell.name: looks[cell.name].number
+        cell.name: latest[cell.name].number
         for cell in cells
-        if looks[cell.name].state == "done" and not _left_something(workdir, cell)
+        if latest[cell.name].state == "done" and not _has_output(workdir, cell)
     }
 
 
-def _left_something(workdir: Path, cell: Cell) -> bool:
+def _has_output(workdir: Path, cell: Cell) -> bool:
     """Whether the folder that a finished cell must have made is there."""
     folder = workdir / cell.name
     if cell.is_training:
@@ -88,29 +90,29 @@ def check_unchanged(
     workdir: Path,
     cells: Sequence[Cell],
     records: Mapping[str, Mapping[str, Any]],
-    looks: Mapping[str, Look],
-    gone: Mapping[str, int],
+    latest: Mapping[str, LatestClaim],
+    removed: Mapping[str, int],
 ) -> None:
     """UserError where cells were made under other settings, or from a parent that is to be made
     anew: which cells, and why."""
     stale: dict[str, str] = {}
     for cell in cells:
-        look = looks[cell.name]
-        if cell.run == "report" or not look.number or cell.name in gone:
+        newest = latest[cell.name]
+        if cell.run == "report" or not newest.number or cell.name in removed:
             continue
-        is_done = look.state == "done"
+        is_done = newest.state == "done"
         if not is_done and not (workdir / cell.name / RUN_FILE).exists():
             continue  # it left nothing
-        changes = config_difference(look.record or {}, records[cell.name])
+        changes = config_difference(newest.record or {}, records[cell.name])
         if changes:
             stale[cell.name] = "; ".join(changes[:4]) + (" ..." if changes[4:] else "")
             continue
-        for parent, made_from in look.parents.items():
+        for parent, made_from in newest.parents.items():
             if parent in stale:
                 stale[cell.name] = f"it was made from {parent}"
-            elif parent in gone:
+            elif parent in removed:
                 stale[cell.name] = f"it was made from {parent}, whose folder was removed"
-            elif parent in looks and looks[parent].id != made_from:
+            elif parent in latest and latest[parent].id != made_from:
                 stale[cell.name] = f"it was made from a {parent} that is no longer there"
     if stale:
         lines = [f"{name} ({why})" for name, why in stale.items()]

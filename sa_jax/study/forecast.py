@@ -18,7 +18,7 @@ from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import estimate_temporaries
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
-from sa_jax.study.claims import Look
+from sa_jax.study.claims import LatestClaim
 from sa_jax.study.commands import resolved
 from sa_jax.study.devices import visible_devices
 from sa_jax.study.grid import Cell
@@ -247,12 +247,14 @@ def _si(value: float) -> str:
     return f"{value:,.2f} T"
 
 
-def format_list(cells: Sequence[Cell], states: Mapping[str, str], looks: Mapping[str, Look]) -> str:
+def format_list(
+    cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
+) -> str:
     """A line a cell: state, name, and the time it took or what went wrong."""
     width = max(len(cell.name) for cell in cells)
     lines = []
     for cell in cells:
-        outcome = looks[cell.name].outcome or {}
+        outcome = latest[cell.name].outcome or {}
         took = outcome.get("seconds")
         said = outcome.get("line") or (seconds(took) if took is not None else "")
         lines.append(f"{states[cell.name]:8} {cell.name:{width}}  {said}".rstrip())

@@ -13,7 +13,7 @@ from absl import logging
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.study.claims import Look
+from sa_jax.study.claims import LatestClaim
 from sa_jax.study.folder import STATUS_FILE
 from sa_jax.study.grid import Cell
 from sa_jax.text import cut, one_line
@@ -31,11 +31,11 @@ class Progress:
         self._terminal = sys.stderr.isatty()
 
     def show(
-        self, states: Mapping[str, str], looks: Mapping[str, Look], logs: Mapping[str, Path]
+        self, states: Mapping[str, str], latest: Mapping[str, LatestClaim], logs: Mapping[str, Path]
     ) -> None:
         """`logs`: of the cells that this process runs."""
         counts = count(states)
-        eta = time_left(self._cells, states, looks)
+        eta = time_left(self._cells, states, latest)
         blocked = f"{counts['blocked']} blocked, " if counts["blocked"] else ""
         line = (
             f"{counts['done']} done, {counts['running']} running, {counts['failed']} failed, "
@@ -45,7 +45,7 @@ class Progress:
         now = time.monotonic()
         changed = line.rpartition(",")[0] != self._line.rpartition(",")[0]
         if changed or now - self._time > 10:
-            self._write_status(states, looks, counts, eta)
+            self._write_status(states, latest, counts, eta)
         if self._terminal:
             tail = "; ".join(f"{name}: {last_line(log)}" for name, log in logs.items())
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
@@ -70,7 +70,7 @@ class Progress:
     def _write_status(
         self,
         states: Mapping[str, str],
-        looks: Mapping[str, Look],
+        latest: Mapping[str, LatestClaim],
         counts: Mapping[str, int],
         eta: float,
     ) -> None:
@@ -78,7 +78,7 @@ class Progress:
             **counts,
             "seconds_left": round(eta) if math.isfinite(eta) else None,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "cells": {name: describe(name, states, looks) for name in states},
+            "cells": {name: describe(name, states, latest) for name in states},
         }
         try:
             atomic_write(self._workdir / STATUS_FILE, json.dumps(status, indent=1) + "\n")
@@ -98,24 +98,28 @@ def count(states: Mapping[str, str]) -> dict[str, int]:
     return counts | {"left": len(states) - sum(counts.values())}
 
 
-def describe(name: str, states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, object]:
+def describe(
+    name: str, states: Mapping[str, str], latest: Mapping[str, LatestClaim]
+) -> dict[str, object]:
     """A cell in status.json."""
     cell: dict[str, object] = {"state": states[name]}
-    look = looks[name]
-    if states[name] == "running" and look.owner is not None:
-        cell |= {"host": look.owner.host.split()[0], "pid": look.owner.pid}
-    if states[name] in ("done", "skipped", "failed") and look.outcome is not None:
+    newest = latest[name]
+    if states[name] == "running" and newest.owner is not None:
+        cell |= {"host": newest.owner.host.split()[0], "pid": newest.owner.pid}
+    if states[name] in ("done", "skipped", "failed") and newest.outcome is not None:
         kept = ("line", "log", "seconds")
-        cell |= {key: look.outcome[key] for key in kept if look.outcome.get(key)}
+        cell |= {key: newest.outcome[key] for key in kept if newest.outcome.get(key)}
     return cell
 
 
-def time_left(cells: Sequence[Cell], states: Mapping[str, str], looks: Mapping[str, Look]) -> float:
+def time_left(
+    cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
+) -> float:
     """Seconds until all is done, from the mean of what each stage's cells took; of a stage without
     one that is done, from all. Infinite before the first is."""
     took: dict[str, list[float]] = {}
     for cell in cells:
-        outcome = looks[cell.name].outcome
+        outcome = latest[cell.name].outcome
         if states[cell.name] == "done" and outcome is not None:
             took.setdefault(cell.stage.name, []).append(float(outcome.get("seconds", 0)))
     everything = [s for of_stage in took.values() for s in of_stage]

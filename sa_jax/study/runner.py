@@ -15,7 +15,7 @@ from typing import Any
 from sa_jax.errors import Preempted, UserError
 from sa_jax.files import explained, parse_json
 from sa_jax.study import commands, folder
-from sa_jax.study.claims import Claim, Claims, Look
+from sa_jax.study.claims import Claim, Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Cell
 from sa_jax.study.processes import BUSY, Server
@@ -28,26 +28,26 @@ _BUSY_WAIT_S = 30.0  # before a cell is tried again in whose folder another host
 
 
 def states_of(
-    cells: Sequence[Cell], looks: Mapping[str, Look], void: Mapping[str, int]
+    cells: Sequence[Cell], latest: Mapping[str, LatestClaim], void: Mapping[str, int]
 ) -> dict[str, str]:
     """The state of every cell: done, skipped, failed, running, ready, waiting, or blocked by a cell
     that failed.
 
     Args:
       cells: parents first.
-      looks: at their claims.
+      latest: cell -> its newest claim.
       void: cell -> number of a claim whose outcome does not count: it failed before this worker
-        began, or what it made is gone.
+        began, or its output was removed.
     """
     states: dict[str, str] = {}
     for cell in cells:
-        look = looks[cell.name]
-        is_void = look.number == void.get(cell.name)
+        newest = latest[cell.name]
+        is_void = newest.number == void.get(cell.name)
         parents = [states[name] for name in cell.parents]
         if cell.run == "report":
-            states[cell.name] = _report_state(look, states, looks, is_void)
-        elif look.state == "running" or (look.state in (*DONE, "failed") and not is_void):
-            states[cell.name] = look.state
+            states[cell.name] = _report_state(newest, states, latest, is_void)
+        elif newest.state == "running" or (newest.state in (*DONE, "failed") and not is_void):
+            states[cell.name] = newest.state
         elif any(state in ("failed", "blocked") for state in parents):
             states[cell.name] = "blocked"
         elif any(state == "skipped" for state in parents):
@@ -58,22 +58,22 @@ def states_of(
 
 
 def _report_state(
-    look: Look, states: Mapping[str, str], looks: Mapping[str, Look], is_void: bool
+    newest: LatestClaim, states: Mapping[str, str], latest: Mapping[str, LatestClaim], is_void: bool
 ) -> str:
     """A report is of what there is: it waits for all, but not for what failed; and is made again
     when a cell has been done since."""
-    if look.state == "running":
+    if newest.state == "running":
         return "running"
     if any(state not in ENDED for state in states.values()):
         return "waiting"
-    if look.state == "failed" and not is_void:
+    if newest.state == "failed" and not is_void:
         return "failed"
-    is_new = look.parents != _done_ids(states, looks)
-    return "done" if look.state == "done" and not (is_new or is_void) else "ready"
+    is_new = newest.parents != _done_ids(states, latest)
+    return "done" if newest.state == "done" and not (is_new or is_void) else "ready"
 
 
-def _done_ids(states: Mapping[str, str], looks: Mapping[str, Look]) -> dict[str, str]:
-    return {name: looks[name].id for name, state in states.items() if state == "done"}
+def _done_ids(states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> dict[str, str]:
+    return {name: latest[name].id for name, state in states.items() if state == "done"}
 
 
 @dataclasses.dataclass
@@ -98,53 +98,53 @@ class Worker:
         server: Server,
         slots: Sequence[Slot],
         launch: Sequence[str] = (),
-        gone: Mapping[str, int] = MappingProxyType({}),
+        removed: Mapping[str, int] = MappingProxyType({}),
     ):
-        """`gone`: see `folder.gone`."""
+        """`removed`: see `folder.removed_outputs`."""
         self._cells, self._records, self._chosen = cells, records, chosen
         self._workdir, self._claims, self._server = workdir, claims, server
         self._free = list(slots)
-        self._launch, self._void = launch, dict(gone)
+        self._launch, self._void = launch, dict(removed)
         self._running: dict[str, _Running] = {}
         self._not_before: dict[str, float] = {}
-        self._final: dict[str, Look] = {}  # looks that cannot change any more
+        self._final: dict[str, LatestClaim] = {}  # claims that cannot change any more
         self._progress = Progress(workdir, cells)
-        self._takeover_s, self._beaten = claims.takeover_s, 0.0
+        self._takeover_s, self._last_beat = claims.takeover_s, 0.0
 
     def run(self, stop: "Stop") -> None:
         """Until nothing is left to do for the chosen cells; raises as `study.run_study` does."""
         with explained(self._workdir, "reading the claims of its cells"):
-            looks = self._look()
-        self._void |= {n: looks[n].number for n in self._chosen if looks[n].state == "failed"}
-        asked, trouble_since = False, math.inf
+            latest = self._latest_claims()
+        self._void |= {n: latest[n].number for n in self._chosen if latest[n].state == "failed"}
+        stopping, trouble_since = False, math.inf
         while True:
-            if stop.requested and not asked:
+            if stop.requested and not stopping:
                 self._ask_to_stop()
-                asked = True
-            if stop.insists:
+                stopping = True
+            if stop.repeated:
                 raise KeyboardInterrupt
             try:
                 self._beat()
-                self._poll(asked)
-                looks = self._look()
-                states = states_of(self._cells, looks, self._void)
-                if not self._running and (asked or not self._has_work(states)):
+                self._poll(stopping)
+                latest = self._latest_claims()
+                states = states_of(self._cells, latest, self._void)
+                if not self._running and (stopping or not self._has_work(states)):
                     break
-                if not asked:
-                    self._start(states, looks)
+                if not stopping:
+                    self._start(states, latest)
                 trouble_since = math.inf
             except OSError as error:  # of a network file system, most often, and it passes
                 trouble_since = self._wait_out(error, trouble_since)
                 continue
             shown = states | dict.fromkeys(self._running, "running")
-            self._progress.show(shown, looks, {n: r.claim.log for n, r in self._running.items()})
+            self._progress.show(shown, latest, {n: r.claim.log for n, r in self._running.items()})
             # Looking at a thousand cells on a network file system takes its time.
             time.sleep(max(_POLL_S, 0.003 * (len(self._cells) - len(self._final))))
-        self._progress.show(states, looks, {})
+        self._progress.show(states, latest, {})
         self._progress.end()
-        if asked:
+        if stopping:
             raise Preempted("the cells have stopped; run again to go on")
-        self._finish(states, looks)
+        self._finish(states, latest)
 
     def _wait_out(self, error: OSError, since: float) -> float:
         """Says that the folder cannot be used and waits a moment; returns since when it is so.
@@ -164,15 +164,15 @@ class Worker:
         time.sleep(_POLL_S)
         return since
 
-    def _look(self) -> dict[str, Look]:
-        looks = {}
+    def _latest_claims(self) -> dict[str, LatestClaim]:
+        latest = {}
         for cell in self._cells:
-            look = self._final.get(cell.name) or self._claims.look(cell.name)
-            is_void = look.number == self._void.get(cell.name)
-            if look.state in DONE and cell.run != "report" and not is_void:
-                self._final[cell.name] = look
-            looks[cell.name] = look
-        return looks
+            newest = self._final.get(cell.name) or self._claims.latest(cell.name)
+            is_void = newest.number == self._void.get(cell.name)
+            if newest.state in DONE and cell.run != "report" and not is_void:
+                self._final[cell.name] = newest
+            latest[cell.name] = newest
+        return latest
 
     def _has_work(self, states: Mapping[str, str]) -> bool:
         """Whether a chosen cell is ready, or waits for one that is chosen or that others run."""
@@ -186,7 +186,7 @@ class Worker:
                 coming[cell.name] = cell.name in self._chosen and all(coming[n] for n in before)
         return any(coming[name] and states[name] not in ENDED for name in self._chosen)
 
-    def _start(self, states: Mapping[str, str], looks: Mapping[str, Look]) -> None:
+    def _start(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
         for cell in self._cells:
             name = cell.name
             if not self._free:
@@ -195,11 +195,11 @@ class Worker:
                 continue
             if time.monotonic() < self._not_before.get(name, 0):
                 continue
-            parents = {parent: looks[parent].id for parent in cell.parents}
+            parents = {parent: latest[parent].id for parent in cell.parents}
             if cell.run == "report":
                 others = {n: s for n, s in states.items() if n != name}
-                parents = _done_ids(others, looks)
-            claim = self._claims.take(name, looks[name], self._records[name], parents)
+                parents = _done_ids(others, latest)
+            claim = self._claims.take(name, latest[name], self._records[name], parents)
             if claim is None:
                 continue  # another worker was faster
             if reason := self._reason_to_skip(cell):
@@ -229,9 +229,9 @@ class Worker:
     def _beat(self) -> None:
         """Heartbeats; and the end of cells that others have taken over while this was paused."""
         now = time.monotonic()
-        if now - self._beaten < self._takeover_s / 10:
+        if now - self._last_beat < self._takeover_s / 10:
             return
-        self._beaten = now
+        self._last_beat = now
         for name, running in list(self._running.items()):
             if running.claim.is_lost():
                 with contextlib.suppress(ProcessLookupError):
@@ -241,7 +241,7 @@ class Worker:
             else:
                 running.claim.beat()
 
-    def _poll(self, asked: bool) -> None:
+    def _poll(self, stopping: bool) -> None:
         for name, running in list(self._running.items()):
             status = self._server.poll(running.pid)
             if status is None:
@@ -250,7 +250,7 @@ class Worker:
             outcome = {"seconds": took, "log": str(running.claim.log), "exit": status}
             if status == 0:
                 outcome["state"] = "done"
-            elif status == PREEMPTED or (asked and status in (-signal.SIGTERM, 130)):
+            elif status == PREEMPTED or (stopping and status in (-signal.SIGTERM, 130)):
                 outcome["state"] = "stopped"
             elif status == BUSY:
                 outcome["state"] = "stopped"
@@ -272,14 +272,14 @@ class Worker:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(running.pid, signal.SIGTERM)
 
-    def _finish(self, states: Mapping[str, str], looks: Mapping[str, Look]) -> None:
+    def _finish(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
         """The list of what failed, and exit status 1."""
         failed = [n for n in states if n in self._chosen and states[n] == "failed"]
         blocked = [
             n for n in states if n in self._chosen and states[n] not in (*DONE, "failed", "running")
         ]
         for name in failed:
-            outcome = looks[name].outcome or {}
+            outcome = latest[name].outcome or {}
             self._progress.say(
                 f"failed   {name}: {outcome.get('line')} (log: {outcome.get('log')})"
             )
@@ -307,10 +307,10 @@ def last_triggered_rate(run: Path) -> float | None:
 
 
 class Stop:
-    """SIGTERM and SIGINT as a flag; the second one insists."""
+    """SIGTERM and SIGINT as flags: one that came, and a Ctrl-C after it."""
 
     def __init__(self) -> None:
-        self.requested = self.insists = False
+        self.requested = self.repeated = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -323,5 +323,5 @@ class Stop:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.insists = self.requested and number == signal.SIGINT
+        self.repeated = self.requested and number == signal.SIGINT
         self.requested = True

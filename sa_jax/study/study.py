@@ -58,9 +58,9 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
     records = {cell.name: commands.record(cell) for cell in cells}
     claims = Claims(workdir / folder.CLAIMS_FOLDER, options.takeover_s)
     with explained(workdir, "reading the claims of its cells"):
-        looks = {cell.name: claims.look(cell.name) for cell in cells}
-        gone = folder.gone(workdir, cells, looks)
-        folder.check_unchanged(workdir, cells, records, looks, gone)
+        latest = {cell.name: claims.latest(cell.name) for cell in cells}
+        removed = folder.removed_outputs(workdir, cells, latest)
+        folder.check_unchanged(workdir, cells, records, latest, removed)
     names = choose(cells, options.only, options.shard)
     chosen = [cell for cell in cells if cell.name in names]
     forecaster = Forecaster(cells, None if options.launch else local_devices(options.workers))
@@ -68,9 +68,9 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         forecaster.check_fits(cell)
 
     if options.list or options.dry_run:
-        states = states_of(cells, looks, gone)
+        states = states_of(cells, latest, removed)
         if options.list:
-            print(format_list(chosen, states, looks))
+            print(format_list(chosen, states, latest))
         else:
             forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
             print(format_forecast(chosen, forecasts, states))
@@ -78,7 +78,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         files, submit = emit(options.emit, chosen, workdir, list(config_flags(sys.argv[1:])))
         print(*files, f"submit: {submit}", sep="\n")
     else:
-        _run(cells, records, names, workdir, claims, gone, options)
+        _run(cells, records, names, workdir, claims, removed, options)
 
 
 def _run(
@@ -87,7 +87,7 @@ def _run(
     chosen: set[str],
     workdir: Path,
     claims: Claims,
-    gone: Mapping[str, int],
+    removed: Mapping[str, int],
     options: Options,
 ) -> None:
     slots = divide(options.workers)
@@ -97,7 +97,7 @@ def _run(
     folder.open_folder(workdir)
     with Stop() as stop, contextlib.closing(Server()) as server:
         worker = Worker(
-            cells, records, chosen, workdir, claims, server, slots, options.launch, gone
+            cells, records, chosen, workdir, claims, server, slots, options.launch, removed
         )
         worker.run(stop)
 

@@ -17,8 +17,8 @@ def claims(tmp_path):
     return Claims(tmp_path, takeover_s=60)
 
 
-def take(claims, cell="a", look=None):
-    return claims.take(cell, look or claims.look(cell), {"x": 1}, {})
+def take(claims, cell="a", newest=None):
+    return claims.take(cell, newest or claims.latest(cell), {"x": 1}, {})
 
 
 def sleeper():
@@ -26,20 +26,20 @@ def sleeper():
 
 
 def test_a_claim_is_taken_once_and_ends_with_its_outcome(claims):
-    assert claims.look("a").state == "new"
+    assert claims.latest("a").state == "new"
     claim = take(claims)
-    look = claims.look("a")
-    assert (look.state, look.is_free, look.record) == ("running", False, {"x": 1})
-    assert look.owner == Process.of(os.getpid())
+    newest = claims.latest("a")
+    assert (newest.state, newest.is_free, newest.record) == ("running", False, {"x": 1})
+    assert newest.owner == Process.of(os.getpid())
     assert claim.end({"state": "done"})
-    assert (claims.look("a").state, claims.look("a").is_free) == ("done", True)
+    assert (claims.latest("a").state, claims.latest("a").is_free) == ("done", True)
 
 
 def _race(folder, ready, wins):
     claims = Claims(folder, 60)
-    look = claims.look("a")
+    newest = claims.latest("a")
     ready.wait()
-    if claims.take("a", look, {}, {}):
+    if claims.take("a", newest, {}, {}):
         wins.append(os.getpid())
 
 
@@ -66,10 +66,10 @@ def test_a_dead_owner_loses_its_cell_at_once(claims, tmp_path):
     process = sleeper()
     claim["owner"] = Process.of(process.pid).__dict__
     file.write_text(json.dumps(claim))
-    assert claims.look("a").state == "running"
+    assert claims.latest("a").state == "running"
     process.kill()
     process.wait()
-    assert (claims.look("a").state, claims.look("a").is_free) == ("lost", True)
+    assert (claims.latest("a").state, claims.latest("a").is_free) == ("lost", True)
 
 
 def test_an_owner_on_another_host_loses_its_cell_when_it_is_silent(tmp_path):
@@ -84,15 +84,15 @@ def test_an_owner_on_another_host_loses_its_cell_when_it_is_silent(tmp_path):
     for _ in range(6):
         beat += 0.1
         os.utime(file, (beat, beat))
-        assert claims.look("a").state == "running"
+        assert claims.latest("a").state == "running"
         time.sleep(0.1)
     time.sleep(0.5)
-    assert claims.look("a").state == "lost"
+    assert claims.latest("a").state == "lost"
     # The one that takes it over is told from the one that wakes up later.
     second = take(claims)
     assert claim.is_lost() and not second.is_lost()
     assert not claim.end({"state": "done"})
-    assert claims.look("a").state == "running"
+    assert claims.latest("a").state == "running"
     assert second.end({"state": "done"})
     assert sorted(p.name for p in (tmp_path / "a").glob("*.end")) == ["000002.end"]
 
@@ -100,7 +100,7 @@ def test_an_owner_on_another_host_loses_its_cell_when_it_is_silent(tmp_path):
 def test_a_claim_that_is_being_written_is_not_free(claims, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/000001.claim").touch()
-    assert claims.look("a").state == "running"
+    assert claims.latest("a").state == "running"
 
 
 def _hold(folder):
@@ -118,7 +118,7 @@ def test_who_takes_over_kills_the_process_that_still_works_on_the_cell(claims, t
     while not (tmp_path / "a/held").exists():
         time.sleep(0.02)
     os.kill(worker.pid, 19)  # SIGSTOP: it cannot even see that it is to end
-    assert take(claims, look=claims.look("a")) is not None
+    assert take(claims, newest=claims.latest("a")) is not None
     worker.join(10)
     assert worker.exitcode == -9
     lock = hold_lock(tmp_path / "a")

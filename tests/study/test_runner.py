@@ -173,8 +173,8 @@ def test_three_workers_of_which_one_is_killed_and_one_paused(zygote, toy_world, 
         """The cell that a worker has claimed and not ended."""
         claims = Claims(runs / "cells", 1e6)
         for cell in cells:
-            look = claims.look(cell)
-            if look.state == "running" and look.owner and look.owner.pid == worker.pid:
+            newest = claims.latest(cell)
+            if newest.state == "running" and newest.owner and newest.owner.pid == worker.pid:
                 return cell
         return None
 

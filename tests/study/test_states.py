@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.errors import UserError
 from sa_jax.study import folder, grid
-from sa_jax.study.claims import Claims, Look
+from sa_jax.study.claims import Claims, LatestClaim
 from sa_jax.study.grid import Stage
 from sa_jax.study.progress import Progress, count, time_left
 from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
@@ -28,16 +28,20 @@ def cells():
 
 
 def ended(state, number=1, parents=(), **outcome):
-    return Look(number, f"id{number}", None, {}, dict(parents), {"state": state, **outcome}, True)
+    return LatestClaim(
+        number, f"id{number}", None, {}, dict(parents), {"state": state, **outcome}, True
+    )
 
 
-RUNNING = Look(1, "id1", None, {}, {}, None, False)
-LOST = Look(1, "id1", None, {}, {}, None, True)
+RUNNING = LatestClaim(1, "id1", None, {}, {}, None, False)
+LOST = LatestClaim(1, "id1", None, {}, {}, None, True)
 
 
-def states(void=(), **looks):
-    looks = {name.replace("__", "/"): look for name, look in looks.items()}
-    found = states_of(cells(), {c.name: looks.get(c.name, Look()) for c in cells()}, dict(void))
+def states(void=(), **latest):
+    latest = {name.replace("__", "/"): newest for name, newest in latest.items()}
+    found = states_of(
+        cells(), {c.name: latest.get(c.name, LatestClaim()) for c in cells()}, dict(void)
+    )
     return list(found.values())
 
 
@@ -50,17 +54,17 @@ def test_a_cell_is_ready_when_its_parents_are_done():
 
 def test_descendants_of_a_failure_are_blocked_and_the_report_is_made_all_the_same():
     done = ended("done")
-    looks = {"data": done, "insertion__a": ended("failed"), "insertion__b": done}
-    assert states(**looks)[1:] == ["failed", "done", "blocked", "ready", "waiting"]
-    looks["probe__b"] = done
-    assert states(**looks)[3:] == ["blocked", "done", "ready"]
+    latest = {"data": done, "insertion__a": ended("failed"), "insertion__b": done}
+    assert states(**latest)[1:] == ["failed", "done", "blocked", "ready", "waiting"]
+    latest["probe__b"] = done
+    assert states(**latest)[3:] == ["blocked", "done", "ready"]
     made = {"data": "id1", "insertion/b": "id1", "probe/b": "id1"}
-    assert states(**looks, report=ended("done", parents=made))[-1] == "done"
+    assert states(**latest, report=ended("done", parents=made))[-1] == "done"
     # Once more has been done since, it is made again.
-    looks["insertion__a"] = done
-    assert states(**looks, report=ended("done", parents=made))[-3:] == ["ready", "done", "waiting"]
-    looks["probe__a"] = done
-    assert states(**looks, report=ended("done", parents=made))[-1] == "ready"
+    latest["insertion__a"] = done
+    assert states(**latest, report=ended("done", parents=made))[-3:] == ["ready", "done", "waiting"]
+    latest["probe__a"] = done
+    assert states(**latest, report=ended("done", parents=made))[-1] == "ready"
 
 
 def test_what_had_failed_before_is_tried_once():
@@ -70,21 +74,21 @@ def test_what_had_failed_before_is_tried_once():
 
 
 def test_a_done_cell_whose_folder_was_removed_is_made_again(tmp_path):
-    looks = {c.name: Look() for c in cells()} | {"data": ended("done")}
-    assert folder.gone(tmp_path, cells(), looks) == {"data": 1}
+    latest = {c.name: LatestClaim() for c in cells()} | {"data": ended("done")}
+    assert folder.removed_outputs(tmp_path, cells(), latest) == {"data": 1}
     assert states(void={"data": 1}, data=ended("done"))[:2] == ["ready", "waiting"]
     assert states(void={"data": 1}, data=ended("done", number=2))[:2] == ["done", "ready"]
     # A cell that was made from it says so, before anything runs.
-    looks["insertion/a"] = ended("done", parents={"data": "id1"})
+    latest["insertion/a"] = ended("done", parents={"data": "id1"})
     (tmp_path / "insertion/a").mkdir(parents=True)
     (tmp_path / "insertion/a/run.json").write_text("{}")
-    gone = folder.gone(tmp_path, cells(), looks)
+    removed = folder.removed_outputs(tmp_path, cells(), latest)
     records = {c.name: {} for c in cells()}
     with pytest.raises(UserError, match=r"insertion/a \(it was made from data, whose folder was"):
-        folder.check_unchanged(tmp_path, cells(), records, looks, gone)
+        folder.check_unchanged(tmp_path, cells(), records, latest, removed)
     (tmp_path / "data").mkdir()
-    assert folder.gone(tmp_path, cells(), looks) == {}
-    folder.check_unchanged(tmp_path, cells(), records, looks, {})
+    assert folder.removed_outputs(tmp_path, cells(), latest) == {}
+    folder.check_unchanged(tmp_path, cells(), records, latest, {})
 
 
 def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
@@ -102,14 +106,14 @@ class Trouble(Claims):
 
     def fail(self, times):
         self.left = [False, *[True] * times]
-        self.claim = self.take("data", Look(), {}, {})
+        self.claim = self.take("data", LatestClaim(), {}, {})
 
-    def look(self, cell):
+    def latest(self, cell):
         if not self.left:
             self.claim.end({"state": "done"})
         elif self.left.pop(0):
             raise OSError(errno.ESTALE, "Stale file handle")
-        return super().look(cell)
+        return super().latest(cell)
 
 
 def test_a_worker_outlives_a_file_system_that_fails_for_a_moment(tmp_path, caplog):
@@ -134,15 +138,15 @@ def test_a_status_that_cannot_be_written_ends_nothing(tmp_path, caplog):
     caplog.set_level("INFO", logger="absl")
     (tmp_path / "status.json").mkdir()
     progress = Progress(tmp_path, cells())
-    looks = {c.name: Look() for c in cells()}
+    latest = {c.name: LatestClaim() for c in cells()}
     for _ in range(2):
-        progress.show(states_of(cells(), looks, {}), looks, {})
+        progress.show(states_of(cells(), latest, {}), latest, {})
         progress._line = ""
     assert caplog.text.count("status.json cannot be written") == 1
 
 
 def test_a_claim_that_someone_removed_is_lost(tmp_path):
-    claim = Claims(tmp_path, takeover_s=60).take("a", Look(), {}, {})
+    claim = Claims(tmp_path, takeover_s=60).take("a", LatestClaim(), {}, {})
     assert not claim.is_lost()
     claim.log.with_suffix(".claim").unlink()
     assert claim.is_lost() and not claim.end({"state": "done"})
@@ -166,11 +170,11 @@ def test_the_rate_that_decides_on_a_probe_is_the_last_evals(tmp_path):
 
 
 def test_the_time_left_is_what_the_stages_cells_took():
-    looks = {c.name: Look() for c in cells()}
-    looks["data"], looks["insertion/a"] = ended("done", seconds=10), ended("done", seconds=100)
-    found = states_of(cells(), looks, {})
+    latest = {c.name: LatestClaim() for c in cells()}
+    latest["data"], latest["insertion/a"] = ended("done", seconds=10), ended("done", seconds=100)
+    by_cell = states_of(cells(), latest, {})
     # One more insertion, and three of stages that nothing is known of: the mean of all.
-    assert time_left(cells(), found, looks) == 100 + 3 * 55
+    assert time_left(cells(), by_cell, latest) == 100 + 3 * 55
 
 
 def test_shards_are_all_cells_together_and_each_can_run_alone():
