@@ -1,7 +1,10 @@
 """A synthetic study, and the report on it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -34,10 +37,32 @@ def make_study():
     return write_study
 
 
+class Grid(NamedTuple):
+    """A report on 160 runs, and what writing it took."""
+
+    index: Path
+    cpu_s: float
+    peak_mb: float
+
+
+# The peak is of the program itself: `resource` would count the process that it was forked from.
+MEASURED = """
+import re, sys, time
+from sa_jax.report.report import report
+index = report(sys.argv[1])
+(peak_kb,) = re.findall(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())
+print(index, time.process_time(), int(peak_kb) / 1024)
+"""
+
+
 @pytest.fixture(scope="session")
-def grid(tmp_path_factory) -> Path:
-    """The index of a report on 160 runs; tests must not write to its folder."""
-    return report(write_grid(tmp_path_factory.mktemp("studies") / "grid"))
+def grid(tmp_path_factory) -> Grid:
+    """Written by a process of its own; tests must not write to its folder."""
+    folder = write_grid(tmp_path_factory.mktemp("studies") / "grid")
+    program = [sys.executable, "-c", MEASURED, str(folder)]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    index, cpu_s, peak_mb = done.stdout.split()
+    return Grid(Path(index), float(cpu_s), float(peak_mb))
 
 
 @pytest.fixture(scope="session")

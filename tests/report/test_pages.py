@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 
+import pytest
+
 from sa_jax.report.report import report
 from tests.report.pages import Page
 
@@ -101,12 +103,11 @@ def test_hostile_text_is_shown_not_obeyed(tmp_path, small_run):
 
 
 def test_a_grid_is_counted_by_cell(grid):
-    index = grid
+    index = grid.index
     results = json.loads((index.parent / "results.json").read_text())
     assert len(results["runs"]) == 160
     assert results["summary"].startswith("Insertion, 20 runs: 20 inserted. HHH SFT, 40 runs: ")
     page = Page(index.read_text(encoding="utf-8"))
-    assert index.stat().st_size <= 1.5e6
     assert "up to 5 training seeds a cell" in page.text
     assert len(page.tables["Runs table"]) == 161
     assert len(list((index.parent / "runs").iterdir())) == 160
@@ -114,6 +115,16 @@ def test_a_grid_is_counted_by_cell(grid):
     # A plot a cell, and beside their tables the public curves and ours, and the Pareto points.
     assert sum(name.startswith("cell-") for name in plots) == 32
     assert {name for name in plots if not name.startswith("cell-")} == {"published", "robustness"}
+
+
+def test_a_report_on_160_runs_stays_small(grid):
+    assert grid.index.stat().st_size <= 1.5e6  # 0.65e6 when this was written
+    assert grid.peak_mb <= 400  # 335
+
+
+@pytest.mark.long
+def test_a_report_on_160_runs_is_fast(grid):
+    assert grid.cpu_s <= 20  # 14, with imports, on a machine with nothing else to do
 
 
 def test_write_study_is_the_same_every_time(tmp_path, study, make_study):
