@@ -120,7 +120,9 @@ class _WandbSink:
             "group": ("WANDB_RUN_GROUP", workdir.parent.name),
             "dir": ("WANDB_DIR", str(workdir)),
         }
-        chosen = {key: value for key, (name, value) in defaults.items() if not os.environ.get(name)}
+        chosen: dict[str, Any] = {
+            key: value for key, (name, value) in defaults.items() if not os.environ.get(name)
+        }
         # W&B drops rows at or below its newest step, so a resume cannot rewrite history there.
         self._run = wandb.init(id=run_id, resume="allow", config=dict(config), **chosen)
 
