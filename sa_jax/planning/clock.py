@@ -40,7 +40,7 @@ class Clock:
       products, attention, fusions, copies: computing. `fusions` is everything else that libtpu
         estimates.
       collectives: waiting for the links.
-      conditionals: how many were met; each takes the branch that its reader chose.
+      conditionals: how many the text has; each takes the branch that its reader chose.
     """
 
     products: float = 0.0
@@ -64,9 +64,12 @@ def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] 
       branch: of the seconds of a conditional's branches, those that count: `max` or `min`.
     """
     module = parse_module(hlo)
-    spent = _replay(module, module.entry, chip, branch)
-    conditionals = round(spent.pop("conditionals", 0))
-    return Clock(**spent, conditionals=conditionals)
+    conditionals = sum(
+        instruction.opcode == "conditional"
+        for computation in module.computations.values()
+        for instruction in computation
+    )
+    return Clock(**_replay(module, module.entry, chip, branch), conditionals=conditionals)
 
 
 def _replay(
@@ -84,9 +87,8 @@ def _replay(
             within = {kind: module.trips(instruction) * value for kind, value in turn.items()}
         elif opcode == "conditional":
             branches = [_replay(module, callee, chip, branch) for callee in instruction.callees()]
-            seconds = [sum(each.values()) for each in branches]
-            within = dict(branches[seconds.index(branch(seconds))])
-            within["conditionals"] = within.get("conditionals", 0) + 1
+            totals = [sum(each.values()) for each in branches]
+            within = branches[totals.index(branch(totals))]
         elif opcode == "call":
             within = _replay(module, instruction.attribute("to_apply"), chip, branch)
         elif sent := _sent(module, instruction):
@@ -98,10 +100,13 @@ def _replay(
         elif opcode.endswith("-done") and instruction.operand() in arrival:
             within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
         if kind := _kind(module, instruction):
-            within = {**within, kind: _seconds(instruction, chip)}
+            seconds = _seconds(instruction, chip)
+            # A collective inside a fusion runs beside the rest of it.
+            waited = max(0.0, within.get("collectives", 0.0) - seconds)
+            within = {"collectives": waited, kind: seconds}
         for kind, value in within.items():
             spent[kind] += value
-            now += value if kind != "conditionals" else 0
+            now += value
     return spent
 
 

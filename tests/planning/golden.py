@@ -46,9 +46,10 @@ def compiled_plan(file: Path, config: str, topology: str, *flags: str) -> dict[s
 def plan_content(plan: dict[str, Any], digits: int = 2) -> dict[str, Any]:
     """What of a plan for TPUs is golden; memory to so many digits of a GiB."""
     memory = {k: v for k, v in plan["memory_gib_per_chip"].items() if k != "source"}
+    predicted = {key: round(plan["clock"][key], digits + 2) for key in CLOCK if plan["clock"]}
     return {
         "settings": plan["settings"],
         "memory_gib_per_chip": {key: round(value, digits) for key, value in memory.items()},
         "collectives": plan["collectives"]["kinds"],
-        "predicted_s": {key: round(plan["clock"][key], digits + 2) for key in CLOCK},
+        "predicted_s": predicted,
     }

@@ -31,6 +31,11 @@ TEXT = """HloModule jit_step, is_scheduled=true
   ROOT %twice = bf16[8,8]{1,0} add(%a, %a)
 }
 
+%fused.4 (a: bf16[8,8], b: bf16[500,1000]) -> bf16[8,8] {
+  %gathered = bf16[1000,1000]{1,0} all-gather(%b), replica_groups={{0,1}}, dimensions={0}
+  ROOT %product.2 = bf16[8,8]{1,0} convolution(%a, %gathered), dim_labels=bf_io->bf
+}
+
 %inner_condition (p: (s32[])) -> pred[] {
   %limit.1 = s32[]{:T(128)} constant(3)
   ROOT %less.1 = pred[] compare(%counter, %limit.1), direction=LT
@@ -79,6 +84,8 @@ bf16[2,4,1000,100]{3,2,1,0}}
   %splash_mha_dkv_no_residuals.1 = (f32[8]{0}, bf16[2,4,1000,100]{3,2,1,0}) custom-call(%i, %q), \
 custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, \
 bf16[2,4,1000,100]{3,2,1,0}}
+  %fused_gather = bf16[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused.4, \
+backend_config={"estimated_cycles":"800"}
   %bounds = s32[8]{0} custom-call(%i), custom_call_target="AssumeGatherIndicesInBound"
   ROOT %either = bf16[8,8]{1,0} conditional(%flag, %p, %p), \
 branch_computations={%small, %large}
@@ -88,15 +95,16 @@ branch_computations={%small, %large}
 
 def test_every_kind_is_as_by_hand():
     clock = read_clock(TEXT, CHIP)
-    assert clock.products == pytest.approx(5 * 2.5e-6)
+    assert clock.products == pytest.approx(5 * 2.5e-6 + 0.8e-6)
     assert clock.copies == pytest.approx(5 * (3 * 1e-6 + 0.01e-6))
     assert clock.fusions == pytest.approx(7e-6)
     # Two products forward and four for dK and dV, 2 x 4 heads, half of 1000 x 1000 scores.
     flops = (2 + 4) * 2 * 8 * 1000**2 * 100 / 2
     assert clock.attention == pytest.approx(flops / (1e15 * ATTENTION_SHARE))
     # A turn: 2 MB permuted, then half of 2 MB gathered, beside a product of 2.5 us. An all-reduce
-    # of 1 MB sends 3/4 of it twice, a reduce-scatter of 4 x 1 MB 3/4 of it once.
-    assert clock.collectives == pytest.approx((5 * (2 + 1 - 2.5) + 2 * 0.75 + 3) * 1e-6)
+    # of 1 MB sends 3/4 of it twice, a reduce-scatter of 4 x 1 MB 3/4 of it once. The gather in a
+    # fusion brings 1 MB beside 0.8 us of product.
+    assert clock.collectives == pytest.approx((5 * (2 + 1 - 2.5) + 2 * 0.75 + 3 + 0.2) * 1e-6)
     assert clock.conditionals == 1
     assert clock.step == pytest.approx(
         clock.products + clock.attention + clock.fusions + clock.copies + clock.collectives

@@ -55,6 +55,7 @@ CASES = {
     ),
 }
 WITH_GOLDEN = ("8b_v5p", "8b_v5e", "70b_v5p")
+WITH_PREDICTION = ("8b_v5p",)
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +104,8 @@ def test_8b_at_the_study_s_batch_fits_16_gib_chips(planned):
 @pytest.mark.parametrize("name", WITH_GOLDEN)
 def test_the_step_is_that_of_the_golden_file(planned, name):
     content = plan_content(planned(name))
+    if name not in WITH_PREDICTION:
+        del content["predicted_s"]
     assert_is_golden(f"compiled_{name}", "libtpu", LIBTPU, content)
 
 
