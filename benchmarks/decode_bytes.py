@@ -1,0 +1,162 @@
+r"""Bytes that one decode step of 8B moves in a TPU chip's memory, as libtpu compiles it.
+
+    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--context=1024]
+
+The sampler's own program, tensor-parallel over the chips, with a full cache. Each instruction of
+the compiled text reads its operands and writes its result, except what lies in vector memory, what
+a fusion takes a slice of, and what it updates in place. Beside it: weights and cache, read once.
+"""
+
+import argparse
+import re
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.llama.model import KVCache, Llama
+from sa_jax.llama.sampler import Sampler, SamplingSettings, noise_arguments
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.rules import abstract
+from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
+from sa_jax.planning.memory import device_bytes
+from sa_jax.planning.topology import open_topology, parse_topology
+from sa_jax.study.commands import load_config
+from sa_jax.training.plan import plan_architecture, reserve_fake_devices
+from sa_jax.training.start import abstract_params
+
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "custom-call"}
+_SLICES = {"dynamic-slice", "slice", "gather"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand holds the new values
+
+
+def hbm(shape: str) -> int:
+    """Bytes of the arrays of a shape that do not lie in vector memory, `{1,0:T(8,128)S(1)}`."""
+    return sum(shape_bytes(re.sub(r"\w+\[[\d,]*\]\{[^}]*S\(\d\)[^}]*\}", "", shape)))
+
+
+def operands(instruction: Instruction) -> list[str]:
+    depth, end = 1, 0
+    while depth and end < len(instruction.rest):
+        depth += {"(": 1, ")": -1}.get(instruction.rest[end], 0)
+        end += 1
+    return re.findall(r"%([\w.\-]+)", instruction.rest[:end])
+
+
+def read(module: Module, name: str, index: int, whole: int) -> int:
+    """Bytes that a fused computation reads of an operand of `whole` bytes."""
+    body = module.computations[name]
+    parameter = (i.name for i in body if i.opcode == "parameter" and i.rest.startswith(f"{index})"))
+    return _read(module, body, next(parameter), whole)
+
+
+def _read(module: Module, body: list[Instruction], name: str, whole: int) -> int:
+    total = 0
+    for user in body:
+        places = [] if user.opcode in ("parameter", "constant") else operands(user)
+        if name not in places:
+            continue
+        if user.opcode in _SLICES and places[0] == name:
+            total += sum(shape_bytes(user.shape))
+        elif user.opcode == "bitcast":
+            total += _read(module, body, user.name, whole)
+        elif user.opcode == "fusion":
+            total += read(module, user.attribute("calls"), places.index(name), whole)
+        elif user.opcode not in _UPDATES or places[0] != name:
+            return whole
+    return min(total, whole)
+
+
+def written(module: Module, name: str, instruction: Instruction) -> int:
+    """Bytes that a computation writes whose result one instruction is."""
+    by_name = {i.name: i for i in module.computations[name]}
+    if instruction.opcode == "tuple":
+        return sum(written(module, name, by_name[part]) for part in operands(instruction))
+    if instruction.opcode == "bitcast":
+        return written(module, name, by_name[operands(instruction)[0]])
+    if instruction.opcode == "fusion":
+        inner = instruction.attribute("calls")
+        return written(module, inner, module.computations[inner][-1])
+    if instruction.opcode in _UPDATES:
+        new = by_name[operands(instruction)[_UPDATES[instruction.opcode]]]
+        return sum(shape_bytes(new.shape))
+    return hbm(instruction.shape)
+
+
+def moved(module: Module, name: str, turns: int) -> dict[str, int]:
+    """Bytes by opcode of one execution; a loop of unknown length turns `turns` times."""
+    total: dict[str, int] = {}
+    shapes = {i.name: i.shape for i in module.computations[name]}
+    for i in module.computations[name]:
+        if i.opcode in _FREE or i.opcode.endswith("-done"):
+            continue
+        if i.opcode == "while":
+            known = module.trips(i)
+            body = moved(module, i.attribute("body"), turns)
+            parts = {kind: size * (known if known > 1 else turns) for kind, size in body.items()}
+        elif i.opcode == "fusion":
+            calls, places = i.attribute("calls"), operands(i)
+            size = min(hbm(i.shape), written(module, calls, module.computations[calls][-1]))
+            for index, place in enumerate(places):
+                if whole := hbm(shapes[place]):
+                    size += read(module, calls, index, whole)
+            parts = {"fusion": size}
+        elif i.opcode.endswith("-start"):  # its result names its operand too
+            parts = {i.opcode: hbm(i.shape)}
+        else:
+            parts = {i.opcode: hbm(i.shape) + sum(hbm(shapes.get(o, "")) for o in operands(i))}
+        for kind, size in parts.items():
+            total[kind] = total.get(kind, 0) + size
+    return total
+
+
+def compile_decode(topology: str, batch: int, context: int):
+    """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row)."""
+    config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
+    devices = open_topology(topology).devices
+    mesh = make_mesh(1, 1, len(devices), devices=devices)
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    params = abstract(mesh, abstract_params(model))
+    sampler = Sampler(model, mesh, batch_size=batch, context_length=context)
+
+    def array(shape, dtype=jnp.int32, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+    cache = jax.eval_shape(sampler._init_cache)
+    rows = (None, None, ("data", "fsdp"))
+    k = array(cache.k.shape, cache.k.dtype, *rows, "tensor")
+    cache = KVCache(k, array(cache.v.shape, cache.v.dtype, *rows, None, "tensor"))
+    per_row = [array((batch,))] * 3 + [array((batch,), jnp.uint32), array((2,))]
+    settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
+    lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
+    text = lowered.compile().as_text()
+    return text, device_bytes(params), device_bytes(cache), cache.k.shape[1]
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--topology", default="v5p:2x2x1")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--context", type=int, default=1024)
+    arguments = parser.parse_args()
+    reserve_fake_devices(parse_topology(arguments.topology))
+    text, weights, cache, blocks = compile_decode(**vars(arguments))
+    report(text, weights, cache, blocks)
+
+
+def report(text, weights, cache, blocks, steps=16):
+    module = parse_module(text)
+    kinds = {kind: size / steps for kind, size in moved(module, module.entry, blocks).items()}
+    total, least = sum(kinds.values()), weights + cache
+    print("| GB a step and chip: weights, cache | moved | over both once | most of it |")
+    print("|---|---|---|---|")
+    most = ", ".join(
+        f"{k} {v / 1e9:.2f}" for k, v in sorted(kinds.items(), key=lambda e: -e[1])[:4]
+    )
+    sizes = f"{weights / 1e9:.2f}, {cache / 1e9:.2f} | {total / 1e9:.2f} | {total / least:.2f}"
+    print(f"| {sizes} | {most} |")
+
+
+if __name__ == "__main__":
+    main()
