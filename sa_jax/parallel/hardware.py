@@ -18,7 +18,8 @@ class Chip:
       hbm_bytes: memory; what the runtime takes for itself is not taken off.
       hbm_bandwidth: bytes/s.
       link_bandwidth: bytes/s one way: of one ICI link of a TPU, of a GPU's NVLink in all.
-      network_bandwidth: bytes/s one way a chip between hosts; GPUs only, TPUs have ICI.
+      network_bandwidth: bytes/s one way a chip, between hosts of GPUs and slices of TPUs; 0 where
+        it is not known.
       devices: JAX devices a chip (two TensorCores of a TPU7x are two devices).
       torus: dimensions of the ICI torus or mesh; 0 for GPUs.
       clock_hz: of the matrix units, in which libtpu counts cycles; TPUs only.
@@ -38,17 +39,26 @@ class Chip:
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("system architecture"): peak
 # compute, HBM capacity and bandwidth, and the bidirectional ICI bandwidth a chip, here divided by
-# two directions and by 6 links (4 in a two-dimensional torus). Their clocks follow from the peak:
+# two directions and by 6 links (4 in a two-dimensional torus); the data center's network a pod,
+# divided by its chips (v5p: https://jax-ml.github.io/scaling-book). Their clocks follow from the peak:
 # FLOP/s = 2 x clock x multipliers (v4, v5p: 2 x 4 units of 128 x 128; v5e: 4 of those; v6e: 4 of
 # 256 x 256; tpu7x: 2 x 4 of those; https://jax-ml.github.io/scaling-book/tpus). GPUs: NVIDIA's data
 # sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3, clock_hz=1.05e9),
     Chip(
-        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 0.819e12, 50e9, torus=2, clock_hz=1.5e9
+        "v5e",
+        ("TPU v5 lite", "TPU v5e"),
+        197e12,
+        16 * GIB,
+        0.819e12,
+        50e9,
+        3.125e9,
+        torus=2,
+        clock_hz=1.5e9,
     ),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, torus=3, clock_hz=1.75e9),
-    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, torus=2, clock_hz=1.75e9),
+    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, 6.25e9, torus=3, clock_hz=1.75e9),
+    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, 12.5e9, torus=2, clock_hz=1.75e9),
     Chip(
         "tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3, clock_hz=2.2e9
     ),

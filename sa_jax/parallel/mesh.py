@@ -1,8 +1,11 @@
-"""The device mesh (data, fsdp, tensor), and the check that a size divides over its axes."""
+"""The device mesh (data, fsdp, tensor), over slices too, and the check that a size divides."""
 
 import math
+from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from sa_jax.errors import UsageError
@@ -10,37 +13,88 @@ from sa_jax.errors import UsageError
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None) -> Mesh:
-    """A mesh over all devices; one axis may be -1 and takes what the others leave.
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int = 1,
+) -> Mesh:
+    """A mesh over all devices; see `mesh_sizes` for its sizes.
+
+    The slowest part of its axis `data` runs over the slices, so that nothing but gradients goes
+    over the slow links between them. Slices of GPUs are groups of nodes.
 
     Axes are Auto: the partitioner propagates shardings (an Explicit mesh, jax.make_mesh's
     default, refuses linen's FSDP-sharded contractions).
 
     Raises:
       UsageError: the sizes do not multiply to the number of devices, or split a dimension of a
-        TPU's torus.
+        TPU's torus; the TPU has another number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
-    shown = f"config.mesh data={data} fsdp={fsdp} tensor={tensor}"
-    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise UsageError(f"{shown}: sizes must be positive, and at most one may be -1")
-    if -1 in sizes:
-        known = math.prod(size for size in sizes if size != -1)
-        sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    if math.prod(sizes) != len(devices):
+    sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, slices=slices)
+    kind = devices[0].device_kind
+    # jax counts each node of GPUs as a slice.
+    attached = len({getattr(device, "slice_index", 0) for device in devices})
+    if kind.startswith("TPU") and slices != attached:
         raise UsageError(
-            f"{shown} does not use {len(devices)} devices: "
-            f"the product must be {len(devices)} (or set one axis to -1)"
+            f"config.mesh.slices={slices}, and there {'are' if attached > 1 else 'is'} "
+            f"{attached} of {kind}: set config.mesh.slices={attached}"
         )
+    by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
+    size = len(devices) // slices
+    within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     try:
-        return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        parts = [
+            mesh_utils.create_device_mesh(
+                within,
+                by_slice[first : first + size],
+                allow_split_physical_axes=kind in ("TPU v5 lite", "TPU v5e"),  # as jax.make_mesh
+            )
+            for first in range(0, len(devices), size)
+        ]
     except NotImplementedError:
         # jax can split a dimension, but libtpu aborts on some collectives over such axes.
         raise UsageError(
-            f"{shown} would split a dimension of the torus of {devices[0].device_kind}: each axis "
+            f"{_shown(sizes)} would split a dimension of the torus of {kind}: each axis "
             "must be a product of whole dimensions (4x4x4: 4, 16 or 64 devices)"
         ) from None
+    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(
+    devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1
+) -> dict[str, int]:
+    """Sizes of the axes on so many devices, by name.
+
+    Args:
+      devices: of all slices.
+      data, fsdp, tensor: sizes inside a slice; one of them may be -1 and takes what the others
+        leave.
+      slices: copies of that, which lie along `data`.
+
+    Raises:
+      UsageError: they do not multiply to the number of devices.
+    """
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shown = _shown(sizes | ({"slices": slices} if slices > 1 else {}))
+    if [*sizes.values()].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise UsageError(f"{shown}: sizes must be positive, and at most one may be -1")
+    known = slices * math.prod(size for size in sizes.values() if size != -1)
+    left = max(1, devices // known)
+    sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
+    sizes["data"] *= slices
+    if math.prod(sizes.values()) != devices:
+        raise UsageError(
+            f"{shown} does not use {devices} devices: "
+            f"the product must be {devices} (or set one axis to -1)"
+        )
+    return sizes
+
+
+def _shown(sizes: dict[str, int]) -> str:
+    return "config.mesh " + " ".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
 def check_divisible(mesh: Mesh, axes: tuple[str, ...], total: int, what: str) -> None:

@@ -123,7 +123,7 @@ def _sent(module: Module, instruction: Instruction) -> float:
     total = 0.0
     for each in inside:
         if kind := collective_kind(each):
-            others = 1 - 1 / each.group_size() if kind != "collective-permute" else 1
+            others = 1 - 1 / len(each.groups()[0]) if kind != "collective-permute" else 1
             total += payload(each) * others * (2 if kind == "all-reduce" else 1)
     return total
 

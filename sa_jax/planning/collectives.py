@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 
+BETWEEN_SLICES = " between slices"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 
@@ -21,30 +22,41 @@ class Traffic:
     bytes: int
 
 
-def read_collectives(hlo: str) -> dict[str, Traffic]:
+def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
     """Collectives of one execution of a module, by kind.
 
     Args:
       hlo: text of a partitioned module (`compiled.as_text()`).
+      devices_a_slice: of the first of a module's devices that make a slice, of the next, ...;
+        0: there is one slice.
 
     Returns:
-      Kind to traffic, kinds that do not occur left out. A loop whose number of turns the compiler
-      does not know counts once.
+      Kind to traffic, kinds that do not occur left out; what goes between slices is a kind apart,
+      as 'all-reduce between slices'. A loop whose number of turns the compiler does not know
+      counts once.
     """
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
     for instruction, times in _executed(module, module.entry):
         if kind := collective_kind(instruction):
+            if devices_a_slice and _crosses(instruction, devices_a_slice):
+                kind += BETWEEN_SLICES
             counts[kind] += times
             totals[kind] += times * payload(instruction)
-    return {kind: Traffic(counts[kind], totals[kind]) for kind in KINDS if counts[kind]}
+    kinds = [kind + where for where in ("", BETWEEN_SLICES) for kind in KINDS]
+    return {kind: Traffic(counts[kind], totals[kind]) for kind in kinds if counts[kind]}
 
 
 def collective_kind(instruction: Instruction) -> str:
     """'all-gather' of an all-gather or all-gather-start; '' of what is no collective."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else ""
+
+
+def _crosses(collective: Instruction, devices_a_slice: int) -> bool:
+    """Whether devices of several slices take part in a collective."""
+    return any(len({device // devices_a_slice for device in g}) > 1 for g in collective.groups())
 
 
 def payload(instruction: Instruction) -> int:
@@ -54,7 +66,7 @@ def payload(instruction: Instruction) -> int:
         return max(shapes)  # a -start's result repeats its operand
     # A reduce-scatter's input is its result times the group.
     scattered = instruction.opcode == "reduce-scatter"
-    return sum(shapes) * (instruction.group_size() if scattered else 1)
+    return sum(shapes) * (len(instruction.groups()[0]) if scattered else 1)
 
 
 def _executed(module: Module, name: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:

@@ -4,6 +4,8 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
 _ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _ITEM_BYTES |= {"f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 
@@ -42,16 +44,38 @@ class Instruction:
         match = re.match(r"(?:\S+ )?%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
 
-    def group_size(self) -> int:
-        """Devices that take part in one collective; 1 where the text does not say."""
-        if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
-            return int(groups[1])
-        if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", self.rest):
-            return groups[1].count(",") + 1
-        if groups := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", self.rest):
-            sizes = dict(re.findall(r"('\w+')=(\d+)", groups[1]))
-            return math.prod(int(sizes[axis]) for axis in groups[2].split(","))
-        return 1
+    def groups(self) -> list[list[int]]:
+        """The devices of each group that exchange in a collective; [[0]] where the text does not
+        say."""
+        if groups := re.search(
+            r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", self.rest
+        ):
+            return [_numbers(group) for group in re.findall(r"\d[\d,]*", groups[1])]
+        if groups := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", self.rest):
+            return _devices(groups[2]).reshape(_numbers(groups[1])).tolist()
+        if groups := re.search(
+            r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", self.rest
+        ):
+            sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", groups[1])}
+            shape = [*sizes.values()]
+            inner = [[*sizes].index(axis) for axis in re.findall(r"'(\w+)'", groups[3])]
+            ids = _devices(groups[2] or f"[{math.prod(shape)}]").reshape(shape)
+            ids = np.moveaxis(ids, inner, range(-len(inner), 0))
+            return ids.reshape(-1, math.prod(shape[axis] for axis in inner)).tolist()
+        return [[0]]
+
+
+def _devices(text: str) -> np.ndarray:
+    """The devices that a text lists as `[8]`, `[2,4]T(1,0)` (transposed) or `3,1,2,0`."""
+    if not (iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)):
+        return np.array(_numbers(text))
+    shape = _numbers(iota[1])
+    order = _numbers(iota[2]) if iota[2] else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order).reshape(-1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [*map(int, text.split(","))]
 
 
 @dataclasses.dataclass(frozen=True)

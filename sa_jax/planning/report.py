@@ -52,7 +52,10 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines += [
             f"time a step, at least: {time['step_s']:.3f} s, bound by {time['bound']} "
             f"(compute {time['compute_s']:.3f}, HBM {time['hbm_s']:.3f}, "
-            f"interconnect {time['interconnect_s']:.3f})",
+            f"interconnect {time['interconnect_s']:.3f}"
+            + (
+                f", between slices {between:.3f})" if (between := time["between_slices_s"]) else ")"
+            ),
             f"tokens/s/chip, at most: {time['tokens_per_s_per_chip']:,.0f} "
             f"(MFU {100 * time['mfu']:.0f} %)",
             f"run of {run['tokens'] / 1e6:,.1f}M token slots ({run['steps']:,} steps): at least "
@@ -64,7 +67,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += ["", f"collectives of a step ({traffic['source']})"]
     for kind, sent in traffic["kinds"].items():
         lines.append(
-            f"  {kind:20}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB a device"
+            f"  {kind:36}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB a device"
         )
     lines += _soap_lines(plan["soap"])
     for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):

@@ -18,6 +18,7 @@ ASSUMPTIONS = (
     "residual stream gathered and reduce-scattered over tensor twice a layer and pass",
     "each mesh axis has the ICI links of the torus dimensions that it fills, both directions",
     "GPUs: NVLink inside a node of 8, one 400 Gbit/s port a GPU between nodes",
+    "between slices: gradients once a step, in the dtype of the computation",
 )
 # Forward passes' worth of products that the backward pass computes again.
 _RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.0, "full": 1.0, "offload": 1.0}
@@ -32,11 +33,12 @@ class Workload:
       batch_size, sequence_length: rows a step over all chips, tokens a row.
       accumulation: micro-batches a step.
       remat: a key of `llama.model.REMAT_POLICIES`.
-      mesh: sizes of the axes, counted in devices.
+      mesh: sizes of the axes, counted in devices; `data` runs over the slices too.
       trainable: parameters that train; all of them, or the adapters'.
       attention: its implementation there.
       item_bytes: of the dtype of the computation.
       state_bytes: bytes a trainable parameter takes with the optimizer's state.
+      slices: that the data center's network joins.
     """
 
     architecture: LlamaConfig
@@ -49,6 +51,13 @@ class Workload:
     attention: str = "splash"
     item_bytes: int = 2
     state_bytes: float = 12.0
+    slices: int = 1
+
+    def of_one_slice(self) -> "Workload":
+        """What each slice does: the step of a share of the batch."""
+        mesh = {**self.mesh, "data": self.mesh["data"] // self.slices}
+        rows = self.batch_size // self.slices
+        return dataclasses.replace(self, mesh=mesh, batch_size=rows, slices=1)
 
     @property
     def tokens(self) -> int:
@@ -76,19 +85,23 @@ class StepTime:
     compute: float
     hbm: float
     interconnect: float
+    network: float = 0.0
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.hbm, self.interconnect)
+        return max(self.compute, self.hbm, self.interconnect, self.network)
 
     @property
     def bound(self) -> str:
         """What the step waits for."""
-        return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
+        return max(dataclasses.asdict(self), key=lambda name: getattr(self, name))
 
 
 def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
-    """The roofline of a step on chips laid out in `shape`."""
+    """The roofline of a step on slices of chips laid out in `shape`."""
+    if work.slices > 1:
+        time = step_time(work.of_one_slice(), chip, shape)
+        return dataclasses.replace(time, network=_between_slices(work, chip))
     chips = work.devices / chip.devices
     config = work.architecture
     attention = config.num_layers * config.num_heads * config.head_dim * work.sequence_length
@@ -135,6 +148,13 @@ def _sent_bytes(work: Workload) -> tuple[float, float]:
     # Gather and scatter around attention and around the MLP, in each pass.
     passes = 2 + _RECOMPUTED[work.remat]
     return fsdp, 4 * passes * config.num_layers * stream
+
+
+def _between_slices(work: Workload, chip: Chip) -> float:
+    """Seconds to sum the gradients over the slices: each device sends its part twice."""
+    part = work.trainable * work.item_bytes / (work.mesh["fsdp"] * work.mesh["tensor"])
+    sent = 2 * part * (work.slices - 1) / work.slices
+    return sent / (chip.network_bandwidth / chip.devices) if chip.network_bandwidth else 0.0
 
 
 def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: str) -> float:

@@ -35,8 +35,9 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     for option in _divisions(work, topology):
         time = step_time(option, topology.chip, topology.shape)
         frozen = 0 if option.full_weights else option.architecture.num_parameters * 2
-        state = (option.trainable * option.state_bytes + frozen) / option.devices
-        gradients, activations, rest, _ = estimate_temporaries(option)
+        part = option.of_one_slice()
+        state = (option.trainable * option.state_bytes + frozen) / part.devices
+        gradients, activations, rest, _ = estimate_temporaries(part)
         total = topology.chip.devices * (state + gradients + activations + rest)
         options.append(Candidate(option, time, total))
     if not options:
@@ -60,7 +61,7 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
 
 def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
     config = work.architecture
-    devices = topology.chips * topology.chip.devices
+    devices = topology.chips * topology.chip.devices // work.slices
     for tensor in _divisors(config.num_kv_heads):
         if devices % tensor or config.vocab_size % tensor or config.intermediate_size % tensor:
             continue
@@ -68,10 +69,10 @@ def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
         if config.hidden_size % fsdp or not topology.holds((fsdp, tensor)):
             continue
         for accumulation in _divisors(work.batch_size):
-            if work.batch_size // accumulation % fsdp:
+            if work.batch_size // accumulation % (fsdp * work.slices):
                 continue
             for remat in REMATS:
-                mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+                mesh = {"data": work.slices, "fsdp": fsdp, "tensor": tensor}
                 yield dataclasses.replace(work, mesh=mesh, accumulation=accumulation, remat=remat)
 
 

@@ -1,4 +1,5 @@
-"""Machines by name, `v5p:4x4x4` or `h200:64`: all can be compiled for without having one."""
+"""Machines by name, `v5p:4x4x4`, `2xv5p:4x4x4` or `h200:64`: all can be compiled for without having
+one."""
 
 import dataclasses
 import importlib.util
@@ -32,18 +33,20 @@ class Machine:
     Attributes:
       name: of a topology as `v5p:4x4x4`.
       chip: what it is made of; None where that is not known, as of CPUs.
-      shape: chips along each axis of the torus; (chips,) for GPUs.
+      shape: chips of a slice along each axis of the torus; (chips,) for GPUs.
       devices: to compile for; () where no compiler for them is installed.
+      slices: of a TPU, such tori, which the data center's network joins.
     """
 
     name: str
     chip: Chip | None
     shape: tuple[int, ...]
     devices: Sequence[jax.Device] = ()
+    slices: int = 1
 
     @property
     def chips(self) -> int:
-        return math.prod(self.shape)
+        return self.slices * math.prod(self.shape)
 
     @property
     def platform(self) -> str:
@@ -51,7 +54,8 @@ class Machine:
         return "cpu" if self.chip is None else "tpu" if self.chip.torus else "gpu"
 
     def holds(self, sizes: tuple[int, ...]) -> bool:
-        """Whether a mesh of these sizes takes whole dimensions of the torus, as it must."""
+        """Whether a mesh of these sizes in a slice takes whole dimensions of the torus, as it
+        must."""
         if self.chip is None or not self.chip.torus:
             return math.prod(sizes) == self.chips
         return _holds(sorted((*self.shape, self.chip.devices)), sizes)
@@ -60,7 +64,7 @@ class Machine:
     def cloud_name(self) -> str:
         """What Google Cloud calls a TPU slice, such as v5p-128 (v4, v5p and tpu7x count cores)."""
         assert self.chip is not None
-        units = self.chips * (1 if self.chip.torus == 2 else 2)
+        units = math.prod(self.shape) * (1 if self.chip.torus == 2 else 2)
         return f"{'v5litepod' if self.chip.name == 'v5e' else self.chip.name}-{units}"
 
     def describe(self) -> str:
@@ -71,7 +75,8 @@ class Machine:
             nodes = -(-self.chips // _GPUS_A_NODE)
             return f"{self.name}, {self.chips} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
         devices = f", {self.chip.devices} devices each" if self.chip.devices > 1 else ""
-        return f"{self.name}, {self.chips} chips{devices} (cloud name {self.cloud_name})"
+        times = f"{self.slices} slices of " if self.slices > 1 else ""
+        return f"{self.name}, {self.chips} chips{devices} ({times}cloud name {self.cloud_name})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,16 +106,22 @@ def parse_topology(name: str) -> Topology:
       UsageError: an unknown name; the message lists the known.
     """
     kind, _, size = name.partition(":")
+    several = re.fullmatch("([1-9][0-9]{0,3})x(.*)", kind)
+    slices, kind = (int(several[1]), several[2]) if several else (1, kind)
     chip = next((chip for chip in CHIPS if chip.name == kind), None)
     if chip is not None and re.fullmatch(f"{_NUMBER}(x{_NUMBER})*", size):
         shape = tuple(map(int, size.split("x")))
-        if math.prod(shape) > _MOST_CHIPS:
+        if slices * math.prod(shape) > _MOST_CHIPS:
             raise UsageError(f"--topology={name!r}: more than {_MOST_CHIPS:,} chips")
         is_large = len(shape) == chip.torus and math.prod(shape) > 512
-        if size in known_shapes(chip) or is_large or (not chip.torus and len(shape) == 1):
-            return Topology(name, chip, shape)
+        are_gpus = not chip.torus and len(shape) == 1 and slices == 1
+        if size in known_shapes(chip) or is_large or are_gpus:
+            return Topology(name, chip, shape, slices=slices)
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
-    raise UsageError(f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}")
+    raise UsageError(
+        f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}; and several slices of a "
+        "TPU, as in 2xv5p:4x4x4"
+    )
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:
@@ -142,8 +153,11 @@ def open_topology(name: str) -> Topology:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
     options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    slice_name = name.removeprefix(f"{topology.slices}x")
     try:
-        described = topologies.get_topology_desc(name, "tpu", **options)
+        described = topologies.get_topology_desc(
+            slice_name, "tpu", num_slices=topology.slices, **options
+        )
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"libtpu does not know the topology {name}: {first_line(error)}") from None
     devices = tuple(described.devices)

@@ -196,9 +196,10 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         ': "${CLUSTER:?name of the cluster}" "${IMAGE:?image of this project}"',
         f"cd {shlex.quote(str(_PROJECT))} || exit 1",
         "failed=0",
-        "submit() { # name, type of the slice, command",
+        "submit() { # name, type of the slice, slices, command",
         '    xpk workload create --cluster "$CLUSTER" --docker-image "$IMAGE" --workload "$1" \\',
-        '        --tpu-type "$2" --command "$3" --max-restarts 100 --restart-on-exit-codes 75 ||',
+        '        --tpu-type "$2" --num-slices "$3" --command "$4" \\',
+        "        --max-restarts 100 --restart-on-exit-codes 75 ||",
         '        echo "$1 was not submitted" >&2',
         "}",
         "await() {",
@@ -215,7 +216,8 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
         for cell in of_stage:
             run = f"python {shlex.join(command(cell, workdir))}"
-            lines.append(f"submit {_workload_name(cell)} {topology.cloud_name} {shlex.quote(run)}")
+            machine = f"{topology.cloud_name} {topology.slices}"
+            lines.append(f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}")
         lines += [f"await {_workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"

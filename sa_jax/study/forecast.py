@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
+from sa_jax.parallel import mesh
 from sa_jax.parallel.hardware import GIB
 from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import estimate_temporaries
@@ -150,15 +151,10 @@ class Forecaster:
 def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
     """The sizes of the mesh's axes on so many devices; UsageError where they or the batch do not
     divide."""
-    sizes = dict(config.mesh)
-    shown = " ".join(f"{axis}={size}" for axis, size in sizes.items())
-    known = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: devices // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
-        raise UsageError(
-            f"cell {cell.name} cannot fit its mesh: config.mesh {shown} does not use {devices} "
-            "devices"
-        )
+    try:
+        sizes = mesh.mesh_sizes(devices, **config.mesh)
+    except UsageError as error:
+        raise UsageError(f"cell {cell.name} cannot fit its mesh: {error}") from None
     rows = config.batch_size // config.accumulation
     if rows % (sizes["data"] * sizes["fsdp"]):
         raise UsageError(
@@ -181,8 +177,9 @@ def local_devices(workers: int) -> int:
 def _bytes_a_chip(work: Workload, topology: Topology) -> float:
     """Estimated, as `planning.search` does to rank meshes."""
     frozen = 0 if work.full_weights else work.architecture.num_parameters * work.item_bytes
-    state = (work.trainable * work.state_bytes + frozen) / work.devices
-    gradients, activations, rest, _ = estimate_temporaries(work)
+    part = work.of_one_slice()
+    state = (work.trainable * work.state_bytes + frozen) / part.devices
+    gradients, activations, rest, _ = estimate_temporaries(part)
     return _per_chip(topology) * (state + gradients + activations + rest)
 
 

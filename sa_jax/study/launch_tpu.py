@@ -101,6 +101,8 @@ class Slice:
         machine = parse_topology(self.topology)
         if machine.platform != "tpu":
             raise UsageError(f"--topology={self.topology} is no TPU; for GPUs see launch/")
+        if machine.slices > 1:
+            raise UsageError(f"--topology={self.topology}: for several slices use launch/gke.yaml")
         return [
             *self._queued("create"),
             f"--node-id={self.name}",

@@ -75,7 +75,8 @@ def default_config() -> ConfigDict:
     config.attention = "auto"  # or 'blockwise', 'cudnn' (GPU), 'splash' (TPU), 'reference'
     config.self_test = True  # on accelerators, attention is checked before the first step
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+    # Sizes of the axes in a slice; slices of TPUs, or of groups of nodes, each with all weights.
+    config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "slices": 1})
     config.peer_timeout_s = 30.0  # a process of several that is silent for longer ends all
     config.stall_timeout_s = 1800.0  # no step or eval batch for longer, and 10 times the usual: end
     config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`
@@ -236,6 +237,7 @@ def check_config(config: ConfigDict) -> None:
     check_arms(config.eval.arms)
     for axis, size in config.mesh.items():
         require(f"mesh.{axis}", size >= 1 or size == -1, "at least 1, or -1 (what is left)")
+    require("mesh.slices", config.mesh.slices >= 1, "at least 1")
     for key in ("sequence_length", "batch_size", "accumulation", "log_every"):
         require(key, config[key] >= 1, "at least 1")
     require(

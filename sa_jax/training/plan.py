@@ -26,7 +26,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
-from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.mesh import make_mesh, mesh_sizes
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.clock import read_clock
 from sa_jax.planning.collectives import read_collectives
@@ -145,14 +145,15 @@ def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, An
     """The plan of a run on the devices that are here."""
     devices = jax.devices()
     chip = chip_of(devices[0])
-    chips = len(devices) // (1 if chip is None else chip.devices)
+    chips, slices = len(devices) // (1 if chip is None else chip.devices), 1
     shape = (chips,)
     if chip is not None and chip.torus:
+        slices = len({device.slice_index for device in devices})
         shape = tuple(1 + max(column) for column in zip(*(d.coords for d in devices), strict=True))
     name = f"{len(devices)} x {devices[0].device_kind}"
     machine = Machine(name, None, shape, tuple(devices))
     if chip is not None:
-        machine = Topology(name, chip, shape, tuple(devices))
+        machine = Topology(name, chip, shape, tuple(devices), slices)
     return make_plan(config, architecture, machine)
 
 
@@ -179,7 +180,7 @@ def search_plan(
     Raises:
       CompilerCrash: the first `TRIES` crash the compiler.
     """
-    everything = {"data": 1, "fsdp": topology.chips * topology.chip.devices, "tensor": 1}
+    everything = mesh_sizes(topology.chips * topology.chip.devices, slices=config.mesh.slices)
     work = workload(config, architecture, everything, topology.platform)
     ranked = candidates(work, topology)
     tried: list[str] = []
@@ -189,9 +190,9 @@ def search_plan(
         if max(len(plans), crashes) == TRIES:
             break
         work = candidate.work
+        mesh = {**work.of_one_slice().mesh, "slices": work.slices}
         option = changed(
-            config,
-            {"mesh": work.mesh, "accumulation": work.accumulation, "remat": work.remat},
+            config, {"mesh": mesh, "accumulation": work.accumulation, "remat": work.remat}
         )
         step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
         try:
@@ -255,7 +256,8 @@ def make_plan(
     compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
     compile_s = time.monotonic() - begin
     text = _text(compiled)
-    memory = step_memory(work, *abstract_arguments(config, program, mesh), per_chip, compiled)
+    part = work.of_one_slice()
+    memory = step_memory(part, *abstract_arguments(config, program, mesh), per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
     if is_real and work.attention == "cudnn":
@@ -271,6 +273,7 @@ def make_plan(
         "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
         "settings": {
             "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+            "slices": config.mesh.slices if config.mesh.slices > 1 else None,
             "batch": f"{config.batch_size} x {config.sequence_length}",
             "accumulation": config.accumulation,
             "remat": config.remat,
@@ -322,6 +325,7 @@ def workload(
         attention=attention_of(config, platform).implementation,
         item_bytes=jnp.dtype(config.dtype).itemsize,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
+        slices=config.mesh.slices,
     )
 
 
@@ -408,6 +412,7 @@ def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
         "compute_s": bound.compute,
         "hbm_s": bound.hbm,
         "interconnect_s": bound.interconnect,
+        "between_slices_s": bound.network,
         "step_s": bound.step,
         "bound": bound.bound,
         "tokens_per_s_per_chip": rate,
@@ -458,5 +463,9 @@ def _collectives(
         option = changed(config, {"attention": "reference", "xla_options": ""})
         program = make_program(option, make_model(option, architecture, twin), 1)
         text = _text(_compile(option, program, twin)[0])
-    kinds = {kind: dataclasses.asdict(each) for kind, each in read_collectives(text).items()}
-    return {"source": source, "kinds": kinds}
+    a_slice = mesh.size // config.mesh.slices if config.mesh.slices > 1 else 0
+    kinds = read_collectives(text, a_slice)
+    return {
+        "source": source,
+        "kinds": {kind: dataclasses.asdict(each) for kind, each in kinds.items()},
+    }

@@ -79,6 +79,30 @@ def test_mesh_fills_one_axis_and_names_what_does_not_fit():
         make_mesh(data=-1, fsdp=-1)
 
 
+class Tpu:
+    """A device that says which slice it belongs to."""
+
+    platform, device_kind, process_index = "tpu", "TPU v6 lite", 0
+
+    def __init__(self, number):
+        self.id, self.slice_index = number, 1 - number // 4
+        self.coords, self.core_on_chip = (number % 2, number // 2 % 2, 0), 0
+
+
+def test_slices_lie_along_the_slowest_part_of_data():
+    mesh = make_mesh(data=2, fsdp=-1, slices=2)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert [[d.id for d in row] for row in mesh.devices[..., 0]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(UsageError, match="fsdp=3 tensor=1 slices=2 does not use 8 devices"):
+        make_mesh(fsdp=3, slices=2)
+    # Devices that were listed in the order of their numbers, not of their slices.
+    tpus = [Tpu(number) for number in range(8)]
+    slices = [[d.slice_index for d in part.flat] for part in make_mesh(1, 4, 1, tpus, 2).devices]
+    assert slices == [[0] * 4, [1] * 4]
+    with pytest.raises(UsageError, match=r"slices=1, and there are 2 .*slices=2"):
+        make_mesh(devices=tpus)
+
+
 def test_a_mesh_that_does_not_divide_the_model_says_which_sizes_would():
     mesh = make_mesh(data=1, fsdp=1, tensor=8)
     with pytest.raises(UsageError, match=r"tensor = 8 does not divide 4 key/value heads.*1, 2, 4"):

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,7 +47,8 @@ source_target_pairs={{0,1},{1,0}}
   %done = bf16[2,16]{1,0} collective-permute-done(%start)
   %gather = bf16[8,16]{1,0} all-gather(%x), replica_groups=[1,4]<=[4], dimensions={0}
   %scatter = bf16[2,16]{1,0} reduce-scatter(%y), replica_groups={{0,1,2,3}}, to_apply=%add
-  %more = bf16[4,16]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2] {'b'}, to_apply=%add
+  %more = bf16[4,16]{1,0} reduce-scatter(%y), replica_groups=mesh['a'=4,'b'=2], \
+device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
 }
 
 ENTRY %main.2 (p: bf16[8,16]) -> bf16[8,16] {
@@ -54,6 +56,32 @@ ENTRY %main.2 (p: bf16[8,16]) -> bf16[8,16] {
   %reduce = (f32[], f32[4]{0}) all-reduce(%z, %w), replica_groups={{0,1,2,3}}, to_apply=%add
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("text", "a_slice", "crosses"),
+    [
+        ("replica_groups={{0,1},{2,3}}", 2, False),
+        ("replica_groups={{0,2},{1,3}}", 2, True),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 2, True),
+        ("source_target_pairs={{0,1},{1,0}}", 2, False),
+        ("replica_groups=[2,4]<=[8]", 4, False),
+        ("replica_groups=[1,8]<=[8]", 4, True),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 4, True),  # 0 with 4, 1 with 5, ...
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", 4, False),  # 0 with 2, 1 with 3, 4 with 6, ...
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", 4, False),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", 4, True),
+        ("replica_groups=mesh['a'=2,'b'=2,'c'=2] {'c','a'}", 4, True),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 4, False),  # 0 with 1
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'a'}", 2, False),  # 0 with 1
+    ],
+)
+def test_the_groups_tell_what_goes_between_slices(text, a_slice, crosses):
+    line = f"  ROOT %gather = f32[8] all-gather(%x), {text}, dimensions={{0}}"
+    kind = "all-gather between slices" if crosses else "all-gather"
+    hlo = f"ENTRY %main (x: f32[1]) -> f32[8] {{\n{line}\n}}\n"
+    assert read_collectives(hlo, a_slice) == {kind: Traffic(1, 32)}
+    assert read_collectives(hlo) == {"all-gather": Traffic(1, 32)}
 
 
 def test_text_as_libtpu_writes_it():

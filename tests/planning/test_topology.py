@@ -15,6 +15,7 @@ from sa_jax.planning.topology import known_shapes, open_topology, parse_topology
         ("v5e:4x4", "v5e:4x4, 16 chips (cloud name v5litepod-16)"),
         ("v6e:2x4", "v6e:2x4, 8 chips (cloud name v6e-8)"),
         ("tpu7x:2x2x2", "tpu7x:2x2x2, 8 chips, 2 devices each (cloud name tpu7x-16)"),
+        ("2xv5p:4x4x4", "2xv5p:4x4x4, 128 chips (2 slices of cloud name v5p-128)"),
         ("h200:64", "h200:64, 64 GPUs on 8 nodes"),
         ("b200:8", "b200:8, 8 GPUs on 1 node"),
         ("v5p:8x8x16", "v5p:8x8x16, 1024 chips (cloud name v5p-2048)"),
@@ -25,7 +26,8 @@ def test_a_topology_says_its_number_of_chips_and_its_cloud_name(name, described)
 
 
 @pytest.mark.parametrize(
-    "name", ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-128", "", "h100:", "h100:0", "v6e:x"]
+    "name",
+    ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-128", "", "h100:", "h100:0", "v6e:x", "2xh200:8"],
 )
 def test_an_unknown_topology_lists_the_known(name):
     with pytest.raises(UsageError, match=r"known: v4:2x2x1,.*v5p:2x2x1.*v6e:1x1.*h200:NUMBER"):

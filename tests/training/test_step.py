@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,9 +41,7 @@ def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None, 
         state = init_state(trainable, TX)
         step = jax.jit(train_step(model, accumulation, **loss))
     else:
-        data, fsdp, tensor = mesh_sizes
-        devices = jax.devices()[: data * fsdp * tensor]
-        mesh = make_mesh(data, fsdp, tensor, devices)
+        mesh = make_mesh(*mesh_sizes[:3], jax.devices()[: math.prod(mesh_sizes)], *mesh_sizes[3:])
         model = model.clone(mesh=mesh)
         shape = jax.eval_shape(lambda p: init_state(p, TX), trainable)
         placed = rules.shardings(mesh, shape)
@@ -87,9 +87,9 @@ def test_loss_and_gradient_norm_are_those_of_the_plain_formula():
     assert metrics["learning_rate"] == np.float32(1e-2)
 
 
-# 1, 2, 4 and 8 devices; fsdp, data and tensor; in all six shapes.
+# 1, 2, 4 and 8 devices; data, fsdp, tensor, and slices.
 @pytest.mark.parametrize(
-    "mesh_sizes", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+    "mesh_sizes", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1), (1, 2, 2, 2), (1, 2, 4)]
 )
 def test_sharded_is_unsharded(unsharded, mesh_sizes):
     state, metrics = run(mesh_sizes=mesh_sizes)
