@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed  # no public name for its store of keys; Orbax uses it alike
@@ -32,6 +33,9 @@ _OF_A_PEER = re.compile(
 )
 
 
+_WATCHES: list["_Peers"] = []  # of this process: one while it has peers
+
+
 @contextlib.contextmanager
 def end_together(
     timeout_s: float = 30, resumable: Callable[[], bool] = lambda: False
@@ -41,8 +45,9 @@ def end_together(
     Once a second each process leaves a note in the store of jax.distributed, which process 0 keeps,
     and reads those of the others. A process ends when another's note tells of an error (exit 1),
     when a note has not changed for `timeout_s` seconds, or when the store is gone (75 if there is
-    something to resume, else 1). A process that was paused meanwhile counts only the seconds in
-    which it ran. Does nothing in a process that is alone.
+    something to resume, else 1). The first to see a loss notes it, so that all name the same. A
+    process that was paused meanwhile counts only the seconds in which it ran. Does nothing in a
+    process that is alone.
 
     Args:
       timeout_s: seconds of silence.
@@ -52,6 +57,7 @@ def end_together(
         yield
         return
     peers = _Peers(timeout_s, resumable)
+    _WATCHES.append(peers)
     try:
         yield
     except Preempted:
@@ -67,8 +73,10 @@ def end_together(
         ending = threading.Timer(10 + timeout_s, end_process, (_FAILED, line))
         ending.daemon = True
         ending.start()
-        peers.leave(what)
+        peers.end_others(what)
         raise
+    finally:
+        _WATCHES.remove(peers)
     peers.leave()
 
 
@@ -80,8 +88,10 @@ class _Peers:
         self._resumable = resumable
         self._me = jax.process_index()
         self._hosts = exchange(platform.node())
-        self._note: dict[str, Any] = {"beat": 0, "error": "", "left": False}
+        # `line` and `code`: how all processes end.
+        self._note: dict[str, Any] = {"beat": 0, "line": "", "code": 0, "left": False}
         self._notes: dict[int, dict[str, Any]] = {}
+        self._lost: set[int] = set()
         self._round = 0
         self._heard = dict.fromkeys(range(jax.process_count()), 0)  # in which round
         self._leaving = threading.Event()
@@ -96,14 +106,18 @@ class _Peers:
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
 
-    def leave(self, error: str = "") -> None:
-        """Ends the watch; the others learn of the error, and end.
+    def leave(self, line: str = "", code: int = 0, stacks: bool = False) -> None:
+        """Ends the watch; the others end too where there is a line, with it and the code.
 
         Process 0 waits for them, as its store ends with it.
         """
         self._leaving.set()
-        self._note |= {"error": error, "left": True}
+        self._note |= {"line": line, "code": code, "stacks": stacks, "left": True}
         self._may_leave.wait(self._patience * _ROUND_S)
+
+    def end_others(self, what: str, stacks: bool = False) -> None:
+        """Leaves because of an error in this process."""
+        self.leave(f"error: {self._name(self._me)} ended: {what}", _FAILED, stacks)
 
     def _talk(self) -> None:
         store: Any = distributed.global_state.client
@@ -119,10 +133,8 @@ class _Peers:
                 process, note = int(key.rpartition("/")[2]), json.loads(text)
                 if note != self._notes.get(process):
                     self._notes[process], self._heard[process] = note, self._round
-            everyone = len(self._notes) == len(self._hosts)
-            others_left = everyone and all(
-                note["left"] for process, note in self._notes.items() if process != self._me
-            )
+            left = {process for process, note in self._notes.items() if note["left"]}
+            others_left = left | self._lost | {self._me} == self._heard.keys()
             if sent["left"] and (self._me != 0 or others_left):
                 self._may_leave.set()
 
@@ -130,10 +142,11 @@ class _Peers:
         while not self._leaving.wait(_ROUND_S):
             self._round += 1
             for process, note in dict(self._notes).items():
-                if note["error"] and process != self._me:
-                    line = f"error: {self._name(process)} ended: {note['error']}"
+                if note["line"] and process != self._me:
+                    if note["stacks"]:
+                        faulthandler.dump_traceback()
                     self.leave()
-                    end_process(_FAILED, line)
+                    end_process(note["code"], note["line"])
             unheard = {
                 process: self._round - heard
                 for process, heard in self._heard.items()
@@ -142,23 +155,27 @@ class _Peers:
             # Where its own note does not come back, the store is silent.
             silence = unheard.get(self._me, 0)
             if silence >= self._patience or (silence > 1 and _store_gone()):
-                self._lost(0)
-            for process, rounds in unheard.items():
-                if rounds >= self._patience:
-                    self._lost(process)
+                self._end_without(0)
+            self._lost = {
+                process for process, rounds in unheard.items() if rounds >= self._patience
+            }
+            for process in self._lost:
+                self._end_without(process)
 
-    def _lost(self, process: int) -> None:
+    def _end_without(self, process: int) -> None:
         seconds = self._patience * _ROUND_S
         what = f"{self._name(process)} does not answer (config.peer_timeout_s={seconds:.0f})"
         try:
             resumable = self._resumable()
         except OSError:  # the lost host may have served the run folder
             resumable = False
-        if resumable:
-            end_process(_LOST, f"stopped: {what}; run the same command again on all hosts to go on")
-        end_process(
-            _FAILED, f"error: {what}; see its log, and run the same command again on all hosts"
-        )
+        code, kind = (_LOST, "stopped") if resumable else (_FAILED, "error")
+        line = f"{kind}: {what}; see its log, and run the same command again on all hosts"
+        if process != 0:
+            self.leave(line, code)
+            end_process(code, line)
+        # It kept the notes. jax has printed how it lost it, and would abort.
+        end_process(code, f"{line} (a stack trace above is jax's, of the same loss)")
 
     def _name(self, process: int) -> str:
         return f"process {process} ({self._hosts[process]})"
@@ -176,7 +193,16 @@ def _store_gone() -> bool:
     return False
 
 
-def end_process(code: int, line: str) -> None:
+def end_all(what: str) -> NoReturn:
+    """Ends this process and the others of its launch with an error, after the stacks of all their
+    threads."""
+    faulthandler.dump_traceback()
+    for peers in _WATCHES:
+        peers.end_others(what, stacks=True)
+    end_process(_FAILED, f"error: {what}")
+
+
+def end_process(code: int, line: str) -> NoReturn:
     """Ends this process at once, also where a thread of it waits for a peer."""
     print(without_secrets(line), file=sys.stderr, flush=True)
     os._exit(code)

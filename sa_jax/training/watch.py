@@ -2,7 +2,6 @@
 finite, and that it gets on."""
 
 import collections
-import faulthandler
 import math
 import threading
 import time
@@ -18,7 +17,7 @@ from sa_jax.errors import UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import peak_flops
 from sa_jax.parallel.multihost import is_primary
-from sa_jax.parallel.peers import end_process
+from sa_jax.parallel.peers import end_all
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 
@@ -118,8 +117,8 @@ class Goodput:
 
 
 class StallWatch:
-    """Ends a process that stands still: the stacks of its threads, a line, exit 1; a context
-    manager.
+    """Ends a process that stands still, and its peers: the stacks of their threads, a line, exit 1;
+    a context manager.
 
     From the first `beat` on, the next may take `floor_s` seconds, or ten times the longest that one
     took before. A compilation or a checkpoint may take ten times as long, and teaches nothing.
@@ -154,12 +153,10 @@ class StallWatch:
         while not self._closed.wait(pause):
             self._waited += pause
             if self._waited > self._limit * (10 if self._slow() else 1):
-                faulthandler.dump_traceback()
-                end_process(
-                    1,
-                    f"error: no step, eval batch or checkpoint for {self._waited:.0f} s "
+                end_all(
+                    f"no step, eval batch or checkpoint for {self._waited:.0f} s "
                     f"(config.stall_timeout_s={self._floor:g}, or ten times the longest wait "
-                    "before); above is where each thread waits; run the same command again",
+                    "before); above is where each thread waits; run the same command again"
                 )
 
     def __enter__(self) -> "StallWatch":

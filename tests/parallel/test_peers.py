@@ -38,6 +38,14 @@ cli.run(main, "")
 MISSING = 'raise UserError("rows.jsonl: no such file")'
 
 
+STALL = """
+                from sa_jax.training.watch import StallWatch
+                with StallWatch(0.5) as stall:
+                    stall.beat()
+                    time.sleep(60)
+"""
+
+
 def started(zygote, tmp_path, count=2, *, failing=-1, end=MISSING, resumable=True, last=-1):
     script = tmp_path / "program.py"
     settings = {"failing": failing, "end": end, "resumable": resumable, "last": last}
@@ -56,9 +64,10 @@ def ended_well(process, code, *words):
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.long), 1])
-def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
-    processes = started(zygote, tmp_path, 3, failing=failing)
+@pytest.mark.parametrize(("failing", "count"), [pytest.param(0, 4, marks=pytest.mark.long), (1, 3)])
+def test_an_error_of_one_ends_all(zygote, tmp_path, failing, count):
+    """An error in one of 3 or 4 processes ends all with its line"""
+    processes = started(zygote, tmp_path, count, failing=failing)
     begin = time.monotonic()
     for number, process in enumerate(processes):
         who = [] if number == failing else [f"process {failing} ("]
@@ -67,31 +76,51 @@ def test_an_error_of_one_ends_all(zygote, tmp_path, failing):
 
 
 @pytest.mark.long
-def test_a_bug_in_one_ends_all(zygote, tmp_path):
-    processes = started(zygote, tmp_path, failing=0, end='raise KeyError("q_proj")')
-    assert processes[0].wait(30).returncode == 1
-    assert "Traceback" in processes[0].stderr
-    ended_well(processes[1], 1, "process 0 (", "KeyError: 'q_proj'")
+@pytest.mark.parametrize("failing", [0, 3])
+def test_a_bug_in_one_ends_all(zygote, tmp_path, failing):
+    """An exception in one of 4 processes ends all, the others with its name"""
+    processes = started(zygote, tmp_path, 4, failing=failing, end='raise KeyError("q_proj")')
+    bug = processes.pop(failing)
+    assert bug.wait(30).returncode == 1
+    assert "Traceback" in bug.stderr
+    for process in processes:
+        ended_well(process, 1, f"process {failing} (", "KeyError: 'q_proj'")
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_a_stall_of_one_ends_all_with_their_stacks(zygote, tmp_path, count):
+    """A process that stands still ends all, for the same reason and with the stacks of each"""
+    processes = started(zygote, tmp_path, count, failing=1, end=STALL)
+    for number, process in enumerate(processes):
+        who = [] if number == 1 else ["process 1 ("]
+        ended_well(process, 1, *who, "no step, eval batch or checkpoint for")
+        assert "most recent call first" in process.stderr
 
 
 @pytest.mark.parametrize(
-    ("lost", "number", "resumable"),
+    ("lost", "number", "resumable", "count"),
     [
-        (0, signal.SIGKILL, True),
-        (1, signal.SIGKILL, True),
-        pytest.param(0, signal.SIGSTOP, False, marks=pytest.mark.long),
-        pytest.param(1, signal.SIGSTOP, False, marks=pytest.mark.long),
+        (0, signal.SIGKILL, True, 2),
+        (1, signal.SIGKILL, True, 2),
+        *(
+            pytest.param(lost, number, resumable, 4, marks=pytest.mark.long)
+            for lost in (0, 2)
+            for number, resumable in ((signal.SIGKILL, True), (signal.SIGSTOP, False))
+        ),
     ],
 )
-def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumable):
-    processes = started(zygote, tmp_path, resumable=resumable)
+def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumable, count):
+    """A process that is killed, or stopped for ever, ends the others, which all name it"""
+    processes = started(zygote, tmp_path, count, resumable=resumable)
+    pid = processes.pop(lost).pid
     try:
-        os.kill(processes[lost].pid, number)
+        os.kill(pid, number)
         kind = "stopped" if resumable else "error"
         words = f"{kind}: process {lost} ({platform.node()}) does not answer", "peer_timeout_s=3"
-        ended_well(processes[1 - lost], 75 if resumable else 1, *words)
+        for process in processes:
+            ended_well(process, 75 if resumable else 1, *words)
     finally:
-        os.kill(processes[lost].pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.long
