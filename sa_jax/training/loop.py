@@ -72,7 +72,7 @@ FREE_KEYS = (
 
 # Of run.json, what a resume reads.
 _RESUMED = {
-    "config": {"chat_date": None},
+    "config": {"chat_date": None, "model": ""},
     "start": {"path": "", "step": None},
     "relaunches": [],
     "data": {"packed": {"hash": ""}},

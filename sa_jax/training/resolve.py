@@ -19,6 +19,7 @@ from sa_jax.training.losses import DEFAULT_LOSS
 from sa_jax.training.start import (
     Start,
     fresh_start,
+    hub_folder,
     lora_config,
     open_start,
     open_start_of,
@@ -96,9 +97,13 @@ def absolute(model: str) -> str:
 def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, Any] | None) -> Start:
     if not values["model"]:
         return fresh_start(config)
-    folder, step = split_step(values["model"])
-    if stored and stored["start"]["path"] == folder and step in (None, stored["start"]["step"]):
-        return open_start_of(stored["start"], tokenizer=values["tokenizer"])
+    model, step = split_step(values["model"])
+    if stored and split_step(stored["config"]["model"])[0] == model:
+        start = stored["start"]
+        if step in (None, start["step"]):
+            # Of a name on the Hub: the snapshot that it was then, or else the newest.
+            path = start["path"] if Path(start["path"]).is_dir() else hub_folder(model)
+            return open_start_of({**start, "path": path}, tokenizer=values["tokenizer"])
     return open_start(values["model"], tokenizer=values["tokenizer"])
 
 

@@ -1,6 +1,7 @@
 """What a run starts from, and what its config becomes."""
 
 import os
+import shutil
 
 import jax.numpy as jnp
 import pytest
@@ -80,6 +81,37 @@ def test_a_resumed_run_keeps_the_step_that_it_started_from(run):
     stored["start"]["run_id"] = "another"
     with pytest.raises(UserError, match="was started from run another; put that run"):
         resolve(config, stored=stored)
+
+
+def test_a_model_that_was_replaced_on_the_hub_is_refused(toy_world, tmp_path, monkeypatch):
+    """A base model that was replaced on the Hub is refused where the run is resumed"""
+    cache = tmp_path / "models--org--toy"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def publish(commit):
+        folder = cache / "snapshots" / commit
+        shutil.copytree(toy_world / "model", folder)
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs/main").write_text(commit)
+        return folder
+
+    config = default_config()
+    config.model = "org/toy"
+    old = publish("0" * 40)
+    first = resolve(config)
+    assert first.start.path == str(old)
+    stored = {"start": first.start.lineage(), "config": first.config.to_dict()}
+    weights = publish("1" * 40) / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert resolve(config, stored=stored).start.path == str(old)
+    shutil.rmtree(old)
+    with pytest.raises(UserError, match=f"{'1' * 40} holds other weights than this run was"):
+        resolve(config, stored=stored)
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert resolve(config, stored=stored).start.path == str(weights.parent)
 
 
 def test_fresh_weights_need_an_architecture_and_a_tokenizer():
