@@ -38,9 +38,9 @@ class Chip:
 
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("system architecture"): peak
-# compute, HBM capacity and bandwidth, and the bidirectional ICI bandwidth a chip, here divided by
-# two directions and by 6 links (4 in a two-dimensional torus); the data center's network a pod,
-# divided by its chips (v5p: https://jax-ml.github.io/scaling-book). Their clocks follow from the peak:
+# compute, HBM capacity and bandwidth; the bidirectional ICI bandwidth a chip, here divided by two
+# directions and by 6 links (4 in a two-dimensional torus); the data center's network a pod, divided
+# by its chips (v5p: https://jax-ml.github.io/scaling-book). Their clocks follow from the peak:
 # FLOP/s = 2 x clock x multipliers (v4, v5p: 2 x 4 units of 128 x 128; v5e: 4 of those; v6e: 4 of
 # 256 x 256; tpu7x: 2 x 4 of those; https://jax-ml.github.io/scaling-book/tpus). GPUs: NVIDIA's data
 # sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.

@@ -5,12 +5,15 @@ XLA's cost analysis counts the body of a loop once; here it counts as often as t
 
 import collections
 import dataclasses
+import re
 from collections.abc import Iterator
 
 from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 
 BETWEEN_SLICES = " between slices"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
+# What libtpu makes of a collective between slices: each host sends, and its network sums.
+_MEGASCALE = re.compile('_xla_megascale_transfer_type="([A-Z_]+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,12 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
     for instruction, times in _executed(module, module.entry):
-        if kind := collective_kind(instruction):
-            if devices_a_slice and _crosses(instruction, devices_a_slice):
-                kind += BETWEEN_SLICES
+        kind = collective_kind(instruction)
+        if kind and devices_a_slice and _crosses(instruction, devices_a_slice):
+            kind += BETWEEN_SLICES
+        elif sent := _MEGASCALE.search(instruction.rest if instruction.opcode == "send" else ""):
+            kind = sent[1].lower().replace("_", "-") + BETWEEN_SLICES
+        if kind:
             counts[kind] += times
             totals[kind] += times * payload(instruction)
     kinds = [kind + where for where in ("", BETWEEN_SLICES) for kind in KINDS]
@@ -62,8 +68,8 @@ def _crosses(collective: Instruction, devices_a_slice: int) -> bool:
 def payload(instruction: Instruction) -> int:
     """Bytes of a collective's larger side, result or operands."""
     shapes = shape_bytes(instruction.shape)
-    if instruction.opcode.endswith("-start"):
-        return max(shapes)  # a -start's result repeats its operand
+    if instruction.opcode.endswith("-start") or instruction.opcode == "send":
+        return max(shapes)  # a -start's result repeats its operand; a send's has a context
     # A reduce-scatter's input is its result times the group.
     scattered = instruction.opcode == "reduce-scatter"
     return sum(shapes) * (len(instruction.groups()[0]) if scattered else 1)

@@ -272,8 +272,8 @@ def make_plan(
         },
         "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
         "settings": {
-            "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
-            "slices": config.mesh.slices if config.mesh.slices > 1 else None,
+            "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            + (f" over {config.mesh.slices} slices" if config.mesh.slices > 1 else ""),
             "batch": f"{config.batch_size} x {config.sequence_length}",
             "accumulation": config.accumulation,
             "remat": config.remat,

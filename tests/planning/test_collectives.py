@@ -52,6 +52,10 @@ device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
 }
 
 ENTRY %main.2 (p: bf16[8,16]) -> bf16[8,16] {
+  %send.8 = (bf16[4,16]{1,0:T(8,128)(2,1)}, u32[], token[]) send(%x, %after), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime"\
+,_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send.8), channel_id=2, is_host_transfer=true
   %while.1 = (s32[], bf16[8,16]) while(%tuple), condition=%condition.1, body=%body.1
   %reduce = (f32[], f32[4]{0}) all-reduce(%z, %w), replica_groups={{0,1,2,3}}, to_apply=%add
 }
@@ -90,4 +94,5 @@ def test_text_as_libtpu_writes_it():
         "all-gather": Traffic(80, 80 * 8 * 16 * 2),
         "reduce-scatter": Traffic(160, 80 * (2 * 4 + 4 * 2) * 16 * 2),
         "all-reduce": Traffic(1, 4 + 16),
+        "all-reduce between slices": Traffic(1, 4 * 16 * 2),
     }
