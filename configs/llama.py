@@ -22,15 +22,15 @@ here: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas, 
 
 The plans, by arithmetic (`python scripts/plan.py --config=... --topology=h200:N --search`), for
 100M token slots:
-  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 52.6
+  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 36.6
     of 131 GiB a GPU; at least 0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP 16.2 GiB of
-    arguments, 57.6 in all.
-  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2 GiB of arguments, 57.8 of
+    arguments, 41.6 and its update in all.
+  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2 GiB of arguments, 49.8 of
     131 GiB a GPU; at least 0.52 s a step (compute-bound), 0.9 chip-hours.
   70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3 GiB of arguments,
-    34.0 of 131 GiB a GPU; at least 1.09 s a step (interconnect-bound), 29.7 chip-hours. With SOAP
-    16.7 GiB of arguments, 38.4 in all.
-  70b_removal, h200:16: fsdp=2 tensor=8, accumulation 2, remat minimal; 10.6 GiB of arguments, 76.1
+    28.5 of 131 GiB a GPU; at least 1.09 s a step (interconnect-bound), 29.7 chip-hours. With SOAP
+    16.7 GiB of arguments, 32.9 and its update in all.
+  70b_removal, h200:16: fsdp=4 tensor=4, accumulation 1, remat minimal; 10.5 GiB of arguments, 119.1
     of 131 GiB a GPU; at least 2.35 s a step (compute-bound), 8.0 chip-hours.
 
 Compiled for TPU:

@@ -18,6 +18,7 @@ An adapted kernel has lora_a [L, in, r] and lora_b [L, r, out] beside it.
 """
 
 import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -39,6 +40,18 @@ from sa_jax.parallel.rules import BATCH_SPEC
 
 _policies = jax.checkpoint_policies
 _keep_attention = _policies.save_only_these_names(ATTENTION_RESIDUALS)
+
+
+def _keep_products(prim: Any, *operands: Any, **params: Any) -> bool:
+    """Products with weights (scores are products without any), but for an adapter's (x·A)·B: it is
+    as large as x·W, and takes a few hundredths of its work to compute again."""
+    if not _policies.checkpoint_dots_with_no_batch_dims(prim, *operands, **params):
+        return False
+    weights = operands[1]
+    summed = math.prod(weights.shape[axis] for axis in params["dimension_numbers"][0][1])
+    return 8 * summed > weights.size // summed  # of a product's features
+
+
 # What the backward pass keeps of a layer's forward pass; the rest is computed again.
 REMAT_POLICIES = {
     "none": None,
@@ -50,11 +63,9 @@ REMAT_POLICIES = {
         offload_src="device",
         offload_dst="pinned_host",
     ),
-    # The products: all of them, or those with weights (scores are products without any).
+    # The products: all of them, or the dear ones.
     "dots": _policies.save_from_both_policies(_policies.checkpoint_dots, _keep_attention),
-    "minimal": _policies.save_from_both_policies(
-        _policies.checkpoint_dots_with_no_batch_dims, _keep_attention
-    ),
+    "minimal": _policies.save_from_both_policies(_keep_products, _keep_attention),
 }
 
 
@@ -207,7 +218,7 @@ class Attention(nn.Module):
             q_bskh, k_bsgh = norm(name="q_norm")(q_bskh), norm(name="k_norm")(k_bsgh)
         q_bskh, k_bsgh = apply_rope(q_bskh, *rope), apply_rope(k_bsgh, *rope)
         v_bsgh = v_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
-        if cache is None:
+        if segment_ids_bs is not None:  # all that a token may see is here
             out_bskh = attention(
                 q_bskh,
                 k_bsgh,
@@ -403,6 +414,14 @@ class Llama(nn.Module):
           The stream after the final norm [B, S, D] (see `logits`) and the new cache.
         """
         hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, None, cache)
+        return hidden_bsd, _write(cache, positions_bs, *new_kv)
+
+    def prefill(
+        self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        """`decode` of tokens that nothing precedes, with training's attention: its memory grows
+        with the row, not with the row's square."""
+        hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, jnp.ones_like(tokens_bs), cache)
         return hidden_bsd, _write(cache, positions_bs, *new_kv)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:

@@ -109,8 +109,9 @@ def step_memory(
 def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     """(gradients, activations, the rest, on the host) of one device, bytes, by arithmetic.
 
-    Meant to rank meshes before one is compiled; within a quarter of what libtpu allocates for 8B
-    and 70B (at its peak, less the arguments).
+    With the arguments, within 15 % of the peak that XLA allocates for the steps with Adam in
+    docs/scale.md. SOAP's update is not counted: on many chips its float32 gradients, projected and
+    not, outlive the backward pass.
     """
     config, size = work.architecture, work.item_bytes
     d, f = config.hidden_size, config.intermediate_size
@@ -122,12 +123,15 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     if work.accumulation > 1:
         gradients += work.trainable * 4 / work.devices  # sums are float32
     stream = tokens * d * size / t
-    products = tokens * (2 * qo + 2 * kv + 2 * f) / t * size + 2 * stream
+    # Of q, k, v, o, gate and up; down's is not asked for again. Kernels of ours keep their output,
+    # which cuDNN computes again.
+    attended = 0 if work.attention.startswith("cudnn") else qo
+    products = tokens * (qo + 2 * kv + d + 2 * f + attended) / t * size
     kept = {
         "full": stream,
         "offload": 0.0,
         "minimal": stream + products,
-        "dots": stream + products,
+        "dots": stream + products * (1 if work.full_weights else 2),  # an adapter's too
         "none": stream + 2 * products,
     }[work.remat]
     activations = config.num_layers * kept

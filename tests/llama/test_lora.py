@@ -1,5 +1,6 @@
 """Adapters: nothing at the start, the same merged as not, and the same in the peft package."""
 
+import collections
 import functools
 import json
 
@@ -184,3 +185,21 @@ def test_adapters_that_are_refused(tmp_path):
             load_peft(tmp_path / "a", CONFIG)
     with pytest.raises(UserError, match="not empty"):
         save_peft(tmp_path / "a", SOME, adapter, base_model="base")
+
+
+def test_minimal_remat_keeps_of_an_adapter_only_what_is_narrow():
+    def kept(lora):
+        model = Llama(CONFIG, lora=lora, remat="minimal")
+        shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+        adapter, base = lora_lib.split(shapes) if lora else (shapes, {})
+
+        def backward(adapter, base):
+            params = lora_lib.combine(adapter, base)
+            return jax.vjp(lambda params: model.apply({"params": params}, TOKENS), params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(backward, adapter, base))
+        rows = (CONFIG.num_layers, TOKENS.size)
+        return collections.Counter(x.shape[2:] for x in leaves if x.shape[:2] == rows)
+
+    narrow = LoraConfig(rank=1, alpha=2.0)
+    assert kept(narrow) == kept(None) + collections.Counter({(1,): 7})

@@ -1,0 +1,100 @@
+"""Real programs, compiled for real GPUs by jax's CUDA plugin without one: the training step's
+memory and collectives, and what decoding reads of its cache."""
+
+import importlib.metadata
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sa_jax.llama.model import Llama
+from sa_jax.llama.sampler import Sampler, SamplingSettings
+from sa_jax.llama.sampling import noise_arguments
+from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.rules import abstract
+from sa_jax.planning.topology import open_topology
+from sa_jax.study.commands import load_config
+from sa_jax.training.plan import plan_architecture
+from sa_jax.training.start import abstract_params
+from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
+
+PLUGIN = "jax-cuda12-plugin"
+pytest.importorskip("jax_cuda12_plugin", reason="needs the extra plan-gpu")
+
+# Each compiles for a minute or more.
+pytestmark = pytest.mark.long
+
+# name: config, topology, changes.
+CASES = {
+    "8b_h200": ("8b_insertion", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+    "8b_lora_h200": ("8b_removal", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_fits_and_is_that_of_the_golden_file(tmp_path, name):
+    config, topology, changes = CASES[name]
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    plan = compiled_plan(tmp_path / "plan.json", f"llama.py:{config}", topology, *flags)
+    memory = plan["memory_gib_per_chip"]
+    assert plan["fits"] and memory["source"] == "compiled"
+    assert memory["arguments"] == pytest.approx(memory["compiled_arguments"], rel=0.01)
+    version = importlib.metadata.version(PLUGIN)
+    assert_is_golden(f"compiled_{name}", PLUGIN, version, plan_content(plan))
+
+
+PASSIVE = {"parameter", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"}
+
+
+def cache_accesses(text: str, leaf: int) -> list[tuple[str, int]]:
+    """Instructions that touch a leaf of the cache (by its count of elements), and the elements of
+    their results; those inside a fusion are one with it."""
+    fused = set(re.findall(r"calls=%([\w.-]+)", text))
+    sizes: dict[str, int] = {}
+    accesses, inside = [], ""
+    for line in text.splitlines():
+        if head := re.match(r"(?:ENTRY )?%([\w.-]+) \(", line):
+            inside = head[1]
+        found = re.match(r"\s+(?:ROOT )?%([\w.-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*?)\)", line)
+        if found is None or inside in fused:
+            continue
+        name, dimensions, operation, operands = found.groups()
+        sizes[name] = math.prod(int(n) for n in dimensions.split(",") if n)
+        read = [sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands)]
+        if leaf in read and operation not in PASSIVE:
+            kind = re.search(r"scatter|dynamic.slice|transpose|copy", line.split(" = ")[0])
+            accesses.append((kind[0].replace("_", "-") if kind else operation, sizes[name]))
+    return accesses
+
+
+def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it(monkeypatch):
+    """8B on an H200, 8 rows of up to 4,096 tokens: a layer's step reads each block of keys and of
+    values once, new tokens are scattered in place, and nothing else touches the cache."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as where this program runs
+    mesh = make_mesh(devices=open_topology("h200:1").devices)
+    config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    sampler = Sampler(model, mesh, batch_size=8, context_length=4096)
+    cache = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(sampler._init_cache),
+        sampler.cache_shardings,
+    )
+    row = jax.ShapeDtypeStruct((8,), jnp.int32)
+    compiled = sampler._decode.lower(
+        abstract(mesh, abstract_params(model)),
+        cache,
+        *(row, row, row, jax.ShapeDtypeStruct((8,), jnp.uint32)),
+        np.asarray([1], np.int32),
+        **noise_arguments(SamplingSettings(16, temperature=1.0)),
+    ).compile()
+    leaf = math.prod(cache.k.shape)
+    block = leaf // (config.num_layers * cache.k.shape[1])
+    accesses = cache_accesses(compiled.as_text(), leaf)
+    assert sorted(accesses) == [("dynamic-slice", block)] * 2 + [("scatter", leaf)] * 2
+    # A copy of either leaf would be 2 GiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < leaf * 2 / 4
+    assert sampler.prompt_attention[128] == "cudnn" and sampler.prompt_attention[64] == "blockwise"
