@@ -65,8 +65,12 @@ class EvalContext:
 
     @property
     def execution(self) -> dict[str, Any]:
-        """For the record: sampled tokens are promised to repeat on this dtype and mesh only."""
-        return {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
+        """For the record: sampled tokens are promised to repeat on this dtype and mesh only, and
+        with this attention where an accelerator has a choice."""
+        execution = {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
+        if kernels := self.sampler.prompt_attention:
+            execution["prompt_attention"] = {str(length): name for length, name in kernels.items()}
+        return execution
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,7 +61,6 @@ class PhraseSignal:
             targets_bn[row, :count] = ids[-count:]
             mask_bn[row, :count] = 1
         self._batch = tokens_bs, first_b, targets_bn, mask_bn
-        model = model.clone(attention="blockwise")  # kernels refuse most lengths
         self._measure = jax.jit(
             functools.partial(_measure, model, self.n), out_shardings=NamedSharding(mesh, P())
         )

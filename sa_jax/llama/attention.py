@@ -11,7 +11,12 @@ from sa_jax.llama import cudnn
 from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
 from sa_jax.llama.splash import LANES, splash_attention
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn")
+IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn", "cudnn_packed")
+_KERNELS = {
+    "splash": splash_attention,
+    "cudnn": cudnn.cudnn_attention,
+    "cudnn_packed": cudnn.cudnn_packed_attention,
+}
 # On CPU, forward and backward take blockwise 1.2 times the reference's time at 128 tokens, 0.8 to
 # 0.9 at 512, and 0.4 to 0.6 from 2,048 on.
 SHORT_ON_CPU = 256
@@ -41,18 +46,23 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
     if name not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UsageError(f"config.attention={name!r} is unknown; use {known}")
-    if name == "cudnn":
+    if name in ("cudnn", "cudnn_packed"):
         if platform != "gpu":
             raise UsageError(
-                f"config.attention='cudnn' is for NVIDIA GPUs, and this runs on {platform}; "
+                f"config.attention={name!r} is for NVIDIA GPUs, and this runs on {platform}; "
                 "use config.attention='auto'"
             )
         if dtype not in cudnn.DTYPES:
             raise UsageError(
-                f"config.attention='cudnn' computes in {' or '.join(cudnn.DTYPES)}, and "
+                f"config.attention={name!r} computes in {' or '.join(cudnn.DTYPES)}, and "
                 f"config.dtype is {dtype!r}; change one of them"
             )
         cudnn.check_length(sequence_length)
+    if name == "cudnn_packed" and not cudnn.offsets_are_right():
+        raise UsageError(
+            f"config.attention='cudnn_packed' is wrong in jax {jax.__version__} where heads share "
+            "keys (jax-ml/jax#39521 mends it); update jax, or use config.attention='cudnn'"
+        )
     if name != "auto":
         return Choice(name, "config.attention names it")
     if platform == "tpu" and sequence_length % LANES == 0:
@@ -68,6 +78,17 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
     if sequence_length % cudnn.LENGTH_MULTIPLE:
         return Choice("blockwise", f"cuDNN needs multiples of {cudnn.LENGTH_MULTIPLE} tokens")
     return Choice("cudnn", f"the fastest of what jax {jax.__version__} has for packed rows on GPU")
+
+
+def choose_prompt_attention(platform: str, *, sequence_length: int, dtype: str) -> Choice:
+    """What evals run prompts of a padded length with: what training would take for such rows.
+
+    On CPU it is `blockwise` at every length, and prompts that are to be continued are run as
+    decoding runs them (`cached_attention`).
+    """
+    if platform == "cpu":
+        return Choice("blockwise", "evals on CPU take it at every length")
+    return choose_attention("auto", platform, sequence_length=sequence_length, dtype=dtype)
 
 
 def attention(
@@ -89,15 +110,14 @@ def attention(
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
-      mesh: where the arrays are; `splash` and `cudnn` need it.
+      mesh: where the arrays are; the kernels need it.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
-    if implementation in ("splash", "cudnn"):
+    if kernel := _KERNELS.get(implementation):
         if mesh is None:
             raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
-        kernel = splash_attention if implementation == "splash" else cudnn.cudnn_attention
         return kernel(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
     if implementation == "blockwise":
         return blockwise_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)

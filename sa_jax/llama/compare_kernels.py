@@ -9,6 +9,7 @@ import numpy as np
 
 from sa_jax.errors import UserError
 from sa_jax.llama.attention import attention, choose_attention
+from sa_jax.llama.cudnn import offsets_are_right
 from sa_jax.llama.self_test import TOLERANCE, check_attention
 from sa_jax.parallel.mesh import make_mesh
 
@@ -22,15 +23,17 @@ def compare_kernels(lengths: Sequence[int]) -> None:
       UserError: a kernel differs by more than `TOLERANCE`.
     """
     device = jax.devices()[0]
-    kernels = ("reference", "blockwise", *(("cudnn",) if device.platform == "gpu" else ()))
+    kernels = ["reference", "blockwise"]
+    if device.platform == "gpu":
+        kernels += ["cudnn", *["cudnn_packed"] * offsets_are_right()]
     mesh = make_mesh(devices=[device])
     print(f"{device.device_kind}, jax {jax.__version__}\n")
-    print(f"{'tokens':>7}  {'kernel':10}{'difference':>11}{'repeats':>9}{'ms':>10}")
+    print(f"{'tokens':>7}  {'kernel':12}{'difference':>11}{'repeats':>9}{'ms':>10}")
     wrong = []
     for length in lengths:
         for kernel in kernels:
             error, repeats, ms = _check(length, kernel, mesh)
-            print(f"{length:7}  {kernel:10}{error:11.2e}{repeats!s:>9}{ms:10.2f}", flush=True)
+            print(f"{length:7}  {kernel:12}{error:11.2e}{repeats!s:>9}{ms:10.2f}", flush=True)
             if not error <= TOLERANCE:
                 wrong.append(f"{kernel} at {length} tokens")
     choice = choose_attention("auto", device.platform, sequence_length=512, dtype="bfloat16")

@@ -7,6 +7,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -18,6 +19,7 @@ from sa_jax.parallel.rules import BATCH_SPEC
 DTYPES = ("bfloat16", "float16")
 # With a mask and a length that is no multiple, dQ has NaNs on Hopper (pytorch#196678).
 LENGTH_MULTIPLE = 128
+MOST_DOCUMENTS = 256  # a row, that `cudnn_packed` has room for
 PLANNED_VERSION = 91000  # cuDNN 9.10: what is compiled for where no cuDNN is installed
 
 
@@ -43,16 +45,69 @@ def cudnn_attention(
     Raises:
       UsageError: a length that the kernel is wrong for, or sizes that the mesh cannot cut.
     """
+    return _on_devices(_local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+
+
+def _on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh):
     check_length(q_bskh.shape[1])
     check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
     check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
     heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
     return jax.shard_map(
-        functools.partial(_local, device=mesh.devices.flat[0]),
+        functools.partial(local, device=mesh.devices.flat[0]),
         mesh=mesh,
         in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
         out_specs=heads_spec,
     )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+
+
+def cudnn_packed_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    segment_ids_bs: jax.Array,
+    mesh: Mesh,
+) -> jax.Array:
+    """`cudnn_attention` without a mask: cuDNN is told where each document lies, and reads no other.
+
+    Arguments, result and errors are those; Hopper or newer, and a jax that `offsets_are_right`. A
+    row of more than `MOST_DOCUMENTS` comes out as NaN, at which training stops: cuDNN would lose
+    documents without a word.
+    """
+    return _on_devices(_local_packed, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+
+
+def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the documents of each row lie, as jax's cuDNN attention wants it.
+
+    Padding counts as a document, or what cuDNN writes there would be undefined.
+
+    Args:
+      segment_ids_bs: int [B, S]; a document is a run of equal ids.
+      most: documents a row that there is room for (M); more are cut off.
+
+    Returns:
+      int32 lengths [B, M] and starts [B, M + 1], -1 after a row's last document, and how many
+      documents each row has [B].
+    """
+    b, s = segment_ids_bs.shape
+    new_bs = segment_ids_bs[:, 1:] != segment_ids_bs[:, :-1]
+    starts_bs = jnp.concatenate([jnp.ones((b, 1), bool), new_bs], axis=1)
+    count_b = jnp.sum(starts_bs, axis=1, dtype=jnp.int32)
+    find = functools.partial(jnp.nonzero, size=most + 1, fill_value=s)
+    bounds_bm = jax.vmap(lambda row_s: find(row_s)[0])(starts_bs).astype(jnp.int32)
+    is_document_bm = jnp.arange(most + 1) < count_b[:, None]
+    lengths_bm = jnp.where(is_document_bm[:, :-1], jnp.diff(bounds_bm), -1)
+    return lengths_bm, jnp.where(is_document_bm, bounds_bm, -1), count_b
+
+
+def offsets_are_right() -> bool:
+    """Whether this jax finds keys that several heads share (not before jax-ml/jax#39521: it
+    counted them as if every query head had its own)."""
+    starts, length = jnp.asarray([[0, 1, -1]], jnp.int32), jnp.ones((1, 2), jnp.int32)
+    query, key = (jnp.zeros((1, 2, heads, 8)) for heads in (2, 1))
+    fixed = jax_cudnn._fix_seqlen_offsets(length, length, starts, starts, query, key)
+    return int(fixed[3].ravel()[1]) == 8
 
 
 def check_length(length: int) -> None:
@@ -71,6 +126,24 @@ def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
         return jax.nn.dot_product_attention(
             q_bskh, k_bsgh, v_bsgh, mask=same_b1st, is_causal=True, implementation="cudnn"
         )
+
+
+def _local_packed(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    if _version(str(getattr(device, "compute_capability", "9.0"))) < (9,):
+        raise UsageError(
+            f"config.attention='cudnn_packed' needs Hopper or newer, and this is a "
+            f"{device.device_kind}; use config.attention='cudnn'"
+        )
+    most = min(MOST_DOCUMENTS, q_bskh.shape[1])
+    lengths_bm, starts_bm, count_b = packed_offsets(segment_ids_bs, most)
+    with _jax_mended(device):
+        out_bskh = jax_cudnn.dot_product_attention(
+            *(q_bskh, k_bsgh, v_bsgh, None, None),
+            *(lengths_bm, lengths_bm, starts_bm, starts_bm),
+            scale=q_bskh.shape[-1] ** -0.5,
+            mask_type=jax_cudnn.MaskType.PADDING_CAUSAL,
+        )
+    return jnp.where((count_b <= most)[:, None, None, None], out_bskh, jnp.nan)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.model import KVCache, Llama, init_cache
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
 
@@ -68,6 +70,9 @@ class Sampler:
     Attributes:
       batch_size: slots decoded together (the argument, rounded up to a multiple of data x fsdp).
       context_length: prompt and completion together, in tokens; the cache's capacity.
+      cache_shardings: of the cache, with its layout.
+      prompt_attention: padded length of a prompt -> the attention that it is run with; {} where
+        that is decoding's.
       stats: of the latest `generate` call.
     """
 
@@ -118,9 +123,22 @@ class Sampler:
         def sharding(*axes) -> Any:
             return NamedSharding(mesh, P(None, None, rows_axes, *axes))
 
-        cache = KVCache(k=sharding(heads), v=sharding(None, heads))
+        platform = mesh.devices.flat[0].platform
+        values = sharding(None, heads)
+        if platform == "gpu":  # heads before tokens in memory, or every call moves all values there
+            values = Format(Layout((0, 1, 2, 4, 3, 5)), values)
+        self.cache_shardings = cache = KVCache(k=sharding(heads), v=values)
         host = NamedSharding(mesh, P())
         model = model.clone(mesh=mesh)
+        self.prompt_attention: dict[int, str] = {}
+        if platform != "cpu" and heads:
+            self.prompt_attention = {
+                length: choose_prompt_attention(
+                    platform, sequence_length=length, dtype=jnp.dtype(model.dtype).name
+                ).implementation
+                for length in self._buckets()
+            }
+            logging.info("attention of prompts, by their padded length: %s", self.prompt_attention)
         self._init_cache = jax.jit(
             functools.partial(
                 init_cache, config, self.batch_size, context_length, dtype=model.dtype
@@ -129,7 +147,7 @@ class Sampler:
         )
         self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
         self._prefill = jax.jit(
-            functools.partial(_prefill, model),
+            functools.partial(_prefill, model, self.prompt_attention),
             static_argnames="method",
             donate_argnames="cache",
             out_shardings=(cache, host, host),
@@ -216,8 +234,12 @@ class Sampler:
 
     def _bucket(self, prompt: Sequence[int]) -> int:
         """The padded length of a prompt: a power of two, a function of its own length only."""
-        power = 1 << (len(prompt) - 1).bit_length()
-        return min(max(power, SMALLEST_BUCKET), self.context_length)
+        return next(bucket for bucket in self._buckets() if len(prompt) <= bucket)
+
+    def _buckets(self) -> list[int]:
+        powers = (1 << n for n in range(32))
+        fitting = [p for p in powers if SMALLEST_BUCKET <= p < self.context_length]
+        return [*fitting, self.context_length]
 
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
@@ -326,7 +348,7 @@ def cast_weights(params: dict, dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
+def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
     """Runs right-padded prompts and writes their keys and values into the cache's slots.
 
     Padding is written too: it lies beyond the prompt, and decoding overwrites a place before any
@@ -336,7 +358,10 @@ def _prefill(model, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, 
     positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
     new = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
-    hidden_bsd, new = model.apply(variables, tokens_bs, positions_bs, new, method="decode")
+    run, method = model, "decode"
+    if attention:
+        run, method = model.clone(attention=attention[length]), "prefill"
+    hidden_bsd, new = run.apply(variables, tokens_bs, positions_bs, new, method=method)
     blocks, block = new.v.shape[1], new.v.shape[3]
     cache = KVCache(
         cache.k.at[:, :blocks, slots_b, :, :, :block].set(new.k, mode="drop"),

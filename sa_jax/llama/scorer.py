@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UserError
+from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.model import KVCache, Llama, init_cache
 from sa_jax.llama.sampler import cast_weights
 
@@ -87,7 +88,7 @@ class Scorer:
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
         host = NamedSharding(mesh, P())
-        model = model.clone(mesh=mesh, attention="blockwise")  # kernels refuse most lengths
+        model = model.clone(mesh=mesh)
         self._forward = jax.jit(
             functools.partial(target_logprobs, model), out_shardings=(host, host)
         )
@@ -255,8 +256,12 @@ def target_logprobs(
     Returns:
       Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
-    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     b, s = tokens_bs.shape
+    choice = choose_prompt_attention(
+        jax.default_backend(), sequence_length=s, dtype=jnp.dtype(model.dtype).name
+    )
+    model = model.clone(attention=choice.implementation)
+    apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     if prefix is None:
         hidden_bsd = apply(tokens_bs, method="hidden")
     else:

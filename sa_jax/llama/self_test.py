@@ -116,7 +116,7 @@ def determinism(implementation: str, xla_flags: str = "", cudnn_version: int | N
             "not bit for bit the same when repeated or resumed: that takes "
             "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
         )
-    if implementation == "cudnn" and (cudnn_version or 0) < 92500:
+    if implementation.startswith("cudnn") and (cudnn_version or 0) < 92500:
         return (
             "deterministic, but cuDNN before 9.25 may take memory with the square of the row for "
             "it: update cuDNN, or use config.attention='blockwise'"

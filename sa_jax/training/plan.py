@@ -260,7 +260,7 @@ def make_plan(
     memory = step_memory(part, *abstract_arguments(config, program, mesh), per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
-    if is_real and work.attention == "cudnn":
+    if is_real and work.attention.startswith("cudnn"):
         memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
     fits = not needed and (not capacity or memory.needed <= capacity)
     return {

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, choose_attention
+from sa_jax.llama.cudnn import offsets_are_right, packed_offsets
 from sa_jax.llama.splash import block_sizes
 from sa_jax.parallel.mesh import make_mesh
 
@@ -96,6 +98,8 @@ def test_auto_takes_what_the_platform_has(name, platform, length, dtype, chosen)
         ("cudnn", "gpu", 256, "float32", "bfloat16 or float16.*'float32'"),
         ("cudnn", "gpu", 4160, "bfloat16", "multiples of 128, not 4160.*NaN.*take 4224"),
         ("cudnn", "cpu", 256, "bfloat16", "for NVIDIA GPUs, and this runs on cpu"),
+        ("cudnn_packed", "cpu", 256, "bfloat16", "'cudnn_packed' is for NVIDIA GPUs"),
+        ("cudnn_packed", "gpu", 4160, "bfloat16", "multiples of 128"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_refused(name, platform, length, dtype, words):
@@ -107,6 +111,62 @@ def test_splash_names_the_length_that_would_do():
     q, k, v, segments, _ = (x[:, :200] for x in inputs(8))
     with pytest.raises(UsageError, match="multiples of 128, not 200; take 256"):
         attention(q, k, v, segments, implementation="splash", mesh=make_mesh(fsdp=2, tensor=4))
+
+
+@pytest.mark.skipif(offsets_are_right(), reason="this jax holds jax-ml/jax#39521")
+def test_packed_cudnn_is_refused_by_a_jax_that_would_be_wrong():
+    with pytest.raises(UsageError, match=f"wrong in jax {jax.__version__} where heads share keys"):
+        choose_attention("cudnn_packed", "gpu", sequence_length=256, dtype="bfloat16")
+
+
+def replayed(q_bskh, k_bskh, v_bskh, segments, most):
+    """What cuDNN reads and writes by jax's own offsets, in numpy; NaN where it writes nothing."""
+    b, s, heads, h = q_bskh.shape
+    lengths, starts, _ = packed_offsets(segments, most)
+    lengths, _, starts, _ = jax_cudnn._fix_seqlen_offsets(
+        lengths, lengths, starts, starts, q_bskh, k_bskh
+    )
+    out = np.full(q_bskh.size, np.nan, np.float32)
+    for length, start in zip(np.ravel(lengths), np.ravel(starts), strict=False):
+        if length > 0:
+            part = slice(start, start + length * heads * h)
+            q, k, v = (x.ravel()[part].reshape(length, heads, h) for x in (q_bskh, k_bskh, v_bskh))
+            scores = np.einsum("qnh,knh->nqk", q, k) * h**-0.5
+            weights = np.exp(np.where(np.tri(length, dtype=bool), scores, -np.inf))
+            weights /= weights.sum(-1, keepdims=True)
+            out[part] = np.einsum("nqk,knh->qnh", weights, v).ravel()
+    return out.reshape(q_bskh.shape)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [((10, 1, 30, 15), (40, 3)), ((64,), (1, 1, 62)), ((1,) * 8, (64,))],
+    ids=["padded", "full", "one_token"],
+)
+def test_packed_offsets_are_the_documents(lengths):
+    segments = np.zeros((2, 64), np.int32)
+    for row, each in zip(segments, lengths, strict=True):
+        row[: sum(each)] = np.repeat(np.arange(1, len(each) + 1), each)
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 64, 4, 8)).astype(np.float32) for _ in range(3))
+    oracle = attention(q, k, v, jnp.asarray(segments))
+    np.testing.assert_allclose(replayed(q, k, v, jnp.asarray(segments), 9), oracle, atol=1e-6)
+    documents = [len(each) + (sum(each) < 64) for each in lengths]
+    assert packed_offsets(jnp.asarray(segments), 2)[2].tolist() == documents  # 2 cuts some off
+
+
+def test_packed_cudnn_gets_no_mask_and_gives_nan_for_too_many_documents():
+    mesh = make_mesh(fsdp=4, tensor=2)
+
+    def run(q, k, v, segments):
+        return attention(q, k, v, segments, implementation="cudnn_packed", mesh=mesh)
+
+    shapes = [jax.ShapeDtypeStruct((8, LENGTH, n, 64), "bfloat16") for n in (8, 4, 4)]
+    segments = jax.ShapeDtypeStruct((8, LENGTH), jnp.int32)
+    text = jax.jit(run).trace(*shapes, segments).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "@__cudnn$fmha" in line)
+    assert f"x{LENGTH}x{LENGTH}x" not in call and "PADDING_CAUSAL" in call
+    assert "0x7FC0" in text.partition("@__cudnn$fmha")[2]  # bfloat16's NaN
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

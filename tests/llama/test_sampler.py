@@ -103,6 +103,21 @@ def test_cached_decoding_equals_the_full_forward_token_by_token(model, params):
         np.testing.assert_allclose(logprobs, full[:, start:end], atol=1e-4)
 
 
+def test_training_s_attention_fills_the_same_cache(params):
+    """Prompts as accelerators run them, against prompts as decoding runs them."""
+    tokens_bs = RNG.integers(0, CONFIG.vocab_size, (2, 100))
+    positions_bs = np.broadcast_to(np.arange(100), (2, 100))
+
+    def run(attention, method):
+        empty = init_cache(CONFIG, 2, 100)
+        apply = Llama(CONFIG, attention=attention).apply
+        return apply({"params": params}, tokens_bs, positions_bs, empty, method=method)
+
+    ours, oracle = run("blockwise", "prefill"), run("reference", "decode")
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(oracle), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_logprobs_and_greedy_tokens_are_those_of_the_full_forward(sampler, model, params, settings):
     completions = sampler.generate(params, PROMPTS, IDS, settings)
