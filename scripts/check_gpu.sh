@@ -1,15 +1,13 @@
 #!/usr/bin/env bash
-# Checks attention on the GPU at hand, and prints a table: errors, gradients, repeats, milliseconds.
+# Half an hour on a GPU: kernels, a step's memory, kill and resume, insertion, decoding, torch beside
+# it; prints a table with what is expected. benchmarks/gpu.py says what each part does.
 #
-#   bash scripts/check_gpu.sh [--smoke]      (--smoke: tiny rows, on CPU)
+#   bash scripts/check_gpu.sh [--smoke] [--out=DIR] [--parts=kernels,step_8b]   (--smoke: on CPU)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
-case "$#${1:-}" in
-    0) lengths=4096,8192 ;;
-    1--smoke) lengths=256 && export JAX_PLATFORMS=cpu ;;
-    *) fail "usage: bash scripts/check_gpu.sh [--smoke]" ;;
-esac
-setup
-exec "$PYTHON_BIN" scripts/check_attention.py --lengths="$lengths"
+setup test
+case " $* " in *" --smoke "*) export JAX_PLATFORMS=cpu ;; esac
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one is enough
+exec "$PYTHON_BIN" -m benchmarks.gpu "$@"

