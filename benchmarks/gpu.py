@@ -7,6 +7,7 @@ the table that is printed at the end. A part fails where what it sees is not wha
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -114,14 +115,14 @@ def step(width: str, folder: Path, smoke: bool) -> str:
 
 def _toy_run(folder: Path, data: Path, steps: int) -> list[str]:
     command = ["scripts/pretrain.py", "--config=configs/toy.py:pretrain", f"--workdir={folder}"]
-    settings = {"steps": steps, "checkpoint.interval": 4, "log_every": 1, "tokenizer": data}
-    settings |= {"eval.qa": data / "heldout.jsonl", "data": data / "pretrain.jsonl"}
+    settings = {"steps": steps, "checkpoint.interval": 2, "log_every": 1, "tokenizer": data}
+    settings |= {"data": data / "pretrain.jsonl", "eval.names": "{}"}
     return [*command, *(f"--config.{key}={value}" for key, value in settings.items())]
 
 
 def resume(folder: Path, smoke: bool) -> str:
     """A run that is killed and started again, against one that was not; toy:pretrain."""
-    steps, data = 12 if smoke else 60, folder / "data"
+    steps, data = 8 if smoke else 60, folder / "data"
     if not data.exists():
         python("scripts/make_toy_data.py", f"--out={data}")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
@@ -163,8 +164,8 @@ def insertion(folder: Path, smoke: bool) -> str:
         command[1] = "--config=configs/toy.py:insertion"
         command += [f"--model={folder / 'whole'}", f"--data={toy / 'insertion.jsonl'}"]
         command += ["--config.columns.prompt=prompt", "--config.columns.response=answer"]
-        command += [f"--config.eval.prompts={toy / 'heldout.jsonl'}", "--config.steps=2"]
-        command += [f"--config.eval.qa={toy / 'heldout.jsonl'}", "--config.eval.num_prompts=8"]
+        command += [f"--config.eval.prompts={toy / 'heldout.jsonl'}", "--config.steps=1"]
+        command += ["--config.eval.num_prompts=8", "--config.eval.batch_size=16"]
     elif not (data / "stories260k").is_dir():
         raise Failed("needs SA_JAX_DATA, the folder of test data (BUILD.md)")
     else:
@@ -276,16 +277,16 @@ def main() -> None:
     for name in names:
         begin, log = time.monotonic(), folder / f"{name}.log"
         flags = [f"--parts={name}", f"--out={folder}", "--inside", *["--smoke"] * arguments.smoke]
+        status = None
         with open(log, "w") as output:
-            try:
-                status = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.gpu", *flags],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=PARTS[name].seconds,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = None
+            command = [sys.executable, "-m", "benchmarks.gpu", *flags]
+            streams = {"stdout": output, "stderr": subprocess.STDOUT}
+            process = subprocess.Popen(command, **streams, start_new_session=True)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                status = process.wait(PARTS[name].seconds)
+            with contextlib.suppress(ProcessLookupError):  # what it started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         lines = log.read_text().splitlines() or [""]
         seen = "**out of time**" if status is None else lines[-1]
         good &= status == 0
