@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from scipy import special
+from scipy import optimize, special
 
 from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import ancestors, lineage_settings
@@ -155,7 +155,7 @@ def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFi
     slope = line.slope
     for end, bound in ((-MAX_SLOPE, lo), (MAX_SLOPE, hi)):
         # As likely at the end of the range as at its best: the runs only say which way it goes.
-        if math.isinf(bound) and line.deviance(np.array([end]))[0] < 0.1:
+        if math.isinf(bound) and line.deviance(end) < 0.1:
             slope = bound
     return TimeFit(x_name, tuple(timed), slope, lo, hi, p)
 
@@ -170,10 +170,8 @@ def _cutoff(n: int, confidence: float) -> float:
 
 
 class _Line:
-    """The likelihood of intervals of log steps around a line in log x.
-
-    All slopes that are looked at are one array: there is no loop over them.
-    """
+    """The likelihood of intervals of log steps around a line in log x, at its best intercept and
+    spread for each slope; it falls on both sides of the best slope."""
 
     def __init__(self, timed: Sequence[Timed]):
         x = np.log([item.x for item in timed])
@@ -181,111 +179,53 @@ class _Line:
         never, always = -math.inf, math.inf
         self.lo = np.array([math.log(t.steps.after) if t.steps.after else never for t in timed])
         self.hi = np.array([always if t.steps.by is None else math.log(t.steps.by) for t in timed])
-        lo = np.where(np.isfinite(self.lo), self.lo, self.hi - 1)
-        hi = np.where(np.isfinite(self.hi), self.hi, self.lo + 1)
-        self.middle = (lo + hi) / 2
-        self.slope, self.best = self._best()
+        ends = np.append(self.lo, self.hi)
+        self.start = np.array([1.0, ends[np.isfinite(ends)].mean()])
+        slopes, options = (-MAX_SLOPE, MAX_SLOPE), {"xatol": 1e-4}
+        best = optimize.minimize_scalar(self.loss, bounds=slopes, method="bounded", options=options)
+        self.slope, self.least = float(best.x), float(best.fun)
 
-    def _best(self) -> tuple[float, float]:
-        """Slope and log likelihood of the best line."""
-        slopes, step = np.linspace(-MAX_SLOPE, MAX_SLOPE, 49), MAX_SLOPE / 24
-        for _ in range(6):
-            likelihood = self._profile(slopes)
-            best = int(likelihood.argmax())
-            slope, step = float(slopes[best]), step / 4
-            slopes = np.clip(slope + step * np.arange(-6, 7), -MAX_SLOPE, MAX_SLOPE)
-        return slope, float(likelihood[best])
+    def loss(self, slope: float) -> float:
+        """Minus the log likelihood.
 
-    def _profile(self, slopes: Floats) -> Floats:
-        """For each slope the highest log likelihood, over intercept (at mean x) and spread.
-
-        Newton's method in precision = 1 / spread and offset = intercept / spread, in which the
-        log likelihood is concave; steps that do not raise it are halved.
+        In precision = 1 / spread and offset = intercept (at mean x) / spread it is convex.
         """
-        shift = slopes[:, None] * self.x  # [k, n]
-        lo, hi = self.lo - shift, self.hi - shift
-        residuals = self.middle - shift
-        least, most = 1 / MAX_SPREAD, 1 / MIN_SPREAD
-        precision = np.clip(1 / (residuals.std(axis=1) + 0.3), least, most)
-        offset = residuals.mean(axis=1) * precision
-        value = _log_mass(*_standard(lo, hi, precision, offset)).sum(1)
-        for _ in range(60):
-            steps = _newton(lo, hi, precision, offset, least, most)
-            size = np.ones(len(slopes))
-            for _ in range(12):
-                tried = np.clip(precision + size * steps[0], least, most)
-                tried_offset = offset + size * steps[1]
-                tried_value = _log_mass(*_standard(lo, hi, tried, tried_offset)).sum(1)
-                worse = tried_value < value
-                if not worse.any():
-                    break
-                size = np.where(worse, size / 3, size)
-            keep = tried_value >= value
-            gain = np.where(keep, tried_value - value, 0.0)
-            precision = np.where(keep, tried, precision)
-            offset = np.where(keep, tried_offset, offset)
-            value = np.where(keep, tried_value, value)
-            if gain.max() < 1e-9:
-                break
-        return value
+        lo, hi = self.lo - slope * self.x, self.hi - slope * self.x
 
-    def deviance(self, slopes: Floats) -> Floats:
+        def loss(at: Floats) -> tuple[float, Floats]:
+            precision, offset = at
+            z_lo, z_hi = precision * lo - offset, precision * hi - offset
+            log_mass = _log_mass(z_lo, z_hi)
+            gradient = np.zeros(2)
+            for end, z, sign in ((lo, z_lo, 1.0), (hi, z_hi, -1.0)):
+                finite = np.isfinite(end)
+                log_density = -(z[finite] ** 2) / 2 - math.log(2 * math.pi) / 2
+                ratio = sign * np.exp(np.minimum(log_density - log_mass[finite], 50.0))
+                gradient += ratio @ end[finite], -ratio.sum()
+            return -log_mass.sum(), gradient
+
+        bounds = [(1 / MAX_SPREAD, 1 / MIN_SPREAD), (None, None)]
+        best = optimize.minimize(loss, self.start, jac=True, method="L-BFGS-B", bounds=bounds)
+        self.start = best.x  # the next slope is near
+        return float(best.fun)
+
+    def deviance(self, slope: float) -> float:
         """Twice the fall in log likelihood when the slope is held."""
-        return np.maximum(0.0, 2 * (self.best - self._profile(slopes)))
+        return max(0.0, 2 * (self.loss(slope) - self.least))
 
     def bound(self, cutoff: float, end: float) -> float:
         """The slope towards `end` at which the deviance reaches the cutoff; infinite if none."""
-        inner, outer = self.slope, end
-        for _ in range(4):  # each time to a sixteenth of the width
-            slopes = np.linspace(inner, outer, 17)[1:]
-            above = self.deviance(slopes) > cutoff
-            if not above.any():
-                return math.copysign(math.inf, end)
-            first = int(above.argmax())
-            inner, outer = float(slopes[first - 1]) if first else inner, float(slopes[first])
-        return (inner + outer) / 2
+        if self.deviance(end) <= cutoff:
+            return math.copysign(math.inf, end)
+        return float(
+            optimize.brentq(lambda s: self.deviance(s) - cutoff, self.slope, end, xtol=1e-4)
+        )
 
     def p_of(self, slope: float) -> float:
         """Two-sided p of this slope."""
         n = len(self.x)
-        deviance = float(self.deviance(np.array([slope]))[0])
-        t = math.sqrt((n - 2) * math.expm1(min(deviance / n, 50.0)))
+        t = math.sqrt((n - 2) * math.expm1(min(self.deviance(slope) / n, 50.0)))
         return 2 * float(special.stdtr(n - 2, -t))
-
-
-def _standard(lo: Floats, hi: Floats, precision: Floats, offset: Floats) -> tuple[Floats, Floats]:
-    """The interval's ends in spreads from the line: [k, n] each."""
-    return precision[:, None] * lo - offset[:, None], precision[:, None] * hi - offset[:, None]
-
-
-def _newton(
-    lo: Floats, hi: Floats, precision: Floats, offset: Floats, least: float, most: float
-) -> tuple[Floats, Floats]:
-    """Newton's step of (precision, offset); at a limit of precision, of offset alone."""
-    z_lo, z_hi = _standard(lo, hi, precision, offset)
-    log_mass = _log_mass(z_lo, z_hi)
-    gradient, curvature = [np.zeros_like(lo)] * 2, [np.zeros_like(lo)] * 3
-    for z, end, sign in ((z_hi, hi, 1.0), (z_lo, lo, -1.0)):
-        finite = np.isfinite(end)
-        z, end = np.where(finite, z, 0.0), np.where(finite, end, 0.0)
-        density = np.exp(np.minimum(-z * z / 2 - math.log(2 * math.pi) / 2 - log_mass, 50.0))
-        ratio = sign * np.where(finite, density, 0.0)
-        gradient = [gradient[0] + ratio * end, gradient[1] - ratio]
-        curvature = [
-            curvature[0] - z * ratio * end * end,
-            curvature[1] + z * ratio * end,
-            curvature[2] - z * ratio,
-        ]
-    a = (curvature[0] - gradient[0] ** 2).sum(1)
-    b = (curvature[1] - gradient[0] * gradient[1]).sum(1)
-    c = (curvature[2] - gradient[1] ** 2).sum(1) - 1e-9
-    up, along = gradient[0].sum(1), gradient[1].sum(1)
-    held = ((precision >= most) & (up > 0)) | ((precision <= least) & (up < 0))
-    determinant = a * c - b * b
-    flat = held | (determinant < 1e-12)
-    safe = np.where(flat, 1.0, determinant)
-    both = -(c * up - b * along) / safe, -(a * along - b * up) / safe
-    return np.where(flat, 0.0, both[0]), np.where(flat, -along / c, both[1])
 
 
 def _log_mass(lo: Floats, hi: Floats) -> Floats:
