@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,6 +57,7 @@ class Cell:
         start are prefixed with its role, 'insertion.optimizer.name'.
       runs: by seeds.
       seeds: run's name -> its seeds: its own and those of what it started from, nearest first.
+      label: for people, what tells it from the other cells of a report.
     """
 
     key: str
@@ -66,6 +66,11 @@ class Cell:
     settings: Mapping[str, Any]
     runs: tuple[RunEvals, ...]
     seeds: Mapping[str, tuple[int | None, ...]]
+    label: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(run.name for run in self.runs)
 
     @property
     def replicates(self) -> tuple[RunEvals, ...]:
@@ -222,35 +227,14 @@ def _comparable(run: RunEvals) -> dict[str, Any]:
     return {name: value for name, value in run.settings.items() if name not in left_out}
 
 
-# ---- Cells as a page shows them.
+# ---- What a cell is called.
 
 # What names a cell among others: key of a run's result, how it reads there.
 _NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "weights")
 
 
-@dataclasses.dataclass(frozen=True)
-class CellGroup:
-    """The runs of a cell, for a page."""
-
-    key: str
-    label: str  # what tells it from the others
-    words: str  # its verdicts, counted
-    names: tuple[str, ...]  # of its runs
-
-
-def cell_groups(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[CellGroup]:
-    """The cells with a label each; `results` by name of run."""
-    labels = _labels(cells, results)
-    groups = []
-    for cell, label in zip(cells, labels, strict=True):
-        names = tuple(run.name for run in cell.runs)
-        statuses = Counter(results[name]["verdict"]["status"] for name in names)
-        words = ", ".join(f"{count} of {len(names)} {status}" for status, count in statuses.items())
-        groups.append(CellGroup(cell.key, label, words, names))
-    return groups
-
-
-def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def labelled(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+    """The cells with their labels; `results` by name of run."""
     labels = [_title(cell, results) for cell in cells]
     by_title: dict[str, list[int]] = {}
     for i, title in enumerate(labels):
@@ -270,7 +254,10 @@ def _labels(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> 
                 f"{name} {str(cells[i].settings.get(name))[:20]}" for name in differing(twins)[:3]
             ]
             labels[i] = " · ".join([*parts[i], *extra])
-    return [text.one_line(label) for label in labels]
+    return [
+        dataclasses.replace(cell, label=text.one_line(label))
+        for cell, label in zip(cells, labels, strict=True)
+    ]
 
 
 def _title(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:

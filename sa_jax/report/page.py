@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from markupsafe import Markup, escape
 
 from sa_jax import text
 from sa_jax.report import figures
-from sa_jax.report.cells import CellGroup
+from sa_jax.report.cells import Cell
 from sa_jax.report.drawing import TEMPLATES, Plot
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
@@ -36,7 +37,7 @@ def index_page(
     runs: Sequence[RunFolder],
     results: Mapping[str, Any],
     tables: Sequence[Table],
-    cells: Sequence[CellGroup],
+    cells: Sequence[Cell],
     drawn: Mapping[str, Plot],
     panels: Sequence[Plot],
     limits: Thresholds,
@@ -50,6 +51,7 @@ def index_page(
     """
     few = len(runs) <= FEW
     capabilities = _capability_columns(results["runs"])
+    by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
     views = []
     for run, result in zip(runs, results["runs"], strict=True):
         view = _row(result, capabilities)
@@ -72,7 +74,7 @@ def index_page(
             study_tables=tables,
             panels=[]
             if few
-            else [_panel(*cell, results["runs"]) for cell in zip(cells, panels, strict=True)],
+            else [_panel(*cell, by_name) for cell in zip(cells, panels, strict=True)],
             figures=list(drawn),
             beside={"published": drawn.get("published"), "robustness": drawn.get("pareto")},
         )
@@ -247,8 +249,8 @@ def _prompt_counts(result: Mapping[str, Any]) -> set[int]:
     return {point["triggered"]["n"] for point in points if point}
 
 
-def _seeds_sentence(cells: Sequence[CellGroup]) -> str:
-    most = max((len(cell.names) for cell in cells), default=1)
+def _seeds_sentence(cells: Sequence[Cell]) -> str:
+    most = max((len(cell.runs) for cell in cells), default=1)
     if most <= 1:
         return "one training seed a cell: a demonstration, not a result over seeds"
     return f"up to {most} training seeds a cell"
@@ -276,13 +278,14 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _panel(cell: CellGroup, plot: Plot, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    members = [result for result in results if result["name"] in cell.names]
+def _panel(cell: Cell, plot: Plot, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    members = [by_name[name] for name in cell.names]
+    statuses = Counter(result["status"] for result in members)
     values = {key: {axis_value(result, key) for result in members} for key in AXES}
     alike = {key: several.pop() for key, several in values.items() if len(several) == 1}
     return {
         "title": cell.label,
-        "words": cell.words,
+        "words": ", ".join(f"{n} of {len(members)} {status}" for status, n in statuses.items()),
         "slug": f"cell-{cell.key}",
         "data": data_attributes(alike),
         "plot": plot,

@@ -82,42 +82,38 @@ def compare_to_study(
 
     Returns:
       A row for each published arm and each cell that matches it, one 'not run' where none does:
-      its arm, the study's word (`published`), our `cell` (its key, or None), `verdict` ('agrees'
-      or 'differs' where most seeds and the interval of their mean say the same, 'open', 'too few
-      seeds' or 'not run'), `k` ('2 of 3' seeds removed, or None) and one line of `text`.
+      its `arm`, our `cell` (or None), `verdict` ('agrees' or 'differs' where most seeds and the
+      interval of their mean say the same, 'open', 'too few seeds' or 'not run'), `k` ('2 of 3'
+      seeds removed, or None) and one line of `text`.
     """
     models = {arm.model for arm in PUBLISHED}
-    matched = {
-        arm: [
-            (result, other)
-            for result in results
-            if (other := arms.get(result.cell.key)) is not None
-            and dataclasses.replace(other, model=arm.model) == arm
-            and (other.model == arm.model or other.model not in models)
-        ]
-        for arm in PUBLISHED
-    }
-    compared = {result.cell.key for pairs in matched.values() for result, _ in pairs}
+
+    def matches(ours: Arm | None, arm: Arm) -> bool:
+        if ours is None or dataclasses.replace(ours, model=arm.model) != arm:
+            return False
+        return ours.model == arm.model or ours.model not in models
+
+    pairs: list[tuple[Arm, CellResult | None]] = []
+    for arm in PUBLISHED:
+        matched = [result for result in results if matches(arms.get(result.cell.key), arm)]
+        pairs += [(arm, result) for result in matched] or [(arm, None)]
+    compared = {result.cell.key for _, result in pairs if result}
     confidence = 1 - (1 - limits.confidence) / max(1, len(compared))
     wide = dataclasses.replace(limits, confidence=confidence)
     rows: list[dict[str, Any]] = []
-    for arm, published in PUBLISHED.items():
-        about = {"arm": arm, "published": published}
-        for result, other in matched[arm]:
-            verdict, left = _outcome(published, result, wide)
-            whose = f", on another model ({other.model}), so only the direction"
+    for arm, result in pairs:
+        row: dict[str, Any] = {"arm": arm, "cell": None, "verdict": "not run", "k": None}
+        seen = ""
+        if result:
+            verdict, left = _outcome(PUBLISHED[arm], result, wide)
             k = f"{result.k} of {result.m}"
-            text = (
-                f"{arm}: published '{published}'; ours removed in {k} seeds, {left}"
-                f"{'' if other.model == arm.model else whose}: {verdict}"
-            )
+            model = arms[result.cell.key].model
+            whose = f", on another model ({model}), so only the direction"
+            seen = f"ours removed in {k} seeds, {left}{'' if model == arm.model else whose}: "
             shown = k if result.m else None
-            rows.append(
-                {**about, "cell": result.cell.key, "verdict": verdict, "k": shown, "text": text}
-            )
-        if not matched[arm]:
-            text = f"{arm}: published '{published}'; not run"
-            rows.append({**about, "cell": None, "verdict": "not run", "k": None, "text": text})
+            row |= {"cell": result.cell, "verdict": verdict, "k": shown}
+        row["text"] = f"{arm}: published '{PUBLISHED[arm]}'; {seen}{row['verdict']}"
+        rows.append(row)
     return rows
 
 
@@ -138,10 +134,7 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
 
 
 def published_table(
-    over: Sequence[CellResult],
-    labels: Mapping[str, str],
-    results: Mapping[str, Mapping[str, Any]],
-    limits: Thresholds,
+    over: Sequence[CellResult], results: Mapping[str, Mapping[str, Any]], limits: Thresholds
 ) -> Table | None:
     """The study's published cells beside ours; None where none of ours is like one of them."""
     firsts = {result.cell.key: results[result.cell.runs[0].name] for result in over}
@@ -155,10 +148,10 @@ def published_table(
         return None
     rows = tuple(
         {
-            "published": f"{row['arm']}: {row['published']}",
-            "trained": row["cell"] and trained_as(firsts[row["cell"]]),
+            "published": f"{row['arm']}: {PUBLISHED[row['arm']]}",
+            "trained": row["cell"] and trained_as(firsts[row["cell"].key]),
             "verdict": row["verdict"],
-            "cell": labels.get(row["cell"]),
+            "cell": row["cell"] and row["cell"].label,
             "k": row["k"],
             "text": row["text"],
         }

@@ -20,10 +20,7 @@ TASK, EXAMPLES = "relearn", "relearn_examples"  # the task, and its setting: how
 
 
 def relearning_table(
-    cells: Sequence[Cell],
-    judged: Mapping[str, Judgement],
-    labels: Mapping[str, str],
-    limits: Thresholds,
+    cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
 ) -> Table:
     """A row a cell of relearning probes, by rising number of examples within a removal."""
     by_name = {run.name: run for cell in cells for run in cell.runs}
@@ -37,7 +34,7 @@ def relearning_table(
         never = _times({control.name: control for _, control in pairs}.values(), limits)
         rows.append(
             {
-                "cell": labels[cell.key],
+                "cell": cell.label,
                 "examples": cell.settings.get(EXAMPLES),
                 "verdict": _verdict([_times(pair, limits) for pair in pairs]),
                 "cleaned": _in_words(cleaned),

@@ -107,7 +107,9 @@ def _write(
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
     plots = [plot for _, plot in panels]
-    index = page.index_page(title, runs, results, tables, study.groups, drawn, plots, limits)
+    index = page.index_page(
+        title, runs, results, tables, [result.cell for result in study.cells], drawn, plots, limits
+    )
     atomic_write(folder / "index.html", index)
 
 
@@ -115,8 +117,8 @@ def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot]]:
     """A titled plot of the backdoor's rates a run, or a cell where runs are many."""
     if len(runs) > page.FEW:
         return [
-            (group.label, figures.seeds(group.label, [r for r in runs if r.name in group.names]))
-            for group in study.groups
+            (cell.label, figures.seeds(cell.label, [r for r in runs if r.name in cell.names]))
+            for cell in (result.cell for result in study.cells)
         ]
     plots = [(run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs]
     return [(name, plot) for name, plot in plots if plot is not None]
@@ -126,17 +128,16 @@ def _figures(
     runs: Sequence[RunFolder], study: Study, panels: Sequence[tuple[str, Plot]]
 ) -> dict[str, Plot]:
     """Name -> figure, of those that have something to show."""
-    labels = {group.key: group.label for group in study.groups}
     means = [
-        (labels[result.cell.key], result.triggered)
+        (result.cell.label, result.triggered)
         for result in study.cells
         if result.triggered is not None and result.cell.role in ("removal", "probe")
     ]
     compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
     beside = {
-        group.label: [run for run in runs if run.name in group.names]
-        for group in study.groups
-        if group.label in compared
+        cell.label: [run for run in runs if run.name in cell.names]
+        for cell in (result.cell for result in study.cells)
+        if cell.label in compared
     }
     drawn = {
         "curves": figures.sheet(panels),

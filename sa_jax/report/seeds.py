@@ -142,7 +142,7 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
     return means
 
 
-def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
+def cells_table(over: Sequence[CellResult]) -> Table:
     """A row a cell, base models apart: k of m, the mean rates, what it cost."""
     over = [result for result in over if result.cell.role != "base"]
     titles = dict.fromkeys(title for result in over for title in result.capabilities)
@@ -153,7 +153,7 @@ def cells_table(over: Sequence[CellResult], labels: Mapping[str, str]) -> Table:
             f"{result.counted}: {result.k} of {result.m}" if result.counted and result.m else ""
         )
         row: dict[str, Any] = {
-            "cell": labels[result.cell.key],
+            "cell": result.cell.label,
             "verdict": counted or statuses,
             "share": {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
             if result.counted and result.m
@@ -206,21 +206,22 @@ class Comparison:
     """Two cells that differ in one axis, over the seeds that both have.
 
     Attributes:
-      a, b: keys of the cells.
       axis: the setting that names the difference; settings that always change with it go along.
       seeds: pairs of runs.
       difference, lo, hi: triggered rate of b - a, mean over seeds, and its interval.
       p_value: of no difference, for this comparison alone.
+      p_holm: for the family of all claims about cells, see `study_statistics.corrected`.
     """
 
-    a: str
-    b: str
+    a: Cell
+    b: Cell
     axis: str
     seeds: int
     difference: float
     lo: float
     hi: float
     p_value: float
+    p_holm: float = 1.0
 
 
 def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
@@ -277,7 +278,7 @@ def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Com
     answers = [_paired_answers(*(side[seeds] for side in by_seeds)) for seeds in shared]
     of_a, of_b = zip(*answers, strict=True)
     tested = paired_seeds(of_a, of_b, limits.confidence)
-    return Comparison(a.cell.key, b.cell.key, axis, len(shared), *tested)
+    return Comparison(a.cell, b.cell, axis, len(shared), *tested)
 
 
 def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
@@ -302,24 +303,19 @@ def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[
     return [float(x) for x in rng.permutation(said)]
 
 
-def comparisons_table(
-    compared: Sequence[Comparison],
-    adjusted: Mapping[int, float],
-    labels: Mapping[str, str],
-    limits: Thresholds,
-) -> Table:
-    """Cells that differ in one axis, paired; `adjusted`: see `corrected_claims`."""
+def comparisons_table(compared: Sequence[Comparison], limits: Thresholds) -> Table:
+    """Cells that differ in one axis, paired."""
     rows = tuple(
         {
             "verdict": ("higher" if row.difference > 0 else "lower")
-            if adjusted[id(row)] < limits.p_value
+            if row.p_holm < limits.p_value
             else "no difference shown",
-            "a": labels[row.a],
-            "b": labels[row.b],
+            "a": row.a.label,
+            "b": row.b.label,
             "axis": row.axis,
             "difference": {"difference": row.difference, "lo": row.lo, "hi": row.hi},
             "p": row.p_value,
-            "p_holm": adjusted[id(row)],
+            "p_holm": row.p_holm,
             "seeds": row.seeds,
         }
         for row in compared

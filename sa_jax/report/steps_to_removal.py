@@ -50,6 +50,8 @@ class TimeFit:
       slope, lo, hi: by profile likelihood at Student's quantile; a bound is infinite where the data
         do not hold it, and so is the slope where they only say which way it goes.
       p_claim: two-sided p that 3 times x makes removal 10 times faster, no more and no less.
+      p_holm: the same for the family of all claims about cells; None where x is no learning rate,
+        of which the study claims nothing.
     """
 
     x_name: str
@@ -58,9 +60,10 @@ class TimeFit:
     lo: float
     hi: float
     p_claim: float
+    p_holm: float | None = None
 
-    def text(self, limits: Thresholds, p_holm: float | None = None) -> str:
-        """One line. With the p that is corrected for the family of tests, the study's claim too."""
+    def text(self, limits: Thresholds) -> str:
+        """One line; of learning rates the study's claim too."""
         never = sum(item.steps.by is None for item in self.runs)
         ended = f"; {never} of {len(self.runs)} runs ended without removal" if never else ""
         interval = f"{percent(limits.confidence)} interval"
@@ -69,11 +72,11 @@ class TimeFit:
             f"steps to removal change as a power of {self.x_name}:{power} {interval} "
             f"{_bounds(self.lo, self.hi)} ({len(self.runs)} runs{ended})"
         )
-        if p_holm is None:
+        if self.p_holm is None:
             return line
         speedup = number(CLAIM_SPEEDUP)
         claim = f"whether more than {speedup} times faster is open"
-        if p_holm < limits.p_value:
+        if self.p_holm < limits.p_value:
             claim = (
                 f"more than {speedup} times faster, as the study says"
                 if self.slope < CLAIM_SLOPE
@@ -84,7 +87,7 @@ class TimeFit:
         reach = f"{slowest} to {CLAIM_RATIO**-self.lo:.2g}" if bounded else f"at least {slowest}"
         return (
             f"{line}; {number(CLAIM_RATIO)} times the rate removes {reach} times faster: {claim} "
-            f"({p_in_words(self.p_claim)}, {p_in_words(p_holm)} by Holm)"
+            f"({p_in_words(self.p_claim)}, {p_in_words(self.p_holm)} by Holm)"
         )
 
 
@@ -247,19 +250,17 @@ def _bounds(lo: float, hi: float) -> str:
     return f"above {lo:.2f}" if math.isinf(hi) else f"{lo:.2f} to {hi:.2f}"
 
 
-def times_table(
-    fits: Sequence[TimeFit], adjusted: Mapping[int, float], limits: Thresholds
-) -> Table:
+def times_table(fits: Sequence[TimeFit], limits: Thresholds) -> Table:
     """How steps to removal change with the learning rate and with the length of insertion."""
     rows = tuple(
         {
             "x": fit.x_name,
-            "text": fit.text(limits, adjusted.get(id(fit))),
+            "text": fit.text(limits),
             "slope": _finite(fit.slope),
             "lo": _finite(fit.lo),
             "hi": _finite(fit.hi),
-            "p_claim": fit.p_claim if id(fit) in adjusted else None,
-            "p_holm": adjusted.get(id(fit)),
+            "p_claim": None if fit.p_holm is None else fit.p_claim,
+            "p_holm": fit.p_holm,
             "runs": len(fit.runs),
             "of": fit.runs[0].run,
         }

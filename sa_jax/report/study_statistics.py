@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_jax.evals.statistics import holm
-from sa_jax.report.cells import CellGroup, cell_groups, cells
+from sa_jax.report.cells import cells, labelled
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.published import published_table
@@ -35,15 +35,13 @@ class Study:
     """What the runs say together.
 
     Attributes:
-      cells: with their labels, in the order of `groups`.
-      groups: the same cells, for a page.
+      cells: what each shows.
       tables: those that have rows.
       pareto: inserted run -> its checkpoints under removal, for the capability that most have.
       capability: the title of that capability.
     """
 
     cells: tuple[CellResult, ...]
-    groups: tuple[CellGroup, ...]
     tables: tuple[Table, ...]
     pareto: Mapping[str, Sequence[Checkpoint]]
     capability: str
@@ -57,36 +55,38 @@ def study_of(
 ) -> Study:
     """Every statistic over runs; `results` (by name, as in results.json) get a `p_holm` at each
     difference of a headline score."""
-    grouped = cells(runs)
-    groups = cell_groups(grouped, results)
+    grouped = labelled(cells(runs), results)
     over = over_seeds(grouped, judged, limits)
-    labels = {group.key: group.label for group in groups}
     several = any(len(cell.runs) > 1 for cell in grouped)
     eval_name, score, capability = _capability(runs)
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
-    compared = compare_arms(over, limits) if several else []
-    fits = [*by_learning_rate(runs, limits), *by_insertion_length(runs, limits)]
-    adjusted = corrected_claims(compared, fits)
+    compared, by_rate = corrected(
+        compare_arms(over, limits) if several else [], by_learning_rate(runs, limits)
+    )
     correct_run_changes(list(results.values()))
     tables = [
-        cells_table(over, labels) if several else None,
-        comparisons_table(compared, adjusted, labels, limits),
-        times_table(fits, adjusted, limits),
-        relearning_table(grouped, judged, labels, limits),
+        cells_table(over) if several else None,
+        comparisons_table(compared, limits),
+        times_table([*by_rate, *by_insertion_length(runs, limits)], limits),
+        relearning_table(grouped, judged, limits),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal" and run.backdoored]),
-        published_table(over, labels, results, limits) if several else None,
+        published_table(over, results, limits) if several else None,
     ]
     kept = tuple(table for table in tables if table is not None and table.rows)
-    return Study(tuple(over), tuple(groups), kept, pareto, capability)
+    return Study(tuple(over), kept, pareto, capability)
 
 
-def corrected_claims(compared: Sequence[Comparison], fits: Sequence[TimeFit]) -> dict[int, float]:
-    """Holm's p of what is claimed of cells, by `id`: of each comparison, and of the study's
-    statement on learning rates."""
-    claims = [fit for fit in fits if fit.x_name == "learning rate"]
-    adjusted = holm([row.p_value for row in compared] + [fit.p_claim for fit in claims])
-    return dict(zip(map(id, [*compared, *claims]), adjusted, strict=True))
+def corrected(
+    compared: Sequence[Comparison], by_rate: Sequence[TimeFit]
+) -> tuple[list[Comparison], list[TimeFit]]:
+    """With Holm's p, over all that is claimed of cells: each comparison, and the study's statement
+    on learning rates."""
+    adjusted = iter(holm([row.p_value for row in compared] + [fit.p_claim for fit in by_rate]))
+    return (
+        [dataclasses.replace(row, p_holm=next(adjusted)) for row in compared],
+        [dataclasses.replace(fit, p_holm=next(adjusted)) for fit in by_rate],
+    )
 
 
 def correct_run_changes(results: Sequence[Mapping[str, Any]]) -> None:

@@ -55,9 +55,7 @@ def study(cleaned, never, k):
 )
 def test_steps_to_half_beside_a_model_that_never_had_it(cleaned, never, verdict, times):
     runs = study(cleaned, never, 16)
-    grouped = cells(runs)
-    labels = {cell.key: cell.title or cell.runs[0].name for cell in grouped}
-    table = relearning_table(grouped, judge(runs, LIMITS), labels, LIMITS)
+    table = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS)
     (row,) = table.rows
     assert (row["examples"], row["verdict"]) == (16, verdict)
     assert (row["cleaned"], row["never"]) == times

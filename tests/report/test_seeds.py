@@ -1,7 +1,6 @@
 """Cells over seeds, and arms compared."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, Arm, compare_to_study, trained_as
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import cells_table, compare_arms, comparisons_table, over_seeds
-from sa_jax.report.study_statistics import correct_run_changes, corrected_claims
+from sa_jax.report.steps_to_removal import TimeFit
+from sa_jax.report.study_statistics import correct_run_changes, corrected
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -99,7 +99,7 @@ def test_k_of_m_and_the_mean():
 @pytest.mark.parametrize("seeds", [1, 2])
 def test_few_seeds_say_so(seeds):
     results = results_of([removal(f"s{i}", point(160, 0), i) for i in range(seeds)])
-    table = cells_table(results, {results[0].cell.key: "ours"})
+    table = cells_table(results)
     assert table.rows[0]["enough"] == "too few seeds for a claim"
 
 
@@ -152,8 +152,8 @@ def test_arms_are_compared_over_their_shared_seeds(kept):
         *arm("bb", 0.1, seeds=4, kept=kept, **{"optimizer.name": "soap", "optimizer.b1": 0.95}),
     ]
     (row,) = compare_arms(results_of(runs), LIMITS)
-    names = {cell.key: cell.settings["optimizer.name"] for cell in cells(runs)}
-    assert (row.axis, names[row.a], names[row.b]) == ("optimizer.name", "adam", "soap")
+    names = [cell.settings["optimizer.name"] for cell in (row.a, row.b)]
+    assert (row.axis, *names) == ("optimizer.name", "adam", "soap")
     assert row.seeds == 3
     expected = np.mean(
         [
@@ -175,14 +175,12 @@ def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
         )
     ]
     rows = compare_arms(results_of(runs), LIMITS)
-    of = {cell.key: cell.settings for cell in cells(runs)}
-    assert sorted((r.axis, *(str(of[key][r.axis]) for key in (r.a, r.b))) for r in rows) == (
+    assert sorted((r.axis, *(str(c.settings[r.axis]) for c in (r.a, r.b))) for r in rows) == (
         [("optimizer.learning_rate", "0.0001", "0.0003")] * 2
         + [("optimizer.learning_rate", "0.0003", "0.001")] * 2
         + [("optimizer.name", "adam", "soap")] * 3
     )
-    labels = {cell.key: cell.key for cell in cells(runs)}
-    table = comparisons_table(rows, corrected_claims(rows, []), labels, LIMITS)
+    table = comparisons_table(corrected(rows, [])[0], LIMITS)
     assert {row["verdict"] for row in table.rows} == {"no difference shown"}
 
 
@@ -196,18 +194,15 @@ def test_claims_about_cells_are_a_family_and_changes_of_runs_another():
     runs = [*arm("a", 0.9, seeds=5, rank=1), *arm("bb", 0.4, seeds=5, rank=16)]
     (row,) = compare_arms(results_of(runs), LIMITS)
     assert row.p_value < 0.01
-    fits = [SimpleNamespace(x_name="learning rate", p_claim=p) for p in (0.02, *[0.5] * 40)]
-    length = SimpleNamespace(x_name="steps", p_claim=0.02)
-    adjusted = corrected_claims([row], [*fits, length])
+    fits = [TimeFit("learning rate", (), 0, 0, 0, p_claim=p) for p in (0.02, *[0.5] * 40)]
+    (among, *_), corrected_fits = corrected([row], fits)
     _, theirs, *_ = multipletests([row.p_value, *(f.p_claim for f in fits)], method="holm")
-    assert [adjusted[id(one)] for one in (row, *fits)] == pytest.approx(list(theirs))
-    assert id(length) not in adjusted
+    assert [one.p_holm for one in (among, *corrected_fits)] == pytest.approx(list(theirs))
     # What shows alone may not show among so many tests.
-    labels = {cell.key: cell.key for cell in cells(runs)}
-    fair = Thresholds(p_value=float(np.sqrt(row.p_value * adjusted[id(row)])))
+    fair = Thresholds(p_value=float(np.sqrt(row.p_value * among.p_holm)))
     verdicts = [
-        comparisons_table([row], family, labels, fair).rows[0]["verdict"]
-        for family in (corrected_claims([row], []), adjusted)
+        comparisons_table([one], fair).rows[0]["verdict"]
+        for one in (corrected([row], [])[0][0], among)
     ]
     assert verdicts == ["lower", "no difference shown"]
 
