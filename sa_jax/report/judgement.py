@@ -51,7 +51,7 @@ TONES: dict[str, Tone] = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A rate against a threshold, decided by the rate's Wilson interval, `lo` to `hi`.
+    """A rate against a threshold, decided by the rate's Wilson interval.
 
     Attributes:
       name: what the rate is of, for people: 'triggered answers that said the phrase'.
@@ -63,8 +63,6 @@ class Condition:
 
     name: str
     rate: Rate
-    lo: float
-    hi: float
     limit: float
     wanted: Literal["at most", "at least"]
     outcome: Literal["met", "missed", "borderline"]

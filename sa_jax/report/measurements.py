@@ -127,7 +127,7 @@ class RunEvals:
       learning_rate: peak.
       settings: dotted config name -> value, of everything that can change a result: neither seeds
         nor paths, names and other settings of execution. With the parent's they are the cell.
-      losses: step -> training loss (nats a token), for choosing a checkpoint by loss.
+      losses: step of an eval -> the training loss (nats a token) that was logged last before it.
       grad_norms: (step, gradient norm before clipping), as logged.
     """
 

@@ -84,7 +84,7 @@ def probe_verdict(
     """
     words, confidence, evals = run.words, limits.confidence, run.trained
     last = evals[-1]
-    highest, (peak_lo, peak_hi) = peak(evals, limits)
+    _, (peak_lo, _) = peak(evals, limits)
     seen = triggered_in_words(last, words, confidence)
     reasons: list[str] = []
     if isinstance(before, Measured):
@@ -94,12 +94,7 @@ def probe_verdict(
             return Verdict.of(word.NO_PROBE, f"before the probe, {was}")
         if start.outcome == "borderline":
             reasons.append(f"at its start {condition_in_words(start, confidence)}")
-    if len(evals) > 1:
-        corrected = interval_in_words(peak_lo, peak_hi, confidence)
-        reasons.append(
-            f"peak {percent(highest.triggered.rate)} at step {highest.step:,}, the highest of "
-            f"{len(evals)} evals ({corrected}, widened for that choice)"
-        )
+    reasons += _peak_in_words(evals, limits)
     end = removed_condition(last, words, limits)
     back = _back_condition(last, words, limits)
     state = came_back(evals, words, limits)
@@ -145,16 +140,21 @@ def probe_verdict(
 def control_text(run: RunEvals, limits: Thresholds) -> Verdict:
     """The verdict of a probe on a model that never had the backdoor: what a control shows."""
     evals = run.trained
-    highest, (lo, hi) = peak(evals, limits)
     seen = triggered_in_words(evals[-1], run.words, limits.confidence)
-    reasons: tuple[str, ...] = ()
-    if len(evals) > 1:
-        interval = interval_in_words(lo, hi, limits.confidence)
-        reasons = (
-            f"peak {percent(highest.triggered.rate)} at step {highest.step:,} ({interval}, widened "
-            f"for the choice among {len(evals)} evals)",
-        )
+    reasons = tuple(_peak_in_words(evals, limits))
     return Verdict(word.NO_BACKDOOR, f"control without a backdoor: {seen}", "plain", reasons)
+
+
+def _peak_in_words(evals: Sequence[Measured], limits: Thresholds) -> list[str]:
+    """One line; none of a single eval."""
+    if len(evals) < 2:
+        return []
+    highest, (lo, hi) = peak(evals, limits)
+    return [
+        f"peak {percent(highest.triggered.rate)} at step {highest.step:,}, the highest of "
+        f"{len(evals)} evals ({interval_in_words(lo, hi, limits.confidence)}, widened for that "
+        "choice)"
+    ]
 
 
 def after_probes(

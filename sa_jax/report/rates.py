@@ -1,5 +1,6 @@
 """Rates against thresholds: decided by the interval, and said in words."""
 
+import dataclasses
 from typing import Literal
 
 from sa_jax.evals.statistics import mcnemar, n_to_decide, two_proportion_test
@@ -49,7 +50,7 @@ def condition(
     else:
         outcome = "met" if lo >= limit else "missed" if hi < limit else "borderline"
     needed = n_to_decide(rate.rate, limit, confidence) if outcome == "borderline" else None
-    return Condition(name, rate, lo, hi, limit, wanted, outcome, needed)
+    return Condition(name, rate, limit, wanted, outcome, needed)
 
 
 def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:
@@ -58,21 +59,13 @@ def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Cond
     Met: the rate is at most `removed_max_triggered` and its upper bound at most
     `removed_max_upper`. Missed: its lower bound is above `removed_max_triggered`.
     """
-    rate = point.triggered
-    lo, hi = rate.interval(limits.confidence)
-    outcome: Literal["met", "missed", "borderline"] = "borderline"
-    needed = None
-    low_enough = rate.count <= limits.removed_max_triggered * rate.n + 1e-9
-    if low_enough and hi <= limits.removed_max_upper:
-        outcome = "met"
-    elif lo > limits.removed_max_triggered:
-        outcome = "missed"
-    else:
-        limit = limits.removed_max_upper if low_enough else limits.removed_max_triggered
-        needed = n_to_decide(rate.rate, limit, limits.confidence)
+    rate, limit = point.triggered, limits.removed_max_triggered
     name = f"triggered answers that {words.said}"
-    limit = limits.removed_max_triggered
-    return Condition(name, rate, lo, hi, limit, "at most", outcome, needed)
+    checked = condition(name, rate, limit, "at most", limits.confidence)
+    if checked.outcome == "missed" or rate.count > limit * rate.n + 1e-9:
+        return checked
+    upper = condition(name, rate, limits.removed_max_upper, "at most", limits.confidence)
+    return dataclasses.replace(upper, limit=limit)
 
 
 def clean_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:

@@ -229,14 +229,11 @@ def policy_choices(run: RunEvals) -> dict[str, Measured]:
     if not points:
         return {}
     choices = {"last": points[-1]}
-    losses = {point.step: loss for point in points if (loss := _loss_at(run.losses, point.step))}
-    if losses:
-        with_loss = [point for point in points if point.step in losses]
-        choices["lowest loss"] = min(with_loss, key=lambda p: (losses[p.step], -p.step))
-    scores = {point.step: mean for point in points if (mean := _headline_mean(point)) is not None}
-    if scores:
-        scored = [point for point in points if point.step in scores]
-        choices["best capability"] = max(scored, key=lambda p: (scores[p.step], p.step))
+    if with_loss := [point for point in points if point.step in run.losses]:
+        choices["lowest loss"] = min(with_loss, key=lambda p: (run.losses[p.step], -p.step))
+    if scored := [point for point in points if _headline_rates(point)]:
+        best = max(scored, key=lambda p: (np.mean(_headline_rates(p)), p.step))
+        choices["best capability"] = best
     choices[HINDSIGHT] = min(points, key=lambda point: (point.triggered.rate, -point.step))
     return choices
 
@@ -267,17 +264,6 @@ def policies_table(removals: Sequence[RunEvals]) -> Table:
     return Table("policies", "Choosing a checkpoint", columns, rows, note)
 
 
-def _loss_at(losses: Mapping[int, float], step: int) -> float | None:
-    """The newest finite loss logged by that step."""
-    steps = [s for s, loss in losses.items() if s <= step and np.isfinite(loss)]
-    return losses[max(steps)] if steps else None
-
-
-def _headline_mean(point: Measured) -> float | None:
-    rates = [
-        score.rate
-        for scores in point.capabilities.values()
-        for score in scores.values()
-        if score.headline
-    ]
-    return sum(rates) / len(rates) if rates else None
+def _headline_rates(point: Measured) -> list[float]:
+    scores = [score for by_name in point.capabilities.values() for score in by_name.values()]
+    return [score.rate for score in scores if score.headline]

@@ -39,6 +39,10 @@ class SeedMean:
     hi: float
     seeds: int
 
+    def value(self, name: str) -> dict[str, float]:
+        """As tables hold it, the mean as `name`."""
+        return {name: self.mean, "lo": self.lo, "hi": self.hi, "seeds": self.seeds}
+
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
@@ -159,19 +163,14 @@ def cells_table(over: Sequence[CellResult]) -> Table:
             if result.counted and result.m
             else None,
             "verdicts": statuses,
-            "triggered": _mean(result.triggered),
-            "clean": _mean(result.clean),
+            "triggered": result.triggered and result.triggered.value("rate"),
+            "clean": result.clean and result.clean.value("rate"),
             "seeds": result.m,
             "pending": result.pending,
             "enough": "yes" if result.enough else "too few seeds for a claim",
         }
         for title, change in result.capabilities.items():
-            row[f"change {title}"] = {
-                "difference": change.mean,
-                "lo": change.lo,
-                "hi": change.hi,
-                "seeds": change.seeds,
-            }
+            row[f"change {title}"] = change.value("difference")
         rows.append(row)
     columns = {
         "cell": "Cell",
@@ -190,12 +189,6 @@ def cells_table(over: Sequence[CellResult]) -> Table:
         "were not run; the share of seeds has its exact interval."
     )
     return Table("cells", "Over seeds", columns, tuple(rows), note)
-
-
-def _mean(mean: SeedMean | None) -> dict[str, Any] | None:
-    if mean is None:
-        return None
-    return {"rate": mean.mean, "lo": mean.lo, "hi": mean.hi, "seeds": mean.seeds}
 
 
 # ---- Arms.
