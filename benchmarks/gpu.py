@@ -273,6 +273,9 @@ def main() -> None:
         except Failed as failure:
             sys.exit(f"not as expected: {failure}")
         return
+    ask = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    if not arguments.smoke and subprocess.check_output(ask, text=True) != "gpu\n":
+        parser.error("jax sees no GPU here; --smoke runs every part at toy size on CPU")
     folder.mkdir(parents=True, exist_ok=True)
     table = ["| part | seen | expected | seconds |", "|---|---|---|---|"]
     good = True

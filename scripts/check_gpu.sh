@@ -7,7 +7,9 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/setup.sh
 
-setup test
-case " $* " in *" --smoke "*) export JAX_PLATFORMS=cpu ;; esac
+case " $* " in
+    *" --smoke "*) setup test && export JAX_PLATFORMS=cpu ;;
+    *) setup test,cuda ;;
+esac
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one is enough
 exec "$PYTHON_BIN" -m benchmarks.gpu "$@"

@@ -23,8 +23,13 @@ def test_every_part_runs_on_cpu(tmp_path):
 
 def test_a_part_that_fails_is_seen_in_the_table_and_the_exit_code(tmp_path):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    command = [*COMMAND, "--parts=training", f"--out={tmp_path}"]  # no GPU for torch
+    command = [*COMMAND, "--smoke", "--parts=insertion", f"--out={tmp_path}"]  # needs resume's run
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "not as expected: benchmarks/training.py ended with status 2" in done.stdout
-    assert "sees no GPU" in (tmp_path / "training.log").read_text()
+    assert "| not as expected: scripts/insert_backdoor.py ended with status" in done.stdout
+
+
+def test_without_a_gpu_only_the_smoke_runs(tmp_path):
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(COMMAND, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no GPU here; --smoke" in done.stderr
