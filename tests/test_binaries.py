@@ -43,8 +43,7 @@ def test_help_is_one_screen_of_our_own_flags_and_comes_at_once(script):
     lines = done.stdout.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
     assert "Example:" in done.stdout and "--workdir" in done.stdout + "--workdir" * (
-        script.stem
-        in ("check_attention", "evaluate", "export_hf", "generate_data", "make_toy_data", "plan")
+        script.stem in ("evaluate", "export_hf", "generate_data", "make_toy_data", "plan")
     )
     assert "logtostderr" not in done.stdout
 
