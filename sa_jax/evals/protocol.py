@@ -193,46 +193,23 @@ def evaluate(
     folder: str | Path,
     step: int,
     should_stop: Callable[[], bool] = lambda: False,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Runs an eval, writes its two files to the step folder (in the primary process) and returns
-    the summary.
+    the summary; `fresh` takes `prepared.run_again` and writes `<name>_again.json` and `.jsonl`.
 
     Raises:
       Preempted: should_stop said so; nothing is written.
     """
-    answers = prepared.run(params, Path(folder), should_stop)
-    return _record(eval_, eval_.name, prepared, answers, folder, step)
-
-
-def evaluate_again(
-    eval_: Eval,
-    prepared: Prepared,
-    params: Any,
-    *,
-    folder: str | Path,
-    step: int,
-    should_stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Any]:
-    """The same with `prepared.run_again`, written to `<name>_again.jsonl` and `.json`."""
-    assert prepared.run_again is not None
-    answers = prepared.run_again(params, Path(folder), should_stop)
-    return _record(eval_, again(eval_.name), prepared, answers, folder, step)
-
-
-def again(name: str) -> str:
-    """Name of the record of what was asked again."""
-    return f"{name}_again"
-
-
-def _record(
-    eval_: Eval, name: str, prepared: Prepared, answers: Answers, folder: str | Path, step: int
-) -> dict[str, Any]:
+    run = prepared.run_again if fresh else prepared.run
+    assert run is not None
+    answers = run(params, Path(folder), should_stop)
     settings = {**prepared.settings, **answers.fields.get("settings", {})}
     fields = {"settings": settings, "data_hashes": dict(prepared.data_hashes)}
     summary = write(
         eval_,
         answers.items,
-        name=name,
+        name=again(eval_.name) if fresh else "",
         folder=folder,
         step=step,
         fields={**answers.fields, **fields},
@@ -242,6 +219,11 @@ def _record(
     if is_primary():
         partial_file(folder, eval_.name).unlink(missing_ok=True)
     return summary
+
+
+def again(name: str) -> str:
+    """Name of the record of what was asked again."""
+    return f"{name}_again"
 
 
 def write(

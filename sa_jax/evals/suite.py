@@ -14,7 +14,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.confirm import asks_again
-from sa_jax.evals.protocol import EvalContext, again, evaluate, evaluate_again, headline
+from sa_jax.evals.protocol import EvalContext, again, evaluate, headline
 from sa_jax.evals.schedule import is_due
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
@@ -124,7 +124,7 @@ class EvalSuite:
                 logging.info("step %d: %s", step, headline(name, summary))
             summaries[name] = summary or {}
             if agree(self._asks_again(name, step, summaries[name])):
-                fresh = evaluate_again(eval_, prepared, params, **place)
+                fresh = evaluate(eval_, prepared, params, **place, fresh=True)
                 logging.info("step %d, asked again: %s", step, headline(name, fresh))
         return summaries
 

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sa_jax import text
 from sa_jax.report.judgement import NO_BACKDOOR
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.tables import learning_rate
+from sa_jax.training.run_record import flat_config
 
 # Settings that cannot change a result beyond rounding, and those whose content is on record under
 # another name: the data as a hash. A name covers all below it.
@@ -87,19 +88,7 @@ def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       config: nested, as in run.json.
     """
-    return {
-        name: value
-        for name, value in _flatten(config)
-        if not any(name == other or name.startswith(f"{other}.") for other in NOT_OF_A_CELL)
-    }
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return flat_config(config, NOT_OF_A_CELL) if config else {}
 
 
 def ancestors(run: RunEvals, by_name: Mapping[str, RunEvals]) -> list[RunEvals]:

@@ -21,6 +21,7 @@ from sa_jax.text import one_line
 from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.loop import FREE_KEYS
 from sa_jax.training.losses import LOSSES
+from sa_jax.training.run_record import flat_config
 
 _TOOL_SCRIPTS = {
     "toy_data": "scripts/make_toy_data.py",
@@ -80,12 +81,9 @@ def record(cell: Cell) -> dict[str, Any]:
     if not cell.is_training:
         return {"run": cell.run, **start, **_plain(cell.settings), **_tool_extensions(cell)}
     config = resolved(cell)
-    kept = {
-        key: value
-        for key, value in _flat(config.to_dict()).items()
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-    }
-    return {"run": cell.run, **start, **_plain(kept), **_extensions(cell.run, config)}
+    flat = flat_config(config, FREE_KEYS)
+    kept = {key: value for key, value in flat.items() if value != {}}
+    return {"run": cell.run, **start, **kept, **_extensions(cell.run, config)}
 
 
 def _extensions(task: str, config: ConfigDict) -> dict[str, str]:
@@ -199,15 +197,6 @@ def _get_config(file: str) -> Any:
     if get_config is None:
         raise UsageError(f"{file} defines no get_config()")
     return get_config
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

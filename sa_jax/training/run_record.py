@@ -75,8 +75,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _defining(config: Any, ignore: Collection[str]) -> dict[str, Any]:
-    """The flat configuration without the ignored keys (dotted; a key covers all below it)."""
+def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """Dotted key -> value, without the ignored keys (dotted; a key covers all below it)."""
     return {
         key: value
         for key, value in _flatten(plain_record(config)).items()
@@ -91,13 +91,13 @@ def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
       config: ml_collections ConfigDict or mapping.
       ignore: dotted keys that may change between two launches of one run ("log_every").
     """
-    text = json.dumps(_defining(config, ignore), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(flat_config(config, ignore), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def config_difference(old: Any, new: Any, ignore: Collection[str] = ()) -> list[str]:
     """Lines 'key: old -> new' for the defining keys that differ, sorted by key."""
-    old, new = _defining(old, ignore), _defining(new, ignore)
+    old, new = flat_config(old, ignore), flat_config(new, ignore)
     absent = object()
 
     def show(value: Any) -> str:

