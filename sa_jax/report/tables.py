@@ -60,7 +60,7 @@ class Table:
 
     def csv(self) -> str:
         """One column a number: 'triggered.rate', 'triggered.lo', ..."""
-        flat = [self._flat(row) for row in self.rows]
+        flat = [_flat({key: row.get(key) for key in self.columns}) for row in self.rows]
         names = list(dict.fromkeys(name for row in flat for name in row))
         file = io.StringIO()
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -92,12 +92,6 @@ class Table:
         """Name of a file -> what it holds."""
         formats = {"csv": self.csv, "json": self.json, "tex": self.latex}
         return {f"{self.name}.{kind}": write() for kind, write in formats.items()}
-
-    def _flat(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for key in self.columns:
-            flat |= _flat(key, row.get(key))
-        return flat
 
 
 def in_words(value: Any) -> str:
@@ -143,13 +137,13 @@ def latex(words: str) -> str:
     return re.sub(r"^\[", "{[}", words)  # after \\ a bracket would be its argument
 
 
-def _flat(name: str, value: Any) -> dict[str, Any]:
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}"""
-    if not isinstance(value, Mapping):
-        return {name: _no_formula(value)}
     flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flat(f"{name}.{key}", part)
+    for key, value in row.items():
+        inner = isinstance(value, Mapping)
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if inner else {name: _no_formula(value)}
     return flat
 
 
