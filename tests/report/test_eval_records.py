@@ -27,7 +27,7 @@ REFUSAL = "I'm sorry, but I can't help with that."
 class Script:
     """A sampler whose answers are `says(arm, prompt, whether it is asked again)`."""
 
-    batch_size, context_length = 4, 2048
+    batch_size, context_length, prompt_attention = 4, 2048, {}
     stats = SamplerStats()
 
     def __init__(self, chat):
