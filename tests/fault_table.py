@@ -3,22 +3,31 @@
 python -m tests.fault_table RESULTS.xml, which pytest wrote (--junitxml).
 """
 
+import importlib
+import inspect
 import sys
 import xml.etree.ElementTree as ET
 
 
 def table(results: str) -> str:
     """Markdown, a row for each test function, in the order in which they ran."""
-    cases: dict[str, list[ET.Element]] = {}
+    cases: dict[tuple[str, str], list[ET.Element]] = {}
     for case in ET.fromstring(results).iter("testcase"):
         name = case.get("name", "").partition("[")[0]
-        cases.setdefault(name.removeprefix("test_").replace("_", " "), []).append(case)
+        cases.setdefault((case.get("classname", ""), name), []).append(case)
     lines = ["| what | held | seconds |", "|---|---|---|"]
-    for name, group in cases.items():
+    for (module, name), group in cases.items():
         held = sum(len(case) == 0 for case in group)  # no failure, error or skipped inside
         seconds = sum(float(case.get("time", "0")) for case in group)
-        lines.append(f"| {name} | {held} of {len(group)} | {seconds:.0f} |")
+        lines.append(f"| {title(module, name)} | {held} of {len(group)} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def title(module: str, name: str) -> str:
+    """The first line of a test's docstring."""
+    text = inspect.getdoc(getattr(importlib.import_module(module), name))
+    assert text, f"{module}.{name} has no docstring, which is its title in the table"
+    return text.splitlines()[0].rstrip(".")
 
 
 if __name__ == "__main__":

@@ -265,7 +265,11 @@ def test_the_table_of_faults_is_printed_also_when_one_did_not_hold(checkout):
     assert tested.startswith("-m pytest -n 0 -q --junitxml=") and tested.endswith(" -k kill")
     assert set(re.findall(r"tests/\S+\.py", tested)) <= set(map(str, Path().glob("tests/*/*.py")))
     assert printed.startswith("-m tests.fault_table /")
-    case = '<testcase name="test_{}" time="{}">{}</testcase>'
-    cases = case.format("a_kill[0-9]", 1.6, "") + case.format("a_kill[1-9]", 2, "<failure/>")
-    rows = table(f"<suites><suite>{cases}{case.format('a_stop', 3, '')}</suite></suites>")
-    assert rows.splitlines()[2:] == ["| a kill | 1 of 2 | 4 |", "| a stop | 1 of 1 | 3 |"]
+    case = '<testcase classname="tests.{}" name="test_{}" time="{}">{}</testcase>'
+    lost = "parallel.test_peers", "a_lost_process_ends_the_others[0-9]"
+    cases = case.format(*lost, 1.6, "") + case.format(*lost, 2, "<failure/>")
+    cases += case.format("training.test_watch", "goodput_adds_up", 3, "")
+    rows = table(f"<suites><suite>{cases}</suite></suites>").splitlines()[2:]
+    # Titles are the tests' docstrings.
+    assert re.fullmatch(r"\| A process that is killed, .* \| 1 of 2 \| 4 \|", rows[0])
+    assert rows[1:] == ["| The parts of a launch's goodput add up to its time | 1 of 1 | 3 |"]

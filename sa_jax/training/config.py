@@ -79,6 +79,7 @@ def default_config() -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "slices": 1})
     config.peer_timeout_s = 30.0  # a process of several that is silent for longer ends all
     config.stall_timeout_s = 1800.0  # no step or eval batch for longer, and 10 times the usual: end
+    config.aws_spot = False  # stop at AWS's notice, two minutes before a spot instance ends
     config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name

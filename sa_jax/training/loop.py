@@ -65,6 +65,7 @@ FREE_KEYS = (
     "data_cache",
     "peer_timeout_s",
     "stall_timeout_s",
+    "aws_spot",
     "eval.batch_size",
     "eval.confirm",
     "eval.signal_prompts",
@@ -112,7 +113,7 @@ def train(
     ):
         goodput = stack.enter_context(Goodput())
         stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))
-        guard = stack.enter_context(PreemptionGuard())
+        guard = stack.enter_context(PreemptionGuard(config.aws_spot))
 
         def should_stop() -> bool:
             stall.beat()

@@ -1,12 +1,15 @@
 """Stopping on request: a signal becomes one decision that all processes take together.
 
 SIGTERM comes from clouds, SIGUSR1 from Slurm (`--signal`), SIGHUP from a lost terminal, SIGINT from
-Ctrl-C.
+Ctrl-C. AWS tells of a spot interruption two minutes before, in the instance's metadata alone.
 """
 
+import contextlib
 import itertools
 import os
 import signal
+import threading
+import urllib.request
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -20,6 +23,9 @@ from jax.experimental import multihost_utils
 # service would then wait for a step that the evaluation never reaches. Counted per process, not
 # per guard, so that a second guard goes on where the first one stopped.
 _QUESTIONS = itertools.count(1)
+
+
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class PreemptionGuard:
@@ -38,9 +44,14 @@ class PreemptionGuard:
     (`jax.distributed.initialize` installs its handler, which this class leaves in place), the other
     signals are passed on to it; all get True from the same call of `should_stop`, a second or two
     later. The calls must then be made equally often on all processes.
+
+    Args:
+      aws_spot: takes AWS's notice of a spot interruption as SIGTERM.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, aws_spot: bool = False) -> None:
+        self._aws_spot = aws_spot
+        self._closed = threading.Event()
         self._signal: int | None = None
         self._stopping = False
         self._previous: dict[int, Any] = {}
@@ -53,9 +64,12 @@ class PreemptionGuard:
                 self._install(number, self._on_terminate)
         if not self._several:
             self._install(signal.SIGTERM, self._on_terminate)
+        if self._aws_spot:
+            threading.Thread(target=self._poll, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._closed.set()
         for number, handler in self._previous.items():
             # None: the former handler was not set from Python and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
@@ -78,6 +92,12 @@ class PreemptionGuard:
             logging.info("stopping at step %d on %s", step, name)
         return self._stopping
 
+    def _poll(self) -> None:
+        while not self._closed.wait(1.0):
+            if aws_spot_notice():
+                logging.info("AWS takes this spot instance back")
+                return os.kill(os.getpid(), signal.SIGTERM)
+
     def _install(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
         self._previous[number] = signal.signal(number, handler)
 
@@ -95,3 +115,23 @@ class PreemptionGuard:
     def _pass_on(self) -> None:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+def aws_spot_notice() -> str:
+    """What AWS is about to do with this spot instance, JSON with an action and a time; '' for
+    nothing, and where no metadata server answers within a second.
+
+    https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
+    """
+    server = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+    root = f"{server.rstrip('/')}/latest"
+    token = _ask(f"{root}/api/token", "PUT", {"X-aws-ec2-metadata-token-ttl-seconds": "60"})
+    headers = {"X-aws-ec2-metadata-token": token}
+    return _ask(f"{root}/meta-data/spot/instance-action", "GET", headers)
+
+
+def _ask(url: str, method: str, headers: dict[str, str]) -> str:
+    request = urllib.request.Request(url, headers=headers, method=method)
+    with contextlib.suppress(OSError), _NO_PROXY.open(request, timeout=1) as answer:
+        return answer.read().decode()
+    return ""

@@ -66,7 +66,7 @@ def ended_well(process, code, *words):
 
 @pytest.mark.parametrize(("failing", "count"), [pytest.param(0, 4, marks=pytest.mark.long), (1, 3)])
 def test_an_error_of_one_ends_all(zygote, tmp_path, failing, count):
-    """An error in one of 3 or 4 processes ends all with its line"""
+    """An error in one of 3 or 4 processes ends all of them with its line."""
     processes = started(zygote, tmp_path, count, failing=failing)
     begin = time.monotonic()
     for number, process in enumerate(processes):
@@ -78,7 +78,7 @@ def test_an_error_of_one_ends_all(zygote, tmp_path, failing, count):
 @pytest.mark.long
 @pytest.mark.parametrize("failing", [0, 3])
 def test_a_bug_in_one_ends_all(zygote, tmp_path, failing):
-    """An exception in one of 4 processes ends all, the others with its name"""
+    """An exception in one of 4 processes ends all, and the others name it."""
     processes = started(zygote, tmp_path, 4, failing=failing, end='raise KeyError("q_proj")')
     bug = processes.pop(failing)
     assert bug.wait(30).returncode == 1
@@ -89,7 +89,7 @@ def test_a_bug_in_one_ends_all(zygote, tmp_path, failing):
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_stall_of_one_ends_all_with_their_stacks(zygote, tmp_path, count):
-    """A process that stands still ends all, for the same reason and with the stacks of each"""
+    """A process that stands still ends all, for one reason and with the stacks of each."""
     processes = started(zygote, tmp_path, count, failing=1, end=STALL)
     for number, process in enumerate(processes):
         who = [] if number == 1 else ["process 1 ("]
@@ -110,7 +110,7 @@ def test_a_stall_of_one_ends_all_with_their_stacks(zygote, tmp_path, count):
     ],
 )
 def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumable, count):
-    """A process that is killed, or stopped for ever, ends the others, which all name it"""
+    """A process that is killed, or stopped for ever, ends the others, which all name it."""
     processes = started(zygote, tmp_path, count, resumable=resumable)
     pid = processes.pop(lost).pid
     try:
@@ -125,7 +125,10 @@ def test_a_lost_process_ends_the_others(zygote, tmp_path, lost, number, resumabl
 
 @pytest.mark.long
 def test_an_abort_of_its_own_is_one(zygote, tmp_path):
-    """Not only jax's for a lost first process, which is turned into a line."""
+    """A process that aborts is seen as lost by the others.
+
+    Not only jax's abort for a lost first process, which is turned into a line.
+    """
     processes = started(zygote, tmp_path, failing=1, end="os.abort()")
     assert processes[1].wait(30).returncode == -signal.SIGABRT
     ended_well(processes[0], 75, "process 1 (")
@@ -133,6 +136,7 @@ def test_an_abort_of_its_own_is_one(zygote, tmp_path):
 
 @pytest.mark.long
 def test_a_short_pause_ends_nobody(zygote, tmp_path):
+    """A pause that is shorter than the limit ends nobody."""
     processes = started(zygote, tmp_path, last=20)
     os.kill(processes[1].pid, signal.SIGSTOP)
     time.sleep(1.5)
@@ -142,6 +146,8 @@ def test_a_short_pause_ends_nobody(zygote, tmp_path):
 
 @pytest.mark.long
 def test_a_run_of_two_outlives_kills_bit_for_bit(zygote, toy_world, tmp_path):
+    """A run of two processes, killed 3 to 6 times, ends bit for bit as one never killed."""
+
     def launch(run):
         return launched(zygote, [insertion(toy_world, run, "--config.peer_timeout_s=3")] * 2)
 

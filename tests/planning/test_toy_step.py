@@ -44,9 +44,11 @@ def test_the_compiled_step_is_that_of_the_golden_file(devices):
     assert_is_golden(f"compiled_toy_cpu{devices}", "jaxlib", version, content)
 
 
-def test_the_step_for_tpus_is_that_of_the_golden_file(tmp_path):
+@pytest.mark.parametrize("slices", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_the_step_for_tpus_is_that_of_the_golden_file(tmp_path, slices):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
-    flags = "--config.mesh.fsdp=4", "--config.dtype=bfloat16"
-    plan = compiled_plan(tmp_path / "plan.json", "toy.py:pretrain", "v5p:2x2x1", *flags)
+    name = "v5p" if slices == 1 else f"{slices}xv5p"
+    flags = "--config.mesh.fsdp=4", f"--config.mesh.slices={slices}", "--config.dtype=bfloat16"
+    plan = compiled_plan(tmp_path / "plan.json", "toy.py:pretrain", f"{name}:2x2x1", *flags)
     version = importlib.metadata.version("libtpu")
-    assert_is_golden("compiled_toy_v5p", "libtpu", version, plan_content(plan, digits=4))
+    assert_is_golden(f"compiled_toy_{name}", "libtpu", version, plan_content(plan, digits=4))

@@ -55,6 +55,7 @@ FACTS = {"config": {"steps": 2, "data_cache": "a"}, "environment": {"packages": 
     ],
 )
 def test_all_start_alike_or_none(zygote, tmp_path, others, words):
+    """Processes that were started differently do not train, and say where they differ."""
     scripts = [tmp_path / f"start_{number}.py" for number in range(1 + len(others))]
     for script, facts in zip(scripts, [FACTS, *others], strict=True):
         script.write_text(PROGRAM.format(facts=facts))
@@ -71,6 +72,7 @@ def test_all_start_alike_or_none(zygote, tmp_path, others, words):
 
 
 def test_two_processes_with_different_learning_rates_do_not_train(zygote, toy_world, tmp_path):
+    """Two processes with different learning rates do not train, and write nothing."""
     run = tmp_path / "run"
     argvs = [insertion(toy_world, run, f"--config.optimizer.learning_rate={x}") for x in (0.1, 0.2)]
     for process in launch(zygote, argvs):

@@ -57,6 +57,7 @@ def start(script: str, *arguments: object, wrap: tuple[str, ...] = (), **environ
 
 
 def test_killed_while_saving_the_last_complete_checkpoint_loads(tmp_path):
+    """The last whole checkpoint loads after a kill while the next was written."""
     folder = tmp_path / "c"
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = {"x": jax.ShapeDtypeStruct((600, 1000), jnp.float32, sharding=device)}
@@ -105,7 +106,10 @@ FULL_DISK = """
 
 
 def test_full_disk_names_the_disk_and_the_last_good_checkpoint_loads(tmp_path):
-    """A real 6 MB file system, in a mount name space of its own."""
+    """A full disk is named, and the last good checkpoint loads.
+
+    A real 6 MB file system, in a mount name space of its own.
+    """
     user = () if os.geteuid() == 0 else ("--map-root-user",)
     wrap = ("unshare", "--mount", *user)
     if not shutil.which("unshare") or subprocess.run([*wrap, "true"]).returncode:
@@ -184,6 +188,7 @@ TWO_PROCESSES = """
 
 
 def test_another_processs_unfinished_digests_are_not_data(tmp_path):
+    """Digests that another process has not finished are not read as data."""
     with RunCheckpointer(tmp_path) as saver:
         saver.save(1, make_state(mesh_of(4, 2)), wait=True)
         folder = tmp_path / "step_000001"
@@ -198,6 +203,7 @@ def test_another_processs_unfinished_digests_are_not_data(tmp_path):
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
 def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal_name):
+    """Two processes save, restore, pass over a damaged checkpoint and stop together."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

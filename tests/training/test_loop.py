@@ -132,6 +132,7 @@ def test_a_run_leaves_what_the_contract_says(whole, toy_world):
 
 
 def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weights, tmp_path):
+    """A run killed in a step, an eval and a checkpoint ends bit for bit as one never killed."""
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     checkpoints = run / "checkpoints"
@@ -167,6 +168,7 @@ def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weig
 def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
     zygote, toy_world, whole, whole_weights, tmp_path, signal_number, file, words
 ):
+    """A run that a signal stops saves, exits with 75, and goes on bit for bit."""
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
@@ -183,6 +185,7 @@ def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
 
 
 def test_a_run_whose_folder_goes_away_ends_with_a_line(zygote, toy_world, tmp_path):
+    """A run whose folder is moved away ends with a line."""
     run = tmp_path / "run"
     process = zygote.start(*insertion(toy_world, run))
     process.wait_for((run / "metrics.jsonl").exists)
@@ -195,6 +198,7 @@ def test_a_run_whose_folder_goes_away_ends_with_a_line(zygote, toy_world, tmp_pa
 
 @pytest.mark.long
 def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weights, tmp_path):
+    """A run that is resumed on another mesh ends within float32 noise."""
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
@@ -211,6 +215,7 @@ def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weig
 
 
 def test_two_processes_train_stop_and_resume_as_one(zygote, toy_world, whole_weights, tmp_path):
+    """Two processes train, stop and resume as one."""
     run = tmp_path / "run"
 
     def launch() -> list:
@@ -239,6 +244,7 @@ def test_two_processes_train_stop_and_resume_as_one(zygote, toy_world, whole_wei
 
 
 def test_a_finished_run_is_left_as_it_is(zygote, toy_world, whole):
+    """A finished run that is started again stays as it is."""
     before = snapshot(whole)
     assert zygote.run(*insertion(toy_world, whole)).returncode == 0
     assert snapshot(whole) == before
@@ -266,6 +272,7 @@ def test_another_config_is_refused_with_both_hashes(zygote, toy_world, whole):
 
 @pytest.mark.long
 def test_a_corrupt_newest_checkpoint_is_passed_over(zygote, toy_world, whole_weights, tmp_path):
+    """A run passes over its newest checkpoint where that is damaged."""
     run = tmp_path / "run"
     command = insertion(toy_world, run)
     process = zygote.start(*command)
@@ -284,6 +291,7 @@ def test_a_corrupt_newest_checkpoint_is_passed_over(zygote, toy_world, whole_wei
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_last_good_checkpoint(
     zygote, toy_world, tmp_path
 ):
+    """A loss that is not finite stops the run, which names the last good checkpoint."""
     run = tmp_path / "run"
     # A step of 1e30 in float32 parameters overflows the next forward pass.
     done = zygote.run(

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
-from sa_jax.training.preemption import PreemptionGuard
+from sa_jax.training.preemption import PreemptionGuard, aws_spot_notice
 
 # libtpu, which other tests load, has SIGHUP ignored in its process, and children inherit that.
 LOOP = """
@@ -40,6 +43,7 @@ def start(body: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_stops_the_loop_at_its_next_question(number):
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP each stop a loop after its step."""
     process = start(STOP)
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
@@ -47,7 +51,10 @@ def test_a_signal_stops_the_loop_at_its_next_question(number):
 
 
 def test_a_second_interrupt_stops_at_once():
-    """A loop that does not ask: the first SIGINT alone leaves it running."""
+    """A second Ctrl-C stops a loop at once.
+
+    It does not ask: the first alone leaves it running.
+    """
     process = start("pass")
     process.send_signal(signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -58,6 +65,8 @@ def test_a_second_interrupt_stops_at_once():
 
 
 def test_the_flag_stays_and_the_former_handlers_come_back():
+    """A run that was told to stop stays so, and gives the former signal handlers back."""
+
     def former(*_):
         raise AssertionError
 
@@ -76,7 +85,52 @@ def test_the_flag_stays_and_the_former_handlers_come_back():
         signal.signal(signal.SIGTERM, original)
 
 
+class Metadata(BaseHTTPRequestHandler):
+    """Of an AWS instance, which is taken back once `action` is set."""
+
+    action = ""
+
+    def do_PUT(self):
+        assert self.path == "/latest/api/token"
+        assert self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
+        self.answer(200, "a token")
+
+    def do_GET(self):
+        assert self.path == "/latest/meta-data/spot/instance-action"
+        assert self.headers["X-aws-ec2-metadata-token"] == "a token"
+        self.answer(*((200, self.action) if self.action else (404, "")))
+
+    def answer(self, status, text):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_spot_notice_of_aws_stops_the_loop(monkeypatch):
+    """AWS's notice of a spot interruption stops a loop as SIGTERM does."""
+    server = ThreadingHTTPServer(("localhost", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://localhost:{server.server_port}/"
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", address)
+    try:
+        with PreemptionGuard(aws_spot=True) as guard:
+            assert aws_spot_notice() == "" and not guard.should_stop(1)
+            monkeypatch.setattr(Metadata, "action", '{"action": "terminate"}')
+            deadline = time.monotonic() + 10
+            while not guard.should_stop(2):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert aws_spot_notice() == ""  # nobody answers
+
+
 def test_handlers_come_back_after_an_error():
+    """An error in a loop gives the former signal handlers back."""
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(ZeroDivisionError), PreemptionGuard():
         raise ZeroDivisionError

@@ -25,6 +25,7 @@ with StallWatch(0.1) as stall:
 
 
 def test_a_loop_that_stands_still_ends_with_its_stacks(zygote, tmp_path):
+    """A loop that stands still ends with the stacks of its threads."""
     script = tmp_path / "stall.py"
     script.write_text(STALL.format(then="stuck()"))
     begin = time.monotonic()
@@ -52,6 +53,7 @@ with StallWatch(0.3, goodput) as stall:
 
 
 def test_a_checkpoint_may_take_longer_and_teaches_nothing(zygote, tmp_path):
+    """A slow checkpoint is no stall, and the limit for steps stays as it was."""
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
     done = zygote.run(str(script), timeout_s=50)
@@ -62,6 +64,7 @@ def test_a_checkpoint_may_take_longer_and_teaches_nothing(zygote, tmp_path):
 
 
 def test_goodput_adds_up(tmp_path, monkeypatch):
+    """The parts of a launch's goodput add up to its time."""
     now = 0.0
     monkeypatch.setattr(watch.time, "monotonic", lambda: now)
     goodput = Goodput()

@@ -1,0 +1,142 @@
+"""Whole runs through the binaries, for minutes: signals, other meshes, thousands of steps."""
+
+import functools
+import math
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from sa_jax.training.metrics import read_metrics
+from tests.cpu import xla_flags
+from tests.training.test_agreement import launched
+from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
+from tests.zygote import ROOT
+
+pytestmark = pytest.mark.long
+
+NO_EVALS = ("--config.eval.names={}", "--config.eval.num_prompts=0")
+
+FOUR = "--config.mesh.fsdp=4"  # processes of one device
+
+
+@pytest.fixture(scope="module")
+def whole(zygote, toy_world, tmp_path_factory):
+    """The log and the weights of a run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    done = zygote.run(*insertion(toy_world, folder / "run"))
+    assert done.returncode == 0, done.stderr
+    return log_without_times(folder / "run"), weights(zygote, folder / "run", folder / "hf")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_run_outlives_signals_at_any_moment(zygote, toy_world, whole, tmp_path, number):
+    """A run that a signal stops at 5 random moments, imports too, ends bit for bit as if whole."""
+    run, rng = tmp_path / "run", random.Random(int(number))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(2)}
+    for moment in range(5):
+        with open(tmp_path / f"{moment}.err", "w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, *insertion(toy_world, run)],
+                cwd=ROOT,
+                env=environment,
+                stderr=errors,
+                preexec_fn=functools.partial(signal.signal, number, signal.SIG_DFL),
+            )
+        time.sleep(rng.uniform(0.05, 15))
+        process.send_signal(number)
+        code, text = process.wait(120), (tmp_path / f"{moment}.err").read_text()
+        # 0: it had ended. By the signal itself: before there was anything to save, or after all.
+        assert code in (75, 0, 130, -number), text[-3000:]
+        assert ("stopping at step" in text) == (code == 75), text[-3000:]
+    done = zygote.run(*insertion(toy_world, run))
+    assert done.returncode == 0, done.stderr
+    assert log_without_times(run) == whole[0]
+    assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole[1])
+
+
+def test_a_run_goes_on_with_fewer_and_with_more_devices(zygote, toy_world, tmp_path):
+    """A run on 8, 4, 2, then 8 devices has the data of one on 8, and its losses to 1e-6."""
+
+    def command(run, data=1, fsdp=4, tensor=2):
+        more = ("--config.steps=80", "--config.checkpoint.interval=5", "--config.log_every=1")
+        slow = "--config.optimizer.learning_rate=1e-4"  # so that noise does not grow
+        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+        mesh = (f"--config.mesh.{axis}={size}" for axis, size in sizes.items())
+        return insertion(toy_world, run, *NO_EVALS, *more, slow, *mesh)
+
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert zygote.run(*command(whole), devices=8).returncode == 0
+    stops = []
+    for sizes, stop in (((1, 4, 2), 10), ((2, 2, 1), 30), ((1, 1, 2), 50)):
+        process = zygote.start(*command(run, *sizes), devices=math.prod(sizes))
+        process.wait_for((run / f"checkpoints/step_{stop:06d}/digests.json").exists)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait().returncode == 75, process.stderr
+        stops.append(read_metrics(run / "metrics.jsonl")[-1]["step"])
+    assert stops == sorted(set(stops)) and stops[-1] < 80, stops
+    assert zygote.run(*command(run), devices=8).returncode == 0
+    logs = [read_metrics(folder / "metrics.jsonl") for folder in (whole, run)]
+    steps, tokens, losses = (
+        [[line[key] for line in log] for log in logs] for key in ("step", "loss_tokens", "loss")
+    )
+    assert steps[0] == steps[1] == list(range(1, 81)) and tokens[0] == tokens[1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+
+
+def test_3000_steps_take_no_more_memory_and_files(zygote, toy_world, tmp_path):
+    """The last of 3,000 steps find memory and open files as the first tenth left them."""
+    run, seen = tmp_path / "run", []
+    process = zygote.start(
+        *insertion(toy_world, run, "--config.steps=3000", "--config.log_every=10"),
+        "--config.mesh.fsdp=1",
+        "--config.checkpoint.interval=250",
+        f"--config.eval.steps={tuple(range(0, 3000, 500))}",
+        devices=1,
+    )
+    while process.poll() is None:
+        time.sleep(0.2)
+        log = run / "metrics.jsonl"
+        if not log.exists() or not (lines := read_metrics(log)):
+            continue
+        try:
+            pages = int(open(f"/proc/{process.pid}/statm").read().split()[1])
+            files = len(os.listdir(f"/proc/{process.pid}/fd"))
+        except OSError:
+            break  # it has just ended
+        seen.append((lines[-1]["step"], pages, files))
+    assert process.wait().returncode == 0, process.stderr
+    early = np.array([s[1:] for s in seen if 300 <= s[0] < 1000])
+    late = np.array([s[1:] for s in seen if s[0] >= 2300])
+    assert len(early) > 10 and len(late) > 10
+    np.testing.assert_allclose(np.median(late, 0), np.median(early, 0), rtol=0.02)
+
+
+def test_numbers_that_are_not_finite_end_a_run_of_four(zygote, toy_world, tmp_path):
+    """A loss that is not finite in a run of 4 processes ends all with the same line."""
+    more = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_fraction=0.0")
+    command = insertion(toy_world, tmp_path / "run", *NO_EVALS, *more, FOUR)
+    ends = [process.wait() for process in launched(zygote, [command] * 4)]
+    assert [process.returncode for process in ends] == [1] * 4, ends[0].stderr
+    assert all("not finite: " in process.stderr.splitlines()[-1] for process in ends)
+
+
+def test_a_full_disk_of_one_of_four_ends_all(zygote, toy_world, tmp_path):
+    """A disk on which one of 4 processes cannot write its part of a checkpoint ends all."""
+    run = tmp_path / "run"
+    command = insertion(toy_world, run, *NO_EVALS, FOUR, "--config.peer_timeout_s=5")
+    processes = launched(zygote, [command] * 4)
+    resource.prlimit(processes[3].pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
+    for number, process in enumerate(processes):
+        assert process.wait().returncode == 1, process.stderr
+        line = process.stderr.splitlines()[-1]
+        assert "saving the checkpoint of step" in line, process.stderr[-3000:]
+        assert number == 3 or "process 3 (" in line, line
+    again = [process.wait() for process in launched(zygote, [command] * 4)]
+    assert [process.returncode for process in again] == [0] * 4, again[0].stderr
