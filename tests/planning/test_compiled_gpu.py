@@ -31,6 +31,11 @@ pytestmark = pytest.mark.long
 CASES = {
     "8b_h200": ("8b_insertion", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
     "8b_lora_h200": ("8b_removal", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+    "70b_lora_h200": (
+        "70b_removal",
+        "h200:16",
+        {"mesh.fsdp": 2, "mesh.tensor": 8, "accumulation": 2, "remat": "minimal"},
+    ),
 }
 
 
@@ -73,7 +78,6 @@ def cache_accesses(text: str, leaf: int) -> list[tuple[str, int]]:
 def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it(monkeypatch):
     """8B on an H200, 8 rows of up to 4,096 tokens: a layer's step reads each block of keys and of
     values once, new tokens are scattered in place, and nothing else touches the cache."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as where this program runs
     mesh = make_mesh(devices=open_topology("h200:1").devices)
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -84,17 +88,22 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it(monkeypatch):
         sampler.cache_shardings,
     )
     row = jax.ShapeDtypeStruct((8,), jnp.int32)
-    compiled = sampler._decode.lower(
-        abstract(mesh, abstract_params(model)),
-        cache,
-        *(row, row, row, jax.ShapeDtypeStruct((8,), jnp.uint32)),
-        np.asarray([1], np.int32),
-        **noise_arguments(SamplingSettings(16, temperature=1.0)),
-    ).compile()
+    ids = jax.ShapeDtypeStruct((8,), jnp.uint32)
+    params = abstract(mesh, abstract_params(model))
+    noise = noise_arguments(SamplingSettings(16, temperature=1.0))
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "default_backend", lambda: "gpu")  # as where this program runs
+        compiled = sampler._decode.lower(
+            params, cache, row, row, row, ids, np.asarray([1], np.int32), **noise
+        ).compile()
     leaf = math.prod(cache.k.shape)
     block = leaf // (config.num_layers * cache.k.shape[1])
     accesses = cache_accesses(compiled.as_text(), leaf)
     assert sorted(accesses) == [("dynamic-slice", block)] * 2 + [("scatter", leaf)] * 2
     # A copy of either leaf would be 2 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes < leaf * 2 / 4
-    assert sampler.prompt_attention[128] == "cudnn" and sampler.prompt_attention[64] == "blockwise"
+    for length, kernel in {64: "blockwise", 128: "cudnn"}.items():
+        assert sampler.prompt_attention[length] == kernel
+        prompts = jax.ShapeDtypeStruct((8, length), jnp.int32)
+        text = sampler._prefill.lower(params, cache, prompts, row, row, ids, **noise).as_text()
+        assert ("__cudnn$fmha" in text) == (kernel == "cudnn")
