@@ -91,7 +91,7 @@ def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = Fal
 def seeds(label: str, runs: Sequence[RunFolder]) -> Plot:
     """The rates of a cell's runs over one another, a thin line a seed; at their ends the means."""
     plot = Plot(label, 300, 150)
-    axes = _rate_axes(plot, plot.width - 44, max(map(axis_end, runs)))
+    axes = _rate_axes(plot, plot.width - 52, max(map(axis_end, runs)))
     ends: dict[str, list[Point]] = {}
     for line in (line for run in runs for line in backdoor_rates(run)):
         points = [point[:2] for point in line.points]

@@ -119,12 +119,12 @@ def test_a_grid_is_counted_by_cell(grid):
 
 def test_a_report_on_160_runs_stays_small(grid):
     assert grid.index.stat().st_size <= 1.5e6  # 0.65e6 when this was written
-    assert grid.peak_mb <= 400  # 335
+    assert grid.peak_mb <= 400  # 335 to 360
 
 
 @pytest.mark.long
 def test_a_report_on_160_runs_is_fast(grid):
-    assert grid.cpu_s <= 20  # 14, with imports, on a machine with nothing else to do
+    assert grid.cpu_s <= 20  # with imports; 13.4 to 18.7 where others worked too
 
 
 def test_write_study_is_the_same_every_time(tmp_path, study, make_study):
