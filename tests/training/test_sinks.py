@@ -35,10 +35,6 @@ def offline(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    yield
-    import wandb
-
-    wandb.teardown()
 
 
 def write(workdir, sinks):
@@ -53,8 +49,10 @@ def write(workdir, sinks):
 def wandb_records(workdir: Path) -> list:
     """The records of an offline run, from LevelDB's log format: 7 bytes of header, then blocks of
     32 KiB with chunks of (checksum, length, kind); a record ends with a chunk of kind 1 or 4."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # ends W&B's own process, which writes the file
     (file,) = workdir.glob("wandb/offline-run-*/run-*.wandb")
     data, at, body, records = file.read_bytes(), 7, b"", []
     while at + 7 <= len(data):
