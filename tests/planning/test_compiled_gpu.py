@@ -36,6 +36,11 @@ CASES = {
         "h200:16",
         {"mesh.fsdp": 2, "mesh.tensor": 8, "accumulation": 2, "remat": "minimal"},
     ),
+    "8b_2_nodes_h200": (
+        "8b_insertion",
+        "h200:16",
+        {"mesh.slices": 2, "mesh.fsdp": 8, "remat": "minimal"},
+    ),
 }
 
 
