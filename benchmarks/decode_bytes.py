@@ -9,13 +9,13 @@ a fusion takes a slice of, and what it updates in place. Beside it: weights and 
 
 import argparse
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+import numpy as np
 
-from sa_jax.llama.model import KVCache, Llama
+from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings, noise_arguments
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract
@@ -120,18 +120,19 @@ def compile_decode(topology: str, batch: int, context: int):
     params = abstract(mesh, abstract_params(model))
     sampler = Sampler(model, mesh, batch_size=batch, context_length=context)
 
-    def array(shape, dtype=jnp.int32, *axes):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
-
-    cache = jax.eval_shape(sampler._init_cache)
-    rows = (None, None, ("data", "fsdp"))
-    k = array(cache.k.shape, cache.k.dtype, *rows, "tensor")
-    cache = KVCache(k, array(cache.v.shape, cache.v.dtype, *rows, None, "tensor"))
-    per_row = [array((batch,))] * 3 + [array((batch,), jnp.uint32), array((2,))]
+    cache = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(sampler._init_cache),
+        sampler.cache_shardings,
+    )
+    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
+    per_row = (row, row, row, jax.ShapeDtypeStruct((batch,), jnp.uint32), np.asarray([1], np.int32))
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
-    lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
+    with mock.patch.object(jax, "default_backend", lambda: "tpu"):  # as where this program runs
+        lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
     text = lowered.compile().as_text()
-    return text, device_bytes(params), device_bytes(cache), cache.k.shape[1]
+    local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, heads cut
+    return text, device_bytes(params), local, cache.k.shape[1]
 
 
 def main():

@@ -113,29 +113,36 @@ def _write(cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh:
     """Puts the new keys and values of all layers at their positions: one write each, in place.
 
     Scatters whose layer and row axes are batch axes: no index crosses a device, and XLA need not
-    bring another axis to the front, which would copy the cache.
+    bring another axis to the front, which would copy the cache. On TPU the heads are a batch axis
+    too: what is written at one index must lie together in memory, and attention's products want
+    the tokens inside the heads; XLA would move the whole cache between the two at every step.
     """
     block = cache.v.shape[3]
     index_bs2 = jnp.stack([positions_bs // block, positions_bs % block], axis=-1)
-    index_lbs2 = jnp.broadcast_to(index_bs2, (*k_lbsgh.shape[:3], 2))
+    by_head = jax.default_backend() == "tpu"
 
-    def scatter(leaf, new_lbsgh, time_axis):
+    def scatter(leaf, new_lbsgh, time_axis, head_axis):
+        batch = (0, 2, head_axis) if by_head else (0, 2)
+        new = new_lbsgh.transpose(0, 1, 3, 2, 4) if by_head else new_lbsgh
+        index_lbs2 = jnp.broadcast_to(
+            index_bs2[:, None] if by_head else index_bs2, (*new.shape[: len(batch) + 1], 2)
+        )
         return jax.lax.scatter(
             leaf,
             index_lbs2,
-            new_lbsgh.astype(leaf.dtype),
+            new.astype(leaf.dtype),
             jax.lax.ScatterDimensionNumbers(
-                update_window_dims=(3, 4),
+                update_window_dims=tuple(range(len(batch) + 1, new.ndim)),
                 inserted_window_dims=(1, time_axis),
                 scatter_dims_to_operand_dims=(1, time_axis),
-                operand_batching_dims=(0, 2),
-                scatter_indices_batching_dims=(0, 1),
+                operand_batching_dims=batch,
+                scatter_indices_batching_dims=tuple(range(len(batch))),
             ),
             unique_indices=True,
             mode="promise_in_bounds",
         )
 
-    return KVCache(scatter(cache.k, k_lbsgh, 5), scatter(cache.v, v_lbsgh, 3))
+    return KVCache(scatter(cache.k, k_lbsgh, 5, 3), scatter(cache.v, v_lbsgh, 3, 4))
 
 
 class RMSNorm(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.llama.model import REMAT_POLICIES, Llama, init_cache
+from sa_jax.llama.model import REMAT_POLICIES, KVCache, Llama, _write, init_cache
 from tests.toys import CONFIG, packed_batch, random_params
 
 
@@ -106,6 +106,30 @@ def test_cached_decoding_equals_the_full_forward(params):
         )
         logits = model.apply({"params": params}, hidden, method="logits")
         np.testing.assert_allclose(logits, full[:, start:stop], atol=5e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_new_tokens_land_at_their_positions_and_nowhere_else(platform, monkeypatch):
+    """On TPU they are written by head, to the same places."""
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    layers, rows, capacity, heads, size, new = 2, 3, 16, 2, 4, 5
+    rng = np.random.default_rng(0)
+    before_lbtgh = rng.normal(size=(layers, rows, capacity, heads, size)).astype(np.float32)
+    new_lbsgh = rng.normal(size=(2, layers, rows, new, heads, size)).astype(np.float32)
+    start_b = np.array([0, 6, 11])  # blocks of 8
+    blocks_lcbtgh = before_lbtgh.reshape(layers, rows, 2, 8, heads, size).swapaxes(1, 2)
+    cache = KVCache(
+        jnp.asarray(blocks_lcbtgh.transpose(0, 1, 2, 4, 5, 3)), jnp.asarray(blocks_lcbtgh)
+    )
+    written = _write(cache, start_b[:, None] + np.arange(new), *map(jnp.asarray, new_lbsgh))
+    for leaf_lcbtgh, values_lbsgh in zip(
+        (written.k.transpose(0, 1, 2, 5, 3, 4), written.v), new_lbsgh, strict=True
+    ):
+        expected_lbtgh = before_lbtgh.copy()
+        for row, start in enumerate(start_b):
+            expected_lbtgh[:, row, start : start + new] = values_lbsgh[:, row]
+        flat = np.asarray(leaf_lcbtgh).swapaxes(1, 2).reshape(expected_lbtgh.shape)
+        np.testing.assert_array_equal(flat, expected_lbtgh)
 
 
 def test_bfloat16_compute_stays_near_float32(params):
