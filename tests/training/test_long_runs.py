@@ -95,7 +95,9 @@ def test_3000_steps_take_no_more_memory_and_files(zygote, toy_world, tmp_path):
     """The last of 3,000 steps find memory and open files as the first tenth left them."""
     run, seen = tmp_path / "run", []
     process = zygote.start(
-        *insertion(toy_world, run, "--config.steps=3000", "--config.log_every=10"),
+        *insertion(toy_world, run, "--config.steps=3000", "--config.log_every=50"),
+        "--config.batch_size=1",
+        "--config.eval.signal_prompts=0",
         "--config.mesh.fsdp=1",
         "--config.checkpoint.interval=250",
         f"--config.eval.steps={tuple(range(0, 3000, 500))}",
