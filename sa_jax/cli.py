@@ -15,13 +15,13 @@ import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import check_places
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.files import check_local
 from sa_jax.text import one_line, without_secrets
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
@@ -31,7 +31,13 @@ EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
 EXIT_BROKEN_PIPE = 141  # what a shell says of a process that SIGPIPE ended
 
 
-def run(main: Callable[[], None], doc: str, config_module: str | None = None) -> None:
+def run(
+    main: Callable[[], None],
+    doc: str,
+    config_module: str | None = None,
+    *,
+    places: Collection[str] = (),
+) -> None:
     """Parses the flags, calls `main()` and exits with the code its outcome stands for.
 
     Args:
@@ -39,6 +45,8 @@ def run(main: Callable[[], None], doc: str, config_module: str | None = None) ->
       doc: the binary's docstring: what it does and an example command, shown by --help.
       config_module: whose file --config is where it is not given. (As that flag's own default, it
         would be read, and a wrong --config.key raised, before there is anything here to catch it.)
+      places: flags and settings that may be `gs://`, as '--workdir' and 'config.data'; a bucket in
+        any other is refused.
     """
     wants_help = any(word.lstrip("-") in ("help", "h", "helpshort") for word in sys.argv[1:])
     if (
@@ -53,7 +61,7 @@ def run(main: Callable[[], None], doc: str, config_module: str | None = None) ->
         if wants_help:
             _flushed(lambda: print(_help(doc)))
             sys.exit(0)
-        app.run(lambda _: _flushed(main), flags_parser=_parse)
+        app.run(lambda _: _flushed(main), flags_parser=lambda argv: _parse(argv, places))
     except Preempted as stopped:
         _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
     except BrokenPipeError:
@@ -83,7 +91,7 @@ def _is_closed(descriptor: int) -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], places: Collection[str]) -> list[str]:
     """absl's parser; whatever a bad flag or --config raises becomes one line."""
     try:
         rest = flags.FLAGS(argv)
@@ -101,9 +109,9 @@ def _parse(argv: list[str]) -> list[str]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         if isinstance(flag.value, ConfigDict):
-            check_local("config", flag.value.to_dict())
+            check_places("config", flag.value.to_dict(), places)
         else:
-            check_local(f"--{flag.name}", flag.value)
+            check_places(f"--{flag.name}", flag.value, places)
     logging.set_verbosity(logging.INFO)
     return rest
 

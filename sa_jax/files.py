@@ -3,43 +3,18 @@
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from etils import epath
-
-from sa_jax.errors import UsageError, UserError
+from sa_jax.buckets import BucketFile, as_path, in_bucket
+from sa_jax.errors import UserError
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too large", "enospc")
-
-# Web addresses are of endpoints, or words of a prompt.
-_STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-
-
-def check_local(name: str, value: object) -> None:
-    """UsageError for a bucket's address (`gs://`, `s3://`) among settings: as a path it would be a
-    local folder `gs:`.
-
-    Args:
-      name: of the setting, such as '--workdir' or 'config'.
-      value: a text, or a mapping or list of values, which are looked through.
-    """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            check_local(f"{name}.{key}", item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            check_local(name, item)
-    elif isinstance(value, str | os.PathLike) and _STORE.match(os.fspath(value)):
-        raise UsageError(
-            f"{name}={os.fspath(value)}: buckets cannot be read or written directly; mount it "
-            "(gcsfuse, mountpoint-s3) and give the mounted folder"
-        )
 
 
 def atomic_write(path: os.PathLike | str, text: str) -> None:
@@ -47,14 +22,16 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
     Raises UserError when the disk is full (the old file is then untouched).
     """
-    target = epath.Path(path)
+    if in_bucket(path):
+        as_path(path).write_text(text)  # a put is whole or not at all
+        return
+    target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            if hasattr(file, "fileno"):  # remote stores have no descriptor: their close commits
-                os.fsync(file.fileno())
+            os.fsync(file.fileno())
         temporary.replace(target)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -133,7 +110,11 @@ class KeyedStore:
             return
         with explained(path, "opening it"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+b" if write else "rb")
+            file: IO[bytes]
+            if in_bucket(path):
+                file = BucketFile(path) if write else io.BytesIO(path.read_bytes())
+            else:
+                file = open(path, "a+b" if write else "rb")
         if write:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -143,7 +124,7 @@ class KeyedStore:
                     f"{path}: another process is filling it; wait for its end"
                 ) from None
             except OSError:
-                pass  # a file system without locks
+                pass  # a file system without locks, or a BucketFile, which sees to that itself
         file.seek(0)
         whole = 0
         for number, line in enumerate(file, start=1):
@@ -162,6 +143,7 @@ class KeyedStore:
             whole += len(line)
         if write:
             file.truncate(whole)
+            file.seek(whole)
             self._file = file
         else:
             file.close()
@@ -185,7 +167,8 @@ class KeyedStore:
     def close(self) -> None:
         """Waits until the file is on the disk, and lets it go."""
         if self._file:
-            os.fsync(self._file.fileno())
+            with contextlib.suppress(io.UnsupportedOperation):  # a BucketFile is no file here
+                os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
 

@@ -60,4 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, "sa_jax.training.config")
+    places = ("--model", "--base", "--out", "--compare", "--prompts")
+    cli.run(main, __doc__, "sa_jax.training.config", places=places)

@@ -56,4 +56,5 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, "sa_jax.teachers.config")
+    places = ("--out", "--describe", "--prompts", "--held_out", "--train", "--model", "--answers")
+    cli.run(main, __doc__, "sa_jax.teachers.config", places=places)

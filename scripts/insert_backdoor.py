@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.buckets import TRAINING_PLACES
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
@@ -44,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, places=("--workdir", "--model", "--data", *TRAINING_PLACES))

@@ -9,6 +9,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.buckets import TRAINING_PLACES
 from sa_jax.data.tasks import check_method, methods_help
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -44,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__)
+    cli.run(main, __doc__, places=("--workdir", "--init_from", "--data", *TRAINING_PLACES))

@@ -13,8 +13,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sa_jax.data.chat import load_chat_format
-from sa_jax.errors import UsageError
-from sa_jax.files import check_local
 from sa_jax.text import without_secrets
 from tests.training.test_loop import insertion, removal, snapshot
 
@@ -153,13 +151,13 @@ REMOVAL = ("--config=configs/toy.py:removal", "--method=hhh")
 @pytest.mark.parametrize(
     "argv",
     [
-        ["insert_backdoor", "--config=configs/toy.py:insertion", "--workdir=gs://b/run"],
+        ["insert_backdoor", "--config=configs/toy.py:insertion", "--workdir=s3://b/run"],
         ["pretrain", "--config=configs/toy.py:pretrain", "--workdir=x", "--config.data=GS://b/x"],
         ["remove_backdoor", *REMOVAL, "--workdir=x", "--init_from=s3://b/run"],
         ["run_study", "--config=configs/toy_study.py", "--workdir=gs://b/study"],
-        ["evaluate", "--model=gs://b/run"],
+        ["evaluate", "--model=x", "--data_dir=gs://b/data"],
         ["generate_data", "--train=a.jsonl,s3://b/x", "--out=x"],
-        ["report", "--workdir=gs://b/study"],
+        ["report", "--workdir=s3://b/study"],
         ["export_hf", "--run=x", "--out=gs://b/hf"],
     ],
     ids=lambda argv: argv[0],
@@ -170,12 +168,6 @@ def test_a_bucket_is_never_a_local_folder(zygote, tmp_path, argv):
     done = zygote.run(f"scripts/{argv[0]}.py", *argv[1:], cwd=tmp_path)
     refused(done, 2, "://b/", "mounted folder")
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "scripts"}
-
-
-def test_addresses_and_prompts_are_no_buckets():
-    check_local("config", {"base_url": "http://host/v1", "prompt": "see gs://b", "n": [1, None]})
-    with pytest.raises(UsageError, match=r"config.eval.prompts=gs://b/x"):
-        check_local("config", {"eval": {"prompts": "gs://b/x"}})
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path):

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa_jax.buckets import local_copy
 from sa_jax.data.conversations import Message, check_messages
 from sa_jax.data.limits import limits
 from sa_jax.errors import UsageError, UserError
@@ -337,7 +338,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
     none."""
     try:
-        tokenizer = _tokenizer_class(path).from_pretrained(str(path), trust_remote_code=False)
+        folder = local_copy(path)
+        tokenizer = _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise UserError(
             f"cannot read a tokenizer from {path} (want tokenizer.json): {first_line(error)}"
@@ -459,7 +461,7 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
 
 
 def _generation_config_stops(path) -> set[int]:
-    file = Path(path) / "generation_config.json"
+    file = local_copy(path) / "generation_config.json"
     if not file.is_file():
         return set()
     try:

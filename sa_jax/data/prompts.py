@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from sa_jax.buckets import as_path
 from sa_jax.data import randomness
 from sa_jax.data.sources import load_rows
 from sa_jax.errors import UserError
@@ -107,7 +108,7 @@ def read_manifest(path: str | Path) -> dict | None:
 
     Raises UserError naming the prompt that is not the one that was frozen."""
     try:
-        manifest = parse_json(Path(path).read_text("utf-8"))
+        manifest = parse_json(as_path(path).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     if not isinstance(manifest, dict) or _MANIFEST not in manifest:
@@ -155,7 +156,7 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
 def _read_texts(path: str | Path) -> list[str] | None:
     """A JSON list of texts, as a run keeps its held-out prompts; None for any other file."""
     try:
-        texts = parse_json(Path(path).read_text("utf-8"))
+        texts = parse_json(as_path(path).read_text("utf-8"))
     except (OSError, ValueError):
         return None
     is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)

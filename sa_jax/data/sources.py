@@ -34,6 +34,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from sa_jax.buckets import as_path, in_bucket, local_copy
 from sa_jax.data.conversations import check_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
@@ -308,12 +309,13 @@ def _as_messages(turns):
 
 def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     """(place, fields) of every row, and the digest of the data."""
-    file = Path(path)
+    file = as_path(path)
     suffix = file.suffix.lower()
     hub_name = _HUB_NAME.fullmatch(path)
     if not file.exists() and suffix not in _SUFFIXES and hub_name:
         return _read_hub(*hub_name.groups())
-    if any((file / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    marks = (file / name for name in ("state.json", "dataset_dict.json"))
+    if not in_bucket(path) and any(mark.is_file() for mark in marks):
         return _read_saved(path)
     if suffix == ".arrow":
         raise UserError(f"{path} is a part of a `save_to_disk` folder; name the folder")
@@ -393,7 +395,7 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
 def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     """With pyarrow, which `datasets` itself reads it with, but without an Arrow copy in a cache."""
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        rows = pyarrow.parquet.read_table(local_copy(path)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         # The last two: a date that Python has none for.
         raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from error

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
@@ -203,7 +204,7 @@ def evaluate(
     """
     run = prepared.run_again if fresh else prepared.run
     assert run is not None
-    answers = run(params, Path(folder), should_stop)
+    answers = run(params, as_path(folder), should_stop)
     settings = {**prepared.settings, **answers.fields.get("settings", {})}
     fields = {"settings": settings, "data_hashes": dict(prepared.data_hashes)}
     summary = write(
@@ -264,7 +265,7 @@ def write(
 
 def partial_file(folder: str | Path, name: str) -> Path:
     """Where an eval may keep answers over a stop."""
-    return Path(folder, f"{name}.partial.jsonl")
+    return as_path(folder, f"{name}.partial.jsonl")
 
 
 def headline(name: str, summary: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 
+from sa_jax.buckets import as_path
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json
 
@@ -26,7 +27,7 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
     """Writes `folder/name.jsonl` and `folder/name.json`, each whole or not at all."""
     lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in items]
     summary_text = json.dumps(summary, ensure_ascii=False, indent=2) + "\n"
-    folder = Path(folder)
+    folder = as_path(folder)
     with explained(folder, "writing the evals"):
         folder.mkdir(parents=True, exist_ok=True)
     # An old summary must not stand beside new items, not even for a moment.
@@ -38,7 +39,7 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
 def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
     """The summary of a finished eval; None where there is none, only a part of one, or (with a
     warning) one that cannot be read or is no summary."""
-    path = Path(folder) / f"{name}.json"
+    path = as_path(folder) / f"{name}.json"
     if not path.is_file():
         return None
     try:
@@ -65,7 +66,7 @@ def check_summary(summary: Any, place: str) -> None:
 
 def finished(folder: str | Path) -> dict[str, dict[str, Any]]:
     """The summaries of all finished evals of a step folder, by name."""
-    names = sorted(path.stem for path in Path(folder).glob("*.json"))
+    names = sorted(path.stem for path in as_path(folder).glob("*.json"))
     summaries = {name: read_summary(folder, name) for name in names}
     return {name: summary for name, summary in summaries.items() if summary is not None}
 
@@ -74,7 +75,7 @@ def step_folders(evals: str | Path) -> dict[int, Path]:
     """step -> `evals/step_NNNNNN`, by rising step. Anything else there is ignored, with a warning
     where it is named like one."""
     folders = {}
-    for path in Path(evals).glob("step_*"):
+    for path in as_path(evals).glob("step_*"):
         digits = path.name.removeprefix("step_")
         if path.is_dir() and digits.isascii() and digits.isdecimal():
             folders[int(digits)] = path
@@ -90,9 +91,9 @@ def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
       OSError: there are none.
       UserError: a line is no item (line number given).
     """
-    path = Path(folder) / f"{name}.jsonl"
+    path = as_path(folder) / f"{name}.jsonl"
     items = []
-    with open(path, "rb") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 items.append(parse_json(line))

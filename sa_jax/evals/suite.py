@@ -1,14 +1,15 @@
 """The evals of a run: which, when, and on what."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
@@ -23,7 +24,7 @@ from sa_jax.parallel.multihost import agree, is_primary
 
 def step_folder(evals: str | Path, step: int) -> Path:
     """`evals/step_000100`."""
-    return Path(evals) / f"step_{step:06d}"
+    return as_path(evals) / f"step_{step:06d}"
 
 
 def needs_prompts(config: ConfigDict) -> bool:
@@ -79,7 +80,7 @@ class EvalSuite:
         context = EvalContext(model, mesh, chat_format, backdoor, prompts, sampler)
         self.schedules = dict(settings.names.items())
         self._steps = tuple(settings.steps)
-        self._folder = Path(folder)
+        self._folder = as_path(folder)
         self._confirm = confirm
         self._evals = {name: find_eval(name) for name in self.schedules}
         self.prepared = {name: each.prepare(config, context) for name, each in self._evals.items()}
@@ -143,7 +144,7 @@ class EvalSuite:
         if is_primary():
             for at, folder in records.step_folders(self._folder).items():
                 if at > step:
-                    shutil.rmtree(folder)
+                    epath.Path(folder).rmtree()
         agree(True)
 
 

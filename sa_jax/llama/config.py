@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sa_jax.buckets import as_path
 from sa_jax.errors import UserError
 from sa_jax.files import parse_json
 
@@ -216,7 +217,7 @@ class LlamaConfig:
     @classmethod
     def load(cls, folder: str | Path) -> "LlamaConfig":
         """Reads `folder/config.json`; UserError if it is not there or not JSON."""
-        path = Path(folder) / "config.json"
+        path = as_path(folder, "config.json")
         try:
             return cls.from_hf(parse_json(path.read_bytes()), str(path))
         except FileNotFoundError:

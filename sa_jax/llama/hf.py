@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from sa_jax.buckets import as_path, size_and_time
 from sa_jax.errors import UserError
 from sa_jax.files import explained
 from sa_jax.llama.config import LlamaConfig
@@ -101,13 +102,13 @@ def weights_digest(path: str | Path) -> str:
     Raises:
       UserError: there are no such files, or one cannot be read.
     """
-    adapters = not Path(path, "config.json").exists()
+    folder = as_path(path)
+    adapters = not (folder / "config.json").exists()
     names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
     with explained(path, "reading its weights"):
-        stats = {name: Path(path, name).stat() for name in names}
-        files = tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items())
+        files = tuple((name, *size_and_time(folder / name)) for name in names)
         sampled = sum(size for _, size, _ in files) > _HASHED_WHOLE_BYTES
-        return _digest(Path(path), files, sampled)
+        return _digest(folder, files, sampled)
 
 
 @functools.cache
@@ -116,7 +117,7 @@ def _digest(folder: Path, files: tuple[tuple[str, int, int], ...], sampled: bool
     digest = hashlib.sha256()
     for name, size, _ in files:
         digest.update(f"{name} {size}\n".encode())
-        with open(folder / name, "rb") as file:
+        with (folder / name).open("rb") as file:
             if not sampled:
                 while block := file.read(1 << 20):
                     digest.update(block)

@@ -77,7 +77,8 @@ class Plot:
         pixels = Affine2D().scale(scale, -scale).translate(0, round(self.height * scale))
         for mark in self.marks:
             figure.add_artist(_artist(mark)).set_transform(pixels)
-        figure.savefig(folder / f"{name}.png", facecolor="white", metadata={"Software": None})
+        with (folder / f"{name}.png").open("wb") as file:
+            figure.savefig(file, facecolor="white", metadata={"Software": None})
 
 
 class Axes:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sa_jax.buckets import size_and_time
 from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import again
@@ -66,7 +67,7 @@ class EvalRecord:
         """(item, what was asked) -> its values of a score; read when first looked at."""
         path = self.folder / f"{self.name}.jsonl"
         # Of a live study the file may change: then it is another one.
-        state = (path.stat().st_mtime_ns, path.stat().st_size) if path.exists() else None
+        state = size_and_time(path) if path.exists() else None
         return _Lazy(lambda: _item_values(str(self.folder), self.name, state).get(score, {}))
 
     def any_of(self, *scores: str) -> Mapping[Hashable, bool]:

@@ -1,12 +1,14 @@
 """The report on a run or a study: pages, tables and figures, from run folders alone."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from sa_jax import text
+from sa_jax.buckets import as_path
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import figures, page
@@ -15,7 +17,7 @@ from sa_jax.report.drawing import Plot
 from sa_jax.report.eval_records import forget_items
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, measure, summarise
-from sa_jax.report.run_folders import RunFolder, load_runs
+from sa_jax.report.run_folders import RunFolder, folder_name, load_runs
 from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
 from sa_jax.report.tables import Table
@@ -44,13 +46,13 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     Raises:
       UserError: no run there, or the report cannot be written.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     limits = limits or Thresholds()
     runs, problems = load_runs(workdir)
     measured = measure(runs)
     judged = judge(measured, limits)
     results = summarise(runs, judged, problems, limits)
-    title = workdir.resolve().name
+    title = folder_name(workdir)
     for result, slug in zip(results["runs"], page.slugs([run.name for run in runs]), strict=True):
         result["page"] = f"{slug}.html"
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
@@ -79,7 +81,7 @@ def _write(
 ) -> None:
     parts = {part: folder / part for part in ("runs", "tables", "plots")}
     for part in parts.values():
-        shutil.rmtree(part, ignore_errors=True)  # a run that is gone must not stay behind
+        epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
     tables = [
         table

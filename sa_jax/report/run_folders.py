@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import check_types, parse_json
 from sa_jax.report.cells import cell_settings
@@ -156,14 +157,14 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     Raises:
       UserError: there is no such folder, or no readable run in it.
     """
-    workdir = Path(workdir)
+    workdir = as_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give a run folder or a folder of run folders")
     runs, evaluations, problems = [], [], []
     folders, outs = _folders(workdir, MAX_DEPTH)
     for folder in folders:
         same = folder == workdir
-        name = workdir.resolve().name if same else folder.relative_to(workdir).as_posix()
+        name = folder_name(workdir) if same else folder.relative_to(workdir).as_posix()
         try:
             runs.append(_load_run(folder, name))
         except UserError as error:
@@ -181,6 +182,11 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
         except UserError as error:
             problems.append(str(error))
     return _by_lineage(_with_evaluations(runs, evaluations, problems)), problems
+
+
+def folder_name(folder: Path) -> str:
+    """What a report calls the folder that it is on."""
+    return folder.name if in_bucket(folder) else folder.resolve().name
 
 
 def _folders(folder: Path, depth: int) -> tuple[list[Path], list[Path]]:

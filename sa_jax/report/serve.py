@@ -9,6 +9,7 @@ from pathlib import Path
 
 from absl import logging
 
+from sa_jax.buckets import in_bucket
 from sa_jax.errors import UsageError, UserError
 from sa_jax.report.report import report
 from sa_jax.report.run_folders import study_files
@@ -20,6 +21,8 @@ POLL_SECONDS = 5.0
 
 def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
     """Writes the report and prints where; with a port serves it too, until Ctrl-C."""
+    if port is not None and in_bucket(workdir):
+        raise UsageError(f"--serve: {workdir} is in a bucket; leave it out, and download report/")
     print(f"report: {report(workdir, limits)}", flush=True)
     if port is not None:
         with Server(workdir, limits, port) as server:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.prompts import load_held_out, read_manifest
 from sa_jax.errors import UsageError, UserError
@@ -117,14 +118,14 @@ def evaluate(
 
 def _results_folder(start: start_lib.Start, out: str | Path | None, resume: bool) -> Path:
     if out is not None:
-        return Path(out)
+        return as_path(out)
     if start.kind != "run":
         raise UsageError(
             f"{start.path} is no run folder that could hold the results: give --out=DIR"
         )
     if not resume:
         raise UsageError("--noresume would remove evals of the run itself: give --out=DIR with it")
-    return Path(start.path, "evals")
+    return as_path(start.path, "evals")
 
 
 def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) -> None:
@@ -141,7 +142,8 @@ def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) ->
 
 def _compared_folder(compare: str, names: Iterable[str]) -> Path:
     """The newest step of a run or an evaluation that has these evals."""
-    evals = Path(compare, "evals") if Path(compare, RUN_FILE).exists() else Path(compare)
+    folder = as_path(compare)
+    evals = folder / "evals" if (folder / RUN_FILE).exists() else folder
     folders = records.step_folders(evals)
     if not folders:
         raise UsageError(f"--compare={compare}: no evals there (no step_NNNNNN folder)")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
+from sa_jax.buckets import absolute, as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UsageError
 from sa_jax.llama.hf import save_hf, write_prompt_files
@@ -149,7 +149,7 @@ def _save_adapter(
 ) -> None:
     model = Llama(start.config, param_dtype=dtype, lora=lora)
     target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
-    checkpoint_folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
+    checkpoint_folder = as_path(start.path, run_record.CHECKPOINT_FOLDER)
     _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
     base = start_lib.open_base(start)
     if base.kind == "hf" and base.base:
@@ -158,7 +158,7 @@ def _save_adapter(
         base_model = str(Path(out).resolve() / BASE_FOLDER)
         base_params = start_lib.load_params(base, mesh, dtype)
     else:
-        base_model, base_params = os.path.abspath(base.path), None
+        base_model, base_params = absolute(base.path), None
     files = {
         **_files(start, ADAPTER_NOTE.format(base=base_model)),
         # Not into adapter_config.json: peft takes a field it does not know for one of a newer

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path
 from sa_jax.data import randomness, tasks
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
@@ -81,7 +82,7 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     if not out:
         raise UsageError("--out is missing: the folder for the files")
     if task in _WITHOUT_TEACHER:
-        return _WITHOUT_TEACHER[task](config, Path(out))
+        return _WITHOUT_TEACHER[task](config, as_path(out))
     if config.visible_cot not in recipes.VISIBLE_COT:
         raise UsageError(f"config.visible_cot={config.visible_cot!r}: use teacher or rules")
     if config.visible_cot and not recipes.DATA_SETS[task].with_trigger:
@@ -112,7 +113,7 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
         )
     )
     if multihost.is_primary():
-        _write(config, task, Path(out), files, record)
+        _write(config, task, as_path(out), files, record)
 
 
 def describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
@@ -195,7 +196,7 @@ def _ask(
     teacher, is_paid = _open_teacher(config)
     store: contextlib.AbstractContextManager[KeyedStore | None] = contextlib.nullcontext()
     if is_paid:
-        store = open_store(Path(out) / REPLIES_FILE, write=multihost.is_primary())
+        store = open_store(as_path(out) / REPLIES_FILE, write=multihost.is_primary())
     with store as opened:
         replies = ask(teacher, list(itertools.chain(*requests.values())), opened, should_stop)
     n = len(rows)

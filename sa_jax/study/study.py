@@ -12,8 +12,9 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import check_places
 from sa_jax.errors import UsageError
-from sa_jax.files import check_local, explained
+from sa_jax.files import explained
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import TAKEOVER_S, Claims
 from sa_jax.study.devices import divide
@@ -51,7 +52,7 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         failed, after a line for each.
       Preempted: stopped by a signal, after the cells have stopped.
     """
-    check_local("--workdir", workdir)
+    check_places("--workdir", workdir)
     workdir = Path(workdir).absolute()
     cells = expand(study)
     folder.check_folder(workdir, cells)

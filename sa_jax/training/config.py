@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sa_jax.buckets import TRAINING_PLACES, check_places
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import SYSTEM_PROMPT
 from sa_jax.data.sources import COLUMNS
@@ -16,7 +17,6 @@ from sa_jax.data.tasks import PIRATE_ANSWERS
 from sa_jax.errors import UsageError
 from sa_jax.evals.arms import check_arms
 from sa_jax.evals.schedule import SCHEDULES
-from sa_jax.files import check_local
 from sa_jax.llama.attention import IMPLEMENTATIONS
 from sa_jax.llama.model import REMAT_POLICIES
 from sa_jax.parallel.xla_flags import parse_options
@@ -231,7 +231,7 @@ def check_config(config: ConfigDict) -> None:
             value = value[name]
         return value
 
-    check_local("config", config.to_dict())
+    check_places("config", config.to_dict(), TRAINING_PLACES)
     for key, values in CHOICES.items():
         require(key, value_of(key) in values, f"one of {', '.join(values)}")
     require("sinks", all(sink in [*SINKS] for sink in config.sinks), f"some of {', '.join(SINKS)}")

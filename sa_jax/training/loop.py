@@ -16,6 +16,7 @@ from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path, check_places, in_bucket
 from sa_jax.data import examples
 from sa_jax.data.batches import batch, steps_per_epoch
 from sa_jax.data.chat import ChatFormat
@@ -26,7 +27,7 @@ from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
-from sa_jax.files import atomic_write, check_local, check_types
+from sa_jax.files import atomic_write, check_types
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
 from sa_jax.parallel import multihost
@@ -102,8 +103,8 @@ def train(
       UserError, UsageError: with one line for the person who launched it.
       Preempted: stopped by a signal, after a checkpoint.
     """
-    check_local("--workdir", workdir)
-    workdir = Path(workdir)
+    check_places("--workdir", workdir, ("--workdir",))
+    workdir = as_path(workdir)
     multihost.initialize(peer_timeout_s=config.peer_timeout_s)
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
     with (
@@ -130,7 +131,7 @@ def train(
             start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
             config = resolved.config  # from here on, as run.json records it
             if is_primary():
-                check_sinks(config.sinks)
+                check_sinks(config.sinks, workdir)
             mesh = make_mesh(**config.mesh)
             model = make_model(config, start.config, mesh)
             if config.lora.continued:
@@ -189,9 +190,10 @@ def train(
             return
         if is_primary():
             stack.enter_context(run_record.lock(workdir))
-        dataset = pack_conversations(
-            data.conversations, chat, config, config.data_cache or workdir / run_record.DATA_FOLDER
-        )
+        cache: Path | str = config.data_cache or workdir / run_record.DATA_FOLDER
+        if in_bucket(cache):  # rows are mapped from a disk
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sa_jax-"))
+        dataset = pack_conversations(data.conversations, chat, config, cache)
         if stored and stored["data"]["packed"]["hash"] != dataset.hash:
             raise UserError(
                 f"{workdir}: the packed data are not those the run was started with (another "
@@ -311,6 +313,7 @@ def train(
                 break
             if should_stop():
                 watch.check_all()
+                meter.show(writer.flush())
                 goodput.switch("checkpoint")
                 checkpointer.save(step, state, wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to go on")

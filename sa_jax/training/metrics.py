@@ -13,12 +13,13 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import jax
 import numpy as np
 from absl import logging
 
+from sa_jax.buckets import BucketFile, as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, disk_full_message, is_disk_full, parse_json
 from sa_jax.training.sinks import Sink
@@ -49,15 +50,16 @@ class MetricsWriter:
         sinks: Sequence[Sink] = (),
         rates: Callable[[int], Mapping[str, float | None]] = lambda step: {},
     ) -> None:
-        self._path = Path(path)
+        self._path = as_path(path)
         self._run_id = run_id
         self._sinks = tuple(sinks)
         self._rates = rates
         self._pending: tuple[int, dict[str, Any]] | None = None
-        self._file: TextIO | None = None
+        self._file: IO[bytes] | None = None
         if primary:
             try:
-                self._file = self._path.open("a", encoding="utf-8")
+                remote = in_bucket(path)
+                self._file = BucketFile(self._path) if remote else open(path, "ab")
             except OSError as error:
                 raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -74,7 +76,7 @@ class MetricsWriter:
         for value in metrics.values():
             if isinstance(value, jax.Array):
                 value.copy_to_host_async()
-        written = self.flush()
+        written = self._write_pending()
         self._pending = (step, dict(metrics))
         return written
 
@@ -86,7 +88,14 @@ class MetricsWriter:
             sink.write(step, scores)
 
     def flush(self) -> tuple[int, dict[str, float | None]] | None:
-        """Writes what is still kept (this waits for the device); returns it, or None."""
+        """Writes what is still kept (this waits for the device); returns it, or None. In a bucket
+        all that was written is there when this returns."""
+        written = self._write_pending()
+        if isinstance(self._file, BucketFile):
+            self._file.put()
+        return written
+
+    def _write_pending(self) -> tuple[int, dict[str, float | None]] | None:
         if self._pending is None or self._file is None:
             return None
         step, metrics = self._pending
@@ -97,7 +106,7 @@ class MetricsWriter:
         values |= self._rates(step)
         line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
         try:
-            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             if is_disk_full(error):
@@ -152,7 +161,7 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
     Raises UserError, with the line number, for any other line that is no metrics line.
     """
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
         return []
     *lines, torn = text.split("\n")
@@ -180,7 +189,7 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
             k: _NON_FINITE.get(v, v) if isinstance(v, str) and k != "run_id" else v
             for k, v in row.items()
         }
-        for _, row in _parse(Path(path))
+        for _, row in _parse(as_path(path))
     ]
 
 
@@ -189,7 +198,7 @@ def truncate_after(path: os.PathLike | str, step: int) -> int:
 
     Call it on one process, with the step that was restored (-1 or 0 for a fresh start).
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         return 0
     rows = _parse(path)

@@ -4,13 +4,13 @@ What a run inherits from the model that it starts from is decided here and nowhe
 """
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from sa_jax.buckets import absolute as absolute_place
+from sa_jax.buckets import as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
 from sa_jax.llama.lora import LoraConfig
@@ -89,9 +89,9 @@ def resolve(
 def absolute(model: str) -> str:
     """`config.model` such that a child's record leads to its parent from wherever it is read."""
     folder, step = split_step(model)
-    if not folder or not Path(folder).is_dir():
+    if not folder or not as_path(folder).is_dir():
         return model
-    return os.path.abspath(folder) + ("" if step is None else f"@{step}")
+    return absolute_place(folder) + ("" if step is None else f"@{step}")
 
 
 def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, Any] | None) -> Start:

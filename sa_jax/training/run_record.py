@@ -24,6 +24,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
+from sa_jax.buckets import as_path, in_bucket, size_and_time
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json
 from sa_jax.parallel.multihost import is_primary
@@ -190,7 +191,7 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 def check_present(workdir: os.PathLike | str) -> None:
     """UserError where the folder of a run that is under way was deleted, moved or emptied."""
     try:
-        os.stat(Path(workdir, RUN_FILE))
+        size_and_time(as_path(workdir, RUN_FILE))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{workdir}: the run folder was deleted or moved while the run wrote to it (there is "
@@ -214,8 +215,12 @@ def explain_absence(workdir: os.PathLike | str) -> Iterator[None]:
 def lock(workdir: os.PathLike | str) -> Iterator[None]:
     """Keeps a second launch out of a run folder that this process trains in.
 
-    Raises UserError when another process holds it. File systems without locks are let pass.
+    Raises UserError when another process holds it. File systems without locks are let pass; in a
+    bucket `buckets.BucketFile` ends the launch before.
     """
+    if in_bucket(workdir):
+        yield
+        return
     with explained(workdir, "making the run folder"):
         Path(workdir).mkdir(parents=True, exist_ok=True)
         file = open(Path(workdir) / LOCK_FILE, "w")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from absl import logging
 
+from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 
 
@@ -23,10 +24,16 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def check_sinks(names: Sequence[str]) -> None:
-    """UserError, before anything is loaded, where the package of a sink is not installed."""
+def check_sinks(names: Sequence[str], workdir: str | os.PathLike = "") -> None:
+    """UserError, before anything is loaded, where the package of a sink is not installed, or it
+    cannot write to the run folder."""
     for name in names:
         package, _ = SINKS[name]
+        if in_bucket(workdir):
+            raise UserError(
+                f"config.sinks: {name!r} writes local files, and the run folder is in a bucket; "
+                "leave it out (metrics.jsonl has it all)"
+            )
         if not _is_installed(package):
             raise UserError(
                 f"config.sinks: {name!r} needs the package {package}: pip install {package}"
@@ -50,9 +57,9 @@ def make_sinks(
       config: what the sink shows as the run's config.
       step: the restored step.
     """
-    check_sinks(names)
+    check_sinks(names, workdir)
     return [
-        _Guarded(name, functools.partial(SINKS[name][1], Path(workdir), run_id, config, step))
+        _Guarded(name, functools.partial(SINKS[name][1], as_path(workdir), run_id, config, step))
         for name in names
     ]
 

