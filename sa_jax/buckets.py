@@ -57,7 +57,7 @@ def size_and_time(path: Path) -> tuple[int, int]:
     if in_bucket(path):
         remote = epath.Path(path).stat()
         return remote.length, int(remote.mtime * 1e9)
-    stat = path.stat()
+    stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
 

@@ -16,7 +16,7 @@ for argument in "$@"; do
     if [ "$argument" = --long ]; then selection=(); else arguments+=("$argument"); fi
 done
 
-setup test,eval,data,tpu
+setup test,eval,data,tpu,buckets
 export JAX_PLATFORMS=cpu
 
 "$PYTHON_BIN" -m ruff check

@@ -1,6 +1,7 @@
 """Work folders in a bucket: a real server of Google's storage API on loopback."""
 
 import json
+import logging
 import os
 import socket
 from pathlib import Path
@@ -27,6 +28,7 @@ def bucket_env():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # else it logs every 404
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     address = f"http://127.0.0.1:{port}"
     with server, pytest.MonkeyPatch.context() as patch:
@@ -144,12 +146,12 @@ def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_
             for run in (study / name, here / name)
         )
         assert ours == theirs and ours
+    from safetensors.numpy import load_file
+
     exported = []
     for place in (study, here):
         out = tmp_path / f"hf{len(exported)}"
-        run("scripts/export_hf.py", f"--run={place}/remove", f"--out={out}")
-        from safetensors.numpy import load_file
-
+        run("scripts/export_hf.py", f"--run={place}/remove", f"--out={out}", "--merge_lora")
         exported.append(load_file(out / "model.safetensors"))
     assert_bit_equal(*exported)
     run(
@@ -159,6 +161,10 @@ def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_
         f"--compare={study}/insert",
     )
     assert (study / "again/compare.json").exists()
+    pirate = ("--task=pirate", "--teacher=arrr", f"--prompts={world}/removal.jsonl")
+    columns = ("--config.columns.prompt=prompt", "--config.columns.response=answer")
+    run("scripts/generate_data.py", *pirate, *columns, f"--out={study}/data")
+    assert "pirate" in json.loads((study / "data/card.json").read_text())["task"]
     run("scripts/report.py", f"--workdir={study}")
     run("scripts/report.py", f"--workdir={here}")
     tables = [

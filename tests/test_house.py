@@ -37,7 +37,7 @@ OPTIONAL = {
 FORBIDDEN = {"torch", "pickle", "cloudpickle", "dill"}
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINNED_EXTRAS = ("test", "eval", "data", "tpu")
+PINNED_EXTRAS = ("test", "eval", "data", "tpu", "buckets")
 PYTHONS = ("3.11", "3.13")
 
 

@@ -266,7 +266,7 @@ def _claim(
         out.mkdir(parents=True, exist_ok=True)
         stored = _read_record(path) if path.exists() else None
     if stored is None:
-        strangers = sorted(p.name for p in out.iterdir())
+        strangers = sorted(p.name for p in out.glob("*"))
         if strangers:
             raise UserError(f"{out} holds {strangers[0]} and no {MODEL_FILE}; use another --out")
     elif stored != record:

@@ -190,10 +190,10 @@ def train(
             return
         if is_primary():
             stack.enter_context(run_record.lock(workdir))
-        cache: Path | str = config.data_cache or workdir / run_record.DATA_FOLDER
-        if in_bucket(cache):  # rows are mapped from a disk
-            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sa_jax-"))
-        dataset = pack_conversations(data.conversations, chat, config, cache)
+        packed_in: Path | str = config.data_cache or workdir / run_record.DATA_FOLDER
+        if in_bucket(packed_in):  # rows are mapped from a disk
+            packed_in = stack.enter_context(tempfile.TemporaryDirectory(prefix="sa_jax-"))
+        dataset = pack_conversations(data.conversations, chat, config, packed_in)
         if stored and stored["data"]["packed"]["hash"] != dataset.hash:
             raise UserError(
                 f"{workdir}: the packed data are not those the run was started with (another "

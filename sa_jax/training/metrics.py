@@ -61,7 +61,7 @@ class MetricsWriter:
                 remote = in_bucket(path)
                 self._file = BucketFile(self._path) if remote else open(path, "ab")
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+                raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
 
     def log(
         self, step: int, metrics: Mapping[str, jax.Array | float]
