@@ -102,7 +102,7 @@ def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, An
         start = stored["start"]
         if step in (None, start["step"]):
             # Of a name on the Hub: the snapshot that it was then, or else the newest.
-            path = start["path"] if Path(start["path"]).is_dir() else hub_folder(model)
+            path = start["path"] if as_path(start["path"]).is_dir() else hub_folder(model)
             return open_start_of({**start, "path": path}, tokenizer=values["tokenizer"])
     return open_start(values["model"], tokenizer=values["tokenizer"])
 
