@@ -45,6 +45,7 @@ def bucket(bucket_env, request) -> Path:
 
 
 def test_a_file_grows_and_belongs_to_who_opened_it_last(bucket):
+    """In a bucket, a growing file is put whole; an older launch stops at its next put"""
     path = bucket / "replies.jsonl"
     first = KeyedStore(path, {"text": ""})
     first.put("a", {"text": "ä"})
@@ -62,6 +63,7 @@ def test_a_file_grows_and_belongs_to_who_opened_it_last(bucket):
 
 
 def test_metrics_are_there_when_a_checkpoint_is(bucket):
+    """In a bucket, the metrics up to a checkpoint are there before it is"""
     path = bucket / "metrics.jsonl"
     writer = MetricsWriter(path, run_id="r")
     for step in (1, 2, 3):
@@ -78,6 +80,7 @@ def test_metrics_are_there_when_a_checkpoint_is(bucket):
 
 
 def test_checkpoints_are_saved_digested_and_restored(bucket):
+    """In a bucket, a corrupt checkpoint is passed over for the one before"""
     state = {"w": jax.numpy.arange(64.0).reshape(8, 8), "key": jax.random.key(3)}
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
@@ -97,6 +100,7 @@ def test_checkpoints_are_saved_digested_and_restored(bucket):
 
 
 def test_what_a_bucket_is_refused_for(bucket_env):
+    """A bucket where none can be used is refused before anything runs"""
     settings = {"base_url": "http://host/v1", "prompt": "see gs://b", "n": [1, None]}
     buckets.check_places("config", settings)
     buckets.check_places("--workdir", "gs://bucket/run", ("--workdir",))
@@ -114,8 +118,7 @@ def test_what_a_bucket_is_refused_for(bucket_env):
 
 @pytest.mark.long
 def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_env, tmp_path):
-    """Insertion killed and resumed, evaluation, removal, report, export: the same weights and
-    evals, and nothing written elsewhere."""
+    """In a bucket: insertion, killed and resumed, then removal, are bit for bit those on a disk"""
     here, cwd = tmp_path / "here", tmp_path / "cwd"
     cwd.mkdir()
     for name in ("scripts", "tests", "configs"):
