@@ -28,6 +28,7 @@ NOT_OF_A_CELL = (
     "self_test",
     "peer_timeout_s",
     "stall_timeout_s",
+    "aws_spot",
     "attention",
     "remat",
     "checkpoint",

@@ -88,12 +88,16 @@ def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = Fal
     return plot
 
 
-def seeds(label: str, runs: Sequence[RunFolder]) -> Plot:
-    """The rates of a cell's runs over one another, a thin line a seed; at their ends the means."""
+def seeds(label: str, runs: Sequence[RunFolder]) -> Plot | None:
+    """The rates of a cell's runs over one another, a thin line a seed; at their ends the means.
+    None where no rate was measured."""
+    lines = [line for run in runs for line in backdoor_rates(run)]
+    if not lines:
+        return None
     plot = Plot(label, 300, 150)
     axes = _rate_axes(plot, plot.width - 52, max(map(axis_end, runs)))
     ends: dict[str, list[Point]] = {}
-    for line in (line for run in runs for line in backdoor_rates(run)):
+    for line in lines:
         points = [point[:2] for point in line.points]
         axes.line(line.css, points, dots=len(points) < 12, thin=True)
         ends.setdefault(line.css, []).append(points[-1])

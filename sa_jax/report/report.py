@@ -118,11 +118,14 @@ def _write(
 def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot]]:
     """A titled plot of the backdoor's rates a run, or a cell where runs are many."""
     if len(runs) > page.FEW:
-        return [
+        plots = [
             (cell.label, figures.seeds(cell.label, [r for r in runs if r.name in cell.names]))
             for cell in (result.cell for result in study.cells)
         ]
-    plots = [(run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs]
+    else:
+        plots = [
+            (run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs
+        ]
     return [(name, plot) for name, plot in plots if plot is not None]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.report.eval_records import BACKDOOR_EVAL
-from sa_jax.report.judgement import Judgement
+from sa_jax.report.judgement import NO_BACKDOOR, Judgement
 from sa_jax.report.measurements import Measured, Rate, RunEvals
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import compare_optimizers
@@ -225,9 +225,11 @@ def one_sentence(
             name = run.title if titles[run.title] == 1 else f"{run.title} ({run.name})"
             clauses.append(f"{text.one_line(name)}: {_short(judged[run.name], run, limits)}.")
         return " ".join(clauses)
+    # Controls, which start from a model without the backdoor, would blur the counts.
+    counted = [run for run in chosen if judged[run.name].verdict.status != NO_BACKDOOR] or chosen
     sentences = []
-    for title, count in titles.items():
-        statuses = Counter(judged[run.name].verdict.status for run in chosen if run.title == title)
+    for title, count in Counter(run.title for run in counted).items():
+        statuses = Counter(judged[run.name].verdict.status for run in counted if run.title == title)
         words = ", ".join(f"{number} {status}" for status, number in statuses.most_common())
         sentences.append(f"{text.one_line(title)}, {count} run{'s' if count > 1 else ''}: {words}.")
     return " ".join(sentences)
