@@ -39,7 +39,7 @@ def index_page(
     tables: Sequence[Table],
     cells: Sequence[Cell],
     drawn: Mapping[str, Plot],
-    panels: Sequence[Plot],
+    panels: Sequence[Plot | None],
     limits: Thresholds,
 ) -> str:
     """index.html.
@@ -47,7 +47,8 @@ def index_page(
     Args:
       runs: in the order of `results["runs"]`.
       drawn: the figures in plots/, by name.
-      panels: of the cells, where runs are too many for a row each.
+      panels: of the cells, where runs are too many for a row each; None where no rate was
+        measured.
     """
     few = len(runs) <= FEW
     capabilities = _capability_columns(results["runs"])
@@ -74,7 +75,11 @@ def index_page(
             study_tables=tables,
             panels=[]
             if few
-            else [_panel(*cell, by_name) for cell in zip(cells, panels, strict=True)],
+            else [
+                _panel(cell, plot, by_name)
+                for cell, plot in zip(cells, panels, strict=True)
+                if plot is not None
+            ],
             figures=list(drawn),
             beside={"published": drawn.get("published"), "robustness": drawn.get("pareto")},
         )

@@ -98,7 +98,7 @@ def _write(
         scores_table(results["runs"]),
     ]
     panels = _panels(runs, study)
-    drawn = _figures(runs, study, panels)
+    drawn = _figures(runs, study, [(name, plot) for name, plot in panels if plot is not None])
     for name, plot in drawn.items():
         plot.save(parts["plots"], name)
     for table in [*tables, *run_tables]:
@@ -115,18 +115,15 @@ def _write(
     atomic_write(folder / "index.html", index)
 
 
-def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot]]:
-    """A titled plot of the backdoor's rates a run, or a cell where runs are many."""
+def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot | None]]:
+    """A titled plot of the backdoor's rates a run, or a cell where runs are many; None where no
+    rate was measured."""
     if len(runs) > page.FEW:
-        plots = [
+        return [
             (cell.label, figures.seeds(cell.label, [r for r in runs if r.name in cell.names]))
             for cell in (result.cell for result in study.cells)
         ]
-    else:
-        plots = [
-            (run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs
-        ]
-    return [(name, plot) for name, plot in plots if plot is not None]
+    return [(run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs]
 
 
 def _figures(

@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 
+from sa_jax.report.page import FEW
 from sa_jax.report.report import report
 from tests.report.pages import Page
 
@@ -125,6 +126,20 @@ def test_a_report_on_160_runs_stays_small(grid):
 @pytest.mark.long
 def test_a_report_on_160_runs_is_fast(grid):
     assert grid.cpu_s <= 20  # with imports; 13.4 to 18.7 where others worked too
+
+
+def test_a_cell_whose_rates_nobody_measured_has_no_plot(tmp_path, small_run):
+    for i in range(FEW + 1):
+        small_run(tmp_path / f"hhh{i}")
+    shutil.rmtree(small_run(tmp_path / "base") / "evals")
+    record = json.loads((tmp_path / "base/run.json").read_text())
+    record |= {"task": "pretrain", "title": "Pre-training", "role": "base"}
+    (tmp_path / "base/run.json").write_text(json.dumps(record))
+    index = report(tmp_path)
+    page = Page(index.read_text(encoding="utf-8"))
+    panels = [a for _, a in page.elements if a.get("viewbox") == "0 0 300 150"]
+    assert len(panels) == 1
+    assert "Pre-training" not in (index.parent / "plots/curves.svg").read_text()
 
 
 def test_write_study_is_the_same_every_time(tmp_path, study, make_study):
