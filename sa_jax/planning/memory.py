@@ -119,9 +119,10 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     t = work.mesh["tensor"]
     tokens = work.tokens / work.accumulation / (work.devices / t)  # of one device's rows
 
-    gradients = work.trainable * size / work.devices
+    shards = work.mesh["fsdp"] * t  # `data` holds copies
+    gradients = work.trainable * size / shards
     if work.accumulation > 1:
-        gradients += work.trainable * 4 / work.devices  # sums are float32
+        gradients += work.trainable * 4 / shards  # sums are float32
     stream = tokens * d * size / t
     # Of q, k, v, o, gate and up; down's is not asked for again. Kernels of ours keep their output,
     # which cuDNN computes again.

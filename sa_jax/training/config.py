@@ -218,6 +218,15 @@ def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return copy
 
 
+def _check_whole(config: Mapping[str, Any], default: Mapping[str, Any], at: str = "") -> None:
+    """UsageError where a setting is missing, as after `--config.backdoor={}`."""
+    for name, value in default.items():
+        if name not in config:
+            raise UsageError(f"config.{at}{name} is missing: set one key of a section at a time")
+        if isinstance(value, Mapping) and name != "names":  # of evals, which may be others
+            _check_whole(config[name], value, f"{at}{name}.")
+
+
 def check_config(config: ConfigDict) -> None:
     """UsageError naming the first key whose value cannot work."""
 
@@ -231,6 +240,7 @@ def check_config(config: ConfigDict) -> None:
             value = value[name]
         return value
 
+    _check_whole(config.to_dict(), default_config().to_dict())
     check_places("config", config.to_dict(), TRAINING_PLACES)
     for key, values in CHOICES.items():
         require(key, value_of(key) in values, f"one of {', '.join(values)}")

@@ -1,6 +1,7 @@
 """A plan's arithmetic against what compilers allocated, as golden files and docs/scale.md say."""
 
 import json
+import re
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_arguments_and_temporaries_are_the_golden_peak(name):
     rows, length = map(int, settings["batch"].split(" x "))
     changes = {key: settings[key] for key in ("accumulation", "remat", "attention")}
     changes |= {"batch_size": rows, "sequence_length": length}
-    mesh = {axis: int(n) for axis, n in (part.split("=") for part in settings["mesh"].split())}
+    mesh = {axis: int(n) for axis, n in re.findall(r"(\w+)=(\d+)", settings["mesh"])}
     run = name.split("_")[1] + ("_removal" if settings["lora_rank"] else "_insertion")
     platform = {"splash": "tpu", "cudnn": "gpu"}[settings["attention"]]
     assert memory["arguments"] == pytest.approx(memory["compiled_arguments"], rel=0.01)
