@@ -7,6 +7,7 @@ any other.
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -298,12 +299,14 @@ def _losses_at(losses: list[tuple[int, float]], steps: list[int]) -> dict[int, f
 
 
 def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
-    """Depth first, each run below the one it started from; siblings in the order of their tasks."""
+    """Depth first, each run below the one it started from; siblings in the order of their tasks and
+    names. Not of time: a run that was made anew stands where it stood."""
 
     def order(run: RunFolder) -> tuple:
         place = run.record.get("order")
         known = isinstance(place, int | float)
-        return place if known else math.inf, str(run.record.get("created", "")), run.name
+        parts = enumerate(re.split(r"(\d+)", run.name))  # 's2' before 's10'
+        return place if known else math.inf, [int(part) if i % 2 else part for i, part in parts]
 
     children: dict[str | None, list[RunFolder]] = {}
     for run in sorted(runs, key=order):
