@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Kills, stops and damages runs on purpose, for a quarter of an hour, and prints a table of what held:
+# Kills, stops and damages runs on purpose, for about half an hour, and prints a table of what held:
 # the tests of faults, those marked `long` too.
 #
 #   bash scripts/faults.sh [pytest arguments]
