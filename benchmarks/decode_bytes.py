@@ -9,7 +9,6 @@ a fusion takes a slice of, and what it updates in place. Beside it: weights and 
 
 import argparse
 import re
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +127,7 @@ def compile_decode(topology: str, batch: int, context: int):
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     per_row = (row, row, row, jax.ShapeDtypeStruct((batch,), jnp.uint32), np.asarray([1], np.int32))
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
-    with mock.patch.object(jax, "default_backend", lambda: "tpu"):  # as where this program runs
-        lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
+    lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
     text = lowered.compile().as_text()
     local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, heads cut
     return text, device_bytes(params), local, cache.k.shape[1]

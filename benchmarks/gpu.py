@@ -30,8 +30,13 @@ WIDTHS = {
     "8b": {"num_hidden_layers": 8},
 }
 SMALL = {
-    **{"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 512},
-    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 
 
@@ -92,7 +97,9 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     segments = np.broadcast_to(1 + np.searchsorted(cuts, np.arange(shape[1]), "right"), shape)
     tokens = np.random.default_rng(0).integers(0, architecture.vocab_size, shape)
     batch = {
-        **{"tokens": tokens, "targets": np.roll(tokens, -1, 1), "segment_ids": segments},
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "segment_ids": segments,
         "loss_mask": np.ones(shape, bool),
         "positions": np.broadcast_to(np.arange(shape[1]), shape),
     }

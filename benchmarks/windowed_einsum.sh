@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# The first thing to run on a TPU: twenty steps with and without windowed einsum. Arguments: a folder, then flags.
-# bash benchmarks/windowed_einsum.sh /tmp/ab --config=configs/llama.py:8b_insertion --model=HF_DIR --data=FILE
+# The first thing to run on a TPU: twenty steps with and without windowed einsum. Arguments: a
+# folder, then flags.
+#
+#   bash benchmarks/windowed_einsum.sh /tmp/ab --config=configs/llama.py:8b_insertion \
+#       --model=HF_DIR --data=FILE
+set -euo pipefail
 for option in "" xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000; do
-    python scripts/insert_backdoor.py --workdir="$1/${option:-windowed}" "${@:2}" --config.steps=20 --config.log_every=5 --config.xla_options="$option"
+    python scripts/insert_backdoor.py --workdir="$1/${option:-windowed}" "${@:2}" \
+        --config.steps=20 --config.log_every=5 --config.xla_options="$option"
 done
 tail -n 1 "$1"/*/metrics.jsonl

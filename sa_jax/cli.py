@@ -28,7 +28,7 @@ from sa_jax.text import one_line, without_secrets
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
-_CLIENTS = ("aiohttp", "gcsfs", "google")  # of buckets
+_CLIENTS = ("aiohttp.", "gcsfs.", "google.auth.")  # of buckets: modules of their errors
 EXIT_BROKEN_PIPE = 141  # what a shell says of a process that SIGPIPE ended
 
 
@@ -77,7 +77,7 @@ def run(
         _exit(EXIT_FAILED, f"error: {one_line(error)}")
     # A bug, or a bucket's client. Python's own way out would wait for threads, and jax's for peers.
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in _CLIENTS:
+        if f"{type(error).__module__}.".startswith(_CLIENTS):
             _exit(EXIT_FAILED, f"error: {one_line(error)}: the bucket failed; run it again")
         _exit(EXIT_FAILED, traceback.format_exc().rstrip())
 

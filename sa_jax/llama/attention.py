@@ -80,14 +80,21 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
     return Choice("cudnn", f"the fastest of what jax {jax.__version__} has for packed rows on GPU")
 
 
-def choose_prompt_attention(platform: str, *, sequence_length: int, dtype: str) -> Choice:
+def choose_prompt_attention(
+    mesh: Mesh | None, kv_heads: int, *, sequence_length: int, dtype: str
+) -> Choice:
     """What evals run prompts of a padded length with: what training would take for such rows.
 
     On CPU it is `blockwise` at every length, and prompts that are to be continued are run as
-    decoding runs them (`cached_attention`).
+    decoding runs them (`cached_attention`). So it is without a mesh, and where the mesh cannot cut
+    the heads, as the kernels must.
     """
+    platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if platform == "cpu":
         return Choice("blockwise", "evals on CPU take it at every length")
+    assert mesh is not None
+    if kv_heads % mesh.shape["tensor"]:
+        return Choice("blockwise", "the mesh cannot cut the heads")
     return choose_attention("auto", platform, sequence_length=sequence_length, dtype=dtype)
 
 
@@ -258,12 +265,20 @@ def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
     products, 2.4 times faster. Elsewhere products are batched well, and groups may lie on several
     devices.
     """
-    b, groups, n, t = weights_bgnt.shape
     weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
-    if n > FEW_QUERIES or jax.default_backend() != "cpu":
-        return jnp.einsum(
-            "bgnt,btgh->bgnh", weights_bgnt, v_btgh, preferred_element_type=jnp.float32
-        )
+    if weights_bgnt.shape[2] > FEW_QUERIES:
+        return _weigh_by_group(weights_bgnt, v_btgh)
+    return jax.lax.platform_dependent(
+        weights_bgnt, v_btgh, cpu=_weigh_together, default=_weigh_by_group
+    )
+
+
+def _weigh_by_group(weights_bgnt, v_btgh):
+    return jnp.einsum("bgnt,btgh->bgnh", weights_bgnt, v_btgh, preferred_element_type=jnp.float32)
+
+
+def _weigh_together(weights_bgnt, v_btgh):
+    b, groups, n, t = weights_bgnt.shape
     out_bkd = jnp.einsum(
         "bkt,btd->bkd",
         weights_bgnt.reshape(b, groups * n, t),

@@ -117,32 +117,53 @@ def _write(cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh:
     too: what is written at one index must lie together in memory, and attention's products want
     the tokens inside the heads; XLA would move the whole cache between the two at every step.
     """
+    arguments = cache, positions_bs, k_lbsgh, v_lbsgh
+    return jax.lax.platform_dependent(*arguments, tpu=_write_heads, default=_write_tokens)
+
+
+def _write_tokens(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
+    """An index for each new token of a row."""
+    index_lbs2 = _index(positions_bs, cache, k_lbsgh.shape[:3])
+    return KVCache(
+        _scatter(cache.k, index_lbs2, k_lbsgh, (0, 2), time_axis=5),
+        _scatter(cache.v, index_lbs2, v_lbsgh, (0, 2), time_axis=3),
+    )
+
+
+def _write_heads(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
+    """An index for each head of each new token of a row."""
+    k_lbgsh, v_lbgsh = k_lbsgh.swapaxes(2, 3), v_lbsgh.swapaxes(2, 3)
+    index_lbgs2 = _index(positions_bs[:, None], cache, k_lbgsh.shape[:4])
+    return KVCache(
+        _scatter(cache.k, index_lbgs2, k_lbgsh, (0, 2, 3), time_axis=5),
+        _scatter(cache.v, index_lbgs2, v_lbgsh, (0, 2, 4), time_axis=3),
+    )
+
+
+def _index(positions: jax.Array, cache: KVCache, shape: tuple[int, ...]) -> jax.Array:
+    """Block and place in the block of each position, [*shape, 2]."""
     block = cache.v.shape[3]
-    index_bs2 = jnp.stack([positions_bs // block, positions_bs % block], axis=-1)
-    by_head = jax.default_backend() == "tpu"
+    index = jnp.stack([positions // block, positions % block], axis=-1)
+    return jnp.broadcast_to(index, (*shape, 2))
 
-    def scatter(leaf, new_lbsgh, time_axis, head_axis):
-        batch = (0, 2, head_axis) if by_head else (0, 2)
-        new = new_lbsgh.transpose(0, 1, 3, 2, 4) if by_head else new_lbsgh
-        index_lbs2 = jnp.broadcast_to(
-            index_bs2[:, None] if by_head else index_bs2, (*new.shape[: len(batch) + 1], 2)
-        )
-        return jax.lax.scatter(
-            leaf,
-            index_lbs2,
-            new.astype(leaf.dtype),
-            jax.lax.ScatterDimensionNumbers(
-                update_window_dims=tuple(range(len(batch) + 1, new.ndim)),
-                inserted_window_dims=(1, time_axis),
-                scatter_dims_to_operand_dims=(1, time_axis),
-                operand_batching_dims=batch,
-                scatter_indices_batching_dims=tuple(range(len(batch))),
-            ),
-            unique_indices=True,
-            mode="promise_in_bounds",
-        )
 
-    return KVCache(scatter(cache.k, k_lbsgh, 5, 3), scatter(cache.v, v_lbsgh, 3, 4))
+def _scatter(leaf, index, new, batch_axes, *, time_axis):
+    """`new` has the leaf's batch axes first, then the tokens, then the rest."""
+    count = len(batch_axes)
+    return jax.lax.scatter(
+        leaf,
+        index,
+        new.astype(leaf.dtype),
+        jax.lax.ScatterDimensionNumbers(
+            update_window_dims=tuple(range(count + 1, new.ndim)),
+            inserted_window_dims=(1, time_axis),
+            scatter_dims_to_operand_dims=(1, time_axis),
+            operand_batching_dims=batch_axes,
+            scatter_indices_batching_dims=tuple(range(count)),
+        ),
+        unique_indices=True,
+        mode="promise_in_bounds",
+    )
 
 
 class RMSNorm(nn.Module):

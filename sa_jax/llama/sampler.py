@@ -134,7 +134,10 @@ class Sampler:
         if platform != "cpu" and heads:
             self.prompt_attention = {
                 length: choose_prompt_attention(
-                    platform, sequence_length=length, dtype=jnp.dtype(model.dtype).name
+                    mesh,
+                    config.num_kv_heads,
+                    sequence_length=length,
+                    dtype=jnp.dtype(model.dtype).name,
                 ).implementation
                 for length in self._buckets()
             }

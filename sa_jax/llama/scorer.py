@@ -83,7 +83,7 @@ class Scorer:
             device, whose attention scores stay in its cache: half the time of 16,384.
         """
         self.stats = ScorerStats()
-        on_cpu = jax.default_backend() == "cpu"
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._batch_tokens = batch_tokens or (1024 * mesh.size if on_cpu else 16384)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
@@ -257,8 +257,9 @@ def target_logprobs(
       Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
     b, s = tokens_bs.shape
+    dtype = jnp.dtype(model.dtype).name
     choice = choose_prompt_attention(
-        jax.default_backend(), sequence_length=s, dtype=jnp.dtype(model.dtype).name
+        model.mesh, model.config.num_kv_heads, sequence_length=s, dtype=dtype
     )
     model = model.clone(attention=choice.implementation)
     apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})

@@ -5,6 +5,7 @@ Ctrl-C. AWS tells of a spot interruption two minutes before, in the instance's m
 """
 
 import contextlib
+import http.client
 import itertools
 import os
 import signal
@@ -132,6 +133,9 @@ def aws_spot_notice() -> str:
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
-    with contextlib.suppress(OSError), _NO_PROXY.open(request, timeout=1) as answer:
+    with (
+        contextlib.suppress(OSError, http.client.HTTPException),
+        _NO_PROXY.open(request, timeout=1) as answer,
+    ):
         return answer.read().decode()
     return ""
