@@ -62,6 +62,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the caller reports a Ctrl-C
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it may crash
     try:
         module, name, arguments = json.loads(sys.stdin.buffer.readline())
         threading.Thread(target=_exit_with_caller, daemon=True).start()

@@ -27,7 +27,8 @@ def end(how):
     os.kill(os.getpid(), how)
 
 
-def test_the_result_is_returned_and_output_goes_to_stderr(capfd):
+def test_the_result_is_returned_and_output_goes_to_stderr(capfd, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     pid, doubled = call_in_new_process(double, [1, 2])
     assert doubled == [1, 2, 1, 2] and pid != os.getpid()
     printed = capfd.readouterr()
