@@ -1,7 +1,7 @@
 """results.md: what an evaluation found, for a person; and two evaluations side by side.
 
 Comparisons are paired: both checkpoints answered the same items, so items on which they agree say
-nothing, and the difference gets a McNemar test and a paired bootstrap interval.
+nothing. The report compares runs by the same test and interval (`statistics.paired_difference`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +12,10 @@ import numpy as np
 
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.statistics import mcnemar, paired_bootstrap
+from sa_jax.evals.statistics import paired_difference
 from sa_jax.text import markdown, markdown_table, percent, points
 
-P_VALUE = 0.01  # of McNemar's test, below which a difference is called one
+P_VALUE = 0.01  # below which a difference is called one
 
 
 def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -43,8 +43,8 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
     """Paired differences of every score of the evals that both step folders hold.
 
     Returns:
-      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value" (McNemar's; None
-      for a score that is not 0/1)}}}, over the items that both have.
+      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the items
+      that both have.
 
     Raises:
       UserError: no eval in common, or an item of one name asks different things in the two.
@@ -86,19 +86,12 @@ def settings_that_differ(
 
 
 def _paired(a: Sequence[float], b: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
-    """An item counts by its size, so that rates are those of the table above, but is drawn whole:
-    the instructions of one prompt are not independent."""
-    weights = np.asarray(sizes) / np.mean(sizes)
-    difference, lo, hi = paired_bootstrap(a * weights, b * weights)
-    binary = set(a) | set(b) <= {0, 1} and set(sizes) == {1}
+    before, after, counts = (np.asarray(values, float) for values in (a, b, sizes))
     return {
         "n": len(a),
-        "before": float(np.mean(a * weights)),
-        "after": float(np.mean(b * weights)),
-        "difference": difference,
-        "lo": lo,
-        "hi": hi,
-        "p_value": mcnemar([x == 1 for x in a], [x == 1 for x in b]) if binary else None,
+        "before": float(np.average(before, weights=counts)),
+        "after": float(np.average(after, weights=counts)),
+        **paired_difference(before, after, counts)._asdict(),
     }
 
 
@@ -126,8 +119,9 @@ def to_markdown(
         heading, compared = comparison
         parts += [f"## {markdown(heading)}", _comparison_table(compared)]
         parts.append(
-            "Differences are over the items that both answered; 95 % paired bootstrap intervals, "
-            f"p by McNemar's exact test, called a difference below {P_VALUE:g}."
+            "Differences are over the items that both answered, with 95 % intervals: by Agresti and "
+            "Min, with McNemar's exact p, for scores of 0 or 1; by Student's t for others. Below "
+            f"p = {P_VALUE:g} a score is called higher or lower."
         )
         for name, rows in (differ or {}).items():
             changes = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
@@ -162,7 +156,7 @@ def _comparison_table(compared: Mapping[str, Mapping[str, dict]]) -> str:
             percent(row["after"]),
             points(row["difference"]),
             f"{points(row['lo'])} to {points(row['hi'])}",
-            "" if row["p_value"] is None else f"{row['p_value']:.2g}",
+            f"{row['p_value']:.2g}",
             _verdict(row),
         )
         for name, scores in compared.items()
@@ -172,11 +166,9 @@ def _comparison_table(compared: Mapping[str, Mapping[str, dict]]) -> str:
 
 
 def _verdict(row: Mapping[str, Any]) -> str:
-    if row["p_value"] is None:
-        differs = row["lo"] > 0 or row["hi"] < 0
-    else:
-        differs = row["p_value"] < P_VALUE
-    return ("higher" if row["difference"] > 0 else "lower") if differs else "no difference shown"
+    if row["p_value"] >= P_VALUE:
+        return "no difference shown"
+    return "higher" if row["difference"] > 0 else "lower"
 
 
 def _facts(summary: Mapping[str, Any]) -> str:

