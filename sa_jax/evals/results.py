@@ -119,7 +119,7 @@ def to_markdown(
         heading, compared = comparison
         parts += [f"## {markdown(heading)}", _comparison_table(compared)]
         parts.append(
-            "Differences are over the items that both answered, with 95 % intervals: by Agresti and "
+            "Differences are over the items that both answered, with 95 % intervals: Agresti and "
             "Min, with McNemar's exact p, for scores of 0 or 1; by Student's t for others. Below "
             f"p = {P_VALUE:g} a score is called higher or lower."
         )
