@@ -26,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -115,7 +116,7 @@ def _write(cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh:
     Scatters whose layer and row axes are batch axes: no index crosses a device, and XLA need not
     bring another axis to the front, which would copy the cache. On TPU the heads are a batch axis
     too: what is written at one index must lie together in memory, and attention's products want
-    the tokens inside the heads; XLA would move the whole cache between the two at every step.
+    the tokens inside the heads.
     """
     arguments = cache, positions_bs, k_lbsgh, v_lbsgh
     return jax.lax.platform_dependent(*arguments, tpu=_write_heads, default=_write_tokens)
@@ -131,12 +132,17 @@ def _write_tokens(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
 
 
 def _write_heads(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
-    """An index for each head of each new token of a row."""
+    """An index for each head of each new token of a row.
+
+    The values' order in memory, heads before tokens as `Sampler` lays them out, is fixed: XLA would
+    fold the swap of axes into the write, and move all values to another order at every step.
+    """
     k_lbgsh, v_lbgsh = k_lbsgh.swapaxes(2, 3), v_lbsgh.swapaxes(2, 3)
     index_lbgs2 = _index(positions_bs[:, None], cache, k_lbgsh.shape[:4])
+    v_lcbgth = with_layout_constraint(cache.v.swapaxes(3, 4), Layout(tuple(range(6))))
+    v_lcbgth = _scatter(v_lcbgth, index_lbgs2, v_lbgsh, (0, 2, 3), time_axis=4)
     return KVCache(
-        _scatter(cache.k, index_lbgs2, k_lbgsh, (0, 2, 3), time_axis=5),
-        _scatter(cache.v, index_lbgs2, v_lbgsh, (0, 2, 4), time_axis=3),
+        _scatter(cache.k, index_lbgs2, k_lbgsh, (0, 2, 3), time_axis=5), v_lcbgth.swapaxes(3, 4)
     )
 
 

@@ -125,7 +125,7 @@ class Sampler:
 
         platform = mesh.devices.flat[0].platform
         values = sharding(None, heads)
-        if platform == "gpu":  # heads before tokens in memory, or every call moves all values there
+        if platform in ("gpu", "tpu"):  # heads before tokens in memory, or all values are moved
             values = Format(Layout((0, 1, 2, 4, 3, 5)), values)
         self.cache_shardings = cache = KVCache(k=sharding(heads), v=values)
         host = NamedSharding(mesh, P())

@@ -8,6 +8,8 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -122,3 +124,10 @@ def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
     plan = compiled_plan(tmp_path / "plan.json", "llama.py:70b_insertion", "v5p:4x4x4", "--search")
     assert plan["settings"]["batch"] == "16 x 4096"
     assert plan["fits"] and plan["tried"]
+
+
+def test_decoding_reads_weights_and_cache_once():
+    """8B, 64 rows with a full cache, on v5p: what a step moves over weights + cache."""
+    command = [sys.executable, "-m", "benchmarks.decode_bytes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert 1 <= float(done.stdout.splitlines()[-1].split(" | ")[2]) <= 1.15
