@@ -159,9 +159,10 @@ def splash_flops(call: Instruction) -> float:
     if not (kernel := _SPLASH.match(call.name)):
         return 0.0
     # Products over [S, S, head_dim]: scores and output; for dQ scores, dP and dQ; for dK and dV
-    # scores, dP, dK and dV. The first operand of rank four is the queries' [B, heads, S, head_dim].
+    # scores, dP, dK and dV. The first operand of floats is the queries' [B, heads, S, head_dim], or
+    # without B where a device has one row.
     products = {"fwd": 2, "dq": 3, "dkv": 4}[kernel[1]]
-    shape = re.search(r"\[(\d+),(\d+),(\d+),(\d+)\]", call.rest)
+    shape = re.search(r"\b(?:bf16|f32)\[((?:\d+,){2,3}\d+)\]", call.rest)
     assert shape is not None, call.rest[:200]
-    b, heads, s, h = map(int, shape.groups())
-    return products * math.prod((b, heads, s, s, h))
+    *rows, s, h = map(int, shape[1].split(","))
+    return products * math.prod((*rows, s, s, h))

@@ -81,9 +81,9 @@ ENTRY %main.2 (p: bf16[8,8]) -> bf16[8,8] {
   %splash_mha_fwd_residuals.1 = (f32[8]{0}, bf16[2,4,1000,100]{3,2,1,0}) custom-call(%i, %q), \
 custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, \
 bf16[2,4,1000,100]{3,2,1,0}}
-  %splash_mha_dkv_no_residuals.1 = (f32[8]{0}, bf16[2,4,1000,100]{3,2,1,0}) custom-call(%i, %q), \
+  %splash_mha_dkv_no_residuals.1 = (f32[8]{0}, bf16[8,1000,100]{2,1,0}) custom-call(%i, %q), \
 custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1,1,1]{2,1,0}, \
-bf16[2,4,1000,100]{3,2,1,0}}
+bf16[8,1000,100]{2,1,0}}
   %fused_gather = bf16[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused.4, \
 backend_config={"estimated_cycles":"800"}
   %bounds = s32[8]{0} custom-call(%i), custom_call_target="AssumeGatherIndicesInBound"
@@ -98,7 +98,8 @@ def test_every_kind_is_as_by_hand():
     assert clock.products == pytest.approx(5 * 2.5e-6 + 0.8e-6)
     assert clock.copies == pytest.approx(5 * (3 * 1e-6 + 0.01e-6))
     assert clock.fusions == pytest.approx(7e-6)
-    # Two products forward and four for dK and dV, 2 x 4 heads, half of 1000 x 1000 scores.
+    # Two products forward of 2 rows x 4 heads, and four for dK and dV of one row's 8 heads, each
+    # half of 1000 x 1000 scores.
     flops = (2 + 4) * 2 * 8 * 1000**2 * 100 / 2
     assert clock.attention == pytest.approx(flops / (1e15 * ATTENTION_SHARE))
     # A turn: 2 MB permuted, then half of 2 MB gathered, beside a product of 2.5 us. An all-reduce
