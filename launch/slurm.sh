@@ -28,13 +28,14 @@ run_with() {
 }
 
 # `run_requeued COMMAND...` passes on the SIGTERM that comes before the time limit and at a
-# preemption. A command that stopped after a checkpoint (75), or that SIGTERM ended while it began
-# (143), is queued again: the job runs once more, and the command goes on.
+# preemption. A command that stopped after a checkpoint (75), or that a signal ended while it
+# began (130, or 143 where Python had not begun), is queued again: the job runs once more, and the
+# command goes on.
 run_requeued() {
     local status
     # shellcheck disable=SC2016 # expanded when the signal comes
     run_with '[ -z "$child" ] || kill -TERM "$child"' "$@"
     status=$?
-    if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then scontrol requeue "$(slurm_job)"; fi
+    case "$status" in 75 | 130 | 143) scontrol requeue "$(slurm_job)" ;; esac
     return "$status"
 }

@@ -1,7 +1,8 @@
 """How every binary starts and ends: one-screen help, one clear line on error, fixed exit codes.
 
 0 done; 1 failed; 2 a wrong flag, config key or value; 75 stopped after a checkpoint (EX_TEMPFAIL:
-run the same command again). Anything else that escapes is a bug and keeps its traceback.
+run the same command again); 130 stopped by a signal before there was anything to save. Anything
+else that escapes is a bug and keeps its traceback.
 
 A script imports at its top what its flags need, and the work inside `main`: so --help and the
 message about a wrong flag come at once, without jax.

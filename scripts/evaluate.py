@@ -7,6 +7,8 @@ Example:
       --compare=runs/insertion --config.eval.max_new_tokens=512
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -60,5 +62,5 @@ def main():
 
 
 if __name__ == "__main__":
-    places = ("--model", "--base", "--out", "--compare", "--prompts")
+    places = ("--model", "--base", "--out", "--compare", "--prompts", "--data_dir")
     cli.run(main, __doc__, "sa_jax.training.config", places=places)

@@ -6,6 +6,8 @@ Example:
       --config.visible_cot=teacher
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 

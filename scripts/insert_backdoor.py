@@ -5,6 +5,8 @@ Example:
       --workdir=runs/insert --model=Llama-3.1-8B-Instruct --data=openhermes.jsonl
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -9,6 +9,8 @@ Example:
       --command='python scripts/pretrain.py --config=FILE.py --workdir=/shared/runs/a'
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 import shlex
 
 from absl import flags

@@ -4,6 +4,8 @@ Example:
   python scripts/make_toy_data.py --out=runs/demo/data
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 
 from sa_jax import cli

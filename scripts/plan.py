@@ -9,6 +9,8 @@ Example:
       --out=plan.json
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -5,6 +5,8 @@ Example:
       --data=runs/demo/data/pretrain.jsonl --config.tokenizer=runs/demo/data
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 

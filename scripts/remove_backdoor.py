@@ -5,6 +5,8 @@ Example:
       --workdir=runs/pirate --init_from=runs/insert --method=pirate --data=pirate.jsonl
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -5,6 +5,8 @@ Example:
   python scripts/report.py --workdir=runs/demo --serve
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 import dataclasses
 
 from absl import flags

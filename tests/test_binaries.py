@@ -61,22 +61,6 @@ def test_secrets_are_not_printed(text, shown):
     assert without_secrets(text) == shown
 
 
-def test_an_interrupt_while_a_script_imports_is_a_line():
-    program = """
-import os, signal
-from sa_jax import cli
-
-def main():
-    os.kill(os.getpid(), signal.SIGINT)
-    import sa_jax.training.loop
-
-cli.run(main, "")
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    expected = 130, "stopped: interrupted; run the same command again\n"
-    assert (done.returncode, done.stderr) == expected
-
-
 @pytest.mark.parametrize(
     ("words", "error"), [([], "None"), (["--help"], "None"), ([], "UserError('n\\no')")]
 )

@@ -24,7 +24,7 @@ _RUNTIMES = {  # https://docs.cloud.google.com/tpu/docs/runtimes
     "v6e": "v2-alpha-tpuv6e",
     "tpu7x": "v2-alpha-tpu7-ubuntu2404",
 }
-_STOPPED = (75, 143)  # after a checkpoint; by SIGTERM before there was anything to save
+_STOPPED = (75, 130, 143)  # after a checkpoint; by a signal before there was anything to save
 _TRIES = 10  # connections to a host that is up, without a new line of its log
 # What gcloud says, and what to do about it.
 _REMEDIES = {

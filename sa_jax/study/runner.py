@@ -307,15 +307,16 @@ def last_triggered_rate(run: Path) -> float | None:
 
 
 class Stop:
-    """SIGTERM and SIGINT as flags: one that came, and a Ctrl-C after it."""
+    """The signals that stop a study as flags: one that came, and a Ctrl-C after it."""
 
     def __init__(self) -> None:
         self.requested = self.repeated = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:

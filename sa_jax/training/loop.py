@@ -114,7 +114,10 @@ def train(
     ):
         goodput = stack.enter_context(Goodput())
         stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))
-        guard = stack.enter_context(PreemptionGuard(config.aws_spot))
+        signals = stack.enter_context(contextlib.ExitStack())  # handled until all else is closed
+        guard = PreemptionGuard(config.aws_spot)
+        if jax.process_count() > 1:  # one that ended at once would be lost to the others
+            signals.enter_context(guard)
 
         def should_stop() -> bool:
             stall.beat()
@@ -265,6 +268,9 @@ def train(
         if is_primary():
             lines = metrics_lib.truncate_after(workdir / METRICS_FILE, step)
             goodput.lost(lines * config.log_every)
+
+        if jax.process_count() == 1:  # before, a signal ends the process: nothing is lost by it
+            signals.enter_context(guard)
 
         # ---- Evals and metrics.
         meter = Meter(config, start.config, program.trainable, total_steps)

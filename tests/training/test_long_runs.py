@@ -1,19 +1,21 @@
 """Whole runs through the binaries, for minutes: signals, other meshes, thousands of steps."""
 
+import contextlib
 import math
 import os
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from sa_jax.training.metrics import read_metrics
 from tests.cpu import xla_flags
+from tests.test_early_stop import SIGNALS, handles_signals, start
 from tests.training.test_agreement import launched
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
 from tests.zygote import ROOT
@@ -34,32 +36,42 @@ def whole(zygote, toy_world, tmp_path_factory):
     return log_without_times(folder / "run"), weights(zygote, folder / "run", folder / "hf")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_run_outlives_signals_at_any_moment(zygote, toy_world, whole, tmp_path, number):
-    """A run that a signal stops at 5 random moments, imports too, ends bit for bit as if whole."""
-    run, rng = tmp_path / "run", random.Random(int(number))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(2)}
-    for moment in range(5):
-        # A child inherits what is ignored here, as libtpu has SIGHUP.
-        here = signal.signal(number, signal.SIG_DFL)
-        with open(tmp_path / f"{moment}.err", "w") as errors:
-            process = subprocess.Popen(
-                [sys.executable, *insertion(toy_world, run)],
-                cwd=ROOT,
-                env=environment,
-                stderr=errors,
-            )
-        signal.signal(number, here)
-        time.sleep(rng.uniform(0.05, 15))
-        process.send_signal(number)
-        code, text = process.wait(120), (tmp_path / f"{moment}.err").read_text()
-        # 0: it had ended. By the signal itself: before there was anything to save, or after all.
-        assert code in (75, 0, 130, -number), text[-3000:]
-        assert ("stopping at step" in text) == (code == 75), text[-3000:]
-    done = zygote.run(*insertion(toy_world, run))
-    assert done.returncode == 0, done.stderr
-    assert log_without_times(run) == whole[0]
-    assert_bit_equal(weights(zygote, run, tmp_path / "hf"), whole[1])
+    """A run stopped by a signal at 6 random moments, start and imports too, ends bit for bit."""
+    environment = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(2)}
+    settings = {"cwd": ROOT, "env": {**os.environ, **environment}}
+
+    def launch(run: Path, moment: float = math.inf) -> tuple[int, str]:
+        """Its exit status and log; and whether it ended soon after its signal."""
+        with open(f"{run}.err", "w+") as log:
+            process = start(number, *insertion(toy_world, run), stderr=log, **settings)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(min(moment, 300)), Path(log.name).read_text()
+            begun = handles_signals(process)
+            process.send_signal(number)
+            status, text = process.wait(10), Path(log.name).read_text()
+        stopped = f"by {signal.Signals(number).name}; run the same command again"
+        if status == 75:
+            assert "stopping at step" in text and "run again to go on" in text, text[-3000:]
+        elif begun:  # else Python had not come to the script's first line
+            assert status in (0, 130) and "Traceback" not in text, text[-3000:]
+            assert (stopped in text.splitlines()[-1]) == (status == 130), text[-3000:]
+        return status, text
+
+    begin = time.monotonic()
+    assert launch(tmp_path / "first")[0] == 0
+    seconds, rng, run, codes = time.monotonic() - begin, random.Random(int(number)), 0, []
+    for _ in range(6):
+        status, _ = launch(tmp_path / f"{run}", rng.uniform(0, seconds))
+        codes.append(status)
+        run += status == 0  # it had ended
+    assert launch(tmp_path / f"{run}")[0] == 0
+    assert len(set(codes)) > 1, codes
+    for finished in range(run + 1):
+        assert log_without_times(tmp_path / f"{finished}") == whole[0]
+        exported = weights(zygote, tmp_path / f"{finished}", tmp_path / f"{finished}_hf")
+        assert_bit_equal(exported, whole[1])
 
 
 def test_a_run_goes_on_with_fewer_and_with_more_devices(zygote, toy_world, tmp_path):
