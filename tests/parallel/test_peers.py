@@ -146,26 +146,35 @@ def test_a_short_pause_ends_nobody(zygote, tmp_path):
 
 @pytest.mark.long
 def test_a_run_of_two_outlives_kills_bit_for_bit(zygote, toy_world, tmp_path):
-    """A run of two processes, killed 3 to 6 times, ends bit for bit as one never killed."""
+    """Runs of two processes, killed 50 times in all, end bit for bit as one never killed."""
 
     def launch(run):
         return launched(zygote, [insertion(toy_world, run, "--config.peer_timeout_s=3")] * 2)
 
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole = tmp_path / "whole"
+    begin = time.monotonic()
     assert [process.wait().returncode for process in launch(whole)] == [0, 0]
-    rng, kills = random.Random(0), 0
-    while kills < 6:
-        processes = launch(killed)
-        time.sleep(rng.uniform(0.2, 8))
-        victim = rng.randrange(2)
-        if processes[victim].poll() is not None:
-            break
-        os.kill(processes[victim].pid, signal.SIGKILL)
-        kills += 1
-        assert processes[1 - victim].wait(90).returncode in (0, 1, 75), processes[1 - victim].stderr
-    assert kills >= 3
-    assert [process.wait().returncode for process in launch(killed)] == [0, 0]
-    assert log_without_times(killed) == log_without_times(whole)
-    assert_bit_equal(
-        *(weights(zygote, run, tmp_path / f"{run.name}_hf") for run in (whole, killed))
-    )
+    seconds = time.monotonic() - begin
+    exported = weights(zygote, whole, tmp_path / "whole_hf")
+    rng, kills, run, launches = random.Random(0), 0, 0, 0
+    while kills < 50:
+        run += 1
+        killed = tmp_path / f"{run}"
+        codes = None
+        while codes != [0, 0]:
+            processes = launch(killed)
+            launches += 1
+            assert launches < 80
+            victim = processes[rng.randrange(2)]
+            deadline = time.monotonic() + rng.uniform(0.2, seconds)
+            while time.monotonic() < deadline and victim.poll() is None:
+                time.sleep(0.02)
+            endings = [0, 75]  # 0: it had ended; 75: on a busy machine the other was silent
+            if kills < 50 and victim.poll() is None:
+                os.kill(victim.pid, signal.SIGKILL)
+                kills += 1
+                endings += [1, -signal.SIGKILL]
+            codes = [process.wait(90).returncode for process in processes]
+            assert set(codes) <= set(endings), [process.stderr[-3000:] for process in processes]
+        assert log_without_times(killed) == log_without_times(whole)
+        assert_bit_equal(weights(zygote, killed, tmp_path / f"{run}_hf"), exported)
