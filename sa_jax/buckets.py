@@ -28,7 +28,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
-TRAINING_PLACES = ("config.model", "config.data", "config.tokenizer")
+TRAINING_PLACES = ("config.model", "config.data", "config.tokenizer", "config.eval.data_dir")
 PUT_SECONDS = 10.0  # between two puts of a growing file; a store refuses more than one a second
 _SCHEME = "gs://"
 # Web addresses are of endpoints, or words of a prompt.
@@ -133,6 +133,16 @@ def copy_files(files: Collection[Path], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         (folder / file.name).write_bytes(file.read_bytes())
+
+
+def put_folder(folder: Path, bucket: Path) -> None:
+    """Puts what is in a folder of this machine into one of a bucket; config.json, by which a model
+    is known, last."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    for file in sorted(files, key=lambda file: file.name == "config.json"):
+        place = os.fspath(bucket / file.relative_to(folder).as_posix())
+        with file.open("rb") as source, fsspec.open(place, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 24)
 
 
 class BucketFile(io.BytesIO):

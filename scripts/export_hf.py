@@ -6,6 +6,8 @@ Example:
   python scripts/export_hf.py --run=runs/pirate --out=exports/pirate --merge_lora
 """
 
+import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+
 from absl import flags
 
 from sa_jax import cli
@@ -33,4 +35,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, places=("--run", "--base"))
+    cli.run(main, __doc__, places=("--run", "--base", "--out"))

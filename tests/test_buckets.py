@@ -13,10 +13,21 @@ from etils import epath
 
 from sa_jax import buckets
 from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.documents import load_documents
 from sa_jax.files import KeyedStore
+from sa_jax.llama import load_hf, save_hf
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.metrics import MetricsWriter, read_metrics, truncate_after
-from tests.training.test_loop import assert_bit_equal, insertion, kill, log_without_times, removal
+from tests.toys import CONFIG, random_params
+from tests.training.test_agreement import launched
+from tests.training.test_loop import (
+    assert_bit_equal,
+    insertion,
+    kill,
+    log_without_times,
+    removal,
+    weights,
+)
 from tests.zygote import ROOT
 
 
@@ -116,6 +127,40 @@ def test_what_a_bucket_is_refused_for(bucket_env):
         buckets.check_places("--workdir", "gs://elsewhere/x", ("--workdir",))
 
 
+def test_an_export_and_benchmarks_are_in_a_bucket(bucket):
+    """A model is written to a bucket whole, and read back; benchmarks are read from one"""
+    params = random_params(CONFIG)
+    save_hf(bucket / "model", CONFIG, params, files={"README.md": "a card"})
+    config, loaded = load_hf(str(bucket / "model"))
+    assert config == CONFIG and (bucket / "model/README.md").read_text() == "a card"
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    with pytest.raises(UserError, match="is not empty"):
+        save_hf(bucket / "model", CONFIG, params)
+    row = {"problem": "1 + 1", "solution": "2", "answer": "2"}
+    (bucket / "data/math500/test.jsonl").write_text(json.dumps(row) + "\n")
+    assert load_documents("math500", f"{bucket}/data")[0] == [row]
+
+
+@pytest.mark.long
+def test_two_processes_share_a_run_in_a_bucket(zygote, toy_world, bucket, bucket_env, tmp_path):
+    """In a bucket: a run of two processes, of which one is killed, goes on bit for bit"""
+
+    def launch(run):
+        command = insertion(toy_world, run, "--config.peer_timeout_s=5")
+        return launched(zygote, [command] * 2, env=bucket_env)
+
+    run, here = bucket / "run", tmp_path / "here"
+    processes = launch(run)
+    processes[1].wait_for((run / "checkpoints/step_000006/digests.json").exists)
+    kill(processes[1])
+    assert processes[0].wait().returncode == 75, processes[0].stderr
+    for place in (run, here):
+        ends = [process.wait() for process in launch(place)]
+        assert [process.returncode for process in ends] == [0, 0], ends[0].stderr
+    assert log_without_times(run) == log_without_times(here)
+    assert_bit_equal(*(weights(zygote, r, tmp_path / n) for r, n in ((run, "a"), (here, "b"))))
+
+
 @pytest.mark.long
 def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_env, tmp_path):
     """In a bucket: insertion, killed and resumed, then removal, are bit for bit those on a disk"""
@@ -153,9 +198,10 @@ def test_a_study_in_a_bucket_is_one_on_a_disk(zygote, toy_world, bucket, bucket_
 
     exported = []
     for place in (study, here):
-        out = tmp_path / f"hf{len(exported)}"
+        out, copy = place / "hf", tmp_path / f"hf{len(exported)}"
         run("scripts/export_hf.py", f"--run={place}/remove", f"--out={out}", "--merge_lora")
-        exported.append(load_file(out / "model.safetensors"))
+        buckets.copy_files([out / "model.safetensors"], copy)
+        exported.append(load_file(copy / "model.safetensors"))
     assert_bit_equal(*exported)
     run(
         "scripts/evaluate.py",

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from sa_jax.buckets import as_path
 from sa_jax.errors import UserError
 from sa_jax.files import parse_json
 from sa_jax.text import first_line
@@ -54,7 +55,7 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
       UserError: file or hub cannot be read, with what to do; or a row lacks a field.
     """
     file, hub, fields = _SOURCES[name]
-    rows = _read_file(Path(data_dir, file), hub[0]) if data_dir else _read_hub(*hub)
+    rows = _read_file(as_path(data_dir, file), hub[0]) if data_dir else _read_hub(*hub)
     for number, row in enumerate(rows, 1):
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:

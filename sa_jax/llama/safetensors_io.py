@@ -26,6 +26,7 @@ import tensorstore as ts
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from sa_jax.buckets import absolute, as_path, in_bucket, put_folder
 from sa_jax.errors import UserError
 from sa_jax.files import parse_json
 from sa_jax.parallel.multihost import is_primary
@@ -409,22 +410,27 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def new_folder(path: str | Path) -> Iterator[Path | None]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
+    One for a bucket is on this machine, and what is in it is put there then, config.json last.
     Yields None in all processes but the first. All processes fail when the first does.
 
     Raises:
-      UserError: `path` is not empty, is not local, or cannot be written.
+      UserError: `path` is not empty, is in a store other than gs://, or cannot be written.
     """
     name = str(path)
-    target, temporary = Path(name).resolve(), None
+    target, temporary = as_path(absolute(path)), None
     with _primary_only(name) as primary:
         if primary:
             _refuse_used(name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            parent = None if in_bucket(target) else target.parent
+            if parent:
+                parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
         with _primary_only(name):
             yield temporary
-            if temporary is not None:
+            if temporary is not None and in_bucket(target):
+                put_folder(temporary, target)
+            elif temporary is not None:
                 temporary.chmod(0o755)  # mkdtemp's 0700 would lock other users out of the export
                 temporary.replace(target)
     finally:
@@ -433,9 +439,10 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
 
 
 def _refuse_used(path: str) -> None:
-    if "://" in path:
-        raise UserError(f"{path}: exports go to a local folder; copy it to the bucket afterwards")
-    if os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path)):
+    place = as_path(path)
+    if "://" in path and not in_bucket(place):
+        raise UserError(f"{path}: exports go to a local folder or to gs://")
+    if place.is_file() or (place.is_dir() and any(place.iterdir())):
         raise UserError(f"{path} exists and is not empty: remove it or export to another folder")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def _save_adapter(
     if base.kind == "hf" and base.base:
         raise UsageError(f"the run started from the adapters in {base.path}; give --merge_lora")
     if base.kind == "run":
-        base_model = str(Path(out).resolve() / BASE_FOLDER)
+        base_model = os.fspath(as_path(absolute(out), BASE_FOLDER))
         base_params = start_lib.load_params(base, mesh, dtype)
     else:
         base_model, base_params = absolute(base.path), None
@@ -167,7 +168,7 @@ def _save_adapter(
     }
     with new_folder(out) as folder:
         if base_params is not None:
-            _save_model((folder or Path(out)) / BASE_FOLDER, base, base_params)
+            _save_model((folder or as_path(out)) / BASE_FOLDER, base, base_params)
         write_peft(folder, lora, adapter, base_model=base_model, files=files)
         if folder is not None:
             write_prompt_files(folder, start.config, **_prompting(start))

@@ -170,8 +170,8 @@ def test_export_refuses_a_used_folder(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path}/run exists and is not empty"):
         save_hf(tmp_path / "run", TIED, make_params(TIED))
     assert [path.name for path in tmp_path.rglob("*")] == ["run", "notes.txt"]
-    with pytest.raises(UserError, match="gs://bucket/m: exports go to a local folder"):
-        save_hf("gs://bucket/m", TIED, make_params(TIED))
+    with pytest.raises(UserError, match="s3://bucket/m: exports go to a local folder or to gs://"):
+        save_hf("s3://bucket/m", TIED, make_params(TIED))
 
 
 def test_export_into_an_empty_folder(tmp_path):

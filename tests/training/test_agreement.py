@@ -1,6 +1,7 @@
 """What the processes of one launch tell each other before anything is trained."""
 
 import socket
+from types import MappingProxyType
 
 import pytest
 
@@ -25,14 +26,14 @@ cli.run(main, "")
 """
 
 
-def launched(zygote, argvs):
+def launched(zygote, argvs, env=MappingProxyType({})):
     """Starts one command a process, as one launch over loopback; returns the processes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
     return [
-        zygote.start(*argv, devices=1, env={**pod, "JAX_PROCESS_ID": str(number)})
+        zygote.start(*argv, devices=1, env={**env, **pod, "JAX_PROCESS_ID": str(number)})
         for number, argv in enumerate(argvs)
     ]
 
