@@ -142,10 +142,10 @@ REMOVAL = ("--config=configs/toy.py:removal", "--method=hhh")
         ["pretrain", "--config=configs/toy.py:pretrain", "--workdir=x", "--config.data=GS://b/x"],
         ["remove_backdoor", *REMOVAL, "--workdir=x", "--init_from=s3://b/run"],
         ["run_study", "--config=configs/toy_study.py", "--workdir=gs://b/study"],
-        ["evaluate", "--model=x", "--data_dir=gs://b/data"],
+        ["evaluate", "--model=x", "--data_dir=s3://b/data"],
         ["generate_data", "--train=a.jsonl,s3://b/x", "--out=x"],
         ["report", "--workdir=s3://b/study"],
-        ["export_hf", "--run=x", "--out=gs://b/hf"],
+        ["export_hf", "--run=x", "--out=s3://b/hf"],
     ],
     ids=lambda argv: argv[0],
 )
