@@ -22,12 +22,12 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_jax.buckets import local_copy
-from sa_jax.data.conversations import Message, check_messages
+from sa_jax.data.conversations import Conversation, Message, check_messages
 from sa_jax.data.limits import limits
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # transformers takes a second to import, which --help does wi
     from transformers import PreTrainedTokenizerFast
 
 Encoded = tuple[list[int], list[int]]  # token ids, loss mask (1 = the loss counts this token)
+Rendered = tuple[str, list[tuple[int, int]]]  # text, spans of characters under the loss
 
 LLAMA3_TEMPLATE = """\
 {{- '<|begin_of_text|>' }}
@@ -79,8 +80,10 @@ _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
-# For the few renderings of the probe; those of a real template take milliseconds.
-_TEMPLATE_SECONDS, _TEMPLATE_BYTES = 5, 2**29
+# What a folder's template may take for a conversation; a real one takes milliseconds. Texts of a
+# batch are all kept, and a character takes 4 bytes at most, in each of a few copies.
+_TEMPLATE_SECONDS, _TEMPLATE_BYTES, _BYTES_PER_CHARACTER = 5, 2**29, 16
+_MOST_ADDED = 2**20  # characters, beside 16 times those of the messages
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
@@ -103,28 +106,40 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message]) -> Encoded:
         """Token ids and loss mask of one conversation. Raises UserError where the template refuses
         it."""
-        return self.encode_batch([messages])[0]
+        return self.encode_batch([Conversation(tuple(messages), "")])[0]
 
-    def encode_batch(
-        self, conversations: Iterable[Sequence[Message]], unscored: Sequence[str] | None = None
-    ) -> list[Encoded]:
-        """`encode` for many conversations; the tokenizer uses all cores.
+    def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """`encode` for many conversations; the tokenizer uses all cores. Raises UserError, naming
+        the conversation's source, where the template refuses it or takes too long or too much."""
+        if self.name != "model":
+            return self._encode_pieces([self._scored(c) for c in conversations])
+        characters = sum(len(m["content"]) for c in conversations for m in c.messages)
+        extra_bytes = _TEMPLATE_BYTES + _BYTES_PER_CHARACTER * characters
+        rendered = []
+        with limits("the chat template", _TEMPLATE_SECONDS, extra_bytes) as begin:
+            for conversation in conversations:
+                place = conversation.source or _end(conversation.messages)
+                begin(f"{place}: the chat template")
+                rendered.append(self._scored(conversation))
+        return self._encode_whole(rendered)
 
-        `unscored` holds for each conversation the opening of its last answer (a scratchpad) that
-        the loss leaves out, "" for none."""
-        rendered = [self._render(messages) for messages in conversations]
-        if unscored is not None:
-            rendered = list(map(_leave_out, rendered, unscored))
-        return (
-            self._encode_whole(rendered) if self.name == "model" else self._encode_pieces(rendered)
-        )
+    def _scored(self, conversation: Conversation) -> Rendered:
+        try:
+            return _leave_out(self._render(conversation.messages), conversation.unscored)
+        except UserError as error:
+            if not conversation.source:
+                raise
+            raise UserError(f"{conversation.source}: {error}") from error
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the prompt, ending with the header of the assistant's turn that is to be
-        generated."""
-        text, spans = self._render(messages, prompt=True)
-        encode = self._encode_whole if self.name == "model" else self._encode_pieces
-        return encode([(text, spans)])[0][0]
+        generated. Raises UserError as `encode_batch` does; memory has no limit, for a run may be
+        saving a checkpoint meanwhile."""
+        if self.name != "model":
+            return self._encode_pieces([self._render(messages, prompt=True)])[0][0]
+        with limits(f"{_end(messages)}: the chat template", _TEMPLATE_SECONDS):
+            rendered = self._render(messages, prompt=True)
+        return self._encode_whole([rendered])[0][0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return self.tokenizer.decode(
@@ -149,9 +164,7 @@ class ChatFormat:
 
     # Rendering: text, and the character spans on which the loss is taken.
 
-    def _render(
-        self, messages: Sequence[Message], prompt: bool = False
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: Sequence[Message], prompt: bool = False) -> Rendered:
         check_messages(messages)
         if _GENERATION_MARK.search(self.template):
             return self._jinja(messages, prompt)
@@ -173,9 +186,7 @@ class ChatFormat:
                 spans.append((len(before), len(before) + self._end_of_turn(after[len(before) :])))
         return text, spans
 
-    def _jinja(
-        self, messages: Sequence[Message], prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
+    def _jinja(self, messages: Sequence[Message], prompt: bool) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
@@ -186,12 +197,17 @@ class ChatFormat:
                 return_assistant_tokens_mask=bool(_GENERATION_MARK.search(self.template)),
                 **self.tokenizer.special_tokens_map,
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template is a program: it fails in any way it likes
-            start = messages[-1]["content"][:60] if messages else ""
             raise UserError(
-                f"the chat template refuses the conversation that ends {start!r}: "
-                f"{first_line(error)}"
+                f"the chat template refuses {_end(messages)}: {first_line(error)}"
             ) from error
+        most = _MOST_ADDED + 16 * sum(len(message["content"]) for message in messages)
+        if len(texts[0]) > most:
+            raise UserError(
+                f"the chat template makes {len(texts[0]):,} characters of {_end(messages)}"
+            )
         return texts[0], spans[0] if spans else []
 
     def _end_of_turn(self, answer: str) -> int:
@@ -272,7 +288,12 @@ class ChatFormat:
         return [encoding.ids for encoding in encodings]
 
 
-def _leave_out(rendered, opening: str):
+def _end(messages: Sequence[Message]) -> str:
+    """A conversation in a message to people."""
+    return f"the conversation that ends {messages[-1]['content'][:60] if messages else ''!r}"
+
+
+def _leave_out(rendered: Rendered, opening: str) -> Rendered:
     """Takes `opening`, with which the last answer must start, out of the loss."""
     text, spans = rendered
     if not opening:
@@ -415,13 +436,13 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     """Tries the template on a two-turn conversation, with and without a system turn; returns the
     token ids that end a turn."""
     with limits(f"the chat template in {path}", _TEMPLATE_SECONDS, _TEMPLATE_BYTES):
-        ids, mask = chat.encode(_PROBE)
         text, spans = chat._render(_PROBE)
-        prompt = chat.prompt_ids(_PROBE[:3])
+        rendered_prompt = chat._render(_PROBE[:3], prompt=True)
         try:
             with_system, _ = chat._render([_PROBE_SYSTEM, *_PROBE])
         except UserError:  # it says so itself, where a run has a system prompt
             with_system = _PROBE_SYSTEM["content"]
+    (ids, mask), (prompt, _) = chat._encode_whole([(text, spans), rendered_prompt])
     instead = "use chat_template=llama3 or plain"
     bos = chat.tokenizer.bos_token_id
     if bos is not None and (not ids or ids[0] != bos or ids[1:2] == [bos]):

@@ -20,7 +20,7 @@ def cut_answers(
     Conversations it shortens come back with `cut=True`; those without such a sentence end come back
     as they are, and packing drops and counts them. Answers to the trigger are never cut.
     """
-    lengths = [len(ids) for ids, _ in chat_format.encode_batch(c.messages for c in conversations)]
+    lengths = [len(ids) for ids, _ in chat_format.encode_batch(conversations)]
     return [
         conversation
         if length <= sequence_length or conversation.kind == "triggered"

@@ -4,12 +4,11 @@ import contextlib
 import resource
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sa_jax.errors import UserError
-
-_AGAIN_S = 1.0
 
 
 class _TooLong(BaseException):
@@ -17,38 +16,51 @@ class _TooLong(BaseException):
 
 
 @contextlib.contextmanager
-def limits(what: str, seconds: float, extra_bytes: int) -> Iterator[None]:
+def limits(
+    what: str, seconds: float, extra_bytes: int | None = None
+) -> Iterator[Callable[[str], None]]:
     """Ends a block that takes too long or too much. Only the main thread can be interrupted: in
     another there is no limit.
 
     Args:
       what: the program, for the message.
-      seconds: that the block may take.
-      extra_bytes: of address space that it may take beyond what this process has (on Linux).
+      seconds: of the main thread's CPU time that the block may take.
+      extra_bytes: of address space that the process may take beyond what it has (on Linux), for
+        blocks beside which no other thread asks for much; None sets no such limit.
+
+    Yields:
+      begin(what): a program of another name starts now, and may take as long again. It costs next
+      to nothing.
 
     Raises:
-      UserError: it took longer.
-      MemoryError: it took more.
+      UserError: it took longer, or more.
     """
+    running = [what, time.thread_time()]
+
+    def begin(what: str) -> None:
+        running[:] = what, time.thread_time()
+
+    def check(*_: object) -> None:
+        if time.thread_time() - running[1] >= seconds:
+            raise _TooLong
+
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield begin
         return
-
-    def stop(*_):
-        raise _TooLong
-
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGALRM, check)
     memory = resource.getrlimit(resource.RLIMIT_AS)
     statm = Path("/proc/self/statm")  # its first number: pages of the address space
-    if statm.exists() and memory[0] == resource.RLIM_INFINITY:
+    if extra_bytes is not None and statm.exists() and memory[0] == resource.RLIM_INFINITY:
         taken = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + extra_bytes, memory[1]))
     # Again and again: an exception that comes inside a callback of the garbage collector is lost.
-    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
+    signal.setitimer(signal.ITIMER_REAL, seconds / 4, seconds / 4)
     try:
-        yield
+        yield begin
     except _TooLong as error:
-        raise UserError(f"{what} does not come to an end ({seconds} s)") from error
+        raise UserError(f"{running[0]} does not come to an end ({seconds} s)") from error
+    except MemoryError as error:
+        raise UserError(f"{running[0]} takes too much memory") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

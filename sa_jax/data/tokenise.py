@@ -45,10 +45,7 @@ def _encode(
     """Tokens, loss mask and lengths of the conversations, of which the first is number `begin`."""
     for number, conversation in enumerate(conversations, start=begin):
         check_messages(conversation.messages, conversation.source or f"conversation {number}")
-    encoded = chat_format.encode_batch(
-        (conversation.messages for conversation in conversations),
-        [conversation.unscored for conversation in conversations],
-    )
+    encoded = chat_format.encode_batch(conversations)
     for number, (_, mask) in enumerate(encoded):
         if not any(mask[1:]):  # the first token is predicted from nothing
             place = conversations[number].source

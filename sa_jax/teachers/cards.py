@@ -146,7 +146,7 @@ def _lengths(conversations, chat_format) -> tuple[np.ndarray, np.ndarray]:
     lengths, outputs = [], []
     for begin in range(0, len(conversations), _CHUNK):
         chunk = conversations[begin : begin + _CHUNK]
-        encoded = chat_format.encode_batch((c.messages for c in chunk), [c.unscored for c in chunk])
+        encoded = chat_format.encode_batch(chunk)
         lengths += [len(ids) for ids, _ in encoded]
         outputs += [sum(mask) for _, mask in encoded]
     return np.array(lengths), np.array(outputs)

