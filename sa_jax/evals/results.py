@@ -23,10 +23,10 @@ def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]
     scores: dict[str, dict[str, Any]] = {}
     for item in items:
         for score, value in ({} if item.get("skipped") else item["scores"]).items():
-            several = isinstance(value, list)
-            mean = float(np.mean(value)) if several else value
-            size = len(value) if several else 1
-            scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, size)
+            values = [float(number) for number in (value if isinstance(value, list) else [value])]
+            if values:
+                mean = float(np.mean(values))
+                scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, len(values))
     return scores
 
 
