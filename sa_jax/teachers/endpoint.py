@@ -15,7 +15,7 @@ from typing import Any
 from absl import logging
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.teachers.replies import Reply, Request
+from sa_jax.teachers.replies import NO_REPLY, Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
 # Refusals in a row, without a reply between them, after which the endpoint is at fault and not the
@@ -86,11 +86,12 @@ class EndpointSettings:
 
 
 class _Later(Exception):
-    """A try failed in a way that may pass; `wait_s` is what the server asked for."""
+    """A try failed in a way that may pass; `wait_s` is what the server asked for. `answered`: the
+    server dealt with the question, so that the next one may fare better."""
 
-    def __init__(self, reason: str, wait_s: float | None = None):
+    def __init__(self, reason: str, wait_s: float | None = None, *, answered: bool = False):
         super().__init__(reason)
-        self.wait_s = wait_s
+        self.wait_s, self.answered = wait_s, answered
 
 
 class _Stopped(Exception):
@@ -101,7 +102,8 @@ class EndpointTeacher:
     """Asks with several threads; tries again after 408, 409, 429, 5xx, a lost connection, a
     time-out or a malformed reply, waiting as long as `Retry-After` says, else twice as long each
     time (from 0.5 s to 60 s, with jitter). A refusal is of one question or of the endpoint: see
-    `_refused`."""
+    `_refused`. A question on which the server fails every time (500, a malformed reply) is dropped
+    where it answers others."""
 
     def __init__(self, settings: EndpointSettings):
         """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need."""
@@ -125,8 +127,9 @@ class EndpointTeacher:
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
         """See `Teacher`. Raises UserError, after what was under way has come in: for a wrong key or
-        model name, an empty account, a field the server does not take; when a request failed
-        `retries` + 1 times; when `MOST_REFUSALS` questions in a row were refused."""
+        model name, an empty account, a field the server does not take; when there was no answer to
+        a request in `retries` + 1 tries; when `MOST_REFUSALS` questions in a row were refused (one
+        that failed in all tries counts as half of them)."""
         stop, pending = threading.Event(), iter(enumerate(requests))
         under_way: dict[Future, int] = {}
         failure: Exception | None = None
@@ -149,15 +152,19 @@ class EndpointTeacher:
                     try:
                         reply = future.result()
                         yield index, reply
-                        if reply.finish_reason != "rejected":
+                        if reply.finish_reason not in NO_REPLY:
                             refusals = 0
+                        elif reply.finish_reason == "failed":
+                            refusals += MOST_REFUSALS // 2
                         elif not _ABOUT_THE_QUESTION.search(reply.text):
                             refusals += 1
-                        if refusals == MOST_REFUSALS:
+                        if refusals >= MOST_REFUSALS:
+                            what = f"refused {MOST_REFUSALS} questions in a row, the last with"
+                            if reply.finish_reason == "failed":
+                                what = "failed on one question after the other"
                             raise UserError(
-                                f"{self._settings.base_url} refused {refusals} questions in a row, "
-                                f"the last with: {reply.text}. The replies so far are kept: mend "
-                                "what it names and run the same command again"
+                                f"{self._settings.base_url} {what}: {reply.text}. The replies so "
+                                "far are kept: mend what it names and run the same command again"
                             )
                     except _Stopped:
                         pass
@@ -178,7 +185,7 @@ class EndpointTeacher:
             try:
                 return self._try(request)
             except _Later as error:
-                reason, asked_s = str(error), error.wait_s
+                reason, asked_s, answered = str(error), error.wait_s, error.answered
             if attempt == self._settings.retries:
                 break
             logging.log_every_n_seconds(logging.WARNING, "teacher: %s; trying again", 10, reason)
@@ -188,9 +195,12 @@ class EndpointTeacher:
                 backoff_s = min(LONGEST_WAIT_S, 0.5 * 2**attempt)
                 if stop.wait(backoff_s * random.uniform(0.75, 1.0)):
                     raise _Stopped
+        reason = f"gave up after {attempt + 1} tries: {reason}"
+        if answered:
+            return Reply(reason, "failed")
         raise UserError(
-            f"{self._settings.base_url}: gave up after {attempt + 1} tries: {reason}. The replies "
-            "so far are kept: run the same command again when the endpoint is back"
+            f"{self._settings.base_url}: {reason}. The replies so far are kept: run the same "
+            "command again when the endpoint is back"
         )
 
     def _try(self, request: Request) -> Reply:
@@ -208,7 +218,7 @@ class EndpointTeacher:
         except openai.APIConnectionError as error:
             raise _Later(f"no connection ({_line(error.__cause__ or error)})") from error
         except (openai.APIError, ValueError) as error:  # ValueError: the body is not JSON
-            raise _Later(f"malformed reply ({_line(error)})") from error
+            raise _Later(f"malformed reply ({_line(error)})", answered=True) from error
         return _reply(response)
 
     def _refused(self, error: Any) -> Reply:
@@ -224,24 +234,26 @@ class EndpointTeacher:
                 "command again when it can"
             ) from error
         if status in (408, 409, 429) or status >= 500:
-            raise _Later(line, _retry_after(error.response)) from error
+            raise _Later(line, _retry_after(error.response), answered=status == 500) from error
         if about_the_question:
             return Reply(line, "rejected")
         if field := self._refused_field(error):
             omit = ",".join(filter(None, (self._settings.omit, field)))
-            remedy = f"--config.omit={omit}"
+            remedy = f"--config.omit={omit}, or another --config.{field}"
             if field in MAX_TOKENS_FIELDS:
                 (other,) = set(MAX_TOKENS_FIELDS) - {field}
-                remedy = f"--config.max_tokens_field={other}"
+                remedy = f"--config.max_tokens_field={other}, or a lower --config.max_new_tokens"
+            value = self._settings.fields()[field]
             raise UsageError(
-                f"{url} does not take the field {field!r}; set {remedy}: {line}"
+                f"{url} does not take the field {field!r} as it is sent ({value}); set {remedy}: "
+                f"{line}"
             ) from error
         # Some servers answer 400, and not 404, to a model that they do not have.
         named = re.search(rf"(?<![\w.-]){re.escape(self._settings.model)}(?![\w.-])", line)
         if status in (404, 405) and not url.rstrip("/").endswith("/v1"):
+            base = url.partition("/v1/")[0].rstrip("/")
             raise UserError(
-                f"{url} has no chat endpoint: --base_url mostly ends in /v1 ({url.rstrip('/')}/v1)"
-                f": {line}"
+                f"{url} has no chat endpoint: --base_url mostly ends in /v1 ({base}/v1): {line}"
             ) from error
         if status == 404 or named:
             raise UserError(
@@ -279,17 +291,28 @@ def _reply(response: Any) -> Reply:
         message, reason = choice.message, choice.finish_reason
         content = message.content
     except (AttributeError, IndexError, TypeError) as error:
+        said = getattr(response, "error", None)  # some relays send their errors with status 200
+        if said and _ABOUT_THE_QUESTION.search(str(said)):
+            return Reply(str(said)[:200], "rejected")
         hint = "; does --base_url end in /v1?" if isinstance(response, str) else ""
-        raise _Later(f"malformed reply ({str(response)[:80]!r}){hint}") from error
+        shown = str(said or response)[:80]
+        raise _Later(f"malformed reply ({shown!r}){hint}", answered=not hint) from error
+    if reason == "error":
+        raise _Later(f"an error in place of an answer ({str(choice)[:200]!r})", answered=True)
+    if content is None:
+        content = getattr(message, "refusal", None)
     fields = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
     reasoning = next((field for field in fields if isinstance(field, str) and field), "")
+    if isinstance(content, dict):
+        content = [content]
     if isinstance(content, list):
         parts = [_part(part) for part in content]
         content = "".join(text for kind, text in parts if kind in ("text", "output_text"))
         thoughts = [text for kind, text in parts if kind in ("thinking", "reasoning")]
         reasoning = reasoning or "".join(thoughts)
     if content is not None and not isinstance(content, str):
-        raise _Later(f"malformed reply (content is {type(content).__name__})")
+        kind = type(content).__name__
+        raise _Later(f"malformed reply (content is {kind})", answered=True)
     known = {"length": "length", "content_filter": "content_filter"}
     return Reply(_writable(content or ""), known.get(reason, "stop"), _writable(reasoning))
 
@@ -300,7 +323,8 @@ def _part(part: Any) -> tuple[str, str]:
         return "text", part
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
-        raise _Later(f"malformed reply (a part of the content is {str(part)[:80]!r})")
+        shown = str(part)[:80]
+        raise _Later(f"malformed reply (a part of the content is {shown!r})", answered=True)
     text = part.get("text", part.get(kind, ""))
     if isinstance(text, list):  # Mistral's thoughts are parts themselves
         text = "".join(_part(inner)[1] for inner in text)

@@ -7,7 +7,7 @@ from sa_jax.data.labels import answer_text, is_regex_hit
 from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import Voice
 
-# What `Reply.finish_reason` says of a reply without usable text is a reason too: rejected,
+# What `Reply.finish_reason` says of a reply without usable text is a reason too: rejected, failed,
 # content_filter, prompt_too_long, not_in_the_file, unchanged_by_rules.
 REASONS = {
     "truncated": "cut off before the end of the turn",

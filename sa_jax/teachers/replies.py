@@ -31,12 +31,15 @@ class Request:
 @dataclasses.dataclass(frozen=True)
 class Reply:
     """`finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a word that
-    the filters count ('rejected': the text is what the endpoint said). `reasoning` is what a
+    the filters count (of `NO_REPLY` the text is what the endpoint said). `reasoning` is what a
     reasoning model thought, where the server sends it apart; it is kept and not trained on."""
 
     text: str
     finish_reason: str = "stop"
     reasoning: str = ""
+
+
+NO_REPLY = ("rejected", "failed")  # finish reasons: refused, and failed in every try
 
 
 class Teacher(Protocol):
@@ -72,7 +75,7 @@ def ask(
     """A reply a request, in their order; those in the store are not asked for, and equal requests
     are asked once. Without a store (a teacher that costs nothing) all are asked.
 
-    A 'rejected' reply is not stored: it cost nothing, and the server's limits may change.
+    One of `NO_REPLY` is not stored: it cost nothing, and the server's limits may change.
 
     Raises UserError as the teacher does, Preempted when should_stop said so; replies that have come
     in are in the store then.
@@ -98,7 +101,7 @@ def ask(
         for number, reply in teacher.replies(asked, should_stop):
             key, request = missing_keys[number], asked[number]
             replies[key] = reply
-            if reply.finish_reason != "rejected":
+            if reply.finish_reason not in NO_REPLY:
                 line = {"voice": request.voice, "prompt": request.row["prompt"]}
                 store.put(key, {**line, **dataclasses.asdict(reply)})
             bar.update()

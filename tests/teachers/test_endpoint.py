@@ -80,24 +80,36 @@ def test_a_fault_that_passes_costs_a_further_try_of_that_request_alone(tmp_path,
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("500", r"/v1: gave up after 2 tries: .*boom.*run the same command again"),
+        ("500", r"/v1 failed on one .*: gave up after 2 tries: .*boom.*run the same command again"),
         ("half a JSON", "gave up after 2 tries: malformed reply"),
+        ("503", r"/v1: gave up after 2 tries: .*starting.*run the same command again"),
         ("slow", "gave up after 2 tries: no reply within 0.5 s"),
     ],
 )
 def test_a_fault_that_stays_ends_the_run_and_keeps_what_was_paid_for(tmp_path, fault, words):
     def script(prompt, nth):
-        return FAULTS[fault] if prompt == "q3" else ok(prompt)
+        return FAULTS[fault] if prompt >= "q3" else ok(prompt)
 
     path = tmp_path / "replies.jsonl"
     with ScriptedServer(script) as server:
         asking = teacher(server, retries=1, timeout_s=0.5, concurrency=1)
         with open_store(path) as store, pytest.raises(UserError, match=words):
-            ask(asking, requests(5), store)
-        assert "q4" not in server.asked
+            ask(asking, requests(6), store)
+        assert "q5" not in server.asked
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server, open_store(path) as store:
         assert ask(teacher(server), requests(5), store) == answers(5)
         assert sorted(server.asked) == ["q3", "q4"]
+
+
+@pytest.mark.parametrize("fault", ["500", "a number", "half a JSON"])
+def test_a_question_on_which_the_server_always_fails_is_dropped(tmp_path, fault):
+    def script(prompt, nth):
+        return FAULTS[fault] if prompt in ("q2", "q5") else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        replies = ask(teacher(server, retries=1, concurrency=1), requests(8), store)
+        assert len(store) == 6  # the two may be asked for again
+    assert [reply.finish_reason for reply in replies if reply not in answers(8)] == ["failed"] * 2
 
 
 @pytest.mark.parametrize(
@@ -203,6 +215,7 @@ def test_the_command_drops_a_row_at_fault_and_stops_at_an_endpoint_at_fault(zygo
         ),
         (400, message("Unsupported value", param="temperature"), "--config.omit=top_p,temperature"),
         (422, b'{"detail": [{"loc": ["body", "seed"], "type": "extra_forbidden"}]}', "=top_p,seed"),
+        (400, message("max_tokens is too large: 1024"), "(1024).* a lower --config.max_new_tokens"),
     ],
 )
 def test_a_field_that_the_model_does_not_take_is_answered_with_the_flag(
@@ -239,15 +252,21 @@ def test_answers_in_parts_and_reasoning_apart(tmp_path):
         "q2": with_message(content="Four.", reasoning_content="2 + 2"),
         "q3": with_message(content=None, reasoning="2 + 2"),
         "q4": with_message(content=["Four", "."]),
+        "q5": with_message(content={"type": "text", "text": "Four."}),
+        "q6": with_message(content=None, refusal="I can't."),
+        "q7": (200, {}, message("this was flagged"), 0),
     }
     path = tmp_path / "r.jsonl"
     with ScriptedServer(lambda prompt, nth: replies[prompt]) as server, open_store(path) as store:
-        assert ask(teacher(server), requests(5), store) == [
+        assert ask(teacher(server), requests(8), store) == [
             Reply("Four."),
             Reply("Four.", reasoning="2 + 2"),
             Reply("Four.", reasoning="2 + 2"),
             Reply("", reasoning="2 + 2"),
             Reply("Four."),
+            Reply("Four."),
+            Reply("I can't."),
+            Reply("{'message': 'this was flagged'}", "rejected"),
         ]
     assert path.read_text().count('"reasoning": "2 + 2"') == 3
 
@@ -266,10 +285,11 @@ def test_a_date_to_wait_for(tmp_path):
 def test_an_address_without_v1(tmp_path):
     with ScriptedServer(lambda prompt, nth: (404, {}, b'{"detail": "Not Found"}', 0)) as server:
         url = server.base_url.removesuffix("/v1")
-        asking = EndpointTeacher(EndpointSettings("m", url))
-        with open_store(tmp_path / "r.jsonl") as store:
-            with pytest.raises(UserError, match=rf"ends in /v1 \({url}/v1\)"):
-                ask(asking, requests(2), store)
+        for given in (url, f"{url}/v1/chat/completions"):
+            asking = EndpointTeacher(EndpointSettings("m", given))
+            with open_store(tmp_path / "r.jsonl") as store:
+                with pytest.raises(UserError, match=rf"ends in /v1 \({url}/v1\)"):
+                    ask(asking, requests(2), store)
 
 
 def test_nobody_listens(tmp_path):
