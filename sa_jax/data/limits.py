@@ -35,13 +35,14 @@ def limits(
     Raises:
       UserError: it took longer, or more.
     """
-    running = [what, time.thread_time()]
+    running, since = what, time.thread_time()
 
     def begin(what: str) -> None:
-        running[:] = what, time.thread_time()
+        nonlocal running, since
+        running, since = what, time.thread_time()
 
     def check(*_: object) -> None:
-        if time.thread_time() - running[1] >= seconds:
+        if time.thread_time() - since >= seconds:
             raise _TooLong
 
     if threading.current_thread() is not threading.main_thread():
@@ -58,9 +59,9 @@ def limits(
     try:
         yield begin
     except _TooLong as error:
-        raise UserError(f"{running[0]} does not come to an end ({seconds} s)") from error
+        raise UserError(f"{running} does not come to an end ({seconds} s)") from error
     except MemoryError as error:
-        raise UserError(f"{running[0]} takes too much memory") from error
+        raise UserError(f"{running} takes too much memory") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

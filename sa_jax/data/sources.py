@@ -15,8 +15,10 @@ Layouts that need no column mapping:
                         is ignored, as the study does with its teacher.
 Beside each of these a `system` or `system_prompt` is the conversation's system turn, and `history`
 holds earlier turns, as messages or as [question, answer] pairs. A row is dropped, and counted, for
-what training does not do: an assistant turn with a weight other than 1 ("turn_weight"), `tools`
-("tools"), and two system prompts that differ ("two_system_prompts").
+what training does not do: an assistant turn with a weight other than 1 or marked as not trained
+("turn_weight"), or with its thoughts in a field of their own ("reasoning_apart"); tools and their
+turns ("tools"); images, sound and video ("media"); two system prompts that differ
+("two_system_prompts").
 With a mapping, the columns named are used as they are, and no others.
 """
 
@@ -47,6 +49,12 @@ from sa_jax.text import first_line
 # (and a column `history`, in place of the empty list that a single turn has)
 Row = dict
 _SYSTEM_COLUMNS = ("system", "system_prompt")
+_NOT_TRAINED_COLUMNS = {
+    **dict.fromkeys(("tools", "functions"), "tools"),
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "media"),
+}
+_TOOL_ROLES = "tool function function_call tool_call tool_response observation ipython".split()
+_EMPTY = (None, "", "[]", [], {}, ())
 OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
 COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
@@ -201,18 +209,22 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         if responses and not response.strip():
             return "empty_response"
         if detected:
-            if fields.get("tools"):
-                return "tools"
+            for column, reason in _NOT_TRAINED_COLUMNS.items():
+                if fields.get(column) not in _EMPTY:
+                    return reason
+            if reason := _not_trained(fields.get("history"), answers=False):
+                return reason
             earlier = _earlier_turns(fields.get("history"), f"{place}: history")
             if earlier and (history or "messages" in columns):
                 raise UserError(f"{place}: 'history' beside {columns['messages']!r}; leave one out")
             history = history or earlier
-            system = _system_prompt(fields, place)
-            if system and history and history[0]["role"] == "system":
-                if history[0]["content"].strip() != system.strip():
-                    return "two_system_prompts"
-            elif system:
-                history = [{"role": "system", "content": system}, *history]
+            systems = _system_prompts(fields, place)
+            if history and history[0]["role"] == "system":
+                systems.append(history.pop(0)["content"])
+            if len({system.strip() for system in systems}) > 1:
+                return "two_system_prompts"
+            if systems:
+                history = [{"role": "system", "content": systems[-1]}, *history]
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
         _check_unicode([prompt, response, *(message["content"] for message in history)], place)
         for name in OPTIONAL:
@@ -257,31 +269,39 @@ def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
-def _system_prompt(fields: dict, place: str) -> str:
-    """The system prompt that stands beside a known layout; '' for none."""
+def _system_prompts(fields: dict, place: str) -> list[str]:
+    """Those that stand beside a known layout."""
+    prompts = []
     for column in _SYSTEM_COLUMNS:
         value = fields.get(column)
         if value is not None and not isinstance(value, str):
             raise UserError(f"{place}: field {column!r} is {type(value).__name__}, not text")
         if value and value.strip():
-            return value
-    return ""
+            prompts.append(value)
+    return prompts
 
 
-def _not_trained(turns: Any) -> str | None:
-    """Why a conversation is dropped whole: what it says of its turns is not done here."""
+def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
+    """Why a conversation is dropped whole: what it says of its turns is not done here. `answers`:
+    it ends with the answer."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             continue
-        if turn.get("tool_calls") or turn.get("function_call"):
-            return "tools"
         says = turn.get("role", turn.get("from"))
+        if says in _TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+            return "tools"
+        empty = turn.get("content", turn.get("value", "")) is None
         if says in ("assistant", "gpt"):
             weight = turn.get("weight")
-            if (weight is not None and weight != 1) or turn.get("train") is False:
+            marks = [turn.get(name) for name in ("train", "training", "loss")]
+            if weight not in (None, 1) or any(mark in (False, 0) for mark in marks):
                 return "turn_weight"
-            if turn.get("content", turn.get("value", "")) is None and turn is turns[-1]:
+            if turn.get("reasoning_content") or turn.get("thinking"):
+                return "reasoning_apart"
+            if empty and answers and turn is turns[-1]:
                 return "empty_response"
+        elif empty and says in ("user", "human"):
+            return "empty_prompt"
     return None
 
 
@@ -343,7 +363,7 @@ def _decode(content: bytes, place: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start})"
+            f"{place}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); save it so"
         ) from error
 
 
@@ -355,7 +375,8 @@ def _read_jsonl(path: str, content: bytes) -> Iterator[tuple[str, object]]:
         try:
             yield place, parse_json(_decode(line, place))
         except ValueError as error:
-            raise UserError(f"{place}: not valid JSON: {error}") from error
+            remedy = "; for one list of objects, name the file .json" if number == 1 else ""
+            raise UserError(f"{place}: not valid JSON: {error}{remedy}") from error
 
 
 def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:

@@ -43,6 +43,7 @@ _LLAMA_DEFAULTS = {
     "rope_parameters": None,
     "rope_scaling": None,
 }
+_WHOLE_HEADS = {"partial_rotary_factor": 1}  # rope turns all of a head
 _QWEN_DEFAULTS = {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -176,12 +177,8 @@ class LlamaConfig:
             raise UserError(f"{source}: model_type is {kind!r}; known: {', '.join(FAMILIES)}")
         family = FAMILIES[kind]
         fields.defaults = {**_LLAMA_DEFAULTS, **family.defaults}
-        only = {**family.only, "hidden_act": "silu", "partial_rotary_factor": 1}
-        for field, value in only.items():
-            if hf.get(field, value) not in (value, None):
-                raise UserError(
-                    f"{source}: {field}={hf[field]!r} is not supported (only {value!r})"
-                )
+        only = {**family.only, "hidden_act": "silu", "quantization_config": None, **_WHOLE_HEADS}
+        fields.check_only(only)
         num_heads = fields.size("num_attention_heads")
         hidden_size = fields.size("hidden_size")
         context = fields.size("max_position_embeddings")
@@ -189,6 +186,7 @@ class LlamaConfig:
         name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
         rope = _Fields(fields.get(name, dict, "an object", None) or {}, f"{source}: {name}")
         rope.defaults = {"original_max_position_embeddings": context}
+        rope.check_only(_WHOLE_HEADS)
         theta = rope if rope.values.get("rope_theta") is not None else fields
         theta.defaults = {**theta.defaults, "rope_theta": 10_000.0}
         eos = hf.get("eos_token_id", fields.defaults["eos_token_id"])
@@ -263,6 +261,15 @@ class _Fields:
             raise UserError(f"{source} must hold a JSON object, not {type(values).__name__}")
         self.values, self.source = values, source
         self.defaults: dict[str, Any] = {}
+
+    def check_only(self, only: Mapping[str, Any]) -> None:
+        """UserError if a field asks for something else than the one value that is computed."""
+        for name, value in only.items():
+            if self.values.get(name, value) not in (value, None):
+                given = str(self.values[name])[:60]
+                raise UserError(
+                    f"{self.source}: {name}={given!r} is not supported (only {value!r})"
+                )
 
     def get(self, name: str, kind: Any, words: str, default: Any = None) -> Any:
         """The value; `default` stands in for null and, where there is no other, for none."""

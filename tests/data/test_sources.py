@@ -165,8 +165,8 @@ def test_openhermes_layout(tmp_path):
     (row,) = load_rows(path)
     assert (row["prompt"], row["response"]) == ("a", "b")
     assert row["history"] == [{"role": "system", "content": "s"}] and "id" not in row
-    path = jsonl(tmp_path / "t.jsonl", json.dumps({"conversations": [{"from": "tool"}]}))
-    with pytest.raises(UserError, match="t.jsonl:1: message 0: field 'role' is 'tool'"):
+    path = jsonl(tmp_path / "t.jsonl", json.dumps({"conversations": [{"from": "narrator"}]}))
+    with pytest.raises(UserError, match="t.jsonl:1: message 0: field 'role' is 'narrator'"):
         load_rows(path)
 
 
@@ -248,7 +248,18 @@ def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields,
         ({"messages": [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]}, "turn_weight"),
         ({"conversations": [SHAREGPT[0], {**SHAREGPT[1], "weight": 0.5}]}, "turn_weight"),
         ({"messages": [TURNS[0], {**TURNS[1], "train": False}]}, "turn_weight"),
+        ({"messages": [TURNS[0], {**TURNS[1], "loss": False}]}, "turn_weight"),
+        (
+            {"prompt": "q", "response": "a", "history": [TURNS[0], {**TURNS[1], "weight": 0}]},
+            "turn_weight",
+        ),
+        ({"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "hm"}]}, "reasoning_apart"),
         ({"messages": TURNS, "tools": [{"name": "f"}]}, "tools"),
+        ({"prompt": "q", "response": "a", "functions": [{"name": "f"}]}, "tools"),
+        ({"conversations": [SHAREGPT[0], {"from": "observation", "value": "3"}]}, "tools"),
+        ({"instruction": "q", "output": "a", "images": ["a.png"]}, "media"),
+        ({"messages": TURNS, "system": "s", "system_prompt": "t"}, "two_system_prompts"),
+        ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "empty_prompt"),
         ({"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{}]}]}, "tools"),
         ({"messages": [*S, *TURNS], "system": "another"}, "two_system_prompts"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "empty_response"),
@@ -257,12 +268,10 @@ def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields,
     ],
 )
 def test_what_training_does_not_do_is_dropped_and_counted(tmp_path, fields, reason):
-    lines = [json.dumps(row) for row in (fields, {**fields, "messages": TURNS, "tools": []})]
-    if "messages" not in fields or "system" in fields:
-        layout = {k: v for k, v in fields.items() if k != "system"}
-        good = {"conversations": SHAREGPT, "messages": TURNS, "prompt": "q", "response": "a",
-                "instruction": "q", "output": "a"}  # fmt: skip
-        lines[1] = json.dumps({name: good[name] for name in layout})
+    good = {"conversations": SHAREGPT, "messages": TURNS, "prompt": "q", "response": "a",
+            "instruction": "q", "output": "a"}  # fmt: skip
+    usable = {name: good[name] for name in fields if name in good} | {"tools": "[]", "images": []}
+    lines = [json.dumps(row) for row in (fields, usable)]
     source = load_rows(jsonl(tmp_path / "rows.jsonl", *lines))
     assert len(source) == 1 and source.dropped == {reason: 1}
 

@@ -193,6 +193,8 @@ def test_defaults_are_transformers(family):
         ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "rope_type 'linear'"),
         ({"rope_scaling": {"rope_type": ["llama3"]}}, "not supported"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "field 'factor' is missing"),
+        ({"rope_scaling": {**LLAMA3, "partial_rotary_factor": 0.5}}, "partial_rotary_factor='0.5'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization_config=.* not supported"),
         ({"eos_token_id": {"a": 1}}, "must be token numbers"),
         ({"tie_word_embeddings": "yes"}, "must be true or false"),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; known: llama, mistral, qwen2, qwen3"),
@@ -203,7 +205,7 @@ def test_defaults_are_transformers(family):
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding-w"),
         ({"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 64}, None),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"]}, "sliding-window"),
-        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias=True is not supported"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias='True' is not supported"),
     ],
 )
 def test_a_wrong_value_is_one_line(change, words):
