@@ -54,7 +54,7 @@ _NOT_TRAINED_COLUMNS = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "media"),
 }
 _TOOL_ROLES = "tool function function_call tool_call tool_response observation ipython".split()
-_EMPTY = (None, "", "[]", [], {}, ())
+_EMPTY: tuple[object, ...] = (None, "", "[]", [], {}, ())
 OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
 COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
@@ -209,9 +209,9 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         if responses and not response.strip():
             return "empty_response"
         if detected:
-            for column, reason in _NOT_TRAINED_COLUMNS.items():
+            for column, not_trained in _NOT_TRAINED_COLUMNS.items():
                 if fields.get(column) not in _EMPTY:
-                    return reason
+                    return not_trained
             if reason := _not_trained(fields.get("history"), answers=False):
                 return reason
             earlier = _earlier_turns(fields.get("history"), f"{place}: history")
