@@ -209,8 +209,8 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         if responses and not response.strip():
             return "empty_response"
         if detected:
-            for column, not_trained in _NOT_TRAINED_COLUMNS.items():
-                if fields.get(column) not in _EMPTY:
+            for name, not_trained in _NOT_TRAINED_COLUMNS.items():
+                if fields.get(name) not in _EMPTY:
                     return not_trained
             if reason := _not_trained(fields.get("history"), answers=False):
                 return reason
