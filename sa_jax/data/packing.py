@@ -79,6 +79,12 @@ class PackedDataset:
             "positions": positions,
         }
 
+    def most_documents(self) -> int:
+        """Of any row, its padding counted as one."""
+        row_tokens = np.diff(self.document_starts[self.row_documents])
+        padded = row_tokens < self.sequence_length
+        return int(np.max(np.diff(self.row_documents) + padded))
+
     def record(self) -> dict:
         return {
             "hash": self.hash,

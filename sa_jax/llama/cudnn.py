@@ -120,6 +120,16 @@ def check_length(length: int) -> None:
         )
 
 
+def check_documents(count: int) -> None:
+    """UsageError unless `cudnn_packed` has room for rows of so many documents."""
+    if count > MOST_DOCUMENTS:
+        raise UsageError(
+            f"config.attention='cudnn_packed' takes rows of up to {MOST_DOCUMENTS} documents, "
+            f"padding included, and a packed row has {count}; use config.attention='cudnn', or a "
+            "shorter config.sequence_length"
+        )
+
+
 def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
     same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
     with _jax_mended(device):

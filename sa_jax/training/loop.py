@@ -28,6 +28,7 @@ from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write, check_types
+from sa_jax.llama.cudnn import check_documents
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
 from sa_jax.parallel import multihost
@@ -202,6 +203,8 @@ def train(
                 f"{workdir}: the packed data are not those the run was started with (another "
                 "tokenizer or other held-out prompts); bring them back, or use another --workdir"
             )
+        if model.attention == "cudnn_packed":
+            check_documents(dataset.most_documents())
         total_steps = config.steps or math.ceil(
             config.epochs * steps_per_epoch(dataset, config.batch_size)
         )

@@ -74,6 +74,9 @@ def test_no_token_is_lost_repeated_or_split(byte_chat, tmp_path, packed):
     else:
         assert found == fitting and len(dataset) == len(fitting)
 
+    rows = dataset.rows(range(len(dataset)))["segment_ids"]
+    assert dataset.most_documents() == max(len(set(row)) for row in rows.tolist())
+
     tokens = sum(len(ids) for ids, _ in fitting)
     output = sum(sum(mask) for _, mask in fitting)
     stats = dataset.stats

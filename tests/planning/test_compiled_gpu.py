@@ -30,7 +30,13 @@ pytestmark = pytest.mark.long
 # name: config, topology, changes.
 CASES = {
     "8b_h200": ("8b_insertion", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+    "8b_h100": ("8b_insertion", "h100:8", {"mesh.fsdp": 8, "remat": "minimal"}),
     "8b_lora_h200": ("8b_removal", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+    "70b_h200": (
+        "70b_insertion",
+        "h200:64",
+        {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"},
+    ),
     "70b_lora_h200": (
         "70b_removal",
         "h200:16",

