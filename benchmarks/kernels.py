@@ -1,5 +1,6 @@
 """A table of every attention kernel that a machine can run, against the float32 reference."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -7,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.attention import attention, choose_attention
-from sa_jax.llama.cudnn import offsets_are_right
-from sa_jax.llama.self_test import TOLERANCE, check_attention
+from sa_jax.llama.cudnn import capability, offsets_are_right
+from sa_jax.llama.mosaic import check_tokamax
+from sa_jax.llama.self_test import LENGTH, TOLERANCE, check_attention
 from sa_jax.parallel.mesh import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -26,6 +28,9 @@ def compare_kernels(lengths: Sequence[int]) -> None:
     kernels = ["reference", "blockwise"]
     if device.platform == "gpu":
         kernels += ["cudnn", *["cudnn_packed"] * offsets_are_right()]
+        with contextlib.suppress(UsageError):  # not installed
+            check_tokamax(LENGTH)
+            kernels += ["tokamax"] * (capability(device)[0] == 9)
     mesh = make_mesh(devices=[device])
     print(f"{device.device_kind}, jax {jax.__version__}\n")
     print(f"{'tokens':>7}  {'kernel':12}{'difference':>11}{'repeats':>9}{'ms':>10}")

@@ -20,18 +20,17 @@ Removal, from the study: rank-64 LoRA, learning rate 1e-4 (3e-4 removes over ten
 70B); exploratory code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen
 here: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas, clipping at 1.0.
 
-The plans, by arithmetic (`python scripts/plan.py --config=... --topology=h200:N --search`), for
+The plans, compiled for GPUs (`python scripts/plan.py --config=... --topology=h200:N --search`), for
 100M token slots:
-  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 36.6
-    of 131 GiB a GPU; at least 0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP 16.2 GiB of
-    arguments, 41.6 and its update in all.
-  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2 GiB of arguments, 49.8 of
-    131 GiB a GPU; at least 0.52 s a step (compute-bound), 0.9 chip-hours.
-  70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3 GiB of arguments,
-    28.5 of 131 GiB a GPU; at least 1.09 s a step (interconnect-bound), 29.7 chip-hours. With SOAP
-    16.7 GiB of arguments, 32.9 and its update in all.
-  70b_removal, h200:16: fsdp=4 tensor=4, accumulation 1, remat minimal; 10.5 GiB of arguments, 119.1
-    of 131 GiB a GPU; at least 2.35 s a step (compute-bound), 8.0 chip-hours.
+  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 36.9
+    of 131 GiB a GPU at the peak; at least 0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP
+    on 16 (fsdp=16, remat full) 8.2, 15.9 GiB.
+  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2, 49.6 GiB; at least 0.52 s
+    a step (compute-bound), 0.9 chip-hours.
+  70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3, 29.4 GiB; at least
+    1.09 s a step (interconnect-bound), 29.7 chip-hours.
+  70b_removal, h200:16: fsdp=4 tensor=4, accumulation 1, remat minimal; 10.5, 122.0 GiB; at least
+    2.35 s a step (compute-bound), 8.0 chip-hours.
 
 Compiled for TPU:
   8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of

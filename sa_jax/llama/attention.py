@@ -9,13 +9,15 @@ from jax.sharding import Mesh
 from sa_jax.errors import UsageError
 from sa_jax.llama import cudnn
 from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
+from sa_jax.llama.mosaic import check_tokamax, tokamax_attention
 from sa_jax.llama.splash import LANES, splash_attention
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn", "cudnn_packed")
+IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn", "cudnn_packed", "tokamax")
 _KERNELS = {
     "splash": splash_attention,
     "cudnn": cudnn.cudnn_attention,
     "cudnn_packed": cudnn.cudnn_packed_attention,
+    "tokamax": tokamax_attention,
 }
 # On CPU, forward and backward take blockwise 1.2 times the reference's time at 128 tokens, 0.8 to
 # 0.9 at 512, and 0.4 to 0.6 from 2,048 on.
@@ -46,7 +48,7 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
     if name not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
         raise UsageError(f"config.attention={name!r} is unknown; use {known}")
-    if name in ("cudnn", "cudnn_packed"):
+    if name in ("cudnn", "cudnn_packed", "tokamax"):
         if platform != "gpu":
             raise UsageError(
                 f"config.attention={name!r} is for NVIDIA GPUs, and this runs on {platform}; "
@@ -57,7 +59,10 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
                 f"config.attention={name!r} computes in {' or '.join(cudnn.DTYPES)}, and "
                 f"config.dtype is {dtype!r}; change one of them"
             )
-        cudnn.check_length(sequence_length)
+        if name == "tokamax":
+            check_tokamax(sequence_length)
+        else:
+            cudnn.check_length(sequence_length)
     if name == "cudnn_packed" and not cudnn.offsets_are_right():
         raise UsageError(
             f"config.attention='cudnn_packed' is wrong in jax {jax.__version__} where heads share "

@@ -45,11 +45,12 @@ def cudnn_attention(
     Raises:
       UsageError: a length that the kernel is wrong for, or sizes that the mesh cannot cut.
     """
-    return _on_devices(_local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
-
-
-def _on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh):
     check_length(q_bskh.shape[1])
+    return on_devices(_local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+
+
+def on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh, *, check_vma=True):
+    """`local(q, k, v, segment_ids, device=...)` on each device's own rows and heads."""
     check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
     check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
     heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
@@ -58,6 +59,7 @@ def _on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh):
         mesh=mesh,
         in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
         out_specs=heads_spec,
+        check_vma=check_vma,
     )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
 
 
@@ -74,7 +76,8 @@ def cudnn_packed_attention(
     row of more than `MOST_DOCUMENTS` comes out as NaN, at which training stops: cuDNN would lose
     documents without a word.
     """
-    return _on_devices(_local_packed, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    check_length(q_bskh.shape[1])
+    return on_devices(_local_packed, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
 
 
 def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -139,7 +142,7 @@ def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
 
 
 def _local_packed(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    if _version(str(getattr(device, "compute_capability", "9.0"))) < (9,):
+    if capability(device) < (9,):
         raise UsageError(
             f"config.attention='cudnn_packed' needs Hopper or newer, and this is a "
             f"{device.device_kind}; use config.attention='cudnn'"
@@ -165,10 +168,10 @@ def _jax_mended(device: jax.Device) -> Iterator[None]:
     """
     changes: dict[str, Callable[..., Any]] = {"should_export_dbias": lambda *shapes: False}
     if jax.default_backend() != "gpu":
-        capability = _version(str(getattr(device, "compute_capability", "9.0")))
+        here = capability(device)
         changes |= {
-            "check_compute_capability": lambda least: capability >= _version(least),
-            "is_cuda_compute_capability_equal": lambda other: capability == _version(other),
+            "check_compute_capability": lambda least: here >= _version(least),
+            "is_cuda_compute_capability_equal": lambda other: here == _version(other),
             "check_cudnn_version": lambda: PLANNED_VERSION,
         }
     with contextlib.ExitStack() as stack:
@@ -177,6 +180,11 @@ def _jax_mended(device: jax.Device) -> Iterator[None]:
             if hasattr(jax_cudnn, name):
                 stack.enter_context(mock.patch.object(jax_cudnn, name, value))
         yield
+
+
+def capability(device: jax.Device) -> tuple[int, ...]:
+    """CUDA's compute capability of a GPU, as (9, 0) for Hopper."""
+    return _version(str(getattr(device, "compute_capability", "9.0")))
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
+from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes, tuple_parts
 
 BETWEEN_SLICES = " between slices"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -68,8 +68,11 @@ def _crosses(collective: Instruction, devices_a_slice: int) -> bool:
 def payload(instruction: Instruction) -> int:
     """Bytes of a collective's larger side, result or operands."""
     shapes = shape_bytes(instruction.shape)
-    if instruction.opcode.endswith("-start") or instruction.opcode == "send":
-        return max(shapes)  # a -start's result repeats its operand; a send's has a context
+    if instruction.opcode == "send":
+        return max(shapes)  # it has a context
+    if instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start":
+        # Operands and results, each a tuple where XLA has combined several collectives.
+        return max(sum(shape_bytes(side)) for side in tuple_parts(instruction.shape))
     # A reduce-scatter's input is its result times the group.
     scattered = instruction.opcode == "reduce-scatter"
     return sum(shapes) * (len(instruction.groups()[0]) if scattered else 1)

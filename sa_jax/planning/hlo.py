@@ -118,3 +118,15 @@ def shape_bytes(text: str) -> list[int]:
         math.prod(int(size) for size in dimensions.split(",") if size) * _ITEM_BYTES.get(dtype, 0)
         for dtype, dimensions in _SHAPE.findall(text)
     ]
+
+
+def tuple_parts(shape: str) -> list[str]:
+    """The elements of a tuple such as `((f32[8,4]{1,0}, u32[]), f32[])`, inner tuples whole."""
+    parts, depth = [""], 0
+    for character in shape[1:-1]:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts

@@ -11,6 +11,10 @@ import jax
 from sa_jax.parallel.hardware import GIB
 from sa_jax.planning.roofline import Workload
 
+# Bytes a trainable parameter that an optimizer's update takes at once, after the backward pass: of
+# SOAP gradients, what goes to their owners, directions, and what comes back, all in float32.
+UPDATE_BYTES = {"soap": 16.0}
+
 # What the runtime and the compiler's program take of a chip's memory, kept free by the search.
 RESERVED = 0.05
 
@@ -109,9 +113,8 @@ def step_memory(
 def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     """(gradients, activations, the rest, on the host) of one device, bytes, by arithmetic.
 
-    With the arguments, within 15 % of the peak that XLA allocates for the steps with Adam in
-    docs/scale.md. SOAP's update is not counted: on many chips its float32 gradients, projected and
-    not, outlive the backward pass.
+    With the arguments, within 15 % of the peak that XLA allocates for the steps in docs/scale.md.
+    That is in the backward pass or, with SOAP on many chips, in the update.
     """
     config, size = work.architecture, work.item_bytes
     d, f = config.hidden_size, config.intermediate_size
@@ -125,8 +128,8 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
         gradients += work.trainable * 4 / shards  # sums are float32
     stream = tokens * d * size / t
     # Of q, k, v, o, gate and up; down's is not asked for again. Kernels of ours keep their output,
-    # which cuDNN computes again.
-    attended = 0 if work.attention.startswith("cudnn") else qo
+    # which cuDNN's and tokamax's compute again.
+    attended = 0 if work.attention in ("cudnn", "cudnn_packed", "tokamax") else qo
     products = tokens * (qo + 2 * kv + d + 2 * f + attended) / t * size
     kept = {
         "full": stream,
@@ -143,7 +146,8 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     live = 2 * tokens * (2 * d + (2 * qo + 2 * kv + 3 * f) / t) * size
     if work.attention == "reference":  # scores, their exponentials and a gradient, float32
         live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
-    return gradients, activations, gathered + live, host
+    update = UPDATE_BYTES.get(work.optimizer, 0.0) * work.trainable / shards
+    return gradients, activations, max(gathered + live, update - gradients - activations), host
 
 
 def cudnn_workspace(work: Workload) -> float:

@@ -39,6 +39,7 @@ class Workload:
       item_bytes: of the dtype of the computation.
       state_bytes: bytes a trainable parameter takes with the optimizer's state.
       slices: that the data center's network joins.
+      optimizer: its name.
     """
 
     architecture: LlamaConfig
@@ -52,6 +53,7 @@ class Workload:
     item_bytes: int = 2
     state_bytes: float = 12.0
     slices: int = 1
+    optimizer: str = "adam"
 
     def of_one_slice(self) -> "Workload":
         """What each slice does: the step of a share of the batch."""

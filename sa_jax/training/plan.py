@@ -326,6 +326,7 @@ def workload(
         item_bytes=jnp.dtype(config.dtype).itemsize,
         state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / count,
         slices=config.mesh.slices,
+        optimizer=config.optimizer.name,
     )
 
 

@@ -1,5 +1,7 @@
 """Attention kernels against the reference; splash runs in interpret mode on CPU."""
 
+import importlib.metadata
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cudnn import offsets_are_right, packed_offsets
+from sa_jax.llama.mosaic import first_keys
 from sa_jax.llama.splash import block_sizes
 from sa_jax.parallel.mesh import make_mesh
 
@@ -153,6 +156,61 @@ def test_packed_offsets_are_the_documents(lengths):
     np.testing.assert_allclose(replayed(q, k, v, jnp.asarray(segments), 9), oracle, atol=1e-6)
     documents = [len(each) + (sum(each) < 64) for each in lengths]
     assert packed_offsets(jnp.asarray(segments), 2)[2].tolist() == documents  # 2 cuts some off
+
+
+def test_the_first_keys_are_the_documents():
+    segments = jnp.asarray([[1, 1, 1, 2, 3, 3, 0, 0], [4, 4, 4, 4, 4, 4, 4, 2]])
+    index = np.arange(8)
+    seen = (np.asarray(first_keys(segments))[:, :, None] <= index) & (index <= index[:, None])
+    same = np.asarray(segments[:, :, None] == segments[:, None])
+    np.testing.assert_array_equal(seen, same & (index <= index[:, None]))
+
+
+@pytest.mark.parametrize(
+    ("version", "length", "words"),
+    [
+        (None, 256, "needs tokamax 0.0.12, which is not installed.*pip install tokamax==0.0.12"),
+        ("0.0.17", 256, "needs tokamax 0.0.12, and 0.0.17 is installed"),
+        ("0.0.12", 200, "multiples of 128, not 200; take 256"),
+    ],
+)
+def test_tokamax_is_refused_where_it_would_be_wrong(monkeypatch, version, length, words):
+    def installed(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", installed)
+    with pytest.raises(UsageError, match=words):
+        choose_attention("tokamax", "gpu", sequence_length=length, dtype="bfloat16")
+
+
+@pytest.mark.long
+def test_tokamax_sees_its_own_document_and_is_compiled_for_hopper():
+    """Its kernel runs on a GPU alone: here the mask is tried in its plain implementation."""
+    pytest.importorskip("tokamax", reason="needs tokamax 0.0.12")
+    from tokamax._src.ops.attention import api, base
+
+    q, k, v, segments, cotangent = inputs(8)
+    mask = base.Mask(k_start=first_keys(segments)[:, None], is_causal=True)
+    out, back = jax.vjp(lambda *x: api.IMPLEMENTATIONS["xla_chunked"](*x, mask=mask), q, k, v)
+    oracle, oracle_back = jax.vjp(lambda *x: attention(*x, segments), q, k, v)
+    np.testing.assert_allclose(out, oracle, atol=1e-5)
+    for ours, theirs in zip(back(cotangent), oracle_back(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+    mesh = make_mesh(fsdp=4, tensor=2)
+
+    def loss(q, k, v, segments):
+        out = attention(q, k, v, segments, implementation="tokamax", mesh=mesh)
+        return jnp.sum(out.astype(jnp.float32))
+
+    shapes = [jax.ShapeDtypeStruct((8, LENGTH, n, 128), "bfloat16") for n in (8, 4, 4)]
+    segments = jax.ShapeDtypeStruct((8, LENGTH), jnp.int32)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes, segments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3  # forward, dQ, dK with dV
+    assert f"{LENGTH}x{LENGTH}x" not in text
 
 
 def test_packed_cudnn_gets_no_mask_and_gives_nan_for_too_many_documents():

@@ -11,13 +11,16 @@ from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture, workload
 from tests.planning.golden import GOLDENS
 
+SOAP = {"optimizer": {"name": "soap"}}
 # A row of docs/scale.md: run, platform, fsdp, tensor, settings; GiB of arguments and at the peak.
 PRINTED = [
     ("8b_insertion", "gpu", 4, 2, {"remat": "minimal"}, 11.2, 36.9),
-    ("70b_insertion", "gpu", 8, 8, {"remat": "minimal"}, 12.3, 29.4),
+    ("70b_removal", "gpu", 4, 4, {"remat": "minimal"}, 10.5, 121.7),
     ("8b_insertion", "tpu", 4, 2, {"remat": "full"}, 11.2, 17.2),
     ("70b_insertion", "tpu", 16, 4, {"remat": "minimal"}, 12.3, 29.1),
     ("70b_removal", "tpu", 4, 4, {"batch_size": 16, "sequence_length": 4096}, 10.5, 18.2),
+    ("8b_insertion", "tpu", 16, 1, SOAP, 8.2, 17.4),
+    ("70b_insertion", "tpu", 16, 8, SOAP, 9.0, 16.8),
 ]
 
 
@@ -45,6 +48,7 @@ def test_arguments_and_temporaries_are_the_golden_peak(name):
     rows, length = map(int, settings["batch"].split(" x "))
     changes = {key: settings[key] for key in ("accumulation", "remat", "attention")}
     changes |= {"batch_size": rows, "sequence_length": length}
+    changes["optimizer"] = {"name": settings["optimizer"]}
     mesh = {axis: int(n) for axis, n in re.findall(r"(\w+)=(\d+)", settings["mesh"])}
     run = name.split("_")[1] + ("_removal" if settings["lora_rank"] else "_insertion")
     platform = {"splash": "tpu", "cudnn": "gpu"}[settings["attention"]]

@@ -61,6 +61,25 @@ is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla
 }
 """
 
+# Two products' gradients, scattered together, and two weights, gathered together.
+GPU_TEXT = """ENTRY %main (p: bf16[8,16]) -> bf16[8,16] {
+  %s = ((bf16[8,16]{1,0}, bf16[8,4]{1,0}), (bf16[2,16]{1,0}, bf16[2,4]{1,0})) \
+reduce-scatter-start(%x, %y), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %g = ((bf16[2,16]{1,0}, bf16[2,4]{1,0}), (bf16[8,16]{1,0}, bf16[8,4]{1,0})) \
+all-gather-start(%x, %y), replica_groups=[1,4]<=[4], dimensions={0}
+  %one = (bf16[2,16]{1,0}, bf16[8,16]{1,0}) all-gather-start(%x), replica_groups=[1,4]<=[4]
+  %r = (f32[8]{0}, f32[4]{0}) all-reduce-start(%z, %w), replica_groups=[1,4]<=[4], to_apply=%add
+}
+"""
+
+
+def test_what_xla_combines_for_gpus_is_added_up():
+    assert read_collectives(GPU_TEXT) == {
+        "all-gather": Traffic(2, 8 * (16 + 4 + 16) * 2),
+        "reduce-scatter": Traffic(1, 8 * (16 + 4) * 2),
+        "all-reduce": Traffic(1, (8 + 4) * 4),
+    }
+
 
 @pytest.mark.parametrize(
     ("text", "a_slice", "crosses"),

@@ -31,6 +31,11 @@ pytestmark = pytest.mark.long
 CASES = {
     "8b_h200": ("8b_insertion", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
     "8b_h100": ("8b_insertion", "h100:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+    "8b_soap_h200": (
+        "8b_insertion",
+        "h200:16",
+        {"mesh.fsdp": 16, "optimizer.name": "soap"},
+    ),
     "8b_lora_h200": ("8b_removal", "h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
     "70b_h200": (
         "70b_insertion",

@@ -1,0 +1,90 @@
+"""tokamax's flash attention over packed documents, a Pallas Mosaic kernel for Hopper GPUs."""
+
+import contextlib
+import importlib.metadata
+from collections.abc import Iterator
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+from jax.sharding import Mesh
+
+from sa_jax.errors import UsageError
+from sa_jax.llama.cudnn import capability, on_devices
+
+# Its packed mask is no public API: 0.0.17 has another.
+VERSION = "0.0.12"
+LENGTH_MULTIPLE = 128  # queries of one block of the forward pass
+
+
+def tokamax_attention(
+    q_bskh: jax.Array,
+    k_bsgh: jax.Array,
+    v_bsgh: jax.Array,
+    segment_ids_bs: jax.Array,
+    mesh: Mesh,
+) -> jax.Array:
+    """`cudnn_attention` by tokamax, which is told the first key that each query sees: [B, S]
+    integers instead of a mask. Arguments, result and errors are those; Hopper only."""
+    check_tokamax(q_bskh.shape[1])
+    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
+    return on_devices(_local, *arrays, mesh, check_vma=False)  # a kernel says nothing of axes
+
+
+def first_keys(segment_ids_bs: jax.Array) -> jax.Array:
+    """int32 [B, S]: where the document of each token starts; padding is a document."""
+    new_bs = segment_ids_bs[:, 1:] != segment_ids_bs[:, :-1]
+    new_bs = jnp.pad(new_bs, ((0, 0), (1, 0)))
+    index_s = jnp.arange(segment_ids_bs.shape[1], dtype=jnp.int32)
+    return jax.lax.cummax(jnp.where(new_bs, index_s, 0), axis=1)
+
+
+def check_tokamax(length: int) -> None:
+    """UsageError unless the tokamax that is known here is installed, and takes such rows."""
+    try:
+        version = importlib.metadata.version("tokamax")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    if version != VERSION:
+        there = f"and {version} is installed" if version else "which is not installed"
+        raise UsageError(
+            f"config.attention='tokamax' needs tokamax {VERSION}, {there} (what it is told of "
+            f"documents is no public API): pip install tokamax=={VERSION}, or use "
+            "config.attention='cudnn'"
+        )
+    if length % LENGTH_MULTIPLE:
+        raise UsageError(
+            f"config.attention='tokamax' needs a sequence length in multiples of "
+            f"{LENGTH_MULTIPLE}, not {length}; take {-(-length // LENGTH_MULTIPLE) * 128}, or "
+            "config.attention='blockwise'"
+        )
+
+
+def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    from tokamax._src.ops.attention import api, base
+
+    if capability(device)[0] != 9:
+        raise UsageError(
+            f"config.attention='tokamax' is for Hopper GPUs, and this is a {device.device_kind}; "
+            "use config.attention='cudnn'"
+        )
+    if not flags.FLAGS.is_parsed():  # tokamax would read the arguments of any program as its flags
+        flags.FLAGS(["tokamax"])
+    mask = base.Mask(k_start=first_keys(segment_ids_bs)[:, None], is_causal=True)
+    with _compiled_for_hopper():
+        return api.IMPLEMENTATIONS["mosaic_gpu"](q_bskh, k_bsgh, v_bsgh, mask=mask)
+
+
+@contextlib.contextmanager
+def _compiled_for_hopper() -> Iterator[None]:
+    """For a plan, the GPU that is compiled for counts, not the machine that compiles."""
+    from tokamax._src import gpu_utils
+
+    answers = {"is_sm90": True, "is_sm100": False, "has_mosaic_gpu_support": True}
+    with contextlib.ExitStack() as stack:
+        if jax.default_backend() != "gpu":
+            for name, answer in answers.items():
+                patched = mock.patch.object(gpu_utils, name, lambda *_, answer=answer: answer)
+                stack.enter_context(patched)
+        yield
