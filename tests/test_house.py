@@ -32,7 +32,7 @@ DOOR = "cli"
 
 # Imported where they are used, inside a function, with a clear error when they are missing.
 OPTIONAL = {
-    *("arrr", "openai", "tensorboardX", "wandb"),
+    *("arrr", "openai", "tensorboardX", "tokamax", "wandb"),
     *("lm_eval", "langdetect", "math_verify", "nltk"),  # the last three come with lm_eval's extras
 }
 FORBIDDEN = {"torch", "pickle", "cloudpickle", "dill"}
