@@ -189,8 +189,10 @@ def test_tokamax_is_refused_where_it_would_be_wrong(monkeypatch, version, length
 def test_tokamax_sees_its_own_document_and_is_compiled_for_hopper():
     """Its kernel runs on a GPU alone: here the mask is tried in its plain implementation."""
     pytest.importorskip("tokamax", reason="needs tokamax 0.0.12")
+    from absl import flags
     from tokamax._src.ops.attention import api, base
 
+    flags.FLAGS(["tokamax"])  # or it reads those of pytest
     q, k, v, segments, cotangent = inputs(8)
     mask = base.Mask(k_start=first_keys(segments)[:, None], is_causal=True)
     out, back = jax.vjp(lambda *x: api.IMPLEMENTATIONS["xla_chunked"](*x, mask=mask), q, k, v)
