@@ -34,10 +34,11 @@ def test_an_unknown_topology_lists_the_known(name):
         parse_topology(name)
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_no_gpus(monkeypatch):
     find = importlib.util.find_spec
+    missing = ("libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find(name)
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else find(name)
     )
     with pytest.raises(UserError, match=r"'\.\[tpu\]'"):
         open_topology("v5p:4x4x4")

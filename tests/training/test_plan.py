@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, GIB
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.planning import topology
 from sa_jax.planning.memory import Memory, advice_to_fit
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.search import candidates
@@ -71,9 +72,11 @@ def test_predicted_arguments_are_those_that_are_compiled(attached):
     assert attached["collectives"]["kinds"] and attached["time"] == attached["clock"] == {}
 
 
-def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
-    toy, tmp_path, capsys
+def test_without_jaxs_cuda_plugin_gpus_are_planned_by_arithmetic_and_the_extra_is_named(
+    toy, tmp_path, capsys, monkeypatch
 ):
+    for module in (training_plan, topology):
+        monkeypatch.setattr(module, "has_gpu_compiler", lambda: False)
     found = plan(toy, "h200:8")
     assert found["memory_gib_per_chip"]["source"] == "estimated"
     assert "partitioned for 8 CPU devices" in found["collectives"]["source"]
@@ -87,6 +90,7 @@ def test_gpus_are_planned_by_arithmetic_and_their_collectives_by_partitioning(
     for words in (
         "h200:8, 8 GPUs on 1 node",
         "= arguments",
+        "'.[plan-gpu]'",
         "fits",
         "MFU",
         "chip-hours",
