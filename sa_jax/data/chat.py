@@ -84,6 +84,7 @@ _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 # batch are all kept, and a character takes 4 bytes at most, in each of a few copies.
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _BYTES_PER_CHARACTER = 5, 2**29, 16
 _MOST_ADDED = 2**20  # characters, beside 16 times those of the messages
+_REMEDY = "; mend the template or that row, or use chat_template=llama3 or plain"
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
@@ -116,7 +117,7 @@ class ChatFormat:
         characters = sum(len(m["content"]) for c in conversations for m in c.messages)
         extra_bytes = _TEMPLATE_BYTES + _BYTES_PER_CHARACTER * characters
         rendered = []
-        with limits("the chat template", _TEMPLATE_SECONDS, extra_bytes) as begin:
+        with limits("the chat template", _REMEDY, _TEMPLATE_SECONDS, extra_bytes) as begin:
             for conversation in conversations:
                 place = conversation.source or _end(conversation.messages)
                 begin(f"{place}: the chat template")
@@ -137,7 +138,7 @@ class ChatFormat:
         saving a checkpoint meanwhile."""
         if self.name != "model":
             return self._encode_pieces([self._render(messages, prompt=True)])[0][0]
-        with limits(f"{_end(messages)}: the chat template", _TEMPLATE_SECONDS):
+        with limits(f"{_end(messages)}: the chat template", _REMEDY, _TEMPLATE_SECONDS):
             rendered = self._render(messages, prompt=True)
         return self._encode_whole([rendered])[0][0]
 
@@ -201,12 +202,12 @@ class ChatFormat:
             raise
         except Exception as error:  # a template is a program: it fails in any way it likes
             raise UserError(
-                f"the chat template refuses {_end(messages)}: {first_line(error)}"
+                f"the chat template refuses {_end(messages)}: {first_line(error)}{_REMEDY}"
             ) from error
         most = _MOST_ADDED + 16 * sum(len(message["content"]) for message in messages)
         if len(texts[0]) > most:
             raise UserError(
-                f"the chat template makes {len(texts[0]):,} characters of {_end(messages)}"
+                f"the chat template makes {len(texts[0]):,} characters of {_end(messages)}{_REMEDY}"
             )
         return texts[0], spans[0] if spans else []
 
@@ -435,7 +436,8 @@ def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]
 def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     """Tries the template on a two-turn conversation, with and without a system turn; returns the
     token ids that end a turn."""
-    with limits(f"the chat template in {path}", _TEMPLATE_SECONDS, _TEMPLATE_BYTES):
+    what = f"the chat template in {path}"
+    with limits(what, _REMEDY, _TEMPLATE_SECONDS, _TEMPLATE_BYTES):
         text, spans = chat._render(_PROBE)
         rendered_prompt = chat._render(_PROBE[:3], prompt=True)
         try:

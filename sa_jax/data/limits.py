@@ -17,13 +17,14 @@ class _TooLong(BaseException):
 
 @contextlib.contextmanager
 def limits(
-    what: str, seconds: float, extra_bytes: int | None = None
+    what: str, remedy: str, seconds: float, extra_bytes: int | None = None
 ) -> Iterator[Callable[[str], None]]:
     """Ends a block that takes too long or too much. Only the main thread can be interrupted: in
     another there is no limit.
 
     Args:
       what: the program, for the message.
+      remedy: what the message ends with.
       seconds: of the main thread's CPU time that the block may take.
       extra_bytes: of address space that the process may take beyond what it has (on Linux), for
         blocks beside which no other thread asks for much; None sets no such limit.
@@ -59,9 +60,9 @@ def limits(
     try:
         yield begin
     except _TooLong as error:
-        raise UserError(f"{running} does not come to an end ({seconds} s)") from error
+        raise UserError(f"{running} does not come to an end ({seconds} s){remedy}") from error
     except MemoryError as error:
-        raise UserError(f"{running} takes too much memory") from error
+        raise UserError(f"{running} takes too much memory{remedy}") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

@@ -105,6 +105,9 @@ def weights_digest(path: str | Path) -> str:
     folder = as_path(path)
     adapters = not (folder / "config.json").exists()
     names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing: fetch the folder again")
     with explained(path, "reading its weights"):
         files = tuple((name, *size_and_time(folder / name)) for name in names)
         sampled = sum(size for _, size, _ in files) > _HASHED_WHOLE_BYTES

@@ -172,7 +172,7 @@ def expand(study: ConfigDict) -> list[Cell]:
     """All cells, parents before their children.
 
     Raises:
-      UsageError: no study; an unknown axis, value, stage or name in a text; a stage before one that
+      UsageError: no study, or one without cells; an unknown axis, value, stage or name in a text; a stage before one that
         it comes after; two cells that share a folder.
     """
     if "stages" not in study:
@@ -206,6 +206,8 @@ def expand(study: ConfigDict) -> list[Cell]:
                     f"{_described(cell)}; give their axis values or stages other names"
                 )
             cells[cell.name] = cell
+    if not cells:
+        raise UsageError("the study has no cells: give it stages, and every axis a value")
     return list(cells.values())
 
 
