@@ -172,8 +172,8 @@ def expand(study: ConfigDict) -> list[Cell]:
     """All cells, parents before their children.
 
     Raises:
-      UsageError: no study, or one without cells; an unknown axis, value, stage or name in a text; a stage before one that
-        it comes after; two cells that share a folder.
+      UsageError: no study, or one without cells; an unknown axis, value, stage or name in a text;
+        a stage before one that it comes after; two cells that share a folder.
     """
     if "stages" not in study:
         raise UsageError("--config is not a study: it has no `stages` (see configs/toy_study.py)")
