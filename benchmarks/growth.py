@@ -40,6 +40,7 @@ WINDOWED = (
     "70b_insertion v5p:4x4x4 64x2048 16x4",
     "8b_insertion v6e:2x4 16x4096 4x2",
     "70b_removal v5p:2x2x4 16x4096 4x4",
+    "8b_insertion v6e:16x16 1024x8192 256x1",
 )
 BATCHES = "16x1024 16x2048 16x4096 16x8192 8x32768 8x2048 32x2048 64x2048".split()
 CHIPS = ("2x2x2 8x4096 2x4", "2x4x4 32x4096 8x4", "4x4x4 64x4096 16x4", "8x8x8 512x4096 64x8")
