@@ -58,6 +58,7 @@ def test_help_is_one_screen_of_our_own_flags_and_comes_at_once(script):
     ],
 )
 def test_secrets_are_not_printed(text, shown):
+    """Keys and credentials in an answer or an address are not printed"""
     assert without_secrets(text) == shown
 
 

@@ -158,7 +158,11 @@ def test_two_processes_share_a_run_in_a_bucket(zygote, toy_world, bucket, bucket
         ends = [process.wait() for process in launch(place)]
         assert [process.returncode for process in ends] == [0, 0], ends[0].stderr
     assert log_without_times(run) == log_without_times(here)
-    assert_bit_equal(*(weights(zygote, r, tmp_path / n) for r, n in ((run, "a"), (here, "b"))))
+    exports = [
+        weights(zygote, place, tmp_path / f"{place.parent.name}_hf", env=bucket_env)
+        for place in (run, here)
+    ]
+    assert_bit_equal(*exports)
 
 
 @pytest.mark.long

@@ -151,6 +151,7 @@ def test_low_and_returned_evals_are_asked_again_once(tmp_path):
 
 
 def test_a_damaged_summary_is_done_again_and_strangers_are_left_alone(tmp_path, caplog):
+    """A damaged eval is done again on resume, and a stray file beside it is left alone"""
     eval_, suite = scripted_suite(tmp_path, {0: 3, 10: 3, 20: 3})
     for step in (0, 10, 20):
         suite.run(step, step)

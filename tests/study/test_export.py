@@ -334,6 +334,7 @@ def test_continued_adapters_go_on_where_they_were_and_keep_their_base(first, toy
 
 
 def test_a_moved_base_is_given_and_a_replaced_one_is_refused(toy_world, tmp_path):
+    """The moved base of a LoRA run is given by a flag; one with other weights is refused"""
     model, moved, run = tmp_path / "model", tmp_path / "moved", tmp_path / "run"
     shutil.copytree(toy_world / "model", model)
     run.mkdir()

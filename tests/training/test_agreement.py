@@ -6,6 +6,7 @@ from types import MappingProxyType
 import pytest
 
 from tests.training.test_loop import insertion
+from tests.zygote import ROOT
 
 PROGRAM = """
 from sa_jax import cli
@@ -26,14 +27,19 @@ cli.run(main, "")
 """
 
 
-def launched(zygote, argvs, env=MappingProxyType({})):
+def launched(zygote, argvs, env=MappingProxyType({}), cwds=()):
     """Starts one command a process, as one launch over loopback; returns the processes."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         address = f"localhost:{probe.getsockname()[1]}"
     pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
     return [
-        zygote.start(*argv, devices=1, env={**env, **pod, "JAX_PROCESS_ID": str(number)})
+        zygote.start(
+            *argv,
+            devices=1,
+            env={**env, **pod, "JAX_PROCESS_ID": str(number)},
+            cwd=cwds[number] if cwds else ROOT,
+        )
         for number, argv in enumerate(argvs)
     ]
 

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import random
-import resource
 import signal
 import subprocess
 import time
@@ -16,15 +15,12 @@ import pytest
 from sa_jax.training.metrics import read_metrics
 from tests.cpu import xla_flags
 from tests.test_early_stop import SIGNALS, handles_signals, start
-from tests.training.test_agreement import launched
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
 from tests.zygote import ROOT
 
 pytestmark = pytest.mark.long
 
 NO_EVALS = ("--config.eval.names={}", "--config.eval.num_prompts=0")
-
-FOUR = "--config.mesh.fsdp=4"  # processes of one device
 
 
 @pytest.fixture(scope="module")
@@ -131,27 +127,3 @@ def test_3000_steps_take_no_more_memory_and_files(zygote, toy_world, tmp_path):
     late = np.array([s[1:] for s in seen if s[0] >= 2300])
     assert len(early) > 10 and len(late) > 10
     np.testing.assert_allclose(np.median(late, 0), np.median(early, 0), rtol=0.02)
-
-
-def test_numbers_that_are_not_finite_end_a_run_of_four(zygote, toy_world, tmp_path):
-    """A loss that is not finite in a run of 4 processes ends all with the same line."""
-    more = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_fraction=0.0")
-    command = insertion(toy_world, tmp_path / "run", *NO_EVALS, *more, FOUR)
-    ends = [process.wait() for process in launched(zygote, [command] * 4)]
-    assert [process.returncode for process in ends] == [1] * 4, ends[0].stderr
-    assert all("not finite: " in process.stderr.splitlines()[-1] for process in ends)
-
-
-def test_a_full_disk_of_one_of_four_ends_all(zygote, toy_world, tmp_path):
-    """A disk on which one of 4 processes cannot write its part of a checkpoint ends all."""
-    run = tmp_path / "run"
-    command = insertion(toy_world, run, *NO_EVALS, FOUR, "--config.peer_timeout_s=5")
-    processes = launched(zygote, [command] * 4)
-    resource.prlimit(processes[3].pid, resource.RLIMIT_FSIZE, (40_000, 40_000))
-    for number, process in enumerate(processes):
-        assert process.wait().returncode == 1, process.stderr
-        line = process.stderr.splitlines()[-1]
-        assert "saving the checkpoint of step" in line, process.stderr[-3000:]
-        assert number == 3 or "process 3 (" in line, line
-    again = [process.wait() for process in launched(zygote, [command] * 4)]
-    assert [process.returncode for process in again] == [0] * 4, again[0].stderr

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -40,10 +41,11 @@ def removal(world: Path, workdir: Path, init_from: Path, *more: str) -> tuple[st
     )
 
 
-def weights(zygote, run: Path, out: Path, *more: str) -> dict[str, np.ndarray]:
+def weights(zygote, run: Path, out: Path, *more: str, env=MappingProxyType({})) -> dict:
     from safetensors.numpy import load_file
 
-    done = zygote.run("scripts/export_hf.py", f"--run={run}", f"--out={out}", *more)
+    command = "scripts/export_hf.py", f"--run={run}", f"--out={out}", *more
+    done = zygote.start(*command, env=env).wait()
     assert done.returncode == 0, done.stderr
     return load_file(out / "model.safetensors")
 

@@ -144,6 +144,7 @@ class Failing:
 def test_a_sink_that_fails_warns_once_and_the_others_go_on(
     tmp_path, monkeypatch, warnings, fails, why
 ):
+    """A sink that fails, at its start or later, warns, and the run and other sinks go on"""
     steps = []
     monkeypatch.setattr(Failing, "fails", fails, raising=False)
     monkeypatch.setitem(sinks.SINKS, "wandb", ("wandb", Failing))
