@@ -144,7 +144,7 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
     documents: list[dict] = [{"name": "study"}]
     for name, of_stage in _stages(cells).items():
         topology = _machine(of_stage[0].stage)
-        resources: dict = {"job_recovery": {"recover_on_exit_codes": [75]}}
+        resources: dict = {"job_recovery": {"recover_on_exit_codes": [75, 130, 143]}}
         extras = "data,eval"
         if topology is not None:
             if topology.platform != "gpu" or topology.chips > _GPUS_A_NODE:

@@ -135,6 +135,19 @@ def test_an_abort_of_its_own_is_one(zygote, tmp_path):
 
 
 @pytest.mark.long
+def test_one_that_is_killed_when_all_is_done_holds_nobody_up(zygote, tmp_path):
+    """A process that is killed after its last step does not keep the others from their end."""
+    script = tmp_path / "program.py"
+    settings = {"failing": -1, "end": "pass", "resumable": True, "last": 1}
+    text = PROGRAM.format(folder=tmp_path, **settings)
+    last = "    if jax.process_index() == 1:\n        os.kill(os.getpid(), 9)\n"
+    text = text.replace("                return", "                break")
+    script.write_text(text.replace("\ncli.run", f"{last}\ncli.run"))
+    processes = launched(zygote, [(str(script),)] * 2)
+    assert processes[0].wait(30).returncode == 0, processes[0].stderr
+
+
+@pytest.mark.long
 def test_a_short_pause_ends_nobody(zygote, tmp_path):
     """A pause that is shorter than the limit ends nobody."""
     processes = started(zygote, tmp_path, last=20)

@@ -144,7 +144,7 @@ def test_sky_is_a_task_a_stage_that_restarts_on_75(tmp_path):
     assert tasks[2]["num_nodes"] == 2
     assert tasks[2]["resources"] == {
         "accelerators": "H200:4",
-        "job_recovery": {"recover_on_exit_codes": [75]},
+        "job_recovery": {"recover_on_exit_codes": [75, 130, 143]},
     }
     assert "--only=removal/hhh,removal/pirate" in tasks[2]["run"]
 
