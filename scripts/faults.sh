@@ -25,7 +25,7 @@ status=0
     tests/training/test_sinks.py::test_a_sink_that_fails_warns_once_and_the_others_go_on \
     tests/evals/test_suite.py::test_a_damaged_summary_is_done_again_and_strangers_are_left_alone \
     tests/test_binaries.py::test_secrets_are_not_printed \
-    -k "not (contract or another_task or another_config or repeats or weights_alone or examples)" \
+    -k "not (contract or another_task or another_config or repeats or weights_alone or adapters_alone or cudnn or examples)" \
     "$@" >&2 </dev/null || status=$?
 "$PYTHON_BIN" -m tests.fault_table "$results"
 exit "$status"

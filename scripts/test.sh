@@ -23,5 +23,5 @@ export JAX_PLATFORMS=cpu
 "$PYTHON_BIN" -m ruff format --check
 "$PYTHON_BIN" -m mypy
 # Later options win, so that `-n 0` or `-m ...` on the command line replaces these.
-exec "$PYTHON_BIN" -m pytest -n 2 --dist worksteal --durations=10 \
+exec "$PYTHON_BIN" -m pytest -n 3 --dist worksteal --durations=10 \
     ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null
