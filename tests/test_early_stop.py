@@ -85,3 +85,20 @@ print("on")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "on\n"), done.stderr
+
+
+EXPORTING = """
+import sa_jax.early_stop
+import os, signal, sys, time
+from sa_jax.llama.safetensors_io import new_folder
+
+with new_folder(sys.argv[1]) as folder:
+    (folder / "part").write_text("x")
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+"""
+
+
+def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
+    done = subprocess.run([sys.executable, "-c", EXPORTING, tmp_path / "out"], timeout=50)
+    assert done.returncode != 0 and not list(tmp_path.iterdir())

@@ -294,7 +294,7 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
         if says in ("assistant", "gpt"):
             weight = turn.get("weight")
             marks = [turn.get(name) for name in ("train", "training", "loss")]
-            if weight not in (None, 1) or any(mark in (False, 0) for mark in marks):
+            if weight not in (None, 1) or any(mark == 0 for mark in marks):
                 return "turn_weight"
             if turn.get("reasoning_content") or turn.get("thinking"):
                 return "reasoning_apart"

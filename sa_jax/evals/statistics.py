@@ -182,11 +182,14 @@ def paired_difference(
     four outcomes, and McNemar's exact p; others Student's interval and test.
 
     Args:
-      a, b: an item's score before and after, in [0, 1]; at least one item.
-      sizes: of how many answers each is the mean. An item counts by its size and is drawn whole:
-        answers to one item are not independent.
+      a, b: float [N], an item's score before and after, in [0, 1]; N ≥ 1.
+      sizes: float [N], of how many answers each is the mean. An item counts by its size and is
+        drawn whole: answers to one item are not independent.
       confidence: two-sided coverage in (0, 1).
       scale: a true value of 1 stands in `a` as this.
+
+    Returns:
+      All but the p-value are fractions. One item that is not 0/1 decides nothing: (-1, 1), p = 1.
     """
     n = len(a)
     binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)

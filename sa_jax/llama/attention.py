@@ -199,7 +199,7 @@ def cached_attention(
     Args:
       q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
       k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
-      cache_k_lcbght, cache_v_lcbtgh: see `model.KVCache`; the past in 0..start_b-1. Their B may be
+      cache_k_lcbght, cache_v_lcbtgh: see `cache.KVCache`; the past in 0..start_b-1. Their B may be
         1: a past that all rows share.
       layer: which L to read.
       start_b: int [B].

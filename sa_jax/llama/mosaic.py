@@ -46,15 +46,14 @@ def check_tokamax(length: int) -> None:
     if version != VERSION:
         there = f"and {version} is installed" if version else "which is not installed"
         raise UsageError(
-            f"config.attention='tokamax' needs tokamax {VERSION}, {there} (what it is told of "
-            f"documents is no public API): pip install tokamax=={VERSION}, or use "
-            "config.attention='cudnn'"
+            f"config.attention='tokamax' needs tokamax {VERSION}, {there}: pip install "
+            f"tokamax=={VERSION}, or use config.attention='cudnn'"
         )
     if length % LENGTH_MULTIPLE:
         raise UsageError(
             f"config.attention='tokamax' needs a sequence length in multiples of "
-            f"{LENGTH_MULTIPLE}, not {length}; take {-(-length // LENGTH_MULTIPLE) * 128}, or "
-            "config.attention='blockwise'"
+            f"{LENGTH_MULTIPLE}, not {length}; take "
+            f"{-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE}, or config.attention='blockwise'"
         )
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections import deque
@@ -411,6 +412,7 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
     """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
 
     One for a bucket is on this machine, and what is in it is put there then, config.json last.
+    A signal that stops the process raises KeyboardInterrupt inside, so that it vanishes then too.
     Yields None in all processes but the first. All processes fail when the first does.
 
     Raises:
@@ -426,7 +428,7 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
                 parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
     try:
-        with _primary_only(name):
+        with _interrupted_by_signals(), _primary_only(name):
             yield temporary
             if temporary is not None and in_bucket(target):
                 put_folder(temporary, target)
@@ -436,6 +438,20 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interrupted_by_signals() -> Iterator[None]:
+    """Inside, SIGTERM does what Ctrl-C does in Python; in a thread nothing changes."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _refuse_used(path: str) -> None:

@@ -22,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
-from sa_jax.llama.model import KVCache, Llama, init_cache
+from sa_jax.llama.cache import KVCache, init_cache
+from sa_jax.llama.model import Llama
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
 
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.attention import choose_prompt_attention
-from sa_jax.llama.model import KVCache, Llama, init_cache
+from sa_jax.llama.cache import KVCache, init_cache
+from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import cast_weights
 
 MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own

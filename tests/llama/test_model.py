@@ -8,18 +8,11 @@ import torch
 import transformers
 
 from sa_jax.errors import UsageError, UserError
+from sa_jax.llama.cache import KVCache, init_cache, write, write_heads, write_tokens
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.llama.model import (
-    REMAT_POLICIES,
-    KVCache,
-    Llama,
-    _write,
-    _write_heads,
-    _write_tokens,
-    init_cache,
-)
+from sa_jax.llama.model import REMAT_POLICIES, Llama
 from tests.toys import CONFIG, packed_batch, random_params
 
 
@@ -117,8 +110,8 @@ def test_cached_decoding_equals_the_full_forward(params):
         np.testing.assert_allclose(logits, full[:, start:stop], atol=5e-6)
 
 
-@pytest.mark.parametrize("write", [_write, _write_tokens, _write_heads])
-def test_new_tokens_land_at_their_positions_and_nowhere_else(write):
+@pytest.mark.parametrize("put", [write, write_tokens, write_heads])
+def test_new_tokens_land_at_their_positions_and_nowhere_else(put):
     layers, rows, capacity, heads, size, new = 2, 3, 16, 2, 4, 5
     rng = np.random.default_rng(0)
     before_lbtgh = rng.normal(size=(layers, rows, capacity, heads, size)).astype(np.float32)
@@ -128,7 +121,7 @@ def test_new_tokens_land_at_their_positions_and_nowhere_else(write):
     cache = KVCache(
         jnp.asarray(blocks_lcbtgh.transpose(0, 1, 2, 4, 5, 3)), jnp.asarray(blocks_lcbtgh)
     )
-    written = write(cache, start_b[:, None] + np.arange(new), *map(jnp.asarray, new_lbsgh))
+    written = put(cache, start_b[:, None] + np.arange(new), *map(jnp.asarray, new_lbsgh))
     for leaf_lcbtgh, values_lbsgh in zip(
         (written.k.transpose(0, 1, 2, 5, 3, 4), written.v), new_lbsgh, strict=True
     ):

@@ -8,10 +8,11 @@ import pytest
 from scipy import stats
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama.cache import init_cache
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
-from sa_jax.llama.model import Llama, init_cache
+from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.llama.sampling import mask_outside_nucleus, sample_tokens
 from sa_jax.parallel.mesh import make_mesh
