@@ -1,5 +1,6 @@
 """Files that say what a compiler makes of a step, each for one version of the compiler."""
 
+import difflib
 import json
 import os
 import subprocess
@@ -25,7 +26,8 @@ def assert_is_golden(name: str, package: str, version: str, content: dict) -> No
     golden = file.read_text()
     if json.loads(golden)[package] != version:
         pytest.skip(f"{file.name} is of another {package}; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
-    assert text + "\n" == golden
+    changes = difflib.unified_diff(golden.splitlines(), text.splitlines(), file.name, "now")
+    assert text + "\n" == golden, "\n".join(changes)
 
 
 def compiled_plan(file: Path, config: str, topology: str, *flags: str) -> dict[str, Any]:
