@@ -443,15 +443,18 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
     """Inside, SIGTERM does what Ctrl-C does in Python; in a thread nothing changes."""
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with contextlib.ExitStack() as restore:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, signal.default_int_handler)
+                restore.callback(signal.signal, number, before)
+        try:
+            yield
+        except KeyboardInterrupt:
+            # The process is ending. `early_stop`, whose thread may see the signal only now, would
+            # take it for its own and end the process before anything is removed.
+            restore.pop_all()
+            raise
 
 
 def _refuse_used(path: str) -> None:
