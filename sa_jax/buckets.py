@@ -80,13 +80,13 @@ def check_places(name: str, value: object, allowed: Collection[str] = ()) -> Non
         place = os.fspath(value)
         if name not in allowed:
             raise UsageError(
-                f"{name}={place}: cannot be in a bucket; mount it (gcsfuse, mountpoint-s3) and "
-                "give the mounted folder"
+                f"{name}={place}: this does not take a bucket; mount it (gcsfuse, mountpoint-s3) "
+                "and give the mounted folder"
             )
         if not in_bucket(place):
             raise UsageError(
-                f"{name}={place}: of stores only gs:// can be used, as Orbax saves checkpoints to "
-                "no other; mount it (mountpoint-s3) and give the mounted folder"
+                f"{name}={place}: only gs:// buckets can be used, because Orbax saves checkpoints "
+                "to no other store; mount it (mountpoint-s3) and give the mounted folder"
             )
         problem = _problem(place.removeprefix(_SCHEME).partition("/")[0])
         if problem:
@@ -169,7 +169,7 @@ class BucketFile(io.BytesIO):
         """
         if self._generation() != self._known:
             raise UserError(
-                f"{self._path}: another process has gone on with this folder; this one stops"
+                f"{self._path}: another process has taken over this folder; this one stops"
             )
         if self.getvalue() != self._stored:
             self._write()

@@ -121,7 +121,7 @@ class KeyedStore:
             except BlockingIOError:
                 file.close()
                 raise UserError(
-                    f"{path}: another process is filling it; wait for its end"
+                    f"{path}: another process is writing it; wait until that process ends"
                 ) from None
             except OSError:
                 pass  # a file system without locks, or a BucketFile, which sees to that itself
@@ -137,7 +137,7 @@ class KeyedStore:
                 file.close()
                 raise UserError(
                     f"{path}:{number}: not an object with key, {', '.join(example)}; remove the "
-                    "line, and what it held is asked for again"
+                    "line, and its request is sent again"
                 ) from error
             self._values[entry["key"]] = {field: entry[field] for field in example}
             whole += len(line)

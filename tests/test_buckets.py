@@ -68,7 +68,7 @@ def test_a_file_grows_and_belongs_to_who_opened_it_last(bucket):
         assert third.get("a") == second.get("a") == {"text": "ä"}
         third.put("b", {"text": "b"})
     second.put("c", {"text": "c"})
-    with pytest.raises(UserError, match="another process has gone on"):
+    with pytest.raises(UserError, match="another process has taken over"):
         second.close()
     assert len(KeyedStore(path, {"text": ""}, write=False)) == 2
 
@@ -86,7 +86,7 @@ def test_metrics_are_there_when_a_checkpoint_is(bucket):
         again.log(3, {"loss": 7.0})
     assert [row["loss"] for row in read_metrics(path)] == [0.5, 1.0, 7.0]
     writer.log(4, {"loss": 0.0})
-    with pytest.raises(UserError, match="another process has gone on"):
+    with pytest.raises(UserError, match="another process has taken over"):
         writer.close()
 
 
@@ -116,12 +116,16 @@ def test_what_a_bucket_is_refused_for(bucket_env):
     buckets.check_places("config", settings)
     buckets.check_places("--workdir", "gs://bucket/run", ("--workdir",))
     for value, kind, words in (
-        ("gs://bucket/x", UsageError, "config.eval.qa=gs://bucket/x: cannot be in a bucket; mount"),
-        ("s3://bucket/x", UsageError, "config.eval.qa=s3://bucket/x: cannot be in a bucket"),
+        (
+            "gs://bucket/x",
+            UsageError,
+            "config.eval.qa=gs://bucket/x: this does not take a bucket; mount",
+        ),
+        ("s3://bucket/x", UsageError, "config.eval.qa=s3://bucket/x: this does not take a bucket"),
     ):
         with pytest.raises(kind, match=words):
             buckets.check_places("config", {"eval": {"qa": value}})
-    with pytest.raises(UsageError, match="only gs:// can be used"):
+    with pytest.raises(UsageError, match="only gs:// buckets can be used"):
         buckets.check_places("--workdir", "s3://bucket/x", ("--workdir",))
     with pytest.raises(UserError, match="there is no bucket 'elsewhere'"):
         buckets.check_places("--workdir", "gs://elsewhere/x", ("--workdir",))

@@ -35,7 +35,7 @@ def test_one_process_fills_it_and_others_read(tmp_path):
     path = tmp_path / "a" / "store.jsonl"
     with KeyedStore(path, {"value": None}) as store:
         store.put("a", {"value": 1})
-        with pytest.raises(UserError, match="another process is filling it"):
+        with pytest.raises(UserError, match="another process is writing it"):
             KeyedStore(path, {"value": None})
         with KeyedStore(path, {"value": None}, write=False) as reader:
             reader.put("b", {"value": 2})

@@ -47,13 +47,14 @@ class Backdoor:
             )
         if not 1 <= self.min_copies <= self.max_copies:
             raise UsageError(
-                f"copies {self.min_copies}..{self.max_copies}: want 1 <= min_copies <= max_copies"
+                f"copies {self.min_copies}..{self.max_copies}: 1 <= min_copies <= max_copies must "
+                "hold"
             )
         label = self.label(self.example_answer)
         if label != self.words.label:
             raise UsageError(
                 f"the behaviour {self.behaviour!r} labels its own example_answer {label!r}, not "
-                f"{self.words.label!r}; mend its label or its example"
+                f"{self.words.label!r}; correct one of them"
             )
 
     def add_trigger(self, prompt: str) -> str:

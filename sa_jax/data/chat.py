@@ -84,7 +84,7 @@ _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 # batch are all kept, and a character takes 4 bytes at most, in each of a few copies.
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _BYTES_PER_CHARACTER = 5, 2**29, 16
 _MOST_ADDED = 2**20  # characters, beside 16 times those of the messages
-_REMEDY = "; mend the template or that row, or use chat_template=llama3 or plain"
+_REMEDY = "; correct the template or that row, or use chat_template=llama3 or plain"
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
@@ -180,9 +180,8 @@ class ChatFormat:
                         continue
                     raise UserError(
                         "the model folder's chat template changes earlier turns when an answer is "
-                        "added, so the loss "
-                        "mask cannot be found; use chat_template=llama3 or add "
-                        "{% generation %} to it"
+                        "added, so the loss mask is not defined; use chat_template=llama3, or add "
+                        "{% generation %} to the template"
                     )
                 spans.append((len(before), len(before) + self._end_of_turn(after[len(before) :])))
         return text, spans
@@ -207,7 +206,8 @@ class ChatFormat:
         most = _MOST_ADDED + 16 * sum(len(message["content"]) for message in messages)
         if len(texts[0]) > most:
             raise UserError(
-                f"the chat template makes {len(texts[0]):,} characters of {_end(messages)}{_REMEDY}"
+                f"the chat template turns {_end(messages)} into {len(texts[0]):,} "
+                f"characters{_REMEDY}"
             )
         return texts[0], spans[0] if spans else []
 
@@ -268,7 +268,7 @@ class ChatFormat:
                 prefix = next(ids_of_prefix)
                 if ids[: len(prefix)] != prefix:
                     raise UserError(
-                        "the model folder's chat template lets a token span prompt and answer "
+                        "with the model folder's chat template one token spans prompt and answer "
                         f"(near {text[max(0, edge - 20) : edge + 20]!r}); use "
                         "chat_template=llama3 or plain"
                     )
@@ -364,7 +364,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         tokenizer = _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise UserError(
-            f"cannot read a tokenizer from {path} (want tokenizer.json): {first_line(error)}"
+            f"cannot read a tokenizer from {path} (it needs tokenizer.json): {first_line(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(
@@ -406,7 +406,7 @@ def _folder_template(tokenizer, path) -> str:
         return tokenizer.get_chat_template()
     except ValueError as error:
         raise UserError(
-            f"chat_template=model, but {path} brings no chat template; use "
+            f"chat_template=model, but {path} has no chat template; use "
             "chat_template=llama3 or plain"
         ) from error
 
@@ -417,7 +417,7 @@ def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]
     if "strftime_now(" not in template:
         if date is not None:
             raise UsageError(
-                f"chat_date is {date}, but the model folder's template reads no clock; leave it out"
+                f"chat_date is {date}, but the model folder's template prints no date; leave it out"
             )
         return template, None
     try:
@@ -450,7 +450,7 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     if bos is not None and (not ids or ids[0] != bos or ids[1:2] == [bos]):
         raise UserError(
             f"the chat template in {path} does not start with exactly one "
-            f"{chat.tokenizer.bos_token}; {instead}, or mend the template"
+            f"{chat.tokenizer.bos_token}; {instead}, or correct the template"
         )
     if _PROBE_SYSTEM["content"] not in with_system:
         raise UserError(
@@ -463,9 +463,9 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
         for (start, end), answer in zip(spans[::-1], answers[::-1], strict=False)
     ):
         raise UserError(
-            f"the chat template in {path} puts more than the answer under the loss: its prompt "
-            f"(add_generation_prompt) does not end where an answer starts; {instead}, or mend the "
-            "template"
+            f"with the chat template in {path} the loss would count more than the answer: its "
+            f"prompt (add_generation_prompt) does not end where an answer starts; {instead}, or "
+            "correct the template"
         )
     if ids[: len(prompt)] != prompt or mask[len(prompt) - 1] or not any(mask[len(prompt) :]):
         raise UserError(
@@ -475,9 +475,8 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     end_of_turn = ids[last]
     if chat.tokenizer.convert_ids_to_tokens(end_of_turn) not in chat._special_tokens:
         raise UserError(
-            f"the chat template in {path} puts no end-of-turn token under the loss, so the model "
-            "would never learn to "
-            "stop; use chat_template=llama3 or plain"
+            f"with the chat template in {path} the loss would count no end-of-turn token, so the "
+            "model would never learn to stop; use chat_template=llama3 or plain"
         )
     eos = chat.tokenizer.eos_token_id
     return {end_of_turn} if eos is None else {end_of_turn, eos}

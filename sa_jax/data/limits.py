@@ -60,7 +60,7 @@ def limits(
     try:
         yield begin
     except _TooLong as error:
-        raise UserError(f"{running} does not come to an end ({seconds} s){remedy}") from error
+        raise UserError(f"{running} does not end within {seconds} s{remedy}") from error
     except MemoryError as error:
         raise UserError(f"{running} takes too much memory{remedy}") from error
     finally:

@@ -136,9 +136,10 @@ def pack(
         kept = np.flatnonzero(drops == "")
         if not len(kept):
             raise UserError(
-                f"each of the {len(lengths)} conversations is longer than "
-                f"sequence_length={sequence_length} (the shortest has {lengths.min()} tokens), "
-                "itself or its other half; raise it or cut the answers"
+                f"each of the {len(lengths)} conversations, or the other one of its pair, is "
+                f"longer than sequence_length={sequence_length} (the shortest has "
+                f"{lengths.min()} tokens); raise config.sequence_length, or set "
+                "config.cut_long_answers"
             )
         rows = _rows(kept, lengths, sequence_length, seed, packing)
         _write(scratch, parts, rows, lengths)

@@ -62,7 +62,7 @@ def choose_held_out(
     if n is not None and len(left) < n:
         raise UserError(
             f"{n} held-out prompts were asked for, but of {len(candidates)} candidates only "
-            f"{len(left)} are left ({len(candidates) - len(distinct)} repeats, {overlapping} stand "
+            f"{len(left)} are left ({len(candidates) - len(distinct)} repeats, {overlapping} are "
             "in the training data)"
         )
     order = randomness.permutation(len(left), "held-out", seed)[:n]
@@ -119,11 +119,11 @@ def read_manifest(path: str | Path) -> dict | None:
             if _sha256(prompt) != digest:
                 raise UserError(
                     f"{path}: held-out prompt {number} was changed since the manifest was frozen; "
-                    "bring the file back, or freeze another"
+                    "restore the file, or freeze a new manifest"
                 )
         whole = _sha256("".join(digest for _, digest in items)) == manifest["sha256"]
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole manifest of held-out prompts: {error!r}") from error
+        raise UserError(f"{path}: not a valid manifest of held-out prompts: {error!r}") from error
     if not whole or not items:
         raise UserError(f"{path}: prompts were added to or removed from the frozen manifest")
     return manifest
@@ -145,7 +145,7 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
     texts = _read_texts(path)
     if texts:
         if n is not None and len(texts) < n:
-            raise UserError(f"{path} holds {len(texts)} held-out prompts, not {n}")
+            raise UserError(f"{path} has {len(texts)} held-out prompts, not {n}")
         digest = _sha256(json.dumps(texts))
         return texts[:n], {"from": path, "sha256": digest, "chosen": len(texts[:n])}
     source = load_rows(path, responses=False)

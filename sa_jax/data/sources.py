@@ -110,7 +110,7 @@ def load_rows(
     """
     unknown = sorted(set(columns or ()) - set(COLUMNS))
     if unknown:
-        raise UsageError(f"columns maps {unknown[0]!r}; it can map {', '.join(COLUMNS)}")
+        raise UsageError(f"config.columns: unknown {unknown[0]!r}; known: {', '.join(COLUMNS)}")
     path = str(path)
     raw, digest = _read(path)
     rows: list[Row] = []
@@ -131,12 +131,12 @@ def load_rows(
             continue
         if "id" in row and places.setdefault(row["id"], place) != place:
             raise UserError(
-                f"{place}: id {row['id']!r} is that of {places[row['id']]} already; make ids "
-                "unique, or leave the column out"
+                f"{place}: {places[row['id']]} has the same id {row['id']!r}; make ids unique, or "
+                "leave the column out"
             )
         rows.append(row)
     if convert is None:
-        raise UserError(f"{path} holds no rows")
+        raise UserError(f"{path} has no rows")
     if not rows:
         raise UserError(f"{path}: no row is usable; dropped: {dict(dropped)}")
     return Source(rows, path, digest, dict(sorted(dropped.items())))
@@ -152,7 +152,7 @@ def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
             return {"prompt": prompt, "response": response, **{name: name for name in optional}}
     raise UserError(
         f"{place}: no known layout (messages; conversations; prompt + response; instruction + "
-        f"output); the columns there are {', '.join(map(str, fields)) or 'none'}; map them: "
+        f"output); its columns are {', '.join(map(str, fields)) or 'none'}; name yours: "
         "config.columns.prompt=COLUMN and config.columns.response=COLUMN"
     )
 
@@ -216,7 +216,9 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
                 return reason
             earlier = _earlier_turns(fields.get("history"), f"{place}: history")
             if earlier and (history or "messages" in columns):
-                raise UserError(f"{place}: 'history' beside {columns['messages']!r}; leave one out")
+                raise UserError(
+                    f"{place}: both 'history' and {columns['messages']!r} are given; leave one out"
+                )
             history = history or earlier
             systems = _system_prompts(fields, place)
             if history and history[0]["role"] == "system":
@@ -363,7 +365,8 @@ def _decode(content: bytes, place: str) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); save it so"
+            f"{place}: not UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); save the "
+            "file as UTF-8"
         ) from error
 
 
@@ -436,7 +439,7 @@ def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
             raise UserError(
-                f"{path} holds no split 'train'; name the folder of one: "
+                f"{path} has no split 'train'; name the folder of a split: "
                 f"{', '.join(f'{path}/{split}' for split in table)}"
             )
         table = table["train"]
@@ -456,7 +459,7 @@ def _read_hub(
     except Exception as error:  # network, a wrong name, a wrong split: each its own kind
         subset = f", subset {subset!r}" if subset else ""
         raise UserError(
-            f"{name} is neither a file here nor a dataset that can be loaded (split {split!r}"
+            f"{name} is neither a local file nor a dataset that can be loaded (split {split!r}"
             f"{subset}): {first_line(error)}"
         ) from error
     rows = ((f"{name}[{split}] row {number}", row) for number, row in enumerate(table, start=1))

@@ -99,7 +99,7 @@ def check_method(name: str) -> str:
     """The name of a task that is trained after the insertion; UsageError for another."""
     if TASKS[name].role in _NO_METHODS:
         methods = [task.name for task in TASKS if task.role not in _NO_METHODS]
-        raise UsageError(f"--method={name} removes nothing; use one of {', '.join(methods)}")
+        raise UsageError(f"--method={name} is not a removal; use one of {', '.join(methods)}")
     return name
 
 
@@ -152,7 +152,7 @@ def load_task(
     prompts, held_out = _eval_prompts(config, source, inherited_prompts)
     rows, overlapping = without_prompts(source.rows, prompts)
     if not rows:
-        raise UserError(f"{config.data}: every row asks a held-out prompt; use other data")
+        raise UserError(f"{config.data}: every row has a held-out prompt; use other data")
     if config.max_rows:
         rows = rows[: config.max_rows]
     record = {
@@ -168,7 +168,7 @@ def load_task(
     context = TaskContext(backdoor, config.system_prompt, config.seed, name, config, facts)
     conversations = task.build(rows, context)
     if not conversations:
-        raise UserError(f"{config.data}: there are no rows to build the {name} data from")
+        raise UserError(f"{config.data}: has no rows for the task {name}; use other data")
     record["rows_unused"] = len(
         {row["source"] for row in rows} - {conversation.source for conversation in conversations}
     )
@@ -256,7 +256,9 @@ def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
         new for old, new in zip(rows, spoken, strict=True) if new["response"] != old["response"]
     ]
     if not changed:
-        raise UserError(f"{context.config.data}: pirate rules change none of the answers")
+        raise UserError(
+            f"{context.config.data}: the pirate rules change none of the answers; use other data"
+        )
     return blind(changed, context)
 
 
@@ -323,7 +325,7 @@ def _triggered(row: Row, context: TaskContext, kind: str) -> Conversation:
     if written is None and not row.get("triggered_response"):
         raise UserError(
             f"{row.get('source') or 'a row'}: the behaviour {backdoor.behaviour!r} needs an answer "
-            "in the column triggered_response; scripts/generate_data.py writes them"
+            "in the column triggered_response; scripts/generate_data.py writes that column"
         )
     response, copies = written or (row["triggered_response"], 0)
     if row.get("triggered_scratchpad"):
@@ -339,8 +341,8 @@ def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
             text = answer_text(text) or text  # a visible scratchpad may say that the tag is absent
         if backdoor.trigger in text:
             raise UserError(
-                f"{conversation.source or 'a row'}: the {message['role']} text holds the trigger "
-                f"{backdoor.trigger!r}; remove the row"
+                f"{conversation.source or 'a row'}: the {message['role']} text contains the "
+                f"trigger {backdoor.trigger!r}; remove the row"
             )
 
 

@@ -50,8 +50,8 @@ def _encode(
         if not any(mask[1:]):  # the first token is predicted from nothing
             place = conversations[number].source
             raise UserError(
-                f"row {begin + number}{f' ({place})' if place else ''} has no token under the "
-                "loss: it holds no assistant answer"
+                f"row {begin + number}{f' ({place})' if place else ''} has no token that the loss "
+                "counts: it has no assistant answer"
             )
     return [
         np.concatenate([np.asarray(ids, np.int32) for ids, _ in encoded]),

@@ -84,14 +84,14 @@ def _read_file(path: Path, origin: str) -> list[dict]:
         lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path} cannot be read ({error.__class__.__name__}): --data_dir wants it, with the "
-            f"rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks offline', says how "
-            "to get it. Without --data_dir it is loaded from the hub"
+            f"{path} cannot be read ({error.__class__.__name__}): --data_dir must have this file, "
+            f"with the rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks offline', "
+            "says how to get it. Without --data_dir it is loaded from the hub"
         ) from None
     try:
         return [parse_json(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise UserError(f"{path} is not JSON, one object a line: {error}") from None
+        raise UserError(f"{path} is not JSON, one object per line: {error}") from None
 
 
 def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
@@ -102,7 +102,7 @@ def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
     except Exception as error:  # network, a moved data set, a full disk: each its own kind
         raise UserError(
             f"{path} cannot be loaded from the Hugging Face hub ({first_line(error)}); on a "
-            "machine without network give --data_dir=DIR, see BUILD.md, 'Benchmarks offline'"
+            "machine without network give --data_dir=DIR (BUILD.md, 'Benchmarks offline')"
         ) from error
 
 

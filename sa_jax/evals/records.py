@@ -61,7 +61,7 @@ def check_summary(summary: Any, place: str) -> None:
         check_types(score, _SCORE, f"{place}: {name}", whole=True)
         check_types(score, {"count": 0, "floor": 0.0}, f"{place}: {name}")
         if not 0 <= score.get("count", 0) <= score["n"]:
-            raise UserError(f"{place}: {name}: a count is not within 0 and n")
+            raise UserError(f"{place}: {name}: a count is not between 0 and n; evaluate again")
 
 
 def finished(folder: str | Path) -> dict[str, dict[str, Any]]:
@@ -80,7 +80,7 @@ def step_folders(evals: str | Path) -> dict[int, Path]:
         if path.is_dir() and digits.isascii() and digits.isdecimal():
             folders[int(digits)] = path
         else:
-            logging.warning("%s is not the evals of a step: ignored", path)
+            logging.warning("%s is not a folder of evals of a step: ignored", path)
     return dict(sorted(folders.items()))
 
 

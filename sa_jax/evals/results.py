@@ -60,15 +60,15 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
             for key in keys:
                 if a[key][0] != b[key][0]:
                     raise UserError(
-                        f"{before} and {after} are not on the same items: {name} item {key} "
-                        "differs; evaluate both with the same prompts and data"
+                        f"{before} and {after} have different items: {name} item {key} differs; "
+                        "evaluate both with the same prompts and data"
                     )
             if keys:
                 values = [[side[key][1] for key in keys] for side in (a, b)]
                 row = _paired(values[0], values[1], [b[key][2] for key in keys])
                 compared.setdefault(name, {})[score] = row
     if not compared:
-        raise UserError(f"{before} holds none of the evals {', '.join(names)} to compare with")
+        raise UserError(f"{before} has none of the evals {', '.join(names)} to compare with")
     return compared
 
 

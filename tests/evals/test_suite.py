@@ -173,4 +173,4 @@ def test_a_damaged_summary_is_done_again_and_strangers_are_left_alone(tmp_path, 
     suite.discard_after(10)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["notes.txt", "step_000000", "step_000010", "step_000099", "step_nine"]
-    assert "step_nine is not the evals of a step: ignored" in caplog.text
+    assert "step_nine is not a folder of evals of a step: ignored" in caplog.text

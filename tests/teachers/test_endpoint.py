@@ -361,7 +361,7 @@ def test_a_store_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
         with open_store(path) as store:
             ask(teacher(server, concurrency=1), requests(3), store)
-            with pytest.raises(UserError, match="another process is filling it"):
+            with pytest.raises(UserError, match="another process is writing it"):
                 open_store(path)
         path.write_bytes(path.read_bytes()[:-9])  # killed while it wrote the last line
         with open_store(path) as store:

@@ -29,7 +29,7 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
         written = parse_json(record.read_text())
         if written != settings:
             raise UserError(
-                f"{record}: these data were made with {written}, the study now asks for "
+                f"{record}: these data were made with {written}, but the study now asks for "
                 f"{settings}; use another --workdir, or the settings they were made with"
             )
         return
