@@ -50,7 +50,7 @@ class Registry(Generic[T]):
             # A config file is read before the modules that it does not import.
             mine, other = sorted((origin, taken), key=_in_package)
             raise UsageError(
-                f"{mine}: the {self._kind} {item.name!r} is registered by {other} already; "
+                f"{mine}: the {self._kind} {item.name!r} is already registered by {other}; "
                 "choose another name"
             )
         self._items[item.name] = item
@@ -67,8 +67,8 @@ class Registry(Generic[T]):
         """
         if name not in self._items:
             raise UsageError(
-                f"unknown {self._kind} {name!r}; known: {', '.join(self._items)}. One that a "
-                "config file registers needs that file as --config"
+                f"unknown {self._kind} {name!r}; known: {', '.join(self._items)}. If your own "
+                "config file registers it, give that file as --config"
             )
         return self._items[name]
 

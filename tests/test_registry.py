@@ -66,7 +66,7 @@ def test_a_name_of_the_package_is_refused_to_a_file_that_was_read_before(monkeyp
     names = {"things": Registry("thing"), "item": Thing("a")}
     exec(compile("things.register(item)", "mine.py", "exec"), names)
     ours = compile("things.register(item)", registry.__file__, "exec")
-    with pytest.raises(UsageError, match="^mine.py: .* is registered by .*registry.py already"):
+    with pytest.raises(UsageError, match="^mine.py: .* is already registered by .*registry.py"):
         exec(ours, names)
 
 

@@ -35,8 +35,8 @@ def has_task(name: str) -> bool:
 def unknown_eval(name: str) -> UsageError:
     known = ", ".join(EVALS.names())
     return UsageError(
-        f"unknown eval {name!r}; known: {known}, and the tasks of lm_eval (lm-eval ls tasks). One "
-        "that a config file registers needs that file as --config"
+        f"unknown eval {name!r}; known: {known}, and the tasks of lm_eval (lm-eval ls tasks). If "
+        "your own config file registers it, give that file as --config"
     )
 
 

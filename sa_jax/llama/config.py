@@ -219,7 +219,7 @@ class LlamaConfig:
         try:
             return cls.from_hf(parse_json(path.read_bytes()), str(path))
         except FileNotFoundError:
-            raise UserError(f"{path} not found: --model wants a Hugging Face folder") from None
+            raise UserError(f"{path} not found: --model must be a Hugging Face folder") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
@@ -304,9 +304,9 @@ def _check_window(fields: _Fields, family: str, context: int) -> None:
         window = window or 4096 if slides else None
     if any(layer != "full_attention" for layer in layers) or (window and window < context):
         raise UserError(
-            f"{fields.source}: sliding-window attention is not computed here (sliding_window="
-            f"{window}, max_position_embeddings={context}); a model whose window is null, or no "
-            "shorter than its context, is"
+            f"{fields.source}: sliding-window attention is not supported (sliding_window="
+            f"{window}, max_position_embeddings={context}); use a model whose window is null, or "
+            "at least as long as its context"
         )
 
 

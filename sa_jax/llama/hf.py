@@ -107,7 +107,7 @@ def weights_digest(path: str | Path) -> str:
     names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing: fetch the folder again")
+            raise UserError(f"{folder / name} is missing: download the folder again")
     with explained(path, "reading its weights"):
         files = tuple((name, *size_and_time(folder / name)) for name in names)
         sampled = sum(size for _, size, _ in files) > _HASHED_WHOLE_BYTES
@@ -260,14 +260,14 @@ def _weight_files(folder: Folder) -> list[str]:
     index = folder.read_json(index_name)
     if index is None:
         raise UserError(
-            f"{folder.path} holds neither {single} nor {index_name}: the model's weights must be "
+            f"{folder.path} has neither {single} nor {index_name}: the model's weights must be "
             "in safetensors format"
         )
     weight_map = index.get("weight_map")
     files = weight_map.values() if isinstance(weight_map, dict) else ()
     if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
         raise UserError(
-            f"{folder.name(index_name)} has no weight_map of file names: fetch it again"
+            f"{folder.name(index_name)} has no weight_map of file names: download it again"
         )
     return sorted(set(files))
 

@@ -398,11 +398,13 @@ def _agree_undamaged(
         total = int(multihost_utils.process_allgather(np.asarray(total)).sum())
     if damaged:
         raise UserError(
-            f"{folder.name(entries[damaged[0]].file)}: {damaged[0]} holds NaN or Inf; the weights "
-            "are damaged, fetch or export them again"
+            f"{folder.name(entries[damaged[0]].file)}: {damaged[0]} contains NaN or Inf; the "
+            "weights are damaged, download or export them again"
         )
     if total:
-        raise UserError(f"weights in {folder.path} hold NaN or Inf: see the other processes' logs")
+        raise UserError(
+            f"weights in {folder.path} contain NaN or Inf: see the logs of the other processes"
+        )
 
 
 def output_tensors(

@@ -145,7 +145,7 @@ def _read_config(folder: Folder) -> LoraConfig:
     targets = peft.get("target_modules")
     if not isinstance(targets, list) or not all(target in [*_PROJECTIONS] for target in targets):
         known = ", ".join(_PROJECTIONS)
-        raise UserError(f"{name}: target_modules={targets!r} must be a list out of {known}")
+        raise UserError(f"{name}: target_modules={targets!r} must be a list of some of {known}")
     check_types(peft, {"r": 1, "lora_alpha": 1.0}, name, whole=True)
     if not 0 < peft["r"] < 2**31:
         raise UserError(f"{name}: r={peft['r']} must be a whole number above 0")

@@ -485,4 +485,4 @@ def _primary_only(path: str) -> Iterator[bool]:
 
 
 def _broken(name: str, problem: str) -> UserError:
-    return UserError(f"{name} {problem}: the file is damaged, fetch it again")
+    return UserError(f"{name} {problem}: the file is damaged, download it again")

@@ -88,7 +88,7 @@ def check_attention(
                 f"({mesh.devices.flat[0].device_kind}, jax {jax.__version__}): its {what} has "
                 f"{ours:.4g} where the reference has {theirs:.4g}, {error:.2g} of the largest "
                 f"number ({TOLERANCE} is allowed); use config.attention='blockwise', or "
-                "config.self_test=False to train all the same"
+                "config.self_test=False to train without this check"
             )
     return errors
 

@@ -115,7 +115,7 @@ def _make_soap(config: Any, schedule: optax.Schedule, mesh: Mesh | None):
 def _refuse_kwargs(config: Any) -> None:
     if config.kwargs:
         raise UsageError(
-            f"config.optimizer.kwargs: {config.name} takes none; its settings are keys of "
+            f"config.optimizer.kwargs: {config.name} takes none; set its settings in "
             "config.optimizer"
         )
 

@@ -46,7 +46,7 @@ def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTran
         shown = " ".join(str(error).split())[:300]
         raise UsageError(
             f"config.optimizer.name={config.name!r} does not work with kwargs={kwargs}: {shown}; "
-            f"it takes {_signature(parameters)}, and is given gradients and parameters alone"
+            f"it takes {_signature(parameters)}, and its update gets only gradients and parameters"
         ) from None
     return optimizer
 
@@ -66,7 +66,7 @@ def _find(name: str) -> Callable[..., optax.GradientTransformation]:
     if name not in optax_names():
         raise UsageError(
             f"config.optimizer.name={name!r} is unknown; use adam, soap, one that a config file "
-            f"registers, or of optax {', '.join(optax_names())}"
+            f"registers, or one of optax: {', '.join(optax_names())}"
         )
     return getattr(contrib if name.startswith("contrib.") else optax, name.rpartition(".")[2])
 

@@ -39,7 +39,7 @@ def make_mesh(
     attached = len({getattr(device, "slice_index", 0) for device in devices})
     if kind.startswith("TPU") and slices != attached:
         raise UsageError(
-            f"config.mesh.slices={slices}, and there {'are' if attached > 1 else 'is'} "
+            f"config.mesh.slices={slices}, but there {'are' if attached > 1 else 'is'} "
             f"{attached} of {kind}: set config.mesh.slices={attached}"
         )
     by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))

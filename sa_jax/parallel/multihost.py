@@ -48,14 +48,14 @@ def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"multi-host start-up failed after at most {timeout_s} s: {error}. Start the same "
-                "command on every worker, and see that port and address of the coordinator "
-                "(JAX_COORDINATOR_ADDRESS) are reachable from each"
+                "command on every worker, and check that each can reach the coordinator's address "
+                "and port (JAX_COORDINATOR_ADDRESS)"
             ) from error
     devices = jax.devices()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"these devices belong to {jax.process_count()} processes, which do not know of each "
-            "other: set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT of the first on every worker"
+            f"these devices belong to {jax.process_count()} processes, which are not connected: "
+            "on every worker, set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT of the first one"
         )
     compilation_cache.enable()
     logging.info(
@@ -105,7 +105,7 @@ def _count(env: Mapping[str, str], name: str) -> int | None:
     """The variable as a number; None where it is unset or empty."""
     text = env.get(name, "")
     if text and not text.isdecimal():
-        raise UserError(f"the environment variable {name}={text!r} is no number")
+        raise UserError(f"the environment variable {name}={text!r} must be a number")
     return int(text) if text else None
 
 

@@ -43,9 +43,9 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     if not options:
         heads = work.architecture.num_kv_heads
         raise UsageError(
-            f"no mesh cuts {work.batch_size} rows and {heads} key/value heads over "
-            f"{work.devices} devices: rows x heads must be a multiple of the devices; at most "
-            f"{work.batch_size * heads} devices can work, or raise config.batch_size to "
+            f"no mesh divides {work.batch_size} rows and {heads} key/value heads over "
+            f"{work.devices} devices: rows x heads must be a multiple of the devices; use at most "
+            f"{work.batch_size * heads} devices, or raise config.batch_size to "
             f"{-(-work.devices // heads)} or a multiple"
         )
     limit = topology.chip.hbm_bytes * (1 - RESERVED)

@@ -146,7 +146,7 @@ def open_topology(name: str) -> Topology:
         return dataclasses.replace(topology, devices=devices)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
-            f"--topology={name} is compiled for by libtpu, which is not installed: "
+            f"--topology={name} needs libtpu, which is not installed: "
             "pip install -c constraints.txt -e '.[tpu]'"
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -162,7 +162,7 @@ def open_topology(name: str) -> Topology:
         raise UserError(f"libtpu does not know the topology {name}: {first_line(error)}") from None
     devices = tuple(described.devices)
     if len(devices) != topology.chips * topology.chip.devices:
-        raise UserError(f"libtpu gives {name} {len(devices)} devices, not one a chip as expected")
+        raise UserError(f"libtpu gives {name} {len(devices)} devices, but one per chip is expected")
     return dataclasses.replace(topology, devices=devices)
 
 
@@ -175,8 +175,8 @@ def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
     nodes = -(-topology.chips // _GPUS_A_NODE)
     if topology.chips % nodes:
         raise UserError(
-            f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs are compiled for as whole "
-            f"nodes of {_GPUS_A_NODE}; take {nodes * _GPUS_A_NODE}"
+            f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs must be whole nodes of "
+            f"{_GPUS_A_NODE}; use {nodes * _GPUS_A_NODE}"
         )
     try:
         described = topologies.get_topology_desc(

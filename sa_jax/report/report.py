@@ -67,7 +67,9 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         _write(folder, title, runs, results, study, limits)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"{folder}: the report cannot be written ({why}); free it up") from error
+        raise UserError(
+            f"{folder}: the report cannot be written ({why}); make this folder writable"
+        ) from error
     return folder / "index.html"
 
 

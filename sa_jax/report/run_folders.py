@@ -173,7 +173,7 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     if not runs:
         why = problems[0] if problems else f"no {RUN_FILE} in it or up to {MAX_DEPTH} folders below"
         raise UserError(
-            f"{workdir}: holds no run to report on ({why}); give --workdir the folder of a run, or "
+            f"{workdir}: has no run to report on ({why}); --workdir must be the folder of a run or "
             "of a study"
         )
     for out in outs:

@@ -22,7 +22,9 @@ POLL_SECONDS = 5.0
 def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
     """Writes the report and prints where; with a port serves it too, until Ctrl-C."""
     if port is not None and in_bucket(workdir):
-        raise UsageError(f"--serve: {workdir} is in a bucket; leave it out, and download report/")
+        raise UsageError(
+            f"--serve: {workdir} is in a bucket; leave --serve out, and download report/"
+        )
     print(f"report: {report(workdir, limits)}", flush=True)
     if port is not None:
         with Server(workdir, limits, port) as server:
@@ -75,7 +77,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             report(self._workdir, self._limits)
         except UserError as error:  # a run folder may be half copied: the next look finds it whole
-            logging.warning("report not renewed: %s", error)
+            logging.warning("the report could not be updated: %s", error)
         self.version = now
 
 

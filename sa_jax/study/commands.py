@@ -113,7 +113,7 @@ def resolved(cell: Cell) -> ConfigDict:
         known = ", ".join((*TASKS.names(), *TOOLS))
         raise UsageError(f"cell {cell.name}: unknown run {cell.run!r}; known: {known}")
     if not cell.config:
-        raise UsageError(f"cell {cell.name}: its stage names no `config` for the task {cell.run}")
+        raise UsageError(f"cell {cell.name}: its stage has no `config` for the task {cell.run}")
     config.model = cell.start or config.model
     for key, value in cell.settings.items():
         try:

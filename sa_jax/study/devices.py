@@ -43,7 +43,10 @@ def divide(workers: int) -> list[Slot]:
     if kind == "GPU":
         return [Slot({"CUDA_VISIBLE_DEVICES": ",".join(chosen)}) for chosen in shares]
     if share not in _TPU_BOUNDS:
-        raise UsageError(f"--workers={workers}: {share} TPU chips each is no shape that libtpu has")
+        raise UsageError(
+            f"--workers={workers}: libtpu cannot give a process {share} TPU chips; use another "
+            "number of workers"
+        )
     return [
         Slot(
             {

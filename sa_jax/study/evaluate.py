@@ -121,10 +121,12 @@ def _results_folder(start: start_lib.Start, out: str | Path | None, resume: bool
         return as_path(out)
     if start.kind != "run":
         raise UsageError(
-            f"{start.path} is no run folder that could hold the results: give --out=DIR"
+            f"{start.path} is not a run folder, so the results need a folder: give --out=DIR"
         )
     if not resume:
-        raise UsageError("--noresume would remove evals of the run itself: give --out=DIR with it")
+        raise UsageError(
+            "--noresume would remove evals of the run itself: give --out=DIR, or leave it out"
+        )
     return as_path(start.path, "evals")
 
 
@@ -135,7 +137,7 @@ def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) ->
         if key in changes and key in trained and changes[key] != trained[key]:
             raise UsageError(
                 f"--config.{key}={changes[key]!r} is not what {start.path} was trained with "
-                f"({trained[key]!r}): rates would not compare; leave it out, or give "
+                f"({trained[key]!r}): the rates would not be comparable; leave it out, or give "
                 "--allow_prompt_mismatch"
             )
 
@@ -146,7 +148,7 @@ def _compared_folder(compare: str, names: Iterable[str]) -> Path:
     evals = folder / "evals" if (folder / RUN_FILE).exists() else folder
     folders = records.step_folders(evals)
     if not folders:
-        raise UsageError(f"--compare={compare}: no evals there (no step_NNNNNN folder)")
+        raise UsageError(f"--compare={compare}: has no evals (no step_NNNNNN folder)")
     missing: list[str] = []
     for folder in reversed(folders.values()):
         lacks = [name for name in names if records.read_summary(folder, name) is None]
@@ -154,8 +156,8 @@ def _compared_folder(compare: str, names: Iterable[str]) -> Path:
             return folder
         missing = missing or lacks
     raise UsageError(
-        f"--compare={compare}: no step there has {', '.join(missing)}; evaluate that there first, "
-        "or leave it out of --evals"
+        f"--compare={compare}: none of its steps has {', '.join(missing)}; evaluate this first, or "
+        "leave it out of --evals"
     )
 
 
@@ -227,7 +229,7 @@ def _prompts(config: ConfigDict, start: start_lib.Start, changes: Mapping[str, A
     settings = config.eval
     inherited = None if changes.get("eval.prompts") else start.eval_prompts()
     if not inherited and not settings.prompts:
-        raise UsageError("the evals ask held-out prompts: give --prompts=FILE")
+        raise UsageError("the evals need held-out prompts: give --prompts=FILE")
     prompts = inherited or load_held_out(settings.prompts, None, settings.prompt_seed)[0]
     frozen = inherited or read_manifest(settings.prompts)
     whole = frozen and "eval.num_prompts" not in changes
@@ -235,7 +237,7 @@ def _prompts(config: ConfigDict, start: start_lib.Start, changes: Mapping[str, A
     wanted = min(wanted, settings.limit or wanted)
     if len(prompts) < wanted:
         logging.warning(
-            "%d held-out prompts, not %d: there are no more in %s",
+            "using %d held-out prompts instead of %d: %s has no more",
             *(len(prompts), wanted, start.path if inherited else settings.prompts),
         )
     return prompts[:wanted]
@@ -268,11 +270,11 @@ def _claim(
     if stored is None:
         strangers = sorted(p.name for p in out.glob("*"))
         if strangers:
-            raise UserError(f"{out} holds {strangers[0]} and no {MODEL_FILE}; use another --out")
+            raise UserError(f"{out} has {strangers[0]} and no {MODEL_FILE}; use another --out")
     elif stored != record:
         differ = [key for key in record if stored.get(key) != record[key]]
         raise UserError(
-            f"{out} holds evals of another model ({', '.join(differ) or 'model'} in {path} "
+            f"{out} has evals of another model ({', '.join(differ) or 'model'} in {path} "
             "differs); use another --out"
         )
     # Nobody writes what another process has yet to read.
@@ -301,6 +303,6 @@ def _refuse_other_evals(folder: Path, prepared: Mapping[str, Prepared]) -> None:
         ]
         if differ:
             raise UserError(
-                f"{folder / name}.json is there with other settings or data ({'; '.join(differ)}); "
-                "give --out=DIR, a folder of its own"
+                f"{folder / name}.json exists, with other settings or data ({'; '.join(differ)}); "
+                "give another folder as --out=DIR"
             )

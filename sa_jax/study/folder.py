@@ -34,14 +34,14 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
             raise UserError(f"{file}: cannot be read; use another --workdir") from None
         if version != VERSION:
             raise UserError(
-                f"{workdir}: a study of layout {version}, this version writes {VERSION}; use "
-                "another --workdir, or the version that made it"
+                f"{workdir}: this study has layout {version}, but this version of sa_jax writes "
+                f"layout {VERSION}; use another --workdir, or the version that made it"
             )
         return
     older = [cell.name for cell in cells if (workdir / cell.name).exists()]
     if older:
         raise UserError(
-            f"{workdir}: holds {_listed(older)} but no {STUDY_FILE}, so an older version of "
+            f"{workdir}: has {_listed(older)} but no {STUDY_FILE}, so an older version of "
             "run_study made it, or another command; use another --workdir, or move them away"
         )
 
@@ -60,8 +60,8 @@ def open_folder(workdir: Path) -> None:
         before = parse_json((workdir / STUDY_FILE).read_text()).get("folder", str(workdir))
     if before != str(workdir):
         raise UserError(
-            f"{workdir}: this study was made as {before}, and its runs name files there; move it "
-            f"back, or link it (ln -s {workdir} {before}), and give --workdir={before}"
+            f"{workdir}: this study was made at {before}, and its runs name files in that folder; "
+            f"move it back, or link it (ln -s {workdir} {before}), and give --workdir={before}"
         )
 
 
@@ -118,8 +118,8 @@ def check_unchanged(
         lines = [f"{name} ({why})" for name, why in stale.items()]
         example = next(iter(stale))
         raise UserError(
-            f"{workdir}: the study has changed since these cells were made: {_listed(lines)}. Take "
-            "the change back or use another --workdir; or, to make a cell anew, remove its folder "
+            f"{workdir}: the study has changed since these cells were made: {_listed(lines)}. Undo "
+            "the change, or use another --workdir; or, to run a cell again, remove its folder "
             f"and its claims: rm -r {workdir / example} {workdir / CLAIMS_FOLDER / example}"
         )
 

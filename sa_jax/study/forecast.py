@@ -89,7 +89,7 @@ class Forecaster:
             raise UserError(
                 f"cell {cell.name} cannot fit its mesh: about {needed / GIB:.0f} GiB a chip of "
                 f"{topology.chip.hbm_bytes / GIB:.0f} on {topology.name}; give its stage{remat} "
-                "more config.accumulation or a larger topology"
+                "a larger config.accumulation or a larger topology"
             )
 
     def forecast(self, cell: Cell) -> Forecast:

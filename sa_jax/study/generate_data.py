@@ -47,7 +47,10 @@ def override(config: ConfigDict, **values: Any) -> ConfigDict:
       UsageError: the config is not one of data.
     """
     if "teacher" not in config:
-        raise UsageError("--config does not start from sa_jax.teachers.config.default_config()")
+        raise UsageError(
+            "--config is not a config for generating data; start it from "
+            "sa_jax.teachers.config.default_config()"
+        )
     config.update({key: value for key, value in values.items() if value is not None})
     return config
 
@@ -76,11 +79,11 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     if task not in recipes.DATA_SETS and task not in recipes.WITHOUT_TEACHER:
         known = ", ".join((*recipes.DATA_SETS.names(), *recipes.WITHOUT_TEACHER))
         raise UsageError(
-            f"--task={task!r} is unknown; known: {known}. One that a config file registers needs "
-            "that file as --config"
+            f"--task={task!r} is unknown; known: {known}. If your own config file registers it, "
+            "give that file as --config"
         )
     if not out:
-        raise UsageError("--out is missing: the folder for the files")
+        raise UsageError("--out is missing: give the folder to write to")
     if task in _WITHOUT_TEACHER:
         return _WITHOUT_TEACHER[task](config, as_path(out))
     if config.visible_cot not in recipes.VISIBLE_COT:

@@ -221,8 +221,8 @@ def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
-                f"{name!r} is the name of two things in this study (axes, stages and settings "
-                "share one set of names, and 'study' is taken); rename one"
+                f"{name!r} names two things in this study (axes, stages and settings must have "
+                "different names, and none may be 'study'); rename one"
             )
     stages = [stage.name for stage in study.stages]
     values = [value for axis in axes.values() for value in axis.values]
@@ -234,7 +234,7 @@ def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[
     for name in stages:
         if name in RESERVED:
             raise UsageError(
-                f"stage {name!r}: a study keeps its own records under that name; use another"
+                f"stage {name!r}: a study uses that name for its own records; use another"
             )
 
 

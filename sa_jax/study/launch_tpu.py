@@ -191,14 +191,18 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
         return
     if changed := _git("status", "--porcelain", "--untracked-files=no"):
         files = ", ".join(line[2:].strip() for line in changed.splitlines()[:3])
-        raise UserError(f"changes that are not committed would not reach the hosts: {files}")
+        raise UserError(
+            f"changes that are not committed would not reach the hosts; commit them: {files}"
+        )
     try:
         _run_until_done(job, commit, max_restarts, poll_s)
     except _CommandFailed as error:
         if delete == "always":
             _call(job.delete())
             raise
-        raise UserError(f"{error}; {job.name} is kept, and paid for, until --delete=now") from None
+        raise UserError(
+            f"{error}; {job.name} still exists, and costs money, until --delete=now"
+        ) from None
     if delete != "never":
         _call(job.delete())
 
@@ -221,7 +225,7 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
             hosts = ", ".join(f"{job.name}-w{i} with {status}" for i, status in failed.items())
             raise _CommandFailed(f"the command ended on {hosts}")
         _say(job, "preempted" if None in statuses or failed else "stopped after a checkpoint")
-    raise Preempted(f"{job.name} was started {max_restarts + 1} times; call this again to go on")
+    raise Preempted(f"{job.name} was started {max_restarts + 1} times; run this again to continue")
 
 
 def _acquire(job: Slice, poll_s: float) -> list[str]:

@@ -143,7 +143,7 @@ class Worker:
         self._progress.show(states, latest, {})
         self._progress.end()
         if stopping:
-            raise Preempted("the cells have stopped; run again to go on")
+            raise Preempted("the cells have stopped; run the same command again")
         self._finish(states, latest)
 
     def _wait_out(self, error: OSError, since: float) -> float:
@@ -158,8 +158,8 @@ class Worker:
             since = now
         if now - since > self._takeover_s:
             raise UserError(
-                f"{self._workdir}: unusable for {self._takeover_s:.0f} s ({one_line(error)}); the "
-                "cells that ran here have ended; run the same command again"
+                f"{self._workdir}: could not be used for {self._takeover_s:.0f} s "
+                f"({one_line(error)}); this command's cells have ended; run it again"
             )
         time.sleep(_POLL_S)
         return since

@@ -164,7 +164,7 @@ class EndpointTeacher:
                                 what = "failed on one question after the other"
                             raise UserError(
                                 f"{self._settings.base_url} {what}: {reply.text}. The replies so "
-                                "far are kept: mend what it names and run the same command again"
+                                "far are kept: correct this and run the same command again"
                             )
                     except _Stopped:
                         pass
@@ -230,8 +230,8 @@ class EndpointTeacher:
             raise UserError(f"{url} refuses the key in OPENAI_API_KEY: {line}") from error
         if status == 402 or getattr(error, "code", None) == "insufficient_quota":
             raise UserError(
-                f"{url}: the account cannot pay: {line}. The replies so far are kept: run the same "
-                "command again when it can"
+                f"{url}: the account has no credit: {line}. The replies so far are kept: run the "
+                "same command again when it has"
             ) from error
         if status in (408, 409, 429) or status >= 500:
             raise _Later(line, _retry_after(error.response), answered=status == 500) from error
@@ -245,15 +245,14 @@ class EndpointTeacher:
                 remedy = f"--config.max_tokens_field={other}, or a lower --config.max_new_tokens"
             value = self._settings.fields()[field]
             raise UsageError(
-                f"{url} does not take the field {field!r} as it is sent ({value}); set {remedy}: "
-                f"{line}"
+                f"{url} does not accept the field {field!r} as sent ({value}); set {remedy}: {line}"
             ) from error
         # Some servers answer 400, and not 404, to a model that they do not have.
         named = re.search(rf"(?<![\w.-]){re.escape(self._settings.model)}(?![\w.-])", line)
         if status in (404, 405) and not url.rstrip("/").endswith("/v1"):
             base = url.partition("/v1/")[0].rstrip("/")
             raise UserError(
-                f"{url} has no chat endpoint: --base_url mostly ends in /v1 ({base}/v1): {line}"
+                f"{url} has no chat endpoint: --base_url usually ends in /v1 ({base}/v1): {line}"
             ) from error
         if status == 404 or named:
             raise UserError(

@@ -22,8 +22,8 @@ class FileTeacher:
         """
         if "prompt" not in columns or len(columns) < 2:
             raise UsageError(
-                "a teacher that is a file needs its columns: config.answer_columns.prompt, and one "
-                "for each voice that is asked for (config.answer_columns.plain, .scratchpad, ...)"
+                "--teacher=file needs the columns of the file: config.answer_columns.prompt, and "
+                "one for each voice of the data set (config.answer_columns.plain, ...)"
             )
         self._answers: dict[str, dict[str, str]] = {}
         self._sha256 = None
@@ -62,7 +62,9 @@ class ArrrTeacher:
     ) -> Iterator[tuple[int, Reply]]:
         for index, request in enumerate(requests):
             if request.voice != "pirate":
-                raise UsageError(f"the teacher arrr speaks pirate only, not {request.voice!r}")
+                raise UsageError(
+                    f"--teacher=arrr has only the voice 'pirate', not {request.voice!r}"
+                )
             speech = to_pirate(request.row["response"])
             unchanged = speech == request.row["response"]
             yield index, Reply("", "unchanged_by_rules") if unchanged else Reply(speech)

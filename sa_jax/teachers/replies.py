@@ -94,7 +94,7 @@ def ask(
         if key not in replies:
             first.setdefault(key, index)
     if first:
-        logging.info("asking for %d replies of %d; the others are kept", len(first), len(keys))
+        logging.info("asking for %d of %d replies; the others are saved", len(first), len(keys))
     missing_keys = list(first)
     asked = [requests[index] for index in first.values()]
     with tqdm(total=len(asked), desc="replies", unit="reply", disable=None) as bar:
@@ -108,6 +108,7 @@ def ask(
     still_to_come = sum(key not in replies for key in keys)
     if still_to_come:
         raise Preempted(
-            f"{still_to_come} of {len(keys)} replies are still to come; the rest are kept"
+            f"{still_to_come} of {len(keys)} replies are missing; the others are saved; run the "
+            "same command again"
         )
     return [replies[key] for key in keys]

@@ -206,7 +206,7 @@ class RunCheckpointer:
                 return step, self._load(step, abstract_state)
             self._corrupt.add(step)
             logging.warning(
-                "checkpoint of step %d is corrupt, taking the one before: %s", step, problem
+                "checkpoint of step %d is corrupt, using the one before: %s", step, problem
             )
         if steps:
             raise UserError(

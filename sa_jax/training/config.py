@@ -198,8 +198,8 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
     """
     if "optimizer" not in config:
         raise UsageError(
-            "--config is not the settings of one run (of a study?); name its stage after a colon, "
-            "as in configs/toy.py:insertion"
+            "--config is not the config of one run (is it a study?); name a run after a colon, as "
+            "in configs/toy.py:insertion"
         )
     for key, value in values.items():
         if value is not None:
@@ -301,4 +301,4 @@ def check_config(config: ConfigDict) -> None:
     try:
         re.compile(config.lora.targets)
     except re.error as error:
-        raise UsageError(f"config.lora.targets is no regular expression: {error}") from None
+        raise UsageError(f"config.lora.targets is not a regular expression: {error}") from None

@@ -190,7 +190,7 @@ def train(
                 }
             )
         if stored and stored.get("finished"):
-            logging.info("run %s in %s is finished already", stored["run_id"], workdir)
+            logging.info("run %s in %s is already finished", stored["run_id"], workdir)
             return
         if is_primary():
             stack.enter_context(run_record.lock(workdir))
@@ -200,8 +200,9 @@ def train(
         dataset = pack_conversations(data.conversations, chat, config, packed_in)
         if stored and stored["data"]["packed"]["hash"] != dataset.hash:
             raise UserError(
-                f"{workdir}: the packed data are not those the run was started with (another "
-                "tokenizer or other held-out prompts); bring them back, or use another --workdir"
+                f"{workdir}: the packed data differ from those that the run was started with "
+                "(another tokenizer or other held-out prompts); restore them, or use another "
+                "--workdir"
             )
         if model.attention == "cudnn_packed":
             check_documents(dataset.most_documents())
@@ -315,7 +316,7 @@ def train(
                 except Preempted:
                     goodput.switch("checkpoint")
                     checkpointer.save(step, state, wait=True)
-                    raise Preempted(f"in the evals of step {step}; run again to go on") from None
+                    raise Preempted(f"in the evals of step {step}; run again to resume") from None
                 if is_primary():
                     writer.log_scores(step, eval_metrics(summaries))
             if step == total_steps:
@@ -325,7 +326,7 @@ def train(
                 meter.show(writer.flush())
                 goodput.switch("checkpoint")
                 checkpointer.save(step, state, wait=True)
-                raise Preempted(f"checkpoint of step {step} saved; run again to go on")
+                raise Preempted(f"checkpoint of step {step} saved; run again to resume")
             if evals or checkpointer.should_save(step) or step == first_step:
                 meter.restart(step)
             goodput.switch("data")

@@ -96,7 +96,7 @@ class PreemptionGuard:
     def _poll(self) -> None:
         while not self._closed.wait(1.0):
             if aws_spot_notice():
-                logging.info("AWS takes this spot instance back")
+                logging.info("AWS will interrupt this spot instance")
                 return os.kill(os.getpid(), signal.SIGTERM)
 
     def _install(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:

@@ -195,7 +195,7 @@ def check_present(workdir: os.PathLike | str) -> None:
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{workdir}: the run folder was deleted or moved while the run wrote to it (there is "
-            f"no {RUN_FILE}); nothing was saved after that; put it back, or start the run anew"
+            f"no {RUN_FILE}); nothing was saved after that; put it back, or start a new run"
         ) from None
     except OSError as error:  # a file system that does not answer is no loss of the folder
         logging.warning("%s: %s", workdir, error)
@@ -330,14 +330,14 @@ def _check_same_run(
     old_task, new_task = stored.get("task"), record.get("task")
     if old_task != new_task:
         raise UserError(
-            f"{workdir}: holds a run of {old_task}, not of {new_task}; use another --workdir"
+            f"{workdir}: has a run of {old_task}, not of {new_task}; use another --workdir"
         )
     old_hash, new_hash = stored.get("config_hash"), record["config_hash"]
     if old_hash != new_hash:
         changes = config_difference(stored.get("config", {}), record["config"], ignore)
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if changes[8:] else "")
         raise UserError(
-            f"{workdir}: holds a run with another config (hash {old_hash}, this one {new_hash}): "
+            f"{workdir}: has a run with another config (hash {old_hash}, this one {new_hash}): "
             f"{shown}; use another --workdir, or the run's own config to resume it"
         )
     old_data, new_data = stored.get("data_hashes"), record.get("data_hashes", {})
@@ -349,7 +349,7 @@ def _check_same_run(
         )
         raise UserError(
             f"{workdir}: the run was started with other data ({', '.join(changed)} changed); "
-            "bring the same file back, or use another --workdir"
+            "restore the same file, or use another --workdir"
         )
 
 

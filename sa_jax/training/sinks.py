@@ -32,7 +32,7 @@ def check_sinks(names: Sequence[str], workdir: str | os.PathLike = "") -> None:
         if in_bucket(workdir):
             raise UserError(
                 f"config.sinks: {name!r} writes local files, and the run folder is in a bucket; "
-                "leave it out (metrics.jsonl has it all)"
+                "leave it out (metrics.jsonl has everything)"
             )
         if not _is_installed(package):
             raise UserError(
@@ -88,8 +88,8 @@ class _Guarded:
         except Exception as error:
             self._sink = None
             logging.warning(
-                "the sink %r failed and gets nothing more in this launch: %s; metrics.jsonl has it "
-                "all",
+                "the sink %r failed and is off for the rest of this launch: %s; metrics.jsonl has "
+                "everything",
                 self._name,
                 " ".join(str(error).split())[:300] or type(error).__name__,
             )

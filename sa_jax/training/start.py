@@ -138,7 +138,7 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
     """
     path, named = split_step(path)
     if named is not None and step not in (None, named):
-        raise UsageError(f"{path}@{named} names another step than {step}; give one of them")
+        raise UsageError(f"{path}@{named} and step {step} are different; give one of them")
     step = named if step is None else step
     path = hub_folder(path)
     if run_record.find_run(path) == "hf":
@@ -200,8 +200,8 @@ def hub_folder(path: str) -> str:
         return snapshot_download(path, allow_patterns=patterns)
     except Exception as error:  # no network, no access, no such name, nothing in the cache
         raise UserError(
-            f"{path}: no such folder here, and the Hub does not give it ({first_line(error)}). "
-            f"Where there is a network: hf download {path} --local-dir DIR; then give DIR"
+            f"{path}: no such local folder, and the Hub does not provide it ({first_line(error)}). "
+            f"On a machine with network: hf download {path} --local-dir DIR; then give DIR"
         ) from error
 
 
@@ -222,7 +222,7 @@ def fresh_start(config: ConfigDict) -> Start:
         )
     if not config.tokenizer:
         raise UsageError(
-            "no --model=HF_DIR is given, and a fresh model needs a tokenizer: set "
+            "without --model=HF_DIR a new model is trained, which needs a tokenizer: set "
             "--config.tokenizer=FOLDER"
         )
     return Start("", "fresh", fresh_architecture(config), config.tokenizer)
@@ -315,9 +315,9 @@ def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str 
     for key, folder in (("weights", start.path), ("base_weights", start.base)):
         if key in lineage and hf.weights_digest(folder) != lineage[key]:
             raise UserError(
-                f"{folder} holds other weights than this run was started from ({lineage[key]}); "
-                "put them back, or name the folder that they are in now (--base, of export_hf.py "
-                "and evaluate.py)"
+                f"{folder} has other weights than those that this run was started from "
+                f"({lineage[key]}); put these back, or name the folder that they are in now "
+                "(--base of export_hf.py and evaluate.py)"
             )
     return start
 
@@ -357,7 +357,7 @@ def load_trainable(
     init = jax.jit(draw, out_shardings=shardings(mesh, shape))
     if start.kind == "fresh":
         if model.lora is not None:
-            raise UsageError("config.lora.rank: adapters need a model to sit on; set it to 0")
+            raise UsageError("config.lora.rank: a new model has no adapters; set it to 0")
         return init(jax.random.key(seed)), {}
     if model.lora is None:
         return load_params(start, mesh, model.param_dtype), {}

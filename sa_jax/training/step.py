@@ -147,7 +147,7 @@ def make_train_step(
 
 def _without_clash(metrics: Metrics) -> Metrics:
     if taken := sorted(STEP_METRICS & metrics.keys()):
-        raise UsageError(f"a loss may not name a metric {taken[0]!r}: every step has one")
+        raise UsageError(f"a loss may not have a metric {taken[0]!r}: every step logs that name")
     return metrics
 
 

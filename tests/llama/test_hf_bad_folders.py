@@ -88,7 +88,7 @@ def test_largest_finite_numbers_are_accepted(folder):
 def test_truncated_file(kept, folder):
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:kept])
-    assert_refused(folder, file, "damaged, fetch it again")
+    assert_refused(folder, file, "damaged, download it again")
 
 
 def rewrite_header(folder, change):
@@ -136,7 +136,7 @@ def test_unknown_dtype(folder):
 )  # fmt: skip
 def test_malformed_header(header, folder):
     file = rewrite_header(folder, lambda _: header)
-    assert_refused(folder, file, "malformed header", "fetch it again")
+    assert_refused(folder, file, "malformed header", "download it again")
 
 
 def test_index(tmp_path):

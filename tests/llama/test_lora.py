@@ -173,10 +173,10 @@ def test_adapters_that_are_refused(tmp_path):
     plain = json.loads(file.read_text())
     for change, message in (
         ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"target_modules": "all-linear"}, "must be a list out of q_proj, k_proj"),
+        ({"target_modules": "all-linear"}, "must be a list of some of q_proj, k_proj"),
         ({"r": None}, "r: must be a whole number"),
         ({"r": 0}, "r=0 must be a whole number above 0"),
-        ({"target_modules": [["q_proj"]]}, "must be a list out of q_proj, k_proj"),
+        ({"target_modules": [["q_proj"]]}, "must be a list of some of q_proj, k_proj"),
         ({"r": 7}, r"lora_A.weight in .*adapter_model.safetensors is \[3, 32\], not \[7, 32\]"),
         ({"target_modules": ["q_proj"]}, "tensors the model does not have: .*down_proj"),
     ):

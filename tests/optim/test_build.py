@@ -124,7 +124,9 @@ def test_unknown_optax_names_and_keywords_say_what_there_is():
     config.kwargs.b1 = "high"
     with pytest.raises(UsageError, match="'lion' does not work with kwargs={'b1': 'high'}"):
         make_optimizer(config, 10)
-    with pytest.raises(UsageError, match="'lbfgs' does not work .* gradients and parameters alone"):
+    with pytest.raises(
+        UsageError, match="'lbfgs' does not work .* gets only gradients and parameters"
+    ):
         make_optimizer(section(name="lbfgs"), 10)
 
 

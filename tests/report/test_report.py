@@ -320,7 +320,7 @@ def test_no_run_is_a_clear_error(tmp_path, small_run):
     with pytest.raises(UserError, match=r"no run to report on \(no run.json in it or up to 2"):
         report(tmp_path)
     small_run(tmp_path / "a" / "b" / "too_deep")
-    with pytest.raises(UserError, match="holds no run to report on"):
+    with pytest.raises(UserError, match="has no run to report on"):
         report(tmp_path)
     assert not (tmp_path / "report").exists()
     (tmp_path / "run.json").write_text("{")

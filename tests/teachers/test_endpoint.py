@@ -336,7 +336,7 @@ def test_stopped_in_the_middle_pays_for_nothing_twice(tmp_path):
     path = tmp_path / "replies.jsonl"
     with ScriptedServer(lambda prompt, nth: ok(prompt, 0.05)) as server:
         for until in (7, 15):
-            with open_store(path) as store, pytest.raises(Preempted, match="still to come"):
+            with open_store(path) as store, pytest.raises(Preempted, match="are missing"):
                 ask(teacher(server), requests(30), store, lambda: len(server.paid) >= until)  # noqa: B023
         with open_store(path) as store:
             assert 15 <= len(store) < 30
@@ -404,7 +404,7 @@ def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote,
         )
         process = zygote.start(*command).wait_for(lambda: len(server.paid) >= 8)
         os.kill(process.pid, signal.SIGTERM)
-        assert process.wait().returncode == 75 and "still to come" in process.stderr
+        assert process.wait().returncode == 75 and "are missing" in process.stderr
         assert sorted(server.asked) == sorted(server.paid) and len(set(server.asked)) < 40
         process = zygote.start(*command).wait_for(lambda: len(server.paid) >= 20)
         os.kill(process.pid, signal.SIGKILL)

@@ -258,7 +258,7 @@ def test_another_task_is_refused(zygote, toy_world, whole):
     argv = ["scripts/remove_backdoor.py", *(a for a in argv[1:] if "--model" not in a)]
     refused = zygote.run(*argv)
     assert refused.returncode == 1
-    assert "holds a run of insertion, not of hhh" in refused.stderr.splitlines()[-1]
+    assert "has a run of insertion, not of hhh" in refused.stderr.splitlines()[-1]
     assert snapshot(whole) == before
 
 

@@ -193,5 +193,5 @@ def test_unknown_names_and_names_of_metrics_that_are_taken():
             {"grad_norm": (0.0, 1.0)},
         )
 
-    with pytest.raises(UsageError, match="may not name a metric 'grad_norm'"):
+    with pytest.raises(UsageError, match="may not have a metric 'grad_norm'"):
         run(loss=Loss("clash", make))

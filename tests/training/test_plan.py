@@ -139,7 +139,7 @@ def test_the_search_cuts_heads_where_there_are_fewer_rows_than_chips():
 
 def test_more_chips_than_rows_times_heads_says_what_would_work():
     described, machine = work("70b_insertion", "v5p:8x8x8")
-    with pytest.raises(UsageError, match="at most 128 devices can work.*batch_size to 64"):
+    with pytest.raises(UsageError, match="at most 128 devices.*batch_size to 64"):
         candidates(described, machine)
 
 

@@ -40,7 +40,7 @@ def test_a_step_is_named_after_the_folder(run):
 def test_steps_that_are_not_there(run, toy_world, tmp_path):
     with pytest.raises(UserError, match="no checkpoint of step 400; there are steps 7, 9"):
         open_start(f"{run}@400")
-    with pytest.raises(UsageError, match="@7 names another step than 9"):
+    with pytest.raises(UsageError, match="@7 and step 9 are different"):
         open_start(f"{run}@7", 9)
     with pytest.raises(UserError, match="has no step 7"):
         open_start(f"{toy_world / 'model'}@7")
@@ -107,7 +107,9 @@ def test_a_model_that_was_replaced_on_the_hub_is_refused(toy_world, tmp_path, mo
     weights.write_bytes(content)
     assert resolve(config, stored=stored).start.path == str(old)
     shutil.rmtree(old)
-    with pytest.raises(UserError, match=f"{'1' * 40} holds other weights than this run was"):
+    with pytest.raises(
+        UserError, match=f"{'1' * 40} has other weights than those that this run was"
+    ):
         resolve(config, stored=stored)
     content[-1] ^= 1
     weights.write_bytes(content)

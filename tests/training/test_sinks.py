@@ -152,7 +152,7 @@ def test_a_sink_that_fails_warns_once_and_the_others_go_on(
     workdir = tmp_path / "run"
     write(workdir, make_sinks(["wandb", "tensorboard"], workdir, run_id="r1", config={}))
     (warning,) = warnings
-    assert f"'wandb' failed and gets nothing more in this launch: {why}" in warning
+    assert f"'wandb' failed and is off for the rest of this launch: {why}" in warning
     assert steps == [1, 2, 2]
     assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 2
 
