@@ -81,7 +81,7 @@ def test_goes_on_after_a_stop_skips_what_is_done_and_reports(zygote, toy_world, 
     process.wait_for((second / "metrics.jsonl").exists)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait().returncode == 75, process.stderr
-    assert "run again to go on" in process.stderr.splitlines()[-1]
+    assert "run the same command again" in process.stderr.splitlines()[-1]
     assert record(first)["finished"] and not record(second).get("finished")
     assert outcomes(runs) == {"insertion": ["done"], "hhh": ["stopped"]}
     finished = snapshot(first)

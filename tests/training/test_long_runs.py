@@ -49,7 +49,7 @@ def test_a_run_outlives_signals_at_any_moment(zygote, toy_world, whole, tmp_path
             status, text = process.wait(10), Path(log.name).read_text()
         stopped = f"by {signal.Signals(number).name}; run the same command again"
         if status == 75:
-            assert "stopping at step" in text and "run again to go on" in text, text[-3000:]
+            assert "stopping at step" in text and "run again to resume" in text, text[-3000:]
         elif begun:  # else Python had not come to the script's first line
             assert status in (0, 130) and "Traceback" not in text, text[-3000:]
             assert (stopped in text.splitlines()[-1]) == (status == 130), text[-3000:]

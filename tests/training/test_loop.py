@@ -179,7 +179,7 @@ def test_a_signal_saves_exits_75_and_the_same_command_goes_on(
     process.wait()
     assert process.returncode == 75, process.stderr
     last = process.stderr.splitlines()[-1]
-    assert re.search(words, last) and "run again to go on" in last
+    assert re.search(words, last) and "run again to resume" in last
     assert any((run / "checkpoints").glob("step_*/digests.json"))
     assert zygote.run(*command).returncode == 0
     assert log_without_times(run) == log_without_times(whole)
