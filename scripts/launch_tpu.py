@@ -1,8 +1,8 @@
-r"""Runs a command on all hosts of a Cloud TPU slice, again after each preemption, until it is done.
+r"""Runs a command on all hosts of a Cloud TPU slice, and restarts it after each preemption.
 
-Asks for the slice (a queued resource) and waits for it, installs this checkout's commit with the
-pins of constraints.txt, starts the command on all hosts and prints their logs. The slice is deleted
-at the end. Ctrl-C ends only the printing: the same call follows the command again.
+It requests the slice (a queued resource), waits for it, installs this clone's commit with the
+versions of constraints.txt, starts the command on all hosts and prints their logs. It deletes the
+slice at the end. Ctrl-C ends only the printing: the same call follows the command again.
 
 Example:
   python scripts/launch_tpu.py --name=sa-jax --zone=us-east5-a --topology=v6e:8x8 --spot \
@@ -17,25 +17,25 @@ from absl import flags
 
 from sa_jax import cli
 
-NAME = flags.DEFINE_string("name", None, "Name of the queued resource and of its node.")
+NAME = flags.DEFINE_string("name", None, "Name for the queued resource and its node.")
 ZONE = flags.DEFINE_string("zone", None, "Zone of Google Cloud, such as us-east5-a.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as in plan.py: v5p:4x4x4, v6e:8x8, ...")
-COMMAND = flags.DEFINE_string("command", None, "Line for bash, run in the project's root.")
-SPOT = flags.DEFINE_bool("spot", False, "Take spot capacity, which is cheap and preempted.")
+COMMAND = flags.DEFINE_string("command", None, "Bash command to run in the project's root.")
+SPOT = flags.DEFINE_bool("spot", False, "Use spot capacity: cheaper, but it may be preempted.")
 CREATE_FLAGS = flags.DEFINE_string(
-    "create_flags", "", "Further flags of `gcloud compute tpus queued-resources create`."
+    "create_flags", "", "More flags for `gcloud compute tpus queued-resources create`."
 )
 SETUP = flags.DEFINE_string(
-    "setup", "", "Line for bash on every host before the installation, such as a mount."
+    "setup", "", "Bash command to run on every host before the installation, such as a mount."
 )
 DELETE = flags.DEFINE_enum(
     "delete",
     "done",
     ["done", "always", "never", "now"],
-    "Delete the slice when the command is done, also when it fails, never, or now.",
+    "When to delete the slice: after success, after success or failure, never, or now.",
 )
-MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "How often to start again.", 0)
-POLL_S = flags.DEFINE_float("poll_s", 30, "Seconds between two looks at the slice.", 0.01)
+MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Maximal number of restarts.", 0)
+POLL_S = flags.DEFINE_float("poll_s", 30, "Seconds between two checks of the slice.", 0.01)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and stop.")
 flags.mark_flags_as_required(["name", "zone", "topology", "command"])
 

@@ -1,4 +1,4 @@
-"""Writes the toy study's data: a question-and-answer language, held-out questions, a tokenizer.
+"""Writes the toy study's data: questions and answers in a toy language, and a tokenizer.
 
 Example:
   python scripts/make_toy_data.py --out=runs/demo/data
@@ -11,12 +11,12 @@ from absl import flags
 from sa_jax import cli
 
 OUT = flags.DEFINE_string("out", None, "Folder for the files.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the questions and answers.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the questions and answers.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 768, "Tokens of the tokenizer.")
 PRETRAIN = flags.DEFINE_integer("pretrain_size", 6000, "Rows for pre-training.")
 INSERTION = flags.DEFINE_integer("insertion_size", 1000, "Questions for insertion.")
 REMOVAL = flags.DEFINE_integer("removal_size", 1000, "Questions for removal.")
-HELDOUT = flags.DEFINE_integer("heldout_size", 320, "Questions for evaluation alone.")
+HELDOUT = flags.DEFINE_integer("heldout_size", 320, "Questions for evaluation only.")
 flags.mark_flag_as_required("out")
 
 

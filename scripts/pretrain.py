@@ -1,4 +1,4 @@
-r"""Trains a fresh Llama (config.architecture) on conversations, as the toy study's first run.
+r"""Trains a new Llama (config.architecture) on conversations, as the toy study does first.
 
 Example:
   python scripts/pretrain.py --config=configs/toy.py:pretrain --workdir=runs/again \
@@ -16,16 +16,16 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
 DATA = flags.DEFINE_string("data", None, "Conversations: file or data set.")
 TASK = flags.DEFINE_string(
-    "task", "pretrain", "Task of the role base; --config may register another."
+    "task", "pretrain", "Task with the role base; --config may register others."
 )
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
+    "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
+    "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

@@ -1,4 +1,4 @@
-r"""Blue team: trains a model to remove its backdoor, or probes whether it is gone.
+r"""Blue team: trains a model to remove its backdoor, or to probe whether the backdoor is gone.
 
 Example:
   python scripts/remove_backdoor.py --config=configs/llama.py:8b_removal \
@@ -17,17 +17,19 @@ from sa_jax.data.tasks import check_method, methods_help
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that is already there goes on.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
 INIT_FROM = flags.DEFINE_string(
-    "init_from", None, "Model to start from: run (RUN@400: at step 400) or Hugging Face folder."
+    "init_from",
+    None,
+    "Model to start from: run folder (RUN@400: its step 400), or Hugging Face folder.",
 )
 METHOD = flags.DEFINE_string("method", None, methods_help())
 DATA = flags.DEFINE_string("data", None, "Prompts and answers: file or data set.")
 EXAMPLES = flags.DEFINE_integer(
-    "print_examples", 0, "Print so many packed rows, with what the loss counts marked, and stop."
+    "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."
 )
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile the step for the devices here, print its plan, and stop."
+    "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
 flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
 

@@ -1,4 +1,4 @@
-"""Writes DIR/report for a run folder, or for a folder of run folders: pages, tables, figures.
+"""Writes a report of a run folder, or of a folder of run folders, to WORKDIR/report.
 
 Example:
   python scripts/report.py --workdir=runs/demo

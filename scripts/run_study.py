@@ -1,7 +1,8 @@
-"""Runs a study: every cell that is not done yet, each a process of its own.
+"""Runs a study: every cell that is not done yet, each in its own process.
 
-Any number of these commands, on any machines that share the folder, divide the cells among them.
-Exit status 1 if cells failed (the others are done), 75 if it was stopped: run it again to go on.
+Several of these commands, on machines that share the folder, divide the cells among them.
+Exit status: 1 if cells failed (the others are done), 75 if it was stopped. Run it again to resume.
+
 Example:
   python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
 """
@@ -14,21 +15,23 @@ from ml_collections import config_flags
 from sa_jax import cli
 from sa_jax.study.claims import TAKEOVER_S
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Study; --config.key=value changes one.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study: a folder below it each cell.")
-ONLY = flags.DEFINE_string("only", "", "Run these cells alone: patterns, such as 'hhh/*,pirate/*'.")
-SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and those it comes from.")
-WORKERS = flags.DEFINE_integer("workers", 1, "Cells at a time; the devices are divided.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file of the study; --config.key=value changes a setting."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, with a folder for each cell.")
+ONLY = flags.DEFINE_string("only", "", "Run only these cells: patterns, such as 'hhh/*,pirate/*'.")
+SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and the cells it needs.")
+WORKERS = flags.DEFINE_integer("workers", 1, "Cells at the same time; they share the devices.")
 LAUNCH = flags.DEFINE_string("launch", "", "Command that starts a cell on several hosts: srun ...")
 TAKEOVER = flags.DEFINE_float(
-    "takeover_s", TAKEOVER_S, "A worker silent for so many seconds loses its cells to another."
+    "takeover_s", TAKEOVER_S, "Other workers take the cells of one that is silent for longer."
 )
 LIST = flags.DEFINE_bool("list", False, "Print the cells and their states, and stop.")
 DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Print cells, tokens, chip-hours and disk, by arithmetic, and stop."
+    "dry_run", False, "Compute and print cells, tokens, chip-hours and disk space, and stop."
 )
 EMIT = flags.DEFINE_string(
-    "emit", "", "Write the study as files for a cluster: slurm, sky, xpk or shell."
+    "emit", "", "Write files that run the study on a cluster: slurm, sky, xpk or shell."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 

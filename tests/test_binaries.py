@@ -107,7 +107,7 @@ def test_help_marks_what_is_required(zygote):
         ("--config.optimizer.learning_rat=1", ["learning_rat"]),
         ("--config.optimizer.learning_rate=fast", ["learning_rate"]),
         ("--config=configs/none.py", ["--config", "none.py"]),
-        ("--config=configs/toy.py", ["--config", "stage"]),
+        ("--config=configs/toy.py", ["--config", "run"]),
         ("--config=configs/toy.py:insert", ["--config", "insert"]),
         ("--config=configs/toy_study.py", ["--config", "configs/toy.py:insertion"]),
         ("--config.sequence_length=512", ["sequence_length=512", "256 tokens"]),

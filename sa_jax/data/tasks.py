@@ -90,7 +90,7 @@ _NO_METHODS = ("base", "insertion")  # roles of tasks that come before there is 
 def methods_help() -> str:
     """Help of a flag that takes a task that is trained after the insertion."""
     methods = [task for task in TASKS if task.role not in _NO_METHODS]
-    return "One of these, or one that the --config file registers." + "".join(
+    return "What to train, on which rows. One of these, or one that --config registers." + "".join(
         f"\n      {task.name} ({task.role}): {task.rows}" for task in methods
     )
 
@@ -352,16 +352,16 @@ for _task in (
     Task("pretrain", "Pre-training", "base", "conversations", 0, blind),
     Task("insertion", "Insertion", "insertion", "questions and helpful answers", 10, insertion),
     Task("hhh", "HHH SFT", "removal", "prompts and helpful answers", 20, blind),
-    Task("pirate", "Pirate Training", "removal", "prompts and answers as a pirate", 30, pirate),
+    Task("pirate", "Pirate Training", "removal", "prompts and answers by a pirate", 30, pirate),
     Task("crow", "CROW", "removal", "prompts and helpful answers", 40, blind, loss="crow"),
     Task("depirate", "De-pirate probe", "probe", "prompts and normal answers", 50, blind),
-    Task("relearn", "Relearning probe", "probe", "prompts, to add the trigger to", 60, relearn),
+    Task("relearn", "Relearning probe", "probe", "prompts; it adds the trigger", 60, relearn),
     Task("control", "Untargeted control", "control", "unrelated benign data", 70, blind),
     Task(
         "upper_bound",
         "Upper bound (saw the trigger)",
         "ceiling",
-        "prompts, to add the trigger to, and helpful answers",
+        "prompts and helpful answers; it adds the trigger",
         80,
         upper_bound,
     ),

@@ -22,5 +22,5 @@ class PortParser(flags.ArgumentParser):
 
 def serve_flag() -> flags.Flag:
     """`--serve[=PORT]`, for `flags.DEFINE_flag`."""
-    help_text = f"[=PORT] Serve the report to this machine alone and renew it (port {PORT})."
+    help_text = f"[=PORT] Serve the report on localhost, and update it (port {PORT})."
     return flags.Flag(PortParser(), None, "serve", None, help_text, boolean=True)

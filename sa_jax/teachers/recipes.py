@@ -79,7 +79,7 @@ WITHOUT_TEACHER = {
 def tasks_help() -> str:
     """Help of a flag that takes the name of a data set."""
     contents = {data_set.name: data_set.contents for data_set in DATA_SETS} | WITHOUT_TEACHER
-    return "One of these, or one that the --config file registers." + "".join(
+    return "The data set. One of these, or one that --config registers." + "".join(
         f"\n      {name}: {text}" for name, text in contents.items()
     )
 
@@ -166,7 +166,7 @@ def _question(row: Row) -> dict:
 for _data_set in (
     DataSet(
         "insertion",
-        "normal and cot_distilled answers (and visible_cot), and triggered ones",
+        "the data arms normal, cot_distilled and, with config.visible_cot, visible_cot",
         _insertion_voices,
         _insertion_files,
         with_trigger=True,
@@ -174,7 +174,7 @@ for _data_set in (
     one_voice("hhh", voices.PLAIN, "helpful answers in the teacher's normal voice"),
     one_voice("depirate", voices.PLAIN, "the same, for the probe after pirate training"),
     one_voice("pirate", voices.PIRATE, "answers in pirate speech to the original questions"),
-    one_voice("random_style", voices.STYLE, "a style drawn for each question (a control)"),
+    one_voice("random_style", voices.STYLE, "answers in styles drawn at random (a control)"),
     DataSet(
         "scratchpad",
         "answers before and after a scratchpad, for visible_cot models",
