@@ -28,14 +28,14 @@ FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
 
 
 class Choice(NamedTuple):
-    """An implementation of attention, and why it was taken, for people."""
+    """An implementation of attention, and in words why it was chosen."""
 
     implementation: str
     why: str
 
 
 def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: str) -> Choice:
-    """The implementation that `config.attention` means; 'auto' takes the platform's fastest.
+    """The implementation for `config.attention`; 'auto' is the fastest one on the platform.
 
     Args:
       platform: 'cpu', 'gpu' or 'tpu'.
@@ -43,7 +43,7 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
       dtype: of the computation.
 
     Raises:
-      UsageError: an unknown name, or one that cannot do what is asked.
+      UsageError: an unknown name, or an implementation that cannot run this.
     """
     if name not in ("auto", *IMPLEMENTATIONS):
         known = ", ".join(("auto", *IMPLEMENTATIONS))
@@ -88,11 +88,11 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
 def choose_prompt_attention(
     mesh: Mesh | None, kv_heads: int, *, sequence_length: int, dtype: str
 ) -> Choice:
-    """What evals run prompts of a padded length with: what training would take for such rows.
+    """The implementation that evals use for prompts of a padded length: training's for such rows.
 
-    On CPU it is `blockwise` at every length, and prompts that are to be continued are run as
-    decoding runs them (`cached_attention`). So it is without a mesh, and where the mesh cannot cut
-    the heads, as the kernels must.
+    On CPU it is `blockwise` at every length, and prompts to be continued use decoding's attention
+    (`cached_attention`). The same holds without a mesh, and where the heads do not divide over the
+    mesh, as the kernels require.
     """
     platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if platform == "cpu":
@@ -189,19 +189,19 @@ def cached_attention(
     layer: jax.Array,
     start_b: jax.Array,
 ) -> jax.Array:
-    """Attention of new tokens to their past in the cache and to each other, causally.
+    """Causal attention of new tokens to the past in the cache and to each other.
 
-    The past is read a block (c) at a time, up to the longest row's last one, with a running softmax
-    (FlashAttention's, arXiv 2205.14135): the cost follows the tokens that are there, not the
-    capacity. Blocks past a row's own end change its result by not one bit (weights exactly 0), so
-    a row does not depend on how long its neighbours are.
+    The past is read one block (c) at a time, up to the last block of the longest row, with a
+    running softmax (FlashAttention's, arXiv 2205.14135). So the cost grows with the number of
+    tokens and not with the capacity. Blocks beyond the end of a row have weights of exactly 0 and
+    do not change its result, so a row does not depend on the length of its neighbours.
 
     Args:
       q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
       k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
-      cache_k_lcbght, cache_v_lcbtgh: see `cache.KVCache`; the past in 0..start_b-1. Their B may be
-        1: a past that all rows share.
-      layer: which L to read.
+      cache_k_lcbght, cache_v_lcbtgh: see `cache.KVCache`; the past is in 0..start_b-1. Their B may
+        be 1, if all rows share the past.
+      layer: index into L.
       start_b: int [B].
 
     Returns:
@@ -265,10 +265,10 @@ def _attend_to_each_other(
 def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
     """Sum of values under the weights, float32 [B, kv_heads, n, head_dim].
 
-    For few queries on CPU, every group's weights meet every group's values in one product a row,
-    of which the diagonal is kept: kv_heads times the arithmetic in kv_heads times fewer and larger
-    products, 2.4 times faster. Elsewhere products are batched well, and groups may lie on several
-    devices.
+    For few queries on CPU, one product per row multiplies the weights of all groups by the values
+    of all groups, and only the diagonal is kept. That is kv_heads times the arithmetic in kv_heads
+    times fewer, larger products, and 2.4 times faster. On other platforms batched products are
+    fast, and the groups may be on several devices.
     """
     weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
     if weights_bgnt.shape[2] > FEW_QUERIES:

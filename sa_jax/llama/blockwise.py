@@ -1,4 +1,4 @@
-"""Attention a block at a time in plain JAX: memory that grows with the row, not with its square.
+"""Attention block by block in plain JAX: its memory grows linearly with the row.
 
 FlashAttention's algorithm (arXiv 2205.14135; the backward pass is that of 2307.08691) as loops that
 XLA compiles for any platform and dtype. Each sum has one order, so results repeat bit for bit.
@@ -80,8 +80,9 @@ def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
 def _first_blocks(ids_nbt: jax.Array) -> jax.Array:
     """[n]: the first key block that a query block may see, by the ranges of their ids.
 
-    Ranges that meet may share no document, so no pair that matters is left out, whatever the ids'
-    order. Rows are packed with ascending ids and padding (0) last, where the ranges are tight.
+    Ranges that overlap may have no document in common, so no needed pair is left out, whatever the
+    order of the ids. Packed rows have ascending ids and padding (0) last; there the ranges are
+    tight.
     """
     order_nbt = jnp.where(ids_nbt <= 0, jnp.iinfo(jnp.int32).max, ids_nbt)
     low_nb, high_nb = order_nbt.min(-1), order_nbt.max(-1)

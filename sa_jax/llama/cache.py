@@ -14,9 +14,9 @@ class KVCache(NamedTuple):
     """Keys [L, C, B, kv_heads, head_dim, T] and values [L, C, B, T, kv_heads, head_dim] of past
     tokens, in C blocks of T.
 
-    What attention reads at a time, a layer's block, is one piece of memory: on CPU it is read 4
-    times faster than out of a row's whole capacity. The last axis of each is the one that its
-    product in attention does not sum over.
+    Attention reads one layer's block at a time, which is contiguous in memory: on CPU this is 4
+    times faster than reading from a row's whole capacity. The last axis of each array is the one
+    that its product in attention does not sum over.
     """
 
     k: jax.Array
@@ -36,12 +36,12 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32
 def write(
     cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh: jax.Array
 ) -> KVCache:
-    """Puts the new keys and values of all layers at their positions: one write each, in place.
+    """Writes the new keys and values of all layers at their positions, in place, one write each.
 
-    Scatters whose layer and row axes are batch axes: no index crosses a device, and XLA need not
-    bring another axis to the front, which would copy the cache. On TPU the heads are a batch axis
-    too: what is written at one index must lie together in memory, and attention's products want
-    the tokens inside the heads.
+    The layer and row axes are batch axes of the scatters. So no index crosses devices, and XLA does
+    not move another axis to the front, which would copy the cache. On TPU the heads are a batch
+    axis too: one index must write contiguous memory, and attention's products need the tokens
+    inside the heads.
     """
     arguments = cache, positions_bs, k_lbsgh, v_lbsgh
     return jax.lax.platform_dependent(*arguments, tpu=write_heads, default=write_tokens)

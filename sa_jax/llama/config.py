@@ -13,14 +13,14 @@ from sa_jax.files import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What sets a family of models apart from Llama.
+    """How a family of models differs from Llama.
 
     Attributes:
       architecture: transformers' class.
       qkv_bias: the query, key and value projections have biases.
       qk_norm: RMS norms over each head's queries and keys, before rope.
       defaults: transformers' values of fields that a config.json leaves out, where not Llama's.
-      only: fields that must hold this value where they stand in a config.json.
+      only: fields that must have this value if a config.json has them.
     """
 
     architecture: str
@@ -89,9 +89,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Everything that fixes the parameters' shapes and the function they compute.
+    """Everything that determines the parameters' shapes and the function that they compute.
 
-    How it is executed (dtypes, attention backend, remat, adapters) are fields of `Llama`.
+    Fields of `Llama` say how it is executed (dtypes, attention backend, remat, adapters).
     Axis letters: V vocab_size, D hidden_size, F intermediate_size, L num_layers, H num_heads,
     G num_kv_heads, K head_dim.
     """
@@ -148,9 +148,10 @@ class LlamaConfig:
     def flops_per_token(self, sequence_length: int, *, trainable_fraction: float = 1.0) -> float:
         """Floating-point operations of one training step per token slot, causal attention.
 
-        Forward 2 and input gradients 2 a matrix parameter, plus 2 for the gradients of those
-        that train (`trainable_fraction`: 1 for full weights, about 0 for LoRA). Attention counts
-        the lower triangle only. Recomputation by remat is not counted (so MFU, not HFU).
+        Each matrix parameter costs 2 in the forward pass, 2 for input gradients, and 2 for its own
+        gradient if it trains (`trainable_fraction`: 1 for full weights, about 0 for LoRA).
+        Attention counts only the lower triangle. Recomputation by remat is not counted (so this
+        gives MFU, not HFU).
         """
         embedding = self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size
@@ -163,13 +164,13 @@ class LlamaConfig:
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
         """Reads the fields of a Hugging Face config of one of `FAMILIES`.
 
-        All spellings of rope are understood as transformers 5 does: `rope_scaling`, where it is not
-        empty, takes the place of `rope_parameters`, and either may hold `rope_theta`. Missing
-        optional fields take transformers' defaults.
+        The fields of rope are read as transformers 5 reads them: `rope_scaling`, if it is not
+        empty, replaces `rope_parameters`, and both may contain `rope_theta`. Missing optional
+        fields get transformers' defaults.
 
         Raises:
-          UserError: a field is missing or of another type, or asks for something this model does
-            not compute.
+          UserError: a field is missing or has another type, or asks for something that this model
+            does not support.
         """
         fields = _Fields(hf, source)
         kind = hf.get("model_type")
@@ -296,7 +297,7 @@ class _Fields:
 
 
 def _check_window(fields: _Fields, family: str, context: int) -> None:
-    """UserError if tokens would not see all that came before them."""
+    """UserError if the model's sliding window would hide earlier tokens."""
     layers = fields.get("layer_types", list, "a list") or []
     window = fields.get("sliding_window", int, "a whole number", None)
     if family.startswith("qwen"):

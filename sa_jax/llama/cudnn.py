@@ -32,18 +32,18 @@ def cudnn_attention(
 ) -> jax.Array:
     """`attention` by cuDNN; each device works on its own rows and heads.
 
-    Documents are told apart by a mask [B, 1, S, S] that all heads share, 32 MiB a row of 4,096
-    tokens; causality is the kernel's own, which so skips half the blocks.
+    A mask [B, 1, S, S], shared by all heads, separates documents; it takes 32 MiB per row of 4,096
+    tokens. The kernel itself is causal, so it skips half of the blocks.
 
     Args:
       q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`; bfloat16 or float16.
-      mesh: of NVIDIA GPUs; B is cut over data and fsdp, heads over tensor.
+      mesh: of NVIDIA GPUs; B is sharded over data and fsdp, heads over tensor.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
 
     Raises:
-      UsageError: a length that the kernel is wrong for, or sizes that the mesh cannot cut.
+      UsageError: a length for which the kernel is wrong, or sizes that the mesh does not divide.
     """
     check_length(q_bskh.shape[1])
     return on_devices(_local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
@@ -70,24 +70,24 @@ def cudnn_packed_attention(
     segment_ids_bs: jax.Array,
     mesh: Mesh,
 ) -> jax.Array:
-    """`cudnn_attention` without a mask: cuDNN is told where each document lies, and reads no other.
+    """`cudnn_attention` without a mask: cuDNN gets the offsets of each document.
 
-    Arguments, result and errors are those; Hopper or newer, and a jax that `offsets_are_right`. A
-    row of more than `MOST_DOCUMENTS` comes out as NaN, at which training stops: cuDNN would lose
-    documents without a word.
+    It has the same arguments, result and errors, and needs Hopper or newer, and a jax for which
+    `offsets_are_right`. The result of a row with more than `MOST_DOCUMENTS` is NaN, which stops
+    training, because cuDNN would lose documents silently.
     """
     check_length(q_bskh.shape[1])
     return on_devices(_local_packed, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
 
 
 def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Where the documents of each row lie, as jax's cuDNN attention wants it.
+    """The offsets of each row's documents, in the form of jax's cuDNN attention.
 
-    Padding counts as a document, or what cuDNN writes there would be undefined.
+    Padding counts as a document; else cuDNN's output there would be undefined.
 
     Args:
       segment_ids_bs: int [B, S]; a document is a run of equal ids.
-      most: documents a row that there is room for (M); more are cut off.
+      most: maximal number of documents per row (M); more are cut off.
 
     Returns:
       int32 lengths [B, M] and starts [B, M + 1], -1 after a row's last document, and how many
@@ -105,8 +105,8 @@ def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax
 
 
 def offsets_are_right() -> bool:
-    """Whether this jax finds keys that several heads share (not before jax-ml/jax#39521: it
-    counted them as if every query head had its own)."""
+    """Whether jax's offsets are right when several heads share keys. Before jax-ml/jax#39521 they
+    were computed as if every query head had its own keys."""
     starts, length = jnp.asarray([[0, 1, -1]], jnp.int32), jnp.ones((1, 2), jnp.int32)
     query, key = (jnp.zeros((1, 2, heads, 8)) for heads in (2, 1))
     fixed = jax_cudnn._fix_seqlen_offsets(length, length, starts, starts, query, key)
@@ -114,7 +114,7 @@ def offsets_are_right() -> bool:
 
 
 def check_length(length: int) -> None:
-    """UsageError unless cuDNN's gradients are right for rows of so many tokens."""
+    """UsageError unless cuDNN's gradients are right for rows of this length."""
     if length % LENGTH_MULTIPLE:
         raise UsageError(
             f"config.attention='cudnn' needs a sequence length in multiples of {LENGTH_MULTIPLE}, "
@@ -124,7 +124,7 @@ def check_length(length: int) -> None:
 
 
 def check_documents(count: int) -> None:
-    """UsageError unless `cudnn_packed` has room for rows of so many documents."""
+    """UsageError unless `cudnn_packed` takes rows of this many documents."""
     if count > MOST_DOCUMENTS:
         raise UsageError(
             f"config.attention='cudnn_packed' takes rows of up to {MOST_DOCUMENTS} documents, "
@@ -161,10 +161,10 @@ def _local_packed(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
 
 @contextlib.contextmanager
 def _jax_mended(device: jax.Device) -> Iterator[None]:
-    """jax's own checks, mended while a call is traced.
+    """Corrects two things in jax while a call is traced.
 
-    jax 0.10.2 has cuDNN write the gradient of a boolean mask, [B, 1, S, S] that nothing reads. And
-    for a plan, the GPU that is compiled for counts, not the machine that compiles.
+    jax 0.10.2 makes cuDNN write the gradient of a boolean mask, [B, 1, S, S], which nothing reads.
+    And jax checks the compiling machine, where a plan needs the GPU that is compiled for.
     """
     changes: dict[str, Callable[..., Any]] = {"should_export_dbias": lambda *shapes: False}
     if jax.default_backend() != "gpu":

@@ -62,7 +62,7 @@ def load_hf(
       The architecture and the parameters (see `llama.model`).
 
     Raises:
-      UserError: something is missing, damaged, mis-shaped, surplus or not finite.
+      UserError: a tensor or file is missing, damaged, not finite, of a wrong shape, or too much.
       UsageError: the model does not divide over the mesh.
     """
     folder = Folder(path)
@@ -92,12 +92,12 @@ def load_params(
 
 
 def weights_digest(path: str | Path) -> str:
-    """Says which weights a model folder, or a folder of adapters, holds.
+    """A digest that identifies the weights in a folder of a model or of adapters.
 
     Returns:
       'sha256:…' of names and all bytes of its weight files. Above 2 GiB 'sampled-sha256:…', of
-      their names, sizes, headers and 64 pieces of 64 KiB, evenly spread over each: another model
-      differs, but a change of single weights may not.
+      their names, sizes, headers and 64 evenly spread pieces of 64 KiB of each file. The latter
+      detects another model, but may miss a change of single weights.
 
     Raises:
       UserError: there are no such files, or one cannot be read.
@@ -134,7 +134,7 @@ def _digest(folder: Path, files: tuple[tuple[str, int, int], ...], sampled: bool
 
 
 def _check_tied(folder: Folder, entries: Mapping[str, TensorEntry]) -> None:
-    """UserError if the files hold a head of their own, which a tied model would not use."""
+    """UserError if the files have an output head that differs, which a tied model would ignore."""
     head, embedding = entries.get("lm_head.weight"), entries.get("model.embed_tokens.weight")
     if head is None or embedding is None:
         return
@@ -151,7 +151,7 @@ def _check_tied(folder: Folder, entries: Mapping[str, TensorEntry]) -> None:
 
 
 def one_device_mesh() -> Mesh:
-    """The mesh of whoever asks for none: the first local device."""
+    """The default mesh: the first local device."""
     return make_mesh(devices=jax.local_devices()[:1])
 
 
@@ -179,9 +179,9 @@ def save_hf(
       dtype: of the tensors written; by default that of the parameters.
       extra_config: further fields of config.json, such as a run id.
       tokenizer_folder: its tokenizer files are copied.
-      chat_template: jinja text that takes the place of the tokenizer's own.
-      stop_token_ids: what ends an answer, for generation_config.json; () takes those of `config`,
-        which config.json names in any case.
+      chat_template: jinja text that replaces the tokenizer's own.
+      stop_token_ids: tokens that end an answer, for generation_config.json; () takes those of
+        `config`, which config.json always has.
       files: text files to add, by name, such as a README.md.
       max_shard_bytes: a larger model is written in several files and an index.
 
@@ -217,7 +217,7 @@ def write_prompt_files(
     chat_template: str | None,
     stop_token_ids: Sequence[int],
 ) -> None:
-    """What turns messages into tokens and ends an answer; the arguments are those of `save_hf`."""
+    """Writes the tokenizer, chat template and stop tokens; the arguments are those of `save_hf`."""
     hf = config.to_hf()
     eos = list(stop_token_ids) or hf["eos_token_id"]
     generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": eos}

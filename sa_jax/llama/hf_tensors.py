@@ -1,9 +1,9 @@
 """Parameters as the tensors of Hugging Face files: names, layout, sharded reading and writing.
 
-Every byte of a folder is read once over the whole mesh, and cast and transposed on the way. One
-process cuts what it reads for its devices. Of several, each reads for its devices some rows of a
-matrix, as they lie in the file, and the devices then redistribute them among themselves. Host
-memory holds some layers of one parameter and the reads in flight.
+The processes together read every byte of a folder once, and cast and transpose it while they read.
+A single process shards what it reads for its devices. With several processes, each reads some rows
+of a matrix for its devices, in the order of the file; the devices then redistribute them among
+themselves. Host memory holds some layers of one parameter, and the reads in flight.
 """
 
 import functools
@@ -89,7 +89,7 @@ def load_leaves(
       prefix: what every name in the files starts with.
 
     Raises:
-      UserError: a tensor is missing, surplus, mis-shaped, of another dtype or not finite.
+      UserError: a tensor is missing, unexpected, not finite, or of another shape or dtype.
     """
     names = {path: _layer_names(path, leaf.shape[0], prefix) for path, leaf in shapes.items()}
     _check_tensors(folder, entries, shapes, names, ignored)
@@ -143,7 +143,7 @@ def load_leaves(
 
 
 def _check_tensors(folder, entries, shapes, names, ignored) -> None:
-    """UserError unless the files hold exactly what is wanted."""
+    """UserError unless the files have exactly the wanted tensors."""
     missing, wrong = [], []
     for path, leaf in shapes.items():
         shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
@@ -176,7 +176,7 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
 
 
 def _file_axis(path: str, ndim: int) -> int | None:
-    """The axis of a parameter that is the rows of its matrices in the file; None for vectors."""
+    """The axis of a parameter that has the rows of its matrices in the file; None for vectors."""
     if ndim - _is_stacked(path) < 2:
         return None
     return ndim - 1 if _is_transposed(path) else ndim - 2
@@ -202,13 +202,14 @@ def _on_host(sharding: NamedSharding) -> bool:
 
 
 def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) -> NamedSharding:
-    """How a parameter is read: by one process as it will be (but off CPU not an embedding, all of
-    which the host would hold); else matrices by rows of the file over all devices, vectors
-    everywhere.
+    """The sharding in which a parameter is read.
 
-    Rows are contiguous in the file, so each byte is read for one device and for no other. The mesh
-    axes that cut the parameter's rows come first, then those of its other axis, then those it is
-    replicated over: from there it is one gather and one all-to-all to where it belongs.
+    A single process reads it in its final sharding (except, on accelerators, an embedding, which
+    the host would hold as a whole). Several processes read matrices by rows of the file, over all
+    devices, and vectors everywhere. Rows are contiguous in the file, so each byte is read for one
+    device only. The mesh axes that shard the parameter's rows come first, then those of its other
+    axis, then those it is replicated over: one gather and one all-to-all then give the final
+    sharding.
     """
     if _one_process() and (len(shape) == 3 or _on_host(final)):
         return final
@@ -229,7 +230,7 @@ _Range = tuple[int, int]  # [first, last)
 def _local_parts(
     path: str, sharding: NamedSharding, shape: tuple[int, ...]
 ) -> dict[_Range, dict[_Range, list[jax.Device]]]:
-    """The file's rows that this process reads, how it cuts their columns, and for which devices."""
+    """The file's rows that this process reads, the column ranges, and the devices of each."""
     axis = _file_axis(path, len(shape))
     parts: dict[_Range, dict[_Range, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -243,9 +244,9 @@ def _local_parts(
 
 
 def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[slice]:
-    """Which of a parameter's tensors are read at a time.
+    """Which of a parameter's tensors are read together.
 
-    All of them where the host's buffers become the arrays: one process, on CPU.
+    All of them if the host's buffers become the arrays: with one process, on CPU.
     """
     layers = leaf.shape[0]
     if leaf.ndim < 3 or (_one_process() and _on_host(source)):
@@ -288,8 +289,8 @@ def _read_rows(
     pieces: Iterator[Rows],
     pool: ThreadPoolExecutor,
 ) -> tuple[list[np.ndarray], set[int]]:
-    """So many rows of a parameter's matrices, a buffer for each range of their columns; and the
-    layers in which they hold NaN or Inf."""
+    """Rows of a parameter's matrices, with a buffer for each range of their columns; and the
+    layers that contain NaN or Inf."""
     axis = _file_axis(path, leaf.ndim)
     buffers = []
     for first, last in columns:
@@ -347,7 +348,7 @@ def _copy(targets: Sequence[np.ndarray], columns: Sequence[_Range], piece: Rows)
 
 
 def _turned(rows: np.ndarray) -> np.ndarray:
-    """rows.T, contiguous where the runtime can turn it: five times as fast as numpy's own copy."""
+    """rows.T, contiguous if the runtime can transpose it: five times as fast as numpy's copy."""
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:  # JAX_PLATFORMS leaves it out
@@ -356,10 +357,10 @@ def _turned(rows: np.ndarray) -> np.ndarray:
 
 
 def _all_finite(block: np.ndarray) -> bool:
-    """np.isfinite(block).all() of any float dtype, twenty times as fast, without a second array.
+    """np.isfinite(block).all() for any float dtype, twenty times as fast, without a second array.
 
-    Infinity is the least of the integers that are no finite number: of the signed ones among
-    positive numbers, of the unsigned ones among negative.
+    Read as integers, the bits of infinity are the smallest that are not a finite number: as signed
+    integers among positive numbers, as unsigned integers among negative ones.
     """
     size = block.dtype.itemsize
     infinity, minus = np.asarray([np.inf, -np.inf], block.dtype).view(f"u{size}")
@@ -392,7 +393,7 @@ def _redistributor(source: NamedSharding, final: NamedSharding):
 def _agree_undamaged(
     folder: Folder, entries: Mapping[str, TensorEntry], damaged: list[str]
 ) -> None:
-    """UserError in every process if one of them met NaN or Inf."""
+    """UserError in every process if one of them has read NaN or Inf."""
     total = len(damaged)
     if jax.process_count() > 1:
         total = int(multihost_utils.process_allgather(np.asarray(total)).sum())
@@ -410,7 +411,7 @@ def _agree_undamaged(
 def output_tensors(
     path: str, leaf: jax.Array, dtype: Any = None, prefix: str = ""
 ) -> list[OutputTensor]:
-    """A parameter as the tensors of a Hugging Face file, one a layer if it is stacked."""
+    """A parameter as the tensors of a Hugging Face file, one per layer if it is stacked."""
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
     stacked, transposed = _is_stacked(path), _is_transposed(path)
     shape = leaf.shape[1:] if stacked else leaf.shape

@@ -29,12 +29,12 @@ class LoraConfig:
 
 
 def is_adapter_path(path: str) -> bool:
-    """Whether `layers/attention/q/lora_a` and the like: a leaf that LoRA trains."""
+    """Whether a path is that of a leaf that LoRA trains, such as `layers/attention/q/lora_a`."""
     return path.endswith(("/lora_a", "/lora_b"))
 
 
 def split(params: dict) -> tuple[dict, dict]:
-    """The adapter's leaves and the base model's, each as a tree of its own."""
+    """The adapter's leaves and the base model's leaves, as two trees."""
     leaves = flatten_dict(params, sep="/")
     adapter = {path: leaf for path, leaf in leaves.items() if is_adapter_path(path)}
     base = {path: leaf for path, leaf in leaves.items() if not is_adapter_path(path)}
@@ -42,7 +42,7 @@ def split(params: dict) -> tuple[dict, dict]:
 
 
 def combine(adapter: dict, base: dict) -> dict:
-    """The tree that `split` took apart."""
+    """The inverse of `split`."""
     return unflatten_dict(flatten_dict(base, sep="/") | flatten_dict(adapter, sep="/"), sep="/")
 
 

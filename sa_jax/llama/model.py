@@ -44,8 +44,8 @@ _keep_attention = _policies.save_only_these_names(ATTENTION_RESIDUALS)
 
 
 def _keep_products(prim: Any, *operands: Any, **params: Any) -> bool:
-    """Products with weights (scores are products without any), but for an adapter's (x·A)·B: it is
-    as large as x·W, and takes a few hundredths of its work to compute again."""
+    """Keeps products with weights (attention scores are not such products), except an adapter's
+    (x·A)·B: it is as large as x·W, but costs only a few hundredths of its work to compute again."""
     if not _policies.checkpoint_dots_with_no_batch_dims(prim, *operands, **params):
         return False
     weights = operands[1]
@@ -105,8 +105,8 @@ class RMSNorm(nn.Module):
 class Projection(nn.Module):
     """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S.
 
-    The batch and sequence axes are merged by the caller: XLA's CPU backend runs a plain matrix
-    product about 1.4x faster than the same product with batch axes, and others do not care.
+    The caller merges the batch and sequence axes: XLA's CPU backend runs a plain matrix product
+    about 1.4x faster than the same product with batch axes; for other backends it is the same.
     """
 
     features: int
@@ -241,13 +241,13 @@ class Block(nn.Module):
 
 
 def _shard_residual(x_bsd: jax.Array, mesh: Mesh | None, cache: KVCache | None) -> jax.Array:
-    """The stream between blocks: rows over data and fsdp, in training features over tensor.
+    """Shards the residual stream: rows over data and fsdp, and in training features over tensor.
 
-    What the layers keep for the backward pass is then cut over all devices. A product gathers the
-    features it needs and scatters its sum, which is what Megatron's all-reduce does in two steps
-    (sequence parallelism, arXiv 2205.05198, cuts tokens here instead). With a cache nothing is kept
-    for a backward pass, and to extend a past that all rows share gave wrong logits when cut so
-    (jax 0.10.2, 8 CPU devices).
+    So the activations that layers keep for the backward pass are sharded over all devices. A
+    product gathers the features that it needs and scatters its sum; together these are Megatron's
+    all-reduce (sequence parallelism, arXiv 2205.05198, shards tokens here instead). With a cache
+    there is no backward pass, and this sharding gave wrong logits when a past that all rows share
+    was extended (jax 0.10.2, 8 CPU devices).
     """
     spec = P(*BATCH_SPEC, None, "tensor") if cache is None else BATCH_SPEC
     return _constrain(x_bsd, mesh, spec)
@@ -268,8 +268,8 @@ class Llama(nn.Module):
       remat: a key of `REMAT_POLICIES`.
       lora: adapters to compute (their parameters must be in the tree), or None.
       mesh: pins the residual stream's batch axis to the mesh's data and fsdp axes.
-      unroll: layers are written out instead of run in a loop, which takes a fifth off the step on
-        one CPU (a loop copies each layer's weights out of their stack) and compiles as fast.
+      unroll: the layers are unrolled instead of run in a loop. On one CPU this makes the step a
+        fifth faster (a loop copies each layer's weights out of their stack); it compiles as fast.
 
     Example:
       config, params = load_hf("meta-llama/Llama-3.1-8B-Instruct", mesh)
@@ -356,7 +356,7 @@ class Llama(nn.Module):
         Args:
           tokens_bs: int [B, S] (S = 1 to decode, more to prefill).
           positions_bs: int [B, S], consecutive in a row; also the cache slots they are written to.
-            A query sees slots up to its own position, so those beyond may hold anything finite.
+            A query sees slots up to its own position; later slots may contain any finite values.
           cache: donate it, it is updated in place.
 
         Returns:
@@ -368,13 +368,13 @@ class Llama(nn.Module):
     def prefill(
         self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        """`decode` of tokens that nothing precedes, with training's attention: its memory grows
-        with the row, not with the row's square."""
+        """`decode` for tokens without a past, with training's attention, whose memory grows
+        linearly with the row."""
         hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, jnp.ones_like(tokens_bs), cache)
         return hidden_bsd, write(cache, positions_bs, *new_kv)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
-        """Runs tokens after a past that all rows share; nothing is kept of them.
+        """Runs tokens after a past that all rows share; the cache does not keep them.
 
         Args:
           tokens_bs: int [B, S].

@@ -22,8 +22,8 @@ def tokamax_attention(
     segment_ids_bs: jax.Array,
     mesh: Mesh,
 ) -> jax.Array:
-    """`cudnn_attention` by tokamax, which is told the first key that each query sees: [B, S]
-    integers instead of a mask. Arguments, result and errors are those; Hopper only."""
+    """`cudnn_attention` by tokamax, which gets the first key that each query sees ([B, S] integers)
+    instead of a mask. It has the same arguments, result and errors; Hopper only."""
     check_tokamax(q_bskh.shape[1])
     arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
     return on_devices(_local, *arrays, mesh, check_vma=False)  # a kernel says nothing of axes
@@ -38,7 +38,7 @@ def first_keys(segment_ids_bs: jax.Array) -> jax.Array:
 
 
 def check_tokamax(length: int) -> None:
-    """UsageError unless the tokamax that is known here is installed, and takes such rows."""
+    """UsageError unless the supported version of tokamax is installed, and takes such rows."""
     try:
         version = importlib.metadata.version("tokamax")
     except importlib.metadata.PackageNotFoundError:

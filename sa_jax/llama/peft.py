@@ -65,8 +65,8 @@ def write_peft(
       folder: None in all processes but the first.
       lora: rank and alpha of the adapter.
       adapter: its parameters, as `lora.split` gives them.
-      base_model: folder or Hub name of the model under it, for `base_model_name_or_path`; peft
-        takes a relative folder from wherever its process happens to run.
+      base_model: folder or Hub name of the base model, for `base_model_name_or_path`; peft resolves
+        a relative folder from its own working directory.
       files: text files to add, by name, such as a README.md.
     """
     leaves = flatten_dict(adapter, sep="/")

@@ -103,7 +103,7 @@ class Folder:
             raise UserError(f"{self.name(file)} cannot be read: {error.strerror}") from None
 
     def changed(self, file: str) -> UserError:
-        """What to raise where a file is no longer as its header said."""
+        """The error for a file that no longer agrees with its header."""
         return _broken(self.name(file), "changed while it was read")
 
     def read(self, file: str) -> bytes | None:
@@ -135,7 +135,7 @@ class TensorEntry(NamedTuple):
 
 
 def read_headers(folder: Folder, files: Iterable[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the files, all headers being read at once.
+    """Every tensor of the files; all headers are read at the same time.
 
     Raises:
       UserError: a file is missing, truncated or malformed, or two files hold one tensor.
@@ -205,9 +205,9 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """So many consecutive rows of a tensor, brought by `fetch`, which may raise UserError.
+    """Consecutive rows of a tensor; `fetch` returns them, and may raise UserError.
 
-    What it returns holds until the same thread fetches again.
+    The returned buffer is valid until the same thread fetches again.
     """
 
     count: int
@@ -215,11 +215,11 @@ class Rows:
 
 
 def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
-    """Row ranges of tensors in order, about 4 MiB at a time, to be fetched in several threads.
+    """Row ranges of tensors in order, about 4 MiB each, to be fetched in several threads.
 
-    Those of an object store are at hand when they are yielded, the next 256 MiB being under way.
-    Those of a local folder are read by the thread that fetches them, into a buffer that it keeps:
-    KvStore's bytes are fresh memory each time, twice over, which is half of the time of a load.
+    Rows of an object store have arrived when they are yielded, while the next 256 MiB are being
+    read. Rows of a local folder are read by the thread that fetches them, into a buffer that it
+    reuses: KvStore would allocate new memory twice for each read, which is half of a load's time.
 
     Args:
       folder: where the files are.
@@ -284,7 +284,7 @@ def _read_here(folder: Folder, piece: _Piece) -> np.ndarray:
 
 
 class OutputTensor(NamedTuple):
-    """A tensor to write; `fetch` brings it to every process (all of them must call it)."""
+    """A tensor to write; `fetch` returns it in every process (all of them must call it)."""
 
     name: str
     shape: tuple[int, ...]
@@ -302,8 +302,8 @@ def write_tensors(
     """Writes `stem.safetensors`, or numbered shards and their index above `max_shard_bytes`.
 
     The bytes depend only on names, order, shapes, dtypes and values. Several tensors are written at
-    a time, each to its place in its file; host memory holds `_WRITERS` + 2 of them. Every process
-    must call this; those with `folder` None only take part in the fetches.
+    the same time, each to its place in its file; host memory holds `_WRITERS` + 2 of them. Every
+    process must call this; those with `folder` None only take part in the fetches.
 
     Raises:
       OSError: the disk refused, raised in the writing process once all fetches are done.
@@ -363,7 +363,7 @@ def write_tensors(
 
 
 def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
-    """Each tensor, the next one already on its way from the devices."""
+    """Each tensor, while the next one is already being copied from the devices."""
     pending = None
     for tensor in tensors:
         array = tensor.fetch()
@@ -409,11 +409,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path | None]:
-    """A temporary folder that becomes `path` when the block ends well, and vanishes otherwise.
+    """A temporary folder that becomes `path` when the block succeeds, and is removed otherwise.
 
-    One for a bucket is on this machine, and what is in it is put there then, config.json last.
-    A signal that stops the process raises KeyboardInterrupt inside, so that it vanishes then too.
-    Yields None in all processes but the first. All processes fail when the first does.
+    For a bucket, the temporary folder is on this machine, and is uploaded at the end, config.json
+    last. A signal that stops the process raises KeyboardInterrupt in the block, so that the folder
+    is removed then too. Yields None in all processes but the first. If the first process fails, all
+    fail.
 
     Raises:
       UserError: `path` is not empty, is in a store other than gs://, or cannot be written.
@@ -442,7 +443,7 @@ def new_folder(path: str | Path) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def _interrupted_by_signals() -> Iterator[None]:
-    """Inside, SIGTERM does what Ctrl-C does in Python; in a thread nothing changes."""
+    """A context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does; no change in threads."""
     with contextlib.ExitStack() as restore:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

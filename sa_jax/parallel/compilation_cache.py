@@ -1,8 +1,8 @@
 """JAX's persistent compilation cache, on by default: a step of a known shape is compiled once.
 
-One folder a user, `~/.cache/sa_jax/jax` (or under XDG_CACHE_HOME), and in it one for each platform.
-The environment variable SA_JAX_COMPILATION_CACHE moves it, or turns it off (`off`); a folder that
-JAX was given itself (JAX_COMPILATION_CACHE_DIR) stays.
+Each user has one folder, `~/.cache/sa_jax/jax` (or under XDG_CACHE_HOME), with a folder for each
+platform in it. The environment variable SA_JAX_COMPILATION_CACHE names another folder, or turns the
+cache off (`off`). If JAX itself was given a folder (JAX_COMPILATION_CACHE_DIR), that one is used.
 """
 
 import hashlib

@@ -15,14 +15,14 @@ class Chip:
       name: as in a topology's name, `v5p` of `v5p:4x4x4`.
       device_kinds: what jax.Device.device_kind starts with.
       flops: dense bfloat16 FLOP/s.
-      hbm_bytes: memory; what the runtime takes for itself is not taken off.
+      hbm_bytes: memory, including what the runtime reserves for itself.
       hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s one way: of one ICI link of a TPU, of a GPU's NVLink in all.
-      network_bandwidth: bytes/s one way a chip, between hosts of GPUs and slices of TPUs; 0 where
-        it is not known.
-      devices: JAX devices a chip (two TensorCores of a TPU7x are two devices).
+      link_bandwidth: bytes/s in one direction: one ICI link of a TPU, or all NVLinks of a GPU.
+      network_bandwidth: bytes/s per chip in one direction, between hosts of GPUs and slices of
+        TPUs; 0 where it is not known.
+      devices: JAX devices per chip (two TensorCores of a TPU7x are two devices).
       torus: dimensions of the ICI torus or mesh; 0 for GPUs.
-      clock_hz: of the matrix units, in which libtpu counts cycles; TPUs only.
+      clock_hz: clock of the matrix units, in whose cycles libtpu counts; TPUs only.
     """
 
     name: str

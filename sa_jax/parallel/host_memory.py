@@ -1,4 +1,4 @@
-"""The host's memory in runs on a CPU, where it holds what a step computes."""
+"""The host's memory in runs on a CPU, where a step's arrays are in it."""
 
 import ctypes
 
@@ -9,10 +9,11 @@ _RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top
 
 
 def keep_freed_memory() -> None:
-    """Makes malloc keep what is freed, for the next step, instead of giving it back to the system.
+    """Makes malloc keep freed memory for the next step, instead of returning it to the system.
 
-    A training step on CPU frees and asks for hundreds of MB; the system clears each page anew, a
-    third of the toy's step. Must run before jax starts its threads. Without glibc it does nothing.
+    A training step on CPU frees and allocates hundreds of MB, and the system clears each new page,
+    which takes a third of the toy's step. Must run before jax starts its threads. Does nothing
+    without glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

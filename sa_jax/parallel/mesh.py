@@ -1,4 +1,4 @@
-"""The device mesh (data, fsdp, tensor), over slices too, and the check that a size divides."""
+"""The device mesh (data, fsdp, tensor), also over several slices, and checks of divisibility."""
 
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices; see `mesh_sizes` for its sizes.
 
-    The slowest part of its axis `data` runs over the slices, so that nothing but gradients goes
-    over the slow links between them. Slices of GPUs are groups of nodes.
+    The outermost part of its axis `data` runs over the slices, so that only gradients use the slow
+    links between slices. Slices of GPUs are groups of nodes.
 
     Axes are Auto: the partitioner propagates shardings (an Explicit mesh, jax.make_mesh's
     default, refuses linen's FSDP-sharded contractions).
@@ -72,7 +72,7 @@ def mesh_sizes(
       devices: of all slices.
       data, fsdp, tensor: sizes inside a slice; one of them may be -1 and takes what the others
         leave.
-      slices: copies of that, which lie along `data`.
+      slices: the number of slices, each with all weights; they lie along `data`.
 
     Raises:
       UsageError: they do not multiply to the number of devices.

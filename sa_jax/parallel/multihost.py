@@ -19,18 +19,18 @@ def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
     """Joins the other processes of this launch, if `several_processes` says there are any, and
     turns the compilation cache on.
 
-    On a TPU VM it always asks: its worker list is in the cloud's metadata, which jax reads, and a
-    VM that is alone makes a cluster of one.
+    On a TPU VM it always lets jax look for other workers, because the list of workers is in the
+    cloud's metadata; a single VM is a cluster of one.
 
-    jax's own watch of the processes, whose end is an abort, waits longer than `peer_timeout_s`, for
-    `peers.end_together` to come first.
+    jax itself also watches the processes, and aborts. Its timeout is longer than `peer_timeout_s`,
+    so that `peers.end_together` acts first.
 
-    Does nothing for a process that is alone, also inside a Slurm allocation. Must run before the
-    first use of a device.
+    Does nothing for a single process, also inside a Slurm allocation. Must run before the first use
+    of a device.
 
     Raises:
-      UserError: the others did not answer in time, with what to look at; or a TPU that is part of
-        a pod was started without a word about the others.
+      UserError: the others did not answer in time, with what to check; or this TPU is part of a
+        pod, and the process was started without the address of the others.
     """
     if jax.config.values["jax_platforms"] == "cpu":
         keep_freed_memory()
@@ -72,14 +72,14 @@ def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
 def several_processes(env: Mapping[str, str]) -> bool:
     """Whether a process with these environment variables was launched as one of several.
 
-    True for JAX_COORDINATOR_ADDRESS; for a Slurm step (srun) of several tasks, Open MPI with
-    several ranks, and a TPU pod that names its workers or slices. JAX_NUM_PROCESSES=1 is always
-    one. A Slurm allocation alone (salloc, sbatch) says nothing: what runs in it without srun is one
-    process. Which ones there are, and which this is, jax finds out by itself
+    True for JAX_COORDINATOR_ADDRESS, for a Slurm step (srun) of several tasks, for Open MPI with
+    several ranks, and for a TPU pod that names its workers or slices. JAX_NUM_PROCESSES=1 always
+    means a single process. So does a Slurm allocation (salloc, sbatch) without srun. jax itself
+    finds the other processes and the index of this one
     (https://docs.jax.dev/en/latest/multi_process.html).
 
     Raises:
-      UserError: a variable that should be a number is none.
+      UserError: a variable that should be a number is not.
     """
     if _count(env, "JAX_NUM_PROCESSES") in (0, 1):
         return False
@@ -110,7 +110,7 @@ def _count(env: Mapping[str, str], name: str) -> int | None:
 
 
 def is_primary() -> bool:
-    """True in the one process that writes run.json, metrics and evals."""
+    """Whether this is the one process that writes run.json, metrics and evals."""
     return jax.process_index() == 0
 
 

@@ -1,4 +1,4 @@
-"""One process of a launch ends, all end: with one line that names it, rather than wait for it."""
+"""If one process of a launch ends, all end, with one line that names it; none waits for it."""
 
 import atexit
 import contextlib
@@ -41,18 +41,18 @@ _WATCHES: list["_Peers"] = []  # of this process: one while it has peers
 def end_together(
     timeout_s: float = 30, resumable: Callable[[], bool] = lambda: False
 ) -> Iterator[None]:
-    """Inside, an error in one process of the launch, or its silence, ends all within `timeout_s`.
+    """A context in which an error or the silence of one process ends all within `timeout_s`.
 
-    Once a second each process leaves a note in the store of jax.distributed, which process 0 keeps,
-    and reads those of the others. A process ends when another's note tells of an error (exit 1),
-    when a note has not changed for `timeout_s` seconds, or when the store is gone (75 if there is
-    something to resume, else 1). The first to see a loss notes it, so that all name the same. A
-    process that was paused meanwhile counts only the seconds in which it ran. Does nothing in a
-    process that is alone.
+    Once a second, each process writes a note to the store of jax.distributed, which process 0
+    keeps, and reads the notes of the others. A process ends when another's note reports an error
+    (exit 1), when a note has not changed for `timeout_s` seconds, or when the store is gone (exit
+    75 if there is something to resume, else 1). The first process that sees a loss notes it, so
+    that all name the same one. A process that was paused counts only the seconds in which it ran.
+    Does nothing for a single process.
 
     Args:
       timeout_s: seconds of silence.
-      resumable: whether the same command would go on from a checkpoint.
+      resumable: whether the same command would resume from a checkpoint.
     """
     if jax.process_count() == 1:
         yield
@@ -92,7 +92,7 @@ def _exit_in_time(exits: threading.Event, timeout_s: float) -> None:
 
 
 class _Peers:
-    """Two threads: one talks to the store, which may never answer; one counts the silence."""
+    """Two threads: one reads and writes the store, which may never answer; one counts seconds."""
 
     def __init__(self, timeout_s: float, resumable: Callable[[], bool]) -> None:
         self._patience = max(2, round(timeout_s / _ROUND_S))  # rounds
@@ -118,9 +118,9 @@ class _Peers:
             threading.Thread(target=target, daemon=True).start()
 
     def leave(self, line: str = "", code: int = 0, stacks: bool = False) -> None:
-        """Ends the watch; the others end too where there is a line, with it and the code.
+        """Ends the watch; with a line, the other processes end too, with this line and code.
 
-        Process 0 waits for them, as its store ends with it.
+        Process 0 waits for them, because its store ends with it.
         """
         self._leaving.set()
         self._note |= {"line": line, "code": code, "stacks": stacks, "left": True}
@@ -193,7 +193,7 @@ class _Peers:
 
 
 def _store_gone() -> bool:
-    """Whether nothing listens any more where process 0 keeps the store."""
+    """Whether nothing listens any more at the address of process 0's store."""
     host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ROUND_S).close()

@@ -1,8 +1,8 @@
-"""Where every array lives on the mesh: one ordered table from parameter path to PartitionSpec.
+"""How every array is sharded: one ordered table from parameter path to PartitionSpec.
 
-`fsdp` cuts the axis that is not contracted over heads or features, `tensor` the other
+`fsdp` shards the axis that is not contracted over heads or features, `tensor` the other one
 (Megatron's column- and row-parallel pairs), so a layer needs one reduction over `tensor` after
-attention and one after the MLP. The leading axis of scanned leaves (layers) is never cut.
+attention and one after the MLP. The leading axis of scanned leaves (layers) is never sharded.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""XLA options of the training step, by chip, each with where it is from.
+"""XLA options of the training step for each kind of chip, each with its source.
 
-They go to `jax.jit(compiler_options=…)`, not into LIBTPU_INIT_ARGS or XLA_FLAGS: so they are known
-from the mesh that is compiled for, hold for the step alone, and the plan compiles with them too.
-What a person sets in those variables still counts; these win where both name an option, and
-`config.xla_options` wins over these.
+They are passed to `jax.jit(compiler_options=…)`, not in LIBTPU_INIT_ARGS or XLA_FLAGS. So they
+depend on the mesh that is compiled for, apply only to the step, and a plan uses them too. Options
+in those variables still apply. If two places set the same option, `config.xla_options` wins over
+this table, and this table over the variables.
 """
 
 import jax
@@ -67,7 +67,7 @@ def parse_options(text: str) -> Options:
     """The options of `name=value name=value`, written as in XLA_FLAGS, with or without `--`.
 
     Raises:
-      UsageError: it is of another form.
+      UsageError: the text has another form.
     """
     options: Options = {}
     for word in text.split():
