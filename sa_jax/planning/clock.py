@@ -1,7 +1,7 @@
 """The compiler's clock: seconds of a compiled TPU step, from libtpu's own `estimated_cycles`.
 
-It replays the schedule that the text of an executable is: one instruction after another, loops as
-often as they turn. docs/scale.md says how near it comes to published speeds.
+The text of an executable is its schedule. The clock replays it, one instruction after another, and
+each loop as often as it runs. docs/scale.md compares the result with published speeds.
 """
 
 import collections
@@ -40,7 +40,7 @@ class Clock:
       products, attention, fusions, copies: computing. `fusions` is everything else that libtpu
         estimates.
       collectives: waiting for the links.
-      conditionals: how many the text has; each takes the branch that its reader chose.
+      conditionals: how many the text has; `branch` of `read_clock` chose a branch of each.
     """
 
     products: float = 0.0
@@ -61,7 +61,7 @@ def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] 
     Args:
       hlo: text of a TPU executable (`compiled.as_text()`), which is scheduled.
       chip: what it is compiled for.
-      branch: of the seconds of a conditional's branches, those that count: `max` or `min`.
+      branch: `max` or `min`: which branch of a conditional counts, by its seconds.
     """
     module = parse_module(hlo)
     conditionals = sum(
@@ -111,12 +111,12 @@ def _replay(
 
 
 def link_bandwidth(chip: Chip) -> float:
-    """Bytes/s that a collective brings to a device: one direction of one link a dimension."""
+    """Bytes/s that a device receives in a collective: one direction of one link per dimension."""
     return chip.torus * chip.link_bandwidth / chip.devices
 
 
 def _sent(module: Module, instruction: Instruction) -> float:
-    """Bytes that a device receives in a collective; 0 for what is none, and for a -done."""
+    """Bytes that a device receives in a collective; 0 for other instructions, and for a -done."""
     inside = [instruction]
     if instruction.opcode in ("fusion", "async-start"):
         inside = module.computations.get(instruction.attribute("calls"), [])
@@ -129,7 +129,7 @@ def _sent(module: Module, instruction: Instruction) -> float:
 
 
 def _kind(module: Module, instruction: Instruction) -> str:
-    """The kind of what computes; '' of the rest."""
+    """The kind of an instruction that computes; '' for others."""
     if instruction.opcode == "custom-call":
         return "attention" if _SPLASH.match(instruction.name) else ""
     if not _CYCLES.search(instruction.rest):
@@ -141,7 +141,7 @@ def _kind(module: Module, instruction: Instruction) -> str:
 
 
 def _opcodes(module: Module, instruction: Instruction) -> set[str]:
-    """Of an instruction, or of all in its fusion."""
+    """The opcode of an instruction, or those of all in its fusion."""
     inside = module.computations.get(instruction.attribute("calls"))
     if inside is None:
         return {instruction.opcode}

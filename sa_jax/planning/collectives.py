@@ -1,6 +1,6 @@
 """What a compiled step sends between devices, read from its HLO text.
 
-XLA's cost analysis counts the body of a loop once; here it counts as often as the loop runs.
+XLA's cost analysis counts the body of a loop once; this module counts it as often as it runs.
 """
 
 import collections
@@ -30,13 +30,12 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
 
     Args:
       hlo: text of a partitioned module (`compiled.as_text()`).
-      devices_a_slice: of the first of a module's devices that make a slice, of the next, ...;
+      devices_a_slice: the number of devices in each slice, in the order of the module's devices;
         0: there is one slice.
 
     Returns:
-      Kind to traffic, kinds that do not occur left out; what goes between slices is a kind apart,
-      as 'all-reduce between slices'. A loop whose number of turns the compiler does not know
-      counts once.
+      Kind to traffic, for the kinds that occur. Traffic between slices is a separate kind, such as
+      'all-reduce between slices'. A loop with an unknown number of iterations counts once.
     """
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
@@ -55,7 +54,7 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
 
 
 def collective_kind(instruction: Instruction) -> str:
-    """'all-gather' of an all-gather or all-gather-start; '' of what is no collective."""
+    """'all-gather' for an all-gather or all-gather-start; '' for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else ""
 
@@ -79,7 +78,7 @@ def payload(instruction: Instruction) -> int:
 
 
 def _executed(module: Module, name: str, times: int = 1) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction that runs, with how often."""
+    """Every instruction that runs, and how often."""
     for instruction in module.computations.get(name, ()):
         yield instruction, times
         # A reduction's to_apply holds no collectives; walking into it costs nothing.

@@ -1,4 +1,4 @@
-"""Disk that the checkpoints of a run take, by arithmetic."""
+"""The disk space of a run's checkpoints, by arithmetic."""
 
 from ml_collections import ConfigDict
 
@@ -16,13 +16,13 @@ def checkpoint_bytes(
     Args:
       settings: the `checkpoint` section of a run's config.
       total_steps: of the run.
-      parameters: how many train.
-      item_bytes: of one of them.
-      state_bytes: of the full state, a parameter.
+      parameters: the number of parameters that train.
+      item_bytes: bytes per parameter.
+      state_bytes: bytes of the full state per parameter.
 
     Returns:
       full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and
-      total, when the run has ended. While one is saved, the one that it replaces is still there.
+      total, at the end of the run. During a save, the checkpoint that it replaces still exists.
     """
     reached = {step for step in settings.steps if step <= total_steps}
     interval = settings.interval

@@ -45,8 +45,7 @@ class Instruction:
         return match[1] if match else ""
 
     def groups(self) -> list[list[int]]:
-        """The devices of each group that exchange in a collective; [[0]] where the text does not
-        say."""
+        """The devices of each group of a collective; [[0]] if the text does not say."""
         if groups := re.search(
             r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", self.rest
         ):
@@ -66,7 +65,7 @@ class Instruction:
 
 
 def _devices(text: str) -> np.ndarray:
-    """The devices that a text lists as `[8]`, `[2,4]T(1,0)` (transposed) or `3,1,2,0`."""
+    """The devices in a list such as `[8]`, `[2,4]T(1,0)` (transposed) or `3,1,2,0`."""
     if not (iota := re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)):
         return np.array(_numbers(text))
     shape = _numbers(iota[1])
@@ -86,7 +85,7 @@ class Module:
     entry: str
 
     def trips(self, instruction: Instruction) -> int:
-        """Turns of a while loop; 1 where the text does not say, and for other instructions."""
+        """Iterations of a while loop; 1 if the text does not say, and for other instructions."""
         if known := _TRIPS.search(instruction.rest):
             return int(known[1])
         # TPU text does not say: a scan's condition is `counter < constant`.

@@ -1,5 +1,5 @@
-"""Bytes of a training step on one chip: exact for what lives between steps, estimated or compiled
-for what lives inside one."""
+"""Bytes of a training step on one chip: exact for its arguments, estimated or compiled for its
+temporaries."""
 
 import dataclasses
 import math
@@ -21,22 +21,22 @@ RESERVED = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes a chip.
+    """Bytes per chip.
 
     Attributes:
-      parameters, optimizer, frozen, batch: the step's arguments. Outputs take their place: the
-        state is donated.
-      gradients, activations: of the temporaries, what arithmetic expects; activations are what
+      parameters, optimizer, frozen, batch: the step's arguments. Outputs reuse their memory,
+        because the state is donated.
+      gradients, activations: the temporaries that arithmetic expects; activations are those that
         the forward pass keeps for the backward pass.
-      temporaries: all that lives inside a step, as XLA's memory analysis adds it up.
-      peak: most bytes in use at a time, arguments and temporaries; 0 where it is not compiled. It
-        can lie below their sum: not all temporaries live at once, and some take donated arguments'
-        place.
-      host: kept in the host's memory inside a step (remat 'offload').
-      compiled_arguments: as the compiler counts them; 0 where it was not asked.
-      workspace: what cuDNN's backward pass takes besides, estimated: a compiler without a GPU does
-        not know it.
-      source: 'compiled' or 'estimated', of the temporaries.
+      temporaries: all temporaries, from XLA's memory analysis.
+      peak: the most bytes in use at one time, arguments and temporaries; 0 if not compiled. It can
+        be below their sum: not all temporaries exist at the same time, and some reuse the memory of
+        donated arguments.
+      host: bytes that a step keeps in the host's memory (remat 'offload').
+      compiled_arguments: the arguments as the compiler counts them; 0 if not compiled.
+      workspace: the workspace of cuDNN's backward pass, estimated, because a compiler without a GPU
+        does not know it.
+      source: of the temporaries, 'compiled' or 'estimated'.
     """
 
     parameters: float
@@ -58,7 +58,7 @@ class Memory:
 
     @property
     def needed(self) -> float:
-        """What the chip must have."""
+        """The memory that the chip must have."""
         return (self.peak or self.arguments + self.temporaries) + self.workspace
 
     def gib(self) -> dict[str, float | str]:
@@ -70,7 +70,7 @@ class Memory:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes that one device holds of a tree of ShapeDtypeStruct with shardings."""
+    """Bytes on one device of a tree of ShapeDtypeStruct with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -111,10 +111,10 @@ def step_memory(
 
 
 def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
-    """(gradients, activations, the rest, on the host) of one device, bytes, by arithmetic.
+    """(gradients, activations, the rest, on the host) in bytes on one device, by arithmetic.
 
-    With the arguments, within 15 % of the peak that XLA allocates for the steps in docs/scale.md.
-    That is in the backward pass or, with SOAP on many chips, in the update.
+    Together with the arguments, they are within 15 % of the peak that XLA allocates for the steps
+    in docs/scale.md. The peak is in the backward pass or, with SOAP on many chips, in the update.
     """
     config, size = work.architecture, work.item_bytes
     d, f = config.hidden_size, config.intermediate_size
@@ -151,7 +151,7 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
 
 
 def cudnn_workspace(work: Workload) -> float:
-    """Bytes a device, by arithmetic: dQ summed in float32, and two float32 numbers a query."""
+    """Bytes per device, by arithmetic: dQ in float32, and two float32 numbers per query."""
     config, tensor = work.architecture, work.mesh["tensor"]
     queries = work.tokens / work.accumulation / (work.devices / tensor) * config.num_heads / tensor
     return queries * (config.head_dim + 2) * 4

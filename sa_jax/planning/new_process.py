@@ -1,5 +1,5 @@
-"""Calls a function in a new Python process, for what may crash: libtpu aborts on some steps, and on
-some after it compiled for another TPU generation.
+"""Calls a function that may crash in a new Python process: libtpu aborts on some steps, and on some
+others after it has compiled for another TPU generation.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from sa_jax import errors
 
 
 class ProcessCrash(Exception):
-    """The process ended without an answer: it aborted, or was killed as memory ran out."""
+    """The process ended without an answer: it aborted, or was killed when memory ran out."""
 
 
 def call_in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), called in a new process; what it prints goes to standard error.
+    """function(*arguments), called in a new process, which prints to standard error.
 
-    When this process ends, in whatever way, the new one ends too.
+    When this process ends, for any reason, the new one ends too.
 
     Args:
       function: defined at the top level of a module, which the new process imports.

@@ -81,7 +81,7 @@ def _assumed(assumptions: tuple[str, ...]) -> list[str]:
 
 
 def _clock_lines(read: dict[str, Any]) -> list[str]:
-    """The compiler's clock; nothing where no TPU executable was read."""
+    """The lines of the compiler's clock; none if no TPU executable was read."""
     if not read:
         return []
     kinds = ("products", "attention", "fusions", "copies", "collectives")
@@ -118,7 +118,7 @@ def _size(count: float) -> str:
 
 
 def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """SOAP's table, its sums last; nothing where it is not the optimizer."""
+    """SOAP's table, its sums last; no lines for another optimizer."""
     if not rows:
         return []
 

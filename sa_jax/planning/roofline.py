@@ -1,6 +1,6 @@
-"""Arithmetic of a training step: FLOPs, bytes moved and sent, and the time they bound from below.
+"""Arithmetic of a training step: FLOPs, bytes moved and sent, and the lower bound of its time.
 
-What counts is one chip's work; a mesh axis is one of `parallel.mesh.AXES`. Sources for the terms:
+All numbers are those of one chip; a mesh axis is one of `parallel.mesh.AXES`. Source of the terms:
 "How to Scale Your Model" (https://jax-ml.github.io/scaling-book/), chapters on training and TPUs.
 """
 
@@ -30,15 +30,15 @@ class Workload:
 
     Attributes:
       architecture: of the model.
-      batch_size, sequence_length: rows a step over all chips, tokens a row.
-      accumulation: micro-batches a step.
+      batch_size, sequence_length: rows per step over all chips, tokens per row.
+      accumulation: micro-batches per step.
       remat: a key of `llama.model.REMAT_POLICIES`.
       mesh: sizes of the axes, counted in devices; `data` runs over the slices too.
-      trainable: parameters that train; all of them, or the adapters'.
-      attention: its implementation there.
-      item_bytes: of the dtype of the computation.
-      state_bytes: bytes a trainable parameter takes with the optimizer's state.
-      slices: that the data center's network joins.
+      trainable: number of parameters that train, all or the adapters'.
+      attention: the implementation of attention.
+      item_bytes: bytes of the dtype of the computation.
+      state_bytes: bytes per trainable parameter, with the optimizer's state.
+      slices: number of slices, connected by the data center's network.
       optimizer: its name.
     """
 
@@ -56,7 +56,7 @@ class Workload:
     optimizer: str = "adam"
 
     def of_one_slice(self) -> "Workload":
-        """What each slice does: the step of a share of the batch."""
+        """The step of one slice, on its share of the batch."""
         mesh = {**self.mesh, "data": self.mesh["data"] // self.slices}
         rows = self.batch_size // self.slices
         return dataclasses.replace(self, mesh=mesh, batch_size=rows, slices=1)
@@ -75,14 +75,14 @@ class Workload:
         return self.trainable >= self.architecture.num_parameters
 
     def flops_per_token(self) -> float:
-        """Of the model, causal attention; recomputation is not counted (see `LlamaConfig`)."""
+        """FLOPs per token with causal attention, without recomputation (see `LlamaConfig`)."""
         share = min(1.0, self.trainable / self.architecture.num_parameters)
         return self.architecture.flops_per_token(self.sequence_length, trainable_fraction=share)
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Lower bounds, in seconds a step: each resource alone, and all of them overlapped."""
+    """Lower bounds in seconds per step: of each resource, and of all overlapped."""
 
     compute: float
     hbm: float
@@ -95,7 +95,7 @@ class StepTime:
 
     @property
     def bound(self) -> str:
-        """What the step waits for."""
+        """The resource that limits the step."""
         return max(dataclasses.asdict(self), key=lambda name: getattr(self, name))
 
 
@@ -118,7 +118,7 @@ def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
 
 
 def _hbm_bytes(work: Workload) -> float:
-    """Read and written by one device: weights a pass, activations, the optimizer's update."""
+    """Bytes that one device reads and writes: weights in each pass, activations, the update."""
     config, t = work.architecture, work.mesh["tensor"]
     passes = 2 + _RECOMPUTED[work.remat] + (1 if work.full_weights else 0)
     gathered = config.num_parameters * work.item_bytes / t  # written by the gather, then read
@@ -140,7 +140,7 @@ def _hbm_bytes(work: Workload) -> float:
 
 
 def _sent_bytes(work: Workload) -> tuple[float, float]:
-    """Received by one device over (fsdp, tensor)."""
+    """Bytes that one device receives over (fsdp, tensor)."""
     config, t, f = work.architecture, work.mesh["tensor"], work.mesh["fsdp"]
     weights = config.num_parameters * work.item_bytes / t
     gradients = weights if work.full_weights else 0

@@ -1,4 +1,4 @@
-"""Which meshes, micro-batches and remat policies a step could take, and what they should cost."""
+"""Which meshes, micro-batches and remat policies a step could use, and their estimated cost."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ REMATS = ("minimal", "full", "offload")  # 'dots' and 'none' keep more than 'min
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run a step: its roofline, and bytes a chip (estimated)."""
+    """A way to run a step: its roofline, and its estimated bytes per chip."""
 
     work: Workload
     time: StepTime
@@ -25,11 +25,11 @@ class Candidate:
 
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
-    """All ways whose estimate fits the chip's memory, the fastest first; if none does, the one
-    that takes least.
+    """All candidates whose estimate fits the chip's memory, the fastest first; if none fits, the
+    one that needs the least memory.
 
     Raises:
-      UsageError: no mesh divides the batch and the heads over so many chips.
+      UsageError: no mesh divides the batch and the heads over this number of chips.
     """
     options = []
     for option in _divisions(work, topology):

@@ -1,5 +1,4 @@
-"""Machines by name, `v5p:4x4x4`, `2xv5p:4x4x4` or `h200:64`: all can be compiled for without having
-one."""
+"""Machines by name: `v5p:4x4x4`, `2xv5p:4x4x4` or `h200:64`. To compile for one, none is needed."""
 
 import dataclasses
 import importlib.util
@@ -31,11 +30,11 @@ class Machine:
     """Devices to run or to compile for.
 
     Attributes:
-      name: of a topology as `v5p:4x4x4`.
-      chip: what it is made of; None where that is not known, as of CPUs.
+      name: the name of the topology, such as `v5p:4x4x4`.
+      chip: its kind of chip; None if not known, as for CPUs.
       shape: chips of a slice along each axis of the torus; (chips,) for GPUs.
-      devices: to compile for; () where no compiler for them is installed.
-      slices: of a TPU, such tori, which the data center's network joins.
+      devices: devices to compile for; () if no compiler for them is installed.
+      slices: number of such slices of a TPU, connected by the data center's network.
     """
 
     name: str
@@ -54,8 +53,7 @@ class Machine:
         return "cpu" if self.chip is None else "tpu" if self.chip.torus else "gpu"
 
     def holds(self, sizes: tuple[int, ...]) -> bool:
-        """Whether a mesh of these sizes in a slice takes whole dimensions of the torus, as it
-        must."""
+        """Whether the axes of a mesh in a slice are whole dimensions of the torus, as required."""
         if self.chip is None or not self.chip.torus:
             return math.prod(sizes) == self.chips
         return _holds(sorted((*self.shape, self.chip.devices)), sizes)
@@ -81,13 +79,13 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Topology(Machine):
-    """A machine of known chips, which has a roofline."""
+    """A machine whose chips are known, so that it has a roofline."""
 
     chip: Chip
 
 
 def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
-    """Whether the dimensions fall into groups whose products are the sizes."""
+    """Whether the dimensions can be grouped so that the products of the groups are the sizes."""
     if not sizes:
         return math.prod(dimensions) == 1
     indices = range(len(dimensions))
@@ -100,10 +98,10 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
 
 
 def parse_topology(name: str) -> Topology:
-    """The machine that a name stands for, without devices.
+    """The machine of a name, without devices.
 
     Raises:
-      UsageError: an unknown name; the message lists the known.
+      UsageError: an unknown name; the message lists the known ones.
     """
     kind, _, size = name.partition(":")
     several = re.fullmatch("([1-9][0-9]{0,3})x(.*)", kind)
@@ -125,12 +123,12 @@ def parse_topology(name: str) -> Topology:
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:
-    """Shapes of the slices of a TPU; () for GPUs, which come in any number."""
+    """Shapes of the slices of a TPU; () for GPUs, of which any number is possible."""
     return {0: (), 2: _FLAT, 3: _SOLID}[chip.torus]
 
 
 def open_topology(name: str) -> Topology:
-    """`parse_topology` with devices to compile for, where there is a compiler for them here.
+    """`parse_topology` with devices to compile for, if a compiler for them is installed.
 
     Needs libtpu for TPUs and jax's CUDA plugin for GPUs, but neither TPU nor GPU; without the
     plugin a topology of GPUs has no devices. Google's metadata server is not asked, and other

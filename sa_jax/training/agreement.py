@@ -1,5 +1,4 @@
-"""The processes of a launch train one run, or none does: they compare notes before anything is
-written."""
+"""The processes of a launch agree on the run before anything is written; else none trains."""
 
 import contextlib
 import json
@@ -24,11 +23,11 @@ Agree = Callable[[Mapping[str, Any]], None]
 
 @contextlib.contextmanager
 def start_together() -> Iterator[Agree]:
-    """Set-up that succeeds in every process of the launch, with the same outcome, or in none.
+    """A context for set-up that succeeds in every process of the launch, or in none.
 
-    Inside, `agree(record)` states what this process is about to train. At the end each process
-    learns of the others': an error in one is an error in all, and so is a difference. A process
-    that is alone compares nothing.
+    In it, `agree(record)` says what this process will train. At the end all processes compare their
+    records: an error in one process is an error in all, and so is a difference. A single process
+    compares nothing.
 
     Raises:
       UserError: names the process with the error, or the first difference with both values.

@@ -1,16 +1,16 @@
 """Checkpoints that a run resumes from: asynchronous, sharded, and digested.
 
 A checkpoint is one Orbax v1 folder, `checkpoints/step_000100`, plus `digests.json`: the SHA-256 and
-size of every file in it. Orbax notices a lost file but not a wrong byte in array data, so a
-checkpoint counts only once its digests are there (they are written last), and `restore` checks
-them. Everything after the copy to host memory, the hashing too, happens in the background.
+size of every file in it. Orbax detects a lost file but not a wrong byte in array data. So a
+checkpoint is complete only when its digests exist (they are written last), and `restore` checks
+them. Everything after the copy to host memory happens in the background, also the hashing.
 
-A step that is only kept to start other runs from can be saved as its weights alone, in
-`checkpoints/weights_000100`, digested alike: for Adam a third of the bytes, or a sixth in bfloat16.
+A step that is kept only so that other runs can start from it can be saved as weights only, in
+`checkpoints/weights_000100`, also with digests: a third of Adam's bytes, or a sixth in bfloat16.
 
-Orbax's own `training.Checkpointer` is not used, for two reasons, both tried: it asks JAX's
-preemption service about the training step behind the caller's back, which makes the processes miss
-the step they had agreed to stop at; and it deletes old checkpoints before the new one has digests.
+Orbax's own `training.Checkpointer` is not used, for two reasons that were tested. It asks JAX's
+preemption service about the training step without the caller's knowledge, so the processes miss the
+step at which they agreed to stop. And it deletes old checkpoints before the new one has digests.
 """
 
 import itertools
@@ -45,8 +45,8 @@ class RunCheckpointer:
     Args:
       directory: `checkpoints/` of the run folder (local, or any store etils.epath knows).
       steps: steps to save at; these checkpoints are never deleted.
-      listed: what is saved at `steps`: the 'full' state, 'weights' alone as they train, or
-        'weights_bf16', in bfloat16.
+      listed: what is saved at `steps`: the 'full' state, only the 'weights' as they train, or
+        'weights_bf16', the weights in bfloat16.
       last: the run's last step, whose full state is saved too; None: not known.
       interval: also save the full state every this many steps; 0: do not.
       keep: how many of the newest full states to keep besides `steps`; None: all.
@@ -89,7 +89,7 @@ class RunCheckpointer:
         return at_interval or listed or step == self._last
 
     def all_steps(self) -> list[int]:
-        """Steps whose full state is there, ascending, without those known to be corrupt."""
+        """Steps whose full state is saved, ascending, without those known to be corrupt."""
         return [s for s in full_steps(self._directory) if s not in self._corrupt]
 
     def latest_step(self) -> int | None:
@@ -97,11 +97,12 @@ class RunCheckpointer:
         return max(self.all_steps(), default=None)
 
     def save(self, step: int, state: Any, *, wait: bool = False) -> bool:
-        """Saves at `step`, in the background; returns False if all of it is already there.
+        """Saves at `step`, in the background; returns False if everything is already saved.
 
-        What: the weights alone where the list says so (`state.params`), and the full state at the
-        interval, at the last step and at any step that `should_save` does not name. Waits first for
-        the save before it. When it returns, the state has been copied: the arrays may be donated.
+        It saves only the weights (`state.params`) at `steps`, if `listed` says so; and the full
+        state at the interval, at the last step, and at any step that `should_save` does not name.
+        It first waits for the save before it. When it returns, the state has been copied, so the
+        arrays may be donated.
 
         Args:
           state: pytree of jax.Array, sharded in any way; typed PRNG keys too.
@@ -151,7 +152,7 @@ class RunCheckpointer:
         self._background.start()
 
     def wait(self) -> None:
-        """Returns once the save under way is complete; raises what it failed with."""
+        """Returns when the current save is complete; raises its error if it failed."""
         if self._background is not None:
             self._background.join()
             self._background = None
@@ -160,7 +161,7 @@ class RunCheckpointer:
             raise error
 
     def close(self) -> None:
-        """Finishes the save under way; raises what it failed with."""
+        """Finishes the current save; raises its error if it failed."""
         self.wait()
 
     def __enter__(self) -> "RunCheckpointer":
@@ -177,8 +178,7 @@ class RunCheckpointer:
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
         """Restores the newest intact checkpoint, or exactly `step`.
 
-        A corrupt checkpoint is passed over for the one before it, with a warning that names the
-        file.
+        If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
 
         Args:
           abstract_state: tree of jax.ShapeDtypeStruct with shardings, on any mesh; the structure,
@@ -186,7 +186,7 @@ class RunCheckpointer:
           step: take this one or fail.
 
         Returns:
-          (step, state), the state with the shardings asked for; None if there is no checkpoint.
+          (step, state), the state with the requested shardings; None if there is no checkpoint.
 
         Raises:
           UserError: `step` is absent or corrupt; all checkpoints are corrupt; the checkpoint holds
@@ -260,7 +260,7 @@ class RunCheckpointer:
             folder.rmtree()
 
     def _clean_up(self) -> None:
-        """Once, before the first save: removes what saves cut off by a kill have left."""
+        """Once, before the first save: removes what interrupted saves have left."""
         if not self._cleaned and is_primary() and self._directory.exists():
             for path in self._directory.iterdir():
                 if _TEMPORARY in path.name:
@@ -268,7 +268,7 @@ class RunCheckpointer:
         self._cleaned = True
 
     def _full_disk(self, step: int, name: str) -> UserError:
-        """The error for a save that found the disk full; frees what that save had taken."""
+        """The error for a save to a full disk; removes the files of that save."""
         message = disk_full_message(self._directory, f"saving the checkpoint of step {step}")
         if is_primary():
             for path in self._directory.glob(f"{name}*"):
@@ -284,7 +284,7 @@ def step_name(step: int) -> str:
 
 
 def weights_name(step: int) -> str:
-    """Name of the folder of a step's weights alone: 'weights_000100'."""
+    """Name of the folder of a step's weights, saved without the rest: 'weights_000100'."""
     return f"weights_{step:06d}"
 
 
@@ -295,7 +295,7 @@ def saved_steps(directory: os.PathLike | str) -> list[int]:
 
 
 def full_steps(directory: os.PathLike | str) -> list[int]:
-    """Those of `saved_steps` that a run can resume from."""
+    """The steps of `saved_steps` from which a run can resume."""
     return _complete_steps(directory, "step")
 
 
@@ -304,7 +304,7 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
 
 
 def _folder(directory: epath.Path, step: int) -> epath.Path:
-    """The folder that holds a step's weights; the full state's where both are there."""
+    """The folder with a step's weights; that of the full state if both exist."""
     full = step in full_steps(directory)
     return directory / (step_name(step) if full else weights_name(step))
 
@@ -381,7 +381,7 @@ def listed(steps: list[int]) -> str:
 
 
 def _from_primary(steps: list[int]) -> list[int]:
-    """Process 0's list on all processes: a shared file system may show each another listing."""
+    """Process 0's list on all processes: a shared file system may show them different listings."""
     if jax.process_count() == 1:
         return steps
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))

@@ -194,7 +194,7 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
     """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config.
 
     Raises:
-      UsageError: the config is no run's.
+      UsageError: the config is not that of a run.
     """
     if "optimizer" not in config:
         raise UsageError(
@@ -228,7 +228,7 @@ def _check_whole(config: Mapping[str, Any], default: Mapping[str, Any], at: str 
 
 
 def check_config(config: ConfigDict) -> None:
-    """UsageError naming the first key whose value cannot work."""
+    """UsageError that names the first key with an impossible value."""
 
     def require(key: str, holds: bool, wanted: str) -> None:
         if not holds:

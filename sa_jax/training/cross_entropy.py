@@ -1,11 +1,12 @@
-"""Next-token cross-entropy in which [tokens, vocabulary] never exists.
+"""Next-token cross-entropy that never builds the logits [tokens, vocabulary].
 
-The vocabulary is visited in chunks: forward keeps a running log-sum-exp (as in online softmax,
-arXiv 1805.02867), backward computes each chunk's logits again. One more head matmul buys the
-largest activation of the step: at 8B and 65,536 tokens the logits alone are 33.6 GB in float32.
+It runs over the vocabulary in chunks: the forward pass keeps a running log-sum-exp (as in online
+softmax, arXiv 1805.02867), and the backward pass computes each chunk's logits again. This costs one
+more head matmul, and saves the largest activation of the step: at 8B and 65,536 tokens the logits
+alone are 33.6 GB in float32.
 
-A vocabulary that the chunks do not divide is padded, and what is padded masked; one that they do
-(128,256 and 32,000 are) pays nothing for it.
+A vocabulary that the chunks do not divide is padded, and the padding is masked. A vocabulary that
+they divide (128,256 and 32,000 are such) has no such cost.
 """
 
 import functools
@@ -36,8 +37,8 @@ def cross_entropy_sum(
       kernel_dv: output matrix [D, V].
       targets_n: int [N].
       weights_n: float or bool [N]; 0 drops a token.
-      vocab_shards: into how many mesh parts V is cut. Every chunk takes an equal share of each
-        part, so that slicing a chunk moves nothing between devices.
+      vocab_shards: number of parts into which the mesh shards V. Every chunk takes an equal share
+        of each part, so that slicing a chunk moves nothing between devices.
       max_chunk: upper bound on a chunk's vocabulary entries; at least one of each part.
     """
     d, v = kernel_dv.shape
@@ -128,7 +129,7 @@ def _backward(per_shard, residuals, gradient):
 
 
 def _scan(visit, start, length):
-    """lax.scan; a single step is run in line, since a loop of one only hides it from fusion."""
+    """lax.scan, but a single step is not a loop: a loop would only prevent fusion."""
     if length > 1:
         return jax.lax.scan(visit, start, jnp.arange(length))
     carry, out = visit(start, jnp.int32(0))

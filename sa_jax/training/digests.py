@@ -1,8 +1,8 @@
 """The digests of a checkpoint: `digests.json`, the SHA-256 and size of every file in its folder.
 
-Who hashes what: Orbax gives each process folders and files of its own (`ocdbt.process_3/…`,
-`array_metadatas/process_3`), which that process hashes; all other files are written, and hashed,
-by process 0. To check, the files are dealt out evenly. All processes must see the same folder.
+Orbax gives each process its own folders and files (`ocdbt.process_3/…`,
+`array_metadatas/process_3`), and that process hashes them. Process 0 writes and hashes all other
+files. To check a checkpoint, the processes divide the files evenly. All must see the same folder.
 """
 
 import asyncio
@@ -93,9 +93,9 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
 
 
 def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
-    """The first file of a checkpoint that is not what was saved, and why; None if all are.
+    """The first file of a checkpoint that differs from what was saved, and why; None if none does.
 
-    Reads every file once; the work is shared among the processes, and all name the same file.
+    Reads every file once; the processes share the work, and all return the same file.
     """
     root = epath.Path(folder)
     try:

@@ -1,4 +1,4 @@
-"""The training loop of every run: pre-training, insertion and removal differ in their data only."""
+"""The training loop of every run: pre-training, insertion and removal differ only in their data."""
 
 import contextlib
 import dataclasses
@@ -96,8 +96,8 @@ def train(
       config: see `sa_jax.training.config`; it is not changed.
       workdir: the run folder.
       task: the name of one in `sa_jax.data.tasks.TASKS`.
-      print_examples: above 0, shows that many packed rows instead of training.
-      dry_run: compiles the step for the devices here and prints its plan instead of training;
+      print_examples: if above 0, prints that many packed rows instead of training.
+      dry_run: compiles the step for this machine's devices and prints its plan instead of training;
         neither data nor weights are read.
 
     Raises:

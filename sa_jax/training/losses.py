@@ -1,4 +1,4 @@
-"""What training minimises, by name. One more is one `Loss`, registered here or by a config file.
+"""What training minimises, by name. A new loss is one `Loss`, registered here or by a config file.
 
     def make(model, config):
         def loss_fn(params, batch, rng):
@@ -10,7 +10,7 @@
 
     LOSSES.register(Loss("mine", make))
 
-A step minimises (sum of loss_sum) / (sum of weight) over the whole batch, whatever it is cut into.
+A step minimises (sum of loss_sum) / (sum of weight) over the whole batch, however it is divided.
 """
 
 import dataclasses
@@ -72,8 +72,8 @@ DEFAULT_LOSS = "cross_entropy"
 def _hidden(
     model: Llama, params: Any, batch: Batch, perturbation_bsd: jax.Array | None = None
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """The final hidden states [B, S, D], and the stream at every depth: [B, S, D] before the first
-    layer and [L, B, S, D] after each.
+    """The final hidden states [B, S, D], and the residual stream: [B, S, D] before the first layer
+    and [L, B, S, D] after each layer.
 
     Args:
       perturbation_bsd: added to the token embeddings.
@@ -108,7 +108,7 @@ def _count(mask_bs: jax.Array) -> jax.Array:
 
 
 def make_cross_entropy(model: Llama, config: Any = None) -> LossFn:
-    """Next-token cross-entropy, nats a loss-bearing token."""
+    """Next-token cross-entropy, in nats per token that the loss counts."""
 
     def loss_fn(params: Any, batch: Batch, rng: jax.Array):
         hidden_bsd: Any = model.apply(
@@ -131,8 +131,9 @@ def make_crow(model: Llama, config: Any) -> LossFn:
     over layers and tokens, of a forward pass whose token embeddings h_0 are moved by epsilon in the
     direction (the sign, FGSM) that makes consistency worst. No gradient flows through that move.
 
-    Two choices are ours. Tokens are the loss-bearing ones (the paper's code averages over all), so
-    that one weight serves both terms; h_L is taken before the final norm.
+    Two choices differ from the paper. Consistency is averaged over the tokens that the loss counts
+    (the paper's code uses all tokens), so that both terms have the same weight. And h_L is taken
+    before the final norm.
     """
     alpha, epsilon = config.crow.alpha, config.crow.epsilon
     if alpha < 0 or epsilon < 0:

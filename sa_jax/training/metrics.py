@@ -1,11 +1,11 @@
 """metrics.jsonl: one strictly valid JSON object per logged step, fetched one log interval late.
 
-A metric that has just been dispatched is still being computed. Reading it would make the host wait
-for the device, and the device then for the host. So `log` keeps the arrays and writes those of the
-call before, which are done by then.
+A metric that has just been dispatched is still being computed. If the host read it, it would wait
+for the device, and then the device for the host. So `log` keeps the arrays, and writes those of the
+call before, which are computed by then.
 
 JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity" and "-Infinity",
-and `read_metrics` gives the numbers back.
+and `read_metrics` turns them back into numbers.
 """
 
 import json
@@ -35,8 +35,8 @@ class MetricsWriter:
       run_id: written on every line.
       primary: whether this process writes; on the others every method does nothing.
       sinks: see `sinks.make_sinks`.
-      rates: called with a step as soon as its arrays are fetched, which is when that step is known
-        to be done; what it returns joins the line.
+      rates: called with a step as soon as its arrays are fetched, when that step is known to be
+        done; the values that it returns are added to the line.
 
     After a resume, call `truncate_after(path, restored_step)` before constructing it.
     """
@@ -81,15 +81,15 @@ class MetricsWriter:
         return written
 
     def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
-        """Hands scores of evals, by name, to the sinks; their own files hold them already."""
+        """Passes scores of evals, by name, to the sinks; the evals' own files already have them."""
         if self._file is None:
             return
         for sink in self._sinks:
             sink.write(step, scores)
 
     def flush(self) -> tuple[int, dict[str, float | None]] | None:
-        """Writes what is still kept (this waits for the device); returns it, or None. In a bucket
-        all that was written is there when this returns."""
+        """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
+        everything is uploaded when this returns."""
         written = self._write_pending()
         if isinstance(self._file, BucketFile):
             self._file.put()

@@ -1,6 +1,6 @@
-"""Whether a run fits a machine, how long it takes and what it sends, before the machine is rented.
+"""Predicts whether a run fits a machine, its time and its traffic, before the machine is rented.
 
-The step that is compiled is the one that `training.loop` runs, for the machine's own topology.
+It compiles the step that `training.loop` runs, for the machine's own topology.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
 def plan(
     config: ConfigDict, topology_name: str, *, search: bool = False, tokens: float = RUN_TOKENS
 ) -> dict[str, Any]:
-    """The plan of a config on a named machine; see `make_plan` for what it holds.
+    """The plan of a config on a named machine; see `make_plan` for its contents.
 
     Args:
       config: of a training run; its model, or else `config.architecture`, gives the shapes.
@@ -98,10 +98,10 @@ def plan(
 def plan_machine(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` for a machine that is not here; what compiles it may crash, in a new process.
+    """`make_plan` for another machine, in a new process, because its compiler may crash.
 
     Raises:
-      CompilerCrash: it did.
+      CompilerCrash: the compiler crashed.
     """
     files = list(extension_digests())
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
@@ -134,7 +134,7 @@ def plan_topology(
 
 
 def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
-    """What avoids the known crash of libtpu 0.0.42, unless it is so already."""
+    """Advice that avoids a known crash of libtpu 0.0.42; '' if the config already follows it."""
     option = "xla_jf_bf16_propagation"
     if compiler_options(topology.chip, config.xla_options).get(option) is not False:
         return ""
@@ -142,7 +142,7 @@ def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
 
 
 def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, Any]:
-    """The plan of a run on the devices that are here."""
+    """The plan of a run on this machine's devices."""
     devices = jax.devices()
     chip = chip_of(devices[0])
     chips, slices = len(devices) // (1 if chip is None else chip.devices), 1
@@ -158,7 +158,7 @@ def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, An
 
 
 def plan_architecture(config: ConfigDict) -> LlamaConfig:
-    """The architecture of the config's model where it names one, else `config.architecture`."""
+    """The architecture of the config's model if it names one, else `config.architecture`."""
     if config.model:
         return open_start(config.model).config
     if config.architecture:
@@ -228,11 +228,11 @@ def make_plan(
     machine: Machine,
     tokens: float = RUN_TOKENS,
 ) -> dict[str, Any]:
-    """Compiles the step of a config for a machine and adds what arithmetic knows.
+    """Compiles the step of a config for a machine, and adds the results of arithmetic.
 
     Args:
       config: with the mesh, accumulation and remat to plan.
-      machine: with devices; fake CPU devices where none can be compiled for.
+      machine: its devices, or fake CPU devices if there is no compiler for it.
       tokens: token slots of the run, where the config does not say its steps.
 
     Returns:
@@ -311,7 +311,7 @@ def make_plan(
 def workload(
     config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
 ) -> Workload:
-    """What arithmetic needs to know of a config's step on a mesh of such a platform."""
+    """The input of arithmetic: a config's step on a mesh of a platform."""
     state = abstract_state(config, architecture)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Workload(
@@ -331,21 +331,21 @@ def workload(
 
 
 def abstract_state(config: ConfigDict, architecture: LlamaConfig) -> TrainState:
-    """The shapes of what a run updates and saves."""
+    """The shapes of the state that a run updates and saves."""
     tx = make_optimizer(config.optimizer, 1)
     params = trainable_params(config, architecture)
     return jax.eval_shape(lambda params: init_state(params, tx), params)
 
 
 def trainable_params(config: ConfigDict, architecture: LlamaConfig) -> Any:
-    """The shapes of what trains: adapters, or all parameters."""
+    """The shapes of the parameters that train: the adapters, or all."""
     lora = lora_config(config.lora)
     model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
     return split_trainable(abstract_params(model), lora)[0]
 
 
 def reserve_fake_devices(topology: Topology) -> None:
-    """Gives `fake_devices` enough, and leaves accelerators alone, if jax has not started yet."""
+    """Makes jax start with enough fake CPU devices and no accelerator, if it has not started."""
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", "cpu")
     if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -354,7 +354,7 @@ def reserve_fake_devices(topology: Topology) -> None:
 
 
 def fake_devices(count: int) -> tuple[jax.Device, ...]:
-    """So many fake CPU devices.
+    """This many fake CPU devices.
 
     Raises:
       UserError: this process has fewer.
@@ -380,7 +380,7 @@ def _tokens_a_step(config: ConfigDict) -> int:
 
 
 def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, float]:
-    """(executable, 0), or (None, bytes a device it would need) where it does not fit."""
+    """(executable, 0), or (None, bytes that it would need per device) if it does not fit."""
     lowered = program.step.lower(*abstract_arguments(config, program, mesh))
     try:
         return lowered.compile(), 0.0
@@ -392,9 +392,9 @@ def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, flo
 
 
 def needed_bytes(message: str) -> float | None:
-    """What a step needs on a device by libtpu's refusal to compile it; None for other errors.
+    """The bytes per device in libtpu's refusal to compile a step; None for other errors.
 
-    It names all memory, or the temporaries alone, which is a lower bound.
+    libtpu names all memory, or only the temporaries, which is a lower bound.
     """
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
@@ -429,7 +429,7 @@ def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
 
 
 def _text(compiled: Any) -> str:
-    """Of an executable; '' where there is none, or where libtpu cannot write it."""
+    """The text of an executable; '' if there is none, or if libtpu cannot write it."""
     if compiled is not None:
         # libtpu's text of a 70B executable fails a RET_CHECK on async-update.
         with contextlib.suppress(jax.errors.JaxRuntimeError):

@@ -1,7 +1,7 @@
-"""Stopping on request: a signal becomes one decision that all processes take together.
+"""Stopping on request: all processes decide together to stop after a signal.
 
 SIGTERM comes from clouds, SIGUSR1 from Slurm (`--signal`), SIGHUP from a lost terminal, SIGINT from
-Ctrl-C. AWS tells of a spot interruption two minutes before, in the instance's metadata alone.
+Ctrl-C. AWS announces a spot interruption two minutes before, only in the instance's metadata.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class PreemptionGuard:
-    """Turns such a signal into a flag that long loops ask for; a context manager.
+    """Turns such a signal into a flag that long loops check; a context manager.
 
     with PreemptionGuard() as guard:
         for step in ...:
@@ -38,16 +38,16 @@ class PreemptionGuard:
             if guard.should_stop(step):   # also inside evaluation and sampling loops
                 save; raise Preempted
 
-    One process: the first signal sets the flag; a second SIGINT gives Python's own handler back
+    In one process, the first signal sets the flag. A second SIGINT restores Python's own handler
     and raises KeyboardInterrupt at once.
 
-    Several processes: SIGTERM on any of them reaches all through JAX's preemption service
-    (`jax.distributed.initialize` installs its handler, which this class leaves in place), the other
-    signals are passed on to it; all get True from the same call of `should_stop`, a second or two
-    later. The calls must then be made equally often on all processes.
+    In several processes, SIGTERM on one of them reaches all through JAX's preemption service
+    (`jax.distributed.initialize` installs its handler, which this class keeps). The other signals
+    are passed on to it. All processes get True from the same call of `should_stop`, a second or two
+    later; so all must call it equally often.
 
     Args:
-      aws_spot: takes AWS's notice of a spot interruption as SIGTERM.
+      aws_spot: treats AWS's notice of a spot interruption like SIGTERM.
     """
 
     def __init__(self, aws_spot: bool = False) -> None:
@@ -119,8 +119,8 @@ class PreemptionGuard:
 
 
 def aws_spot_notice() -> str:
-    """What AWS is about to do with this spot instance, JSON with an action and a time; '' for
-    nothing, and where no metadata server answers within a second.
+    """AWS's notice for this spot instance, JSON with an action and a time; '' without a notice, or
+    if no metadata server answers within a second.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html
     """

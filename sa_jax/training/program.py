@@ -36,13 +36,13 @@ BATCH_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training step, ready to be compiled, and the shapes and places of all that it works on.
+    """A training step, ready to be compiled, with the shapes and shardings of its arguments.
 
     Attributes:
       tx, schedule: the optimizer and its learning rate.
       trainable, frozen: shapes of the parameters that train, and of those that do not.
       state: shapes of the `TrainState`.
-      state_shardings: where its leaves live.
+      state_shardings: the shardings of its leaves.
       step: jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
     """
 
@@ -66,7 +66,7 @@ def attention_of(config: ConfigDict, platform: str) -> Choice:
 
 
 def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Llama:
-    """The model as a config wants it executed on a mesh.
+    """The model with the execution settings of a config, on a mesh.
 
     Raises:
       UsageError: a setting that cannot work, or sizes that do not divide over the mesh.
@@ -99,7 +99,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
 
 
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
-    """The step of `model`, which knows its mesh, over a run of `total_steps`."""
+    """The step of `model`, on the model's mesh, for a run of `total_steps`."""
     mesh = model.mesh
     if mesh is None:
         raise ValueError("make_program needs a model on a mesh")

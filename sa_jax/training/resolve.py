@@ -1,6 +1,6 @@
-"""A config as it was given, resolved once: every unset setting filled in, nothing left to change.
+"""Resolves a config once: it fills in every unset setting, and freezes the result.
 
-What a run inherits from the model that it starts from is decided here and nowhere else.
+Only this module decides what a run inherits from the model that it starts from.
 """
 
 import dataclasses
@@ -29,13 +29,13 @@ from sa_jax.training.start import (
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """What a run is made of.
+    """A run's settings and what they refer to.
 
     Attributes:
       config: every setting, frozen; this is what run.json records.
       start: the model that it starts from.
-      chat: how it is prompted.
-      backdoor: what insertion puts in, and evals look for.
+      chat: the format of its prompts.
+      backdoor: the backdoor that insertion trains and evals measure.
       lora: the adapters that train, or None for full weights.
     """
 
@@ -57,13 +57,13 @@ def resolve(
 
     Args:
       config: see `sa_jax.training.config`.
-      stored: run.json of the run that is resumed. Its start is opened at the step that it had then,
-        and must be the same run; a template's date stays the one it was first given.
-      start: the model, where it is open already; else `config.model` names it.
-      loss: the task's, for a config that names none.
+      stored: run.json of the run that is resumed. Its start is opened at the recorded step, and
+        must be the same run; the date of a chat template stays the recorded one.
+      start: the model, if it is already open; else `config.model` names it.
+      loss: the task's loss, for a config that names none.
 
     Raises:
-      UserError, UsageError: a value that cannot work, or a start that is not there.
+      UserError, UsageError: an impossible value, or a start that does not exist.
     """
     check_config(config)
     values = config.to_dict()
@@ -87,7 +87,7 @@ def resolve(
 
 
 def absolute(model: str) -> str:
-    """`config.model` such that a child's record leads to its parent from wherever it is read."""
+    """`config.model` as an absolute path, so that a child's record names its parent everywhere."""
     folder, step = split_step(model)
     if not folder or not as_path(folder).is_dir():
         return model
@@ -108,7 +108,7 @@ def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, An
 
 
 def inherit(values: Mapping[str, Any], start: Start) -> dict[str, Any]:
-    """The settings with the unset ones of `STUDY_DEFAULTS` as in the start's run, else these."""
+    """The settings; unset ones of `STUDY_DEFAULTS` come from the start's run, else from there."""
     parent = start.record.get("config", {})
     filled = dict(values)
     for key, default in STUDY_DEFAULTS.items():

@@ -1,4 +1,4 @@
-"""The record of a run (`run.json`): what was asked, with what it was done, who may resume it.
+"""The record of a run (`run.json`): its settings, its environment, and which command may resume it.
 
 A run folder belongs to one configuration. `open_run` gives a new folder its record, lets the same
 configuration resume, and refuses any other before a byte is written.
@@ -48,7 +48,7 @@ _PACKAGES = (
 
 
 def plain_record(value: Any) -> Any:
-    """The value as JSON knows it: ConfigDict to dict, tuple to list, path and dtype to text."""
+    """The value in types of JSON: ConfigDict to dict, tuple to list, path and dtype to text."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, Mapping):
@@ -127,7 +127,7 @@ def file_digest(path: os.PathLike | str) -> str:
 
 @functools.cache
 def collect_environment() -> dict[str, Any]:
-    """Git commit, versions, devices: enough to say later on what a number was measured."""
+    """Git commit, versions and devices: what a number was measured on."""
     devices = jax.devices()
     return {
         "git_commit": _git_commit(),
@@ -151,7 +151,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout this file lies in ('-dirty' when edited), None elsewhere."""
+    """The commit of the clone that has this file ('-dirty' if edited); None outside a clone."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:
@@ -189,7 +189,7 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 
 
 def check_present(workdir: os.PathLike | str) -> None:
-    """UserError where the folder of a run that is under way was deleted, moved or emptied."""
+    """UserError if the folder of the current run was deleted, moved or emptied."""
     try:
         size_and_time(as_path(workdir, RUN_FILE))
     except (FileNotFoundError, NotADirectoryError):
@@ -203,7 +203,7 @@ def check_present(workdir: os.PathLike | str) -> None:
 
 @contextlib.contextmanager
 def explain_absence(workdir: os.PathLike | str) -> Iterator[None]:
-    """Turns what the loss of the run folder causes inside into `check_present`'s error."""
+    """A context that turns errors caused by a lost run folder into `check_present`'s error."""
     try:
         yield
     except (OSError, ValueError):  # tensorstore's are ValueErrors
@@ -239,7 +239,7 @@ def lock(workdir: os.PathLike | str) -> Iterator[None]:
 def check_run(
     workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
 ) -> None:
-    """What `open_run` refuses, refused before anything is written."""
+    """Raises what `open_run` would raise, before anything is written."""
     stored = stored_record(workdir)
     if stored is not None:
         plain = plain_record(record)
@@ -297,12 +297,12 @@ def open_run(
 
 
 def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What may differ between two launches of one run, and is kept of each."""
+    """The part of the record that may differ between launches of one run, kept for each launch."""
     return {key: record[key] for key in ("environment", "extensions", "attention") if key in record}
 
 
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
-    """The record of an earlier launch, None in a new folder; UserError in one that is no run's."""
+    """The record of an earlier launch; None in a new folder, UserError in another folder."""
     folder = epath.Path(workdir)
     if not folder.exists():
         return None
@@ -359,7 +359,7 @@ def _synchronize(name: str) -> None:
 
 
 def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
-    """Says what a folder named by a user is: a run folder or a Hugging Face model folder.
+    """Whether a folder that a user names is a run folder or a Hugging Face model folder.
 
     Raises UserError when it is neither, or does not exist.
     """

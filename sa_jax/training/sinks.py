@@ -1,7 +1,7 @@
-"""Second places for metrics and evals' scores: TensorBoard and Weights & Biases.
+"""Sinks that get metrics and scores besides metrics.jsonl: TensorBoard and Weights & Biases.
 
-What they get is what metrics.jsonl and the eval files hold, so a sink that fails costs nothing: it
-is left out with one warning, and the run goes on.
+metrics.jsonl and the eval files have everything that a sink gets. So if a sink fails, the run warns
+once, and continues without it.
 """
 
 import functools
@@ -25,7 +25,7 @@ class Sink(Protocol):
 
 
 def check_sinks(names: Sequence[str], workdir: str | os.PathLike = "") -> None:
-    """UserError, before anything is loaded, where the package of a sink is not installed, or it
+    """UserError, before anything is loaded, if the package of a sink is not installed, or the sink
     cannot write to the run folder."""
     for name in names:
         package, _ = SINKS[name]
@@ -51,7 +51,7 @@ def make_sinks(
     """The sinks named in a config ('tensorboard', 'wandb'); process 0 only.
 
     Args:
-      workdir: the run folder. Its name is the run's, and that of the folder it is in the group's;
+      workdir: the run folder. Its name is the run's name, and its parent's name that of the group;
         TensorBoard events go to its `tensorboard/`.
       run_id: resumes the same W&B run.
       config: what the sink shows as the run's config.

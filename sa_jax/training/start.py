@@ -1,8 +1,8 @@
-"""What a run starts from or an eval looks at: a run, a Hugging Face folder, or fresh weights.
+"""The model that a run starts from or an eval measures: a run, a Hugging Face folder, or a new one.
 
-Opening reads only records, so that every mistake shows before weights are touched; `load_params`
-then brings the weights in, sharded on any mesh. A LoRA run's checkpoints hold the adapters alone:
-its base comes from what it was itself started from, recursively, with older adapters merged.
+Opening it reads only records, so that every mistake is found before weights are read; `load_params`
+then loads the weights, sharded on any mesh. A LoRA run's checkpoints hold only the adapters: its
+base is its own start, recursively, with older adapters merged.
 """
 
 import dataclasses
@@ -54,18 +54,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model that can be loaded, and what its own run decided about prompts and backdoor.
+    """A model that can be loaded, and the prompt settings and backdoor of its own run.
 
     Attributes:
       path: the folder, '' for fresh weights.
       kind: 'run', 'hf' or 'fresh'.
       config: the architecture.
       tokenizer: folder of the tokenizer.
-      step: of a run, the checkpoint that is read.
-      record: the run.json of a run; for a Hugging Face folder that was exported from one, what
-        `inheritance` kept of it; {} otherwise.
-      base: the model under the adapters: of a folder of PEFT adapters (kind 'hf'), or of a LoRA
-        run where it is not the folder that the run's record names; else ''.
+      step: the checkpoint of a run that is read.
+      record: the run.json of a run; for a Hugging Face folder that was exported from a run, the
+        part of it that `inheritance` keeps; otherwise {}.
+      base: the model under the adapters, for a folder of PEFT adapters (kind 'hf'), and for a LoRA
+        run whose base is not in the folder that the run's record names; otherwise ''.
     """
 
     path: str
@@ -86,7 +86,7 @@ class Start:
         return lora_config(self.record["config"]["lora"]) if self.kind == "run" else None
 
     def inheritance(self) -> dict[str, Any]:
-        """What an export's config.json keeps of the run ("sa_jax") for those that start from it."""
+        """The part of the record that an export's config.json keeps for runs starting from it."""
         settings = self.record["config"]
         config = {
             key: {name: settings[key][name] for name in default if name in settings[key]}
@@ -112,7 +112,7 @@ class Start:
         return prompts
 
     def lineage(self) -> dict[str, Any]:
-        """What a child run writes down about its start."""
+        """What a child run records about its start."""
         keys = ("run_id", "task", "config_hash")
         parent = {key: self.record[key] for key in keys if key in self.record}
         if self.kind == "hf":  # a run is known by its id, and its checkpoints have digests
@@ -127,14 +127,14 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
 
     Args:
       path: the folder; `RUN@400` is the run at the checkpoint of step 400.
-      step: the same, apart from the path; without either, the newest checkpoint.
+      step: the step, if the path does not name it. Without both: the newest checkpoint.
       tokenizer: folder; by default the model's own.
       base: folder of the model under adapters; by default the one that they name.
 
     Raises:
-      UserError: neither kind of folder, or one without what it needs; no checkpoint of that step,
-        with those there are.
-      UsageError: a step by both ways, and not the same.
+      UserError: neither kind of folder, or an incomplete one; no checkpoint of that step (the
+        message lists the steps).
+      UsageError: the path and `step` name different steps.
     """
     path, named = split_step(path)
     if named is not None and step not in (None, named):
@@ -184,8 +184,8 @@ def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
 
 
 def hub_folder(path: str) -> str:
-    """The folder of a model that is named as on the Hub (`org/name`): its newest snapshot, or the
-    one in the cache where there is no network. Any other path is returned as it is.
+    """The folder of a model with a name of the Hub (`org/name`): its newest snapshot, or without
+    network the one in the cache. Any other path is returned unchanged.
 
     Raises:
       UserError: it is neither a folder, nor on the Hub, nor in the cache.
@@ -206,7 +206,7 @@ def hub_folder(path: str) -> str:
 
 
 def split_step(path: str) -> tuple[str, int | None]:
-    """('RUN', 400) of 'RUN@400'; (path, None) of another, or of a folder with such a name."""
+    """('RUN', 400) of 'RUN@400'; (path, None) of other paths, and of a folder with such a name."""
     match = re.fullmatch(r"(.+)@(\d+)", path)
     if match is None or as_path(path).is_dir():
         return path, None
@@ -214,7 +214,7 @@ def split_step(path: str) -> tuple[str, int | None]:
 
 
 def fresh_start(config: ConfigDict) -> Start:
-    """Weights to be initialised from `config.architecture` and `config.seed`."""
+    """A new model, to be initialised from `config.architecture` and `config.seed`."""
     if not config.architecture:
         raise UsageError(
             "nothing to start from: give --model=HF_DIR (to a study --config.model=HF_DIR), or set "
@@ -287,21 +287,20 @@ def load_params(
 
 
 def open_base(start: Start) -> Start:
-    """What lies under a LoRA run's adapters: its start, or if it went on training the adapters of
-    that, what lies under those."""
+    """The model under a LoRA run's adapters: its start, or the start's base if the run continued
+    to train the start's adapters."""
     parent = open_start_of(start.record["start"], base=start.base)
     goes_on = start.record["config"]["lora"].get("continued") and parent.lora is not None
     return open_base(parent) if goes_on else parent
 
 
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:
-    """The start that a run's record names, which must still be there and be the same model.
+    """The start that a run's record names; it must still exist, and be the same model.
 
     Args:
       lineage: `Start.lineage` of it.
       tokenizer: as for `open_start`.
-      base: the Hugging Face folder that the model itself, or the one under its adapters, lies in
-        now.
+      base: the new Hugging Face folder of the model itself, or of the model under its adapters.
     """
     path = lineage["path"]
     if base and lineage["kind"] == "hf" and not as_path(path, "adapter_config.json").exists():
@@ -323,12 +322,12 @@ def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str 
 
 
 def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
-    """(what trains, what is frozen): the adapters and the rest, or everything and nothing."""
+    """(trainable, frozen) parameters: the adapters and the rest, or everything and nothing."""
     return (params, {}) if lora is None else split(params)
 
 
 def check_continued(start: Start, lora: LoraConfig | None) -> None:
-    """UsageError unless the start has adapters that `config.lora` describes, to go on with."""
+    """UsageError unless the start has adapters that fit `config.lora`, to continue training."""
     if lora is None or start.lora != lora:
         adapters = "none" if start.lora is None else start.lora
         raise UsageError(
@@ -341,10 +340,10 @@ def check_continued(start: Start, lora: LoraConfig | None) -> None:
 def load_trainable(
     model: Llama, start: Start, mesh: Mesh, seed: int, *, continued: bool = False
 ) -> tuple[Any, Any]:
-    """The start's weights as (what trains, what is frozen); fresh ones are drawn from `seed`.
+    """The start's weights as (trainable, frozen); a new model is initialised from `seed`.
 
-    Frozen weights are never updated, so they are kept in the dtype of the computation. With
-    `continued` the start's own adapters go on training, unmerged; see `check_continued`.
+    Frozen weights are never updated, so they have the dtype of the computation. With `continued`
+    the start's own adapters continue training, unmerged; see `check_continued`.
     """
     tokens = jnp.zeros((1, 8), jnp.int32)
     plain = _without_kernels(model)

@@ -1,7 +1,7 @@
-"""One training state to and from one Orbax v1 folder, on any mesh.
+"""Saves a training state to an Orbax v1 folder, and loads it on any mesh.
 
-A state is stored as nested dicts of arrays, whatever classes it is made of, so that a part of it
-("params") can be loaded alone, and a difference is named by the path of the leaf.
+A state is stored as nested dicts of arrays, whatever its classes, so that a part of it ("params")
+can be loaded alone, and an error names the path of a leaf.
 """
 
 import logging as python_logging
@@ -21,7 +21,7 @@ from sa_jax.errors import UserError
 def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
     """Starts to save a pytree of jax.Array (typed PRNG keys too); `result()` waits for the commit.
 
-    The arrays have been copied when this returns. Whatever stands at `folder` is replaced.
+    The arrays have been copied when this returns. An existing `folder` is replaced.
     """
     folder = _absolute(folder)
     leaves = {
@@ -44,9 +44,9 @@ def load(
     Args:
       abstract: tree of jax.ShapeDtypeStruct, each with a sharding.
       part: path of the part to load, "params" or "opt_state/1/0/mu"; "" for all.
-      exact: refuse other dtypes and leaves left over; else cast, and ignore them.
-      resizable: whether the leaf of this path may be shorter or longer on its first axis than what
-        is stored; it is cut, or filled up with zeros.
+      exact: refuse other dtypes and additional leaves; otherwise cast, and ignore these.
+      resizable: whether the first axis of the leaf with this path may be shorter or longer than
+        stored; the stored leaf is then cut, or padded with zeros.
 
     Raises:
       UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
@@ -79,7 +79,7 @@ def load(
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's INFO lines, some thirty a save: they go through the logger of our progress."""
+    """Drops Orbax's INFO lines, about thirty per save, which would hide the run's own lines."""
     logging.get_absl_logger().addFilter(_not_orbax_info)  # adding it again changes nothing
 
 
@@ -88,7 +88,7 @@ def _not_orbax_info(record: python_logging.LogRecord) -> bool:
 
 
 def _absolute(folder: os.PathLike | str) -> epath.Path:
-    """Orbax refuses to save to a relative path, and finds nothing in one."""
+    """An absolute path: Orbax cannot save to or load from a relative one."""
     folder = os.fspath(folder)
     return epath.Path(folder if "://" in folder else os.path.abspath(folder))
 
@@ -137,7 +137,7 @@ def _is_key(x: Any) -> bool:
 
 
 def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
-    """The generator of an abstract key: JAX tells it of arrays, and of their tracers, only."""
+    """The generator of an abstract key; JAX gives it only for arrays and their tracers."""
     implementations: list[Any] = []
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), shape)

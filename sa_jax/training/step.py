@@ -35,10 +35,10 @@ STEP_METRICS = frozenset(
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and a checkpoint holds.
+    """The state that a step updates and a checkpoint saves.
 
     step: int32 scalar, updates done. params: the trainable leaves (all, or the adapters).
-    opt_state: the optimizer's, in float32 whatever the parameters' dtype.
+    opt_state: the optimizer's state, in float32 whatever the parameters' dtype.
     """
 
     step: jax.Array
@@ -77,8 +77,8 @@ def make_train_step(
       loss_fn: see `training.losses`.
       tx: takes and returns float32 trees.
       schedule: learning rate by step, for the metric only.
-      accumulation: micro-batches a batch is cut into; must divide its rows.
-      seed: the loss function's randomness depends on it and on the step alone.
+      accumulation: number of micro-batches per batch; must divide its rows.
+      seed: the loss function's randomness depends only on it and on the step.
       only_through_model: see `losses.Loss`.
 
     Returns:
@@ -152,7 +152,7 @@ def _without_clash(metrics: Metrics) -> Metrics:
 
 
 def with_changes(params: Any, changes: Any) -> Any:
-    """`params` with each kernel's change as a leaf beside it, where `llama.model` adds it."""
+    """`params` with a leaf beside each kernel for its change, which `llama.model` adds."""
     beside = {
         path.removesuffix("kernel") + KERNEL_CHANGE: change
         for path, change in flatten_dict(changes, sep="/").items()
@@ -161,7 +161,7 @@ def with_changes(params: Any, changes: Any) -> Any:
 
 
 def split_kernels(params: Any) -> tuple[Any, Any]:
-    """The layers' kernels and the rest, each as a tree of its own (see `lora.combine`)."""
+    """The layers' kernels and the rest, as two trees (see `lora.combine`)."""
     leaves = flatten_dict(params, sep="/")
     kernels = {p: x for p, x in leaves.items() if p.startswith("layers/") and p.endswith("kernel")}
     others = {path: leaf for path, leaf in leaves.items() if path not in kernels}

@@ -1,5 +1,4 @@
-"""What is watched while a run trains: its speed and what its time goes into, that its numbers are
-finite, and that it gets on."""
+"""Monitors a run while it trains: its speed, the use of its time, finite numbers, and stalls."""
 
 import collections
 import math
@@ -24,7 +23,7 @@ from sa_jax.training.checkpoints import RunCheckpointer
 
 
 class Meter:
-    """Speed between two logged steps, without the time that evals and checkpoints take."""
+    """Speed between two logged steps, without the time of evals and checkpoints."""
 
     def __init__(
         self, config: FrozenConfigDict, architecture: LlamaConfig, trainable: Any, total_steps: int
@@ -74,7 +73,7 @@ class Meter:
 
 
 class Goodput:
-    """What the seconds of a launch go into; a context manager that logs them at the end."""
+    """Counts the seconds of a launch by their use; a context manager that logs them at the end."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = collections.defaultdict(float)
@@ -82,23 +81,23 @@ class Goodput:
         self._steps = self._lost_steps = 0
 
     def switch(self, doing: str) -> None:
-        """From now on the time counts as 'compile', 'data', 'step', 'eval' or 'checkpoint'."""
+        """Counts the time from now on as 'compile', 'data', 'step', 'eval' or 'checkpoint'."""
         now = time.monotonic()
         self._seconds[self.doing] += now - self._since
         self.doing, self._since = doing, now
         self._steps += doing == "step"
 
     def idle_since(self, file: Path) -> None:
-        """The launch before, if there was one, last wrote to this file."""
+        """Counts the time since an earlier launch last wrote to this file as idle."""
         if file.exists():
             self._seconds["idle"] += max(0.0, time.time() - size_and_time(file)[1] / 1e9)
 
     def lost(self, steps: int) -> None:
-        """So many steps of the launch before are done again."""
+        """Records that this many steps of an earlier launch are repeated."""
         self._lost_steps = steps
 
     def line(self) -> str:
-        """'goodput 80 % of 100 s: step 80 s, eval 15 s, start 5 s'. Lost: steps done again."""
+        """'goodput 80 % of 100 s: step 80 s, eval 15 s, start 5 s'. 'lost' is repeated steps."""
         seconds = {"step": 0.0, **self._seconds}
         if self._steps:
             lost = min(1.0, self._lost_steps / self._steps) * seconds["step"]
@@ -118,16 +117,16 @@ class Goodput:
 
 
 class StallWatch:
-    """Ends a process that stands still, and its peers: the stacks of their threads, a line, exit 1;
-    a context manager.
+    """Ends a stalled process and its peers, with the stacks of their threads, a line and exit 1; a
+    context manager.
 
-    From the first `beat` on, the next may take `floor_s` seconds, or ten times the longest that one
-    took before. A compilation or a checkpoint may take ten times as long, and teaches nothing.
-    Seconds in which the process was paused do not count.
+    After each `beat`, the next must come within `floor_s` seconds, or within ten times the longest
+    earlier wait, whichever is longer. During a compilation or a checkpoint it may take ten times as
+    long, and that wait is not used later. Seconds in which the process was paused do not count.
 
     Args:
       floor_s: seconds.
-      goodput: says what the process is doing; without it, evals.
+      goodput: knows what the process is doing; without it, the process runs evals.
     """
 
     def __init__(self, floor_s: float, goodput: Goodput | None = None) -> None:
@@ -138,7 +137,7 @@ class StallWatch:
         self._thread: threading.Thread | None = None
 
     def beat(self) -> None:
-        """The loop gets on: a step was given out, a batch of an eval is done."""
+        """Records progress: a step was dispatched, or a batch of an eval is done."""
         if not self._slow():
             self._limit = max(self._limit, 10 * self._waited)
         self._waited = 0.0
@@ -168,12 +167,12 @@ class StallWatch:
 
 
 class FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, before that state is ever saved.
+    """Stops a run whose loss or gradient is not finite, before that state is saved.
 
-    Where the optimizer skips such gradients, it only says so.
+    If the optimizer skips such gradients, it only logs them.
 
-    Values stay on the device until they are looked at, so that a look never waits for the newest
-    step except where the loop waits anyway.
+    Values stay on the device until they are checked, so that a check does not wait for the newest
+    step unless the loop waits anyway.
     """
 
     def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer, skips: bool):

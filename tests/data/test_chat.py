@@ -305,18 +305,18 @@ def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
         (CHATML.replace("add_generation_prompt", "false"), "would count more than the answer"),
         (
             "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
-            "an end",
+            "does not end",
         ),
         # An endless loop where there is a system turn, and nowhere else.
         (
             "{% if messages[0]['role'] == 'system' %}{% for i in range(90000) %}"
             "{% for j in range(90000) %}{% endfor %}{% endfor %}{% endif %}" + CHATML,
-            "an end",
+            "does not end",
         ),
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 'x' * 10 ** 10 }}", "takes too much memory"),
-        ("{{ 10 ** (10 ** 9) }}", "an end|takes too much memory"),
+        ("{{ 10 ** (10 ** 9) }}", "does not end|takes too much memory"),
         ("{{ 1 / 0 }}", "division by zero"),
         ("{{ messages[99].content.x }}", "refuses the conversation"),
         (CHATML.replace("bos_token", "strftime_now(fmt)"), "cannot be fixed to one date"),
@@ -341,7 +341,7 @@ def test_folder_templates_that_cannot_be_trained_on_are_refused(
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 'x' * 10 ** 10 }}", "takes too much memory"),
-        ("{{ 'x' * 10 ** 7 }}", "makes 10,0.* characters"),
+        ("{{ 'x' * 10 ** 7 }}", "turns .* into 10,0.* characters"),
     ],
 )
 def test_a_template_that_is_hostile_to_one_row_is_refused_with_the_row(
