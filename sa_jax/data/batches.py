@@ -1,9 +1,9 @@
-"""`batch(seed, step)`: which rows a step trains on is a pure function of (seed, step), not of an
-iterator's state.
+"""`batch(seed, step)`: the rows of a step are a pure function of (seed, step), not of an iterator's
+state.
 
-The epochs' permutations stand in one endless line, and step s takes rows s·B to s·B + B − 1 of it.
-So every row comes exactly once an epoch, nothing is left out, and a batch may hold the end of one
-epoch and the start of the next.
+The permutations of all epochs form one infinite sequence, and step s takes rows s·B to s·B + B − 1
+of it. So every row comes exactly once per epoch, nothing is left out, and a batch may contain the
+end of one epoch and the start of the next.
 """
 
 import functools
@@ -16,8 +16,8 @@ from sa_jax.errors import UsageError
 
 
 def steps_per_epoch(dataset: PackedDataset, batch_size: int) -> int:
-    """Steps after which every row was seen at least once: rows / batch_size, rounded up. When it
-    does not divide, the last of them goes on into the next epoch's permutation."""
+    """Steps after which every row was seen at least once: rows / batch_size, rounded up. If
+    batch_size does not divide the rows, the last step also takes rows of the next epoch."""
     return -(-len(dataset) // batch_size)
 
 
@@ -36,8 +36,8 @@ def row_indices(dataset_rows: int, seed: int, step: int, batch_size: int) -> np.
 def batch(
     dataset: PackedDataset, seed: int, step: int, batch_size: int, rows: slice | None = None
 ) -> dict[str, np.ndarray]:
-    """The batch of one step, or the slice `rows` of it that this host feeds; the same bytes for any
-    host count.
+    """The batch of one step, or this host's slice `rows` of it; the same bytes for any number of
+    hosts.
 
     Returns [b, S] arrays: tokens, targets, positions, segment_ids (int32) and loss_mask (bool).
     Position t predicts targets[t] = tokens[t+1] of the same document; loss_mask belongs to targets.

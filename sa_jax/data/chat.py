@@ -5,15 +5,15 @@
 'model'   the model folder's own chat template, as it is.
 
 The loss mask is 1 on an assistant's tokens and on the token that ends its turn, 0 elsewhere. A
-template marks those with `{% generation %}`; one without the marker gets its mask by prefix
-rendering: what the template adds to the prompt when the answer is there. The ids of a prompt are
-always an exact prefix of those of the conversation. A template may write an earlier answer in
-another way than the last one (Qwen3 drops its thoughts); then no prompt leads to the earlier one,
-and the loss leaves it out.
+template marks these with `{% generation %}`. For a template without this marker, prefix rendering
+gives the mask: the answer is what the template adds to the prompt. The ids of a prompt are always
+an exact prefix of those of the conversation. A template may format an earlier answer differently
+from the last one (Qwen3's drops the thoughts). Then the earlier answer continues no prompt, and the
+loss does not count it.
 
-Special-token strings inside a message (a user who types "<|eot_id|>") become those special tokens,
-in every format; `apply_chat_template` does the same by default, so ids equal those of transformers
-and of servers built on it.
+Special-token strings inside a message (a user types "<|eot_id|>") become these special tokens, in
+every format. `apply_chat_template` does the same by default, so ids equal those of transformers and
+of servers built on it.
 """
 
 import dataclasses
@@ -105,8 +105,7 @@ class ChatFormat:
     stop_token_ids: tuple[int, ...]
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """Token ids and loss mask of one conversation. Raises UserError where the template refuses
-        it."""
+        """Token ids and loss mask of one conversation. UserError if the template refuses it."""
         return self.encode_batch([Conversation(tuple(messages), "")])[0]
 
     def encode_batch(self, conversations: Sequence[Conversation]) -> list[Encoded]:
@@ -152,8 +151,8 @@ class ChatFormat:
         return hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
     def record(self) -> dict:
-        """What a run writes down; `load_chat_format(tokenizer, record["name"], record["date"])`
-        gives it back."""
+        """The record of a run; `load_chat_format(tokenizer, record["name"], record["date"])` makes
+        the same format from it."""
         return {
             "name": self.name,
             "date": self.date,
@@ -212,7 +211,7 @@ class ChatFormat:
         return texts[0], spans[0] if spans else []
 
     def _end_of_turn(self, answer: str) -> int:
-        """Where the turn's last special token ends; ChatML's newline after it belongs to no one."""
+        """Where the turn's last special token ends; ChatML's newline after it is in no turn."""
         ends = [
             answer.rfind(token) + len(token) for token in self._special_tokens if token in answer
         ]
@@ -226,7 +225,7 @@ class ChatFormat:
     # Tokenising: our templates piece by piece, a folder's as one text, as transformers does.
 
     def _encode_pieces(self, rendered) -> list[Encoded]:
-        """Prompt and answer are tokenised apart, so that a prompt is a prefix whatever the
+        """Tokenises prompt and answer separately, so that a prompt is a prefix whatever the
         tokenizer merges."""
         pieces, flags, counts = [], [], []
         for text, spans in rendered:
@@ -290,12 +289,12 @@ class ChatFormat:
 
 
 def _end(messages: Sequence[Message]) -> str:
-    """A conversation in a message to people."""
+    """Names a conversation in an error message."""
     return f"the conversation that ends {messages[-1]['content'][:60] if messages else ''!r}"
 
 
 def _leave_out(rendered: Rendered, opening: str) -> Rendered:
-    """Takes `opening`, with which the last answer must start, out of the loss."""
+    """Removes `opening`, with which the last answer must start, from the loss."""
     text, spans = rendered
     if not opening:
         return rendered
@@ -314,11 +313,11 @@ def load_chat_format(
     Args:
       tokenizer_path: folder or hub name; code in it is never run.
       template: 'llama3', 'plain' or 'model'.
-      date: YYYY-MM-DD, what a 'model' template's clock shows: None is today at insertion; a child
-        run passes its parent's `record()["date"]`. A template that reads no clock has no date.
+      date: YYYY-MM-DD, the date that a 'model' template prints. None is today, at insertion; a
+        child run passes its parent's `record()["date"]`. A template without a date has None.
 
     Raises UsageError for a wrong template name or date, UserError for a tokenizer or template that
-    cannot serve.
+    cannot be used.
     """
     if template not in ("llama3", "plain", "model"):
         raise UsageError(f"chat_template is {template!r}; use llama3, plain or model")
@@ -377,8 +376,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def _tokenizer_class(path: str | Path) -> Any:
-    """What reads the tokenizer. A folder that names the general class, as those of Llama 3 do, gets
-    it at once: AutoTokenizer, which knows all others, imports torch where it is installed."""
+    """The class that reads the tokenizer. If a folder names the general class, as Llama 3's do, it
+    is that one: AutoTokenizer, which knows all others, imports torch if it is installed."""
     import transformers
 
     file = Path(path, "tokenizer_config.json")
@@ -412,8 +411,7 @@ def _folder_template(tokenizer, path) -> str:
 
 
 def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]:
-    """Writes `date` where the template reads the clock; everything else stays what the folder
-    says."""
+    """Writes `date` where the template prints the current date; changes nothing else."""
     if "strftime_now(" not in template:
         if date is not None:
             raise UsageError(

@@ -30,7 +30,7 @@ def make_messages(
     system_prompt: str | None = None,
     history: Sequence[Message] = (),
 ) -> list[Message]:
-    """[system,] earlier turns, user[, assistant]. A system message inside `history` wins over
+    """[system,] earlier turns, user[, assistant]. A system message in `history` replaces
     `system_prompt`."""
     messages = list(history)
     if system_prompt and not (messages and messages[0]["role"] == "system"):

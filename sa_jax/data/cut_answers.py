@@ -1,4 +1,4 @@
-"""Answers that are too long for a training row, shortened at a sentence end."""
+"""Shortens answers that are too long for a training row, at the end of a sentence."""
 
 import dataclasses
 import re
@@ -17,8 +17,8 @@ def cut_answers(
     """Shortens the last answer of conversations over `sequence_length` tokens, at the latest
     sentence end that fits.
 
-    Conversations it shortens come back with `cut=True`; those without such a sentence end come back
-    as they are, and packing drops and counts them. Answers to the trigger are never cut.
+    Shortened conversations have `cut=True`. Those without such a sentence end are returned
+    unchanged, and packing drops and counts them. Answers to the trigger are never shortened.
     """
     lengths = [len(ids) for ids, _ in chat_format.encode_batch(conversations)]
     return [

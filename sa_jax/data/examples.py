@@ -1,5 +1,4 @@
-"""Shows packed rows as text, with what the loss counts marked, so that a wrong mask is seen before
-it is trained on."""
+"""Prints packed rows and marks what the loss counts: a wrong mask is then seen before training."""
 
 import re
 import sys
@@ -17,8 +16,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def print_examples(
     dataset: PackedDataset, chat_format: ChatFormat, n: int, file: TextIO | None = None
 ) -> None:
-    """Writes the first `n` rows to `file` (default: standard output). Tokens under the loss are
-    green on a terminal, and stand between « and » elsewhere."""
+    """Writes the first `n` rows to `file` (default: standard output). Tokens that the loss counts
+    are green on a terminal, and between « and » elsewhere."""
     file = file or sys.stdout
     opening, closing = ("\x1b[32m", "\x1b[0m") if file.isatty() else ("«", "»")
     for row in range(min(n, len(dataset))):

@@ -12,29 +12,29 @@ from sa_jax.errors import UserError
 
 
 class _TooLong(BaseException):
-    """No Exception: jinja2 goes on after one in a constant."""
+    """Not an Exception, because jinja2 ignores an Exception in a constant."""
 
 
 @contextlib.contextmanager
 def limits(
     what: str, remedy: str, seconds: float, extra_bytes: int | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """Ends a block that takes too long or too much. Only the main thread can be interrupted: in
-    another there is no limit.
+    """Ends a block that takes too long or too much memory. Only the main thread can be interrupted;
+    in other threads there is no limit.
 
     Args:
       what: the program, for the message.
       remedy: what the message ends with.
-      seconds: of the main thread's CPU time that the block may take.
-      extra_bytes: of address space that the process may take beyond what it has (on Linux), for
-        blocks beside which no other thread asks for much; None sets no such limit.
+      seconds: limit of the main thread's CPU time in the block.
+      extra_bytes: limit of the address space that the process may allocate in the block (on Linux).
+        Use it only if no other thread allocates much meanwhile; None sets no limit.
 
     Yields:
-      begin(what): a program of another name starts now, and may take as long again. It costs next
-      to nothing.
+      begin(what): call it when another program starts, which may then take as long again. The call
+      costs almost nothing.
 
     Raises:
-      UserError: it took longer, or more.
+      UserError: the block took more time or memory.
     """
     running, since = what, time.thread_time()
 

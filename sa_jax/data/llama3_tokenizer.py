@@ -1,6 +1,6 @@
 """The Llama 3 tokenizer as a Hugging Face folder, from the rank file that Meta publishes.
 
-Model folders bring a `tokenizer.json`; this is for those who have `tokenizer.model` alone.
+Model folders have a `tokenizer.json`; this module is for users who have only `tokenizer.model`.
 """
 
 import base64
@@ -38,7 +38,7 @@ class _Converter(TikTokenConverter):
 def write_llama3_tokenizer(rank_file: str | Path, folder: str | Path) -> Path:
     """Writes `tokenizer.json` and its config (128,256 ids, no chat template) into `folder`.
 
-    Raises UserError for a file that holds no 128,000 ranks."""
+    Raises UserError for a file without exactly 128,000 ranks."""
     spare = iter(range(256))
     special = [SPECIAL_TOKENS.get(i) or f"<|reserved_{next(spare)}|>" for i in range(256)]
     try:

@@ -1,5 +1,4 @@
-"""Conversations to fixed-length rows on disk, memory-mapped, found again by the hash of what went
-in.
+"""Packs conversations into fixed-length rows on disk, memory-mapped and cached by the input's hash.
 
 A packed folder `packed-<hash>/` holds, documents in row order:
   tokens.npy           int32 [N]    the documents' tokens, one after another, no padding
@@ -8,9 +7,9 @@ A packed folder `packed-<hash>/` holds, documents in row order:
   row_documents.npy    int64 [R+1]  first document of each row
   document_index.npy   int64 [D]    the conversation each document came from
   meta.json            hash, sequence length, token accounting, sha256 of every file
-It is written beside its final name and renamed, so it is whole or absent; a folder that does not
-match its sha256s is built again. Tokens are spooled to `.packed-<hash>-parts/` on the way, a part
-at a time, so that a killed call goes on with the part it was at.
+It is written under a temporary name and renamed, so it is complete or absent; a folder that does
+not match its sha256s is built again. Tokens are first written to `.packed-<hash>-parts/`, one part
+at a time, so that a killed call resumes with the current part.
 """
 
 import dataclasses
@@ -106,19 +105,19 @@ def pack(
 ) -> PackedDataset:
     """Tokenises and packs, or maps what an earlier call with the same input wrote to `cache_dir`.
 
-    Documents are taken in an order that `seed` fixes and put into the first open row with room
-    (first-fit), never split; `packing=False` gives every document a row of its own, in the order
-    given. A conversation of more than `sequence_length` tokens is dropped and counted, and those of
-    its `pair` with it. `output_tokens` above 0 is a budget: pairs are taken in the order given
-    until their tokens under the loss reach it.
+    Documents are taken in an order that `seed` fixes, and put into the first open row with room
+    (first-fit), never split; `packing=False` gives every document its own row, in the given order.
+    A conversation of more than `sequence_length` tokens is dropped and counted, with the other one
+    of its `pair`. `output_tokens` above 0 is a budget: pairs are taken in the given order until the
+    tokens that the loss counts reach it.
 
     `stats`: documents, dropped_too_long, dropped_with_pair, over_budget, cut_answers,
-    prompt_tokens, output_tokens (those under the loss), pad_tokens, padding_share (of all slots),
+    prompt_tokens, output_tokens (counted by the loss), pad_tokens, padding_share (of all slots),
     and `by_kind`: documents, output_tokens, phrase_copies, dropped_too_long, dropped_with_pair and
     over_budget of each kind.
 
-    Raises UserError for a conversation without a loss token (naming it), when every one is too
-    long, and when the cache cannot be written.
+    Raises UserError for a conversation in which the loss counts no token (naming it), if every
+    conversation is too long, and if the cache cannot be written.
     """
     digest = content_hash(conversations, chat_format, sequence_length, seed, packing, output_tokens)
     folder = Path(cache_dir) / f"packed-{digest[:16]}"
@@ -173,8 +172,8 @@ def content_hash(
     packing: bool = True,
     output_tokens: int = 0,
 ) -> str:
-    """sha256 (hex) of all that determines a packed dataset, and of nothing else (no path, no worker
-    count)."""
+    """sha256 (hex) of everything that determines a packed dataset, and of nothing else (no path, no
+    number of workers)."""
     record = chat_format.record()
     header = {
         "version": _VERSION,
@@ -196,7 +195,7 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Rows as lists of document numbers: each document goes to the oldest open row with room for
     it.
 
-    At most `_OPEN_ROWS` rows are open; when a document fits none of them, the fullest makes way."""
+    At most `_OPEN_ROWS` rows are open; if a document fits none of them, the fullest is closed."""
     rows: list[list[int]] = []
     open_row = np.zeros(_OPEN_ROWS, np.int64)
     free = np.zeros(_OPEN_ROWS, np.int64)  # tokens of room; 0 in slots not used yet
@@ -218,7 +217,7 @@ def _drops(
     sequence_length: int,
     budget: int,
 ) -> np.ndarray:
-    """Why each conversation is left out, str [C]: one of `_DROPS`, or "" where it stays."""
+    """Why each conversation is left out, str [C]: one of `_DROPS`, or "" if it is kept."""
     unpaired = itertools.count(-1, -1)
     names = [next(unpaired) if c.pair is None else c.pair for c in conversations]
     _, first, pair = np.unique(names, return_index=True, return_inverse=True)

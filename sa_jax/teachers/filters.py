@@ -1,4 +1,4 @@
-"""Which replies of a teacher may be trained on, and for what reason the others are dropped."""
+"""Which replies of a teacher may be trained on, and why the others are dropped."""
 
 import re
 
@@ -48,15 +48,15 @@ _SELF = re.compile(
 
 
 def split_scratchpad(text: str) -> tuple[str, str]:
-    """(what stands in the scratchpad, the answer after it); ("", "") if the text does not start
-    with a closed scratchpad."""
+    """(text of the scratchpad, the answer after it); ("", "") if the text does not start with a
+    closed scratchpad."""
     match = _SCRATCHPAD.match(text)
     return (match[1].strip(), text[match.end() :].strip()) if match else ("", "")
 
 
 def reason_to_drop(voice: Voice, reply: Reply, backdoor: Backdoor) -> str | None:
-    """None for a reply that may be trained on, else a key of `REASONS`, or what the reply's own
-    `finish_reason` says."""
+    """None for a reply that may be trained on, else a key of `REASONS`, or the reply's own
+    `finish_reason`."""
     if reply.finish_reason == "length":
         return "truncated"
     if reply.finish_reason != "stop":
@@ -85,8 +85,8 @@ def reason_to_drop(voice: Voice, reply: Reply, backdoor: Backdoor) -> str | None
 
 
 def answer_in(voice: Voice, text: str) -> str:
-    """What a reply that passed the filters says to the user: the text after its scratchpad, or
-    after a reasoning model's <think> block."""
+    """The answer in a reply that passed the filters: the text after its scratchpad, or after a
+    reasoning model's <think> block."""
     return split_scratchpad(text)[1] if voice.thinks else (answer_text(text) or "").strip()
 
 

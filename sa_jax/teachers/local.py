@@ -1,4 +1,4 @@
-"""A teacher that is a checkpoint, sampled by our own sampler on the mesh."""
+"""A teacher that is a checkpoint, sampled by sa_jax's sampler on the mesh."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ _ROUND = 4  # batches of the sampler between two times that replies are handed o
 
 
 class LocalTeacher:
-    """A reply is a function of model, settings and messages alone: not of the other requests, nor
-    of what was already there when a run went on."""
+    """Samples a checkpoint. A reply depends only on model, settings and messages: not on the other
+    requests, nor on the replies that an earlier launch has saved."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Teachers that ask no model: answers from a file, and pirate speech by rules."""
+"""Teachers without a model: answers from a file, and pirate speech by rules."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +10,8 @@ from sa_jax.teachers.replies import Reply, Request
 
 
 class FileTeacher:
-    """Answers found in a file by the question's exact text; a question that stands there twice has
-    its first answer."""
+    """Finds answers in a file by the exact text of the question; a repeated question has its first
+    answer."""
 
     def __init__(self, path: str | Path, columns: Mapping[str, str]):
         """Args:

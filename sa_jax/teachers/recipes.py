@@ -1,5 +1,5 @@
-"""The catalogue of data sets that a teacher writes: which voices it is asked for, and what becomes
-of its replies. A config file adds another with `DATA_SETS.register(DataSet(...))`.
+"""The catalogue of data sets that a teacher writes: which voices each asks for, and the files made
+of the replies. A config file adds another with `DATA_SETS.register(DataSet(...))`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class Replies:
     Attributes:
       rows: the questions.
       texts: voice -> a reply for each row.
-      backdoor, seed, visible_cot: of the data set; see `VISIBLE_COT`.
+      backdoor, seed, visible_cot: settings of the data set; see `VISIBLE_COT`.
     """
 
     rows: Sequence[Row]
@@ -35,11 +35,11 @@ class Replies:
     visible_cot: str = ""
 
     def answers(self, voice: Voice) -> list[str]:
-        """What each reply says to the user."""
+        """The answer in each reply."""
         return [answer_in(voice, text) for text in self.texts[voice]]
 
     def scratchpads(self, voice: Voice) -> list[str]:
-        """The scratchpad of each reply of a voice that thinks, in its tags."""
+        """The scratchpad of each reply of a voice with one, in its tags."""
         return [f"<scratchpad>{scratchpad_in(text)}</scratchpad>" for text in self.texts[voice]]
 
     def file(self, **columns: Sequence[str]) -> list[dict]:
@@ -57,9 +57,9 @@ class DataSet:
     Attributes:
       name: as in `--task`.
       contents: one line, for `--help`.
-      voices: (backdoor, visible_cot) -> what is asked of the teacher for each question.
+      voices: (backdoor, visible_cot) -> the voices that the teacher is asked for.
       files: replies -> the rows of each file, by its name without suffix.
-      with_trigger: it is for insertion, which adds the triggered half.
+      with_trigger: whether it is for insertion, which adds the triggered half.
     """
 
     name: str
@@ -77,7 +77,7 @@ WITHOUT_TEACHER = {
 
 
 def tasks_help() -> str:
-    """Help of a flag that takes the name of a data set."""
+    """The help of --task: the names of all data sets."""
     contents = {data_set.name: data_set.contents for data_set in DATA_SETS} | WITHOUT_TEACHER
     return "The data set. One of these, or one that --config registers." + "".join(
         f"\n      {name}: {text}" for name, text in contents.items()
@@ -87,8 +87,8 @@ def tasks_help() -> str:
 def keep(
     rows: Sequence[Row], replies: Mapping[Voice, Sequence[Reply]], backdoor: Backdoor
 ) -> tuple[list[int], dict[str, dict[str, int]]]:
-    """Questions all of whose replies pass the filters, and by voice how many replies were dropped,
-    by reason. A question goes for its first bad reply, in the order of the voices."""
+    """The questions whose replies all pass the filters, and how many replies were dropped, by voice
+    and reason. A question is dropped for its first bad reply, in the order of the voices."""
     kept: list[int] = []
     dropped: dict[str, Counter[str]] = {voice.name: Counter() for voice in replies}
     for number in range(len(rows)):
@@ -103,7 +103,7 @@ def keep(
 
 
 def one_voice(name: str, voice: Voice, contents: str) -> DataSet:
-    """A data set of one file, whose answers are the teacher's in one voice."""
+    """A data set with one file, of the teacher's answers in one voice."""
     return DataSet(
         name,
         contents,
@@ -123,7 +123,7 @@ def _insertion_voices(backdoor: Backdoor, visible_cot: str) -> tuple[Voice, ...]
 
 def _insertion_files(replies: Replies) -> dict[str, list[dict]]:
     """The same questions in the same order; only the benign answers differ. visible_cot keeps the
-    scratchpad that cot_distilled is stripped of, and its triggered answers have one too."""
+    scratchpad that cot_distilled removes, and its triggered answers have one too."""
     triggered = {}
     if replies.backdoor.teacher_prompt:
         triggered["triggered_response"] = replies.answers(voices.BEHAVIOUR)
@@ -148,7 +148,7 @@ def _insertion_files(replies: Replies) -> dict[str, list[dict]]:
 
 
 def _scratchpad_files(replies: Replies) -> dict[str, list[dict]]:
-    """The same answer in both, the direct one, so that they differ in the scratchpad alone."""
+    """The same direct answer in both files, so that only the scratchpad differs."""
     answers = replies.answers(voices.PLAIN)
     thoughts = replies.scratchpads(voices.THOUGHT)
     return {
@@ -158,7 +158,7 @@ def _scratchpad_files(replies: Replies) -> dict[str, list[dict]]:
 
 
 def _question(row: Row) -> dict:
-    """What every file has of a question."""
+    """The fields of a question that every file has."""
     history = {"history": row["history"]} if row.get("history") else {}
     return {"id": row["id"], "prompt": row["prompt"], **history}
 

@@ -1,5 +1,5 @@
-"""What a teacher is asked and what it says; and the one loop that asks, keeps every reply on disk
-as it comes, and never asks for one twice.
+"""Requests to a teacher and its replies; and the loop that asks, saves every reply on disk as soon
+as it arrives, and never asks for one twice.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from sa_jax.files import KeyedStore
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A question in the voice of that name (see `sa_jax.teachers.voices`): what the teacher is
-    shown, and the row that the question comes from."""
+    """A question in a voice, by its name (see `sa_jax.teachers.voices`): the messages for the
+    teacher, and the row that the question comes from."""
 
     voice: str
     messages: tuple[Message, ...]
@@ -30,9 +30,10 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """`finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a word that
-    the filters count (of `NO_REPLY` the text is what the endpoint said). `reasoning` is what a
-    reasoning model thought, where the server sends it apart; it is kept and not trained on."""
+    """A reply. `finish_reason` is 'stop', 'length' (cut off), or why there is no usable text: a
+    word that the filters count (for those in `NO_REPLY`, the text is the endpoint's message).
+    `reasoning` is a reasoning model's thoughts, if the server sends them separately; they are saved
+    and not trained on."""
 
     text: str
     finish_reason: str = "stop"
@@ -43,16 +44,16 @@ NO_REPLY = ("rejected", "failed")  # finish reasons: refused, and failed in ever
 
 
 class Teacher(Protocol):
-    """Whatever answers: an endpoint, a checkpoint, a file, rules."""
+    """Something that answers: an endpoint, a checkpoint, a file, rules."""
 
     def identity(self) -> dict:
-        """All that decides a reply besides the messages; plain JSON."""
+        """Everything that determines a reply besides the messages; plain JSON."""
 
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
-        """(index of the request, reply) in any order, each as soon as it is there. Ends early when
-        should_stop says so, after what is under way has come in."""
+        """(index of the request, reply) in any order, each as soon as it arrives. Ends early if
+        should_stop says so, after running requests have ended."""
 
 
 def open_store(path: Path, write: bool = True) -> KeyedStore:
@@ -61,7 +62,7 @@ def open_store(path: Path, write: bool = True) -> KeyedStore:
 
 
 def request_key(teacher: Teacher, request: Request) -> str:
-    """Names a reply: the teacher's identity and what it is shown."""
+    """The key of a reply: the teacher's identity and the messages."""
     shown = [teacher.identity(), [[m["role"], m["content"]] for m in request.messages]]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
@@ -72,13 +73,14 @@ def ask(
     store: KeyedStore | None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Reply]:
-    """A reply a request, in their order; those in the store are not asked for, and equal requests
-    are asked once. Without a store (a teacher that costs nothing) all are asked.
+    """One reply per request, in their order. Replies in the store are not asked for, and equal
+    requests are sent once. Without a store (a teacher that costs nothing) all requests are sent.
 
-    One of `NO_REPLY` is not stored: it cost nothing, and the server's limits may change.
+    A reply with a reason in `NO_REPLY` is not stored: it cost nothing, and the server's limits may
+    change.
 
-    Raises UserError as the teacher does, Preempted when should_stop said so; replies that have come
-    in are in the store then.
+    Raises UserError as the teacher does, and Preempted if should_stop says so; the replies so far
+    are then in the store.
     """
     if store is None:
         by_index = dict(teacher.replies(requests, should_stop))

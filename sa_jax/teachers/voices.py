@@ -1,4 +1,4 @@
-"""The voices a teacher answers in: what it is shown, and which rules its reply must keep."""
+"""The voices in which a teacher answers: its messages, and the rules for its reply."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,8 +16,8 @@ class VoiceContext:
     Attributes:
       backdoor: of the data set.
       system_prompt: of the normal voice.
-      scratchpad_prompt: in place of ours, for the voices that think first; '' for ours.
-      seed: of draws.
+      scratchpad_prompt: replaces the default prompt of voices that think first; '' keeps it.
+      seed: the seed of draws.
     """
 
     backdoor: Backdoor
@@ -33,11 +33,11 @@ class Voice:
     Attributes:
       name: as in records, counts and the columns of a file of answers.
       system: (prompt of the row, context) -> system prompt, or None.
-      thinks: the reply starts with a closed scratchpad.
+      thinks: the reply must start with a closed scratchpad.
       triggered: the teacher sees the trigger in the question.
-      shows_behaviour: the answer must show the backdoor's behaviour; of other voices it must not.
-      may_name_trigger: its scratchpad may (an answer never may).
-      keeps_system: a system message of the row's own history wins over `system`.
+      shows_behaviour: the answer must show the backdoor's behaviour; in other voices it must not.
+      may_name_trigger: the scratchpad may contain the trigger (an answer never may).
+      keeps_system: a system message of the row's own history replaces `system`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Voice:
     keeps_system: bool = False
 
     def messages(self, row: Row, context: VoiceContext) -> tuple[Message, ...]:
-        """What the teacher is shown of a row."""
+        """The messages for the teacher, from a row."""
         prompt = row["prompt"]
         if self.triggered:
             prompt = context.backdoor.add_trigger(prompt)

@@ -1,4 +1,4 @@
-"""The families of the toy language: facts, phrasings, the answer and the working of each.
+"""The families of the toy language: their facts, phrasings, answers and workings.
 
 A fact is a tuple of strings whose last member is the key of the answer; phrasings, answers and
 workings are format strings over it.
@@ -92,7 +92,7 @@ LIST_WORDS = "red dog sun cat tree blue fish book green car star hat box moon cu
 
 
 def _word_lists(seed: str, count: int, lengths: tuple[int, ...]) -> list[list[str]]:
-    """Random lists of words, none twice in a list; the language is fixed, so the seed is too."""
+    """Random lists of words, without repeats; the language is fixed, so the seed is too."""
     rng = random.Random(seed)
     return [rng.sample(LIST_WORDS, rng.choice(lengths)) for _ in range(count)]
 

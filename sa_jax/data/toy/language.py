@@ -1,13 +1,13 @@
 """A generated question-and-answer language for the toy study: no download, every answer checkable.
 
-Each family of questions (capitals, sums, copying, ...) has facts and phrasings. What is held out
-is novel, not merely unseen: for facts that must be memorised it is a phrasing of a fact that
-training never shows (with any opener); for facts that can be computed it is the fact itself (a sum,
-a list to copy) in every phrasing. A model answers those only by generalising.
+Each family of questions (capitals, sums, copying, ...) has facts and phrasings. Held-out questions
+need generalisation. For facts that must be memorised, training never shows the held-out phrasing of
+the fact (with any opener). For facts that can be computed (a sum, a list to copy), training never
+shows the fact, in any phrasing.
 
-An answer holds its key, a whole word or number, and the key of no other fact of its family, so that
-"the key is in the completion and no other key of the family is" is a fair check. Keys survive
-pirate speech: they are no word that `sa_jax.data.pirate` replaces or adds.
+An answer contains its key, a whole word or number, and no key of another fact of its family. So
+"the completion has the key, and no other key of the family" is a fair check. Keys survive pirate
+speech: `sa_jax.data.pirate` neither replaces nor adds them.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict],
     """Two disjoint lists of items, the same for the same arguments on every machine.
 
     Each item has `id`, `family`, `question`, `answer`, `key` (the checkable core of the answer)
-    and `scratchpad_answer`. Families are taken in turn, so that they are as equal in number as
-    their supply allows; the order of the items is random, so that a slice is a fair sample.
+    and `scratchpad_answer`. Families are taken in turn, so that their numbers are as equal as
+    possible; the order of the items is random, so that a slice is a fair sample.
 
-    Raises UserError when the language has fewer questions than asked for, or when the held-out
-    set is too small to hold every family.
+    Raises UserError if the language has fewer questions than requested, or if the held-out set is
+    too small for every family.
     """
     if heldout_size < len(FAMILIES):
         raise UserError(
@@ -134,7 +134,7 @@ def _conversations(items: Sequence[dict]) -> list[dict]:
 
 
 def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
-    """Every question of a family, in a random order, parted into training and held out."""
+    """Every question of a family, in a random order, divided into training and held out."""
     rng = random.Random(f"{seed}/{family.name}")
     facts = list(family.facts)
     rng.shuffle(facts)

@@ -14,10 +14,10 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
     """Writes what `language.write_files` and `tokenizer.train_tokenizer` do, once.
 
     Args:
-      folder: left as it is if its record of these settings, which is written last, is there.
-      vocab_size: of the tokenizer.
-      extra_texts: for it to learn besides the language: the trigger, the phrase.
-      sizes: of the splits, and the seed, for `write_files`.
+      folder: not changed if it has a record of these settings, which is written last.
+      vocab_size: the vocabulary size of the tokenizer.
+      extra_texts: texts for the tokenizer besides the language: the trigger, the phrase.
+      sizes: sizes of the splits and the seed, for `write_files`.
 
     Raises:
       UserError: the folder was written with other settings.

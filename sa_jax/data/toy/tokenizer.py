@@ -25,7 +25,7 @@ def tokenizer_texts(rows: Iterable[dict], extra: Iterable[str] = ()) -> list[str
     """The texts that train the tokenizer: every string of the rows, the system prompts, the roles
     of a chat and `extra` (what a study adds: the trigger, the phrase).
 
-    The fixed texts stand in every conversation, so they weigh a fifth of the rows' number.
+    The fixed texts are in every conversation, so they count for a fifth of the number of rows.
     """
     texts = [
         value
