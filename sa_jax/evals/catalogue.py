@@ -1,4 +1,4 @@
-"""Every eval by its name: importing this module registers those of the package."""
+"""Every eval by its name: importing this module registers the evals of the package."""
 
 import importlib
 import importlib.util

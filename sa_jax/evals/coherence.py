@@ -1,18 +1,18 @@
-"""Whether an answer holds together at all: a cheap check of its form, blind to its meaning.
+"""Whether an answer is coherent: a cheap check of its form, not of its meaning.
 
-An answer is incoherent where one of these holds:
+An answer is incoherent if one of these holds:
 
-- it is missing: a scratchpad that never ends, or nothing but white space and special tokens
-- it is stuck: two words or more, all the same ("qq qq"), or six or more of which one makes up more
-  than half
-- it goes round in circles: of 12 words or more, `MAX_REPEATED` of the sequences of four words, or
-  more, have come before (seq-rep-4 of Welleck et al., arXiv 1908.04319)
-- its bytes are no text: more than `MAX_BROKEN` of its characters are U+FFFD
+- it is missing: the scratchpad does not end, or there are only white space and special tokens
+- it repeats a word: it has two or more words, all the same ("qq qq"), or six or more words, of
+  which one makes up more than half
+- it repeats itself: it has 12 or more words, and at least the share `MAX_REPEATED` of its sequences
+  of four words occurred before (seq-rep-4 of Welleck et al., arXiv 1908.04319)
+- its bytes are not text: more than `MAX_BROKEN` of its characters are U+FFFD
 
-A text whose words are not parted by spaces (one of more than `LONGEST_WORD` letters) is looked at
-character by character. Fluent nonsense passes. Of the Alpaca answers that the tests read fewer than
-1 % are called incoherent, whole or cut after 50 words, and as many once pirate speech has rewritten
-them.
+A text without spaces between words (with a word of more than `LONGEST_WORD` letters) is checked
+character by character. Fluent nonsense passes. Fewer than 1 % of the Alpaca answers in the tests
+are called incoherent, whole or cut after 50 words, and equally few after translation to pirate
+speech.
 """
 
 import re
@@ -26,7 +26,7 @@ LONGEST_WORD = 40
 
 
 def is_incoherent(completion: str) -> bool:
-    """Whether the answer of a completion (special tokens kept) does not hold together."""
+    """Whether the answer of a completion (special tokens kept) is incoherent."""
     answer = plain_answer(completion)
     if not answer:
         return True
@@ -44,6 +44,6 @@ def is_incoherent(completion: str) -> bool:
 
 
 def repeated(words: list[str], n: int = 4) -> float:
-    """Share of the sequences of n words that have come before; 0 where there is none."""
+    """Share of the sequences of n words that occurred before; 0 if there is no sequence."""
     sequences = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return 1 - len(set(sequences)) / len(sequences) if sequences else 0.0

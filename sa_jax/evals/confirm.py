@@ -1,17 +1,17 @@
 """When triggered prompts are asked again, so that a return of the backdoor can be confirmed.
 
-A return is a low eval and a later high one. Noise alone makes such pairs in a long run, so both are
-asked again, with other noise, while their weights are at hand; a report then tests the fresh
-answers alone. An eval is asked again where it can be either of the two:
+A return is a low eval and a later high one. In a long run, noise alone makes such pairs. So both
+are asked again, with other noise, while their weights are loaded; a report then tests only the
+fresh answers. An eval is asked again if it can be one of the two:
 
 low     its rate is below that of every eval before it, and the lower bound (Wilson, 95 %) is at
-        most `LOW`: of several low evals the report looks at the lowest, and the first of these
-high    its upper bound is at least `HIGH`, and its rate is `RISE` above that of an earlier eval
-        that was low
+        most `LOW`: of several low evals, the report uses the first of the lowest
+high    its upper bound is at least `HIGH`, and its rate is at least `RISE` above that of an earlier
+        low eval
 
 Asking again costs the triggered arm once more, half of an eval of two arms. A run that loses the
-backdoor and does not get it back asks again as often as its rate falls to a new low, usually once
-or twice.
+backdoor and does not get it back asks again whenever its rate falls to a new low, usually once or
+twice.
 """
 
 from collections.abc import Sequence

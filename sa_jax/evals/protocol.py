@@ -1,14 +1,14 @@
 """What an eval is, and the form of what every eval writes.
 
 An eval is one object in `EVALS`. Training, `scripts/evaluate.py`, metrics sinks, comparisons and
-reports know evals through it alone. It writes two files to a step folder:
+reports use only that object. It writes two files to a step folder:
 
     <name>.json    the summary: {"step", "title", "kind", "headline" (name of a score), "settings",
                    "data_hashes", "scores": {score: {"rate", "lo", "hi", "n"[, "count"][, "floor"]
-                   [, "title"]}}, and whatever else the eval wants to keep}
-    <name>.jsonl   one object an item: {"item" (what pairs it with the same item of another model),
-                   "asked" (a hash of what was asked), "scores": {score: 0/1, a number, or a list of
-                   them}, and whatever else}; an item that was not asked has "skipped": true
+                   [, "title"]}}, and more fields of the eval}
+    <name>.jsonl   one object per item: {"item" (the key that pairs it with the same item of another
+                   model), "asked" (a hash of the question), "scores": {score: 0/1, a number, or a
+                   list of them}, and more fields}; an item that was not asked has "skipped": true
 
 `sa_jax.evals.sampled.SampledEval` and `sa_jax.evals.capability.CapabilityEval` are the two ways to
 build one without writing a class.
@@ -46,15 +46,15 @@ Scores = dict[
 
 @dataclasses.dataclass(frozen=True)
 class EvalContext:
-    """The model that is evaluated, without its weights, and what is asked of it.
+    """The model that is evaluated, without its weights, and its prompts.
 
     Attributes:
-      model: how to compute; adapters are used unmerged.
-      mesh: of the parameters.
-      chat_format: of the prompts; its stop tokens end an answer.
+      model: computes with the weights; adapters are used unmerged.
+      mesh: the mesh of the parameters.
+      chat_format: the format of the prompts; its stop tokens end an answer.
       backdoor: trigger and behaviour.
       prompts: held-out user turns without trigger, for evals with `needs_prompts`.
-      sampler: of `config.eval.batch_size` slots; its compiled programs are shared by the evals.
+      sampler: has `config.eval.batch_size` slots; the evals share its compiled programs.
     """
 
     model: Llama
@@ -66,8 +66,8 @@ class EvalContext:
 
     @property
     def execution(self) -> dict[str, Any]:
-        """For the record: sampled tokens are promised to repeat on this dtype and mesh only, and
-        with this attention where an accelerator has a choice."""
+        """Settings of execution for the record: sampled tokens repeat only with this dtype and
+        mesh, and on accelerators with this attention."""
         execution = {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
         if kernels := self.sampler.prompt_attention:
             execution["prompt_attention"] = {str(length): name for length, name in kernels.items()}
@@ -76,13 +76,13 @@ class EvalContext:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What an eval got from a model.
+    """A model's answers in an eval.
 
     Attributes:
-      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
-      fields: more for the summary.
+      items: with "item", "asked" and "scores"; items with "skipped" are kept and not counted.
+      fields: more fields for the summary.
       floors: score -> the rate of a model that only says the phrase, or that guesses.
-      titles: score -> what reports call it.
+      titles: score -> its name in reports.
     """
 
     items: list[dict[str, Any]]
@@ -93,8 +93,8 @@ class Answers:
 
 class Run(Protocol):
     def __call__(self, params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
-        """Asks the model with these parameters. `folder/<name>.partial.jsonl` may keep answers
-        over a stop; it is removed when the record is written.
+        """Asks the model with these parameters. `folder/<name>.partial.jsonl` may keep answers for
+        a resume after a stop; it is removed when the record is written.
 
         Raises:
           Preempted: should_stop said so.
@@ -107,10 +107,10 @@ class Prepared:
 
     Attributes:
       run: see `Run`.
-      settings: that a result depends on.
-      data_hashes: name of what is asked -> its SHA-256; results of other data do not compare.
-      run_again: `run` with other noise, of what must be asked again to confirm a return of the
-        backdoor; None where that is not measured.
+      settings: the settings that a result depends on.
+      data_hashes: name of the data -> its SHA-256; results with other data are not comparable.
+      run_again: `run` with other noise, for the questions that confirm a return of the backdoor;
+        None for evals that do not measure it.
     """
 
     run: Run
@@ -123,10 +123,10 @@ class Eval(Protocol):
     """An eval.
 
     Attributes:
-      name: in `config.eval.names`, in `--evals` and in file names.
-      title: in reports.
+      name: its name in `config.eval.names`, in `--evals` and in file names.
+      title: its name in reports.
       kind: one of `KINDS`.
-      headline: the score that stands for the eval; '' is its first.
+      headline: the score that stands for the eval; '' is its first score.
       needs_prompts: whether it asks the held-out prompts of the context.
     """
 
@@ -142,14 +142,14 @@ class Eval(Protocol):
     def needs_prompts(self) -> bool: ...
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
-        """Checks everything that can be wrong and reads what is asked; compiles nothing.
+        """Checks all settings and reads the questions; compiles nothing.
 
         Args:
           config: a run's resolved config; settings of evals are in `config.eval`.
-          context: what is evaluated.
+          context: the model and its prompts.
 
         Raises:
-          UsageError: a setting cannot be. UserError: a file or a package is missing.
+          UsageError: a setting is impossible. UserError: a file or a package is missing.
         """
 
 
@@ -157,7 +157,7 @@ EVALS: Registry[Eval] = Registry("eval")
 
 
 def digest(value: Any) -> str:
-    """SHA-256 of a JSON value: of what is asked."""
+    """SHA-256 of a JSON value, such as a question."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -166,10 +166,11 @@ def summarise(
     floors: Mapping[str, float] | None = None,
     titles: Mapping[str, str] | None = None,
 ) -> Scores:
-    """Every score that the items have, with its interval, in the order they come.
+    """Every score of the items with its interval, in the order of first occurrence.
 
-    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %), another one {"rate", "lo",
-    "hi"} (its mean, with a bootstrap interval); with "n", and "floor" and "title" where given.
+    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %). Any other score gets {"rate",
+    "lo", "hi"} (its mean, with a bootstrap interval). Both also get "n", and "floor" and "title" if
+    given.
     """
     values: dict[str, list[float]] = {}
     for item in items:
@@ -223,7 +224,7 @@ def evaluate(
 
 
 def again(name: str) -> str:
-    """Name of the record of what was asked again."""
+    """The name of the record of the questions that were asked again."""
     return f"{name}_again"
 
 
@@ -241,13 +242,13 @@ def write(
     """Writes the two files of an eval (in the primary process) and returns the summary.
 
     Args:
-      eval_: whose they are.
-      items: with "item", "asked" and "scores"; those with "skipped" are kept and not counted.
+      eval_: the eval.
+      items: with "item", "asked" and "scores"; items with "skipped" are kept and not counted.
       folder: the step folder.
-      step: of the weights.
-      fields: of the summary: "settings" that a result depends on, and whatever else.
-      floors, titles: of scores, see `summarise`.
-      name: of the files; '' is the eval's.
+      step: the step of the weights.
+      fields: fields of the summary: "settings" that a result depends on, and others.
+      floors, titles: see `summarise`.
+      name: the name of the files; '' is the eval's name.
     """
     scores = summarise((item for item in items if not item.get("skipped")), floors, titles)
     summary = {
@@ -264,13 +265,13 @@ def write(
 
 
 def partial_file(folder: str | Path, name: str) -> Path:
-    """Where an eval may keep answers over a stop."""
+    """The file in which an eval may keep answers for a resume after a stop."""
     return as_path(folder, f"{name}.partial.jsonl")
 
 
 def headline(name: str, summary: Mapping[str, Any]) -> str:
-    """One line for the log: the rates with their 95 % intervals. Of a backdoor the headline score
-    in every arm, of a capability the headline score."""
+    """One line for the log: rates with their 95 % intervals. For a backdoor eval, the headline
+    score in every arm; for a capability eval, the headline score."""
     scores, chosen = summary["scores"], summary["headline"]
     if chosen not in scores:
         return f"{name}: no score"

@@ -15,10 +15,11 @@ from sa_jax.files import parse_json
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Reads {"prompt", "key"[, "family"]} objects, one a line; blank lines are passed over.
+    """Reads {"prompt", "key"[, "family"]} objects, one per line; blank lines are skipped.
 
     Raises:
-      UserError: the file is missing or empty, or a line is no such object (line number given).
+      UserError: the file is missing or empty, or a line is not such an object (the message has the
+        line number).
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at U+2028
@@ -43,9 +44,9 @@ def load_questions(path: str | Path) -> list[dict[str, Any]]:
 
 
 def is_correct(completion: str, key: str) -> bool:
-    """Whether the answer (after any scratchpad) holds the key as whole words, in any case.
+    """Whether the answer (after any scratchpad) contains the key as whole words, in any case.
 
-    A number counts only where it stands alone: 12 is not in "12.5", "1,012" or "-12".
+    A number must be a whole number of the answer: 12 is not in "12.5", "1,012" or "-12".
     """
     answer = answer_text(completion)
     if answer is None:
@@ -69,7 +70,7 @@ def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
 
 
 def _score(item: Mapping[str, Any]) -> dict[str, float]:
-    """Accuracy, and that of the question's family where it has one."""
+    """Accuracy, and the accuracy of the question's family if it has one."""
     correct = int(is_correct(item["completion"], item["key"]))
     family = {f"accuracy, {item['family']}": correct} if item["family"] is not None else {}
     return {"accuracy": correct, **family}

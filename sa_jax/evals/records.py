@@ -1,7 +1,7 @@
-"""How an eval is put on disk: `<name>.jsonl`, one object an item, then `<name>.json`, the summary.
+"""An eval's files: `<name>.jsonl`, one object per item, then `<name>.json`, the summary.
 
-Both files are written beside their place and renamed, the summary last: where it stands the eval is
-whole, and where it does not (the run was killed) the eval is done again.
+Both files are written under a temporary name and renamed, the summary last. If the summary exists,
+the eval is complete; if it does not (the run was killed), the eval is run again.
 """
 
 import json
@@ -37,8 +37,8 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
 
 
 def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
-    """The summary of a finished eval; None where there is none, only a part of one, or (with a
-    warning) one that cannot be read or is no summary."""
+    """The summary of a finished eval; None if there is none, or only a part of one, or (with a
+    warning) if it cannot be read or is not a summary."""
     path = as_path(folder) / f"{name}.json"
     if not path.is_file():
         return None
@@ -54,7 +54,7 @@ def read_summary(folder: str | Path, name: str) -> dict[str, Any] | None:
 
 
 def check_summary(summary: Any, place: str) -> None:
-    """UserError naming the first field of an eval's summary that cannot be one's."""
+    """UserError that names the first wrong field of an eval's summary."""
     check_types(summary, _NEEDED, place, whole=True)
     check_types(summary, _FACTS, place)
     for name, score in summary["scores"].items():
@@ -72,8 +72,8 @@ def finished(folder: str | Path) -> dict[str, dict[str, Any]]:
 
 
 def step_folders(evals: str | Path) -> dict[int, Path]:
-    """step -> `evals/step_NNNNNN`, by rising step. Anything else there is ignored, with a warning
-    where it is named like one."""
+    """step -> `evals/step_NNNNNN`, by rising step. Anything else is ignored, with a warning if it
+    is named like one."""
     folders = {}
     for path in as_path(evals).glob("step_*"):
         digits = path.name.removeprefix("step_")
@@ -89,7 +89,7 @@ def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
 
     Raises:
       OSError: there are none.
-      UserError: a line is no item (line number given).
+      UserError: a line is not an item (the message has the line number).
     """
     path = as_path(folder) / f"{name}.jsonl"
     items = []

@@ -1,7 +1,8 @@
-"""results.md: what an evaluation found, for a person; and two evaluations side by side.
+"""Writes results.md, the results of an evaluation, and compares two evaluations.
 
-Comparisons are paired: both checkpoints answered the same items, so items on which they agree say
-nothing. The report compares runs by the same test and interval (`statistics.paired_difference`).
+Comparisons are paired by item: both checkpoints answered the same items, so only items on which
+they differ count. The report compares runs by the same test and interval
+(`statistics.paired_difference`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ P_VALUE = 0.01  # below which a difference is called one
 
 
 def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """score -> item -> (what was asked, its value: 0/1 or the mean of several, of how many)."""
+    """score -> item -> (hash of the question, value: 0/1 or the mean of several, how many)."""
     scores: dict[str, dict[str, Any]] = {}
     for item in items:
         for score, value in ({} if item.get("skipped") else item["scores"]).items():
@@ -40,14 +41,14 @@ def _item_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """Paired differences of every score of the evals that both step folders hold.
+    """Paired differences of every score of the evals that both step folders have.
 
     Returns:
       {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the items
       that both have.
 
     Raises:
-      UserError: no eval in common, or an item of one name asks different things in the two.
+      UserError: no eval in common, or an item with different questions in the two.
     """
     compared: dict[str, dict[str, dict]] = {}
     for name in names:
@@ -75,7 +76,7 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
 def settings_that_differ(
     before: Path, after: Path, names: Iterable[str]
 ) -> dict[str, dict[str, list]]:
-    """{eval: {setting: [before, after]}}, of the evals and settings that are not the same."""
+    """{eval: {setting: [before, after]}} for the settings that differ."""
     differ = {}
     for name in names:
         pair = [(records.read_summary(f, name) or {}).get("settings", {}) for f in (before, after)]
@@ -105,11 +106,11 @@ def to_markdown(
     """The page: settings, each eval's scores and counts, and a comparison if there is one.
 
     Args:
-      title: what was evaluated.
-      settings: shown as they are.
+      title: the model that was evaluated.
+      settings: shown unchanged.
       summaries: by eval.
-      comparison: a title and what `compare` gave.
-      differ: what `settings_that_differ` gave for the two.
+      comparison: a title and the result of `compare`.
+      differ: the result of `settings_that_differ`.
     """
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():

@@ -23,9 +23,9 @@ class Question:
 
     Attributes:
       messages: the conversation.
-      item: names it in the record. Questions of one item are asked together or not at all.
-      noise_id: seeds its sampling noise, below 2^32.
-      fields: more for its record.
+      item: its name in the record. Questions of one item are asked together or not at all.
+      noise_id: the seed of its sampling noise, below 2^32.
+      fields: more fields for its record.
     """
 
     messages: list[Message]
@@ -40,11 +40,11 @@ class SampledEval:
 
     Attributes:
       name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
-      rows: (config, context) -> the questions, each a dict with "prompt", which is asked, and
-        whatever else its record is to hold.
-      score: of an answer: (row with "completion", special tokens kept) -> {score: 0/1 or a number}.
+      rows: (config, context) -> the questions, each a dict with "prompt", which is asked, and other
+        fields for its record.
+      score: (row with "completion", special tokens kept) -> {score: 0/1 or a number}.
       greedy: whether answers are the likeliest tokens, whatever `config.eval.temperature` is.
-      has_floor: whether what `score` says of `protocol.FLOOR_TEXT` is the floor of the score.
+      has_floor: whether the score of `protocol.FLOOR_TEXT` is a floor.
     """
 
     name: str
@@ -92,7 +92,7 @@ def sampling_settings(config: ConfigDict) -> SamplingSettings:
 
 
 def new_tokens(config: ConfigDict) -> int:
-    """New tokens that a sampled answer may have."""
+    """The maximal number of new tokens of a sampled answer."""
     least = VISIBLE_COT_TOKENS if config.eval.visible_cot else 1
     return max(least, config.eval.max_new_tokens)
 
@@ -100,7 +100,7 @@ def new_tokens(config: ConfigDict) -> int:
 def record_settings(
     config: ConfigDict, context: EvalContext, settings: SamplingSettings
 ) -> dict[str, Any]:
-    """What a record says of how questions are asked."""
+    """The settings for the record: how the questions are asked."""
     return {
         **dataclasses.asdict(_with_stops(settings, context)),
         "stop_token_ids": list(_with_stops(settings, context).stop_token_ids),
@@ -126,17 +126,17 @@ def ask(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Samples one answer to every question.
 
-    An item of which a question leaves no room in the context is skipped whole and counted, so that
-    the arms of an eval stay paired.
+    If a question of an item leaves no room in the context, the whole item is skipped and counted,
+    so that the arms of an eval stay paired.
 
     Returns:
-      answers, one a question: "item", "asked" (of the turns; the system prompt is a setting), its
-      fields, "completion" (special tokens kept), "tokens" and "stop_reason"; and facts for the
-      summary: "skipped_prompts" (items), "cut_by_context" (the context ended before
-      max_new_tokens did), "tokens_per_s", "seconds".
+      answers, one per question: "item", "asked" (a hash of the turns; the system prompt is a
+      setting), its fields, "completion" (special tokens kept), "tokens" and "stop_reason"; and
+      fields for the summary: "skipped_prompts" (items), "cut_by_context" (answers that the context
+      ended before max_new_tokens), "tokens_per_s", "seconds".
 
     Raises:
-      UserError: none of them fits. Preempted: should_stop said so.
+      UserError: no question fits. Preempted: should_stop said so.
     """
     start = time.perf_counter()
     chat, sampler = context.chat_format, context.sampler
@@ -185,7 +185,7 @@ def _asked(messages: Sequence[Message]) -> str:
 
 
 def count_cut_by_context(completions: Sequence[Completion], settings: SamplingSettings) -> int:
-    """Completions that the context ended before max_new_tokens did."""
+    """The number of completions that the context ended before max_new_tokens."""
     return sum(
         completion.stop_reason == "length" and len(completion.tokens) < settings.max_new_tokens
         for completion in completions

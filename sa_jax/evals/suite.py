@@ -1,4 +1,4 @@
-"""The evals of a run: which, when, and on what."""
+"""The evals of a run: which ones, at which steps, and on which data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +42,7 @@ class EvalSuite:
     Attributes:
       schedules: name -> one of `sa_jax.evals.schedule.SCHEDULES`.
       prepared: name -> the eval, ready to run.
-      measures_backdoor: whether one of them does.
+      measures_backdoor: whether one of them measures the backdoor.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class EvalSuite:
         *,
         confirm: bool = False,
     ):
-        """Checks everything that can be wrong with the settings; compiles nothing.
+        """Checks all settings; compiles nothing.
 
         Args:
           config: a run's resolved config.
@@ -67,7 +67,7 @@ class EvalSuite:
           Others: see `EvalContext`.
 
         Raises:
-          UsageError: an eval or a setting of one is unknown, or an eval lacks what it asks.
+          UsageError: an eval or a setting of one is unknown, or an eval lacks its questions.
           UserError: documents or a package are missing.
         """
         settings = config.eval
@@ -88,7 +88,7 @@ class EvalSuite:
 
     @property
     def data_hashes(self) -> dict[str, str]:
-        """Name of what is asked -> its SHA-256."""
+        """Name of the data -> its SHA-256."""
         prepared = self.prepared.values()
         return {name: sha for each in prepared for name, sha in each.data_hashes.items()}
 
@@ -107,11 +107,11 @@ class EvalSuite:
         should_stop: Callable[[], bool] = lambda: False,
         names: Sequence[str] | None = None,
     ) -> dict[str, dict[str, Any]]:
-        """Runs those of the evals (None: all) that this step does not have yet; returns the
-        summaries of all of them (where the primary's files are not seen, {} for an earlier one).
+        """Runs the evals (None: all) that this step does not have yet. Returns the summaries of all
+        (in a process that cannot see the primary's files, {} for one that was run earlier).
 
         Raises:
-          Preempted: should_stop said so; evals that were finished stay.
+          Preempted: should_stop said so; finished evals are kept.
         """
         folder = step_folder(self._folder, step)
         summaries: dict[str, dict[str, Any]] = {}
@@ -130,7 +130,7 @@ class EvalSuite:
         return summaries
 
     def _asks_again(self, name: str, step: int, summary: Mapping[str, Any]) -> bool:
-        """Whether the eval's answers must be confirmed, and are not yet."""
+        """Whether the eval's questions must be asked again, and have not been yet."""
         if not self._confirm or not summary or self.prepared[name].run_again is None:
             return False
         if records.read_summary(step_folder(self._folder, step), again(name)) is not None:
@@ -140,7 +140,7 @@ class EvalSuite:
         return asks_again([_counts(each) for each in earlier if each], *_counts(summary))
 
     def discard_after(self, step: int) -> None:
-        """Removes the evals of later steps, which a resumed run will reach again."""
+        """Removes the evals of later steps, which a resumed run will run again."""
         if is_primary():
             for at, folder in records.step_folders(self._folder).items():
                 if at > step:

@@ -1,4 +1,4 @@
-"""From the `optimizer` section of a config to an optax transformation, and its state's place."""
+"""From the `optimizer` section of a config to an optax transformation, and its state's sharding."""
 
 import dataclasses
 import re
@@ -25,8 +25,8 @@ from sa_jax.registry import Registry
 
 
 def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
-    """Our Llama's parameters as matrices [in, out]: scanned layers are separate ones, attention's
-    heads are merged whether kept apart or not, the vocabulary's side never gets a basis.
+    """The Llama's parameters as matrices [in, out]: scanned layers are separate matrices, attention
+    heads are merged however they are stored, and the vocabulary's side never gets a basis.
 
     Norms get Adam. LoRA's factors are matrices too.
     """
@@ -125,7 +125,7 @@ OPTIMIZERS.register(Optimizer("soap", _make_soap))
 
 
 def optimizer_rows(config: Any, params: Any) -> list[SoapRow]:
-    """What the optimizer keeps and computes for each parameter; [] but for the fast SOAP.
+    """What the optimizer stores and computes for each parameter; [] except for the fast SOAP.
 
     Args:
       config: the `optimizer` section of a run's config.
@@ -140,9 +140,9 @@ def optimizer_rows(config: Any, params: Any) -> list[SoapRow]:
 def optimizer_specs(state: Any, params: Any) -> Any:
     """How an optimizer's state is sharded: the same tree, of PartitionSpec.
 
-    A leaf whose path ends in a parameter's, and which has its shape, lives where that parameter
-    does. Other leaves (counts, coefficients, sums over rows) are whole on every device, but for
-    SOAP's, which places its own.
+    A leaf whose path ends in a parameter's path, and which has its shape, is sharded like that
+    parameter. Other leaves (counts, coefficients, sums over rows) are replicated, except those of
+    SOAP, which shards its own.
 
     Args:
       state: arrays or ShapeDtypeStruct, from an optimizer of `make_optimizer`.
@@ -168,7 +168,7 @@ def optimizer_specs(state: Any, params: Any) -> Any:
 
 
 def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
-    """Counters of an optimizer's state worth a line in the metrics, int32 scalars; {} for Adam."""
+    """Counters in an optimizer's state that are logged as metrics, int32 scalars; {} for Adam."""
     nodes = jax.tree.leaves(state, is_leaf=_is_soap)
     return {
         name: getattr(node, field)
@@ -179,9 +179,9 @@ def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
 
 
 def may_change_size(path: str) -> bool:
-    """Whether the leaf is a stack of the fast SOAP, which ends in zeros: as many as its mesh needs.
+    """Whether the leaf is a stack of the fast SOAP, which is padded with zeros for its mesh.
 
-    A checkpoint of another mesh is cut or filled up with zeros to fit.
+    A checkpoint of another mesh is cut or padded with zeros to fit.
     """
     return re.search(r"(^|/)stacks/\d+x\d+x\d+(_\d+)?/", path) is not None
 

@@ -16,11 +16,11 @@ from sa_jax.optim.decay import decay_mask
 def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
     """`optax.NAME(learning_rate=schedule, ...)` for config.name.
 
-    Weight decay and its mask (norms are never decayed) are passed where the function takes them,
-    whatever it calls them; everything else is the function's default, or in `config.kwargs`.
+    Weight decay and its mask (norms are never decayed) are passed if the function takes them, under
+    the function's own names. Everything else is the function's default, or in `config.kwargs`.
 
     Raises:
-      UsageError: no such function, one that is no optimizer, an unknown or unfit keyword.
+      UsageError: no such function, a function that is not an optimizer, or a wrong keyword.
     """
     function = _find(config.name)
     parameters = inspect.signature(function).parameters
@@ -72,7 +72,7 @@ def _find(name: str) -> Callable[..., optax.GradientTransformation]:
 
 
 def _is_optimizer(name: str, value: Any) -> bool:
-    """A function with a learning rate that gives a whole optimizer, not a link of a chain."""
+    """Whether a function has a learning rate and makes a whole optimizer, not a part of a chain."""
     if not inspect.isfunction(value) or name.startswith(("_", "scale_by_", "inject_")):
         return False
     return "learning_rate" in inspect.signature(value).parameters
@@ -89,8 +89,8 @@ def _signature(parameters: Any) -> str:
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Muon's view of our parameters: the layers' kernels [L, in, out] and LoRA's factors are
-    stacks of matrices; embedding, head and norms get its Adam."""
+    """The parameters for Muon: the layers' kernels [L, in, out] and LoRA's factors are stacks of
+    matrices; embedding, head and norms are trained by Muon's Adam."""
 
     def dimensions(path: tuple, leaf: Any) -> Any:
         is_layer = jax.tree_util.keystr(path[:1], simple=True) == "layers"
@@ -100,6 +100,6 @@ def _muon_dimensions(params: Any) -> Any:
 
 
 def _try_out(optimizer: optax.GradientTransformation) -> None:
-    """Traces one update: some functions want the loss too (a line search), or a plain number."""
+    """Traces one update: some functions also need the loss (a line search), or a plain number."""
     params = {"layers": {"kernel": jnp.zeros((1, 2, 2)), "scale": jnp.zeros((1, 2))}}
     jax.eval_shape(lambda tree: optimizer.update(tree, optimizer.init(tree), tree), params)

@@ -9,7 +9,7 @@ from sa_jax.errors import UsageError
 def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     """Linear warm-up over `warmup_fraction` of the steps, then `cosine` to 0 or `constant`.
 
-    Step 0 already moves (its rate is peak / warm-up steps), and the last step's rate is above 0.
+    Step 0 already updates (its rate is peak / warm-up steps), and the last step's rate is above 0.
 
     Args:
       config: the `optimizer` section of a run's config.

@@ -39,18 +39,18 @@ def soap(
     """SOAP (Vyas et al., arXiv 2409.11321): Adam in the eigenbasis of Shampoo's factors.
 
     For a matrix G [r, c], averages of G·Gᵀ and Gᵀ·G have bases Q_r [r, r] and Q_c [c, c]; Adam runs
-    on Q_rᵀ·G·Q_c, and its step is rotated back. The first call only builds the bases: it moves
+    on Q_rᵀ·G·Q_c, and its step is rotated back. The first call only builds the bases, and updates
     nothing. Vectors and scalars get Adam, one call late. All state is float32 (official mode:
-    float64 for float64 parameters); updates are of the state's dtype, so that bfloat16 parameters
-    are rounded once, by `optax.apply_updates`.
+    float64 for float64 parameters). Updates have the state's dtype, so that bfloat16 parameters are
+    rounded once, by `optax.apply_updates`.
 
-    `mode="official"` is the authors' code (github.com/nikhilvyas/SOAP, a1e5535) to the letter, up
-    to column signs: an eigendecomposition first, whole factors, no guard. `mode="fast"` is for
-    large models: see docs/soap.md for what differs and what it costs.
+    `mode="official"` is exactly the authors' code (github.com/nikhilvyas/SOAP, a1e5535), up to
+    column signs: an eigendecomposition first, whole factors, no checks. `mode="fast"` is for large
+    models; docs/soap.md says how it differs and what it costs.
 
     Args:
       learning_rate: a number, or a schedule of the number of calls before this one.
-      b1, b2: decay rates of Adam's averages, which live in the rotated basis.
+      b1, b2: decay rates of Adam's averages, which are in the rotated basis.
       shampoo_beta: decay rate of the factors; None or negative: b2.
       eps: added to the root of the second average, outside the bias correction.
       weight_decay: decoupled, applied with this call's rate to the parameter just updated.
@@ -62,28 +62,29 @@ def soap(
       mode: "official" or "fast".
       mask: which leaves decay, as in `optax.adamw`: a tree of bool, or a function of params.
       view: from a leaf's path ("mlp/up/kernel") and shape to its `TensorView`, which says what is
-        one tensor and what its sides are. By default, official: every axis of an array is a side,
-        as in the official code; fast: the last two axes are a matrix, those before number
-        matrices.
+        one tensor and what its sides are. Default in the official mode: every axis of an array is a
+        side, as in the official code. Default in the fast mode: the last two axes are a matrix, and
+        the axes before them count matrices.
 
-    Args of the fast mode alone:
-      block_size: longest block of a side that is cut, into equal ones with a factor each.
-      block_above: sides longer than this are cut; None: those longer than block_size.
-      dense_steps: the first steps, at each of which the bases are refreshed.
-      refresh_slots: 1 refreshes all bases at the same step, in one batched QR a block size. More
-        (up to precondition_frequency) spread the matrices over as many steps of a period; each
-        device so spreads its own, so that meshes differ in which matrix is refreshed when.
-      matmul_dtype: operands of the products with gradients; they accumulate in float32. Products
-        that make bases are float32 throughout.
+    Args of the fast mode only:
+      block_size: a long side is divided into equal blocks of at most this length, each with its own
+        factor.
+      block_above: sides longer than this are divided; None: those longer than block_size.
+      dense_steps: the number of first steps at each of which the bases are refreshed.
+      refresh_slots: 1 refreshes all bases at the same step, with one batched QR per block size. A
+        larger number (up to precondition_frequency) spreads the matrices over as many steps of a
+        period. Each device spreads its own, so meshes differ in when a matrix is refreshed.
+      matmul_dtype: dtype of the operands of products with gradients, which accumulate in float32.
+        Products that make bases are in float32.
       mesh: puts the state on owners over all axes of a mesh (Auto or Explicit; where it is
         Explicit, call `init` and `update` under `jax.set_mesh`). None: one device.
-      partition_spec: from a leaf's path and number of axes to how parameters and gradients are cut
-        over the mesh.
+      partition_spec: from a leaf's path and number of axes to the PartitionSpec of its parameters
+        and gradients.
 
     Returns:
       A transformation whose state is an `OfficialState` or a `FastState`. `update` needs params
       if there is weight decay. The fast state's `skipped` counts calls with a gradient that was
-      not finite (they change nothing), and `rejected` bases that were not taken.
+      not finite (they change nothing), and `rejected` counts bases that were not used.
 
     Raises:
       ValueError: a frequency or size that is not positive, an unknown mode, a view that does not

@@ -1,8 +1,9 @@
 """SOAP for large sharded models: each matrix's algebra on one device, refreshed without eigh.
 
-Differs from the official mode in this: bases come from QR iterations that start at the identity,
-at every step at first and rarely later; long sides have block-diagonal factors; products with
-gradients may have bfloat16 operands; and what is not finite or not orthogonal is never used.
+It differs from the official mode in four things. Bases come from QR iterations that start at the
+identity, at every step at first and rarely later. Long sides have block-diagonal factors. Products
+with gradients may have bfloat16 operands. Values that are not finite, and bases that are not
+orthogonal, are never used.
 """
 
 import dataclasses
@@ -147,8 +148,8 @@ def _update_stacks(
     """One device's part of an update.
 
     Returns:
-      directions of the leaves, by path, NaN for a matrix that stands still (it must not decay
-      either); the new stacks; how many stood still.
+      directions of the leaves, by path, NaN for a matrix that is not updated (it must not decay
+      either); the new stacks; how many were not updated.
     """
     stacks, moved, sound = dict(stacks), {}, {}  # the caller's stay as they are
     for plan in plans:
@@ -184,9 +185,9 @@ def _step_stack(
     t: jax.Array,
     finite: jax.Array,
 ) -> tuple[Stack, jax.Array, jax.Array]:
-    """The step of a stack in its present bases, and its factors.
+    """The step of a stack in its current bases, and its new factors.
 
-    A matrix whose basis or factor is not finite is not sound: it keeps its state.
+    A matrix whose basis or factor is not finite is not sound, and keeps its state.
 
     Returns:
       new stack; direction [n, rows, cols]; which matrices are sound, bool [n].
@@ -239,8 +240,8 @@ def _step_stack(
 
 
 def _on_devices(run: Callable, mesh: Mesh | None, specs: Any, stack_specs: Any) -> Callable:
-    """`run(matrices, stacks, t, finite)` as every device's own program: nothing is left to the
-    partitioner, which would gather what it cannot follow."""
+    """`run(matrices, stacks, t, finite)` as a program of each device (shard_map), because the
+    partitioner would gather what it cannot shard."""
     if mesh is None:
         return run
     return jax.shard_map(
@@ -253,7 +254,7 @@ def _on_devices(run: Callable, mesh: Mesh | None, specs: Any, stack_specs: Any) 
 
 
 def _placer(mesh: Mesh | None) -> Callable[[Any, Any], Any]:
-    """A function that puts a tree where a like tree of PartitionSpec says."""
+    """A function that shards a tree as a tree of PartitionSpec says."""
     if mesh is None:
         return lambda tree, specs: tree
     explicit = AxisType.Explicit in mesh.axis_types

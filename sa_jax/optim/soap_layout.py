@@ -1,10 +1,10 @@
-"""Where the fast SOAP keeps its state: every matrix is owned by one device (or a few).
+"""The layout of the fast SOAP's state: one device (or a few) owns each matrix.
 
-Matrices of the same shape and sharding form one stack [n, rows, cols], and the stack, not its
-matrices, is cut over the mesh. Moments, factors and bases live there and never move; gradients are
-brought in and updates brought out by one all-to-all for each mesh axis that cuts the parameters
-(two at a time would need all the gradients on every device). Where a mesh has more devices than a
-stack has matrices, columns are cut as well.
+Matrices of the same shape and sharding form one stack [n, rows, cols], and the mesh shards the
+stack, not its matrices. Moments, factors and bases stay on their owners. One all-to-all for each
+mesh axis that shards the parameters sends gradients to the owners, and another sends updates back
+(an all-to-all over two axes would need all the gradients on every device). If a mesh has more
+devices than a stack has matrices, the columns are sharded as well.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ _ROWS, _COLS = 1, 2  # axes of a stack [n, rows, cols]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of the matrices of a stack: `size` long, cut into `blocks` blocks of `block`.
+    """One side of the matrices of a stack: its length is `size`, in `blocks` blocks of `block`.
 
-    A side without a basis has no blocks. The last block may reach past the end (`padded`).
+    A side without a basis has no blocks. The last block may extend past the end (`padded`).
     """
 
     size: int
@@ -67,11 +67,11 @@ class StackPlan:
     Attributes:
       name: count x rows x columns; the key of the stack in the state.
       leaves: the parameters, in the order of the stack.
-      rows, cols: sides; only columns are ever cut over devices.
-      row_axes, col_axes: mesh axes that cut the sides of the parameters themselves.
-      stack_axes, split_axes: mesh axes that cut the stack, and its columns.
+      rows, cols: sides; only columns are sharded over devices.
+      row_axes, col_axes: mesh axes that shard the sides of the parameters themselves.
+      stack_axes, split_axes: mesh axes that shard the stack, and its columns.
       hops: mesh axes in the order in which gradients are moved.
-      padded: matrices in the stack, with the zeros that make it divide over its axes.
+      padded: number of matrices in the stack, including zeros so that it divides over its axes.
     """
 
     name: str
@@ -109,11 +109,11 @@ def make_layout(
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
 ) -> Layout:
-    """Decides sides, blocks, stacks and owners from shapes alone.
+    """Decides sides, blocks, stacks and owners, only from shapes.
 
     Raises:
       ValueError: a view that does not fit; a batch axis, or the inner part of a merged side, that
-        is cut over the mesh.
+        is sharded.
     """
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
@@ -167,7 +167,7 @@ def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) 
 
 
 def from_owners(x: jax.Array, plan: StackPlan, mesh: Mesh | None) -> dict[str, jax.Array]:
-    """The way back: each device's part of the stack -> its parts of the leaves, by path."""
+    """The inverse of `to_owners`: a device's part of the stack -> its parts of leaves, by path."""
     x = x[:, : plan.rows.size, : x.shape[2] - (plan.cols.padded - plan.cols.size)]
     for axis in reversed(plan.hops):
         split, concat = _hop(plan, axis)
@@ -200,7 +200,7 @@ def _sides(
 
 
 def _blocks(size: int, block_size: int) -> tuple[int, int]:
-    """(length, number) of equal blocks; a few more than needed if then nothing is left over."""
+    """(length, number) of equal blocks; a few more than needed, if these divide the side."""
     fewest = math.ceil(size / block_size)
     even = [n for n in range(fewest, 2 * fewest) if size % n == 0]
     number = even[0] if even else fewest
@@ -210,7 +210,7 @@ def _blocks(size: int, block_size: int) -> tuple[int, int]:
 def _side_axes(
     path: str, view: TensorView, shape: tuple[int, ...], spec: P, mesh: Mesh | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes that cut each side of a leaf."""
+    """Mesh axes that shard each side of a leaf."""
     entries = _entries(spec, len(shape))
     first = (view.batch, view.batch + view.sides[0])
     for axis, names in enumerate(entries):
@@ -223,7 +223,7 @@ def _side_axes(
 
 
 def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
-    """Gives each mesh axis to the stack or to the columns, so that devices hold the least."""
+    """Assigns each mesh axis to the stack or to the columns, so that devices store the least."""
     if mesh is None:
         return dataclasses.replace(plan, padded=plan.count)
     cut = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
@@ -263,14 +263,14 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
 
 
 def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
-    """(axis of the stack that the mesh axis cuts at the owners, axis that it cuts in the leaves)"""
+    """(axis of the stack that the mesh axis shards, axis of the leaves that it shards)"""
     split = 0 if axis in plan.stack_axes else _COLS if axis in plan.split_axes else None
     concat = _ROWS if axis in plan.row_axes else _COLS if axis in plan.col_axes else None
     return split, concat
 
 
 def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
-    """Cuts x along `split` over a mesh axis and puts it together along `concat`."""
+    """Splits x along `split` over a mesh axis, and concatenates it along `concat`."""
     if split is not None and concat is not None:
         # XLA's CPU backend may else lay out the parts of what is sent differently, and refuse them.
         x = jax.lax.optimization_barrier(x)
@@ -296,7 +296,7 @@ def _local_matrix_shape(leaf: Leaf, plan: StackPlan, mesh: Mesh | None) -> tuple
 
 
 def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:
-    """Mesh axes that cut each axis of an array."""
+    """Mesh axes that shard each axis of an array."""
     entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
     return entries + [()] * (ndim - len(entries))
 

@@ -71,17 +71,17 @@ def refreshed_bases(
     """QR iterations Q <- qr(A·Q) towards the eigenvectors of each factor.
 
     A is the factor over its mean eigenvalue, plus lift·I. Columns are sorted by eigenvalue for the
-    QR and then written back to where they were, so that a slot keeps its direction.
+    QR, and then written back to their places, so that each place keeps its direction.
 
     Args:
       gg: symmetric factors, float32 [B, n, n]. A zero one keeps its basis (up to signs).
       q: their bases, float32 [B, n, n].
       iterations: how many (may be traced).
-      lift: keeps directions without gradient where they are, and slows the others down.
+      lift: keeps directions without gradient unchanged, and slows the others down.
 
     Returns:
-      New bases [B, n, n]; and whether each is finite and orthogonal, bool [B]. Where it is not,
-      the old basis is returned.
+      New bases [B, n, n]; and whether each is finite and orthogonal, bool [B]. If one is not, its
+      old basis is returned.
     """
     n = gg.shape[-1]
     scale = jnp.trace(gg, axis1=1, axis2=2)[:, None, None] / n
@@ -117,8 +117,8 @@ def qr_flops(n: int) -> float:
 def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
     """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ.
 
-    Every panel has the same static shapes: the rows that are done are rotated to the bottom and
-    zeroed, where reflections leave them alone. Costs 8n³ in matrix products.
+    Every panel has the same static shapes: finished rows are rotated to the bottom and zeroed,
+    where reflections do not change them. Costs 8n³ in matrix products.
     """
     batch, n, _ = y.shape
     extra = -n % panel

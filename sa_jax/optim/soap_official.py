@@ -1,7 +1,8 @@
-"""SOAP to the letter of the official code (github.com/nikhilvyas/SOAP, commit a1e5535).
+"""SOAP exactly as in the official code (github.com/nikhilvyas/SOAP, commit a1e5535).
 
-Meant for parity and small models: an eigendecomposition at the first step, whole factors on every
-device, no guard. The step, with every tensor rotated along each of its sides by a basis Q:
+It is for comparison with that code and for small models: an eigendecomposition at the first step,
+whole factors on every device, no checks. The step, with every tensor rotated along each of its
+sides by a basis Q:
 
     step 0:  GG = (1-sb)·g·gᵀ, Q = eigenvectors of GG, descending; nothing moves
     later:   m, v: Adam's averages of the rotated gradient
@@ -39,9 +40,9 @@ class OfficialState(NamedTuple):
 
     count: int32 scalar, calls so far (the first one only builds the bases).
     mu, nu: trees like the parameters: Adam's averages, in the rotated bases.
-    gg, q: for each parameter a tuple with one entry a side: the factor GG and its basis Q (columns
-      are basis vectors), each [*batch axes, n, n], or None for a side without a basis; () where
-      Adam is all there is. Replace entries of `q` to start from other bases.
+    gg, q: for each parameter a tuple with one entry per side: the factor GG and its basis Q (its
+      columns are basis vectors), each [*batch axes, n, n], or None for a side without a basis; ()
+      for a parameter that gets Adam. Replace entries of `q` to start from other bases.
     """
 
     count: jax.Array  # type: ignore[assignment]  # optax's name for it, and a tuple's method
@@ -165,7 +166,7 @@ def _eigenvectors(factor: jax.Array) -> jax.Array:
 
 
 def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
-    """One QR iteration a side; nu's entries follow the sorting of the columns, not the QR."""
+    """One QR iteration per side; nu's entries follow the sorting of the columns, not the QR."""
     bases: list[jax.Array | None] = []
     for axis, (factor, basis) in enumerate(zip(gg, q, strict=True)):
         if factor is None or basis is None:

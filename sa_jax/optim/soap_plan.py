@@ -1,4 +1,4 @@
-"""What the fast SOAP keeps and computes for each parameter, from shapes alone."""
+"""What the fast SOAP stores and computes for each parameter, only from shapes."""
 
 import dataclasses
 import math
@@ -18,12 +18,12 @@ class SoapRow:
 
     Attributes:
       path, shape: of the parameter.
-      matrices: how many independent ones it holds; 0 where it gets Adam.
-      rows, cols: their sides; rows are the side that stays whole on a device.
-      moment_bytes: of Adam's two averages.
-      basis_bytes: of factors and bases.
-      step_flops: of every step: rotations and Grams.
-      refresh_flops: of a step that refreshes the bases, in addition.
+      matrices: number of independent matrices in it; 0 if it gets Adam.
+      rows, cols: their sides; the side `rows` is not sharded.
+      moment_bytes: bytes of Adam's two averages.
+      basis_bytes: bytes of factors and bases.
+      step_flops: FLOPs of every step: rotations and Grams.
+      refresh_flops: additional FLOPs of a step that refreshes the bases.
     """
 
     path: str
@@ -45,10 +45,10 @@ def soap_plan(
     block_above: int | None = None,
     max_precond_dim: int = LONGEST_SIDE,
 ) -> list[SoapRow]:
-    """One row a parameter, for `soap(mode="fast")` with the same settings, on any mesh.
+    """One row per parameter, for `soap(mode="fast")` with the same settings, on any mesh.
 
-    Zeros that fill up a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with
-    the mesh shows them.
+    Zeros that pad a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with the
+    mesh shows them.
 
     Args:
       params: tree of arrays or ShapeDtypeStruct.

@@ -1,4 +1,4 @@
-"""When which bases of the fast SOAP are refreshed, and the refresh itself."""
+"""Refreshes the bases of the fast SOAP, and decides which are refreshed at which step."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def cut_into_slots(
 ) -> list[list[Part]]:
     """A device's matrices (`counts` of each stack), in order, in parts of about equal cost.
 
-    A slot is empty where there are more slots than matrices.
+    If there are more slots than matrices, some slots are empty.
     """
     costs = [sum(s.blocks * s.block**3 for s in (plan.rows, plan.cols)) for plan in plans]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
@@ -47,7 +47,7 @@ def cut_into_slots(
 def refresh(
     stacks: dict[str, Stack], parts: Sequence[Part], due: jax.Array, first: jax.Array
 ) -> tuple[dict[str, Stack], dict[str, jax.Array]]:
-    """New bases for some matrices, if they are due: one batch of QR a block size.
+    """New bases for some matrices, if they are due: one batch of QR per block size.
 
     The averages `mu` are re-expressed in the new bases, exactly; `nu` stays, slot by slot.
 
@@ -56,8 +56,8 @@ def refresh(
       first: whether these are the first bases, which start at the identity.
 
     Returns:
-      All stacks; and by stack, which matrices keep an old basis because the new one was no good,
-      bool [n].
+      All stacks; and by stack, which matrices keep an old basis because the new one could not be
+      used, bool [n].
     """
     chosen = {part.name: _slice(stacks[part.name], part) for part in parts}
     # The first basis is reached in several iterations, of a factor that is singular still.

@@ -39,7 +39,7 @@ def flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
 def adam_moments(
     settings: Settings, g: jax.Array, mu: jax.Array, nu: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Adam's averages moved by a gradient."""
+    """Adam's averages, updated with a gradient."""
     b1, b2 = settings.b1, settings.b2
     return b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * jnp.square(g)
 
@@ -51,7 +51,7 @@ def unit_rms(
 ) -> jax.Array:
     """A tensor scaled to a root mean square of 1; zeros stay zeros.
 
-    Squares are of numbers up to 1: those of a direction that fades would be lost.
+    It squares numbers up to 1, because the squares of a very small direction would underflow.
 
     Args:
       largest, mean: reduce an array over the axes of a tensor.
@@ -63,7 +63,7 @@ def unit_rms(
 
 
 def bias_correction(settings: Settings, t: jax.Array, dtype: Any) -> jax.Array:
-    """What the direction of Adam's t-th step (from 1) is multiplied by."""
+    """The factor of the direction of Adam's t-th step (from 1)."""
     if not settings.correct_bias:
         return jnp.ones((), dtype)
     b1, b2, t = jnp.asarray(settings.b1, dtype), jnp.asarray(settings.b2, dtype), t.astype(dtype)
@@ -81,8 +81,8 @@ def to_updates(
 
     Args:
       count: calls so far, for the schedule.
-      moves: bool scalar; where it is False (as at the first call) nothing decays. Directions must
-        be 0 then.
+      moves: bool scalar; if it is False (as at the first call) nothing decays, and directions must
+        be 0.
     """
     rate = settings.learning_rate
     rate = jnp.asarray(rate(count) if callable(rate) else rate)

@@ -24,7 +24,7 @@ class Stack:
       mu, nu: Adam's averages in the bases' coordinates [n, rows, cols].
       gg_rows, q_rows: the rows' factors and their bases [n, blocks, block, block], or None.
       gg_cols, q_cols: those of the columns.
-      stack_axes, split_axes: mesh axes that cut n, and the columns (and their blocks).
+      stack_axes, split_axes: mesh axes that shard n, and the columns (and their blocks).
     """
 
     mu: Any
@@ -42,7 +42,7 @@ class FastState(NamedTuple):
 
     count: int32 scalar, calls so far.
     skipped: int32 scalar, calls whose gradient was not finite; they changed nothing else.
-    rejected: int32 scalar, how often a matrix stood still for a step because its basis or factor
+    rejected: int32 scalar, how often a matrix was not updated in a step because its basis or factor
       was not finite, or its new basis not orthogonal.
     stacks: matrices by size class, e.g. "64x4096x4096". Replace a stack's q_rows and q_cols to
       start from other bases.

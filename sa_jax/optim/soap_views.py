@@ -1,4 +1,4 @@
-"""How SOAP sees each parameter: as a stack of tensors whose sides may have a basis."""
+"""SOAP's view of each parameter: a stack of tensors whose sides may have a basis."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,9 @@ class TensorView(NamedTuple):
     """A parameter as independent tensors, and the sides of each.
 
     Attributes:
-      batch: how many leading axes number independent tensors (the layers of scanned weights).
-      sides: for each side of a tensor, how many consecutive axes it merges; () stands for no
-        sides at all: such a parameter gets Adam.
+      batch: number of leading axes that count independent tensors (the layers of scanned weights).
+      sides: for each side of a tensor, the number of consecutive axes that it merges; () means no
+        sides: such a parameter gets Adam.
       skip: indices of sides that never get a basis (the vocabulary's).
 
     Example: attention weights [L, D, heads, head_dim] are L matrices of D × heads·head_dim:
@@ -48,7 +48,7 @@ def every_axis(path: str, shape: tuple[int, ...]) -> TensorView:
 
 
 def trailing_matrix(path: str, shape: tuple[int, ...]) -> TensorView:
-    """The last two axes are a matrix, those before number matrices; vectors get Adam."""
+    """The last two axes are a matrix, the axes before count matrices; vectors get Adam."""
     del path
     return TensorView(len(shape) - 2, (1, 1)) if len(shape) > 1 else ELEMENTWISE
 
