@@ -1,14 +1,14 @@
-"""Who works on a cell: claims in the study's folder, so that any number of machines share it.
+"""Claims in the study's folder say who works on a cell, so that any number of machines share it.
 
-A cell's claims are numbered. Claim 3 is the file `000003.claim`, created by O_EXCL, so one process
-alone gets it; the highest number is the owner's. The owner touches its file as a heartbeat and at
-the end writes `000003.end`, the outcome. Who finds the owner dead, or silent for too long, creates
-the next number. A process that was only paused sees that number and writes nothing more; should it
-write `000003.end` all the same, nobody reads it. The heartbeat is judged by the watcher's own
-clock, so clocks need not agree.
+A cell's claims are numbered. Claim 3 is the file `000003.claim`, created with O_EXCL, so that only
+one process gets it. The process with the highest number owns the cell. It touches its file as a
+heartbeat, and at the end writes `000003.end`, the outcome. A process that finds the owner dead, or
+silent for too long, creates the next number. An owner that was only paused sees this number and
+writes nothing more; if it still writes `000003.end`, nobody reads it. Each watcher measures the
+heartbeat with its own clock, so clocks need not agree.
 
-The process that does a cell's work holds a lock on the file `lock` for as long as it lives
-(`hold_lock`), which keeps two of them out of one folder even where their runners disagree.
+The process that runs a cell holds a lock on the file `lock` while it lives (`hold_lock`). This
+keeps two processes out of one folder even if their runners disagree.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ _OUTCOME = {"state": "", "seconds": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process that can be recognised: `started` tells it from a later one of the same number.
+    """A process that can be recognised: `started` distinguishes it from a later one of its number.
 
     Attributes:
       host: machine, its boot, and the process namespace, in which `pid` means something.
@@ -52,11 +52,11 @@ class Process:
         return cls(_host(), pid, _started(pid))
 
     def is_dead(self) -> bool:
-        """Whether it is known to have ended: never of a process on another host."""
+        """Whether it is known to have ended; False for a process on another host."""
         return self.host == _host() and _started(self.pid) != self.started
 
     def is_alive(self) -> bool:
-        """Whether it is known to run: never of a process on another host."""
+        """Whether it is known to run; False for a process on another host."""
         return self.host == _host() and bool(self.started) and _started(self.pid) == self.started
 
 
@@ -69,7 +69,7 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; '' where there is none (a zombie is none)."""
+    """When a process started, in the kernel's ticks; '' if it does not exist, or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -83,12 +83,12 @@ class LatestClaim:
 
     Attributes:
       number: 0 for a cell that nobody has claimed.
-      id: which no other claim has; '' for none.
-      owner: who holds it; None where that cannot be read (yet).
-      record: what decided the cell's result when it was claimed.
-      parents: cell -> id of the claim under which it was done, of those it was made from.
+      id: unique to the claim; '' for none.
+      owner: the process that holds it; None if that cannot be read (yet).
+      record: the settings that determined the cell's result when it was claimed.
+      parents: parent cell -> id of the claim under which that cell was done.
       outcome: what the owner wrote at the end; None while it works.
-      is_free: nobody works on it: no claim, an ended one, or one of a dead or silent owner.
+      is_free: nobody works on it: there is no claim, or its owner has ended, is dead or is silent.
     """
 
     number: int = 0
@@ -110,11 +110,11 @@ class LatestClaim:
 
 
 class Claims:
-    """The claims of a study's cells, as one process sees and makes them.
+    """The claims of a study's cells, for one process.
 
     Args:
-      folder: of all claims; a folder a cell below it.
-      takeover_s: an owner that is silent for so long has lost its cell.
+      folder: the folder of all claims, with a folder for each cell.
+      takeover_s: an owner that is silent for this long has lost its cell.
     """
 
     def __init__(self, folder: Path, takeover_s: float):
@@ -166,7 +166,7 @@ class Claims:
     def take(
         self, cell: str, newest: LatestClaim, record: Mapping[str, Any], parents: Mapping[str, str]
     ) -> "Claim | None":
-        """The claim after the one that was looked at; None where another process was faster.
+        """The claim after the given one; None if another process was faster.
 
         A process of the last owner that still works on the cell is killed, if it is on this host.
         """
@@ -185,7 +185,7 @@ class Claims:
 
 
 class Claim:
-    """One's own claim of a cell."""
+    """A claim of this process on a cell."""
 
     def __init__(self, folder: Path, number: int):
         self.folder, self.number = folder, number
@@ -203,7 +203,7 @@ class Claim:
         return f"{self.number + 1:06d}.claim" in names or f"{self.number:06d}.claim" not in names
 
     def end(self, outcome: Mapping[str, Any]) -> bool:
-        """Writes the outcome; False, and nothing is written, where the claim is lost."""
+        """Writes the outcome; if the claim is lost, writes nothing and returns False."""
         if self.is_lost():
             return False
         atomic_write(self.folder / f"{self.number:06d}.end", json.dumps(outcome, indent=1) + "\n")
@@ -211,9 +211,9 @@ class Claim:
 
 
 def hold_lock(folder: Path) -> IO[str] | None:
-    """Takes the lock of a cell for this process and those it turns into; None if it is held.
+    """Takes the lock of a cell for this process, also across exec; None if another holds it.
 
-    The lock ends with the process. File systems without locks are let pass.
+    The lock ends with the process. On file systems without locks it does nothing.
     """
     file = open(folder / "lock", "a+")
     os.set_inheritable(file.fileno(), True)
@@ -235,7 +235,7 @@ def hold_lock(folder: Path) -> IO[str] | None:
 
 
 def kill_holder(folder: Path) -> None:
-    """Kills the process group that works on a cell, where its leader runs on this host."""
+    """Kills the process group that works on a cell, if its leader runs on this host."""
     holder = _process(_read(folder / "lock"))
     if holder is not None and holder.is_alive():
         try:
@@ -245,7 +245,7 @@ def kill_holder(folder: Path) -> None:
 
 
 def _process(record: Any) -> Process | None:
-    """The process of a record; None for what is none."""
+    """The process in a record; None if the record has none."""
     try:
         check_types(record, {"host": "", "pid": 0, "started": ""}, "", whole=True)
         return Process(**record)
@@ -254,8 +254,8 @@ def _process(record: Any) -> Process | None:
 
 
 def _read(path: Path, example: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """A JSON object like the example; {} for a file that is missing, still being written, or not
-    one that was written here."""
+    """A JSON object like the example; {} for a file that is missing, still being written, or of
+    another form."""
     try:
         value = parse_json(path.read_text())
         check_types(value, dict(example), str(path))

@@ -1,4 +1,4 @@
-"""From a cell to the command that runs it, and to the record of what decides its result."""
+"""From a cell to the command that runs it, and to the record that determines its result."""
 
 import functools
 import runpy
@@ -34,7 +34,7 @@ _DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 
 def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
-    """What runs the cell: a script of this project and its flags, without the interpreter."""
+    """The command of a cell: a script of this project and its flags, without the interpreter."""
     folder = f"{STUDY}/{cell.name}"
     if cell.is_training:
         script = _TRAINING_SCRIPTS.get(TASKS[cell.run].role, "scripts/remove_backdoor.py")
@@ -64,18 +64,19 @@ def _start(cell: Cell) -> str:
 
 
 def _text(value: Any) -> str:
-    """A value as a flag holds it: a list of words for tools, Python's own writing for numbers."""
+    """A value as the text of a flag: texts unchanged, other values as Python writes them."""
     return value if isinstance(value, str) else repr(value)
 
 
 def record(cell: Cell) -> dict[str, Any]:
-    """What decides the cell's result, flat and JSON-able; cells of equal records are the same.
+    """Everything that determines the cell's result, flat and JSON-able; cells with equal records
+    are the same.
 
-    A training cell's is its whole resolved config, without the settings that a resume may change,
-    and the digests of the files that registered what it uses.
+    For a training cell it is the whole resolved config, without the settings that a resume may
+    change, and the digests of the files that registered what the cell uses.
 
     Raises:
-      UsageError: a task, config file or setting that does not exist or does not work.
+      UsageError: a task, config file or setting that does not exist, or an impossible value.
     """
     start = {"start": _start(cell)} if cell.start else {}
     if not cell.is_training:
@@ -87,7 +88,7 @@ def record(cell: Cell) -> dict[str, Any]:
 
 
 def _extensions(task: str, config: ConfigDict) -> dict[str, str]:
-    """See `Registry.extension`: of everything that a training cell names."""
+    """The digests (see `Registry.extension`) of everything that a training cell names."""
     return {
         **TASKS.extension(task),
         **LOSSES.extension(config.loss or TASKS[task].loss),
@@ -143,7 +144,7 @@ def _check_registered(config: ConfigDict) -> None:
 
 
 def _tool_extensions(cell: Cell) -> dict[str, str]:
-    """The digest of a tool's own config file, where that registers something.
+    """The digest of a tool's own config file, if it registers something.
 
     Raises:
       UsageError: the file cannot be read, or nobody registers an eval that the cell names.
@@ -161,7 +162,7 @@ def _tool_extensions(cell: Cell) -> dict[str, str]:
 
 
 def missing_files(cell: Cell) -> list[str]:
-    """Files of data that the cell names, that no cell makes, and that are not there."""
+    """Data files that the cell names, that no cell makes, and that do not exist."""
     if not cell.is_training:
         return []
     config = resolved(cell)
@@ -174,7 +175,7 @@ def load_config(path: str) -> ConfigDict:
     """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument".
 
     Raises:
-      UsageError: no such file, no `get_config` in it, or an argument that it does not know.
+      UsageError: no such file, no `get_config` in it, or an unknown argument.
     """
     file, _, argument = path.partition(":")
     get_config = _get_config(file)
@@ -200,5 +201,5 @@ def _get_config(file: str) -> Any:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, as JSON gives them back."""
+    """Turns tuples into lists, as JSON does."""
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,4 +1,4 @@
-"""The devices of this machine, divided among cells that run at the same time."""
+"""Divides this machine's devices among cells that run at the same time."""
 
 import dataclasses
 import os
@@ -14,14 +14,14 @@ _TPU_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Where one cell runs: an environment, and CPU numbers (() for all)."""
+    """The devices of one cell: environment variables, and CPU numbers (() for all)."""
 
     env: Mapping[str, str] = dataclasses.field(default_factory=dict)
     cpus: tuple[int, ...] = ()
 
 
 def divide(workers: int) -> list[Slot]:
-    """As many slots, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
+    """One slot per worker, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
 
     Raises:
       UsageError: the devices cannot be divided so.

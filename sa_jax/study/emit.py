@@ -1,4 +1,4 @@
-"""A study as files that a cluster's own tools read: a Slurm job array, a SkyPilot managed job, xpk
+"""Writes a study as files for a cluster's own tools: a Slurm job array, a SkyPilot managed job, xpk
 workloads, or plain commands."""
 
 import hashlib
@@ -25,7 +25,7 @@ def emit(
 
     Args:
       kind: a key of `EMITTERS`.
-      cells: those to run, parents first.
+      cells: the cells to run, parents first.
       workdir: the study's folder.
       flags: the --config flags that made these cells.
 
@@ -33,7 +33,7 @@ def emit(
       (files, the command that submits them).
 
     Raises:
-      UsageError: an unknown kind, or a machine that it does not serve.
+      UsageError: an unknown kind, or a machine that this kind does not support.
     """
     if kind not in EMITTERS:
         raise UsageError(f"--emit={kind}: use one of {', '.join(EMITTERS)}")
@@ -54,7 +54,7 @@ def _stages(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def _before(stage: Stage, names: Sequence[str]) -> list[str]:
-    """The stages that a stage waits for, of those that are emitted; a report waits for all."""
+    """The emitted stages that a stage waits for; a report waits for all."""
     if stage.run == "report":
         return [name for name in names if name != stage.name]
     return [name for name in dict.fromkeys((stage.start, *stage.needs)) if name in names]
@@ -70,7 +70,7 @@ def _machine(stage: Stage) -> Topology | None:
 
 
 def shell(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
-    """One command a cell; those of a paragraph may run at the same time, on any machines."""
+    """One command per cell; commands of one paragraph may run at the same time, on any machines."""
     run = _run_study(workdir, flags)
     lines = [
         "#!/usr/bin/env bash",
@@ -88,7 +88,7 @@ def shell(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
 
 
 def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
-    """An array a stage, after those of the stages that it needs; requeued on exit status 75."""
+    """One array per stage, after those of the stages that it needs; requeued on exit status 75."""
     folder = workdir / "slurm"
     texts, stages = {}, _stages(cells)
     submit = [
@@ -183,7 +183,7 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
 
 
 def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
-    """A workload a cell, stage by stage: on a TPU slice every host runs the cell's own command."""
+    """One workload per cell, stage by stage: every host of a TPU slice runs the cell's command."""
     del flags  # a cell's own command holds its settings
     lines = [
         "#!/usr/bin/env bash",
@@ -224,7 +224,7 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
 
 
 def _workload_name(cell: Cell) -> str:
-    """As Kubernetes wants it: small letters, digits and '-', at most 40, and unique."""
+    """A valid and unique name for Kubernetes: at most 40 small letters, digits and '-'."""
     plain = "".join(char if char.isalnum() else "-" for char in cell.name.lower())
     if len(plain) <= 36:
         return plain

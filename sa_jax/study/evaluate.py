@@ -1,4 +1,4 @@
-"""Evaluates any checkpoint, with the settings of its own run unless others are given."""
+"""Evaluates any checkpoint, by default with the settings of its own run."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,29 +50,29 @@ def evaluate(
     resume: bool = True,
     allow_prompt_mismatch: bool = False,
 ) -> None:
-    """Runs the evals and writes them to `out/step_NNNNNN/`; finished ones are not run again.
+    """Runs the evals and writes them to `out/step_NNNNNN/`; finished evals are not run again.
 
-    `out/results.md` tells the result to a person, with intervals, floors and settings: of these
-    evals, and of those that earlier commands put there.
+    `out/results.md` is the result as text, with intervals, floors and settings: of these evals, and
+    of those that earlier commands wrote to `out`.
 
     Args:
       model: run folder or Hugging Face folder.
       evals: their names.
       out: folder for the results; None: `evals/` of the run folder.
       base: settings of a Hugging Face folder, and the mesh; None: the defaults.
-      base_model: where the folder under a LoRA run's adapters lies now, if it was moved.
-      changes: settings by dotted config key, over those of the run or of `base`.
+      base_model: the new folder of the model under a LoRA run's adapters, if it was moved.
+      changes: settings by dotted config key, which replace those of the run or of `base`.
       prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
       step: checkpoint of a run; None: the newest.
       compare: run folder, or `out` of an earlier evaluation, of another checkpoint on the same
-        items, to set beside this one; it must have the same evals. Differences go to
-        `out/compare.json` too.
-      resume: False begins anew, where `out` holds a part of this evaluation already.
-      allow_prompt_mismatch: another system prompt or chat template than the model's own run had.
+        items, to compare with; it must have the same evals. Differences are also written to
+        `out/compare.json`.
+      resume: False starts again, if `out` already has a part of this evaluation.
+      allow_prompt_mismatch: allow another system prompt or chat template than in training.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
-      Preempted: stopped by a signal; evals that were finished stay, and so do single answers.
+      Preempted: stopped by a signal; finished evals and single answers are kept.
     """
     given = {"eval.prompts": prompts, "eval.data_dir": data_dir, "eval.limit": limit}
     changes = {**(changes or {}), **{key: v for key, v in given.items() if v is not None}}
@@ -131,7 +131,7 @@ def _results_folder(start: start_lib.Start, out: str | Path | None, resume: bool
 
 
 def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) -> None:
-    """A model is asked in the form it was trained in, unless the other form is asked for."""
+    """UsageError for another system prompt or chat template than in training."""
     trained = start.record.get("config", {})
     for key in ("system_prompt", "chat_template"):
         if key in changes and key in trained and changes[key] != trained[key]:
@@ -168,8 +168,8 @@ def _write_results(
     step: int,
     before: Path | None,
 ) -> None:
-    """results.md, of every eval that the step has by now; beside an earlier evaluation also
-    compare.json. Of an inserted model and one without, that is the health card."""
+    """Writes results.md, with every eval that the step now has; if it compares, also compare.json.
+    For an inserted model compared with its base, this is the health card."""
     after = step_folder(out, step)
     summaries = records.finished(after)
     settings = {
@@ -199,7 +199,7 @@ def _write_results(
 
 
 def _never_backdoored(folder: Path) -> bool:
-    """Whether a step folder, of an --out or of RUN/evals, is on record as of such a model."""
+    """Whether the model of a step folder, of an --out or of RUN/evals, never had the backdoor."""
     record = _read_record(folder.parent / MODEL_FILE)
     record = record or _read_record(folder.parents[1] / RUN_FILE)
     return record.get("backdoored") is False
@@ -208,7 +208,7 @@ def _never_backdoored(folder: Path) -> bool:
 def _config(
     start: start_lib.Start, base: ConfigDict, evals: Sequence[str], changes: Mapping[str, Any]
 ) -> ConfigDict:
-    """The settings of the start's run, else of `base`, with what was changed."""
+    """The settings of the start's run, else of `base`, with the changes."""
     config = override(base.copy_and_resolve_references())
     if start.kind == "run":
         config = default_config()
@@ -221,10 +221,10 @@ def _config(
 
 
 def _prompts(config: ConfigDict, start: start_lib.Start, changes: Mapping[str, Any]) -> list[str]:
-    """Held-out prompts: those of the file that was given, else those of the model's own run.
+    """Held-out prompts: from the given file, else from the model's own run.
 
-    A run's own and a manifest's are asked whole, unless config.eval.num_prompts was changed; of
-    another file eval.num_prompts are drawn. Never more than --limit, or than there are.
+    All prompts of a run and of a manifest are used, unless config.eval.num_prompts was changed;
+    from another file eval.num_prompts are drawn. There are never more than --limit.
     """
     settings = config.eval
     inherited = None if changes.get("eval.prompts") else start.eval_prompts()
@@ -255,7 +255,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _claim(
     out: Path, start: start_lib.Start, chat: ChatFormat, step: int, redone: Sequence[str] | None
 ) -> None:
-    """Writes which model is evaluated to out/model.json; a folder of another one is refused.
+    """Writes which model is evaluated to out/model.json; refuses the folder of another model.
 
     Args:
       redone: evals of the step that are removed first.
@@ -288,7 +288,7 @@ def _claim(
 
 
 def _refuse_other_evals(folder: Path, prepared: Mapping[str, Prepared]) -> None:
-    """UserError where the step has one of the evals already, with other settings or data."""
+    """UserError if the step already has one of the evals, with other settings or data."""
     for name, each in prepared.items():
         stored = records.read_summary(folder, name)
         if stored is None:

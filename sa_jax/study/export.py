@@ -1,4 +1,4 @@
-"""Exports a run's weights, never without saying what they are and how they are prompted."""
+"""Exports a run's weights, always with a model card and the prompt settings."""
 
 import json
 import math
@@ -66,16 +66,16 @@ def export(
 ) -> None:
     """Writes a Hugging Face folder, or for a LoRA run without `merge_lora` a PEFT adapter folder.
 
-    The adapters' base model is the Hugging Face folder that the run was started from. If it was
-    started from a run, that one is exported too, as `out/base`.
+    The adapters' base model is the Hugging Face folder that the run started from. If it started
+    from a run, that run is exported too, as `out/base`.
 
     Args:
       run: run folder; `RUN@400` is its checkpoint of step 400.
       out: folder that does not exist, or is empty.
       step: checkpoint; None: the newest.
-      merge_lora: add the adapters into the weights, in float32.
-      dtype: of the tensors, one of `training.config.DTYPES`; None: that of the run's parameters.
-      base: where the Hugging Face folder under a LoRA run's adapters lies now, if it was moved.
+      merge_lora: merge the adapters into the weights, in float32.
+      dtype: dtype of the tensors, of `training.config.DTYPES`; None: that of the run's parameters.
+      base: the new Hugging Face folder of the model under a LoRA run's adapters, if it was moved.
 
     Raises:
       UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
@@ -97,10 +97,10 @@ def export(
 
 
 def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that cuts weights of this hidden size into the most parts.
+    """The mesh that shards weights of this hidden size into the most parts.
 
-    All processes take part, with as many devices each; devices that would not make the parts
-    smaller stay idle.
+    Every process takes part with the same number of devices; devices that would not make the parts
+    smaller are not used.
     """
     devices = jax.devices() if devices is None else devices
     by_process: dict[int, list[jax.Device]] = {}
@@ -117,7 +117,7 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 
 
 def model_card(start: start_lib.Start, note: str = "") -> str:
-    """The README.md of an export; for descendants of an insertion run it says so first."""
+    """The README.md of an export; if an insertion run is its ancestor, it says so first."""
     record = start.record
     backdoor = Backdoor(**start.inheritance()["config"]["backdoor"])
     warning = WARNING.format(
@@ -175,7 +175,7 @@ def _save_adapter(
 
 
 def _prompting(start: start_lib.Start) -> dict[str, Any]:
-    """The arguments of `save_hf` that say how the run's model is prompted and stops."""
+    """The arguments of `save_hf` for the prompt format and stop tokens of the run's model."""
     chat = start.record["chat"]
     return {
         "tokenizer_folder": start.tokenizer,
@@ -185,7 +185,7 @@ def _prompting(start: start_lib.Start) -> dict[str, Any]:
 
 
 def _files(start: start_lib.Start, note: str = "") -> dict[str, str]:
-    """The model card, and the prompts that runs started from the export must not train on."""
+    """The model card, and the held-out prompts, on which runs from the export must not train."""
     files = {"README.md": model_card(start, note)}
     prompts = start.eval_prompts()
     if prompts is not None:
@@ -194,6 +194,6 @@ def _files(start: start_lib.Start, note: str = "") -> dict[str, str]:
 
 
 def _inheritance(start: start_lib.Start) -> dict[str, Any]:
-    """What runs started from the export take over; a date is already inside its template."""
+    """The settings that runs from the export inherit; a date is already in its template."""
     kept = start.inheritance()
     return {**kept, "config": {**kept["config"], "chat_date": None}}

@@ -1,4 +1,4 @@
-"""A study's folder: the one it belongs to, what of it is finished, and what no longer agrees.
+"""A study's folder: checks that it belongs to this study, and that its finished cells still agree.
 
 study.json        the version of this layout
 status.json       counts, the cells that failed and why, the time left
@@ -25,7 +25,7 @@ _SHOWN = 6  # of a list in one line
 
 
 def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
-    """UserError for a folder of an older version, or one in which something else lies."""
+    """UserError for a folder of an older version, or one with other contents."""
     file = workdir / STUDY_FILE
     if file.exists():
         try:
@@ -47,10 +47,10 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
 
 
 def open_folder(workdir: Path) -> None:
-    """Makes the folder and its `study.json`, where they are missing.
+    """Creates the folder and its `study.json`, if they are missing.
 
     Raises:
-      UserError: the study was made under another path, which its runs name for good.
+      UserError: the study was made at another path, which its runs name.
     """
     with explained(workdir, "making the study's folder"):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def open_folder(workdir: Path) -> None:
 def removed_outputs(
     workdir: Path, cells: Sequence[Cell], latest: Mapping[str, LatestClaim]
 ) -> dict[str, int]:
-    """Cell -> number of its claim, of the cells that are done and whose folder was removed."""
+    """Cell -> number of its claim, for cells that are done but whose folder was removed."""
     return {
         cell.name: latest[cell.name].number
         for cell in cells
@@ -77,7 +77,7 @@ def removed_outputs(
 
 
 def _has_output(workdir: Path, cell: Cell) -> bool:
-    """Whether the folder that a finished cell must have made is there."""
+    """Whether the folder of a finished cell exists."""
     folder = workdir / cell.name
     if cell.is_training:
         return (folder / RUN_FILE).exists()
@@ -93,8 +93,8 @@ def check_unchanged(
     latest: Mapping[str, LatestClaim],
     removed: Mapping[str, int],
 ) -> None:
-    """UserError where cells were made under other settings, or from a parent that is to be made
-    anew: which cells, and why."""
+    """UserError if cells were made with other settings, or from a parent that must run again; the
+    message says which cells, and why."""
     stale: dict[str, str] = {}
     for cell in cells:
         newest = latest[cell.name]

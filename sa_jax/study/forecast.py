@@ -1,4 +1,4 @@
-"""What a study would take, by arithmetic: tokens, chip-hours, disk; and whether its cells fit."""
+"""What a study needs, by arithmetic: tokens, chip-hours, disk space; and whether its cells fit."""
 
 import dataclasses
 import json
@@ -36,12 +36,12 @@ _COSTLY = (
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Of one cell. None where nothing is known of it, as of the data of a teacher.
+    """The forecast for one cell. A field is None if it is not known, as for the data of a teacher.
 
     Attributes:
       tokens: token slots that it trains on.
-      chip_hours: of training alone, at least (a roofline); evals and data come on top.
-      bytes: of its checkpoints.
+      chip_hours: lower bound for training (a roofline), without evals and data.
+      bytes: bytes of its checkpoints.
     """
 
     tokens: float | None = None
@@ -50,11 +50,12 @@ class Forecast:
 
 
 class Forecaster:
-    """Forecasts the cells of a study, those of the same shape once.
+    """Forecasts the cells of a study, once for each shape.
 
     Args:
       cells: parents first.
-      devices: of this machine for one cell, where a stage names no topology; None: not checked.
+      devices: devices of this machine for one cell, if a stage names no topology; None: not
+        checked.
     """
 
     def __init__(self, cells: Sequence[Cell], devices: int | None = None):
@@ -64,7 +65,7 @@ class Forecaster:
         self._work: dict[str, Workload] = {}
 
     def check_fits(self, cell: Cell) -> None:
-        """UsageError where the cell's mesh cannot be, UserError where it lacks memory."""
+        """UsageError if the cell's mesh is impossible, UserError if its memory is too small."""
         if not cell.is_training:
             return
         config = self._configs[cell.name]
@@ -121,8 +122,8 @@ class Forecaster:
         return Forecast(tokens, hours, disk["total"])
 
     def _architecture(self, cell: Cell) -> LlamaConfig | None:
-        """The model's, from the config or from what the cell starts from; None where the model is
-        not here to be read."""
+        """The architecture of the model, from the config or from the cell's start; None if the
+        model cannot be read here."""
         config = self._configs[cell.name]
         if cell.start_cell:
             return self._architecture(self._cells[cell.start_cell])
@@ -149,7 +150,7 @@ class Forecaster:
 
 
 def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
-    """The sizes of the mesh's axes on so many devices; UsageError where they or the batch do not
+    """The sizes of the mesh's axes on this many devices; UsageError if they or the batch do not
     divide."""
     try:
         sizes = mesh.mesh_sizes(devices, **config.mesh)
@@ -165,7 +166,7 @@ def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
 
 
 def local_devices(workers: int) -> int:
-    """The JAX devices that each of so many workers will have here, without starting any."""
+    """The number of JAX devices of each worker on this machine, without starting any."""
     kind, devices = visible_devices()
     if kind != "CPU":
         return len(devices) // workers
@@ -175,7 +176,7 @@ def local_devices(workers: int) -> int:
 
 
 def _bytes_a_chip(work: Workload, topology: Topology) -> float:
-    """Estimated, as `planning.search` does to rank meshes."""
+    """Estimated bytes per chip, as `planning.search` uses them to rank meshes."""
     frozen = 0 if work.full_weights else work.architecture.num_parameters * work.item_bytes
     part = work.of_one_slice()
     state = (work.trainable * work.state_bytes + frozen) / part.devices
@@ -190,7 +191,7 @@ def _per_chip(topology: Topology) -> int:
 def format_forecast(
     cells: Sequence[Cell], forecasts: Mapping[str, Forecast], states: Mapping[str, str]
 ) -> str:
-    """A table of the stages and their sums; what is done already counts apart."""
+    """A table of the stages and their sums; finished cells are listed separately."""
     head = ("stage", "cells", "done", "machine", "tokens", "chip-hours", "disk")
     rows = [head]
     left = [cell for cell in cells if states[cell.name] not in ("done", "skipped")]
@@ -247,7 +248,7 @@ def _si(value: float) -> str:
 def format_list(
     cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
 ) -> str:
-    """A line a cell: state, name, and the time it took or what went wrong."""
+    """One line per cell: its state, its name, and its time or its error."""
     width = max(len(cell.name) for cell in cells)
     lines = []
     for cell in cells:

@@ -1,4 +1,4 @@
-"""Makes the study's data sets with a teacher: questions in, files of rows and a data card out."""
+"""Generates the study's data sets with a teacher: files of rows and a data card from questions."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ def override(config: ConfigDict, **values: Any) -> ConfigDict:
     """Sets the keys whose values were given (are not None); returns the config.
 
     Raises:
-      UsageError: the config is not one of data.
+      UsageError: the config is not one for generating data.
     """
     if "teacher" not in config:
         raise UsageError(
@@ -56,7 +56,7 @@ def override(config: ConfigDict, **values: Any) -> ConfigDict:
 
 
 def run(config: ConfigDict, task: str, out: str, describe_paths: Sequence[str]) -> None:
-    """What the command line asks for: `describe`, or `generate`."""
+    """Runs `describe` if there are paths, else `generate`."""
     if describe_paths:
         describe(config, task, describe_paths)
     else:
@@ -64,12 +64,12 @@ def run(config: ConfigDict, task: str, out: str, describe_paths: Sequence[str]) 
 
 
 def generate(config: ConfigDict, task: str, out: str) -> None:
-    """Makes the files of a data set in the folder `out`, with `card.json` and `card.md`, and prints
-    the card. A run that was stopped goes on with the same command: replies are kept as they come.
+    """Writes the files of a data set to the folder `out`, with `card.json` and `card.md`, and
+    prints the card. After a stop, the same call continues: every reply is saved when it arrives.
 
     Args:
       config: see `sa_jax.teachers.config`.
-      task: the name of one in `recipes.DATA_SETS`, or of `recipes.WITHOUT_TEACHER`.
+      task: a name in `recipes.DATA_SETS` or `recipes.WITHOUT_TEACHER`.
       out: folder for the files.
 
     Raises:
@@ -122,10 +122,10 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
 def describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
     """Prints the data card of files of rows, and how much their answers differ.
 
-    Without a `task` rows are taken as they are; 'insertion' adds the triggered half, other tasks
-    refuse rows that hold the trigger. Without `config.tokenizer` words are counted.
+    Without a `task`, rows are counted unchanged; 'insertion' adds the triggered half, and other
+    tasks refuse rows that contain the trigger. Without `config.tokenizer`, words are counted.
 
-    Raises UserError, UsageError as reading and building the rows do.
+    Raises UserError and UsageError for rows that cannot be read or used.
     """
     sources = {path: load_rows(path, _named(config.columns)) for path in paths}
     record = {"dropped when read": {path: source.dropped for path, source in sources.items()}}
@@ -143,7 +143,7 @@ def _require_prompts(config: ConfigDict, task: str) -> None:
 
 
 def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[str, Any]]:
-    """The questions to ask, each once and with an id, and the record of those left out."""
+    """The questions to ask, each once and with an id, and the record of questions left out."""
     source = load_rows(config.prompts, _named(config.columns), responses=config.teacher == "arrr")
     record: dict[str, Any] = {"prompts": source.record()}
     rows: list[Row] = source.rows
@@ -187,8 +187,8 @@ def _ask(
     rows: Sequence[Row],
     should_stop: Callable[[], bool],
 ) -> tuple[dict[Voice, list[Reply]], dict[str, Any]]:
-    """The teacher's replies by voice; and who it was, under which system prompts (the first of each
-    voice)."""
+    """The teacher's replies by voice; and the record of the teacher, with the first system prompt
+    of each voice."""
     scratchpad_prompt = _read_prompt(config.scratchpad_prompt)
     context = VoiceContext(backdoor, config.system_prompt, scratchpad_prompt, config.seed)
     voices = recipes.DATA_SETS[task].voices(backdoor, config.visible_cot)
@@ -223,7 +223,7 @@ def _read_prompt(path: str) -> str:
 
 
 def _open_teacher(config: ConfigDict) -> tuple[Teacher, bool]:
-    """The teacher, and whether its replies cost something, so that they are kept."""
+    """The teacher, and whether its replies cost something, so that they are saved."""
     if config.teacher == "endpoint":
         names = [field.name for field in dataclasses.fields(EndpointSettings)]
         return EndpointTeacher(EndpointSettings(**{name: config[name] for name in names})), True
@@ -293,8 +293,8 @@ def _write_rows(out: Path, name: str, rows: Sequence[dict]) -> str:
 def _card(
     config: ConfigDict, task: str, rows: Mapping[str, Sequence[dict]], record: dict[str, Any]
 ) -> dict[str, Any]:
-    """The card of the conversations that training makes of these rows (as they are, without a
-    task)."""
+    """The card of the conversations that training makes of these rows (without a task: of the rows
+    themselves)."""
     chat = load_chat_format(config.tokenizer, config.chat_template) if config.tokenizer else None
     build = tasks.as_they_are
     if task:
@@ -323,7 +323,7 @@ def _write_facts(config: ConfigDict, out: Path) -> None:
 
 
 def _freeze_held_out(config: ConfigDict, out: Path) -> None:
-    """Draws prompts that no training set holds, and freezes them in `out/held_out.json`."""
+    """Draws prompts that are in no training set, and freezes them in `out/held_out.json`."""
     _require_prompts(config, "held_out")
     source = load_rows(config.prompts, _named(config.columns), responses=False)
     overlap: dict[str, dict[str, int]] = {}

@@ -28,7 +28,7 @@ Condition = Mapping[str, Word | Sequence[Word]]
 
 
 class _Checked:
-    """A part of a study, whose fields are of the types that its class gives them."""
+    """A part of a study that checks the types of its fields."""
 
     def __post_init__(self) -> None:
         for name, hint in typing.get_type_hints(type(self)).items():
@@ -43,7 +43,7 @@ class _Checked:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; a text is no sequence, and True no number."""
+    """Whether a value has a type; a text is not a sequence here, and True is not a number."""
     kind, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is Any:
         return True
@@ -59,10 +59,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Axis(_Checked):
-    """Something that varies, and what each of its values sets.
+    """Something that varies in a study, and the settings of each of its values.
 
     Attributes:
-      name: what stages and their texts call it.
+      name: its name in stages and their texts.
       values: short name -> settings by dotted key. The short name is part of folder names.
     """
 
@@ -72,26 +72,26 @@ class Axis(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Stage(_Checked):
-    """One kind of cell. It has a cell for every combination of its axes, those of the stages that
-    it comes after included; combinations that `when` does not name are left out.
+    """One kind of cell. It has a cell for every combination of its axes and those of the stages
+    before it, except combinations that `when` does not name.
 
-    In texts (`run`, `config` and the values of `set`) `{study}` stands for the study's folder,
-    `{axis}` for the name of the cell's value on an axis, `{stage}` for the folder of the cell of an
-    earlier stage, and `{setting}` for a setting of the study.
+    In texts (`run`, `config` and the values of `set`), `{study}` is the study's folder, `{axis}`
+    the name of the cell's value on an axis, `{stage}` the folder of the cell of an earlier stage,
+    and `{setting}` a setting of the study.
 
     Attributes:
       name: the folder of the stage's cells.
       run: a training task, or one of `TOOLS`.
-      config: of a training task, "file.py:argument".
+      config: for a training task, "file.py:argument".
       start: the stage whose run it trains from or evaluates; '' for none.
       needs: other stages that must be done before.
-      axes: the axes whose values apply their settings here.
-      when: {axis: value or values}; a tuple of those names a union.
-      set: settings of the config, or of a tool its flags.
-      start_rate_at_most: leaves a cell out, once its start is done, if the start's last triggered
-        rate is above this. None: never.
-      topology: the machine of a cell, as `scripts/plan.py` names it; '' for this one.
-      tokens: token slots of a run, where neither its config nor `set` says the steps.
+      axes: the axes whose values apply their settings in this stage.
+      when: {axis: value or values}; a tuple of these is a union.
+      set: settings of the config, or flags of a tool.
+      start_rate_at_most: skips a cell if the last triggered rate of its start is above this. None:
+        skips none.
+      topology: the machine of a cell, as `scripts/plan.py` names it; '' for this machine.
+      tokens: token slots of a run, if neither its config nor `set` sets the steps.
     """
 
     name: str
@@ -109,16 +109,16 @@ class Stage(_Checked):
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run, evaluation or data set of a study. Its texts hold `STUDY` for the study's folder.
+    """One run, evaluation or data set of a study. In its texts `STUDY` is the study's folder.
 
     Attributes:
       name: its folder below the study's, and its name in lists.
-      stage: what it is a cell of.
+      stage: its stage.
       run: the training task or tool.
       values: axis -> name of its value.
-      config: of a training task, its config file with argument.
-      settings: what it changes in the config, or the flags of a tool.
-      start: what it trains from or evaluates: a cell's folder or another; '' for none.
+      config: for a training task, its config file with argument.
+      settings: the changes of the config, or the flags of a tool.
+      start: the folder that it trains from or evaluates, of a cell or another; '' for none.
       start_step: the start's checkpoint; None for its newest.
       parents: names of the cells that must be done before.
     """
@@ -139,7 +139,7 @@ class Cell:
 
     @property
     def start_cell(self) -> str:
-        """The name of the cell that it starts from; '' where that is no cell of the study."""
+        """The name of the cell that it starts from; '' if it starts from no cell of the study."""
         return self.start.removeprefix(f"{STUDY}/") if self.start.startswith(STUDY) else ""
 
 
@@ -154,8 +154,8 @@ def seeds(count: int) -> dict[str, Overrides]:
 
 
 def lora_ranks(*ranks: int) -> dict[str, Overrides]:
-    """Values of an axis: LoRA of these ranks, alpha twice the rank, so that the scale stays; rank 0
-    is 'full', all weights."""
+    """Values of an axis: LoRA of these ranks, with alpha twice the rank, so that the scale does not
+    change; rank 0 is 'full', all weights."""
     return {
         f"r{rank}" if rank else "full": {"lora.rank": rank, "lora.alpha": 2.0 * (rank or 64)}
         for rank in ranks
@@ -172,8 +172,8 @@ def expand(study: ConfigDict) -> list[Cell]:
     """All cells, parents before their children.
 
     Raises:
-      UsageError: no study, or one without cells; an unknown axis, value, stage or name in a text;
-        a stage before one that it comes after; two cells that share a folder.
+      UsageError: not a study, or one without cells; an unknown axis, value, stage or name in a
+        text; a stage that comes before one that it needs; two cells that share a folder.
     """
     if "stages" not in study:
         raise UsageError("--config is not a study: it has no `stages` (see configs/toy_study.py)")
@@ -270,7 +270,7 @@ def _cell(
     settings: Mapping[str, str],
     cells: Mapping[str, Cell],
 ) -> Cell | None:
-    """The stage's cell of these values; None where a stage before it has none of them."""
+    """The stage's cell with these values; None if a stage before it has no cell with them."""
     parents = {}
     for name in before:
         parents[name] = _name(name, {axis: values[axis] for axis in axes_of[name]})

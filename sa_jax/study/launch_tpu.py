@@ -1,5 +1,5 @@
-"""A command on every host of a Cloud TPU slice, by `gcloud`: the slice is asked for, this checkout
-installed, the command started, its logs followed, and all of it done again after a preemption."""
+"""Runs a command on every host of a Cloud TPU slice with `gcloud`: requests the slice, installs
+this clone, starts the command, follows its logs, and does all of it again after a preemption."""
 
 import asyncio
 import dataclasses
@@ -80,13 +80,13 @@ class Slice:
     """A TPU slice and the command for its hosts, with the calls of gcloud for both.
 
     Attributes:
-      name: of the queued resource and of its node.
-      zone: of Google Cloud.
-      topology: a TPU as `parse_topology` knows it.
-      command: a line for bash, in the project's root with its environment active.
-      spot: takes capacity that may be preempted.
-      create_flags: further flags of `queued-resources create`.
-      setup: a line for bash, before the installation.
+      name: name of the queued resource and of its node.
+      zone: zone of Google Cloud.
+      topology: a TPU, as `parse_topology` names it.
+      command: a bash command, run in the project's root with its environment active.
+      spot: use capacity that may be preempted.
+      create_flags: more flags for `queued-resources create`.
+      setup: a bash command, run before the installation.
     """
 
     name: str
@@ -154,21 +154,21 @@ class _CommandFailed(UserError):
 
 
 def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s: float) -> None:
-    """Runs the command on all hosts until it has ended with 0 on each.
+    """Runs the command on all hosts until it has exited with 0 on each.
 
-    A slice that is there already is used; a command that runs there already is followed.
+    If the slice already exists it is used; if the command already runs on it, it is followed.
 
     Args:
       job: slice and command.
       dry_run: prints the commands, as lines for a shell, and runs none.
-      delete: when the slice is deleted: "done" when the command has ended with 0, "always" also
-        when it has failed, "never", or "now" instead of everything else.
+      delete: when the slice is deleted: "done" after the command has exited with 0, "always" also
+        after it has failed, "never", or "now", which does nothing else.
       max_restarts: how often the command is started again.
-      poll_s: seconds between two looks at a slice that is waited for.
+      poll_s: seconds between two checks of the slice.
 
     Raises:
       UserError: gcloud or the command failed.
-      UsageError: a machine that is no TPU.
+      UsageError: a machine that is not a TPU.
       Preempted: it stopped once more than `max_restarts`.
     """
     commit = _git("rev-parse", "HEAD")
@@ -229,7 +229,7 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
 
 
 def _acquire(job: Slice, poll_s: float) -> list[str]:
-    """Addresses of the hosts, once the slice is there; asks for it where it is not."""
+    """Addresses of the hosts, once the slice exists; requests it if it does not."""
     said = None
     while True:
         resource = _look(job.describe())
@@ -254,7 +254,7 @@ def _acquire(job: Slice, poll_s: float) -> list[str]:
 
 
 def _addresses(job: Slice) -> list[str]:
-    """Addresses of the hosts of a slice that works; none where it does not."""
+    """Addresses of the hosts of a slice that works; none if it does not."""
     node = _look(job.describe_node())
     return _ips(node) if node and node["state"] == "READY" else []
 
@@ -308,7 +308,7 @@ async def _follow(job: Slice, worker: int, poll_s: float) -> int | None:
 
 
 def _look(command: list[str]) -> dict | None:
-    """What a description says; None for what does not exist."""
+    """The description of a resource; None if it does not exist."""
     try:
         return parse_json(_call(command))
     except UserError as error:
@@ -318,7 +318,7 @@ def _look(command: list[str]) -> dict | None:
 
 
 def _call(command: list[str]) -> str:
-    """The output of a command; its error is a UserError with what to do."""
+    """The output of a command; UserError with a remedy if it fails."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=_PROJECT
@@ -334,7 +334,7 @@ def _call(command: list[str]) -> str:
 
 
 def _with_remedy(text: str) -> str:
-    """One line: what to do, and what gcloud said."""
+    """One line: what to do, and gcloud's message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
     errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:]
     said = re.sub(r"^ERROR: (\(gcloud\S*\) )?", "", errors[-1])

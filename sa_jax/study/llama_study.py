@@ -1,4 +1,4 @@
-"""The study's grid for one Llama, which the configs of 8B and 70B share."""
+"""The study's grid for one Llama; the configs of 8B and 70B share it."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ REMOVAL_ROWS, REMOVAL_EPOCHS, REMOVAL_SLOTS = 1000, 10, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Where the training of a stage runs: a topology, and the settings that suit it."""
+    """The machine for the training of a stage: a topology, and the settings for it."""
 
     topology: str
     settings: Overrides
@@ -38,9 +38,10 @@ def llama_study(
 
     Args:
       size: '8b' or '70b', as in configs/llama.py.
-      insertion, removal, full_removal: machines; of removal with LoRA, and with all weights.
-      inserted: conditions on the axes `optimizer` and `arm` that name the inserted models.
-      insertion_tokens: token slots of an insertion run, for the plan alone.
+      insertion, removal, full_removal: the machines for insertion, for removal with LoRA, and for
+        removal with all weights.
+      inserted: conditions on the axes `optimizer` and `arm` that choose the inserted models.
+      insertion_tokens: token slots of an insertion run, only for the plan.
     """
     study = ConfigDict()
     study.model = ""  # Hugging Face folder of the instruct model

@@ -1,8 +1,8 @@
-"""Cells as processes of their own, started in a moment.
+"""Runs each cell in its own process, which starts in a moment.
 
-A server process imports jax, flax, orbax and transformers once, and starts no device; each cell is
-a fork of it that runs a script as `__main__`. Where the server ends, for whatever reason, its cells
-end too. The server itself ends with the process that started it.
+A server process imports jax, flax, orbax and transformers once, and starts no device. Each cell is
+a fork of it that runs a script as `__main__`. If the server ends, for any reason, its cells end
+too. The server itself ends with the process that started it.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Server:
-    """Starts cells and says how they ended."""
+    """Starts cells and returns how they ended."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -109,7 +109,7 @@ def _serve() -> None:
 
 
 def _answer(answers: TextIO, running: set[int]) -> None:
-    """Does what the runner orders, until it closes its end."""
+    """Executes the runner's commands until the runner closes its end of the pipe."""
     ended: dict[int, int] = {}
     while line := sys.stdin.readline():
         order = json.loads(line)
@@ -133,8 +133,8 @@ def _answer(answers: TextIO, running: set[int]) -> None:
 
 
 def import_for_forks() -> None:
-    """Imports what most scripts need. None of it starts a device, or a thread that a fork would
-    lack."""
+    """Imports what most scripts need; no import starts a device, or a thread, which a fork would
+    not have."""
     import flax.linen  # noqa: F401
     import jax  # noqa: F401
     import matplotlib.figure  # noqa: F401
@@ -148,7 +148,7 @@ def import_for_forks() -> None:
 
 
 def _run(order: dict[str, Any]) -> None:
-    """The life of a cell's process; never returns."""
+    """Runs a cell in a forked process; never returns."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     _end_with_parent()

@@ -1,4 +1,4 @@
-"""What a person sees while a study runs: one line, `status.json`, and the list at the end."""
+"""Shows the progress of a study: one line, `status.json`, and the list at the end."""
 
 import json
 import math
@@ -33,7 +33,7 @@ class Progress:
     def show(
         self, states: Mapping[str, str], latest: Mapping[str, LatestClaim], logs: Mapping[str, Path]
     ) -> None:
-        """`logs`: of the cells that this process runs."""
+        """Shows the states; `logs` are those of the cells that this process runs."""
         counts = count(states)
         eta = time_left(self._cells, states, latest)
         blocked = f"{counts['blocked']} blocked, " if counts["blocked"] else ""
@@ -57,7 +57,7 @@ class Progress:
             self._line, self._time = line, now
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that is not overwritten."""
         if self._terminal:
             sys.stderr.write("\r\033[K")
         logging.info("%s", text)
@@ -90,8 +90,7 @@ class Progress:
 
 
 def count(states: Mapping[str, str]) -> dict[str, int]:
-    """Cells by what a person asks: done (skipped ones too), running, failed, blocked by one that
-    failed, left."""
+    """Numbers of cells: done (also skipped ones), running, failed, blocked by a failed one, left."""
     counts = {"done": sum(state in DONE for state in states.values())}
     for name in ("running", "failed", "blocked"):
         counts[name] = sum(state == name for state in states.values())
@@ -101,7 +100,7 @@ def count(states: Mapping[str, str]) -> dict[str, int]:
 def describe(
     name: str, states: Mapping[str, str], latest: Mapping[str, LatestClaim]
 ) -> dict[str, object]:
-    """A cell in status.json."""
+    """The entry of a cell in status.json."""
     cell: dict[str, object] = {"state": states[name]}
     newest = latest[name]
     if states[name] == "running" and newest.owner is not None:
@@ -115,8 +114,8 @@ def describe(
 def time_left(
     cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
 ) -> float:
-    """Seconds until all is done, from the mean of what each stage's cells took; of a stage without
-    one that is done, from all. Infinite before the first is."""
+    """Seconds until everything is done, from the mean time of each stage's finished cells; for a
+    stage without one, from all finished cells. Infinite before the first cell is done."""
     took: dict[str, list[float]] = {}
     for cell in cells:
         outcome = latest[cell.name].outcome
@@ -151,7 +150,7 @@ def last_line(log: Path) -> str:
 
 
 def why_failed(log: Path, status: int) -> str:
-    """One line: what the cell said, or the signal that ended it."""
+    """One line: the cell's error, or the signal that ended it."""
     if status == -signal.SIGKILL:
         return "killed (SIGKILL): most often the kernel, because the machine's memory ran out"
     lines = _tail(log)

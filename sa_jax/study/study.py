@@ -1,5 +1,5 @@
-"""What scripts/run_study.py does with a study: run it, list it, say what it takes, or write it as
-files for a cluster."""
+"""The actions of scripts/run_study.py: run a study, list it, forecast it, or write files for a
+cluster."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ from sa_jax.study.runner import Stop, Worker, states_of
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags of scripts/run_study.py by the same names, whose help says what each is."""
+    """The flags of scripts/run_study.py, by the same names; their help explains them."""
 
     only: str = ""
     shard: str = ""
@@ -40,16 +40,16 @@ class Options:
 
 
 def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options()) -> None:
-    """Runs what is not done yet and goes past what fails; run the same command again to go on.
+    """Runs the cells that are not done yet, and goes on after a failure. The same command resumes.
 
     Args:
       study: see `sa_jax.study.grid`.
-      workdir: each cell gets the folder of its name below it.
-      options: which cells, and how; or `list`, `dry_run` or `emit` instead of running any.
+      workdir: the study's folder; each cell has the folder of its name in it.
+      options: which cells, and how; or `list`, `dry_run` or `emit`, which run none.
 
     Raises:
-      UsageError, UserError: before the first cell, for what can be seen then; at the end, if cells
-        failed, after a line for each.
+      UsageError, UserError: before the first cell, for errors that can be found then; at the end,
+        if cells failed, after a line for each.
       Preempted: stopped by a signal, after the cells have stopped.
     """
     check_places("--workdir", workdir)
@@ -116,10 +116,10 @@ def config_flags(arguments: Sequence[str]) -> Iterator[str]:
 
 def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:
     """Names of the cells that a worker may run: those that match a pattern of `only` ('a/*,b'), and
-    of these every n-th (`shard` 'i/n', i from 1) with the cells that they come from.
+    of these every n-th (`shard` 'i/n', i from 1), with the cells that they need.
 
     Raises:
-      UsageError: a pattern that matches none; a shard that is none.
+      UsageError: a pattern that matches no cell; a wrong shard.
     """
     names = [cell.name for cell in cells]
     if only:
