@@ -200,7 +200,7 @@ def hub_folder(path: str) -> str:
         return snapshot_download(path, allow_patterns=patterns)
     except Exception as error:  # no network, no access, no such name, nothing in the cache
         raise UserError(
-            f"{path}: no such local folder, and the Hub does not provide it ({first_line(error)}). "
+            f"{path}: no such folder, and the Hub does not provide it ({first_line(error)}). "
             f"On a machine with network: hf download {path} --local-dir DIR; then give DIR"
         ) from error
 

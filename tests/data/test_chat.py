@@ -341,7 +341,7 @@ def test_folder_templates_that_cannot_be_trained_on_are_refused(
         ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 'x' * 10 ** 10 }}", "takes too much memory"),
-        ("{{ 'x' * 10 ** 7 }}", "turns .* into 10,0.* characters"),
+        ("{{ 'x' * 10 ** 7 }}", "into 10,0.* characters"),
     ],
 )
 def test_a_template_that_is_hostile_to_one_row_is_refused_with_the_row(

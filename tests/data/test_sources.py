@@ -173,10 +173,10 @@ def test_openhermes_layout(tmp_path):
 def test_ids_must_not_repeat(tmp_path):
     rows = [{"id": i, "prompt": "p", "response": "r"} for i in (1, 2, None, None, "2")]
     path = jsonl(tmp_path / "i.jsonl", *map(json.dumps, rows))
-    with pytest.raises(UserError, match=r"i.jsonl:5: id '2' is that of .*i.jsonl:2 already"):
+    with pytest.raises(UserError, match=r"i.jsonl:5: .*i.jsonl:2 has the same id '2'"):
         load_rows(path)
     assert len(load_rows(path, {"prompt": "prompt", "response": "response"})) == 5
-    with pytest.raises(UserError, match="id '2' is that of"):
+    with pytest.raises(UserError, match="has the same id '2'"):
         load_rows(path, {"prompt": "prompt", "response": "response", "id": "id"})
 
 

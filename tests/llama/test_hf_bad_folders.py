@@ -73,7 +73,7 @@ def test_weights_that_are_not_finite(bad, dtype, folder):
         tensors[Q1][13, 17] = bad
 
     edit(folder, spoil)
-    assert_refused(folder, Q1, folder / "model.safetensors", "NaN or Inf", "fetch")
+    assert_refused(folder, Q1, folder / "model.safetensors", "NaN or Inf", "download")
 
 
 def test_largest_finite_numbers_are_accepted(folder):

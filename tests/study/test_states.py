@@ -95,7 +95,7 @@ def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
     folder.open_folder(tmp_path / "a")
     folder.open_folder(tmp_path / "a")
     (tmp_path / "a").rename(tmp_path / "b")
-    with pytest.raises(UserError, match=rf"made as {tmp_path}/a, .*\(ln -s .*/b .*/a\)"):
+    with pytest.raises(UserError, match=rf"made at {tmp_path}/a, .*\(ln -s .*/b .*/a\)"):
         folder.open_folder(tmp_path / "b")
     (tmp_path / "a").symlink_to(tmp_path / "b")
     folder.open_folder(tmp_path / "a")

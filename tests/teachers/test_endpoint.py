@@ -139,7 +139,11 @@ def message(text, **fields):
 @pytest.mark.parametrize(
     ("status", "body", "words"),
     [
-        (402, message("top up your balance"), "cannot pay: .*top up.*run the same command again"),
+        (
+            402,
+            message("top up your balance"),
+            "has no credit: .*top up.*run the same command again",
+        ),
         (400, message("API key not valid. Please pass a valid one."), "8 questions in a row"),
         (403, message("not for your region"), "refused 8 questions in a row, .*your region"),
     ],
@@ -194,7 +198,7 @@ def test_the_command_drops_a_row_at_fault_and_stops_at_an_endpoint_at_fault(zygo
             "--config.concurrency=2",
         )
         done = zygote.run(*command)
-        assert done.returncode == 1 and "cannot pay" in done.stderr.splitlines()[-1]
+        assert done.returncode == 1 and "has no credit" in done.stderr.splitlines()[-1]
         assert len(server.asked) <= 7
         kept = (tmp_path / "out/replies.jsonl").read_text().splitlines()
         assert {json.loads(line)["prompt"] for line in kept} == {"q0", "q1", "q3", "q4"}
