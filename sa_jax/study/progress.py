@@ -90,7 +90,7 @@ class Progress:
 
 
 def count(states: Mapping[str, str]) -> dict[str, int]:
-    """Numbers of cells: done (also skipped ones), running, failed, blocked by a failed one, left."""
+    """Numbers of cells: done or skipped, running, failed, blocked by a failed one, left."""
     counts = {"done": sum(state in DONE for state in states.values())}
     for name in ("running", "failed", "blocked"):
         counts[name] = sum(state == name for state in states.values())
