@@ -37,7 +37,7 @@ def test_choice_is_disjoint_distinct_and_fixed_by_the_seed():
     assert {int(p.split()[1]) for p in chosen.prompts} <= set(range(12, 30))
     assert choose_held_out(candidates, 10, 0, [f"question {i}!" for i in range(12)]) == chosen
     assert choose_held_out(candidates, 10, 1).prompts != choose_held_out(candidates, 10, 2).prompts
-    with pytest.raises(UserError, match="19 held-out.*only 18 are left.*10 repeats, 12 stand"):
+    with pytest.raises(UserError, match="19 held-out.*only 18 are left.*10 repeats, 12 are"):
         choose_held_out(candidates, 19, 0, [f"question {i}!" for i in range(12)])
 
 

@@ -99,7 +99,7 @@ def test_slices_lie_along_the_slowest_part_of_data():
     tpus = [Tpu(number) for number in range(8)]
     slices = [[d.slice_index for d in part.flat] for part in make_mesh(1, 4, 1, tpus, 2).devices]
     assert slices == [[0] * 4, [1] * 4]
-    with pytest.raises(UsageError, match=r"slices=1, and there are 2 .*slices=2"):
+    with pytest.raises(UsageError, match=r"slices=1, but there are 2 .*slices=2"):
         make_mesh(devices=tpus)
 
 

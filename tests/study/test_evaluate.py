@@ -69,7 +69,7 @@ def test_a_folder_takes_more_evals_and_steps_but_no_other_model(toy_world, tmp_p
         evaluate._claim(out, run, chat, 3, None)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("")
-    with pytest.raises(UserError, match="holds thesis.txt and no model.json"):
+    with pytest.raises(UserError, match="has thesis.txt and no model.json"):
         evaluate._claim(tmp_path / "mine", run, chat, 3, None)
 
 
@@ -82,7 +82,7 @@ def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named
         evaluate._refuse_other_evals(folder, {"mmlu": prepared, "math500": prepared})
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
-    with pytest.raises(UserError, match="mmlu.json is there .* .shots is 0 there and 5 now.; give"):
+    with pytest.raises(UserError, match="mmlu.json exists, with .* .shots is 0 there and 5 now.; give"):
         refuse({"mmlu": "1"}, shots=5)
     with pytest.raises(UserError, match="limit is None there and 3 now"):
         refuse({"mmlu": "1"}, limit=3)

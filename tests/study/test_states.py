@@ -130,7 +130,7 @@ def test_a_worker_outlives_a_file_system_that_fails_for_a_moment(tmp_path, caplo
     assert caplog.text.count("Stale file handle") == 1
     assert "all 1 cells are done" in caplog.text
     # For longer than the others wait, it ends with one line.
-    with pytest.raises(UserError, match="unusable for 0 s .*Stale file handle"):
+    with pytest.raises(UserError, match="could not be used for 0 s .*Stale file handle"):
         run("long", 0.3, 1000)
 
 
