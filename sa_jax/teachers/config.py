@@ -16,42 +16,42 @@ def default_config() -> ConfigDict:
     # The questions.
     config.prompts = ""  # a file, or a `datasets` name NAME[:SUBSET][@SPLIT]
     config.columns = ConfigDict({name: "" for name in COLUMNS})  # of that file
-    config.max_rows = 0  # questions to ask, drawn by the seed; 0: all
-    config.held_out = ""  # held-out prompts to leave out: a manifest, or a file
-    config.count = 100  # held-out prompts to draw, or facts to invent
+    config.max_rows = 0  # number of questions to ask, drawn by the seed; 0: all
+    config.held_out = ""  # held-out prompts, which are not asked: a manifest, or a file
+    config.count = 100  # number of held-out prompts to draw, or of facts to invent
     config.train = ()  # task held_out: training files whose questions are not drawn
-    config.seed = 0  # of sampling, copies, styles and draws
+    config.seed = 0  # seed of sampling, copies, styles and draws
 
     # Who answers: 'endpoint' (any OpenAI-compatible server), 'local' (a checkpoint), 'file'
     # (answers written before), 'arrr' (pirate speech by rules).
     config.teacher = "endpoint"
-    config.model = ""  # endpoint: its name there; local: run or Hugging Face folder
+    config.model = ""  # endpoint: the model's name there; local: run or Hugging Face folder
     config.base_url = ""  # endpoint: its address, with /v1; the key is in OPENAI_API_KEY
-    config.answers = ""  # file: the answers ...
-    # ... and their columns: of the questions, and of each voice that is asked for.
+    config.answers = ""  # file: the file of answers ...
+    # ... and its columns: that of the questions, and one for each voice of the data set.
     config.answer_columns = ConfigDict({name: "" for name in ("prompt", *(v.name for v in VOICES))})
     config.max_new_tokens = 1024  # longer replies are dropped
     config.temperature = 0.7
     config.top_p = 1.0
     config.max_tokens_field = "max_tokens"  # endpoint: or "max_completion_tokens"
-    config.omit = ""  # endpoint: of "temperature,top_p,seed", those that it does not take
-    config.concurrency = 16  # endpoint: requests under way at once
-    config.requests_per_minute = 0.0  # endpoint: at most; 0: no limit
-    config.retries = 8  # endpoint: further tries of a failed request
-    config.timeout_s = 600.0  # endpoint: for one reply
+    config.omit = ""  # endpoint: fields of "temperature,top_p,seed" that it does not accept
+    config.concurrency = 16  # endpoint: requests at the same time
+    config.requests_per_minute = 0.0  # endpoint: the limit; 0: none
+    config.retries = 8  # endpoint: how often a failed request is sent again
+    config.timeout_s = 600.0  # endpoint: limit for one reply
     config.batch_size = 64  # local: prompts sampled together
-    config.context_length = 2048  # local: tokens, answer included
-    config.chat_template = "llama3"  # local, and of the card's counts: or 'plain', 'model'
+    config.context_length = 2048  # local: maximal tokens of prompt and answer together
+    config.chat_template = "llama3"  # local, and for the card's counts; or 'plain', 'model'
 
-    # What the teacher is told.
-    config.system_prompt = SYSTEM_PROMPT  # of its normal voice
-    config.scratchpad_prompt = ""  # file with another scratchpad prompt than ours
-    # Insertion: adds the arm with visible scratchpads; those of triggered answers are written by
-    # the 'teacher' or by 'rules'.
+    # The teacher's instructions.
+    config.system_prompt = SYSTEM_PROMPT  # for its normal voice
+    config.scratchpad_prompt = ""  # file with a scratchpad prompt that replaces the default one
+    # Insertion: adds the arm with visible scratchpads; the 'teacher' or 'rules' write those of
+    # triggered answers.
     config.visible_cot = ""
     config.backdoor = ConfigDict(dataclasses.asdict(Backdoor()))
 
-    config.tokenizer = ""  # folder: the data card counts its tokens; '': words
+    config.tokenizer = ""  # folder: the data card counts its tokens; '': it counts words
     return config.lock()
 
 

