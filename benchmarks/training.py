@@ -4,22 +4,26 @@ Both train all weights in float32 with AdamW (torch's is the fused one) and clip
 to 1, on packed rows of documents that do not see each other. The losses of the first three steps
 must agree to 1e-5, relative. Then all take turns, a step each, and the median of each counts.
 
-    python benchmarks/training.py [--sizes=toy,25M] [--rounds=10] [--out=FILE.json]
+    python benchmarks/training.py [--sizes=toy,25M] [--rounds=10] [--parts] [--out=FILE.json]
 
-torch runs as it is ("eager") and through torch.compile, both with SDPA attention.
+torch runs as it is ("eager") and through torch.compile, both with SDPA attention. --parts prints
+where our step spends its time, by JAX's profiler.
 
 With --device=cuda the products of float32 weights are in bfloat16, and a row is one document, so
 that torch takes its flash attention; the losses must agree to 1 %. No GPU has run this yet.
 """
 
 import argparse
+import collections
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "" if "--device=cuda" in sys.argv else "cpu")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
@@ -51,6 +55,15 @@ CUDA = "--device=cuda" in sys.argv
 DTYPE, TOLERANCE, DOCUMENTS = ("bfloat16", 1e-2, 1) if CUDA else ("float32", 1e-5, 4)
 LEARNING_RATE, B1, B2, EPS, DECAY, CLIP = 1e-3, 0.9, 0.99, 1e-8, 0.01, 1.0
 CHECKED_STEPS = 3
+# part of a step: what the scopes of its operations match, the first that does
+PARTS = {
+    "norms": "norm/",
+    "q, k, v and o": "/attention/[qkvo]/",
+    "attention": "/attention/",
+    "MLP": "/mlp/",
+    "loss": "ntc",
+    "rest": "",
+}
 
 
 def architecture(vocab, width, mlp, layers, heads, kv_heads) -> LlamaConfig:
@@ -85,8 +98,10 @@ def packed_rows(vocab: int, rows: int, length: int) -> dict[str, np.ndarray]:
     }
 
 
-def ours(config: LlamaConfig, batch: dict[str, np.ndarray], folder: str) -> Callable[[], float]:
-    """The step that a run compiles; writes its first weights to the folder."""
+def ours(
+    config: LlamaConfig, batch: dict[str, np.ndarray], folder: str
+) -> tuple[Callable[[], float], str]:
+    """The step that a run compiles, and its HLO text; writes its first weights to the folder."""
     settings = default_config()
     settings.batch_size, settings.sequence_length = batch["tokens"].shape
     settings.dtype, settings.remat = DTYPE, "none"
@@ -108,7 +123,25 @@ def ours(config: LlamaConfig, batch: dict[str, np.ndarray], folder: str) -> Call
         state, metrics = program.step(state, {}, batch)
         return float(metrics["loss"])
 
-    return step
+    return step, program.step.lower(state, {}, batch).compile().as_text()
+
+
+def parts(step: Callable[[], float], text: str, steps: int = 3) -> dict[str, float]:
+    """{part of our step: its share of the time}, by the scope that wrote each operation."""
+    scopes = dict(re.findall(r'%([\w.-]+) = .*op_name="([^"]*)"', text))
+    nanoseconds: collections.Counter[str] = collections.Counter()
+    step()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                step()
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes:
+            for event in (event for line in plane.lines for event in line.events):
+                if "hlo_op" in dict(event.stats) and event.name in scopes:
+                    found = (p for p, word in PARTS.items() if re.search(word, scopes[event.name]))
+                    nanoseconds[next(found)] += event.duration_ns
+    return {part: spent / nanoseconds.total() for part, spent in nanoseconds.most_common()}
 
 
 def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], float]:
@@ -159,12 +192,14 @@ def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callabl
     return step
 
 
-def measure(name: str, rounds: int) -> dict:
+def measure(name: str, rounds: int, with_parts: bool) -> dict:
     shape, rows, length = SIZES[name]
     config = architecture(*shape)
     batch = packed_rows(config.vocab_size, rows, length)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {"sa_jax": ours(config, batch, f"{folder}/model")}
+        # First: once torch has run, the profiler sees none of our operations.
+        shares = parts(*ours(config, batch, f"{folder}/model")) if with_parts else {}
+        steps = {"sa_jax": ours(config, batch, f"{folder}/model")[0]}
         for label, compiled in (("torch eager", False), ("torch.compile", True)):
             steps[label] = theirs(f"{folder}/model", batch, compiled)
         losses, first_s = {}, {}
@@ -185,6 +220,7 @@ def measure(name: str, rounds: int) -> dict:
                 times[label].append(time.perf_counter() - started)
     median = {label: float(np.median(seconds)) for label, seconds in times.items()}
     return {
+        "parts": shares,
         "size": name,
         "rows": rows,
         "tokens_a_row": length,
@@ -199,6 +235,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default=",".join(ON_CPU), help="of: " + ", ".join(SIZES))
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
+    parser.add_argument("--parts", action="store_true", help="print where our step's time goes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--out", help="write the results to this JSON file too")
     args = parser.parse_args()
@@ -209,11 +246,16 @@ def main():
     print("|---|---|---|---|---|---|")
     results = []
     for name in args.sizes.split(","):
-        row = measure(name, args.rounds)
+        row = measure(name, args.rounds, args.parts)
         ms = " | ".join(f"{value:.0f} ms" for value in row["ms"].values())
         shape = f"{row['rows']} x {row['tokens_a_row']}"
         print(f"| {name} | {shape} | {ms} | {row['over_compiled_torch']:.2f} |", flush=True)
         results.append(row)
+    if args.parts:
+        print(f"\n| size | {' | '.join(PARTS)} |\n{'|---' * (1 + len(PARTS))}|")
+        for row in results:
+            shares = (f"{100 * row['parts'].get(part, 0):.0f} %" for part in PARTS)
+            print(f"| {row['size']} | {' | '.join(shares)} |")
     if args.out:
         versions = {m.__name__: m.__version__ for m in (jax, torch, transformers)}
         record = {"python": platform.python_version(), **versions, "results": results}

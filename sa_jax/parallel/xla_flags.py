@@ -45,6 +45,11 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
     # v4:2x2x4 and v5p:2x2x4 with fsdp=8 tensor=2, and not with fsdp=16; so not on v4, where the
     # copy fits.
     (("v5e", "v5p", "v6e", "tpu7x"), "xla_jf_bf16_propagation", False, _OURS),
+    # No windowed einsum: whole products of gathered weights instead of loops that multiply a chunk
+    # and permute. libtpu expects the loops to take 1.6 times as long for 8B on v5p, 1.04 times on
+    # v6e and 0.98 times on v5e (docs/scale.md); MaxText turns them off for Llamas on v6e. The
+    # value is a size in MiB that no weight has.
+    (("v5p", "v6e"), "xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000, _OURS),
     # Collectives are moved apart from what waits for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
     (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),

@@ -89,7 +89,7 @@ def test_predicted_arguments_are_those_that_are_compiled(planned, name):
 
 def test_8b_adam_on_8_chips_of_v5p(planned):
     memory = planned("8b_v5p")["memory_gib_per_chip"]
-    assert memory["temporaries"] <= 6  # MaxText: 7.19
+    assert memory["temporaries"] <= 6.5  # MaxText: 7.19
 
 
 def test_70b_adam_on_64_chips_of_v5p(planned):
