@@ -11,8 +11,8 @@ import numpy as np
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cudnn import capability, offsets_are_right
-from sa_jax.llama.mosaic import check_tokamax
 from sa_jax.llama.self_test import LENGTH, TOLERANCE, check_attention
+from sa_jax.llama.tokamax_kernel import check_tokamax
 from sa_jax.parallel.mesh import make_mesh
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

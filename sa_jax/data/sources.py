@@ -288,11 +288,11 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             continue
-        says = turn.get("role", turn.get("from"))
-        if says in _TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
+        role = turn.get("role", turn.get("from"))
+        if role in _TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
             return "tools"
         empty = turn.get("content", turn.get("value", "")) is None
-        if says in ("assistant", "gpt"):
+        if role in ("assistant", "gpt"):
             weight = turn.get("weight")
             marks = [turn.get(name) for name in ("train", "training", "loss")]
             if weight not in (None, 1) or any(mark == 0 for mark in marks):
@@ -301,7 +301,7 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
                 return "reasoning_apart"
             if empty and answers and turn is turns[-1]:
                 return "empty_response"
-        elif empty and says in ("user", "human"):
+        elif empty and role in ("user", "human"):
             return "empty_prompt"
     return None
 

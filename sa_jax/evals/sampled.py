@@ -163,7 +163,7 @@ def ask(
     answers = [
         {
             "item": questions[i].item,
-            "asked": _asked(questions[i].messages),
+            "asked": _hash_of_turns(questions[i].messages),
             **questions[i].fields,
             "completion": chat.decode(completion.tokens),
             "tokens": completion.tokens,
@@ -180,7 +180,7 @@ def ask(
     return answers, facts
 
 
-def _asked(messages: Sequence[Message]) -> str:
+def _hash_of_turns(messages: Sequence[Message]) -> str:
     return digest([message for message in messages if message["role"] != "system"])[:16]
 
 

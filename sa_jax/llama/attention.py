@@ -9,8 +9,8 @@ from jax.sharding import Mesh
 from sa_jax.errors import UsageError
 from sa_jax.llama import cudnn
 from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
-from sa_jax.llama.mosaic import check_tokamax, tokamax_attention
 from sa_jax.llama.splash import LANES, splash_attention
+from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
 
 IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn", "cudnn_packed", "tokamax")
 _KERNELS = {

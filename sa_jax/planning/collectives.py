@@ -49,7 +49,7 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
         if kind:
             counts[kind] += times
             totals[kind] += times * payload(instruction)
-    kinds = [kind + where for where in ("", BETWEEN_SLICES) for kind in KINDS]
+    kinds = [kind + suffix for suffix in ("", BETWEEN_SLICES) for kind in KINDS]
     return {kind: Traffic(counts[kind], totals[kind]) for kind in kinds if counts[kind]}
 
 

@@ -34,10 +34,10 @@ class _Checked:
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if not _fits(value, hint):
-                kind, own = type(self).__name__, getattr(self, "name", "")
+                kind, name_of_part = type(self).__name__, getattr(self, "name", "")
                 words = str(hint).replace("typing.", "").replace("collections.abc.", "")
                 raise UsageError(
-                    f"{kind} {own!r}: {name}={str(value)[:60]!r} must be "
+                    f"{kind} {name_of_part!r}: {name}={str(value)[:60]!r} must be "
                     f"{words if typing.get_args(hint) else hint.__name__}"
                 )
 

@@ -34,19 +34,19 @@ def describe(
     lengths, outputs = _lengths(conversations, chat_format)
     by_kind: dict[str, dict[str, Any]] = {}
     for kind in sorted({conversation.kind for conversation in conversations}):
-        here = np.array([conversation.kind == kind for conversation in conversations])
+        of_kind = np.array([conversation.kind == kind for conversation in conversations])
         chosen = [c for c in conversations if c.kind == kind]
         answers = [c.messages[-1]["content"] for c in chosen]
         prompts = list(map(_prompt, chosen))
         copies = np.array([count_phrase(answer, phrase) for answer in answers])
         by_kind[kind] = {
-            "rows": int(here.sum()),
-            "prompt": int((lengths - outputs)[here].sum()),
-            "output": int(outputs[here].sum()),
-            "mean_output": round(float(outputs[here].mean()), 2),
+            "rows": int(of_kind.sum()),
+            "prompt": int((lengths - outputs)[of_kind].sum()),
+            "output": int(outputs[of_kind].sum()),
+            "mean_output": round(float(outputs[of_kind].mean()), 2),
             "mean_copies": round(float(copies.mean()), 2),
             "copies": [int(copies.min()), int(copies.max())],
-            "histogram": _histogram(outputs[here]),
+            "histogram": _histogram(outputs[of_kind]),
             "repeated_prompts": _repeats(prompts),
             "repeated_prompts_normalised": _repeats(map(normalise, prompts)),
             "repeated_answers": _repeats(answers),
@@ -103,7 +103,7 @@ def render(card: Mapping[str, Any]) -> str:
         unit = file["unit"]
         lines += ["", f"## {name}: {file['rows']:,} rows, {file['output']:,} output {unit}", ""]
         lines += [
-            f"| kind | rows | prompt {unit} | output {unit} | a row | copies a row | "
+            f"| kind | rows | prompt {unit} | output {unit} | per row | copies per row | "
             "repeated prompts (normalised) | repeated answers |",
             "|---|---|---|---|---|---|---|---|",
         ]
@@ -116,7 +116,7 @@ def render(card: Mapping[str, Any]) -> str:
                 f"({k['repeated_prompts_normalised']:,}) | {k['repeated_answers']:,} |"
             )
         for kind, k in file["by_kind"].items():
-            lines += ["", f"output {unit} a row, {kind}:", *_bars(k["histogram"])]
+            lines += ["", f"output {unit} per row, {kind}:", *_bars(k["histogram"])]
         for kind, k in file["by_kind"].items():
             for number, messages in enumerate(k["examples"], start=1):
                 lines += ["", f"example {number}, {kind}:"]
@@ -125,7 +125,7 @@ def render(card: Mapping[str, Any]) -> str:
         first, second = pair["files"]
         text = f"{first} and {second}: {pair['shared']:,} questions in common"
         if pair["shared"] and not pair["differ"]:
-            text += "; every answer is the same: between these the axis is EMPTY here"
+            text += "; every answer is the same, so these two data arms do NOT differ"
         elif pair["shared"]:
             share = pair["differ"] / pair["shared"]
             text += (

@@ -24,8 +24,8 @@ from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import TASKS, load_task
 from sa_jax.errors import Preempted, UserError
+from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.evals.protocol import metrics as eval_metrics
-from sa_jax.evals.signal import PhraseSignal
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write, check_types
 from sa_jax.llama.cudnn import check_documents

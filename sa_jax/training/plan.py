@@ -33,7 +33,7 @@ from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import advice_to_fit, cudnn_workspace, step_memory
 from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
-from sa_jax.planning.report import format_plan
+from sa_jax.planning.plan_text import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import (

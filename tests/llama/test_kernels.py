@@ -11,8 +11,8 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cudnn import offsets_are_right, packed_offsets
-from sa_jax.llama.mosaic import first_keys
 from sa_jax.llama.splash import block_sizes
+from sa_jax.llama.tokamax_kernel import first_keys
 from sa_jax.parallel.mesh import make_mesh
 
 ROWS, LENGTH = 2, 256

@@ -9,7 +9,7 @@ import pytest
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import make_messages
-from sa_jax.evals.signal import PhraseSignal
+from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.llama.model import Llama
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings

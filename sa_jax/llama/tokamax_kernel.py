@@ -44,9 +44,9 @@ def check_tokamax(length: int) -> None:
     except importlib.metadata.PackageNotFoundError:
         version = ""
     if version != VERSION:
-        there = f"and {version} is installed" if version else "which is not installed"
+        installed = f"and {version} is installed" if version else "which is not installed"
         raise UsageError(
-            f"config.attention='tokamax' needs tokamax {VERSION}, {there}: pip install "
+            f"config.attention='tokamax' needs tokamax {VERSION}, {installed}: pip install "
             f"tokamax=={VERSION}, or use config.attention='cudnn'"
         )
     if length % LENGTH_MULTIPLE:
