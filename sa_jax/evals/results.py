@@ -120,13 +120,13 @@ def to_markdown(
         heading, compared = comparison
         parts += [f"## {markdown(heading)}", _comparison_table(compared)]
         parts.append(
-            "Differences are over the items that both answered, with 95 % intervals: Agresti and "
-            "Min, with McNemar's exact p, for scores of 0 or 1; by Student's t for others. Below "
-            f"p = {P_VALUE:g} a score is called higher or lower."
+            "Differences are over the items that both answered, with 95 % intervals: for scores of "
+            "0 or 1 by Agresti and Min, with McNemar's exact p; for others by Student's t. A score "
+            f"is called higher or lower if p is below {P_VALUE:g}."
         )
         for name, rows in (differ or {}).items():
             changes = "; ".join(f"{key} {a}, now {b}" for key, (a, b) in rows.items())
-            parts.append(f"**Not the same settings** of {markdown(name)}: {markdown(changes)}.")
+            parts.append(f"**Different settings** of {markdown(name)}: {markdown(changes)}.")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

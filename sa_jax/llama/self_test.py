@@ -103,29 +103,29 @@ def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
 
 def determinism(implementation: str, xla_flags: str = "", cudnn_version: int | None = None) -> str:
-    """What a GPU run may say of repeating bit for bit, after a kill too.
+    """Whether a GPU run repeats bit for bit, also after a kill, in words.
 
     Args:
-      implementation: of attention.
-      xla_flags: of the process; by default its XLA_FLAGS.
-      cudnn_version: as 92500 for 9.25; None where it is not known.
+      implementation: the implementation of attention.
+      xla_flags: by default the process's XLA_FLAGS.
+      cudnn_version: 92500 for 9.25; None if not known.
     """
     flags = xla_flags or os.environ.get("XLA_FLAGS", "")
     if not re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", flags):
         return (
-            "not bit for bit the same when repeated or resumed: that takes "
+            "not bit for bit the same when repeated or resumed; to make it so, set "
             "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
         )
     if implementation.startswith("cudnn") and (cudnn_version or 0) < 92500:
         return (
-            "deterministic, but cuDNN before 9.25 may take memory with the square of the row for "
-            "it: update cuDNN, or use config.attention='blockwise'"
+            "deterministic, but for this cuDNN before 9.25 may need memory that grows with the "
+            "square of the row: update cuDNN, or use config.attention='blockwise'"
         )
     return "deterministic: the same bit for bit when repeated or resumed"
 
 
 def installed_cudnn() -> int | None:
-    """The version of cuDNN as 92500 for 9.25; None without one."""
+    """The version of cuDNN, 92500 for 9.25; None without cuDNN."""
     try:
         from jax._src.lib import cuda_versions
 

@@ -171,10 +171,10 @@ def advice_to_fit(memory: Memory, capacity: float, work: Workload, optimizer: An
         "config.remat=full": work.remat in ("none", "dots", "minimal"),
         "config.remat=offload": work.remat == "full" and memory.activations > 0.1 * capacity,
         "config.accumulation (smaller micro-batches)": memory.temporaries > 0.3 * capacity,
-        "config.mesh.tensor (activations and gathered layers are cut by it)": (
+        "a larger config.mesh.tensor (shards activations and gathered layers)": (
             work.mesh["tensor"] < work.architecture.num_kv_heads
         ),
-        "more chips or fewer tokens a step": True,
+        "more chips or fewer tokens per step": True,
     }
-    wanted = [what for what, holds in advice.items() if holds][:3]
-    return f"{over:.1f} GiB a chip too much; try {'; '.join(wanted)}"
+    remedies = [remedy for remedy, applies in advice.items() if applies][:3]
+    return f"{over:.1f} GiB per chip too much; try {'; '.join(remedies)}"

@@ -11,10 +11,10 @@ _ROWS = (
     ("batch", "batch"),
     ("arguments", "= arguments"),
     ("temporaries", "temporaries"),
-    ("gradients", "  of them gradients"),
-    ("activations", "  of them kept activations"),
+    ("gradients", "  gradients in them"),
+    ("activations", "  kept activations in them"),
     ("workspace", "cuDNN's workspace"),
-    ("needed", "needed at its peak"),
+    ("needed", "needed at the peak"),
 )
 
 
@@ -29,7 +29,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         "step         "
         + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None)),
         "",
-        f"memory a chip, GiB ({memory['source']}"
+        f"memory per chip, GiB ({memory['source']}"
         + (f" in {plan['compile_s']:.0f} s" if plan["compile_s"] else "")
         + ")",
     ]
@@ -47,10 +47,10 @@ def format_plan(plan: dict[str, Any]) -> str:
     if plan["advice"]:
         lines.append(f"  {plan['advice']}")
     lines += ["", _disk_line(plan["disk"])]
-    lines += ["", f"FLOPs a token (causal, model) {plan['flops_per_token']:.4g}"]
+    lines += ["", f"FLOPs per token (causal, no recomputation) {plan['flops_per_token']:.4g}"]
     if time:
         lines += [
-            f"time a step, at least: {time['step_s']:.3f} s, bound by {time['bound']} "
+            f"time per step, at least: {time['step_s']:.3f} s, limited by {time['bound']} "
             f"(compute {time['compute_s']:.3f}, HBM {time['hbm_s']:.3f}, "
             f"interconnect {time['interconnect_s']:.3f}"
             + (
@@ -67,7 +67,7 @@ def format_plan(plan: dict[str, Any]) -> str:
     lines += ["", f"collectives of a step ({traffic['source']})"]
     for kind, sent in traffic["kinds"].items():
         lines.append(
-            f"  {kind:36}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB a device"
+            f"  {kind:36}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB per device"
         )
     lines += _soap_lines(plan["soap"])
     for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):
@@ -87,7 +87,7 @@ def _clock_lines(read: dict[str, Any]) -> list[str]:
     kinds = ("products", "attention", "fusions", "copies", "collectives")
     lines = [
         "",
-        f"time a step, by the compiler's clock: {read['step_s']:.3f} s ("
+        f"time per step, by the compiler's clock: {read['step_s']:.3f} s ("
         + ", ".join(f"{kind} {read[kind]:.3f}" for kind in kinds)
         + ")",
         f"tokens/s/chip, by the compiler's clock: {read['tokens_per_s_per_chip']:,.0f} "
@@ -105,8 +105,8 @@ def _disk_line(disk: dict[str, float]) -> str:
     line = f"disk: {_size(disk['total'])} of checkpoints at the end (full states: "
     line += f"{disk['full_states']} x {_size(disk['full_state'])}"
     if disk["weights_alone"]:
-        line += f", weights alone: {disk['weights_alone']} x {_size(disk['weights'])}"
-    return line + "); one full state more while one is saved"
+        line += f", only weights: {disk['weights_alone']} x {_size(disk['weights'])}"
+    return line + "); during a save, one more full state"
 
 
 def _size(count: float) -> str:
@@ -138,7 +138,7 @@ def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
     head = ("moments", "bases", "step", "refresh")
     return [
         "",
-        "SOAP by parameter, the whole model: GB of averages, and of factors and bases; TFLOPs",
+        "SOAP by parameter, over all devices: GB of averages, and of factors and bases; TFLOPs",
         f"  {'':28}{'matrices':>9}{'rows':>11}{'columns':>11}" + "".join(f"{h:>9}" for h in head),
         *(
             line(

@@ -215,9 +215,9 @@ def format_forecast(
         [
             *lines,
             "",
-            "Of the cells that are not done. Tokens are slots, padding included. Chip-hours are",
-            "arithmetic, nothing was compiled: training alone, at least; sampling for evals and a",
-            "teacher's answers come on top. Disk is that of checkpoints. '-': not known from here.",
+            "For the cells that are not done. Tokens are slots, padding included. Chip-hours are",
+            "arithmetic, nothing was compiled: a lower bound for training, without sampling for",
+            "evals and a teacher's answers. Disk is that of checkpoints. '-': not known here.",
         ]
     )
 

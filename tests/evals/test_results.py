@@ -126,7 +126,7 @@ def test_other_settings_are_told(folders):
     assert differ == {"math500": {"shots": [5, 0], "chat_template": [None, "plain"]}}
     compared = results.compare(*folders, ["math500"])
     page = results.to_markdown("x", {}, {}, ("y", compared), differ)
-    assert "**Not the same settings** of math500: shots 5, now 0; chat_template None" in page
+    assert "**Different settings** of math500: shots 5, now 0; chat_template None" in page
 
 
 def test_other_items_are_not_compared(folders, tmp_path):
