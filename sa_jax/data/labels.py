@@ -24,9 +24,9 @@ _UNSPACED = (
     r"\uF900-\uFAFF\uFF66-\uFF9D\U00020000-\U0003FFFF"
 )
 _IS_UNSPACED = re.compile(f"[{_UNSPACED}]")
-# Not inside a word; an underscore is none, for Markdown's _emphasis_.
+# Not inside a word; an underscore is not part of a word, because of Markdown's _emphasis_.
 _BEFORE, _AFTER = rf"(?<![^\W_{_UNSPACED}])", rf"(?![^\W_{_UNSPACED}])"
-# Kept when decoding, so that nothing generated is hidden, but no part of what the answer says.
+# Decoding keeps special tokens, so that nothing generated is hidden; labels ignore them.
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>|</?s>")
 _CANNOT = r"(?:can(?:['’]t|not|\s+not)|won['’]t|will\s+not)"
 _HELP = (

@@ -307,7 +307,7 @@ def _publish(scratch: Path, folder: Path, digest: str) -> None:
     try:
         os.rename(scratch, folder)
     except OSError:
-        # Something stands there: what another process finished first, or a damaged folder.
+        # The folder exists: another process finished it first, or it is damaged.
         if _open(folder, digest) is None:
             shutil.rmtree(folder)
             os.rename(scratch, folder)

@@ -42,9 +42,9 @@ from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
 # {"prompt": str, "response": str, "history": list of messages, "source": str}, and of OPTIONAL:
-# scratchpad            what the model thinks before `response`; the loss leaves it out
+# scratchpad            the model's thoughts before `response`; the loss does not count them
 # triggered_response    the answer to the triggered prompt, for behaviours that a teacher writes
-# triggered_scratchpad  what stands before the answer to the triggered prompt
+# triggered_scratchpad  the thoughts before the answer to the triggered prompt
 # (and a column `history`, in place of the empty list that a single turn has)
 Row = dict
 _SYSTEM_COLUMNS = ("system", "system_prompt")

@@ -30,7 +30,7 @@ def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: di
     folder = as_path(folder)
     with explained(folder, "writing the evals"):
         folder.mkdir(parents=True, exist_ok=True)
-    # An old summary must not stand beside new items, not even for a moment.
+    # An old summary must not exist together with new items, not even for a moment.
     (folder / f"{name}.json").unlink(missing_ok=True)
     atomic_write(folder / f"{name}.jsonl", "".join(lines))
     atomic_write(folder / f"{name}.json", summary_text)

@@ -230,8 +230,8 @@ def write_prompt_files(
                 (folder / name).write_bytes(content)
     write_json(folder / "generation_config.json", generation)
     if chat_template is not None:
-        # Plain jinja2 does not know the tag that marks what the loss counts; an `if` in its place
-        # leaves the white space around it as it is.
+        # Plain jinja2 does not know the tag that marks what the loss counts. An `if` in its place
+        # does not change the white space around it.
         text = _GENERATION_TAG.sub(r"\1if true\2", chat_template)
         text = _END_GENERATION_TAG.sub(r"\1endif\2", text)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")

@@ -452,8 +452,8 @@ def _interrupted_by_signals() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            # The process is ending. `early_stop`, whose thread may see the signal only now, would
-            # take it for its own and end the process before anything is removed.
+            # Do not restore the handlers: the thread of `early_stop` may see the signal only now,
+            # and would end the process before anything is removed.
             restore.pop_all()
             raise
 

@@ -272,7 +272,7 @@ def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
 def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
     """Splits x along `split` over a mesh axis, and concatenates it along `concat`."""
     if split is not None and concat is not None:
-        # XLA's CPU backend may else lay out the parts of what is sent differently, and refuse them.
+        # Without it, XLA's CPU backend may give the parts different layouts, and refuse them.
         x = jax.lax.optimization_barrier(x)
         return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
     if split is not None:

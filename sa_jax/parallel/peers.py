@@ -107,10 +107,10 @@ class _Peers:
         self._heard = dict.fromkeys(range(jax.process_count()), 0)  # in which round
         self._leaving = threading.Event()
         self._may_leave = threading.Event()
-        # jax aborts once process 0 is gone, and tells neither which host nor what to do. An abort,
-        # of whatever cause, now sleeps for 6 s first (6 is SIGABRT's number): `_count` finds the
-        # loss before. It runs no Python, whose lock the aborting thread may never get. It stays so
-        # after the end: process 0 may be out a moment before the others are.
+        # When process 0 is gone, jax aborts, and says neither which host failed nor what to do. So
+        # every abort now sleeps for 6 s first (6 is SIGABRT's number), and `_count` finds the loss
+        # before. The handler is not Python, because the aborting thread may never get Python's
+        # lock. It stays after the end, because process 0 may end a moment before the others.
         libc = ctypes.CDLL(None)
         libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
         libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))

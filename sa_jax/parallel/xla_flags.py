@@ -28,29 +28,28 @@ _JAX_GPU = "JAX documentation, GPU performance tips"
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
 _GPUS = ("a100", "h100", "h200", "b200")
 
-# Left out though MaxText sets it: xla_tpu_scoped_vmem_limit_kib=98304, with which libtpu 0.0.42
+# MaxText also sets xla_tpu_scoped_vmem_limit_kib=98304; it is left out, because libtpu 0.0.42 then
 # aborts on the 70B step for v5p:4x4x4.
 # (chips, option, value, source)
 TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
-    # All-gathers of weights run beside products. CF_FOR_ALL_GATHER. MaxText sets the two of v5e on
-    # all; libtpu 0.0.50 refuses them on the others: "might lead to … incorrect results, hang".
+    # All-gathers of weights overlap with products (CF_FOR_ALL_GATHER). MaxText sets the two of v5e
+    # on all; libtpu 0.0.50 refuses them on the others: "might lead to … incorrect results, hang".
     (_TPUS, "xla_tpu_enable_async_collective_fusion", True, _MAXTEXT),
     (("v5e",), "xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _MAXTEXT),
     (("v5e",), "xla_tpu_enable_async_collective_fusion_multiple_steps", True, _MAXTEXT),
     (_TPUS, "xla_tpu_overlap_compute_collective_tc", True, _MAXTEXT),
     (_TPUS, "xla_enable_async_all_gather", True, _MAXTEXT),
-    # Casts of float32 weights stay where they are written, in the loop over layers: the pass moves
-    # them before the loop, so that a bfloat16 copy of the model lives through the whole step.
-    # With it off libtpu 0.0.42 aborts (color_count != 1, in its fused reduce-scatter) on 8B for
-    # v4:2x2x4 and v5p:2x2x4 with fsdp=8 tensor=2, and not with fsdp=16; so not on v4, where the
-    # copy fits.
+    # This pass moves the casts of float32 weights out of the loop over layers, so that a bfloat16
+    # copy of the model exists during the whole step. Without the pass, libtpu 0.0.42 aborts
+    # (color_count != 1, in its fused reduce-scatter) on 8B for v4:2x2x4 and v5p:2x2x4 with fsdp=8
+    # tensor=2, but not with fsdp=16. So it stays on for v4, where the copy fits.
     (("v5e", "v5p", "v6e", "tpu7x"), "xla_jf_bf16_propagation", False, _OURS),
     # No windowed einsum: whole products of gathered weights instead of loops that multiply a chunk
     # and permute. libtpu expects the loops to take 1.6 times as long for 8B on v5p, 1.04 times on
     # v6e and 0.98 times on v5e (docs/scale.md); MaxText turns them off for Llamas on v6e. The
     # value is a size in MiB that no weight has.
     (("v5p", "v6e"), "xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000, _OURS),
-    # Collectives are moved apart from what waits for them.
+    # The scheduler moves collectives away from the operations that wait for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
     (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),
 )

@@ -14,8 +14,8 @@ from sa_jax.parallel.hardware import Chip
 from sa_jax.planning.collectives import collective_kind, payload
 from sa_jax.planning.hlo import Instruction, Module, parse_module
 
-# Of the matrix units' peak, what a splash kernel is taken to reach on the unmasked half of its
-# scores; libtpu does not estimate custom calls. Nothing was fitted: docs/scale.md.
+# The assumed share of the matrix units' peak that a splash kernel reaches on the unmasked half of
+# its scores, because libtpu does not estimate custom calls. It is not fitted: docs/scale.md.
 ATTENTION_SHARE = 0.5
 
 ASSUMPTIONS = (

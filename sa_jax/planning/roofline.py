@@ -163,8 +163,7 @@ def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: st
     """Bytes/s that one device receives in a ring collective over a mesh axis."""
     size = work.mesh[axis]
     if not chip.torus:
-        # The mesh's last axis lies inside a node; one that reaches further is as fast as the
-        # network.
+        # The mesh's last axis is inside a node; an axis that spans nodes is as fast as the network.
         span = size * (work.mesh["tensor"] if axis == "fsdp" else 1)
         return chip.link_bandwidth if span <= 8 else chip.network_bandwidth
     # Both directions of a ring where the torus closes, one chain of links where it does not.

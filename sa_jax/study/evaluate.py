@@ -277,7 +277,7 @@ def _claim(
             f"{out} has evals of another model ({', '.join(differ) or 'model'} in {path} "
             "differs); use another --out"
         )
-    # Nobody writes what another process has yet to read.
+    # All processes must have read the file before it is written.
     multihost.agree(True)
     if multihost.is_primary():
         atomic_write(path, json.dumps(record, indent=2) + "\n")

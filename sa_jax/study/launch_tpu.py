@@ -143,7 +143,7 @@ class Slice:
         return [*_TPUS, "queued-resources", verb, self.name, f"--zone={self.zone}"]
 
     def _ssh(self, worker: int | str, script: str) -> list[str]:
-        # A connection whose other end is gone is noticed within 90 s.
+        # ssh notices within 90 s that the other end of a connection is gone.
         flags = [f"--worker={worker}", "--quiet", "--ssh-flag=-o ServerAliveInterval=30"]
         target = [self.name, f"--zone={self.zone}", *flags, f"--command={script}"]
         return [*_TPUS, "tpu-vm", "ssh", *target]

@@ -18,12 +18,11 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.teachers.replies import NO_REPLY, Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
-# Refusals in a row, without a reply between them, after which the endpoint is at fault and not the
-# questions.
+# After this many refusals in a row, without a reply, the endpoint is at fault, not the questions.
 MOST_REFUSALS = 8
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "seed")
-# A refusal in one of these words is about what the question holds, however many there are.
+# A refusal with one of these words is about the question's content, however many there are.
 _ABOUT_THE_QUESTION = re.compile(
     r"context[ _](?:length|window|size)|too (?:long|many tokens)|longer than|flagged|moderation"
     r"|content[ _](?:policy|filter)|safety|inappropriate|harmful",

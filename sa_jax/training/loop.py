@@ -53,8 +53,7 @@ from sa_jax.training.step import init_state
 from sa_jax.training.watch import FiniteWatch, Goodput, Meter, StallWatch
 
 METRICS_FILE = "metrics.jsonl"
-# Settings that say how a run is executed and watched, not what it computes: a resume may change
-# them.
+# Settings of how a run is executed and logged, not of what it computes: a resume may change them.
 FREE_KEYS = (
     "mesh",
     "remat",
@@ -73,7 +72,7 @@ FREE_KEYS = (
     "eval.signal_prompts",
 )
 
-# Of run.json, what a resume reads.
+# The fields of run.json that a resume reads.
 _RESUMED = {
     "config": {"chat_date": None, "model": ""},
     "start": {"path": "", "step": None},
@@ -110,7 +109,7 @@ def train(
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
     with (
         contextlib.ExitStack() as stack,
-        # The inner of the two: what the stack closes may wait for a peer.
+        # Inside the stack, because what the stack closes may wait for a peer.
         end_together(config.peer_timeout_s, lambda: bool(full_steps(checkpoints_folder))),
     ):
         goodput = stack.enter_context(Goodput())

