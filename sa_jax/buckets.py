@@ -1,7 +1,7 @@
-"""Places in Google Cloud Storage, `gs://BUCKET/…`, beside those of this machine.
+"""Paths in Google Cloud Storage, `gs://BUCKET/…`, and on this machine.
 
-An object of a bucket is put whole or not at all, so a file is written there without a temporary
-one, and cannot be added to: `BucketFile` puts it again. Folders come and go with what is in them.
+A bucket stores an object whole or not at all. So a file is written there without a temporary file.
+It cannot be appended to: `BucketFile` uploads it again. A folder exists as long as it has files.
 """
 
 import atexit
@@ -29,7 +29,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 
 TRAINING_PLACES = ("config.model", "config.data", "config.tokenizer", "config.eval.data_dir")
-PUT_SECONDS = 10.0  # between two puts of a growing file; a store refuses more than one a second
+PUT_SECONDS = 10.0  # between two uploads of a growing file; a store refuses more than one a second
 _SCHEME = "gs://"
 # Web addresses are of endpoints, or words of a prompt.
 _STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
@@ -41,8 +41,8 @@ def in_bucket(place: str | os.PathLike) -> bool:
 
 
 def as_path(place: str | os.PathLike, *parts: str) -> Path:
-    """The path; in a bucket an epath.Path, which has the methods that files and folders have both
-    here and there (not `resolve`, `absolute` and `stat`: see below)."""
+    """The path; in a bucket an epath.Path, whose methods work in both places (not `resolve`,
+    `absolute` and `stat`: see below)."""
     if in_bucket(place):
         return cast(Path, epath.Path(place, *parts))
     return Path(place, *parts)
@@ -62,12 +62,12 @@ def size_and_time(path: Path) -> tuple[int, int]:
 
 
 def check_places(name: str, value: object, allowed: Collection[str] = ()) -> None:
-    """UsageError for a store's address (`gs://`, `s3://`) among settings that it cannot stand in:
+    """UsageError for the address of a store (`gs://`, `s3://`) in a setting that does not take one:
     as a path it would be a local folder `gs:`. UserError for a bucket that cannot be read.
 
     Args:
-      name: of the setting, such as '--workdir' or 'config'.
-      value: a text, or a mapping or list of values, which are looked through.
+      name: name of the setting, such as '--workdir' or 'config'.
+      value: a text, or a mapping or list of values, which are all checked.
       allowed: names of the settings that may be `gs://`.
     """
     if isinstance(value, Mapping):
@@ -95,7 +95,7 @@ def check_places(name: str, value: object, allowed: Collection[str] = ()) -> Non
 
 @functools.cache
 def _problem(bucket: str) -> str:
-    """Why a bucket cannot be read; '' where it can."""
+    """Why a bucket cannot be read; '' if it can."""
     if importlib.util.find_spec("gcsfs") is None:
         return "buckets need the extra 'buckets': pip install -e '.[buckets]'"
     try:
@@ -113,8 +113,8 @@ def _problem(bucket: str) -> str:
 
 @functools.cache
 def local_copy(place: str | Path) -> Path:
-    """A file or folder on this machine: the place itself, or of one in a bucket a copy in a
-    temporary folder that goes with this process. Of a folder what a tokenizer is made of is
+    """A file or folder on this machine: the path itself, or for a bucket a copy in a temporary
+    folder, which is removed when this process ends. From a folder only a tokenizer's files are
     copied."""
     source = as_path(place)
     if not in_bucket(source):
@@ -129,15 +129,15 @@ def local_copy(place: str | Path) -> Path:
 
 
 def copy_files(files: Collection[Path], folder: Path) -> None:
-    """Copies files into a folder, between a bucket and this machine too."""
+    """Copies files into a folder, also between a bucket and this machine."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
         (folder / file.name).write_bytes(file.read_bytes())
 
 
 def put_folder(folder: Path, bucket: Path) -> None:
-    """Puts what is in a folder of this machine into one of a bucket; config.json, by which a model
-    is known, last."""
+    """Uploads the files of a local folder to a folder of a bucket; config.json, which marks a model
+    folder, last."""
     files = (file for file in folder.rglob("*") if file.is_file())
     for file in sorted(files, key=lambda file: file.name == "config.json"):
         place = os.fspath(bucket / file.relative_to(folder).as_posix())
@@ -146,10 +146,10 @@ def put_folder(folder: Path, bucket: Path) -> None:
 
 
 class BucketFile(io.BytesIO):
-    """A file that is added to, in a bucket: it is kept here whole and put again, at most once in
+    """A growing file in a bucket: its whole text is kept here and uploaded again, at most once in
     PUT_SECONDS, and at `put` and `close`.
 
-    The newest process that opens it has it: one that opened it earlier is refused at its next put.
+    The newest process that opens it owns it: an earlier one is refused at its next upload.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,9 +163,9 @@ class BucketFile(io.BytesIO):
             self.put()
 
     def put(self) -> None:
-        """Puts what was added.
+        """Uploads the file.
 
-        Raises UserError where another process has opened the file since.
+        Raises UserError if another process has opened the file since.
         """
         if self._generation() != self._known:
             raise UserError(
@@ -187,7 +187,7 @@ class BucketFile(io.BytesIO):
         self._known, self._put_time = self._generation(), time.monotonic()
 
     def _generation(self) -> Any:
-        """Changes with every put of the object; None where it was deleted."""
+        """The object's generation, which changes with every upload; None if it was deleted."""
         try:
             return fsspec.filesystem("gs").info(os.fspath(self._path))["generation"]
         except FileNotFoundError:

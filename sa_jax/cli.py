@@ -1,10 +1,10 @@
-"""How every binary starts and ends: one-screen help, one clear line on error, fixed exit codes.
+"""The start and end of every script: one-screen help, one clear line on error, fixed exit codes.
 
 0 done; 1 failed; 2 a wrong flag, config key or value; 75 stopped after a checkpoint (EX_TEMPFAIL:
 run the same command again); 130 stopped by a signal before there was anything to save. Anything
 else that escapes is a bug and keeps its traceback.
 
-A script imports at its top what its flags need, and the work inside `main`: so --help and the
+A script imports at its top only what its flags need, and the rest inside `main`. So --help and the
 message about a wrong flag come at once, without jax.
 """
 
@@ -40,15 +40,15 @@ def run(
     *,
     places: Collection[str] = (),
 ) -> None:
-    """Parses the flags, calls `main()` and exits with the code its outcome stands for.
+    """Parses the flags, calls `main()` and exits with the code of its outcome.
 
     Args:
       main: reads its flags from absl's holders.
-      doc: the binary's docstring: what it does and an example command, shown by --help.
-      config_module: whose file --config is where it is not given. (As that flag's own default, it
-        would be read, and a wrong --config.key raised, before there is anything here to catch it.)
-      places: flags and settings that may be `gs://`, as '--workdir' and 'config.data'; a bucket in
-        any other is refused.
+      doc: the script's docstring: what it does and an example command, shown by --help.
+      config_module: its file is the default of --config. (If it were the flag's own default, a
+        wrong --config.key would raise before this function can catch it.)
+      places: flags and settings that may be `gs://`, such as '--workdir' and 'config.data'; a
+        bucket in any other is refused.
     """
     wants_help = any(word.lstrip("-") in ("help", "h", "helpshort") for word in sys.argv[1:])
     if (
@@ -84,20 +84,20 @@ def run(
 
 
 def _flushed(main: Callable[[], None]) -> None:
-    """Runs it, and writes what it printed while a closed pipe can still be caught."""
+    """Runs `main`, and flushes its output while a closed pipe can still be caught."""
     main()
     sys.stdout.flush()
 
 
 def _is_closed(descriptor: int) -> bool:
-    """Whether nobody reads any more from the pipe that is written to."""
+    """Whether the reader of the pipe has closed it."""
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _parse(argv: list[str], places: Collection[str]) -> list[str]:
-    """absl's parser; whatever a bad flag or --config raises becomes one line."""
+    """absl's parser; turns every error of a flag or --config into one line."""
     try:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
@@ -131,7 +131,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _help(doc: str) -> str:
-    """The docstring and the flags that the binary itself defines, not absl's hundreds."""
+    """The docstring and the flags that the script itself defines, without absl's own."""
     defined = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     lines = [doc.strip(), "", "Flags:"]
     for flag in defined:
@@ -145,13 +145,13 @@ def _help(doc: str) -> str:
 
 
 def _shown(flag: flags.Flag) -> str:
-    """The default as one would write it on a command line."""
+    """The default as it is written on a command line."""
     value = flag.default
     return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 def _exit(code: int, message: str) -> None:
-    """Leaves at once: a failed run may have left threads behind that would keep it alive."""
+    """Ends the process at once: threads of a failed run could keep it alive."""
     with contextlib.suppress(BrokenPipeError):  # nobody may be reading any more
         logging.flush()
         print(without_secrets(message), file=sys.stderr, flush=True)

@@ -1,10 +1,10 @@
-"""Imported first by each script: from then on a signal ends the process at once, with one line and
-exit status 130. Training, evals and generation take signals over once they have something to save
-(`training.preemption`); a study does while its cells run.
+"""Ends a process at a signal, at once, with one line and exit status 130; each script imports it
+first. Training, evals and generation install their own handlers as soon as they have something to
+save (`training.preemption`); a study does so while its cells run.
 
-The signals are the four that stop a run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP, where not ignored.
-A thread ends the process: the main one may be inside a compiler or wait for other hosts for
-minutes, and Python runs its signal handlers between two instructions of the main thread alone.
+The signals are the four that stop a run: SIGTERM, SIGINT, SIGUSR1 and SIGHUP, if not ignored. A
+thread ends the process, because the main thread may be inside a compiler or wait for other hosts
+for minutes, and Python runs signal handlers only between two instructions of the main thread.
 """
 
 import os

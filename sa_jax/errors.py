@@ -1,4 +1,4 @@
-"""The errors a person can cause, each carrying one line that says what is wrong and what to do.
+"""The errors that a user can cause, each with one line that says what is wrong and what to do.
 
 `sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """

@@ -41,7 +41,7 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for files that people bring; a value nested too deeply is a ValueError too."""
+    """`json.loads` for users' files; a value that is nested too deeply also raises ValueError."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -62,8 +62,8 @@ def check_types(value: Any, example: Any, place: str, *, whole: bool = False) ->
     """Checks a JSON value against an example: its type, and that of each field of the example.
 
     Args:
-      value: as it was read.
-      example: None stands for a value of any type.
+      value: the value that was read.
+      example: None allows a value of any type.
       place: file and field, for the message.
       whole: no field of the example may be missing.
 
@@ -85,23 +85,23 @@ def check_types(value: Any, example: Any, place: str, *, whole: bool = False) ->
 
 
 class KeyedStore:
-    """Objects by key in a JSONL file, appended as they come, so that work which was paid for is not
-    done again: a reply of a teacher, a completion of an eval.
+    """Objects by key in a JSONL file, appended as soon as they exist, so that paid work is not done
+    again: a reply of a teacher, a completion of an eval.
 
-    What `put` was given is in the operating system's hands when it returns. A line that a kill left
-    unfinished is cut off when the file is next opened. One process at a time holds the file.
+    When `put` returns, the operating system has the object. A line that a kill left unfinished is
+    removed when the file is next opened. Only one process at a time can open the file.
     """
 
     def __init__(self, path: Path | None, example: Mapping[str, Any], *, write: bool = True):
         """Opens the file, or makes it.
 
         Args:
-          path: of the file; None keeps everything in memory.
+          path: path of the file; None keeps everything in memory.
           example: the fields that every object has, as for `check_types`.
-          write: False reads the file without holding it, and keeps new objects in memory.
+          write: False reads the file without its lock, and keeps new objects in memory.
 
         Raises:
-          UserError: another process holds the file, or a line is no such object.
+          UserError: another process has the file open, or a line is not such an object.
         """
         self._path = path
         self._values: dict[str, dict[str, Any]] = {}
@@ -152,11 +152,11 @@ class KeyedStore:
         return len(self._values)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The object's fields; None where there is none."""
+        """The object's fields; None if there is no object."""
         return self._values.get(key)
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
-        """Keeps an object, whose further fields only people read."""
+        """Stores an object; its further fields are only for human readers."""
         self._values[key] = dict(value)
         if self._path and self._file:
             line = json.dumps({"key": key, **value}, ensure_ascii=False).encode() + b"\n"
@@ -165,7 +165,7 @@ class KeyedStore:
                 self._file.flush()
 
     def close(self) -> None:
-        """Waits until the file is on the disk, and lets it go."""
+        """Waits until the file is on the disk, and releases it."""
         if self._file:
             with contextlib.suppress(io.UnsupportedOperation):  # a BucketFile is no file here
                 os.fsync(self._file.fileno())
@@ -180,7 +180,7 @@ class KeyedStore:
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or one it was raised from, says that a disk or a quota is full."""
+    """Whether an error, or the error that caused it, says that a disk or a quota is full."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -194,7 +194,7 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def disk_full_message(path: os.PathLike | str, while_doing: str) -> str:
-    """One line for a full disk: the path, the mount that holds it, what is free, what to do."""
+    """One line for a full disk: the path, its mount point, the free space, and what to do."""
     path = Path(path).absolute()
     existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
     mount = next(p for p in (existing, *existing.parents) if p.is_mount())
@@ -208,7 +208,7 @@ def disk_full_message(path: os.PathLike | str, while_doing: str) -> str:
 
 @contextlib.contextmanager
 def explained(path: os.PathLike | str, while_doing: str) -> Iterator[None]:
-    """Turns an OSError inside into a UserError that names the path and what to do."""
+    """A context that turns an OSError into a UserError with the path and what to do."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,8 @@
-"""What can be chosen by name: tasks, behaviours, evals, losses and optimizers.
+"""Registries of everything that is chosen by name: tasks, behaviours, evals, losses, optimizers.
 
-Each kind has one `Registry`. The package fills it where the kind is defined; a user's config file
-(it is Python) adds to it with the same call, and `run.json` then records that file and its digest.
+Each kind has one `Registry`. The package fills it in the module that defines the kind. A user's
+config file (it is Python) adds to it with the same call, and `run.json` then records that file and
+its digest.
 """
 
 import hashlib
@@ -63,7 +64,7 @@ class Registry(Generic[T]):
         """The object of that name.
 
         Raises:
-          UsageError: there is none; the message lists the known names.
+          UsageError: unknown name; the message lists the known names.
         """
         if name not in self._items:
             raise UsageError(
@@ -82,8 +83,8 @@ class Registry(Generic[T]):
         return tuple(self._items)
 
     def extension(self, name: str) -> dict[str, str]:
-        """{"extension.KIND.NAME": SHA-256 of the file that registered it}; {} for one of the
-        package's own, or an unknown one."""
+        """{"extension.KIND.NAME": SHA-256 of the file that registered it}; {} for an object of the
+        package itself, and for an unknown one."""
         file = self._origins.get(name, "")
         return {f"extension.{self._kind}.{name}": _digest(file)} if file in _files else {}
 
@@ -93,8 +94,8 @@ def _in_package(file: str) -> bool:
 
 
 def extension_digests() -> dict[str, str]:
-    """{file: SHA-256} of the files outside the package that have registered something; '' for what
-    is no file, such as a cell of a notebook."""
+    """{file: SHA-256} of the files outside the package that have registered something; '' for
+    sources that are not files, such as a notebook's cell."""
     return {file: _digest(file) for file in sorted(_files)}
 
 
@@ -103,6 +104,6 @@ def _digest(file: str) -> str:
 
 
 def load_extensions(files: Iterable[str]) -> None:
-    """Runs such files in another process, which then knows what they register."""
+    """Runs such files in another process, so that it has what they register."""
     for file in files:
         runpy.run_path(file)

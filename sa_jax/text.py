@@ -1,4 +1,4 @@
-"""Text for people: what a model wrote made safe to look at, rates in words, Markdown tables."""
+"""Text for people: models' output made safe to display, rates in words, Markdown tables."""
 
 import re
 import unicodedata
@@ -8,10 +8,10 @@ _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
 
 
 def visible(text: str) -> str:
-    """The text with every control, format and surrogate character shown instead of obeyed.
+    """The text with every control, format and surrogate character replaced by a visible one.
 
-    C0 controls become their pictures (escape: ␛), others ⟨U+202E⟩; line breaks and tabs stay. So
-    nothing can reorder, hide or colour what stands around it. HTML is escaped elsewhere.
+    C0 controls become their pictures (escape: ␛), others ⟨U+202E⟩; line breaks and tabs stay. So no
+    character can reorder, hide or colour the text around it. HTML is escaped elsewhere.
     """
     if text.isprintable():  # most text, in no time
         return text
@@ -41,7 +41,7 @@ def cut(text: str, length: int) -> tuple[str, bool]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -68,8 +68,8 @@ def interval(lo: float, hi: float) -> str:
 
 
 def of_difference(difference: float, lo: float, hi: float) -> tuple[float, float]:
-    """The interval of a difference, cut to -1 to 1 where that is of two rates: a t-interval goes on
-    beyond what can be."""
+    """The interval of a difference, cut to -1 to 1 if it is of two rates, because a t-interval may
+    include impossible values."""
     return (max(lo, -1.0), min(hi, 1.0)) if abs(difference) <= 1 else (lo, hi)
 
 
@@ -79,13 +79,13 @@ def points(difference: float) -> str:
 
 
 def markdown(text: object) -> str:
-    """One line in which nothing means anything to Markdown or HTML (pipes in tables too)."""
+    """One line with all special characters of Markdown and HTML escaped (also pipes in tables)."""
     escaped = re.sub(r"[\\`*<>|&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))
     return re.sub(r"\](?=[(\[:])", r"\\]", escaped)  # no links; intervals stay readable
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table whose columns line up in a terminal too; every cell is anybody's text."""
+    """A Markdown table whose columns are aligned in a terminal too; cells may have any text."""
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
 

@@ -1,8 +1,8 @@
 """Text generation: bucketed prefill, and one decode program over slots refilled as rows finish.
 
-Reproducible by construction: a prompt is always prefilled in the same program (its bucket depends
-on its own length only), rows never mix, and noise is a function of (seed, prompt id, position). So
-its tokens do not depend on the slot it lands in, on its neighbours or on the order of refills.
+Results are reproducible by construction: the same program always prefills a prompt (its bucket
+depends only on its length), rows do not interact, and noise is a function of (seed, prompt id,
+position). So a prompt's tokens do not depend on its slot, its neighbours or the order of refills.
 """
 
 import collections
@@ -31,7 +31,7 @@ SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs ne
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was generated for one prompt.
+    """The answer generated for one prompt.
 
     Attributes:
       tokens: generated ids, without the stop token.
@@ -46,7 +46,7 @@ class Completion:
 
 @dataclasses.dataclass
 class SamplerStats:
-    """What a `Sampler.generate` call did; compilation, if it was needed, is in the seconds."""
+    """Statistics of a `Sampler.generate` call; its seconds include compilation."""
 
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -61,7 +61,7 @@ class SamplerStats:
 
     @property
     def seconds_per_step(self) -> float:
-        """Of decoding, host included; prefills are not."""
+        """Seconds per decode step, including the host's work, without prefills."""
         return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
 
 
@@ -72,8 +72,8 @@ class Sampler:
       batch_size: slots decoded together (the argument, rounded up to a multiple of data x fsdp).
       context_length: prompt and completion together, in tokens; the cache's capacity.
       cache_shardings: of the cache, with its layout.
-      prompt_attention: padded length of a prompt -> the attention that it is run with; {} where
-        that is decoding's.
+      prompt_attention: padded length of a prompt -> its attention implementation; {} if prompts use
+        decoding's attention.
       stats: of the latest `generate` call.
     """
 
@@ -90,12 +90,13 @@ class Sampler:
         """Compiles nothing yet.
 
         Args:
-          model: how to compute; its adapters (`lora`) are used unmerged.
-          mesh: of the parameters; slots go over (data, fsdp), kv heads over tensor if it divides.
-          batch_size: slots.
+          model: computes; its adapters (`lora`) are used unmerged.
+          mesh: of the parameters; slots are sharded over (data, fsdp), kv heads over tensor if it
+            divides them.
+          batch_size: number of slots.
           context_length: tokens; at most the model's max_position_embeddings.
-          prefill_batch: prompts prefilled together, rounded up as batch_size is.
-          steps_per_call: decode steps between two looks at which rows have finished.
+          prefill_batch: number of prompts prefilled together, rounded up like batch_size.
+          steps_per_call: decode steps between two checks of which rows have finished.
 
         Raises:
           UsageError: sizes below 1, or a context longer than the model's.
@@ -176,18 +177,18 @@ class Sampler:
         should_stop: Callable[[], bool] = lambda: False,
         on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
-        """Completes every prompt; `self.stats` then tells tokens and time.
+        """Completes every prompt; `self.stats` then has tokens and time.
 
         Args:
           params: the model's parameters, on the sampler's mesh.
-          prompts: token ids, with everything that precedes the answer.
-          prompt_ids: of each prompt, 0 ≤ id < 2^32, for the noise.
+          prompts: token ids of everything before the answer.
+          prompt_ids: an id for each prompt, 0 ≤ id < 2^32, for the noise.
           settings: how to sample.
           should_stop: asked between device calls; must answer alike in every process.
           on_done: called with a prompt's index and its completion as soon as it is complete.
 
         Returns:
-          One completion a prompt, in the order of `prompts`.
+          One completion per prompt, in the order of `prompts`.
 
         Raises:
           UserError: a prompt is empty or too long for the context (see `fits`).
@@ -237,7 +238,7 @@ class Sampler:
         return min(len(prompt) + settings.max_new_tokens, self.context_length)
 
     def _bucket(self, prompt: Sequence[int]) -> int:
-        """The padded length of a prompt: a power of two, a function of its own length only."""
+        """The padded length of a prompt: a power of two that depends only on its length."""
         return next(bucket for bucket in self._buckets() if len(prompt) <= bucket)
 
     def _buckets(self) -> list[int]:
@@ -304,7 +305,7 @@ class Sampler:
 
 @dataclasses.dataclass
 class _Row:
-    """A prompt on its way; `end` is the length (prompt and completion) at which it is cut."""
+    """A prompt that is being sampled; it ends at the length `end` (prompt and completion)."""
 
     index: int
     prompt: list[int]
@@ -321,7 +322,7 @@ class _Row:
     def extend(
         self, tokens_t: np.ndarray, logprobs_t: np.ndarray, stop_token_ids: tuple[int, ...]
     ) -> None:
-        """Takes what was decoded up to a stop token or the row's end; the rest is idle work."""
+        """Takes the decoded tokens up to a stop token or the row's end, and drops the rest."""
         room = self.end - self.length
         stops = np.flatnonzero(np.isin(tokens_t[:room], stop_token_ids))
         count = int(stops[0]) if stops.size else min(room, len(tokens_t))
@@ -344,7 +345,7 @@ def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completio
 
 
 def cast_weights(params: dict, dtype) -> dict:
-    """Weights in the dtype they are used in, cast once and not at every step; norms stay."""
+    """Weights in the dtype of the computation, cast once and not at every step, except norms."""
 
     def cast(path, leaf):
         return leaf if path[-1].key == "scale" else leaf.astype(dtype)
@@ -355,7 +356,7 @@ def cast_weights(params: dict, dtype) -> dict:
 def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
     """Runs right-padded prompts and writes their keys and values into the cache's slots.
 
-    Padding is written too: it lies beyond the prompt, and decoding overwrites a place before any
+    It writes padding too: this is after the prompt, and decoding overwrites each place before a
     query can see it.
     """
     batch, length = tokens_bs.shape
@@ -379,10 +380,10 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, pro
 def _decode(
     model, steps, params, cache, token_b, position_b, end_b, prompt_ids_b, stop_tokens_k, **noise
 ):
-    """Up to `steps` tokens for every row; ends early when all rows have.
+    """Up to `steps` tokens for every row; ends early if all rows have ended.
 
-    A row is active while its next position is before its end. Others idle in place: what they
-    write lies in their own slot, which the next prefill overwrites.
+    A row is active while its next position is before its end. Other rows compute without use: they
+    write to their own slots, which the next prefill overwrites.
 
     Returns:
       The cache, tokens [steps, B], their log-probabilities [steps, B], and how many steps ran.

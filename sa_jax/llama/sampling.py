@@ -1,4 +1,4 @@
-"""How the next token is drawn from logits: greedy, temperature, top-p; noise is a pure function."""
+"""Draws the next token from logits: greedy, temperature, top-p; the noise is a pure function."""
 
 import dataclasses
 
@@ -14,11 +14,11 @@ class SamplingSettings:
     """How to sample.
 
     Attributes:
-      max_new_tokens: most tokens to generate for a prompt (fewer where the context ends).
+      max_new_tokens: maximal number of tokens to generate for a prompt (fewer if the context ends).
       temperature: 0 takes the most likely token; otherwise logits are divided by it.
       top_p: samples among the fewest tokens whose probabilities sum to top_p or more (nucleus,
         arXiv 1904.09751), after the temperature; tokens tied with the last one stay in.
-      seed: of the noise, with the prompt's id and the position.
+      seed: seed of the noise, with the prompt's id and the position.
       stop_token_ids: tokens that end a completion; they are not part of it.
 
     Raises:
@@ -43,7 +43,7 @@ class SamplingSettings:
 
 
 def noise_arguments(settings: SamplingSettings) -> dict:
-    """Arguments of `sample_tokens`; numbers are traced, so only a new method compiles anew."""
+    """Arguments of `sample_tokens`; numbers are traced, so only another method compiles again."""
     method = "sample" if settings.top_p == 1 else "top_p"
     return {
         "seed": np.uint32(settings.seed),

@@ -1,5 +1,5 @@
-"""Log-probabilities of given continuations: a beginning that many share is run once, and
-continuations that differ in one token (the letters of a question) are scored in one forward."""
+"""Log-probabilities of given continuations. A shared prefix is run once, and continuations that
+differ in one token (the letters of a question) are scored in one forward pass."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ MIN_SHARERS = 8  # rows
 
 @dataclasses.dataclass(frozen=True)
 class Query:
-    """Continuations of a context; context and continuations hold at least one token each."""
+    """Continuations of a context; context and continuations have at least one token each."""
 
     context: Sequence[int]
     continuations: Sequence[Sequence[int]]
@@ -41,7 +41,7 @@ class Score:
 
 @dataclasses.dataclass
 class ScorerStats:
-    """Of the latest `score` call, in tokens: what the queries hold, and what was run for them."""
+    """Statistics of the latest `score` call: tokens of the queries, and tokens that were run."""
 
     query_tokens: int = 0
     forward_tokens: int = 0
@@ -51,9 +51,9 @@ class ScorerStats:
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """One row of a forward: continuations that differ in their last token at most.
+    """One row of a forward pass: continuations that differ at most in their last token.
 
-    `targets_cn` are their tokens, of which all but the last are the end of `tokens` too.
+    `targets_cn` are their tokens; all but the last are also the end of `tokens`.
     """
 
     tokens: tuple[int, ...]
@@ -63,7 +63,7 @@ class _Row:
 
     @property
     def free(self) -> int:
-        """How many tokens may be taken over from a shared beginning."""
+        """How many tokens may come from a shared prefix."""
         return len(self.tokens) - len(self.targets_cn[0])
 
 
@@ -78,10 +78,10 @@ class Scorer:
         """Compiles nothing yet.
 
         Args:
-          model: how to compute; its adapters (`lora`) are used unmerged.
-          mesh: of the parameters; rows go over (data, fsdp).
-          batch_tokens: of one forward, padding included. By default 16,384; on CPU 1,024 a
-            device, whose attention scores stay in its cache: half the time of 16,384.
+          model: computes; its adapters (`lora`) are used unmerged.
+          mesh: of the parameters; rows are sharded over (data, fsdp).
+          batch_tokens: tokens of one forward pass, padding included. By default 16,384; on CPU
+            1,024 per device, whose attention scores fit its cache: half the time of 16,384.
         """
         self.stats = ScorerStats()
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -108,7 +108,7 @@ class Scorer:
 
         Args:
           params: the model's parameters, on the scorer's mesh.
-          queries: no longer, with their continuation, than max_position_embeddings + 1.
+          queries: with their continuation, at most max_position_embeddings + 1 tokens.
           should_stop: asked between device calls; must answer alike in every process.
           on_done: called with a query's index and its scores as soon as they are known.
 
@@ -156,7 +156,7 @@ class Scorer:
         return self._prefix(params, padded)
 
     def _batches(self, rows: Sequence[_Row], shared: int) -> Iterator[list[_Row]]:
-        """Rows of one padded length together, as many as the budget allows."""
+        """Batches of rows with the same padded length, as many as the budget allows."""
         by_length: dict[int, list[_Row]] = {}
         for row in rows:
             length = bucket(len(row.tokens) - shared, self._max_length)
@@ -200,9 +200,9 @@ def _in_order(by_number: dict[int, Score]) -> list[Score]:
 
 
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
-    """Groups of rows with the number of tokens that all rows of a group begin with.
+    """Groups of rows, with the length of the prefix that all rows of a group share.
 
-    Rows that share too little, or with too few others, make up one group that shares nothing.
+    Rows that share too few tokens, or with too few others, form one group without a prefix.
     """
     ordered = sorted(rows, key=lambda row: row.tokens)
     groups: list[tuple[list[_Row], int]] = []
@@ -230,7 +230,7 @@ def _common(a: _Row, b: _Row) -> int:
 
 
 def bucket(n: int, most: int) -> int:
-    """The next size of 1, 2, 3, 4, 6, 8, 12, 16, ... that holds n, and at most `most`."""
+    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, ... that is at least n, but at most `most`."""
     power = 1 << max(0, n - 1).bit_length()
     return min(most, 3 * power // 4 if power >= 4 and 3 * power // 4 >= n else power)
 
@@ -244,15 +244,15 @@ def target_logprobs(
     start: jax.Array | int = 0,
     prefix: KVCache | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of alternatives for the tokens that follow given places.
+    """Log-probabilities of alternatives for the tokens after given places.
 
     Args:
       model, params: the model.
       tokens_bs: int [B, S], padded on the right.
       first_b: int [B]; place n of row b is first_b[b] + n, and predicts the token after it.
-      targets_bnc: int [B, N, C], what may follow each of the N places.
-      start: how many tokens precede all rows.
-      prefix: their keys and values, or None for none.
+      targets_bnc: int [B, N, C], the alternatives after each of the N places.
+      start: the number of tokens before all rows.
+      prefix: their keys and values, or None.
 
     Returns:
       Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
@@ -286,7 +286,7 @@ def target_logprobs(
 
 
 def _run_prefix(model: Llama, params: Any, tokens_1s: jax.Array) -> KVCache:
-    """Keys and values of one row; what lies beyond its own tokens is never looked at."""
+    """Keys and values of one row; those after its own tokens are never used."""
     length = tokens_1s.shape[1]
     cache = init_cache(model.config, 1, length, model.dtype)
     positions_1s = jnp.arange(length)[None]

@@ -1,4 +1,4 @@
-"""Whether attention is right on the devices at hand: a wrong kernel trains without an error."""
+"""Checks attention on the current devices, because a wrong kernel trains without an error."""
 
 import os
 import re
@@ -31,8 +31,8 @@ def check_attention(
 ) -> dict[str, float]:
     """Compares attention, forward and backward, with `masked_attention` in float32.
 
-    A row a device holds padding and documents of 1, 200 and 290 tokens; four query heads share a
-    key/value head.
+    Each device has one row, with padding and documents of 1, 200 and 290 tokens; four query heads
+    share a key/value head.
 
     Args:
       implementation, dtype, head_dim: as the model uses them.
@@ -44,7 +44,7 @@ def check_attention(
       relative to the largest number.
 
     Raises:
-      UserError: one is beyond `TOLERANCE`, or not finite; with both numbers.
+      UserError: one is above `TOLERANCE`, or not finite; the message has both numbers.
     """
     rows, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     ids_s = np.repeat(np.arange(4, dtype=np.int32), [LENGTH - 491, 1, 200, 290])
@@ -94,7 +94,7 @@ def check_attention(
 
 
 def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(difference relative to the largest number, both numbers) where they differ most."""
+    """(difference relative to the largest number, both numbers) at the place that differs most."""
     ours = ours.astype(jnp.float32)
     difference = jnp.abs(ours - theirs)
     at = jnp.argmax(jnp.where(jnp.isnan(difference), jnp.inf, difference))

@@ -1,6 +1,6 @@
 """Splash attention on TPU: flash attention (arXiv 2205.14135) that skips masked-out blocks.
 
-Pallas is imported where the kernel is used: it takes half a second, which runs on CPU do without.
+Pallas is imported only where the kernel is used, because the import takes half a second.
 """
 
 import functools
@@ -43,20 +43,20 @@ def splash_attention(
 ) -> jax.Array:
     """Causal attention inside documents; each device works on its own rows and heads.
 
-    A query head reads its group's keys and values where they lie: they are never repeated. Off
-    TPU the kernel is interpreted, which is slow and for tests.
+    A query head reads its group's keys and values without a copy. On other platforms the kernel is
+    interpreted, which is slow and only for tests.
 
     Args:
       q_bskh: queries [B, S, heads, head_dim].
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim].
       segment_ids_bs: int [B, S]; equal ids are one document.
-      mesh: B is cut over data and fsdp, heads over tensor.
+      mesh: B is sharded over data and fsdp, heads over tensor.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
 
     Raises:
-      UsageError: a size that the mesh or the kernel cannot cut.
+      UsageError: a size that the mesh or the kernel does not divide.
     """
     b, s, heads, h = q_bskh.shape
     if s % LANES:
