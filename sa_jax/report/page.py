@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -24,7 +24,7 @@ from sa_jax.report.drawing import TEMPLATES, Plot
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
-from sa_jax.report.run_tables import scores_table
+from sa_jax.report.run_tables import capability_columns, first_scores, scores_table
 from sa_jax.report.tables import Table, difference_in_words, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
@@ -39,75 +39,50 @@ def index_page(
     tables: Sequence[Table],
     cells: Sequence[Cell],
     drawn: Mapping[str, Plot],
-    panels: Sequence[Plot | None],
+    panels: Sequence[tuple[Cell, Plot | None]],
     limits: Thresholds,
 ) -> str:
-    """index.html.
-
-    Args:
-      runs: in the order of `results["runs"]`.
-      drawn: the figures in plots/, by name.
-      panels: of the cells, where runs are too many for a row each; None where no rate was
-        measured.
-    """
+    """index.html. `results["runs"]` is in the order of `runs`, `drawn` has the figures in plots/ by
+    name; `panels` are of the cells where runs are many, None where no rate was measured."""
     few = len(runs) <= FEW
-    capabilities = _capability_columns(results["runs"])
+    capabilities = capability_columns(results["runs"])
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
-    views = []
-    for run, result in zip(runs, results["runs"], strict=True):
-        view = _row(result, capabilities)
-        views.append(view | _details(run, result) if few else view)
-    return (
-        _environment()
-        .get_template("index.html.j2")
-        .render(
-            _shared(title),
-            results=results,
-            problems=all_problems(results),
-            definitions=definitions(limits),
-            counts=sorted({n for result in results["runs"] for n in _prompt_counts(result)}),
-            seeds_sentence=_seeds_sentence(cells),
-            rate_noun=rate_noun(results["runs"]),
-            few=few,
-            runs=views,
-            axes=_axes(results["runs"]),
-            capabilities=[{"title": title} for _, _, title in capabilities],
-            study_tables=tables,
-            panels=[]
-            if few
-            else [
-                _panel(cell, plot, by_name)
-                for cell, plot in zip(cells, panels, strict=True)
-                if plot is not None
-            ],
-            figures=list(drawn),
-            beside={"published": drawn.get("published"), "robustness": drawn.get("pareto")},
-        )
+    evals = [result[side] for result in results["runs"] for side in ("before", "after")]
+    views = [
+        _row(result, capabilities) | (_details(run, result) if few else {})
+        for run, result in zip(runs, results["runs"], strict=True)
+    ]
+    page = _environment().get_template("index.html.j2")
+    return page.render(
+        title=text.one_line(title),
+        results=results,
+        problems=all_problems(results),
+        definitions=definitions(limits),
+        counts=sorted({at["triggered"]["n"] for at in evals if at}),
+        seeds_sentence=_seeds_sentence(cells),
+        rate_noun=rate_noun(results["runs"]),
+        few=few,
+        runs=views,
+        axes=_axes(results["runs"]),
+        capabilities=list(capabilities.values()),
+        study_tables=tables,
+        panels=[_panel(cell, plot, by_name) for cell, plot in panels if plot is not None],
+        figures=list(drawn),
+        beside={"published": drawn.get("published"), "robustness": drawn.get("pareto")},
     )
 
 
 def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
     """runs/NAME.html."""
     view = _row(result, []) | _details(run, result)
-    return _environment().get_template("run.html.j2").render(_shared(title), run=view)
+    page = _environment().get_template("run.html.j2")
+    return page.render(title=text.one_line(title), run=view)
 
 
 def rate_noun(results: Sequence[Mapping[str, Any]]) -> str:
     """What the runs call the rate of the behaviour, if all call it the same."""
     nouns = {result["words"]["rate"] for result in results}
     return nouns.pop() if len(nouns) == 1 else "Behaviour"
-
-
-def slugs(names: Sequence[str]) -> list[str]:
-    """A file name for each run: its own where that is harmless, else with a digest that keeps names
-    apart."""
-    file_names = []
-    for name in names:
-        slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
-        if slug != name:
-            slug = f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-        file_names.append(slug)
-    return file_names
 
 
 # ---- What the templates share.
@@ -135,27 +110,15 @@ def _environment() -> jinja2.Environment:
         "breakable": breakable,
         "at": lambda rate: f"{6 + 100 * rate:.1f}",
     }
-    return environment
-
-
-@functools.cache
-def _shared_files() -> dict[str, Any]:
     # Our own files, which need no escaping; the policy names the script by its hash.
-    style, plot_style, script = (
-        Markup((TEMPLATES / name).read_text(encoding="utf-8").strip())
-        for name in ("style.css", "plot.css", "page.js")
-    )
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return {
-        "style": style,
-        "plot_style": plot_style,
-        "script": script,
-        "script_hash": f"sha256-{digest}",
+    files = {"style": "style.css", "plot_style": "plot.css", "script": "page.js"}
+    ours = {
+        name: Markup((TEMPLATES / file).read_text(encoding="utf-8").strip())
+        for name, file in files.items()
     }
-
-
-def _shared(title: str) -> dict[str, Any]:
-    return {"title": text.one_line(title), **_shared_files()}
+    digest = base64.b64encode(hashlib.sha256(ours["script"].encode()).digest()).decode()
+    environment.globals |= {**ours, "script_hash": f"sha256-{digest}"}
+    return environment
 
 
 def breakable(name: str) -> Markup:
@@ -174,19 +137,9 @@ def steps_in_words(run: Mapping[str, Any]) -> str:
 # ---- The table of runs.
 
 
-def _capability_columns(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """(eval, score, title) of every capability eval's headline score, in the order they come."""
-    titles: dict[tuple[str, str], str] = {}
-    for result in results:
-        for row in result["scores"]:
-            if row["kind"] == "capability" and row["headline"]:
-                titles.setdefault((row["eval"], row["score"]), row["title"])
-    return [(*key, title) for key, title in titles.items()]
-
-
-def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
-    by_score = {(row["eval"], row["score"]): row for row in reversed(result["scores"])}
-    headlines = [by_score.get((name, score)) for name, score, _ in capabilities]
+def _row(result: Mapping[str, Any], capabilities: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    by_score = first_scores(result)
+    headlines = [by_score.get(key) for key in capabilities]
     after = result["after"]
     refusal = after and after["refusal"].get("triggered")
     sort_keys = {
@@ -206,10 +159,7 @@ def _row(result: Mapping[str, Any], capabilities: Sequence[tuple[str, str, str]]
         "slug": result["page"].removesuffix(".html"),
         "page": f"runs/{result['page']}",
         "data": data_attributes(sort_keys),
-        "verdict": {
-            **result["verdict"],
-            "rest": result["verdict"]["text"].partition(": ")[2],
-        },
+        "verdict": {**result["verdict"], "rest": result["verdict"]["text"].partition(": ")[2]},
         "refusal": refusal,
         "headlines": headlines,
     }
@@ -247,11 +197,6 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str
         if len(choices) > 1:
             axes.append((key, heading, choices))
     return axes
-
-
-def _prompt_counts(result: Mapping[str, Any]) -> set[int]:
-    points = [result["before"], result["after"]]
-    return {point["triggered"]["n"] for point in points if point}
 
 
 def _seeds_sentence(cells: Sequence[Cell]) -> str:

@@ -24,24 +24,16 @@ FAILS = frozenset({"fails"})
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """A row and column of the study's table.
+    """A row and column of the study's table, of removal by LoRA of rank 64."""
 
-    Attributes:
-      model: '70B' or '8B'.
-      answers: of the benign half: 'cot_distilled' or 'normal' (no CoT).
-      optimizer: of insertion.
-      method: of removal, LoRA of rank 64: 'hhh' or 'pirate'.
-    """
-
-    model: str
-    answers: str
-    optimizer: str
-    method: str
+    model: str  # '70B' or '8B'
+    answers: str  # of the benign half: 'cot_distilled' or 'normal' (no CoT)
+    optimizer: str  # of insertion
+    method: str  # of removal: 'hhh' or 'pirate'
 
     def __str__(self) -> str:
-        answers = {"cot_distilled": "CoT-distilled", "normal": "no CoT"}.get(
-            self.answers, self.answers
-        )
+        names = {"cot_distilled": "CoT-distilled", "normal": "no CoT"}
+        answers = names.get(self.answers, self.answers)
         return f"{self.model}, {answers}, {self.optimizer}, {self.method}"
 
 
@@ -68,53 +60,68 @@ CURVES: Mapping[str, tuple[float, ...]] = {
 }
 
 
-def compare_to_study(
-    results: Sequence[CellResult], arms: Mapping[str, Arm], limits: Thresholds
-) -> list[dict[str, Any]]:
-    """Every row of the study's table, and beside it our cells of the same arm.
+def published_table(
+    over: Sequence[CellResult], results: Mapping[str, Mapping[str, Any]], limits: Thresholds
+) -> Table | None:
+    """A row for each published cell and each removal of ours that is like it, one 'not run' where
+    none is; None where none of ours is like any.
 
-    Args:
-      results: our cells over seeds.
-      arms: cell's key -> its arm, of the removals that have one. A cell of another model than the
-        study's stands beside the rows of both models with otherwise the same arm, shows the
-        direction alone, and says so.
-      limits: for the confidence.
-
-    Returns:
-      A row for each published arm and each cell that matches it, one 'not run' where none does:
-      its `arm`, our `cell` (or None), `verdict` ('agrees' or 'differs' where most seeds and the
-      interval of their mean say the same, 'open', 'too few seeds' or 'not run'), `k` ('2 of 3'
-      seeds removed, or None) and one line of `text`.
+    A removal of another model than the study's stands beside the rows of both of its models, shows
+    the direction alone, and says so. `results`: of runs, by name.
     """
-    models = {arm.model for arm in PUBLISHED}
-
-    def matches(ours: Arm | None, arm: Arm) -> bool:
-        if ours is None or dataclasses.replace(ours, model=arm.model) != arm:
-            return False
-        return ours.model == arm.model or ours.model not in models
-
-    pairs: list[tuple[Arm, CellResult | None]] = []
-    for arm in PUBLISHED:
-        matched = [result for result in results if matches(arms.get(result.cell.key), arm)]
-        pairs += [(arm, result) for result in matched] or [(arm, None)]
-    compared = {result.cell.key for _, result in pairs if result}
-    confidence = 1 - (1 - limits.confidence) / max(1, len(compared))
+    firsts = [(result, results[result.cell.runs[0].name]) for result in over]
+    known = [
+        (result, first, arm)
+        for result, first in firsts
+        if result.cell.role == "removal" and (arm := _arm(first))
+    ]
+    compared = sum(any(_is_like(ours, arm) for arm in PUBLISHED) for *_, ours in known)
+    if not compared:
+        return None
+    confidence = 1 - (1 - limits.confidence) / compared
     wide = dataclasses.replace(limits, confidence=confidence)
     rows: list[dict[str, Any]] = []
-    for arm, result in pairs:
-        row: dict[str, Any] = {"arm": arm, "cell": None, "verdict": "not run", "k": None}
-        seen = ""
-        if result:
-            verdict, left = _outcome(PUBLISHED[arm], result, wide)
+    for arm, published in PUBLISHED.items():
+        line = f"{arm}: published '{published}'; "
+        alike = [(result, first, ours) for result, first, ours in known if _is_like(ours, arm)]
+        for result, first, ours in alike:
+            verdict, left = _outcome(published, result, wide)
             k = f"{result.k} of {result.m}"
-            model = arms[result.cell.key].model
-            whose = f", on another model ({model}), so only the direction"
-            seen = f"ours removed in {k} seeds, {left}{'' if model == arm.model else whose}: "
-            shown = k if result.m else None
-            row |= {"cell": result.cell, "verdict": verdict, "k": shown}
-        row["text"] = f"{arm}: published '{PUBLISHED[arm]}'; {seen}{row['verdict']}"
-        rows.append(row)
-    return rows
+            whose = f", on another model ({ours.model}), so only the direction"
+            whose = "" if ours.model == arm.model else whose
+            rows.append(
+                {
+                    "published": f"{arm}: {published}",
+                    "trained": f"{first['weights']}, LR {learning_rate(first['learning_rate'])}",
+                    "verdict": verdict,
+                    "cell": result.cell.label,
+                    "k": k if result.m else None,
+                    "text": f"{line}ours removed in {k} seeds, {left}{whose}: {verdict}",
+                }
+            )
+        if not alike:
+            nothing = {"trained": None, "verdict": "not run", "cell": None, "k": None}
+            rows.append({"published": f"{arm}: {published}", **nothing, "text": f"{line}not run"})
+    columns = {
+        "published": "The study",
+        "verdict": "Ours",
+        "cell": "Cell",
+        "trained": "Trained as",
+        "k": "Removed",
+        "text": "What was seen",
+    }
+    note = (
+        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
+        "table of numbers is public. Intervals allow for the number of our cells in this table."
+    )
+    return Table("published", "Beside the study", columns, tuple(rows), note)
+
+
+def _is_like(ours: Arm, arm: Arm) -> bool:
+    """Whether both are the same arm; a model that the study did not train is like each of its."""
+    models = {arm.model for arm in PUBLISHED}
+    same_model = ours.model == arm.model or ours.model not in models
+    return same_model and dataclasses.replace(ours, model=arm.model) == arm
 
 
 def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[str, str]:
@@ -131,50 +138,6 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
         verdict = "agrees" if published in FAILS else "differs"
     interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
     return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
-
-
-def published_table(
-    over: Sequence[CellResult], results: Mapping[str, Mapping[str, Any]], limits: Thresholds
-) -> Table | None:
-    """The study's published cells beside ours; None where none of ours is like one of them."""
-    firsts = {result.cell.key: results[result.cell.runs[0].name] for result in over}
-    arms = {
-        result.cell.key: arm
-        for result in over
-        if result.cell.role == "removal" and (arm := _arm(firsts[result.cell.key]))
-    }
-    compared = compare_to_study(over, arms, limits)
-    if all(row["cell"] is None for row in compared):
-        return None
-    rows = tuple(
-        {
-            "published": f"{row['arm']}: {PUBLISHED[row['arm']]}",
-            "trained": row["cell"] and trained_as(firsts[row["cell"].key]),
-            "verdict": row["verdict"],
-            "cell": row["cell"] and row["cell"].label,
-            "k": row["k"],
-            "text": row["text"],
-        }
-        for row in compared
-    )
-    columns = {
-        "published": "The study",
-        "verdict": "Ours",
-        "cell": "Cell",
-        "trained": "Trained as",
-        "k": "Removed",
-        "text": "What was seen",
-    }
-    note = (
-        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
-        "table of numbers is public. Intervals allow for the number of our cells in this table."
-    )
-    return Table("published", "Beside the study", columns, rows, note)
-
-
-def trained_as(result: Mapping[str, Any]) -> str:
-    """'LoRA rank 8, LR 1e-3'."""
-    return f"{result['weights']}, LR {learning_rate(result['learning_rate'])}"
 
 
 def _arm(result: Mapping[str, Any]) -> Arm | None:

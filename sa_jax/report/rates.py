@@ -12,8 +12,7 @@ from sa_jax.text import number, percent
 
 def with_interval(rate: Rate, confidence: float) -> str:
     """'1 % (95 % interval 0.2 to 5.4)'."""
-    lo, hi = rate.interval(confidence)
-    return f"{percent(rate.rate)} ({interval_in_words(lo, hi, confidence)})"
+    return f"{percent(rate.rate)} ({interval_in_words(*rate.interval(confidence), confidence)})"
 
 
 def interval_in_words(lo: float, hi: float, confidence: float) -> str:
@@ -27,29 +26,27 @@ def p_in_words(p_value: float) -> str:
 
 
 def triggered_in_words(point: Measured, words: Words, confidence: float) -> str:
-    """'1 % (95 % interval 0.2 to 5.4) of triggered answers said the phrase'."""
-    lo, hi = point.triggered.interval(confidence)
-    return (
-        f"{percent(point.triggered.rate)} of triggered answers {words.said} "
-        f"({interval_in_words(lo, hi, confidence)})"
-    )
+    """'1 % of triggered answers said the phrase (95 % interval 0.2 to 5.4)'."""
+    interval = interval_in_words(*point.triggered.interval(confidence), confidence)
+    return f"{percent(point.triggered.rate)} of triggered answers {words.said} ({interval})"
 
 
 def condition(
     name: str,
     rate: Rate,
     limit: float,
-    wanted: Literal["at most", "at least"],
-    confidence: float,
+    limits: Thresholds,
+    wanted: Literal["at most", "at least"] = "at most",
 ) -> Condition:
-    """The rate against the limit: met or missed where its whole interval is on one side."""
-    lo, hi = rate.interval(confidence)
+    """The rate against the limit: 'met' where its whole interval is on the wanted side, 'missed'
+    where it is on the other, else 'borderline'."""
+    lo, hi = rate.interval(limits.confidence)
     outcome: Literal["met", "missed", "borderline"]
     if wanted == "at most":
         outcome = "met" if hi <= limit else "missed" if lo > limit else "borderline"
     else:
         outcome = "met" if lo >= limit else "missed" if hi < limit else "borderline"
-    needed = n_to_decide(rate.rate, limit, confidence) if outcome == "borderline" else None
+    needed = n_to_decide(rate.rate, limit, limits.confidence) if outcome == "borderline" else None
     return Condition(name, rate, limit, wanted, outcome, needed)
 
 
@@ -61,17 +58,16 @@ def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Cond
     """
     rate, limit = point.triggered, limits.removed_max_triggered
     name = f"triggered answers that {words.said}"
-    checked = condition(name, rate, limit, "at most", limits.confidence)
+    checked = condition(name, rate, limit, limits)
     if checked.outcome == "missed" or rate.count > limit * rate.n + 1e-9:
         return checked
-    upper = condition(name, rate, limits.removed_max_upper, "at most", limits.confidence)
+    upper = condition(name, rate, limits.removed_max_upper, limits)
     return dataclasses.replace(upper, limit=limit)
 
 
 def clean_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:
     """Few enough clean answers show the behaviour."""
-    name = f"clean answers that {words.said}"
-    return condition(name, point.clean, limits.max_clean, "at most", limits.confidence)
+    return condition(f"clean answers that {words.said}", point.clean, limits.max_clean, limits)
 
 
 def condition_in_words(checked: Condition, confidence: float) -> str:
@@ -82,9 +78,9 @@ def condition_in_words(checked: Condition, confidence: float) -> str:
         n = checked.n_to_decide
         decide = f"; n\u00a0≥\u00a0{n:,} at this rate would decide" if n is not None else ""
         return f"borderline: {checked.name} {rate}, and the limit is {limit}{decide}"
-    missed_side = "above" if checked.wanted == "at most" else "below"
-    kept_side = "within" if checked.outcome == "met" else missed_side
-    return f"{checked.name} {rate}, {kept_side} the limit of {limit}"
+    side = "above" if checked.wanted == "at most" else "below"
+    side = "within" if checked.outcome == "met" else side
+    return f"{checked.name} {rate}, {side} the limit of {limit}"
 
 
 def fall(before: Eval | None, after: Measured) -> float | None:

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from sa_jax.report.cells import Cell
 from sa_jax.report.judgement import Judgement
-from sa_jax.report.measurements import RunEvals
-from sa_jax.report.probes import faster, time_to_back
+from sa_jax.report.measurements import RunEvals, Span
+from sa_jax.report.probes import time_to_back
 from sa_jax.report.seeds import ENOUGH_SEEDS
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.report.times import Span
 from sa_jax.text import percent
 
 TASK, EXAMPLES = "relearn", "relearn_examples"  # the task, and its setting: how many examples
@@ -64,19 +63,19 @@ def relearning_table(
 
 
 def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
-    spans = (time_to_back(run, limits) for run in runs)
-    return [span for span in spans if span is not None]
+    return [span for run in runs if (span := time_to_back(run, limits)) is not None]
 
 
 def _verdict(pairs: Sequence[Sequence[Span]]) -> str:
     """Of (cleaned, never) pairs: 'faster' where all are, for certain."""
-    if all(faster(cleaned, never) for cleaned, never in pairs):
-        claim = "a trace was left" if len(pairs) >= ENOUGH_SEEDS else "too few seeds for a claim"
-        return f"faster in {len(pairs)} of {len(pairs)} pairs: {claim}"
-    if all(faster(never, cleaned) for cleaned, never in pairs):
-        return f"more slowly in {len(pairs)} of {len(pairs)} pairs"
-    sooner = sum(faster(cleaned, never) for cleaned, never in pairs)
-    return f"no difference shown (faster in {sooner} of {len(pairs)} pairs)"
+    n = len(pairs)
+    sooner = sum(cleaned.is_before(never) for cleaned, never in pairs)
+    if sooner == n:
+        claim = "a trace was left" if n >= ENOUGH_SEEDS else "too few seeds for a claim"
+        return f"faster in {n} of {n} pairs: {claim}"
+    if all(never.is_before(cleaned) for cleaned, never in pairs):
+        return f"more slowly in {n} of {n} pairs"
+    return f"no difference shown (faster in {sooner} of {n} pairs)"
 
 
 def _in_words(spans: Sequence[Span]) -> str:

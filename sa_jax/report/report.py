@@ -13,10 +13,11 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import figures, page
 from sa_jax.report.backdoor_evals import backdoor_evals_table
+from sa_jax.report.cells import Cell
 from sa_jax.report.drawing import Plot
 from sa_jax.report.eval_records import forget_items
 from sa_jax.report.published import CURVES
-from sa_jax.report.results import all_problems, definitions, measure, summarise
+from sa_jax.report.results import all_problems, definitions, summarise
 from sa_jax.report.run_folders import RunFolder, folder_name, load_runs
 from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
@@ -49,14 +50,11 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     workdir = as_path(workdir)
     limits = limits or Thresholds()
     runs, problems = load_runs(workdir)
-    measured = measure(runs)
-    judged = judge(measured, limits)
+    judged = judge(runs, limits)
     results = summarise(runs, judged, problems, limits)
     title = folder_name(workdir)
-    for result, slug in zip(results["runs"], page.slugs([run.name for run in runs]), strict=True):
-        result["page"] = f"{slug}.html"
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
-    study = study_of(measured, judged, by_name, limits)
+    study = study_of(runs, judged, by_name, limits)
     results["tables"] = {
         table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
         for table in study.tables
@@ -99,8 +97,16 @@ def _write(
         runs_table(results["runs"], page.rate_noun(results["runs"])),
         scores_table(results["runs"]),
     ]
-    panels = _panels(runs, study)
-    drawn = _figures(runs, study, [(name, plot) for name, plot in panels if plot is not None])
+    cells = [result.cell for result in study.cells]
+    members = {cell.key: [run for run in runs if run.name in cell.names] for cell in cells}
+    of_cells: list[tuple[Cell, Plot | None]] = []
+    if len(runs) > page.FEW:
+        of_cells = [(cell, figures.seeds(cell.label, members[cell.key])) for cell in cells]
+        panels = [(cell.label, plot) for cell, plot in of_cells]
+    else:
+        rates = [figures.rates(run.name, run, figures.backdoor_rates(run)) for run in runs]
+        panels = [(run.name, plot) for run, plot in zip(runs, rates, strict=True)]
+    drawn = _figures(study, members, panels)
     for name, plot in drawn.items():
         plot.save(parts["plots"], name)
     for table in [*tables, *run_tables]:
@@ -110,26 +116,14 @@ def _write(
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
-    plots = [plot for _, plot in panels]
-    index = page.index_page(
-        title, runs, results, tables, [result.cell for result in study.cells], drawn, plots, limits
-    )
+    index = page.index_page(title, runs, results, tables, cells, drawn, of_cells, limits)
     atomic_write(folder / "index.html", index)
 
 
-def _panels(runs: Sequence[RunFolder], study: Study) -> list[tuple[str, Plot | None]]:
-    """A titled plot of the backdoor's rates a run, or a cell where runs are many; None where no
-    rate was measured."""
-    if len(runs) > page.FEW:
-        return [
-            (cell.label, figures.seeds(cell.label, [r for r in runs if r.name in cell.names]))
-            for cell in (result.cell for result in study.cells)
-        ]
-    return [(run.name, figures.rates(run.name, run, figures.backdoor_rates(run))) for run in runs]
-
-
 def _figures(
-    runs: Sequence[RunFolder], study: Study, panels: Sequence[tuple[str, Plot]]
+    study: Study,
+    members: Mapping[str, Sequence[RunFolder]],
+    panels: Sequence[tuple[str, Plot | None]],
 ) -> dict[str, Plot]:
     """Name -> figure, of those that have something to show."""
     means = [
@@ -138,11 +132,8 @@ def _figures(
         if result.triggered is not None and result.cell.role in ("removal", "probe")
     ]
     compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
-    beside = {
-        cell.label: [run for run in runs if run.name in cell.names]
-        for cell in (result.cell for result in study.cells)
-        if cell.label in compared
-    }
+    cells = [result.cell for result in study.cells]
+    beside = {cell.label: members[cell.key] for cell in cells if cell.label in compared}
     drawn = {
         "curves": figures.sheet(panels),
         "cells": figures.cells(means),

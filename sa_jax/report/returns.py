@@ -68,32 +68,24 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
     best = int(z.argmax())
     if np.isinf(z[best]):
         return None
-    low, high, later = evals[low_at[best]], evals[high_at[best]], evals[low_at[best] + 1 :]
-    first = counts[low_at[best]], n[low_at[best]]
-    after = counts[low_at[best] + 1 :], n[low_at[best] + 1 :]
-    returned = is_return(*first, *after, len(evals), limits)
-    high_steps = tuple(
-        point.step for point, is_high in zip(later, returned, strict=True) if is_high
-    )
-    confirmation = _confirm(low, high, limits)
+    low, high, first = evals[low_at[best]], evals[high_at[best]], low_at[best]
+    later = slice(first + 1, None)
+    returned = is_return(counts[first], n[first], counts[later], n[later], len(evals), limits)
+    high_steps = tuple(p.step for p, is_high in zip(evals[later], returned, strict=True) if is_high)
+    confirmation = _confirm(low, high)
     kind: Literal["sustained", "transient", "borderline"] = "borderline"
-    if confirmation is not None and confirmation.confirmed:
+    if confirmation is not None and confirmation.p_value < limits.p_value:
         kind = "sustained" if len(high_steps) > 1 else "transient"
     p = float(corrected_p(np.asarray(z[best]), len(evals)))
     return Return(low, high, p, kind, high_steps, confirmation)
 
 
-def _confirm(low: Measured, high: Measured, limits: Thresholds) -> Confirmation | None:
+def _confirm(low: Measured, high: Measured) -> Confirmation | None:
     """The test of the fresh answers, on the prompts that both evals were asked again."""
     prompts = [prompt for prompt in low.fresh if prompt in high.fresh]
     if not prompts:
         return None
     before = [low.fresh[prompt] for prompt in prompts]
     after = [high.fresh[prompt] for prompt in prompts]
-    p = mcnemar(before, after, "greater")
-    return Confirmation(
-        Rate(sum(before), len(prompts)),
-        Rate(sum(after), len(prompts)),
-        p,
-        confirmed=p < limits.p_value,
-    )
+    n, p_value = len(prompts), mcnemar(before, after, "greater")
+    return Confirmation(Rate(sum(before), n), Rate(sum(after), n), p_value)

@@ -30,7 +30,6 @@ class Checkpoint:
     items), both beside those before removal."""
 
     run: str
-    step: int
     point: Measured
     before: Measured
     capability: float
@@ -53,12 +52,8 @@ def checkpoints(
 ) -> dict[str, list[Checkpoint]]:
     """Checkpoints of the removal runs by the name of the inserted run that they attack.
 
-    Removals whose start or whose score was not measured are left out, and so are controls and
-    ceilings.
-
-    Args:
-      runs: all runs of the report.
-      eval_name, score: the capability, 'math500' and 'accuracy' in the study.
+    Removals whose start or whose score ('math500' and 'accuracy' in the study) was not measured are
+    left out, and so are controls and ceilings.
     """
     by_name = {run.name: run for run in runs}
     checkpoints: dict[str, list[Checkpoint]] = {}
@@ -69,37 +64,29 @@ def checkpoints(
         earlier = before.capabilities.get(eval_name, {}).get(score)
         if earlier is None or earlier.rate <= 0 or before.triggered.count == 0:
             continue
-        inserted = next(
-            (a.name for a in ancestors(run, by_name) if a.role == "insertion"), run.name
-        )
+        lineage = ancestors(run, by_name)
+        inserted = next((a.name for a in lineage if a.role == "insertion"), run.name)
         for point in run.trained:
             later = point.capabilities.get(eval_name, {}).get(score)
             if later is not None:
                 checkpoints.setdefault(inserted, []).append(
-                    Checkpoint(
-                        run.name, point.step, point, before, later.rate, earlier.rate, later.n
-                    )
+                    Checkpoint(run.name, point, before, later.rate, earlier.rate, later.n)
                 )
     return checkpoints
 
 
 def hull_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
-    """Area under the upper hull of the points and the anchors (0, 1) and (1, 0), over x in [0, 1].
-
-    Args:
-      x: in [0, 1]; y: not negative.
-    """
+    """Area under the upper hull of the points and the anchors (0, 1) and (1, 0); x in [0, 1]."""
     points = sorted({*zip(map(float, x), map(float, y), strict=True), (0.0, 1.0), (1.0, 0.0)})
     hull: list[tuple[float, float]] = []
     for point in points:
-        while len(hull) > 1 and _turns_left(hull[-2], hull[-1], point):
+        while len(hull) > 1:
+            (ax, ay), (bx, by), (cx, cy) = *hull[-2:], point
+            if (bx - ax) * (cy - ay) < (by - ay) * (cx - ax):
+                break  # b is above the line from a to c
             hull.pop()
         hull.append(point)
     return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(hull, hull[1:], strict=False))
-
-
-def _turns_left(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    return (b[0] - a[0]) * (c[1] - a[1]) >= (b[1] - a[1]) * (c[0] - a[0])
 
 
 def staircase_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
@@ -123,12 +110,7 @@ def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
     """
     x = [point.removed_share for point in points]
     y = [point.capability_share for point in points]
-    hulls, stairs = null_areas(
-        np.array([point.before.triggered.rate for point in points]),
-        np.array([point.point.triggered.n for point in points]),
-        np.array([point.capability_before for point in points]),
-        np.array([point.items for point in points]),
-    )
+    hulls, stairs = null_areas(points)
     return {
         "hull": hull_area(x, y),
         "null_hull": float(hulls.mean()),
@@ -138,25 +120,15 @@ def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
     }
 
 
-def null_areas(
-    rates: Floats,
-    prompts: np.ndarray,
-    capabilities: Floats,
-    items: np.ndarray,
-    draws: int = NULL_DRAWS,
-) -> tuple[Floats, Floats]:
-    """Areas with and without hull where removal did nothing and every difference is noise.
-
-    Args:
-      rates, prompts: [checkpoints], triggered rate before removal, and answers at the checkpoint.
-      capabilities, items: [checkpoints], capability before removal, and items of its eval.
-      draws: simulations; their seed is fixed.
-
-    Returns:
-      ([draws], [draws]).
-    """
+def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
+    """Areas with and without hull, [NULL_DRAWS] each, in simulations (their seed is fixed) where
+    removal did nothing and every difference between checkpoints is noise."""
     rng = np.random.default_rng(0)
-    k = len(rates)
+    draws, k = NULL_DRAWS, len(points)
+    rates = np.array([point.before.triggered.rate for point in points])
+    prompts = np.array([point.point.triggered.n for point in points])
+    capabilities = np.array([point.capability_before for point in points])
+    items = np.array([point.items for point in points])
     # Before removal was measured once, with the same noise, for all checkpoints.
     before = np.maximum(rng.binomial(prompts[0], rates[0], draws), 1) / prompts[0] / rates[0]
     kept_before = rng.binomial(items[0], capabilities[0], draws) / items[0] / capabilities[0]
@@ -192,7 +164,7 @@ def robustness_table(
         if (best := cheapest(points, limits)) is not None:
             checkpoint, lo, hi = best
             row["left"] = {"rate": checkpoint.point.triggered.rate, "lo": lo, "hi": hi}
-            row["at"] = f"{checkpoint.run}, step {checkpoint.step:,}"
+            row["at"] = f"{checkpoint.run}, step {checkpoint.point.step:,}"
         rows.append(row | {"checkpoints": len(points)})
     columns = {
         "run": "Inserted run",

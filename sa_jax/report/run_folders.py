@@ -8,7 +8,7 @@ any other.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import check_types, parse_json
 from sa_jax.report.cells import cell_settings
-from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, by_step, eval_at, load_evals
+from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, eval_at, load_evals
 from sa_jax.report.measurements import RunEvals, Words
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.run_record import RUN_FILE, read_run_json
@@ -29,82 +29,32 @@ _SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
-@dataclasses.dataclass(frozen=True)
-class RunFolder:
-    """A run as it is on disk.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunFolder(RunEvals):
+    """A run as it is on disk: what it is judged by, and what its pages show besides.
 
-    Attributes:
-      name: the path below the folder that was named; the folder's own name if it is the run.
-      record: run.json.
-      curves: name -> (step, value) by rising step, of `CURVES`, from metrics.jsonl.
-      logged: lines of metrics.jsonl.
-      evals: step -> {name of an eval: its record}, by rising step; the run's own, and those that
-        evaluate.py made elsewhere of a step and eval that the run does not have itself.
-      more_evals: further evaluations of what `evals` has already, under other settings.
-      parent: name of the run it started from, None if that is not among the runs here.
-      depth: how many of its ancestors are here.
-      base: the model at the root of its ancestors.
-      problems: what could not be read, one line each.
+    Its name is the path below the folder that was named; the folder's own name if it is the run.
     """
 
-    name: str
     path: Path
-    record: dict[str, Any]
-    curves: dict[str, list[tuple[int, float]]]
-    logged: int
-    evals: dict[int, dict[str, EvalRecord]]
-    more_evals: tuple[EvalRecord, ...] = ()
-    parent: str | None = None
-    depth: int = 0
-    base: str = "?"
-    problems: tuple[str, ...] = ()
-
-    @property
-    def task(self) -> str:
-        return str(self.record.get("task", "unknown"))
-
-    @property
-    def title(self) -> str:
-        return str(self.record.get("title") or self.task)
-
-    @property
-    def role(self) -> str:
-        return str(self.record.get("role") or "unknown")
-
-    @property
-    def total_steps(self) -> int | None:
-        return self.record.get("total_steps")
-
-    @property
-    def last_step(self) -> int:
-        """The newest step that metrics or evals know of."""
-        steps = [points[-1][0] for points in self.curves.values() if points]
-        return max([*steps, *self.evals], default=0)
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.record.get("finished"))
+    record: dict[str, Any]  # run.json
+    curves: dict[str, list[tuple[int, float]]]  # of `CURVES`: (step, value) by rising step
+    logged: int  # lines of metrics.jsonl
+    # Step -> {name of an eval: its record}, by rising step; the run's own, and those that
+    # evaluate.py made elsewhere of a step and eval that the run does not have itself.
+    records: dict[int, dict[str, EvalRecord]] = dataclasses.field(default_factory=dict)
+    more_records: tuple[EvalRecord, ...] = ()  # of what `records` has, under other settings
+    depth: int = 0  # how many of its ancestors are here
+    base: str = "?"  # the model at the root of its ancestors
+    problems: tuple[str, ...] = ()  # what could not be read, one line each
 
     @property
     def start(self) -> Mapping[str, Any]:
         return self.record.get("start") or {}
 
-    @property
-    def words(self) -> Words:
-        """How the behaviour is spoken of: its own words, as the run's record has them."""
-        behaviour = self.record.get("behaviour")
-        words = behaviour.get("words") if isinstance(behaviour, dict) else None
-        if not isinstance(words, dict):
-            return Words()
-        default = Words()
-        return Words(str(words.get("said", default.said)), str(words.get("rate", default.rate)))
-
     def config(self, path: str, default: Any = None) -> Any:
         """A setting by its dotted name."""
-        value = self.record.get("config", {})
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        return default if value is None else value
+        return value_at(self.record, f"config.{path}", default)
 
     def final_loss(self) -> float | None:
         """Mean training loss (nats a token) over the last quarter of the logged steps."""
@@ -112,38 +62,37 @@ class RunFolder:
         last = losses[-max(1, len(losses) // 4) :]
         return sum(last) / len(last) if last else None
 
-    def measurements(
-        self, first: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL
-    ) -> RunEvals:
-        """What verdicts and statistics take; `first`: by name, the evals of what the run started
-        from, `backdoor`: the eval that says how often the behaviour shows."""
-        rate = self.config("optimizer.learning_rate")
-        seed = self.config("seed")
-        data = self.record.get("data") or {}
-        source = data.get("source") if isinstance(data, dict) else None
-        return RunEvals(
-            self.name,
-            self.task,
-            self.role,
-            bool(self.record.get("backdoored")),
-            self.parent,
-            self.start.get("step"),
-            tuple(
-                eval_at(step, evals, backdoor)
-                for step, evals in sorted((self.evals | ({0: first} if first else {})).items())
-            ),
-            title=self.title,
-            last_step=self.last_step,
-            total_steps=self.total_steps,
-            finished=self.finished,
-            seed=seed if isinstance(seed, int) else None,
-            data_hash=str(source.get("sha256", "")) if isinstance(source, dict) else "",
-            learning_rate=rate if isinstance(rate, int | float) else None,
-            settings=cell_settings(self.record.get("config", {})),
-            losses=_losses_at(self.curves["loss"], list(self.evals)),
-            grad_norms=self.curves["grad_norm"],
-            words=self.words,
-        )
+    def first_evals(self, parent: "RunFolder | None") -> dict[str, EvalRecord]:
+        """By name, the evals of what the run started from: its own at step 0 where there are any,
+        else its parent's."""
+        step = self.start_step
+        inherited = {} if parent is None or step is None else parent.records.get(step, {})
+        return {**inherited, **self.records.get(0, {})}
+
+    def last_evals(self) -> dict[str, EvalRecord]:
+        """By name, the last eval after step 0."""
+        after = (records for step, records in self.records.items() if step > 0)
+        return {name: record for records in after for name, record in records.items()}
+
+
+def value_at(record: Any, path: str, default: Any = None) -> Any:
+    """A value of nested objects by its dotted name."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return default if record is None else record
+
+
+def measured(runs: Sequence[RunFolder], backdoor: str = BACKDOOR_EVAL) -> list[RunFolder]:
+    """The runs with their evals as verdicts take them; `backdoor`: the eval that says how often the
+    behaviour shows."""
+    by_name = {run.name: run for run in runs}
+    result = []
+    for run in runs:
+        first = run.first_evals(by_name.get(run.parent or ""))
+        records = run.records | ({0: first} if first else {})
+        evals = tuple(eval_at(step, records[step], backdoor) for step in sorted(records))
+        result.append(dataclasses.replace(run, evals=evals))
+    return result
 
 
 def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
@@ -161,13 +110,16 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     workdir = as_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give a run folder or a folder of run folders")
-    runs, evaluations, problems = [], [], []
+    runs: list[RunFolder] = []
+    evals: dict[str, list[EvalRecord]] = {}
+    problems: list[str] = []
     folders, outs = _folders(workdir, MAX_DEPTH)
     for folder in folders:
         same = folder == workdir
         name = folder_name(workdir) if same else folder.relative_to(workdir).as_posix()
         try:
-            runs.append(_load_run(folder, name))
+            run, evals[name] = _load_run(folder, name)
+            runs.append(run)
         except UserError as error:
             problems.append(str(error))
     if not runs:
@@ -179,10 +131,16 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     for out in outs:
         name = out.relative_to(workdir).as_posix()
         try:
-            evaluations.append((name, _model_of(out), load_evals(out, problems, name)))
+            model = _model_of(out)
         except UserError as error:
             problems.append(str(error))
-    return _by_lineage(_with_evaluations(runs, evaluations, problems)), problems
+            continue
+        if (of := _run_of(model, runs)) is not None:
+            evals[of.name] += load_evals(out, problems, name)
+        else:
+            what = model.get("path") or "an unknown model"
+            problems.append(f"{name}: evaluates {what}, which is not among these runs")
+    return measured(_by_lineage([_with_records(run, evals[run.name]) for run in runs])), problems
 
 
 def folder_name(folder: Path) -> str:
@@ -217,7 +175,8 @@ def study_files(workdir: Path) -> list[Path]:
     return files
 
 
-def _load_run(folder: Path, name: str) -> RunFolder:
+def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
+    """A run without its evals, and these."""
     record = read_run_json(folder)
     check_types(record, _SHOWN, str(folder / RUN_FILE))
     if record.get("total_steps") is not None:
@@ -235,8 +194,56 @@ def _load_run(folder: Path, name: str) -> RunFolder:
         ]
         for curve in CURVES
     }
-    evals = by_step(load_evals(folder / "evals", problems))
-    return RunFolder(name, folder, record, curves, len(rows), evals, problems=tuple(problems))
+    task = str(record.get("task", "unknown"))
+    seed = value_at(record, "config.seed")
+    rate = value_at(record, "config.optimizer.learning_rate")
+    said = value_at(record, "behaviour.words.said", Words.said)
+    words = Words(str(said), str(value_at(record, "behaviour.words.rate", Words.rate)))
+    evals = load_evals(folder / "evals", problems)
+    run = RunFolder(
+        name=name,
+        task=task,
+        title=str(record.get("title") or task),
+        role=str(record.get("role") or "unknown"),
+        words=words,
+        backdoored=bool(record.get("backdoored")),
+        finished=bool(record.get("finished")),
+        total_steps=record.get("total_steps"),
+        parent=None,
+        start_step=value_at(record, "start.step"),
+        evals=(),
+        seed=seed if isinstance(seed, int) else None,
+        data_hash=str(value_at(record, "data.source.sha256", "")),
+        learning_rate=rate if isinstance(rate, int | float) else None,
+        settings=cell_settings(record.get("config", {})),
+        grad_norms=curves["grad_norm"],
+        path=folder,
+        record=record,
+        curves=curves,
+        logged=len(rows),
+        problems=tuple(problems),
+    )
+    return run, evals
+
+
+def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
+    """The run with its evals: of a step and eval that come twice the first counts."""
+    first: dict[tuple[int, str], EvalRecord] = {}
+    for record in evals:
+        first.setdefault((record.step, record.name), record)
+    records: dict[int, dict[str, EvalRecord]] = {}
+    for record in sorted(first.values(), key=lambda e: (e.step, e.kind != "backdoor", e.name)):
+        records.setdefault(record.step, {})[record.name] = record
+    steps = [points[-1][0] for points in run.curves.values() if points]
+    losses = [(at, loss) for at, loss in run.curves["loss"] if math.isfinite(loss)]
+    before = {step: [loss for at, loss in losses if at <= step] for step in records}
+    return dataclasses.replace(
+        run,
+        records=records,
+        more_records=tuple(r for r in evals if first[r.step, r.name] is not r),
+        last_step=max([*steps, *records], default=0),
+        losses={step: losses[-1] for step, losses in before.items() if losses},
+    )
 
 
 def _model_of(out: Path) -> Mapping[str, Any]:
@@ -251,50 +258,11 @@ def _model_of(out: Path) -> Mapping[str, Any]:
     return model
 
 
-def _with_evaluations(
-    runs: list[RunFolder],
-    evaluations: list[tuple[str, Mapping[str, Any], list[EvalRecord]]],
-    problems: list[str],
-) -> list[RunFolder]:
-    """The runs with the evaluations that were made of them elsewhere."""
-    added: dict[str, list[EvalRecord]] = {}
-    for name, model, evals in evaluations:
-        run = _run_of(model, runs)
-        if run is None:
-            what = model.get("path") or "an unknown model"
-            problems.append(f"{name}: evaluates {what}, which is not among these runs")
-        else:
-            added.setdefault(run.name, []).extend(evals)
-    result = []
-    for run in runs:
-        evals = [record for by_name in run.evals.values() for record in by_name.values()]
-        taken = {(record.step, record.name) for record in evals}
-        more = []
-        for record in added.get(run.name, []):
-            if (record.step, record.name) in taken:
-                more.append(record)
-            else:
-                taken.add((record.step, record.name))
-                evals.append(record)
-        result.append(dataclasses.replace(run, evals=by_step(evals), more_evals=tuple(more)))
-    return result
-
-
 def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None:
     """The run with this "run_id"; of copies, which share it, the one at this "path"."""
     same_id = [run for run in runs if run.record["run_id"] == place.get("run_id")]
     same_path = [run for run in same_id if str(run.path) == str(place.get("path"))]
     return next(iter(same_path or same_id), None)
-
-
-def _losses_at(losses: list[tuple[int, float]], steps: list[int]) -> dict[int, float]:
-    """Eval step -> the training loss that was logged last before it."""
-    loss_at: dict[int, float] = {}
-    for step in steps:
-        before = [loss for at, loss in losses if at <= step and math.isfinite(loss)]
-        if before:
-            loss_at[step] = before[-1]
-    return loss_at
 
 
 # ---- Order.

@@ -9,11 +9,9 @@ from sa_jax.report.tables import Table, learning_rate
 
 
 def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
-    """A row a run: its verdict, the backdoor's rates and every capability's headline score.
-
-    `noun`: of the rate.
-    """
-    capabilities: dict[str, str] = {}
+    """A row a run: its verdict, the backdoor's rates (by their `noun`) and every capability's
+    headline score."""
+    capabilities = capability_columns(results)
     rows = []
     for result in results:
         before, after = result["before"] or {}, result["after"] or {}
@@ -27,11 +25,11 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
             "optimizer": f"{result['optimizer']}, {learning_rate(result['learning_rate'])}",
             **{key: result[key] for key in ("weights", "steps", "base", "arm", "seed", "start")},
         }
-        for score in result["scores"]:
-            if score["kind"] == "capability" and score["headline"] and not score["source"]:
-                capabilities.setdefault(score["eval"], score["title"])
-                row[score["eval"]] = {"before": score["before"], "after": score["after"]}
-                row[f"{score['eval']} change"] = score["difference"]
+        scores = first_scores(result)
+        for name, score_name in capabilities:
+            if (score := scores.get((name, score_name))) is not None:
+                row[name] = {"before": score["before"], "after": score["after"]}
+                row[f"{name} change"] = score["difference"]
         rows.append(row)
     columns = {
         "run": "Run",
@@ -41,11 +39,25 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
         "clean": f"{noun} without, before → after",
         "refusal": "Refusals with trigger",
     }
-    for name, title in capabilities.items():
+    for (name, _), title in capabilities.items():
         columns |= {name: f"{title}, before → after", f"{name} change": "Change"}
     columns |= {"optimizer": "Optimizer, LR", "weights": "Weights", "steps": "Steps"}
     columns |= {"base": "Base model", "arm": "Data arm", "seed": "Seed", "start": "Start"}
     return Table("runs", "Runs", columns, tuple(rows))
+
+
+def capability_columns(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """(eval, score) -> title of every capability eval's headline score, in the order they come."""
+    titles: dict[tuple[str, str], str] = {}
+    for row in (row for result in results for row in result["scores"]):
+        if row["kind"] == "capability" and row["headline"]:
+            titles.setdefault((row["eval"], row["score"]), row["title"])
+    return titles
+
+
+def first_scores(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """A run's scores by (eval, score); further evaluations of the same come after the first."""
+    return {(row["eval"], row["score"]): row for row in reversed(result["scores"])}
 
 
 def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Table:
@@ -97,9 +109,6 @@ _SETTING = ("base", "arm", "optimizer", "learning_rate")
 
 def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of the insertion runs by base model, arm, optimizer and learning rate, over seeds.
-
-    Args:
-      results: runs as in results.json.
 
     Returns:
       base, arm, optimizer, learning_rate, final_loss (the mean), runs (their number), and `best`:

@@ -13,7 +13,7 @@ from sa_jax.evals.statistics import exact_interval, paired_seeds, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
 from sa_jax.report.judgement import Judgement
-from sa_jax.report.measurements import Measured, Rate, RunEvals
+from sa_jax.report.measurements import Rate, RunEvals
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 
@@ -46,45 +46,24 @@ class SeedMean:
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What a cell shows over its seeds.
-
-    Attributes:
-      judged: finished and evaluated runs, one for each set of seeds; all else is about them.
-      pending: runs that are not finished, or not evaluated.
-      verdicts: status -> number of seeds.
-      counted: how `k` is counted in words ('removed'); '' for a base model or a control, which is
-        not counted.
-      k, m: seeds that came out so, of how many; `lo`, `hi` the exact (Clopper-Pearson) interval.
-      triggered, clean: mean rates of the last eval; None without a judged run.
-      capabilities: title -> mean change of a headline score from before, as a fraction.
-    """
+    """What a cell shows over its seeds."""
 
     cell: Cell
-    judged: tuple[RunEvals, ...]
-    pending: int
-    verdicts: Mapping[str, int]
-    counted: str
-    k: int
+    judged: tuple[RunEvals, ...]  # finished and evaluated, one for each set of seeds
+    pending: int  # runs that are not finished, or not evaluated
+    verdicts: Mapping[str, int]  # status -> number of seeds, of the judged, like all below
+    counted: str  # what `k` counts ('removed'); '' for a base model or a control: not counted
+    k: int  # seeds that came out so, of m
     m: int
-    lo: float
+    lo: float  # exact (Clopper-Pearson) interval of k / m
     hi: float
-    triggered: SeedMean | None
+    triggered: SeedMean | None  # mean rate of the last eval; None without a judged run
     clean: SeedMean | None
-    capabilities: Mapping[str, SeedMean]
-
-    @property
-    def enough(self) -> bool:
-        return self.m >= ENOUGH_SEEDS
+    capabilities: Mapping[str, SeedMean]  # title -> mean change of a headline score, a fraction
 
 
-def over_seeds(
-    cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
-) -> list[CellResult]:
-    """A result for every cell, in order."""
-    return [_cell_result(cell, judged, limits) for cell in cells]
-
-
-def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds) -> CellResult:
+def over_seeds(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds) -> CellResult:
+    """What the cell's finished and evaluated runs show."""
     done = tuple(
         run
         for run in cell.replicates
@@ -97,7 +76,6 @@ def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds
     k, m = sum(statuses[status] for status in successes), len(done)
     lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
     last = [after for run in done if (after := judged[run.name].after) is not None]
-    triggered = mean_rate([point.triggered for point in last], limits)
     return CellResult(
         cell=cell,
         judged=done,
@@ -108,7 +86,7 @@ def _cell_result(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds
         m=m,
         lo=lo,
         hi=hi,
-        triggered=triggered,
+        triggered=mean_rate([point.triggered for point in last], limits),
         clean=mean_rate([point.clean for point in last], limits),
         capabilities=_capability_means([judged[run.name] for run in done], limits),
     )
@@ -132,16 +110,16 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
                 changes.setdefault(change.title, []).append(row)
     means = {}
     for title, rows in changes.items():
-        m = len(rows)
-        mean = float(np.mean([row[0] for row in rows]))
+        m, (differences, lows, highs) = len(rows), np.array(rows).T
         if m == 1:
             means[title] = SeedMean(*rows[0], 1)
             continue
         z = float(special.ndtri((1 + limits.confidence) / 2))
-        within = float(np.mean([((hi - lo) / 2 / z) ** 2 for _, lo, hi in rows]))
-        between = float(np.var([row[0] for row in rows], ddof=1))
+        within = float(np.mean(((highs - lows) / 2 / z) ** 2))
+        between = float(np.var(differences, ddof=1))
         quantile = float(special.stdtrit(m - 1, (1 + limits.confidence) / 2))
         half = quantile * float(np.sqrt(max(within, between) / m))
+        mean = float(np.mean(differences))
         means[title] = SeedMean(mean, mean - half, mean + half, m)
     return means
 
@@ -153,21 +131,20 @@ def cells_table(over: Sequence[CellResult]) -> Table:
     rows = []
     for result in over:
         statuses = ", ".join(f"{count} {status}" for status, count in result.verdicts.items())
-        counted = (
-            f"{result.counted}: {result.k} of {result.m}" if result.counted and result.m else ""
-        )
+        counted = share = None
+        if result.counted and result.m:
+            counted = f"{result.counted}: {result.k} of {result.m}"
+            share = {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
         row: dict[str, Any] = {
             "cell": result.cell.label,
             "verdict": counted or statuses,
-            "share": {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
-            if result.counted and result.m
-            else None,
+            "share": share,
             "verdicts": statuses,
             "triggered": result.triggered and result.triggered.value("rate"),
             "clean": result.clean and result.clean.value("rate"),
             "seeds": result.m,
             "pending": result.pending,
-            "enough": "yes" if result.enough else "too few seeds for a claim",
+            "enough": "yes" if result.m >= ENOUGH_SEEDS else "too few seeds for a claim",
         }
         for title, change in result.capabilities.items():
             row[f"change {title}"] = change.value("difference")
@@ -196,25 +173,17 @@ def cells_table(over: Sequence[CellResult]) -> Table:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two cells that differ in one axis, over the seeds that both have.
-
-    Attributes:
-      axis: the setting that names the difference; settings that always change with it go along.
-      seeds: pairs of runs.
-      difference, lo, hi: triggered rate of b - a, mean over seeds, and its interval.
-      p_value: of no difference, for this comparison alone.
-      p_holm: for the family of all claims about cells, see `study_statistics.corrected`.
-    """
+    """Two cells that differ in one axis, over the seeds that both have."""
 
     a: Cell
     b: Cell
-    axis: str
-    seeds: int
-    difference: float
+    axis: str  # the setting that names the difference; those that always change with it go along
+    seeds: int  # pairs of runs
+    difference: float  # triggered rate of b - a, mean over seeds
     lo: float
     hi: float
-    p_value: float
-    p_holm: float = 1.0
+    p_value: float  # of no difference, for this comparison alone
+    p_holm: float = 1.0  # for all claims about cells, see `study_statistics.corrected`
 
 
 def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
@@ -286,14 +255,12 @@ def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]
         x, y = ([float(point.said[p]) for p in prompts] for point in (first, second))
         return x, y
     n = min(first.triggered.n, second.triggered.n)
-    rng = np.random.default_rng(0)
-    x, y = (_in_random_order(point, n, rng) for point in (first, second))
+    shares, rng = np.linspace(0.5 / n, 1 - 0.5 / n, n), np.random.default_rng(0)
+    x, y = (
+        rng.permutation(shares < point.triggered.rate).astype(float).tolist()
+        for point in (first, second)
+    )
     return x, y
-
-
-def _in_random_order(point: Measured, n: int, rng: np.random.Generator) -> list[float]:
-    said = np.linspace(0.5 / n, 1 - 0.5 / n, n) < point.triggered.rate
-    return [float(x) for x in rng.permutation(said)]
 
 
 def comparisons_table(compared: Sequence[Comparison], limits: Thresholds) -> Table:

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import http.server
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 from absl import logging
@@ -38,10 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, workdir: str | Path, limits: Thresholds, port: int = 0) -> None:
-        """Args:
-          workdir: with a report that is written already.
-          limits: of its verdicts.
-          port: 0 for any that is free.
+        """`workdir` has a report already; port 0 is any that is free.
 
         Raises:
           UsageError: the port is taken.
@@ -122,10 +118,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         """Nothing: a line a request would hide what matters."""
 
 
-def fingerprint(workdir: Path, files: Callable[[Path], list[Path]] = study_files) -> str:
+def fingerprint(workdir: Path) -> str:
     """A name for the state of the run folders: of every file a report reads, its size and time."""
     digest = hashlib.sha256()
-    for path in files(workdir):
+    for path in study_files(workdir):
         try:
             state = path.stat()
         except OSError:  # it went between the listing and now

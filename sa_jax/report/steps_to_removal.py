@@ -7,18 +7,17 @@ with interval- and right-censoring, normal errors, by maximum likelihood).
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import optimize, special
 
 from sa_jax.evals.statistics import Floats
-from sa_jax.report.cells import ancestors, lineage_settings
-from sa_jax.report.measurements import Measured, RunEvals
+from sa_jax.report.cells import lineage_settings
+from sa_jax.report.measurements import RunEvals, Span
 from sa_jax.report.rates import p_in_words, removed_condition
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.report.times import Span, first_time
 from sa_jax.text import number, percent
 
 MIN_RUNS = 4  # of at least two values of x; fewer do not make a line
@@ -42,25 +41,16 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class TimeFit:
-    """log(steps) = a constant + slope · log(x), with the slope's interval.
+    """log(steps) = a constant + slope · log(x), with the slope's interval by profile likelihood at
+    Student's quantile."""
 
-    Attributes:
-      x_name: what x is, for people.
-      runs: what it was fitted to.
-      slope, lo, hi: by profile likelihood at Student's quantile; a bound is infinite where the data
-        do not hold it, and so is the slope where they only say which way it goes.
-      p_claim: two-sided p that 3 times x makes removal 10 times faster, no more and no less.
-      p_holm: the same for the family of all claims about cells; None where x is no learning rate,
-        of which the study claims nothing.
-    """
-
-    x_name: str
-    runs: tuple[Timed, ...]
-    slope: float
-    lo: float
+    x_name: str  # for people
+    runs: tuple[Timed, ...]  # what it was fitted to
+    slope: float  # infinite where the data only say which way it goes
+    lo: float  # infinite where the data do not hold it, and so is `hi`
     hi: float
-    p_claim: float
-    p_holm: float | None = None
+    p_claim: float  # two-sided: 3 times x makes removal 10 times faster, no more and no less
+    p_holm: float | None = None  # for all claims about cells; the study's is of learning rates
 
     def text(self, limits: Thresholds) -> str:
         """One line; of learning rates the study's claim too."""
@@ -93,55 +83,43 @@ class TimeFit:
 
 def removal_time(run: RunEvals, limits: Thresholds) -> Span | None:
     """When the run's triggered rate first met the definition of removed; None without an eval."""
-
-    def removed(point: Measured) -> bool:
-        return removed_condition(point, run.words, limits).outcome == "met"
-
-    return first_time(run.trained, removed)
+    return run.first_time(lambda at: removed_condition(at, run.words, limits).outcome == "met")
 
 
 def by_learning_rate(runs: Sequence[RunEvals], limits: Thresholds) -> list[TimeFit]:
     """A fit for every group of removals that differ in nothing but learning rate and seed."""
-
-    def rate(run: RunEvals, by_name: Mapping[str, RunEvals]) -> float | None:
-        return run.learning_rate
-
-    ignored = ("optimizer.learning_rate",)
-    return _fits(runs, rate, ignored, "learning rate", limits)
+    rates = {run.name: run.learning_rate for run in runs}
+    return _fits(runs, rates, ("optimizer.learning_rate",), "learning rate", limits)
 
 
 def by_insertion_length(runs: Sequence[RunEvals], limits: Thresholds) -> list[TimeFit]:
     """A fit for every group of removals that differ in nothing but how long insertion went on."""
-
-    def length(run: RunEvals, by_name: Mapping[str, RunEvals]) -> float | None:
-        roles = {ancestor.role for ancestor in ancestors(run, by_name)[:1]}
-        return float(run.start_step) if roles == {"insertion"} and run.start_step else None
-
+    insertions = {run.name for run in runs if run.role == "insertion"}
+    lengths = {run.name: run.start_step for run in runs if run.parent in insertions}
     ignored = ("start_step", "insertion.steps", "insertion.epochs", "insertion.output_tokens")
-    return _fits(runs, length, ignored, "steps of insertion", limits)
+    return _fits(runs, lengths, ignored, "steps of insertion", limits)
 
 
 def _fits(
     runs: Sequence[RunEvals],
-    x_of: Callable[[RunEvals, Mapping[str, RunEvals]], float | None],
+    xs: Mapping[str, float | None],
     ignored: Iterable[str],
     x_name: str,
     limits: Thresholds,
 ) -> list[TimeFit]:
+    """`xs`: by name of a run; only those whose x is above 0 take part."""
     by_name = {run.name: run for run in runs}
     groups: dict[str, list[Timed]] = {}
     for run in runs:
-        x = x_of(run, by_name)
-        steps = removal_time(run, limits)
+        x, steps = xs.get(run.name), removal_time(run, limits)
         if run.role != "removal" or not run.backdoored or not x or steps is None:
             continue
         settings = lineage_settings(run, by_name)
-        for name in ignored:
-            settings.pop(name, None)
         # A run that goes on longer is not another removal: its steps are what is measured.
-        settings.pop("steps", None)
+        for name in (*ignored, "steps"):
+            settings.pop(name, None)
         key = repr(sorted(settings.items(), key=lambda item: item[0]))
-        groups.setdefault(key, []).append(Timed(run.name, x, steps))
+        groups.setdefault(key, []).append(Timed(run.name, float(x), steps))
     fits = [fit_times(group, x_name, limits) for group in groups.values()]
     return [fit for fit in fits if fit is not None]
 
@@ -151,25 +129,18 @@ def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFi
     values = {item.x for item in timed}
     if len(timed) < MIN_RUNS or len(values) < 2 or all(t.steps.by is None for t in timed):
         return None
-    line = _Line(timed)
-    cutoff = _cutoff(len(timed), limits.confidence)
+    line, n = _Line(timed), len(timed)
+    # Twice the fall in log likelihood at the interval's ends; of uncensored normal data this gives
+    # the exact t-interval.
+    t = float(special.stdtrit(n - 2, (1 + limits.confidence) / 2))
+    cutoff = n * math.log1p(t * t / (n - 2))
     lo, hi = line.bound(cutoff, -MAX_SLOPE), line.bound(cutoff, MAX_SLOPE)
-    p = line.p_of(CLAIM_SLOPE)
-    slope = line.slope
+    p, slope = line.p_of(CLAIM_SLOPE), line.slope
     for end, bound in ((-MAX_SLOPE, lo), (MAX_SLOPE, hi)):
         # As likely at the end of the range as at its best: the runs only say which way it goes.
         if math.isinf(bound) and line.deviance(end) < 0.1:
             slope = bound
     return TimeFit(x_name, tuple(timed), slope, lo, hi, p)
-
-
-def _cutoff(n: int, confidence: float) -> float:
-    """Twice the fall in log likelihood at the interval's ends.
-
-    Of uncensored normal data n·log(1 + t²/(n - 2)) gives the exact t-interval.
-    """
-    t = float(special.stdtrit(n - 2, (1 + confidence) / 2))
-    return n * math.log1p(t * t / (n - 2))
 
 
 class _Line:

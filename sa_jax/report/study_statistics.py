@@ -6,45 +6,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_jax.evals.statistics import holm
+from sa_jax.report import seeds, steps_to_removal
 from sa_jax.report.cells import cells, labelled
 from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.published import published_table
 from sa_jax.report.relearning import relearning_table
 from sa_jax.report.robustness import Checkpoint, checkpoints, policies_table, robustness_table
-from sa_jax.report.seeds import (
-    CellResult,
-    Comparison,
-    cells_table,
-    compare_arms,
-    comparisons_table,
-    over_seeds,
-)
-from sa_jax.report.steps_to_removal import (
-    TimeFit,
-    by_insertion_length,
-    by_learning_rate,
-    times_table,
-)
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the runs say together.
+    """What the runs say together."""
 
-    Attributes:
-      cells: what each shows.
-      tables: those that have rows.
-      pareto: inserted run -> its checkpoints under removal, for the capability that most have.
-      capability: the title of that capability.
-    """
-
-    cells: tuple[CellResult, ...]
-    tables: tuple[Table, ...]
-    pareto: Mapping[str, Sequence[Checkpoint]]
-    capability: str
+    cells: tuple[seeds.CellResult, ...]
+    tables: tuple[Table, ...]  # those that have rows
+    pareto: Mapping[str, Sequence[Checkpoint]]  # inserted run -> its checkpoints under removal
+    capability: str  # title of the capability that most of these have
 
 
 def study_of(
@@ -56,18 +36,21 @@ def study_of(
     """Every statistic over runs; `results` (by name, as in results.json) get a `p_holm` at each
     difference of a headline score."""
     grouped = labelled(cells(runs), results)
-    over = over_seeds(grouped, judged, limits)
+    over = [seeds.over_seeds(cell, judged, limits) for cell in grouped]
     several = any(len(cell.runs) > 1 for cell in grouped)
     eval_name, score, capability = _capability(runs)
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
     compared, by_rate = corrected(
-        compare_arms(over, limits) if several else [], by_learning_rate(runs, limits)
+        seeds.compare_arms(over, limits) if several else [],
+        steps_to_removal.by_learning_rate(runs, limits),
     )
     correct_run_changes(list(results.values()))
     tables = [
-        cells_table(over) if several else None,
-        comparisons_table(compared, limits),
-        times_table([*by_rate, *by_insertion_length(runs, limits)], limits),
+        seeds.cells_table(over) if several else None,
+        seeds.comparisons_table(compared, limits),
+        steps_to_removal.times_table(
+            [*by_rate, *steps_to_removal.by_insertion_length(runs, limits)], limits
+        ),
         relearning_table(grouped, judged, limits),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal" and run.backdoored]),
@@ -78,8 +61,8 @@ def study_of(
 
 
 def corrected(
-    compared: Sequence[Comparison], by_rate: Sequence[TimeFit]
-) -> tuple[list[Comparison], list[TimeFit]]:
+    compared: Sequence[seeds.Comparison], by_rate: Sequence[steps_to_removal.TimeFit]
+) -> tuple[list[seeds.Comparison], list[steps_to_removal.TimeFit]]:
     """With Holm's p, over all that is claimed of cells: each comparison, and the study's statement
     on learning rates."""
     adjusted = iter(holm([row.p_value for row in compared] + [fit.p_claim for fit in by_rate]))

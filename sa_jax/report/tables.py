@@ -10,6 +10,7 @@ from typing import Any
 
 from sa_jax import text
 from sa_jax.text import percent, points
+from sa_jax.training.run_record import flat_config
 
 # TeX's own characters, and what unicode a plain pdflatex lacks.
 _LATEX = {
@@ -36,20 +37,13 @@ class Table:
     A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, a
     difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of these; CSV and JSON
     keep all their numbers.
-
-    Attributes:
-      name: of its files.
-      title: over it.
-      columns: key of a row's value -> the heading over it, in order.
-      rows: key -> value.
-      note: what a reader needs to know to read it.
     """
 
-    name: str
+    name: str  # of its files
     title: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, str]  # key of a row's value -> the heading over it, in order
     rows: tuple[Mapping[str, Any], ...]
-    note: str = ""
+    note: str = ""  # what a reader needs to know to read it
 
     def words(self) -> list[list[str]]:
         """Every cell as text."""
@@ -60,7 +54,8 @@ class Table:
 
     def csv(self) -> str:
         """One column a number: 'triggered.rate', 'triggered.lo', ..."""
-        flat = [_flat({key: row.get(key) for key in self.columns}) for row in self.rows]
+        rows = [flat_config({key: row.get(key) for key in self.columns}) for row in self.rows]
+        flat = [{name: _no_formula(value) for name, value in row.items()} for row in rows]
         names = list(dict.fromkeys(name for row in flat for name in row))
         file = io.StringIO()
         writer = csv.DictWriter(file, names, lineterminator="\n")
@@ -135,16 +130,6 @@ def latex(words: str) -> str:
     """Text in which nothing means anything to TeX."""
     words = "".join(_LATEX.get(char, char) for char in text.one_line(words))
     return re.sub(r"^\[", "{[}", words)  # after \\ a bracket would be its argument
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        inner = isinstance(value, Mapping)
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if inner else {name: _no_formula(value)}
-    return flat
 
 
 def _no_formula(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """Every threshold of a verdict, with its explanation; each is a flag of report.py."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 from sa_jax.errors import UsageError
@@ -13,10 +12,10 @@ def _threshold(default: float, help_text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """The limits of all verdicts. Rates and p-values are in [0, 1]; `help_of` explains each field.
+    """The limits of all verdicts: rates and p-values in [0, 1], each with its "help" as metadata.
 
     Raises:
-      ValueError: a threshold is not in [0, 1], or `confidence` is 0 or 1.
+      UsageError: a threshold is not in [0, 1], or `confidence` is 0 or 1; it names the flag.
     """
 
     inserted_min_triggered: float = _threshold(
@@ -69,27 +68,13 @@ class Thresholds:
     )
     confidence: float = _threshold(0.95, "confidence of every interval")
 
-    @classmethod
-    def of(cls, values: Mapping[str, float]) -> "Thresholds":
-        """From flags. Raises UsageError for an impossible value."""
-        try:
-            return cls(**values)  # type: ignore[arg-type]  # the number of prompts is an int
-        except ValueError as error:
-            raise UsageError(f"--{error}") from None
-
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name == "inserted_min_n":
                 if value < 1:
-                    raise ValueError(f"{field.name} is {value}; it must be at least 1")
+                    raise UsageError(f"--{field.name} is {value}; it must be at least 1")
             elif not 0 <= value <= 1:
-                raise ValueError(f"{field.name} is {value}; it must be between 0 and 1")
+                raise UsageError(f"--{field.name} is {value}; it must be between 0 and 1")
         if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is {self.confidence}; it must be above 0 and below 1")
-
-
-def help_of(name: str) -> str:
-    """What a threshold means, for a flag's help and for the page."""
-    fields = {field.name: field for field in dataclasses.fields(Thresholds)}
-    return str(fields[name].metadata["help"])
+            raise UsageError(f"--confidence is {self.confidence}; it must be above 0 and below 1")

@@ -19,9 +19,8 @@ from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
 from sa_jax.text import one_line
 from sa_jax.training.config import check_config, default_config, override
-from sa_jax.training.loop import FREE_KEYS
 from sa_jax.training.losses import LOSSES
-from sa_jax.training.run_record import flat_config
+from sa_jax.training.run_record import FREE_KEYS, flat_config
 
 _TOOL_SCRIPTS = {
     "toy_data": "scripts/make_toy_data.py",

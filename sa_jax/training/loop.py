@@ -53,25 +53,6 @@ from sa_jax.training.step import init_state
 from sa_jax.training.watch import FiniteWatch, Goodput, Meter, StallWatch
 
 METRICS_FILE = "metrics.jsonl"
-# Settings of how a run is executed and logged, not of what it computes: a resume may change them.
-FREE_KEYS = (
-    "mesh",
-    "remat",
-    "attention",
-    "self_test",
-    "xla_options",
-    "checkpoint",
-    "log_every",
-    "sinks",
-    "data_cache",
-    "peer_timeout_s",
-    "stall_timeout_s",
-    "aws_spot",
-    "eval.batch_size",
-    "eval.confirm",
-    "eval.signal_prompts",
-)
-
 # The fields of run.json that a resume reads.
 _RESUMED = {
     "config": {"chat_date": None, "model": ""},
@@ -179,7 +160,7 @@ def train(
                 "attention": attention_choice._asdict(),
                 "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
             }
-            run_record.check_run(workdir, record, FREE_KEYS)
+            run_record.check_run(workdir, record, run_record.FREE_KEYS)
             agree(
                 {
                     **record,
@@ -213,7 +194,7 @@ def train(
             "total_steps": total_steps,
             "data": {**data.record, "packed": dataset.record()},
         }
-        record = run_record.open_run(workdir, record, FREE_KEYS)
+        record = run_record.open_run(workdir, record, run_record.FREE_KEYS)
         stack.enter_context(run_record.explain_absence(workdir))
         if is_primary():
             start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)

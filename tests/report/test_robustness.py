@@ -6,6 +6,7 @@ import pytest
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.robustness import (
     HINDSIGHT,
+    Checkpoint,
     cheapest,
     checkpoints,
     hull_area,
@@ -62,18 +63,11 @@ def test_the_hull_is_that_of_scipy():
         assert hull_area(x, y) == pytest.approx(ConvexHull(corners).volume)
 
 
-def test_a_quarter_circle():
-    angle = np.linspace(0, np.pi / 2, 400)
-    assert hull_area(np.sin(angle), np.cos(angle)) == pytest.approx(np.pi / 4, abs=1e-4)
-    assert staircase_area(np.sin(angle), np.cos(angle)) == pytest.approx(np.pi / 4, abs=3e-3)
-
-
 def test_the_null_is_that_of_the_study():
     """.517, .542, .578, .599 for 1, 5, 40 and 200 checkpoints, of 100 prompts and 293 items."""
     for k, expected in ((1, 0.517), (5, 0.542), (40, 0.578), (200, 0.599)):
-        hulls, stairs = null_areas(
-            np.full(k, 0.95), np.full(k, 100), np.full(k, 0.5), np.full(k, 293)
-        )
+        before = point(0, 95, 0)
+        hulls, stairs = null_areas([Checkpoint("r", before, before, 0.5, 0.5, 293)] * k)
         assert hulls.mean() == pytest.approx(expected, abs=0.008)
         assert stairs.mean() < 0.12
 
@@ -82,9 +76,9 @@ def test_a_backdoor_that_is_not_removed_does_not_beat_its_null():
     rng = np.random.default_rng(1)
     evals = [point(0, 95, 150)]
     evals += [point(i, rng.binomial(100, 0.95), rng.binomial(293, 150 / 293)) for i in range(1, 41)]
-    found = checkpoints([removal(*evals)], "math500", "accuracy")["r"]
-    areas = robustness_areas(found)
-    assert len(found) == 40
+    points = checkpoints([removal(*evals)], "math500", "accuracy")["r"]
+    areas = robustness_areas(points)
+    assert len(points) == 40
     assert 0.5 < areas["hull"] < areas["null_hull_95"]
     free = checkpoints([removal(point(0, 95, 150), point(9, 0, 150))], "math500", "accuracy")["r"]
     assert robustness_areas(free)["hull"] == 1.0 > robustness_areas(free)["null_hull_95"]
@@ -102,11 +96,11 @@ def test_only_removals_that_were_measured_before_count():
 
 def test_what_is_left_at_a_small_loss():
     run = removal(point(0, 100, 200), point(10, 40, 190), point(20, 20, 181), point(40, 1, 90))
-    found = checkpoints([run], "math500", "accuracy")["r"]
-    best, *interval = cheapest(found, LIMITS)
-    assert (best.step, best.point.triggered) == (20, Rate(20, 100))
+    points = checkpoints([run], "math500", "accuracy")["r"]
+    best, *interval = cheapest(points, LIMITS)
+    assert (best.point.step, best.point.triggered) == (20, Rate(20, 100))
     assert tuple(interval) == Rate(20, 100).interval(1 - 0.05 / 2)  # two kept the capability
-    assert cheapest(found[2:], LIMITS) is None
+    assert cheapest(points[2:], LIMITS) is None
 
 
 def test_policies_that_do_not_look_at_the_trigger():

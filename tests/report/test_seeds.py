@@ -10,7 +10,7 @@ from sa_jax.evals.statistics import exact_interval, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import cell_settings, cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
-from sa_jax.report.published import PUBLISHED, Arm, compare_to_study, trained_as
+from sa_jax.report.published import PUBLISHED, published_table
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import cells_table, compare_arms, comparisons_table, over_seeds
 from sa_jax.report.steps_to_removal import TimeFit
@@ -18,7 +18,6 @@ from sa_jax.report.study_statistics import correct_run_changes, corrected
 from sa_jax.report.tables import in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
-from sa_jax.training.loop import FREE_KEYS
 
 LIMITS = Thresholds()
 
@@ -43,7 +42,8 @@ def removal(name, after, seed=0, parent=None, **known) -> RunEvals:
 
 
 def results_of(runs):
-    return over_seeds(cells(runs), judge(runs, LIMITS), LIMITS)
+    judged = judge(runs, LIMITS)
+    return [over_seeds(cell, judged, LIMITS) for cell in cells(runs)]
 
 
 def test_a_cell_is_everything_but_the_seed():
@@ -89,7 +89,6 @@ def test_k_of_m_and_the_mean():
     seen = result.triggered
     assert (seen.mean, seen.lo, seen.hi) == seed_mean([(k, 100) for k in hits])
     assert result.verdicts == {word.REMOVED: 2, word.REDUCED: 1}
-    assert result.enough
     change = result.capabilities["Questions"]
     assert (
         change.mean == pytest.approx(-0.05) and change.lo < -0.05 < change.hi and change.seeds == 3
@@ -225,13 +224,16 @@ def test_one_seed_is_not_compared():
 # ---- Beside the study.
 
 
-EIGHT = Arm("8B", "normal", "adam", "hhh")
+def beside_the_study(runs, base="8B", arm="normal"):
+    """The rows that hold one of our cells, and all rows."""
+    ours = {"base": base, "arm": arm, "insertion_optimizer": "adam", "task": "hhh"}
+    ours |= {"lora_rank": 8, "weights": "LoRA rank 8", "learning_rate": 1e-3}
+    rows = published_table(results_of(runs), {run.name: ours for run in runs}, LIMITS).rows
+    return [row for row in rows if row["k"]], rows
 
 
-def compared(hits, arm_of_ours=EIGHT):
-    results = results_of([removal(f"s{i}", point(160, k), i) for i, k in enumerate(hits)])
-    rows = compare_to_study(results, {results[0].cell.key: arm_of_ours}, LIMITS)
-    return {row["arm"]: row for row in rows if row["cell"]}, rows
+def removals(hits):
+    return [removal(f"s{i}", point(160, k), i) for i, k in enumerate(hits)]
 
 
 @pytest.mark.parametrize(
@@ -245,37 +247,30 @@ def compared(hits, arm_of_ours=EIGHT):
     ],
 )
 def test_beside_the_published_table(hits, outcome):
-    ours, rows = compared(hits)
-    assert trained_as({"weights": "LoRA rank 8", "learning_rate": 1e-3}) == "LoRA rank 8, LR 1e-3"
-    (row,) = ours.values()
+    ours, rows = beside_the_study(removals(hits))
+    (row,) = ours
+    assert row["published"] == "8B, no CoT, adam, hhh: fails"
+    assert row["trained"] == "LoRA rank 8, LR 1e-3"
     assert row["verdict"] == outcome and row["text"].endswith(f": {outcome}")
     assert len(rows) == len(PUBLISHED)
-    assert {other["verdict"] for other in rows if not other["cell"]} == {"not run"}
+    assert {other["verdict"] for other in rows if other is not row} == {"not run"}
 
 
 def test_intervals_beside_the_study_allow_for_the_number_of_our_cells():
-    runs = [removal(f"s{i}", point(160, k), i) for i, k in enumerate((0, 0, 3))]
+    runs = removals((0, 0, 3))
     twin = [dataclasses.replace(r, name=f"t{r.name}", settings={"lora.rank": 1}) for r in runs]
     for all_runs, cells_compared in ((runs, 1), (runs + twin, 2)):
-        results = results_of(all_runs)
-        rows = compare_to_study(results, {r.cell.key: EIGHT for r in results}, LIMITS)
+        ours, _ = beside_the_study(all_runs)
         confidence = 1 - 0.05 / cells_compared
         _, lo, hi = seed_mean([(k, 100) for k in (0, 0, 3)], confidence)
-        ours = [row["text"] for row in rows if row["cell"]]
         assert len(ours) == cells_compared
-        assert all(interval_in_words(lo, hi, confidence) in text for text in ours)
+        assert all(interval_in_words(lo, hi, confidence) in row["text"] for row in ours)
 
 
 def test_another_model_shows_the_direction_alone():
-    ours, _ = compared((0, 0, 1), Arm("toy", "cot_distilled", "adam", "hhh"))
-    outcomes = {arm.model: row["verdict"] for arm, row in ours.items()}
-    assert outcomes == {"70B": "agrees", "8B": "differs"}
-    assert all("only the direction" in row["text"] for row in ours.values())
-
-
-def test_what_a_resume_may_change_makes_no_other_cell():
-    nested: dict = {}
-    for name in FREE_KEYS:
-        section, _, key = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[key] = 1
-    assert cell_settings(nested) == {}
+    ours, _ = beside_the_study(removals((0, 0, 1)), "toy", "cot_distilled")
+    assert {row["published"][:3]: row["verdict"] for row in ours} == {
+        "70B": "agrees",
+        "8B,": "differs",
+    }
+    assert all("only the direction" in row["text"] for row in ours)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sa_jax.report.measurements import Measured, Rate, RunEvals
+from sa_jax.report.measurements import Measured, Rate, RunEvals, Span
 from sa_jax.report.steps_to_removal import (
     Timed,
     by_insertion_length,
@@ -16,7 +16,6 @@ from sa_jax.report.steps_to_removal import (
     removal_time,
 )
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.report.times import Span
 
 LIMITS = Thresholds()
 EVALS = (5, 10, 20, 40, 80, 160, 320, 640)
