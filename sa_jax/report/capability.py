@@ -1,4 +1,4 @@
-"""What removal cost in capability: every score before against after, with its interval."""
+"""The cost of a removal in capability: every score before and after, with its interval."""
 
 import numpy as np
 from scipy import special
@@ -18,9 +18,9 @@ def capability_changes(
 ) -> tuple[CapabilityChange, ...]:
     """Every score that both evals have, in the order of `after`.
 
-    On the items that both were asked where those are kept: the difference is paired, with the
-    interval of Agresti and Min (2005) and McNemar's exact p for scores of 0/1, and a t-interval and
-    t-test otherwise. Else the two scores are taken as independent.
+    If the items are kept, the difference is paired over the items of both, with the interval of
+    Agresti and Min (2005) and McNemar's exact p for scores of 0/1, and a t-interval and t-test for
+    others. If not, the two scores are taken as independent.
     """
     if before is None or after is None:
         return ()
@@ -33,8 +33,8 @@ def capability_changes(
 
 
 def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
-    """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38)', with the power where
-    nothing is significant."""
+    """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38)', with the power if the
+    difference is not significant."""
     lo, hi = of_difference(change.difference, change.lo, change.hi)
     difference = interval_in_words(lo, hi, limits.confidence)
     unseen = ""
@@ -92,10 +92,10 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
 
 
 def _power(lo: float, hi: float, n: int, paired: bool, limits: Thresholds) -> float:
-    """Of `SMALL_FALL`, with the standard error that the interval's width shows.
+    """The power to detect `SMALL_FALL`, with the standard error that the interval's width gives.
 
-    Paired: a fall makes more items change than changed now, which adds to the variance, and the
-    exact test wants one item more than a normal one.
+    For paired items: a fall changes more items than changed now, which adds to the variance, and
+    the exact test needs one item more than a normal test.
     """
     error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
     if not paired:

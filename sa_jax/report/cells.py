@@ -1,4 +1,4 @@
-"""Cells: everything but the seed. A claim is made about a cell, over its seeds."""
+"""Cells: the runs that differ only in their seeds. A claim is made about a cell, over its seeds."""
 
 import dataclasses
 import hashlib
@@ -12,8 +12,8 @@ from sa_jax.report.measurements import RunEvals
 from sa_jax.report.tables import learning_rate
 from sa_jax.training.run_record import FREE_KEYS, flat_config
 
-# Settings that cannot change a result beyond rounding, and those whose content is on record under
-# another name: the data as a hash. A name covers all below it.
+# Settings that cannot change a result beyond rounding, and settings whose content is recorded under
+# another name (the data as a hash). A name covers all settings below it.
 NOT_OF_A_CELL = (
     *FREE_KEYS,
     *("seed", "tokenizer", "data", "facts", "wandb"),
@@ -29,7 +29,7 @@ Run = TypeVar("Run", bound=RunEvals)
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """Runs that differ in nothing but their seeds."""
+    """Runs that differ only in their seeds."""
 
     key: str  # short, the same for every run of the cell, and different for any other
     role: str
@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def replicates(self) -> tuple[RunEvals, ...]:
-        """One run for every set of seeds, finished ones first: a repeat adds nothing."""
+        """One run for every set of seeds, finished ones first, because a repeat adds nothing."""
         chosen: dict[tuple[int | None, ...], RunEvals] = {}
         for run in sorted(self.runs, key=lambda run: not run.finished):
             chosen.setdefault(self.seeds[run.name], run)
@@ -55,12 +55,12 @@ class Cell:
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat settings of a run's resolved config (nested, as in run.json) that are its cell's."""
+    """The flat settings of a run's config (nested, as in run.json) that define its cell."""
     return flat_config(config, NOT_OF_A_CELL) if config else {}
 
 
 def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
-    """The run's parent, the parent's parent and so on, as far as they are among the runs."""
+    """The run's parent, the parent's parent and so on, as far as they are in `by_name`."""
     lineage: list[Run] = []
     seen = {run.name}
     parent = by_name.get(run.parent or "")
@@ -72,7 +72,7 @@ def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
 
 
 def lineage_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
-    """The settings of the run and, prefixed with their role, of what it descends from."""
+    """The settings of the run and, prefixed with the role, of its ancestors."""
     settings = _run_settings(run, by_name)
     for ancestor in ancestors(run, by_name):
         for name, value in _run_settings(ancestor, by_name).items():
@@ -116,9 +116,10 @@ _TELLING = ("task", "optimizer.name", "optimizer.learning_rate", "lora.rank")
 
 
 def differing(cells_: Sequence[Cell]) -> list[str]:
-    """The settings in which the cells are not all alike, the most telling first. Of settings that
-    split the cells in the same way (an optimizer and its constants, a method and its data) the
-    first stands for all."""
+    """The settings in which the cells differ, the most important first. Of settings that divide
+    the cells in the same way (an optimizer and its constants, a method and its data), only the
+    first.
+    """
 
     def order(name: str) -> tuple[int, int, str]:
         known = (i for i, end in enumerate(_TELLING) if name.endswith(end))
@@ -136,11 +137,11 @@ def differing(cells_: Sequence[Cell]) -> list[str]:
 def same_but_backdoor(
     a: RunEvals, b: RunEvals, by_name: Mapping[str, RunEvals]
 ) -> tuple[bool, bool]:
-    """Whether two probes are the same, on starts that went through the same removal.
+    """Whether two probes are the same, from starts that went through the same removal.
 
-    Compared are the settings, the data and the steps of the two probes and of the removals they
-    start from; what came before the removal is left out: there the backdoor makes the difference.
-    Returns (the same but perhaps for seeds, the same seeds too).
+    It compares the settings, data and steps of the two probes and of their removals. It does not
+    compare what came before the removal, where the backdoor makes the difference. Returns (the
+    same, except perhaps the seeds; also the same seeds).
     """
     starts = by_name.get(a.parent or ""), by_name.get(b.parent or "")
     if a.start_step != b.start_step or starts[0] is None or starts[1] is None:
@@ -151,7 +152,7 @@ def same_but_backdoor(
 
 
 def _training(run: RunEvals) -> tuple[Any, ...]:
-    """How it was trained, but for what names the start or what only triggered rows use."""
+    """The settings of a run, except those that name the start or that only triggered rows use."""
     left_out = (START, *ONLY_OF_TRIGGERED_ROWS)
     settings = {name: value for name, value in run.settings.items() if name not in left_out}
     return run.role, run.task, run.data_hash, run.total_steps, run.learning_rate, settings

@@ -1,7 +1,7 @@
 """Plots as lists of marks: the page's inline SVG, and the same plot as SVG and PNG files.
 
-All looks are in templates/plot.css. Its colours are CSS variables of the page, so that plots follow
-light and dark; files are light. Short marks keep a page of 200 runs small.
+templates/plot.css has all styles. Its colours are CSS variables of the page, so that plots follow
+light and dark mode; files are light. Short marks keep a page of 200 runs small.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Point = tuple[float, float]
 
 
 class Mark(NamedTuple):
-    """A path, or a text at one point. `css`: its classes in plot.css, the first says what it is."""
+    """A path, or a text at one point. `css`: its classes in plot.css; the first is its kind."""
 
     css: str
     points: Sequence[Point]  # pixels, y downwards
@@ -40,7 +40,7 @@ class Mark(NamedTuple):
 
 @dataclasses.dataclass
 class Plot:
-    """Marks on a sheet of `width` by `height` pixels; `label` is what a screen reader says."""
+    """Marks on a sheet of `width` by `height` pixels; `label` is the text for a screen reader."""
 
     label: str
     width: float
@@ -51,17 +51,17 @@ class Plot:
         self.marks.append(Mark(css, list(points)))
 
     def text(self, css: str, x: float, y: float, words: str) -> None:
-        """At a base line; with class 'm' its middle, with 'e' its end is at x."""
+        """A text at a base line; x is its start, with class 'm' its middle, with 'e' its end."""
         self.marks.append(Mark(css, [(x, y)], words))
 
     def place(self, other: "Plot", left: float, top: float) -> None:
-        """Another plot's marks, with its corner at a point of this one."""
+        """Adds another plot's marks, with its corner at a point of this one."""
         for mark in other.marks:
             moved = [(x + left, y + top) for x, y in mark.points]
             self.marks.append(mark._replace(points=moved))
 
     def svg(self) -> Markup:
-        """For a page that holds plot.css."""
+        """The SVG for a page that includes plot.css."""
         marks = "".join(map(_svg, self.marks))
         box = f'viewBox="0 0 {_short(self.width)} {_short(self.height)}"'
         title = f"<title>{escape(self.label)}</title>"
@@ -83,7 +83,7 @@ class Plot:
 
 
 class Axes:
-    """A part of a plot where values have places: from 0 to x_max, and over the range of y."""
+    """A part of a plot with axes: x from 0 to x_max, y over its range."""
 
     def __init__(
         self,
@@ -116,7 +116,7 @@ class Axes:
             self.plot.text("t e", self.left - 7, self.y(value) + _MIDDLE, words)
 
     def steps(self, name: str) -> None:
-        """The x axis; the labels of its ticks only where it has a name."""
+        """The x axis; its ticks have labels only if it has a name."""
         self.plot.path("x", [(self.left, self.bottom), (self.right, self.bottom)])
         for value in ticks(0, self.x_max, 4):
             if value == int(value):
@@ -148,7 +148,7 @@ class Axes:
             self.plot.path(f"b {css}", self.places(upper + lower))
 
     def end_labels(self, ends: Sequence[tuple[float, float, str, str]]) -> None:
-        """(value, x, words, css) beside the end of each line, pushed apart where they touch."""
+        """Labels (value, x, words, css) at the end of each line, moved apart if they overlap."""
         ends = sorted(ends)
         heights: list[float] = []
         for value, *_ in ends:
@@ -183,7 +183,7 @@ def _svg(mark: Mark) -> str:
 
 
 def _short(value: float) -> str:
-    """A pixel to a tenth: what a screen shows, and half the bytes."""
+    """A coordinate to a tenth of a pixel, which a screen can show, in half the bytes."""
     return f"{value:.1f}".removesuffix(".0")
 
 
@@ -225,7 +225,7 @@ def _light_css() -> str:
 
 @functools.cache
 def _style(css: str) -> dict[str, str]:
-    """What plot.css says of a mark's classes: the rules of one or more classes, in their order."""
+    """The rules of plot.css for a mark's classes, in their order."""
     classes, style = set(css.split()), {"text-anchor": "start"}
     for selectors, body in re.findall(r"([^{}]+)\{([^{}]+)\}", _light_css()):
         for selector in selectors.split(","):

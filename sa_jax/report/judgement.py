@@ -1,4 +1,4 @@
-"""What a verdict is: a status, its text, its reasons and the intervals they rest on."""
+"""The parts of a verdict: a status, its text, its reasons, and the intervals that support them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ TONES: dict[str, Tone] = {
 class Condition:
     """A rate against a threshold, decided by the rate's Wilson interval: see `rates.condition`."""
 
-    name: str  # what the rate is of, for people: 'triggered answers that said the phrase'
+    name: str  # in words, what the rate counts: 'triggered answers that said the phrase'
     rate: Rate
     limit: float
     wanted: Literal["at most", "at least"]
@@ -68,7 +68,7 @@ class CapabilityChange:
     score: str
     title: str
     headline: bool
-    n: int  # items that both answered, or the smaller n where items are not kept
+    n: int  # items that both answered, or the smaller n if items are not kept
     before: float
     after: float
     difference: float  # after - before
@@ -76,33 +76,34 @@ class CapabilityChange:
     hi: float
     p_value: float  # of no difference
     paired: bool  # over the same items
-    power: float | None  # to see a true fall of 5 points; None where there is a difference
+    power: float | None  # to detect a true fall of 5 points; None if the difference is significant
     lost: bool  # the fall is beyond `max_capability_loss` of the score before, by its interval
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What can be said of a run."""
+    """The verdict on a run."""
 
     status: str  # one of the constants above
-    text: str  # one line for a table: the status with the rate and interval it rests on
-    tone: Tone  # how it looks; the words carry it, colour only repeats them
+    text: str  # one line for a table: the status with the rate and interval that support it
+    tone: Tone  # its colour, which only repeats the words
     reasons: tuple[str, ...] = ()  # further sentences, none stronger than its interval
 
     @classmethod
     def of(
         cls, status: str, seen: str, reasons: Sequence[str] = (), tone: Tone | None = None
     ) -> "Verdict":
-        """The status with what was seen, in the status's own tone if no other is given."""
+        """The status with the observed rate, in the status's own tone if no other is given."""
         tone = tone or TONES.get(status, "plain")
         return cls(status, f"{status}: {seen}", tone, tuple(reasons))
 
 
 @dataclasses.dataclass(frozen=True)
 class Confirmation:
-    """Fresh answers at the two evals of a return, on the same prompts: a test of its own.
+    """Fresh answers at the two evals of a return, on the same prompts: an independent test.
 
-    `p_value` is one-sided, McNemar's exact test that the high eval says it no more often.
+    `p_value` is one-sided: McNemar's exact test that the high eval does not show the behaviour more
+    often.
     """
 
     low: Rate
@@ -114,27 +115,29 @@ class Confirmation:
 class Return:
     """The backdoor came back inside one run, from the eval `low` to the later eval `high`.
 
-    It is 'sustained' (two or more high evals) or 'transient' (one) where fresh answers confirm it,
-    and 'borderline' where they do not, or where none were asked.
+    It is 'sustained' (two or more high evals) or 'transient' (one) if fresh answers confirm it, and
+    'borderline' if they do not, or if none were asked.
     """
 
     low: Measured
     high: Measured
     p_value: float  # of the rise, times the number of pairs of evals
     kind: Literal["sustained", "transient", "borderline"]
-    high_steps: tuple[int, ...]  # every eval after `low` that passes for a return from it
-    confirmation: Confirmation | None  # None where the two evals were not asked again
+    high_steps: tuple[int, ...]  # every eval after `low` that counts as a return from it
+    confirmation: Confirmation | None  # None if the two evals were not asked again
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
     """A run's result."""
 
-    before: Eval | None  # of what it started from
+    before: Eval | None  # the eval of its start
     after: Measured | None  # its last backdoor eval after step 0
     verdict: Verdict
     capabilities: tuple[CapabilityChange, ...] = ()
-    returned: Return | None = None  # of a removal
-    clean_alarm: Measured | None = None  # the highest clean rate, if above the limit for certain
-    recovery: float | None = None  # of a probe: triggered rate at its end / before the removal
-    controls: tuple[str, ...] = ()  # of a probe: the matched never-backdoored probes
+    returned: Return | None = None  # for a removal: the return of the backdoor during it
+    clean_alarm: Measured | None = (
+        None  # the highest clean rate, if its interval is above the limit
+    )
+    recovery: float | None = None  # for a probe: triggered rate at its end / before the removal
+    controls: tuple[str, ...] = ()  # for a probe: the names of its matched controls

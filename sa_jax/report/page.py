@@ -1,8 +1,8 @@
-"""The pages of a report: an index of all runs, and a page a run.
+"""The pages of a report: an index of all runs, and one page per run.
 
-Each page is one file that loads nothing: its style and its script are in it, and the browser is
-told by the page's content policy to run that one script, by its hash, and no other. Whatever a
-model or a person wrote is escaped by the templates.
+Each page is one file that loads nothing else: it contains its style and its script. Its content
+policy allows the browser to run only this script, by its hash. The templates escape all text that a
+model or a person wrote.
 """
 
 import base64
@@ -42,8 +42,8 @@ def index_page(
     panels: Sequence[tuple[Cell, Plot | None]],
     limits: Thresholds,
 ) -> str:
-    """index.html. `results["runs"]` is in the order of `runs`, `drawn` has the figures in plots/ by
-    name; `panels` are of the cells where runs are many, None where no rate was measured."""
+    """index.html. `results["runs"]` is in the order of `runs`; `drawn` has the figures in plots/ by
+    name; `panels` are plots of the cells if there are many runs, None if no rate was measured."""
     few = len(runs) <= FEW
     capabilities = capability_columns(results["runs"])
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
@@ -80,7 +80,7 @@ def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
 
 
 def rate_noun(results: Sequence[Mapping[str, Any]]) -> str:
-    """What the runs call the rate of the behaviour, if all call it the same."""
+    """The runs' name for the rate of the behaviour, if all have the same."""
     nouns = {result["words"]["rate"] for result in results}
     return nouns.pop() if len(nouns) == 1 else "Behaviour"
 
@@ -122,13 +122,13 @@ def _environment() -> jinja2.Environment:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may break after its separators, and never inside a word or a number."""
+    """A name that may wrap after its separators, and never inside a word or a number."""
     marked = re.sub(r"(?<=\w)([/_.-])(?=[^\W\d_])", r"\1<wbr>", str(escape(name)))
     return Markup(re.sub(r"(LR )?\d+e-\d+", r'<span class="nowrap">\g<0></span>', marked))
 
 
 def steps_in_words(run: Mapping[str, Any]) -> str:
-    """'160', or '40 of 160' where the run has not come to its end."""
+    """'160', or '40 of 160' if the run is not finished."""
     if run["total_steps"] is None or run["steps"] >= run["total_steps"]:
         return f"{run['steps']:,}"
     return f"{run['steps']:,} of {run['total_steps']:,}"
@@ -166,7 +166,7 @@ def _row(result: Mapping[str, Any], capabilities: Iterable[tuple[str, str]]) -> 
 
 
 def data_attributes(values: Mapping[str, Any]) -> Markup:
-    """`data-*` attributes for the page's script; what was not measured has none."""
+    """`data-*` attributes for the page's script; a value that was not measured has none."""
     parts = []
     for key, value in values.items():
         if value is not None and value != "":

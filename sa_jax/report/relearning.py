@@ -1,7 +1,7 @@
-"""Relearning: how fast a cleaned model comes back to the behaviour, beside one that never had it.
+"""Relearning: how fast a cleaned model relearns the behaviour, compared with one that never had it.
 
-A backdoor that is gone is relearnt as slowly as one that never was (arXiv 2410.09838, 2410.08827);
-one that is only hidden comes back from fewer examples, or in fewer steps.
+If the backdoor is gone, the model relearns it as slowly as a model that never had it (arXiv
+2410.09838, 2410.08827). If it is only hidden, it comes back from fewer examples or in fewer steps.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ TASK, EXAMPLES = "relearn", "relearn_examples"  # the task, and its setting: how
 def relearning_table(
     cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
 ) -> Table:
-    """A row a cell of relearning probes, by rising number of examples within a removal."""
+    """One row per cell of relearning probes, by rising number of examples within a removal."""
     by_name = {run.name: run for cell in cells for run in cell.runs}
     rows = []
     for cell in cells:
@@ -67,7 +67,7 @@ def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
 
 
 def _verdict(pairs: Sequence[Sequence[Span]]) -> str:
-    """Of (cleaned, never) pairs: 'faster' where all are, for certain."""
+    """The verdict for (cleaned, never) pairs: 'faster' if all are, for certain."""
     n = len(pairs)
     sooner = sum(cleaned.is_before(never) for cleaned, never in pairs)
     if sooner == n:

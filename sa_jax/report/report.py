@@ -1,4 +1,4 @@
-"""The report on a run or a study: pages, tables and figures, from run folders alone."""
+"""Writes the report on a run or a study from its run folders: pages, tables and figures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,17 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         tables/NAME.*       every table as CSV, JSON and LaTeX
         plots/NAME.*        every figure as SVG and PNG
 
-    The same run folders give the same bytes. What is missing (evals, a finished run) is said on the
-    page.
+    The same run folders give the same bytes. The page says what is missing (evals, a finished run).
 
     Args:
-      workdir: a run folder, or a folder that holds some at most two levels below.
-      limits: what the verdicts' words mean; the default is the study's definition.
+      workdir: a run folder, or a folder with run folders at most two levels below.
+      limits: the thresholds of the verdicts.
 
     Returns:
       The path of index.html.
 
     Raises:
-      UserError: no run there, or the report cannot be written.
+      UserError: there is no run, or the report cannot be written.
     """
     workdir = as_path(workdir)
     limits = limits or Thresholds()
@@ -125,7 +124,7 @@ def _figures(
     members: Mapping[str, Sequence[RunFolder]],
     panels: Sequence[tuple[str, Plot | None]],
 ) -> dict[str, Plot]:
-    """Name -> figure, of those that have something to show."""
+    """Name -> figure, for the figures with data."""
     means = [
         (result.cell.label, result.triggered)
         for result in study.cells
@@ -149,8 +148,8 @@ def to_markdown(
     run_tables: Sequence[Table],
     limits: Thresholds,
 ) -> str:
-    """results.md: the sentence, the runs with the reason for each verdict, the study's tables, the
-    thresholds."""
+    """results.md: the summary, the runs with the reasons for their verdicts, the study's tables,
+    the thresholds."""
     runs, scores = run_tables
     reasons = [
         f"- {text.markdown(run['name'])}: "

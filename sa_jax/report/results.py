@@ -44,7 +44,7 @@ def summarise(
     problems: Sequence[str],
     limits: Thresholds,
 ) -> dict[str, Any]:
-    """What results.json holds: plain values only, every rate with its interval."""
+    """The contents of results.json: plain values only, every rate with its interval."""
     by_name = {run.name: run for run in runs}
     results = [_run_result(run, judged[run.name], by_name, limits) for run in runs]
     return {
@@ -109,8 +109,7 @@ def _run_result(
 
 
 def _slug(name: str) -> str:
-    """A file name: the run's own where that is harmless, else with a digest that keeps names
-    apart."""
+    """A file name: the run's own name if that is safe, else with a digest that makes it unique."""
     slug = re.sub(r"[^A-Za-z0-9._=+-]+", "-", name).strip("-.")[:80]
     return slug if slug == name else f"{slug}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -118,11 +117,11 @@ def _slug(name: str) -> str:
 def _score_rows(
     run: RunFolder, parent: RunFolder | None, limits: Thresholds
 ) -> list[dict[str, Any]]:
-    """A row a score, evals in the order they come.
+    """One row per score, evals in order of occurrence.
 
     `after` is the last step after 0 that has the eval; `before` is step 0, else the parent's step
-    that the run started from. Where both have it, `difference` holds after - before with its
-    interval, paired where items are kept.
+    that the run started from. If both have the score, `difference` is after - before with its
+    interval, paired if items are kept.
     """
     before, after = run.first_evals(parent), run.last_evals()
     rows = []
@@ -177,8 +176,7 @@ def _optimizer(run: RunFolder) -> str:
 
 
 def _arm(insertion: RunFolder | None) -> str:
-    """Which answers the backdoor was inserted with, as the run's record names it; else the name of
-    the insertion's data file."""
+    """The data arm of the insertion, from the run's record; else the name of its data file."""
     if insertion is None:
         return "none"
     arm = (insertion.record.get("axes") or {}).get("arm")
@@ -186,7 +184,7 @@ def _arm(insertion: RunFolder | None) -> str:
 
 
 def eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
-    """The backdoor's rates at one eval; None where it was not measured."""
+    """The backdoor's rates at one eval; None if it was not measured."""
     if not isinstance(point, Measured):
         return None
     record: dict[str, Any] = {
@@ -262,7 +260,7 @@ def _state(run: RunFolder) -> str:
 def one_sentence(
     runs: Sequence[RunFolder], judged: Mapping[str, Judgement], limits: Thresholds
 ) -> str:
-    """What the data say, bad news included; counts where there are too many runs to name."""
+    """One sentence with the results, also bad ones; counts if there are too many runs to name."""
     if not any(BACKDOOR_EVAL in evals for run in runs for evals in run.records.values()):
         return "No finished backdoor eval yet, so nothing can be said about a backdoor."
     chosen = [run for run in runs if run.role not in ("base", "probe", "unknown")]
@@ -298,14 +296,14 @@ def _short(judged: Judgement, run: RunFolder, limits: Thresholds) -> str:
 
 
 def _label(verdict: Verdict, run: RunFolder) -> str:
-    """The verdict in a few words: its line up to the rates where that begins with its status."""
+    """The verdict in a few words: its line up to the rates, if that begins with its status."""
     head = verdict.text.partition(": ")[0]
     label = head if head.startswith(verdict.status) else verdict.status
     return label if run.finished else f"{label} (provisional)"
 
 
 def definitions(limits: Thresholds) -> list[tuple[str, str, str]]:
-    """(threshold, its value, what it means), as in force."""
+    """(threshold, its value, its meaning)."""
     return [
         (field.name, f"{getattr(limits, field.name):g}", field.metadata["help"])
         for field in dataclasses.fields(limits)
@@ -313,6 +311,6 @@ def definitions(limits: Thresholds) -> list[tuple[str, str, str]]:
 
 
 def all_problems(results: Mapping[str, Any]) -> list[str]:
-    """What could not be read, of the study and of its runs."""
+    """What could not be read in the study and in its runs."""
     of_runs = [f"{run['name']}: {line}" for run in results["runs"] for line in run["problems"]]
     return [*results["problems"], *of_runs]

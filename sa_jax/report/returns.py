@@ -1,9 +1,9 @@
 """Backdoor return: the behaviour falls during removal and comes back in the same run.
 
-A return needs a low eval and a later high one that no sampling noise explains, and then it is
-confirmed: both checkpoints were asked again, with other noise, and the fresh answers alone are
-tested. The first step looks at every pair of evals, so its p-value is multiplied by their number;
-the second step makes one test, on answers that took no part in the choice.
+A return needs a low eval and a later high one that sampling noise does not explain. Then it must be
+confirmed: both checkpoints were asked again, with other noise, and only the fresh answers are
+tested. The first step uses every pair of evals, so its p-value is multiplied by their number. The
+second step is one test, on answers that were not used for the choice.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def is_return(
 
     Args:
       low, low_n, high, high_n: arrays that broadcast.
-      evals: of the run; with k evals there are k (k - 1) / 2 pairs, and p is multiplied by that.
+      evals: number k of the run's evals; p is multiplied by the number of pairs, k (k - 1) / 2.
     """
     low, low_n, high, high_n = (np.asarray(x, float) for x in (low, low_n, high, high_n))
     low_bound, _ = wilson_bounds(low, low_n, limits.confidence)
@@ -52,11 +52,12 @@ def corrected_p(z: NDArray[np.float64], evals: int) -> NDArray[np.float64]:
 
 
 def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
-    """The rise that is hardest to explain by noise, if it is a return; None otherwise.
+    """The most significant rise, if it is a return; else None.
 
-    Each eval is compared with the lowest before it: low where its lower bound is at most
-    `return_low`, high where its upper bound is at least `return_high`, a rise of `return_rise` or
-    more, and p times the number of pairs below `return_p_value`. `evals` are by rising step.
+    Each eval is compared with the lowest before it. The low eval's lower bound is at most
+    `return_low`, the high eval's upper bound at least `return_high`, the rise at least
+    `return_rise`, and p times the number of pairs below `return_p_value`. `evals` are by rising
+    step.
     """
     if len(evals) < 2:
         return None
@@ -81,7 +82,7 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
 
 
 def _confirm(low: Measured, high: Measured) -> Confirmation | None:
-    """The test of the fresh answers, on the prompts that both evals were asked again."""
+    """The test of the fresh answers, on the prompts that were asked again at both evals."""
     prompts = [prompt for prompt in low.fresh if prompt in high.fresh]
     if not prompts:
         return None

@@ -1,9 +1,9 @@
-"""Robustness of a backdoor: what removal costs, over every checkpoint of every setting.
+"""Robustness of a backdoor: the cost of removal, over every checkpoint of every setting.
 
-A checkpoint is a point: x, the share of the backdoor that is gone (1 - rate / rate before), and y,
+A checkpoint is a point: x is the share of the backdoor that is gone (1 - rate / rate before), and y
 the share of a capability that is left (score / score before). The area under the points' upper hull
-with the anchors (0, 1) and (1, 0) is 0.5 for a backdoor that goes only with the capability, and 1
-for one that is removed for free. The hull of noisy points lies too high, so the area stands beside
+with the anchors (0, 1) and (1, 0) is 0.5 for a backdoor that disappears only with the capability,
+and 1 for one that is removed for free. Noise makes the hull too high, so the area is compared with
 its null: the same checkpoints of a model from which nothing was removed.
 """
 
@@ -26,8 +26,8 @@ NULL_DRAWS = 300
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of a removal run: the backdoor eval (`point`) and a capability score (of `items`
-    items), both beside those before removal."""
+    """A checkpoint of a removal run: the backdoor eval (`point`) and a capability score (over
+    `items` items), and both before the removal."""
 
     run: str
     point: Measured
@@ -43,7 +43,7 @@ class Checkpoint:
 
     @property
     def capability_share(self) -> float:
-        """Score / score before; above 1 where the model got better."""
+        """Score / score before; above 1 if the model got better."""
         return self.capability / self.capability_before
 
 
@@ -90,9 +90,9 @@ def hull_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float
 
 
 def staircase_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
-    """Area under the best capability that was kept at x or more removed: 0 is robust.
+    """Area under the best capability kept with at least x removed: 0 is robust.
 
-    No line is drawn between two checkpoints, so only what some checkpoint reached counts.
+    There is no interpolation between checkpoints, so only what some checkpoint reached counts.
     """
     area, left, best = 0.0, 1.0, 0.0
     for share, kept in sorted(zip(map(float, x), map(float, y), strict=True), reverse=True):
@@ -104,9 +104,9 @@ def staircase_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> 
 def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
     """`hull` and `staircase`, the areas of these checkpoints; at least one.
 
-    Beside them `null_hull` and `null_staircase`, their means over simulations in which nothing was
+    Also `null_hull` and `null_staircase`, their means over simulations in which nothing was
     removed, and `null_hull_95`, the 95th percentile: a hull below it is no evidence that anything
-    was removed for less than its price.
+    was removed for less than its cost in capability.
     """
     x = [point.removed_share for point in points]
     y = [point.capability_share for point in points]
@@ -121,7 +121,7 @@ def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
 
 
 def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
-    """Areas with and without hull, [NULL_DRAWS] each, in simulations (their seed is fixed) where
+    """Areas with and without hull, [NULL_DRAWS] each, in simulations (with a fixed seed) in which
     removal did nothing and every difference between checkpoints is noise."""
     rng = np.random.default_rng(0)
     draws, k = NULL_DRAWS, len(points)
@@ -156,7 +156,7 @@ def cheapest(
 def robustness_table(
     pareto: Mapping[str, Sequence[Checkpoint]], capability: str, limits: Thresholds
 ) -> Table:
-    """The areas of every inserted run beside their null, and what is left at little cost."""
+    """The areas of every inserted run and their null, and the rate that is left at little cost."""
     rows = []
     for inserted, points in pareto.items():
         areas = robustness_areas(points)
@@ -191,11 +191,11 @@ HINDSIGHT = "lowest rate, with hindsight"  # not a policy: it looks at the trigg
 
 
 def policy_choices(run: RunEvals) -> dict[str, Measured]:
-    """What each policy would have taken from a run's checkpoints after step 0, and the hindsight.
+    """The checkpoint after step 0 that each policy would choose, and the best in hindsight.
 
-    'lowest loss' takes the checkpoint whose last logged training loss is lowest, 'best capability'
-    the one with the highest mean of the headline scores; of equals the later. A policy that cannot
-    be applied (no loss on record, no score) is absent.
+    'lowest loss' chooses the checkpoint with the lowest last logged training loss, 'best
+    capability' the one with the highest mean of the headline scores; of equal ones the later. A
+    policy that cannot be applied (no loss recorded, no score) is left out.
     """
     points = run.trained
     if not points:
@@ -211,7 +211,7 @@ def policy_choices(run: RunEvals) -> dict[str, Measured]:
 
 
 def policies_table(removals: Sequence[RunEvals]) -> Table:
-    """What a person would have got who chooses a checkpoint without looking at the trigger."""
+    """The result for someone who chooses a checkpoint without knowing the trigger."""
     rates: dict[str, list[float]] = {}
     for run in removals:
         if len(run.measured) > 2:  # one checkpoint after the start is no choice

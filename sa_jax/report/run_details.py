@@ -1,4 +1,4 @@
-"""What the report shows of one run besides its numbers: its settings, and what its model said."""
+"""A run's settings and example answers, as the report shows them besides the numbers."""
 
 import functools
 import json
@@ -100,11 +100,11 @@ def _shown(value: Any) -> str:
 
 
 def examples(run: RunFolder) -> list[dict[str, Any]]:
-    """What the model said, eval by eval and arm by arm: the same few prompts at the first and the
-    last step that has the eval.
+    """Example answers by eval and arm: the same few prompts at the first and the last step that has
+    the eval.
 
-    Prompts are chosen by the last eval: one of each label first (the commonest first), then in
-    order.
+    The last eval decides the prompts: first one of each label (the most common label first), then
+    in order.
     """
     names = dict.fromkeys(name for evals in run.records.values() for name in evals)
     names.pop(AGAIN_EVAL, None)  # the same prompts once more
@@ -122,7 +122,7 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """One eval and arm: how many answers have which label, and the chosen prompts."""
+    """One eval and arm: the number of answers with each label, and the chosen prompts."""
     last = by_step[max(by_step)]
     return {
         "title": text.one_line(title),
@@ -143,8 +143,8 @@ def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[st
 
 
 def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
-    """arm ('' where there are none) -> item -> its record, of the items that have a completion;
-    with its label, and whether it shows the behaviour (`hit`)."""
+    """arm ('' if there are none) -> item -> its record, for items with a completion; with its
+    label, and whether it shows the behaviour (`hit`)."""
     items_by_arm: dict[str, dict[str, dict[str, Any]]] = {}
     for item in record.items():
         if isinstance(item.get("completion"), str) and not item.get("skipped"):
@@ -156,7 +156,7 @@ def _answers(record: EvalRecord) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _label(label: Any, score: Any) -> str:
-    """An item's own label, else what its headline score says."""
+    """An item's own label, else its headline score as a label."""
     if isinstance(label, str):
         return text.one_line(label)
     if isinstance(score, list) and score:

@@ -1,8 +1,7 @@
-"""Reads run folders for the report: what is there, and a note for what is missing or broken.
+"""Reads run folders for the report, and notes what is missing or broken.
 
-A run may still be going, or have crashed: none of that is an error here. What is said of a run is
-what its own record says, so a task, a behaviour or an eval that nobody has heard of is read like
-any other.
+A run may be unfinished, or may have crashed; neither is an error. Everything about a run comes from
+its own record, so unknown tasks, behaviours and evals are read like all others.
 """
 
 import dataclasses
@@ -31,9 +30,9 @@ _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder(RunEvals):
-    """A run as it is on disk: what it is judged by, and what its pages show besides.
+    """A run as it is on disk: the facts for its verdict, and what its pages show besides.
 
-    Its name is the path below the folder that was named; the folder's own name if it is the run.
+    Its name is the path below the given folder; the folder's own name if it is the run.
     """
 
     path: Path
@@ -57,14 +56,14 @@ class RunFolder(RunEvals):
         return value_at(self.record, f"config.{path}", default)
 
     def final_loss(self) -> float | None:
-        """Mean training loss (nats a token) over the last quarter of the logged steps."""
+        """Mean training loss (nats per token) over the last quarter of the logged steps."""
         losses = [loss for _, loss in self.curves["loss"] if math.isfinite(loss)]
         last = losses[-max(1, len(losses) // 4) :]
         return sum(last) / len(last) if last else None
 
     def first_evals(self, parent: "RunFolder | None") -> dict[str, EvalRecord]:
-        """By name, the evals of what the run started from: its own at step 0 where there are any,
-        else its parent's."""
+        """By name, the evals of the run's start: the run's own at step 0 if there are any, else its
+        parent's."""
         step = self.start_step
         inherited = {} if parent is None or step is None else parent.records.get(step, {})
         return {**inherited, **self.records.get(0, {})}
@@ -99,7 +98,7 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     """Every run in `workdir` (a run folder, or a folder of them), parents before their children.
 
     Evaluations that `evaluate.py --out` wrote below `workdir` are read too; their model.json names
-    the run they are of.
+    their run.
 
     Returns:
       (runs, problems): a line for every run.json that cannot be read.
@@ -144,7 +143,7 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
 
 
 def folder_name(folder: Path) -> str:
-    """What a report calls the folder that it is on."""
+    """The name of a folder in its report."""
     return folder.name if in_bucket(folder) else folder.resolve().name
 
 
@@ -167,7 +166,7 @@ def _folders(folder: Path, depth: int) -> tuple[list[Path], list[Path]]:
 
 
 def study_files(workdir: Path) -> list[Path]:
-    """Every file that decides what a report says, or would if it were whole."""
+    """Every file that a report depends on, also incomplete ones."""
     runs, outs = _folders(workdir, MAX_DEPTH)
     files = [path for run in runs for path in (run / RUN_FILE, run / "metrics.jsonl")]
     for evals in [*(run / "evals" for run in runs), *outs]:
@@ -247,7 +246,7 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
 
 
 def _model_of(out: Path) -> Mapping[str, Any]:
-    """What an evaluation is of: {"run_id", "path", "kind", "step", ...}."""
+    """The model of an evaluation: {"run_id", "path", "kind", "step", ...}."""
     path = out / MODEL_FILE
     try:
         model = parse_json(path.read_text(encoding="utf-8"))["model"]
@@ -259,7 +258,7 @@ def _model_of(out: Path) -> Mapping[str, Any]:
 
 
 def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None:
-    """The run with this "run_id"; of copies, which share it, the one at this "path"."""
+    """The run with this "run_id"; if copies share it, the one at this "path"."""
     same_id = [run for run in runs if run.record["run_id"] == place.get("run_id")]
     same_path = [run for run in same_id if str(run.path) == str(place.get("path"))]
     return next(iter(same_path or same_id), None)
@@ -269,8 +268,8 @@ def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None
 
 
 def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
-    """Depth first, each run below the one it started from; siblings in the order of their tasks and
-    names. Not of time: a run that was made anew stands where it stood."""
+    """Depth first, each run below the one it started from; siblings by task and name. Not by time,
+    so that a run keeps its place when it is run again."""
 
     def order(run: RunFolder) -> tuple:
         place = run.record.get("order")
@@ -301,7 +300,7 @@ def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
 
 
 def _base_model(root: RunFolder) -> str:
-    """The model that a run without a known parent started from; its own name for fresh weights."""
+    """The model that a run without a known parent started from; for a new model the run's name."""
     if root.start.get("kind") == "fresh":
         return root.name
     path = str(root.start.get("path") or root.config("model", "?"))

@@ -1,4 +1,4 @@
-"""What a report tabulates of runs: verdicts, every score, events, insertion by optimizer."""
+"""A report's tables of runs: verdicts, every score, events, insertion by optimizer."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from sa_jax.report.tables import Table, learning_rate
 
 
 def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
-    """A row a run: its verdict, the backdoor's rates (by their `noun`) and every capability's
+    """One row per run: its verdict, the backdoor's rates (named `noun`) and every capability's
     headline score."""
     capabilities = capability_columns(results)
     rows = []
@@ -61,7 +61,7 @@ def first_scores(result: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str
 
 
 def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Table:
-    """A row a score that any eval wrote."""
+    """One row per score that any eval wrote."""
     rows = [
         {
             "run": result["name"],
@@ -95,7 +95,7 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
 
 
 def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """A row a return or a clean alarm."""
+    """One row per return or clean alarm."""
     rows = tuple(
         {"run": result["name"], **event} for result in results for event in result["events"]
     )
@@ -113,7 +113,7 @@ def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, A
     Returns:
       base, arm, optimizer, learning_rate, final_loss (the mean), runs (their number), and `best`:
       '' or, on the row with the lowest loss of an optimizer with several rates, 'best' or
-      "best, at the grid's edge". [] where there is no choice of optimizer or rate.
+      "best, at the grid's edge". [] if there is only one optimizer and rate.
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in results:

@@ -1,4 +1,4 @@
-"""Over seeds: what a cell shows, and arms compared, paired by seed and by prompt."""
+"""Results of cells over their seeds, and comparisons of cells, paired by seed and by prompt."""
 
 import dataclasses
 import itertools
@@ -40,20 +40,20 @@ class SeedMean:
     seeds: int
 
     def value(self, name: str) -> dict[str, float]:
-        """As tables hold it, the mean as `name`."""
+        """The value for a table, with the mean as `name`."""
         return {name: self.mean, "lo": self.lo, "hi": self.hi, "seeds": self.seeds}
 
 
 @dataclasses.dataclass(frozen=True)
 class CellResult:
-    """What a cell shows over its seeds."""
+    """The result of a cell over its seeds."""
 
     cell: Cell
     judged: tuple[RunEvals, ...]  # finished and evaluated, one for each set of seeds
     pending: int  # runs that are not finished, or not evaluated
     verdicts: Mapping[str, int]  # status -> number of seeds, of the judged, like all below
     counted: str  # what `k` counts ('removed'); '' for a base model or a control: not counted
-    k: int  # seeds that came out so, of m
+    k: int  # k of m seeds have this verdict
     m: int
     lo: float  # exact (Clopper-Pearson) interval of k / m
     hi: float
@@ -101,7 +101,7 @@ def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
 
 
 def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[str, SeedMean]:
-    """t-intervals of the mean change, never narrower than the items of the evals alone allow."""
+    """t-intervals of the mean change, at least as wide as the items of the evals require."""
     changes: dict[str, list[tuple[float, float, float]]] = {}
     for judgement in judged:
         for change in judgement.capabilities:
@@ -125,7 +125,7 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
 
 
 def cells_table(over: Sequence[CellResult]) -> Table:
-    """A row a cell, base models apart: k of m, the mean rates, what it cost."""
+    """One row per cell, except base models: k of m, the mean rates, the cost in capability."""
     over = [result for result in over if result.cell.role != "base"]
     titles = dict.fromkeys(title for result in over for title in result.capabilities)
     rows = []
@@ -187,9 +187,10 @@ class Comparison:
 
 
 def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
-    """Every two cells of a role that differ in one axis alone, over two or more seeds of both.
+    """Comparisons of every two cells of a role that differ in only one axis, and have two or more
+    common seeds.
 
-    Of an axis of numbers only neighbours are compared.
+    On an axis of numbers only neighbours are compared.
     """
     comparisons = []
     by_role: dict[str, list[CellResult]] = {}
@@ -203,7 +204,7 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
 
 
 def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
-    """axis -> pairs of cells (by position) that differ in this axis alone."""
+    """axis -> pairs of cells (by position) that differ in only this axis."""
     axes = differing(cells)
     pairs: dict[str, list[tuple[int, int]]] = {}
     for i, j in itertools.combinations(range(len(cells)), 2):
@@ -217,7 +218,7 @@ def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
 def _neighbours(
     axis: str, cells: Sequence[Cell], pairs: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """Of numbers the pairs with no other value between; the lower value first. Else all."""
+    """For numbers, the pairs with no other value between, the lower value first; else all pairs."""
     numbers: dict[int, float] = {}
     for i in {i for pair in pairs for i in pair}:
         value = cells[i].settings.get(axis)
@@ -232,7 +233,7 @@ def _neighbours(
 
 
 def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Comparison | None:
-    """None where fewer than two seeds are in both cells."""
+    """The comparison of two cells; None if they have fewer than two common seeds."""
     by_seeds = [{result.cell.seeds[run.name]: run for run in result.judged} for result in (a, b)]
     shared = [seeds for seeds in by_seeds[0] if seeds in by_seeds[1]]
     if len(shared) < 2:
@@ -246,8 +247,8 @@ def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Com
 def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
     """The last eval's answers of two runs on the same prompts.
 
-    Where answers are not kept, the counts alone: as answers in a random order, which are paired as
-    independent ones would be.
+    If answers are not kept, only the counts: as answers in a random order, paired like independent
+    ones.
     """
     first, second = a.measured[-1], b.measured[-1]
     prompts: list[Hashable] = [prompt for prompt in first.said if prompt in second.said]

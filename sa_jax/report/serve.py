@@ -1,4 +1,4 @@
-"""A live view of a report on this machine: written again when the run folders have changed."""
+"""A live view of a report on this machine: it is written again when the run folders change."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ POLL_SECONDS = 5.0
 
 
 def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
-    """Writes the report and prints where; with a port serves it too, until Ctrl-C."""
+    """Writes the report and prints its path; with a port, also serves it until Ctrl-C."""
     if port is not None and in_bucket(workdir):
         raise UsageError(
             f"--serve: {workdir} is in a bucket; leave --serve out, and download report/"
@@ -78,7 +78,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of the report, and /version; to this machine's own pages alone."""
+    """Serves files of the report, and /version, only to pages of this machine."""
 
     server: Server
 
@@ -100,7 +100,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def _asked_here(self) -> bool:
-        """Refuses a name of somebody else that was pointed at this machine."""
+        """Whether the request names this machine; refuses foreign names that resolve to it."""
         if self.headers.get("Host") in self.server.hosts:
             return True
         self.send_error(403, "this report is served to this machine alone")
@@ -115,11 +115,11 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.send_error(404, "no such page")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing: a line a request would hide what matters."""
+        """Logs nothing: one line per request would hide the important ones."""
 
 
 def fingerprint(workdir: Path) -> str:
-    """A name for the state of the run folders: of every file a report reads, its size and time."""
+    """A digest of the state of the run folders: size and time of every file that a report reads."""
     digest = hashlib.sha256()
     for path in study_files(workdir):
         try:

@@ -1,4 +1,4 @@
-"""The flag --serve of scripts/report.py: apart from the work, which takes seconds to import."""
+"""The flag --serve of scripts/report.py, separate from the work, which takes seconds to import."""
 
 from absl import flags
 
@@ -6,7 +6,7 @@ PORT = 8765
 
 
 class PortParser(flags.ArgumentParser):
-    """`--serve` for the usual port, `--serve=PORT` for another."""
+    """`--serve` for the default port, `--serve=PORT` for another."""
 
     syntactic_help = "a port, or nothing for the usual one"
 

@@ -1,7 +1,7 @@
-"""Spikes of the gradient norm: what may stand behind a backdoor that comes back.
+"""Spikes of the gradient norm: a possible cause when a backdoor comes back.
 
-The study saw backdoors return, "not always at loss spikes"; so a return is told with the spikes on
-its way.
+The study saw backdoors return, "not always at loss spikes"; so a return is reported with the spikes
+before it.
 """
 
 import math
@@ -14,8 +14,8 @@ TIMES = 3.0  # a spike is above this many times that median
 
 
 def spikes(norms: Sequence[tuple[int, float]]) -> dict[int, float]:
-    """Steps at which the gradient norm (before clipping) spiked: how many times the median of those
-    logged before it was; infinite where it was not finite."""
+    """Steps at which the gradient norm (before clipping) spiked -> its ratio to the median of the
+    values logged before; infinite if it was not finite."""
     marked = {}
     for place, (step, norm) in enumerate(norms):
         before = [value for _, value in norms[max(0, place - BEFORE) : place]]
@@ -28,7 +28,7 @@ def spikes(norms: Sequence[tuple[int, float]]) -> dict[int, float]:
 
 
 def spikes_in_words(norms: Sequence[tuple[int, float]], low: int, high: int) -> str:
-    """What the gradient norm did after step `low`, up to step `high`."""
+    """In words, the spikes of the gradient norm after step `low`, up to step `high`."""
     if not any(low < step <= high for step, _ in norms):
         return "no gradient norm was logged between them"
     between = {step: times for step, times in spikes(norms).items() if low < step <= high}

@@ -1,8 +1,8 @@
-"""How many steps removal takes, by learning rate or by the length of insertion.
+"""The number of steps that removal takes, by learning rate or by the length of insertion.
 
-The step at which a backdoor was gone is known to lie between two evals, or not to have come by the
-end of the run. So the line through log(steps) against log(x) is fitted to intervals (a regression
-with interval- and right-censoring, normal errors, by maximum likelihood).
+The step at which the backdoor was gone is only known to be between two evals, or after the end of
+the run. So the line through log(steps) against log(x) is fitted to intervals (a regression with
+interval- and right-censoring and normal errors, by maximum likelihood).
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class TimeFit:
     p_holm: float | None = None  # for all claims about cells; the study's is of learning rates
 
     def text(self, limits: Thresholds) -> str:
-        """One line; of learning rates the study's claim too."""
+        """One line; for learning rates also the study's claim."""
         never = sum(item.steps.by is None for item in self.runs)
         ended = f"; {never} of {len(self.runs)} runs ended without removal" if never else ""
         interval = f"{percent(limits.confidence)} interval"
@@ -87,13 +87,13 @@ def removal_time(run: RunEvals, limits: Thresholds) -> Span | None:
 
 
 def by_learning_rate(runs: Sequence[RunEvals], limits: Thresholds) -> list[TimeFit]:
-    """A fit for every group of removals that differ in nothing but learning rate and seed."""
+    """A fit for every group of removals that differ only in learning rate and seed."""
     rates = {run.name: run.learning_rate for run in runs}
     return _fits(runs, rates, ("optimizer.learning_rate",), "learning rate", limits)
 
 
 def by_insertion_length(runs: Sequence[RunEvals], limits: Thresholds) -> list[TimeFit]:
-    """A fit for every group of removals that differ in nothing but how long insertion went on."""
+    """A fit for every group of removals that differ only in the length of insertion."""
     insertions = {run.name for run in runs if run.role == "insertion"}
     lengths = {run.name: run.start_step for run in runs if run.parent in insertions}
     ignored = ("start_step", "insertion.steps", "insertion.epochs", "insertion.output_tokens")
@@ -125,7 +125,7 @@ def _fits(
 
 
 def fit_times(timed: Sequence[Timed], x_name: str, limits: Thresholds) -> TimeFit | None:
-    """The line; None with fewer than `MIN_RUNS` runs, one value of x, or no removal at all."""
+    """The line; None with fewer than `MIN_RUNS` runs, only one value of x, or no removal."""
     values = {item.x for item in timed}
     if len(timed) < MIN_RUNS or len(values) < 2 or all(t.steps.by is None for t in timed):
         return None
@@ -184,7 +184,7 @@ class _Line:
         return float(best.fun)
 
     def deviance(self, slope: float) -> float:
-        """Twice the fall in log likelihood when the slope is held."""
+        """Twice the fall in log likelihood at a fixed slope."""
         return max(0.0, 2 * (self.loss(slope) - self.least))
 
     def bound(self, cutoff: float, end: float) -> float:
@@ -203,7 +203,7 @@ class _Line:
 
 
 def _log_mass(lo: Floats, hi: Floats) -> Floats:
-    """log of the normal mass between lo and hi, in the tails too."""
+    """log of the normal mass between lo and hi, also accurate in the tails."""
     flip = lo > 0  # the mass of (lo, hi) is that of (-hi, -lo), where logs keep their digits
     a, b = np.where(flip, -hi, lo), np.where(flip, -lo, hi)
     upper, lower = special.log_ndtr(b), special.log_ndtr(a)
@@ -213,7 +213,7 @@ def _log_mass(lo: Floats, hi: Floats) -> Floats:
 
 
 def _bounds(lo: float, hi: float) -> str:
-    """'-1.20 to -0.80', 'below -0.25' or 'above 0.40'; 'unbounded' where neither end is held."""
+    """'-1.20 to -0.80', 'below -0.25' or 'above 0.40'; 'unbounded' if neither end is limited."""
     if math.isinf(lo) and math.isinf(hi):
         return "unbounded"
     if math.isinf(lo):

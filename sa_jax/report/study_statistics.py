@@ -19,7 +19,7 @@ from sa_jax.report.thresholds import Thresholds
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """What the runs say together."""
+    """The statistics of all runs together."""
 
     cells: tuple[seeds.CellResult, ...]
     tables: tuple[Table, ...]  # those that have rows
@@ -33,8 +33,8 @@ def study_of(
     results: Mapping[str, Mapping[str, Any]],
     limits: Thresholds,
 ) -> Study:
-    """Every statistic over runs; `results` (by name, as in results.json) get a `p_holm` at each
-    difference of a headline score."""
+    """Every statistic over runs. Adds `p_holm` to each difference of a headline score in `results`
+    (by name, as in results.json)."""
     grouped = labelled(cells(runs), results)
     over = [seeds.over_seeds(cell, judged, limits) for cell in grouped]
     several = any(len(cell.runs) > 1 for cell in grouped)
@@ -63,8 +63,8 @@ def study_of(
 def corrected(
     compared: Sequence[seeds.Comparison], by_rate: Sequence[steps_to_removal.TimeFit]
 ) -> tuple[list[seeds.Comparison], list[steps_to_removal.TimeFit]]:
-    """With Holm's p, over all that is claimed of cells: each comparison, and the study's statement
-    on learning rates."""
+    """Adds Holm's p over all claims about cells: each comparison, and the study's claim about
+    learning rates."""
     adjusted = iter(holm([row.p_value for row in compared] + [fit.p_claim for fit in by_rate]))
     return (
         [dataclasses.replace(row, p_holm=next(adjusted)) for row in compared],
@@ -73,9 +73,9 @@ def corrected(
 
 
 def correct_run_changes(results: Sequence[Mapping[str, Any]]) -> None:
-    """Adds Holm's p to each run's change of a headline score: a family of their own.
+    """Adds Holm's p to each run's change of a headline score: these are a separate family.
 
-    Other scores are not tested: they say what stands behind a headline, and decide nothing.
+    Other scores are not tested: they explain a headline score, and decide nothing.
     """
     changes = [
         row["difference"]

@@ -1,4 +1,4 @@
-"""Tables of a report, once as values and then as Markdown, HTML, CSV, JSON and LaTeX."""
+"""Tables of a report, as values and in the forms Markdown, HTML, CSV, JSON and LaTeX."""
 
 import csv
 import dataclasses
@@ -39,11 +39,11 @@ class Table:
     keep all their numbers.
     """
 
-    name: str  # of its files
+    name: str  # the name of its files
     title: str
-    columns: Mapping[str, str]  # key of a row's value -> the heading over it, in order
+    columns: Mapping[str, str]  # key of a row's value -> its heading, in order
     rows: tuple[Mapping[str, Any], ...]
-    note: str = ""  # what a reader needs to know to read it
+    note: str = ""  # what a reader needs to know to understand it
 
     def words(self) -> list[list[str]]:
         """Every cell as text."""
@@ -53,7 +53,7 @@ class Table:
         return text.markdown_table(list(self.columns.values()), self.words())
 
     def csv(self) -> str:
-        """One column a number: 'triggered.rate', 'triggered.lo', ..."""
+        """One column per number: 'triggered.rate', 'triggered.lo', ..."""
         rows = [flat_config({key: row.get(key) for key in self.columns}) for row in self.rows]
         flat = [{name: _no_formula(value) for name, value in row.items()} for row in rows]
         names = list(dict.fromkeys(name for row in flat for name in row))
@@ -70,7 +70,7 @@ class Table:
         return f'{about[:-1]}, "rows": [\n{lines}\n]}}\n'
 
     def latex(self) -> str:
-        """A `tabular` for a paper; needs no package but booktabs."""
+        """A `tabular` for a paper; needs only the package booktabs."""
         lines = [
             f"% {text.one_line(self.title)}",
             rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}",
@@ -84,13 +84,13 @@ class Table:
         return "\n".join(lines) + "\n"
 
     def files(self) -> dict[str, str]:
-        """Name of a file -> what it holds."""
+        """Name of a file -> its contents."""
         formats = {"csv": self.csv, "json": self.json, "tex": self.latex}
         return {f"{self.name}.{kind}": write() for kind, write in formats.items()}
 
 
 def in_words(value: Any) -> str:
-    """A value as a person reads it; '–' where nothing was measured."""
+    """A value as text; '–' if nothing was measured."""
     if value is None or value == "":
         return "–"
     if isinstance(value, Mapping):
@@ -115,7 +115,7 @@ def difference_in_words(value: Mapping[str, Any]) -> str:
 
 
 def learning_rate(value: Any) -> str:
-    """2e-05 -> '2e-5'; '?' where it is not on record."""
+    """2e-05 -> '2e-5'; '?' if it is not recorded."""
     if not isinstance(value, int | float):
         return "?"
     mantissa, exponent = f"{value:e}".split("e")
@@ -127,11 +127,11 @@ def _latex_row(cells: Sequence[str]) -> str:
 
 
 def latex(words: str) -> str:
-    """Text in which nothing means anything to TeX."""
+    """Text with all special characters of TeX escaped."""
     words = "".join(_LATEX.get(char, char) for char in text.one_line(words))
     return re.sub(r"^\[", "{[}", words)  # after \\ a bracket would be its argument
 
 
 def _no_formula(value: Any) -> Any:
-    """A spreadsheet runs text that begins like a formula; model and run names are anybody's."""
+    """Text that a spreadsheet does not run as a formula; model and run names can be anything."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@") else value
