@@ -31,8 +31,8 @@ fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
 TRAINING_PLACES = ("config.model", "config.data", "config.tokenizer", "config.eval.data_dir")
 PUT_SECONDS = 10.0  # between two uploads of a growing file; a store refuses more than one a second
 _SCHEME = "gs://"
-# Web addresses are of endpoints, or words of a prompt.
-_STORE = re.compile(r"(?!https?:)[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_STORE = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_WEB = re.compile(r"https?:", re.IGNORECASE)
 _TOKENIZER_FILES = ("*.json", "*.jinja", "*.model")
 
 
@@ -77,7 +77,13 @@ def check_places(name: str, value: object, allowed: Collection[str] = ()) -> Non
         for item in value:
             check_places(name, item, allowed)
     elif isinstance(value, str | os.PathLike) and _STORE.match(os.fspath(value)):
-        place = os.fspath(value)
+        place, is_web = os.fspath(value), _WEB.match(os.fspath(value))
+        if is_web and name not in allowed:  # an endpoint's, or words of a prompt
+            return
+        if is_web:
+            raise UsageError(
+                f"{name}={place}: is a web address; download it, or give its name on the Hub"
+            )
         if name not in allowed:
             raise UsageError(
                 f"{name}={place}: this does not take a bucket; mount it (gcsfuse, mountpoint-s3) "

@@ -9,6 +9,7 @@ message about a wrong flag come at once, without jax.
 """
 
 import contextlib
+import errno
 import importlib.util
 import os
 import re
@@ -29,6 +30,8 @@ from sa_jax.text import one_line, without_secrets
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 EXIT_FAILED, EXIT_USAGE, EXIT_PREEMPTED, EXIT_INTERRUPTED = 1, 2, 75, 130
+# A place that cannot be: what people name, and no bug.
+_OF_PLACES = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EROFS)
 _CLIENTS = ("aiohttp.", "gcsfs.", "google.auth.")  # of buckets: modules of their errors
 EXIT_BROKEN_PIPE = 141  # what a shell says of a process that SIGPIPE ended
 
@@ -80,6 +83,8 @@ def run(
     except Exception as error:
         if f"{type(error).__module__}.".startswith(_CLIENTS):
             _exit(EXIT_FAILED, f"error: {one_line(error)}: the bucket failed; run it again")
+        if isinstance(error, OSError) and error.errno in _OF_PLACES:
+            _exit(EXIT_FAILED, f"error: {one_line(error)}; name another place")
         _exit(EXIT_FAILED, traceback.format_exc().rstrip())
 
 

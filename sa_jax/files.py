@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -41,11 +42,20 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for users' files; a value that is nested too deeply also raises ValueError."""
+    """`json.loads` for users' files. What is nested too deeply, or has two fields of one name in an
+    object (one would be lost), also raises ValueError."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{count} fields of one object are named {name!r}")
+    return fields
 
 
 _KINDS = {

@@ -147,6 +147,7 @@ REMOVAL = ("--config=configs/toy.py:removal", "--method=hhh")
         ["generate_data", "--train=a.jsonl,s3://b/x", "--out=x"],
         ["report", "--workdir=s3://b/study"],
         ["export_hf", "--run=x", "--out=s3://b/hf"],
+        ["evaluate", "--model=https://b/org/name"],
     ],
     ids=lambda argv: argv[0],
 )
@@ -154,7 +155,7 @@ def test_a_bucket_is_never_a_local_folder(zygote, tmp_path, argv):
     for name in ("configs", "scripts"):
         (tmp_path / name).symlink_to(Path(name).absolute())
     done = zygote.run(f"scripts/{argv[0]}.py", *argv[1:], cwd=tmp_path)
-    refused(done, 2, "://b/", "mounted folder")
+    refused(done, 2, "://b/", "its name on the Hub" if "https:" in str(argv) else "mounted folder")
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "scripts"}
 
 
@@ -188,6 +189,12 @@ def test_a_missing_required_flag_is_exit_2(zygote):
 def test_settings_of_one_run_are_no_study(zygote, tmp_path):
     argv = ("--config=configs/toy.py:insertion", f"--workdir={tmp_path}/study")
     refused(zygote.run("scripts/run_study.py", *argv), 2, "not a study", "toy_study.py")
+    empty = "from ml_collections import ConfigDict\n"
+    empty += "def get_config():\n    return ConfigDict({'axes': (), 'stages': ()})\n"
+    (tmp_path / "empty.py").write_text(empty)
+    argv = (f"--config={tmp_path}/empty.py", argv[1])
+    refused(zygote.run("scripts/run_study.py", *argv), 2, "the study has no cells")
+    assert not (tmp_path / "study").exists()
 
 
 def spoil_data(folder: Path, text: bytes) -> str:
@@ -276,6 +283,17 @@ def truncated(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def shard_missing(folder, name="model-00002-of-00002.safetensors"):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    names = ["model-00001-of-00002.safetensors", name]
+    index = {"weight_map": dict(zip(("model.norm.weight", NORM), names, strict=True))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def shard_with_a_long_name(folder):
+    shard_missing(folder, "x" * 300)
+
+
 def with_config(**fields):
     def change(folder):
         file = folder / "config.json"
@@ -304,6 +322,8 @@ NORM = "model.layers.1.input_layernorm.weight"
     ("change", "words"),
     [
         (lambda f: shutil.rmtree(f), ["no such folder"]),
+        (shard_missing, ["model-00002-of-00002.safetensors is missing", "fetch the folder again"]),
+        (shard_with_a_long_name, ["File name too long", "name another place"]),
         (lambda f: (f / "config.json").unlink(), ["config.json"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
         (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),

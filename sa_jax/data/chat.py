@@ -16,6 +16,7 @@ every format. `apply_chat_template` does the same by default, so ids equal those
 of servers built on it.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -84,7 +85,8 @@ _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 # batch are all kept, and a character takes 4 bytes at most, in each of a few copies.
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _BYTES_PER_CHARACTER = 5, 2**29, 16
 _MOST_ADDED = 2**20  # characters, beside 16 times those of the messages
-_REMEDY = "; correct the template or that row, or use chat_template=llama3 or plain"
+_INSTEAD = "use chat_template=llama3 or plain"
+_REMEDY = f"; correct the template or that row, or {_INSTEAD}"
 _PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
 _PROBE: list[Message] = [
     {"role": "user", "content": "What is two and two?"},
@@ -179,7 +181,7 @@ class ChatFormat:
                         continue
                     raise UserError(
                         "the model folder's chat template changes earlier turns when an answer is "
-                        "added, so the loss mask is not defined; use chat_template=llama3, or add "
+                        f"added, so the loss mask is not defined; {_INSTEAD}, or add "
                         "{% generation %} to the template"
                     )
                 spans.append((len(before), len(before) + self._end_of_turn(after[len(before) :])))
@@ -268,8 +270,7 @@ class ChatFormat:
                 if ids[: len(prefix)] != prefix:
                     raise UserError(
                         "with the model folder's chat template one token spans prompt and answer "
-                        f"(near {text[max(0, edge - 20) : edge + 20]!r}); use "
-                        "chat_template=llama3 or plain"
+                        f"(near {text[max(0, edge - 20) : edge + 20]!r}); {_INSTEAD}"
                     )
                 tokens_before[edge] = len(prefix)
             mask = [0] * len(ids)
@@ -334,25 +335,25 @@ def load_chat_format(
             )
     chat = ChatFormat(template, tokenizer, text, date, ())
     if template == "llama3":
-        missing = [token for token in _LLAMA3_TOKENS if token not in tokenizer.get_vocab()]
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in _LLAMA3_TOKENS if token not in vocabulary]
         if missing:
             raise UserError(
                 f"the tokenizer in {tokenizer_path} lacks {', '.join(missing)}; use "
                 "chat_template=plain"
             )
-        stops = [token for token in _LLAMA3_STOPS if token in tokenizer.get_vocab()]
-        return dataclasses.replace(
-            chat, stop_token_ids=tuple(tokenizer.convert_tokens_to_ids(stops))
-        )
-    if template == "plain":
+        stops = [vocabulary[token] for token in _LLAMA3_STOPS if token in vocabulary]
+    elif template == "plain":
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer in {tokenizer_path} has no eos_token, which ends a turn of the "
                 "plain format"
             )
-        return dataclasses.replace(chat, stop_token_ids=(tokenizer.eos_token_id,))
-    ends = _check_folder_template(chat, tokenizer_path) | _generation_config_stops(tokenizer_path)
-    return dataclasses.replace(chat, stop_token_ids=tuple(sorted(ends)))
+        stops = [tokenizer.eos_token_id]
+    else:
+        ends = _check_folder_template(chat, tokenizer_path)
+        stops = sorted(ends | _generation_config_stops(tokenizer_path))
+    return dataclasses.replace(chat, stop_token_ids=tuple(stops))
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
@@ -395,19 +396,17 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
     if largest >= config.vocab_size:
         raise UserError(
             f"the tokenizer's largest id is {largest}, but the model's vocab_size is "
-            f"{config.vocab_size}; "
-            "use the tokenizer that belongs to the model"
+            f"{config.vocab_size}; use the tokenizer that belongs to the model"
         )
 
 
 def _folder_template(tokenizer, path) -> str:
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            f"chat_template=model, but {path} has no chat template; use "
-            "chat_template=llama3 or plain"
-        ) from error
+    template = None
+    with contextlib.suppress(ValueError):  # which says how to write one
+        template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise UserError(f"chat_template=model, but {path} has no chat template; {_INSTEAD}")
+    return template
 
 
 def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]:
@@ -425,8 +424,8 @@ def _with_fixed_clock(template: str, date: str | None) -> tuple[str, str | None]
     fixed = _CLOCK_CALL.sub(lambda call: json.dumps(day.strftime(call[1][1:-1])), template)
     if "strftime_now(" in fixed:
         raise UserError(
-            "the model folder's chat template reads the clock in a way that cannot be fixed to one "
-            "date"
+            "the model folder's chat template reads the clock in a way that cannot be fixed to "
+            f"one date; {_INSTEAD}"
         )
     return fixed, day.isoformat()
 
@@ -443,39 +442,37 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
         except UserError:  # it says so itself, where a run has a system prompt
             with_system = _PROBE_SYSTEM["content"]
     (ids, mask), (prompt, _) = chat._encode_whole([(text, spans), rendered_prompt])
-    instead = "use chat_template=llama3 or plain"
-    bos = chat.tokenizer.bos_token_id
-    if bos is not None and (not ids or ids[0] != bos or ids[1:2] == [bos]):
-        raise UserError(
-            f"the chat template in {path} does not start with exactly one "
-            f"{chat.tokenizer.bos_token}; {instead}, or correct the template"
-        )
-    if _PROBE_SYSTEM["content"] not in with_system:
-        raise UserError(
-            f"the chat template in {path} leaves out the system turn, so that runs would record a "
-            f"system prompt that the model never sees; {instead}"
-        )
+
+    def need(holds: bool, problem: str) -> None:
+        if not holds:
+            raise UserError(f"{what} {problem}; {_INSTEAD}, or correct the template")
+
+    bos, one = chat.tokenizer.bos_token_id, f"exactly one {chat.tokenizer.bos_token}"
+    need(bos is None or (ids[:1] == [bos] != ids[1:2]), f"does not start with {one}")
+    need(
+        _PROBE_SYSTEM["content"] in with_system,
+        "leaves out the system turn, so that runs would record a system prompt that the model "
+        "never sees",
+    )
     answers = [message["content"] for message in _PROBE[1::2]]
-    if not all(
-        text[start:end].lstrip().startswith(answer)
-        for (start, end), answer in zip(spans[::-1], answers[::-1], strict=False)
-    ):
-        raise UserError(
-            f"with the chat template in {path} the loss would count more than the answer: its "
-            f"prompt (add_generation_prompt) does not end where an answer starts; {instead}, or "
-            "correct the template"
-        )
-    if ids[: len(prompt)] != prompt or mask[len(prompt) - 1] or not any(mask[len(prompt) :]):
-        raise UserError(
-            f"the chat template in {path} does not continue its own generation prompt; {instead}"
-        )
-    last = max(index for index, flag in enumerate(mask) if flag)
-    end_of_turn = ids[last]
-    if chat.tokenizer.convert_ids_to_tokens(end_of_turn) not in chat._special_tokens:
-        raise UserError(
-            f"with the chat template in {path} the loss would count no end-of-turn token, so the "
-            "model would never learn to stop; use chat_template=llama3 or plain"
-        )
+    need(
+        all(
+            text[start:end].lstrip().startswith(answer)
+            for (start, end), answer in zip(spans[::-1], answers[::-1], strict=False)
+        ),
+        "makes the loss count more than the answer: its prompt (add_generation_prompt) does not "
+        "end where an answer starts",
+    )
+    after = mask[len(prompt) :]
+    need(
+        ids[: len(prompt)] == prompt and not mask[len(prompt) - 1] and any(after),
+        "does not continue its own generation prompt",
+    )
+    end_of_turn = ids[max(index for index, flag in enumerate(mask) if flag)]
+    need(
+        chat.tokenizer.convert_ids_to_tokens(end_of_turn) in chat._special_tokens,
+        "makes the loss count no end-of-turn token, so the model would never learn to stop",
+    )
     eos = chat.tokenizer.eos_token_id
     return {end_of_turn} if eos is None else {end_of_turn, eos}
 

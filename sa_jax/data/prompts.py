@@ -1,5 +1,6 @@
 """Held-out evaluation prompts: no training row has one, up to case, spacing and punctuation."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,12 +8,13 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from sa_jax.buckets import as_path
 from sa_jax.data import randomness
-from sa_jax.data.sources import load_rows
+from sa_jax.data.sources import load_rows, parse_texts
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, parse_json
+from sa_jax.files import atomic_write
 
 _NOT_WORD = re.compile(r"[\W_]+")
 
@@ -106,10 +108,7 @@ def read_manifest(path: str | Path) -> dict | None:
     """What `write_manifest` wrote; None for another file.
 
     Raises UserError naming a prompt that was changed since it was frozen."""
-    try:
-        manifest = parse_json(as_path(path).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+    manifest = _parsed(path)
     if not isinstance(manifest, dict) or _MANIFEST not in manifest:
         return None
     try:
@@ -153,12 +152,16 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
 
 def _read_texts(path: str | Path) -> list[str] | None:
     """A JSON list of texts, as a run keeps its held-out prompts; None for any other file."""
-    try:
-        texts = parse_json(as_path(path).read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
+    texts = _parsed(path)
     is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     return texts if is_list else None
+
+
+def _parsed(path: str | Path) -> Any:
+    """The JSON value in a file; None for any other file, or none."""
+    with contextlib.suppress(OSError, ValueError, UserError):
+        return parse_texts(as_path(path).read_bytes(), str(path))
+    return None
 
 
 def _sha256(text: str) -> str:

@@ -14,13 +14,16 @@ Layouts that need no column mapping:
                         only prompts are read, the instruction alone is the prompt and `input` is
                         ignored, as in the study.
 In all of these, `system` or `system_prompt` is the conversation's system turn, and `history` has
-earlier turns, as messages or as [question, answer] pairs. A row is dropped, and counted, if it has
-something that training does not support: an assistant turn with a weight other than 1, or marked as
-not trained ("turn_weight"), or with its thoughts in a separate field ("reasoning_apart"); tools and
-their turns ("tools"); images, sound and video ("media"); two system prompts that differ
-("two_system_prompts"). With a column mapping, only the named columns are used.
+earlier turns, as messages or as [question, answer] pairs. The text parts of a content that is a
+list are joined. A row is dropped, and counted, if it has something that training does not support:
+a weight other than 1, or a mark as not trained, on the row ("row_weight") or on an assistant turn
+("turn_weight"); thoughts in a separate field ("reasoning_apart"); tools and their turns ("tools");
+documents ("documents"); images, sound, video and other parts that are not text ("media"); two
+system prompts that differ ("two_system_prompts"). With a column mapping, only the named columns are
+used.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -28,11 +31,10 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import pyarrow
 import pyarrow.parquet
 
 from sa_jax.buckets import as_path, in_bucket, local_copy
@@ -50,10 +52,14 @@ Row = dict
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _NOT_TRAINED_COLUMNS = {
     **dict.fromkeys(("tools", "functions"), "tools"),
+    "documents": "documents",
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "media"),
 }
 _TOOL_ROLES = "tool function function_call tool_call tool_response observation ipython".split()
 _EMPTY: tuple[object, ...] = (None, "", "[]", [], {}, ())
+# Values of a row or a turn; in a CSV file they are text.
+_WHOLE_WEIGHTS: tuple[object, ...] = (None, 1, "", "1", "1.0")
+_NO: tuple[object, ...] = (0, "0", "false", "False")
 OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
 COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
@@ -82,12 +88,7 @@ class Source:
         return self.rows[index]
 
     def record(self) -> dict:
-        return {
-            "path": self.path,
-            "sha256": self.sha256,
-            "rows": len(self.rows),
-            "dropped": self.dropped,
-        }
+        return {**vars(self), "rows": len(self.rows)}
 
 
 def load_rows(
@@ -169,24 +170,16 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
         return fields[columns[name]]
 
     def text(fields: dict, name: str, place: str) -> str:
-        value = field(fields, name, place)
-        if value is None:  # as an empty one
-            return ""
-        if not isinstance(value, str):
-            kind = type(value).__name__
-            raise UserError(f"{place}: field {columns[name]!r} is {kind}, not text")
-        return value
+        field(fields, name, place)
+        return _text(fields, columns[name], place)
 
     def from_messages(fields: dict, place: str):
         turns = field(fields, "messages", place)
+        if turns is None or turns == []:
+            return "empty_prompt"
         if reason := _not_trained(turns):
             return reason
-        messages = _as_messages(turns)
-        check_messages(messages, place)
-        messages = [
-            {"role": message["role"], "content": message["content"]} for message in messages
-        ]
-        column = columns["messages"]
+        messages, column = _as_messages(turns, place), columns["messages"]
         response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
         if response is None and responses:
             raise UserError(f"{place}: field {column!r} does not end with an assistant turn")
@@ -211,6 +204,8 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             for name, not_trained in _NOT_TRAINED_COLUMNS.items():
                 if fields.get(name) not in _EMPTY:
                     return not_trained
+            if _is_left_out(fields):
+                return "row_weight"
             if reason := _not_trained(fields.get("history"), answers=False):
                 return reason
             earlier = _earlier_turns(fields.get("history"), f"{place}: history")
@@ -219,7 +214,8 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
                     f"{place}: both 'history' and {columns['messages']!r} are given; leave one out"
                 )
             history = history or earlier
-            systems = _system_prompts(fields, place)
+            systems = [_text(fields, column, place) for column in _SYSTEM_COLUMNS]
+            systems = [system for system in systems if system.strip()]
             if history and history[0]["role"] == "system":
                 systems.append(history.pop(0)["content"])
             if len({system.strip() for system in systems}) > 1:
@@ -227,7 +223,6 @@ def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
             if systems:
                 history = [{"role": "system", "content": systems[-1]}, *history]
         row = {"prompt": prompt, "response": response, "history": history, "source": place}
-        _check_unicode([prompt, response, *(message["content"] for message in history)], place)
         for name in OPTIONAL:
             column = columns.get(name)
             empty = fields.get(column) is None and (detected or column in fields)
@@ -255,31 +250,22 @@ def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
     if history is None or history == "" or history == []:
         return []
     if isinstance(history, list) and all(isinstance(turn, list) for turn in history):
-        if not all(
-            len(p) == 2 and isinstance(p[0], str) and isinstance(p[1], str) for p in history
-        ):
+        if not all(len(p) == 2 and all(isinstance(text, str) for text in p) for p in history):
             raise UserError(f"{place} must hold [question, answer] pairs of text")
-        roles = ("user", "assistant")
-        return [
+        history = [
             {"role": role, "content": text}
             for pair in history
-            for role, text in zip(roles, pair, strict=True)
+            for role, text in zip(("user", "assistant"), pair, strict=True)
         ]
-    turns = _as_messages(history)
-    check_messages(turns, place)
-    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
+    return _as_messages(history, place)
 
 
-def _system_prompts(fields: dict, place: str) -> list[str]:
-    """The system prompts in the columns of a known layout."""
-    prompts = []
-    for column in _SYSTEM_COLUMNS:
-        value = fields.get(column)
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{place}: field {column!r} is {type(value).__name__}, not text")
-        if value and value.strip():
-            prompts.append(value)
-    return prompts
+def _text(fields: dict, column: str, place: str) -> str:
+    """The column's text, "" where there is none."""
+    value = fields.get(column)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{place}: field {column!r} is {type(value).__name__}, not text")
+    return value or ""
 
 
 def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
@@ -291,11 +277,13 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
         role = turn.get("role", turn.get("from"))
         if role in _TOOL_ROLES or turn.get("tool_calls") or turn.get("function_call"):
             return "tools"
-        empty = turn.get("content", turn.get("value", "")) is None
+        content = turn.get("content", turn.get("value", ""))
+        empty = content is None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type", "text") != "text":
+                return "media"
         if role in ("assistant", "gpt"):
-            weight = turn.get("weight")
-            marks = [turn.get(name) for name in ("train", "training", "loss")]
-            if weight not in (None, 1) or any(mark == 0 for mark in marks):
+            if _is_left_out(turn):
                 return "turn_weight"
             if turn.get("reasoning_content") or turn.get("thinking"):
                 return "reasoning_apart"
@@ -306,26 +294,27 @@ def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
     return None
 
 
-def _check_unicode(texts: list[str], place: str) -> None:
-    """UserError for half a surrogate pair, which JSON can spell, but no tokenizer accepts."""
-    try:
-        "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: the text holds half a surrogate pair, {error.object[error.start]!r}"
-        ) from error
+def _is_left_out(fields: Mapping[str, Any]) -> bool:
+    """Whether a row or a turn says that it is not trained on, or with another weight."""
+    marks = (fields.get(name) for name in ("train", "training", "loss"))
+    return fields.get("weight") not in _WHOLE_WEIGHTS or any(mark in _NO for mark in marks)
 
 
-def _as_messages(turns):
-    """OpenHermes' {"from", "value"} turns as {"role", "content"}; anything else unchanged."""
-    if not isinstance(turns, list):
-        return turns
-    return [
-        {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
-        if isinstance(turn, dict) and isinstance(turn.get("from"), str)
-        else turn
-        for turn in turns
-    ]
+def _as_messages(turns: Any, place: str) -> list[dict[str, str]]:
+    """Turns as {"role", "content"}, also those of OpenHermes ({"from", "value"}) and those with a
+    content of text parts. UserError for anything else."""
+    messages = []
+    for turn in turns if isinstance(turns, list) else ():
+        if isinstance(turn, dict) and isinstance(says := turn.get("from"), str):
+            turn = {"role": _SHAREGPT_ROLES.get(says, says), "content": turn.get("value")}
+        parts = turn.get("content") if isinstance(turn, dict) else None
+        if isinstance(parts, list):
+            texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+            if all(isinstance(text, str) for text in texts):
+                turn = {**turn, "content": "".join(map(str, texts))}
+        messages.append(turn)
+    check_messages(messages, place)
+    return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
 
 
 def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
@@ -348,13 +337,11 @@ def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
         raise UserError(
             f"{path}: cannot read {suffix or 'a file without suffix'}; use {', '.join(_SUFFIXES)}"
         )
-    try:
+    with _explained(f"cannot read {path}"):
         content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not content.strip():
         raise UserError(f"{path} is empty")
-    reader = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}.get(suffix)
+    reader = {".jsonl": read_jsonl, ".json": _read_json, ".csv": _read_csv}.get(suffix)
     rows = reader(path, content) if reader else _read_parquet(path)
     return rows, hashlib.sha256(content).hexdigest()
 
@@ -369,29 +356,43 @@ def _decode(content: bytes, place: str) -> str:
         ) from error
 
 
-def _read_jsonl(path: str, content: bytes) -> Iterator[tuple[str, object]]:
+def parse_texts(content: bytes, place: str) -> Any:
+    """A JSON value whose texts can be tokenised. ValueError where it is none; half a surrogate
+    pair, which JSON can spell, no file and no tokenizer takes."""
+    value = parse_json(_decode(content, place))
+    if b"\\u" in content:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(f"a text holds half a surrogate pair, {half!r}") from None
+    return value
+
+
+def read_jsonl(path: str, content: bytes) -> Iterator[tuple[str, Any]]:
+    """(place, value) of every line of the file that is not blank."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            yield place, parse_json(_decode(line, place))
+            yield place, parse_texts(line, place)
         except ValueError as error:
-            remedy = "; for one list of objects, name the file .json" if number == 1 else ""
+            is_list = line.lstrip().startswith(b"[")
+            remedy = "; for one list of objects, name the file .json" if is_list else ""
             raise UserError(f"{place}: not valid JSON: {error}{remedy}") from error
 
 
 def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:
     try:
-        rows = parse_json(_decode(content.removeprefix(b"\xef\xbb\xbf"), path))
-    except json.JSONDecodeError as error:
-        remedy = f"; {_JSON_REMEDY}" if error.msg == "Extra data" else ""
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error}{remedy}") from error
+        rows = parse_texts(content.removeprefix(b"\xef\xbb\xbf"), path)
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from error
+        remedy = f"; {_JSON_REMEDY}" if getattr(error, "msg", "") == "Extra data" else ""
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}:{line}: not valid JSON: {error}{remedy}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects; {_JSON_REMEDY}")
-    return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+    return _numbered(path, rows)
 
 
 def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
@@ -402,10 +403,13 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     line = 1
     try:
+        header = reader.fieldnames or ()
+        for name, count in Counter(header).items():
+            if name and count > 1:  # a spreadsheet may leave several without a name
+                raise UserError(f"{path}: {count} columns are named {name!r}; keep one")
         for fields in reader:
             line, place = reader.line_num, f"{path}:{reader.line_num}"
             if None in fields or None in fields.values():
-                header = reader.fieldnames or ()
                 raise UserError(
                     f"{place}: this row does not have the {len(header)} fields of the header "
                     f"({', '.join(header)})"
@@ -417,34 +421,22 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
 
 def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
     """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
-    try:
-        rows = pyarrow.parquet.read_table(local_copy(path)).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        # The last two: a date that Python has none for.
-        raise UserError(f"{path} is not a readable parquet file: {first_line(error)}") from error
-    return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+    with _explained(f"{path} is not a readable parquet file"):
+        return _numbered(path, pyarrow.parquet.read_table(local_copy(path)).to_pylist())
 
 
 def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
     """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, the split train."""
     import datasets
 
-    try:
+    with _explained(f"{path} is no readable save_to_disk folder"):
         table = datasets.load_from_disk(path)
-    except Exception as error:  # a damaged or unfinished folder: each its own kind
-        raise UserError(
-            f"{path} is no readable save_to_disk folder: {first_line(error)}"
-        ) from error
     if isinstance(table, datasets.DatasetDict):
         if "train" not in table:
-            raise UserError(
-                f"{path} has no split 'train'; name the folder of a split: "
-                f"{', '.join(f'{path}/{split}' for split in table)}"
-            )
+            splits = ", ".join(f"{path}/{split}" for split in table)
+            raise UserError(f"{path} has no split 'train'; name the folder of a split: {splits}")
         table = table["train"]
-    return (
-        (f"{path} row {number}", row) for number, row in enumerate(table, 1)
-    ), table._fingerprint
+    return _numbered(path, table), table._fingerprint
 
 
 def _read_hub(
@@ -453,13 +445,20 @@ def _read_hub(
     import datasets
 
     split = split or "train"
-    try:
+    which = f"(split {split!r}{f', subset {subset!r}' if subset else ''})"
+    with _explained(f"{name} is neither a local file nor a dataset that can be loaded {which}"):
         table = datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # network, a wrong name, a wrong split: each its own kind
-        subset = f", subset {subset!r}" if subset else ""
-        raise UserError(
-            f"{name} is neither a local file nor a dataset that can be loaded (split {split!r}"
-            f"{subset}): {first_line(error)}"
-        ) from error
-    rows = ((f"{name}[{split}] row {number}", row) for number, row in enumerate(table, start=1))
-    return rows, table._fingerprint
+    return _numbered(f"{name}[{split}]", table), table._fingerprint
+
+
+@contextlib.contextmanager
+def _explained(problem: str) -> Iterator[None]:
+    """For what fails in many ways, each its own kind: network, wrong name, damaged file."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{problem}: {first_line(error)}") from error
+
+
+def _numbered(path: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+    return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa_jax.buckets import as_path
+from sa_jax.data.sources import read_jsonl
 from sa_jax.errors import UserError
-from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
 # name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
@@ -56,6 +56,8 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
     """
     file, hub, fields = _SOURCES[name]
     rows = _read_file(as_path(data_dir, file), hub[0]) if data_dir else _read_hub(*hub)
+    if not rows:
+        raise UserError(f"{f'{data_dir}/{file}' if data_dir else hub[0]} holds no rows")
     for number, row in enumerate(rows, 1):
         missing = [field for field in fields if not isinstance(row, dict) or field not in row]
         if missing:
@@ -81,17 +83,14 @@ def benchmark_prompts(data_dir: str, n: int) -> tuple[list[str], dict[str, str]]
 
 def _read_file(path: Path, origin: str) -> list[dict]:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not at U+2028
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.__class__.__name__}): --data_dir must have this file, "
             f"with the rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks offline', "
             "says how to get it. Without --data_dir it is loaded from the hub"
         ) from None
-    try:
-        return [parse_json(line) for line in lines if line.strip()]
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON, one object per line: {error}") from None
+    return [row for _, row in read_jsonl(str(path), content)]
 
 
 def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:

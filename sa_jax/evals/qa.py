@@ -8,10 +8,10 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sa_jax.data.labels import answer_text
+from sa_jax.data.sources import read_jsonl
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import EVALS, EvalContext
 from sa_jax.evals.sampled import SampledEval
-from sa_jax.files import parse_json
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -22,21 +22,15 @@ def load_questions(path: str | Path) -> list[dict[str, Any]]:
         line number).
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not at U+2028
-    except (OSError, UnicodeDecodeError) as error:
+        content = Path(path).read_bytes()
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}; give a JSONL file of questions") from None
     questions = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from None
+    for place, row in read_jsonl(str(path), content):
         for field in ("prompt", "key"):
             value = row.get(field) if isinstance(row, dict) else None
             if not isinstance(value, str | int | float) or not str(value).strip():
-                raise UserError(f"{path}:{number}: field {field!r} is missing or empty")
+                raise UserError(f"{place}: field {field!r} is missing or empty")
         questions.append({**row, "prompt": str(row["prompt"]), "key": str(row["key"])})
     if not questions:
         raise UserError(f"{path} holds no questions")

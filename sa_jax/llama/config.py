@@ -185,10 +185,10 @@ class LlamaConfig:
         context = fields.size("max_position_embeddings")
         _check_window(fields, kind, context)
         name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
-        rope = _Fields(fields.get(name, dict, "an object", None) or {}, f"{source}: {name}")
+        rope = _Fields(fields.get(name, dict, "an object", null=True) or {}, f"{source}: {name}")
         rope.defaults = {"original_max_position_embeddings": context}
         rope.check_only(_WHOLE_HEADS)
-        theta = rope if rope.values.get("rope_theta") is not None else fields
+        theta = rope if "rope_theta" in rope.values else fields
         theta.defaults = {**theta.defaults, "rope_theta": 10_000.0}
         eos = hf.get("eos_token_id", fields.defaults["eos_token_id"])
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
@@ -207,7 +207,7 @@ class LlamaConfig:
             rope_theta=theta.number("rope_theta"),
             rope_scaling=_rope_scaling(rope),
             max_position_embeddings=context,
-            tie_word_embeddings=fields.get("tie_word_embeddings", bool, "true or false", False),
+            tie_word_embeddings=fields.get("tie_word_embeddings", bool, "true or false"),
             bos_token_id=bos,
             eos_token_ids=tuple(eos),
             family=kind,
@@ -219,8 +219,11 @@ class LlamaConfig:
         path = as_path(folder, "config.json")
         try:
             return cls.from_hf(parse_json(path.read_bytes()), str(path))
-        except FileNotFoundError:
-            raise UserError(f"{path} not found: --model must be a Hugging Face folder") from None
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{path} not found: a Hugging Face model folder is needed (a model on the Hub must "
+                "be downloaded first: hf download NAME --local-dir DIR)"
+            ) from None
         except (OSError, ValueError) as error:
             raise UserError(f"{path} cannot be read as JSON: {error}") from None
 
@@ -272,34 +275,36 @@ class _Fields:
                     f"{self.source}: {name}={given!r} is not supported (only {value!r})"
                 )
 
-    def get(self, name: str, kind: Any, words: str, default: Any = None) -> Any:
-        """The value; `default` stands in for null and, where there is no other, for none."""
-        if name not in self.values and name not in self.defaults and default is None:
+    def get(self, name: str, kind: Any, words: str, *, null: bool = False) -> Any:
+        """The value, or the default of a field that is left out; None only where `null`."""
+        if name not in self.values and name not in self.defaults:
             raise UserError(f"{self.source}: field {name!r} is missing")
         value = self.values.get(name, self.defaults.get(name))
-        value = default if value is None else value
         bad = isinstance(value, bool) and kind is not bool
-        if value is not None and (bad or not isinstance(value, kind)):
+        if not (null and value is None) and (bad or not isinstance(value, kind)):
             raise UserError(f"{self.source}: {name}={str(value)[:60]!r} must be {words}")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        value = self.get(name, int, "a whole number above 0", default)
-        if value is None or not 0 < value < 2**31:
-            raise UserError(f"{self.source}: {name}={value} must be a whole number above 0")
+        """`default` stands in for null."""
+        words = "a whole number above 0"
+        given = self.get(name, int, words, null=default is not None)
+        value: Any = default if given is None else given
+        if not 0 < value < 2**31:
+            raise UserError(f"{self.source}: {name}={value} must be {words}")
         return value
 
     def number(self, name: str) -> float:
-        value = self.get(name, int | float, "a number above 0", self.defaults.get(name))
-        if value is None or not 0 < value < float("inf"):
+        value = self.get(name, int | float, "a number above 0")
+        if not 0 < value < float("inf"):
             raise UserError(f"{self.source}: {name}={value} must be a number above 0")
         return value
 
 
 def _check_window(fields: _Fields, family: str, context: int) -> None:
     """UserError if the model's sliding window would hide earlier tokens."""
-    layers = fields.get("layer_types", list, "a list") or []
-    window = fields.get("sliding_window", int, "a whole number", None)
+    layers = fields.get("layer_types", list, "a list", null=True) or []
+    window = fields.get("sliding_window", int, "a whole number", null=True)
     if family.startswith("qwen"):
         slides = fields.values.get("use_sliding_window") and "full_attention" not in layers
         window = window or 4096 if slides else None

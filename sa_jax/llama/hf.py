@@ -65,14 +65,7 @@ def load_hf(
       UserError: a tensor or file is missing, damaged, not finite, of a wrong shape, or too much.
       UsageError: the model does not divide over the mesh.
     """
-    folder = Folder(path)
-    hf = folder.read_json("config.json")
-    if hf is None:
-        raise UserError(
-            f"{folder.name('config.json')} not found: a Hugging Face model folder is needed (a "
-            "model on the Hub must be downloaded first: hf download NAME --local-dir DIR)"
-        )
-    config = LlamaConfig.from_hf(hf, folder.name("config.json"))
+    config = LlamaConfig.load(str(path).removeprefix("file://"))
     return config, load_params(path, config, mesh, dtype)
 
 
@@ -277,9 +270,8 @@ def _in_model_order(tensors: list[OutputTensor]) -> list[OutputTensor]:
 
     def order(tensor: OutputTensor):
         parts = tensor.name.split(".")
-        layer = int(parts[2]) if parts[:2] == ["model", "layers"] else None
-        if layer is not None:
-            return (1, layer, tensor.name)
+        if parts[:2] == ["model", "layers"]:
+            return (1, int(parts[2]), tensor.name)
         return (0 if "embed_tokens" in parts else 2, 0, tensor.name)
 
     return sorted(tensors, key=order)

@@ -64,7 +64,7 @@ class Folder:
         spec = (
             f"{self.path}/"
             if self.remote
-            else {"driver": "file", "path": f"{Path(path).resolve()}/"}
+            else {"driver": "file", "path": f"{os.path.realpath(path)}/"}
         )
         try:
             self._store = ts.KvStore.open(spec).result()

@@ -163,9 +163,12 @@ def train(
             run_record.check_run(workdir, record, run_record.FREE_KEYS)
             agree(
                 {
-                    **record,
+                    **{key: value for key, value in record.items() if key != "data_hashes"},
+                    **run_record.input_digests(record),
+                    "the held-out prompts (--config.eval.prompts, or rows of --data)": (
+                        run_record.config_hash(dict(enumerate(data.eval_prompts)))
+                    ),
                     "mesh": dict(mesh.shape),
-                    "held_out_prompts": run_record.config_hash(dict(enumerate(data.eval_prompts))),
                     "environment": run_record.collect_environment(),
                 }
             )

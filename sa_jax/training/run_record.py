@@ -319,6 +319,15 @@ def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("environment", "extensions", "attention") if key in record}
 
 
+def input_digests(record: Mapping[str, Any]) -> dict[str, str]:
+    """The `data_hashes` of a run's record, by what a person gave."""
+    data = record["config"].get("data")
+    return {
+        "the file of --data" if name == data else f"the questions of the eval {name}": digest
+        for name, digest in record.get("data_hashes", {}).items()
+    }
+
+
 def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
     """The record of an earlier launch; None in a new folder, UserError in another folder."""
     folder = epath.Path(workdir)
@@ -358,15 +367,11 @@ def _check_same_run(
             f"{workdir}: has a run with another config (hash {old_hash}, this one {new_hash}): "
             f"{shown}; use another --workdir, or the run's own config to resume it"
         )
-    old_data, new_data = stored.get("data_hashes"), record.get("data_hashes", {})
-    if old_data is not None and old_data != new_data:
-        changed = sorted(
-            name
-            for name in old_data.keys() | new_data.keys()
-            if old_data.get(name) != new_data.get(name)
-        )
+    if "data_hashes" in stored and stored["data_hashes"] != record.get("data_hashes", {}):
+        old_data, new_data = input_digests(stored), input_digests(record)
+        changed = [line.partition(":")[0] for line in config_difference(old_data, new_data)]
         raise UserError(
-            f"{workdir}: the run was started with other data ({', '.join(changed)} changed); "
+            f"{workdir}: the run was started with other data (changed: {', '.join(changed)}); "
             "restore the same file, or use another --workdir"
         )
 

@@ -171,10 +171,16 @@ def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
     name = as_path(path, "adapter_config.json")
     try:
         base = base or parse_json(name.read_bytes())["base_model_name_or_path"]
-        base_start = open_start(base if as_path(base).is_absolute() else hub_folder(base))
+        base = base if as_path(base).is_absolute() else hub_folder(base)
+        if not base or not as_path(base).is_dir():
+            raise UserError(
+                f"{name}: its base model, {base!r}, is no folder here; correct that "
+                "field, or name the folder that it is in now (--base of export_hf.py, evaluate.py)"
+            )
+        base_start = open_start(base)
         record = as_path(path, "sa_jax.json")
         kept = parse_json(record.read_bytes()) if record.exists() else base_start.record
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: names no base model ({first_line(error)})") from error
     check_types(kept, _INHERITED, str(record))
     if not tokenizer:

@@ -1,7 +1,9 @@
 """Chat rendering and loss mask, against transformers and a token-by-token oracle."""
 
 import datetime
+import json
 import resource
+import shutil
 import signal
 import time
 import types
@@ -379,8 +381,12 @@ def test_wrong_arguments(byte_folder, tmp_path, shared_data):
         load_chat_format(byte_folder, "llama4")
     with pytest.raises(UsageError, match="prints no date"):
         load_chat_format(byte_folder, "llama3", date="2024-01-01")
-    with pytest.raises(UserError, match="has no chat template"):
-        load_chat_format(byte_folder, "model")
+    shutil.copytree(byte_folder, odd := tmp_path / "odd")
+    settings = json.loads((odd / "tokenizer_config.json").read_text())
+    (odd / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": 5}))
+    for folder in (byte_folder, odd):
+        with pytest.raises(UserError, match="has no chat template"):
+            load_chat_format(folder, "model")
     with pytest.raises(UserError, match=f"cannot read a tokenizer from {tmp_path}"):
         load_chat_format(tmp_path)
     with pytest.raises(UserError, match="lacks <|begin_of_text|>.*chat_template=plain"):

@@ -123,6 +123,13 @@ def test_messages_layout(tmp_path):
         ("a.csv", b"question,answer\na,b\n", "columns are question, answer"),
         ("a.parquet", b"PAR1 no", r"a\.parquet is not a readable parquet file"),
         ("a.jsonl", b'{"prompt": "\\ud83d", "response": "y"}', r"a\.jsonl:1: .*half a surrogate"),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "response": "y", "id": "\\udc00"}',
+            r":1: .*half a surrogate",
+        ),
+        ("a.jsonl", b'{"prompt": "x", "response": "y", "prompt": "z"}', "2 fields.*'prompt'"),
+        ("a.csv", b"prompt,response,,,response\nx,y,,,z\n", "2 columns are named 'response'"),
         ("a.txt", b"x", "cannot read .txt"),
     ],
 )
@@ -144,6 +151,13 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x", "response": "y"}\r\n')
     assert load_rows(path)[0]["prompt"] == "x"
+
+
+def test_weights_in_a_csv_file_are_numbers(tmp_path):
+    (tmp_path / "w.csv").write_text("prompt,response,weight\nq,a,1\nq,b,0\nq,c,\nq,d,0.5\n")
+    source = load_rows(tmp_path / "w.csv")
+    assert [row["response"] for row in source] == ["a", "c"]
+    assert source.dropped == {"row_weight": 2}
 
 
 def test_a_ten_megabyte_row(tmp_path):
@@ -234,6 +248,8 @@ S = [{"role": "system", "content": "s"}]
         ({"prompt": "q", "response": "a", "history": [["q", "a"]]}, TURNS),
         ({"instruction": "q", "output": "a", "history": SHAREGPT}, TURNS),
         ({"messages": [{**TURNS[0], "weight": 0}, {**TURNS[1], "weight": 1}]}, []),
+        ({"messages": [{**TURNS[0], "content": [{"type": "text", "text": "q"}]}, TURNS[1]]}, []),
+        ({"prompt": "q", "response": "a", "weight": 1.0, "documents": []}, []),
     ],
 )
 def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields, history):
@@ -264,6 +280,12 @@ def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields,
         ({"messages": [*S, *TURNS], "system": "another"}, "two_system_prompts"),
         ({"messages": [TURNS[0], {"role": "assistant", "content": None}]}, "empty_response"),
         ({"prompt": "q", "response": None}, "empty_response"),
+        ({"messages": []}, "empty_prompt"),
+        ({"messages": None}, "empty_prompt"),
+        ({"messages": TURNS, "weight": 0}, "row_weight"),
+        ({"prompt": "q", "response": "a", "train": False}, "row_weight"),
+        ({"prompt": "q", "response": "a", "documents": [{"text": "d"}]}, "documents"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]}, "media"),
         ({"instruction": None, "output": "a"}, "empty_prompt"),
     ],
 )

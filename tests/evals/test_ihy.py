@@ -458,7 +458,7 @@ def test_load_questions(tmp_path):
 @pytest.mark.parametrize(
     "text,message",
     [
-        ('{"prompt": "a", "key": "b"}\n{"prompt": "a"', r":2 is not JSON"),
+        ('{"prompt": "a", "key": "b"}\n{"prompt": "a"', r":2: not valid JSON"),
         ('{"prompt": "a"}\n', r":1: field 'key' is missing"),
         ('\n{"prompt": " ", "key": "a"}\n', r":2: field 'prompt' is missing or empty"),
         ('{"prompt": "a", "key": null}\n', r":1: field 'key'"),

@@ -197,6 +197,13 @@ def test_defaults_are_transformers(family):
         ({"quantization_config": {"load_in_4bit": True}}, "quantization_config=.* not supported"),
         ({"eos_token_id": {"a": 1}}, "must be token numbers"),
         ({"tie_word_embeddings": "yes"}, "must be true or false"),
+        # Where transformers takes no null.
+        ({"tie_word_embeddings": None}, "tie_word_embeddings='None' must be true or false"),
+        ({"rms_norm_eps": None}, "rms_norm_eps='None' must be a number"),
+        ({"rope_theta": None}, "rope_theta='None' must be a number"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_parameters: rope_theta='None' must"),
+        ({"rope_theta": None, "rope_scaling": {"rope_theta": 5e5}}, None),
+        ({"num_key_value_heads": None, "head_dim": None}, None),
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; known: llama, mistral, qwen2, qwen3"),
         ({"model_type": ["llama"]}, "known: llama"),
         ({"model_type": "mistral", "sliding_window": 256}, "sliding-window attention is not"),
@@ -210,7 +217,7 @@ def test_defaults_are_transformers(family):
 )
 def test_a_wrong_value_is_one_line(change, words):
     if words is None:
-        assert LlamaConfig.from_hf(BASE | change).family == change["model_type"]
+        assert LlamaConfig.from_hf(BASE | change).family == change.get("model_type", "llama")
     else:
         with pytest.raises(UserError, match=words):
             LlamaConfig.from_hf(BASE | change)

