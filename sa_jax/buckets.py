@@ -77,10 +77,10 @@ def check_places(name: str, value: object, allowed: Collection[str] = ()) -> Non
         for item in value:
             check_places(name, item, allowed)
     elif isinstance(value, str | os.PathLike) and _STORE.match(os.fspath(value)):
-        place, is_web = os.fspath(value), _WEB.match(os.fspath(value))
-        if is_web and name not in allowed:  # an endpoint's, or words of a prompt
-            return
-        if is_web:
+        place = os.fspath(value)
+        if _WEB.match(place):
+            if name not in allowed:  # an endpoint's, or words of a prompt
+                return
             raise UsageError(
                 f"{name}={place}: is a web address; download it, or give its name on the Hub"
             )

@@ -411,7 +411,10 @@ def output_tensors(
     dtype = jnp.dtype(leaf.dtype if dtype is None else dtype)
     stacked, transposed = _is_stacked(path), _is_transposed(path)
     shape = leaf.shape[1:] if stacked else leaf.shape
-    extract = _extractor(dtype, transposed, _replicated(leaf))
+    # Of several processes the writing one must hold all of a tensor; one alone already does.
+    mesh: Any = getattr(leaf.sharding, "mesh", None)
+    whole = NamedSharding(mesh, P()) if jax.process_count() > 1 else None
+    extract = _extractor(dtype, transposed, whole)
     return [
         OutputTensor(
             name=name,
@@ -421,14 +424,6 @@ def output_tensors(
         )
         for layer, name in enumerate(_layer_names(path, leaf.shape[0], prefix))
     ]
-
-
-def _replicated(leaf: jax.Array) -> NamedSharding | None:
-    # Several processes: the writing one must hold all of a tensor. One process: it already does.
-    if jax.process_count() == 1:
-        return None
-    assert isinstance(leaf.sharding, NamedSharding)
-    return NamedSharding(leaf.sharding.mesh, P())
 
 
 @functools.lru_cache(maxsize=64)
