@@ -322,7 +322,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     ("change", "words"),
     [
         (lambda f: shutil.rmtree(f), ["no such folder"]),
-        (shard_missing, ["model-00002-of-00002.safetensors is missing", "fetch the folder again"]),
+        (shard_missing, ["model-00002-of-00002.safetensors is missing", "the folder again"]),
         (shard_with_a_long_name, ["File name too long", "name another place"]),
         (lambda f: (f / "config.json").unlink(), ["config.json"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),

@@ -460,8 +460,8 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
             text[start:end].lstrip().startswith(answer)
             for (start, end), answer in zip(spans[::-1], answers[::-1], strict=False)
         ),
-        "makes the loss count more than the answer: its prompt (add_generation_prompt) does not "
-        "end where an answer starts",
+        "is such that the loss would count more than the answer: its prompt "
+        "(add_generation_prompt) does not end where an answer starts",
     )
     after = mask[len(prompt) :]
     need(
@@ -471,7 +471,8 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     end_of_turn = ids[max(index for index, flag in enumerate(mask) if flag)]
     need(
         chat.tokenizer.convert_ids_to_tokens(end_of_turn) in chat._special_tokens,
-        "makes the loss count no end-of-turn token, so the model would never learn to stop",
+        "is such that the loss would count no end-of-turn token, so the model would never learn to "
+        "stop",
     )
     eos = chat.tokenizer.eos_token_id
     return {end_of_turn} if eos is None else {end_of_turn, eos}

@@ -321,7 +321,7 @@ def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def input_digests(record: Mapping[str, Any]) -> dict[str, str]:
     """The `data_hashes` of a run's record, by what a person gave."""
-    data = record["config"].get("data")
+    data = record.get("config", {}).get("data")
     return {
         "the file of --data" if name == data else f"the questions of the eval {name}": digest
         for name, digest in record.get("data_hashes", {}).items()

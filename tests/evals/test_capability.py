@@ -304,7 +304,7 @@ def test_missing_documents_say_where_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="math500/test.jsonl:1: field 'answer' is missing"):
         load("math500", data_dir=str(tmp_path))
     (tmp_path / "math500/test.jsonl").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not valid JSON"):
         load("math500", data_dir=str(tmp_path))
 
 
