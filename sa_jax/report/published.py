@@ -111,8 +111,8 @@ def published_table(
         "text": "What was seen",
     }
     note = (
-        "The study’s qualitative table, of rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
-        "table of numbers is public. Intervals allow for the number of our cells in this table."
+        "The study’s qualitative table, for rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
+        "table of numbers is public. Intervals are widened for the number of cells in this table."
     )
     return Table("published", "Beside the study", columns, tuple(rows), note)
 

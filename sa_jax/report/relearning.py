@@ -56,8 +56,8 @@ def relearning_table(
     }
     note = (
         f"Training on a few triggered examples, until {back} of triggered answers show the "
-        "behaviour again. '2–4': between the evals of these steps; '>32': not by the last. Faster "
-        "than a model that never had the backdoor: a trace of it was left."
+        "behaviour again. '2–4': between the evals of these steps; '>32': not by the last step. If "
+        "this is faster than in a model that never had the backdoor, a trace of it was left."
     )
     return Table("relearning", "Relearning", columns, tuple(rows), note)
 

@@ -179,8 +179,8 @@ def robustness_table(
     }
     note = (
         f"Share of the backdoor removed against share of {capability} kept, over all checkpoints "
-        "of all removals: an area of 0.5 (hull) is robust, 1 is removed for free. Noise alone "
-        "gives more than 0.5, which stands beside it."
+        "of all removals: an area of 0.5 (hull) means robust, 1 means removed for free. Noise "
+        "alone gives more than 0.5: see the area if nothing were removed."
     )
     return Table("robustness", "Robustness", columns, tuple(rows), note)
 
@@ -232,7 +232,7 @@ def policies_table(removals: Sequence[RunEvals]) -> Table:
         "worst": "worst",
         "runs": "Removal runs",
     }
-    note = "Checkpoints chosen without the trigger, beside the best with hindsight."
+    note = "Checkpoints chosen without the trigger, and the best one in hindsight."
     return Table("policies", "Choosing a checkpoint", columns, rows, note)
 
 

@@ -90,7 +90,7 @@ def scores_table(results: Sequence[Mapping[str, Any]], named: bool = True) -> Ta
         "floor": "Floor",
         "n": "n",
     }
-    note = "Holm's p: of headline scores, over all runs of the report."
+    note = "Holm's p is for headline scores, over all runs of the report."
     return Table("scores", "Every score", columns, tuple(rows), note)
 
 
@@ -100,7 +100,7 @@ def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
         {"run": result["name"], **event} for result in results for event in result["events"]
     )
     columns = {"run": "Run", "kind": "Event", "step": "Step", "text": "What was seen"}
-    note = "The behaviour came back inside a run, or answered prompts without the trigger."
+    note = "The behaviour came back within a run, or showed without the trigger."
     return Table("events", "Events", columns, rows, note)
 
 

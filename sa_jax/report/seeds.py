@@ -162,8 +162,8 @@ def cells_table(over: Sequence[CellResult]) -> Table:
         "enough": "Enough?",
     }
     note = (
-        "A cell is everything but the seed. Means are over seeds, with intervals for seeds that "
-        "were not run; the share of seeds has its exact interval."
+        "A cell is the runs that differ only in their seeds. Means are over seeds, with intervals "
+        "for new seeds; the share of seeds has an exact interval."
     )
     return Table("cells", "Over seeds", columns, tuple(rows), note)
 
@@ -292,8 +292,8 @@ def comparisons_table(compared: Sequence[Comparison], limits: Thresholds) -> Tab
         "seeds": "Seeds",
     }
     note = (
-        "Every two cells that differ in one axis alone, paired by seed and prompt. Holm corrects p "
-        "for all claims about cells: these, and the study's statement on learning rates. Holm's p "
-        "decides; the interval is of one comparison alone."
+        "Every two cells that differ in only one axis, paired by seed and prompt. Holm corrects p "
+        "for all claims about cells: these, and the study's claim about learning rates. Holm's p "
+        "decides; the interval is that of a single comparison."
     )
     return Table("comparisons", "Cells compared", columns, rows, note)

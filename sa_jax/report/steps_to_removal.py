@@ -249,9 +249,9 @@ def times_table(fits: Sequence[TimeFit], limits: Thresholds) -> Table:
         "of": "Like",
     }
     note = (
-        "Steps to removal lie between two evals, or beyond the run’s end; the line in log-log is "
-        "fitted to these intervals. The study’s statement, that 3 times the rate removes more than "
-        "10 times faster, is decided by Holm’s p."
+        "Removal happens between two evals, or after the run’s end; a line in log-log is fitted to "
+        "these intervals. Holm’s p decides the study’s claim that 3 times the learning rate "
+        "removes more than 10 times faster."
     )
     return Table("times", "Steps to removal", columns, rows, note)
 
