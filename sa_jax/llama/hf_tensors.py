@@ -191,6 +191,10 @@ def _axes(part: Any) -> tuple[str, ...]:
     return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
+def _one_process() -> bool:
+    return jax.process_count() == 1
+
+
 def _on_host(sharding: NamedSharding) -> bool:
     """Whether the devices' memory is the host's."""
     mesh: Any = sharding.mesh
@@ -207,7 +211,7 @@ def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) ->
     axis, then those it is replicated over: one gather and one all-to-all then give the final
     sharding.
     """
-    if jax.process_count() == 1 and (len(shape) == 3 or _on_host(final)):
+    if _one_process() and (len(shape) == 3 or _on_host(final)):
         return final
     axis = _file_axis(path, len(shape))
     if axis is None:
@@ -245,7 +249,7 @@ def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[sli
     All of them if the host's buffers become the arrays: with one process, on CPU.
     """
     layers = leaf.shape[0]
-    if leaf.ndim < 3 or (jax.process_count() == 1 and _on_host(source)):
+    if leaf.ndim < 3 or (_one_process() and _on_host(source)):
         return [slice(0, layers)]
     step = max(1, _GROUP_BYTES * layers // (leaf.size * leaf.dtype.itemsize))
     return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]

@@ -96,7 +96,7 @@ def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
     run = Start(str(tmp_path), "run", None, "model", 3)
     assert evaluate._results_folder(run, None, True) == tmp_path / "evals"
     assert evaluate._results_folder(run, "out", False) == Path("out")
-    with pytest.raises(UsageError, match="is not a run folder .* give --out=DIR"):
+    with pytest.raises(UsageError, match="is not a run folder, .* give --out=DIR"):
         evaluate._results_folder(MODEL, None, True)
     with pytest.raises(UsageError, match="--noresume would remove evals of the run"):
         evaluate._results_folder(run, None, False)
@@ -155,7 +155,7 @@ def test_as_many_prompts_as_asked_for_and_as_there_are(tmp_path, caplog):
             assert asked(path, **settings) == (everything[:4], [])
         few, warnings = asked(path, num_prompts=30)
         assert few == everything and len(warnings) == 1
-        assert "20 held-out prompts, not 30" in warnings[0]
+        assert "20 held-out prompts instead of 30" in warnings[0]
         assert asked(path, num_prompts=30, limit=20)[1] == []
 
 
