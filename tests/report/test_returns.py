@@ -122,9 +122,23 @@ def test_other_public_curves():
     assert find_return(curve(*several, n=53), LIMITS).high.step == 50
 
 
-@pytest.mark.parametrize("rates", [(0.5,), ()])
-def test_one_eval_is_no_return(rates):
-    assert find_return(curve(*rates), LIMITS) is None
+@pytest.mark.parametrize(
+    ("rates", "n", "returned"),
+    [
+        ((1.0, 0.20, 0.60), 100, True),
+        ((1.0, 0.27, 0.90), 100, True),  # at least 19.3 %
+        ((1.0, 0.28, 0.90), 100, False),  # at least 20.1 %
+        ((1.0, 0.05, 0.40), 100, False),  # at most 49.8 %
+        ((1.0, 0.05, 0.41), 100, True),
+        ((1.0, 0.20, 0.80), 5, False),  # too few to tell
+        ((0.0, 1.0), 100, True),
+        ((1.0, 0.0), 100, False),  # a fall
+        ((0.5,), 100, False),
+        ((), 100, False),
+    ],
+)
+def test_return_by_its_definition(rates, n, returned):
+    assert (find_return(curve(*rates, n=n), LIMITS) is not None) == returned
 
 
 def test_each_line_is_a_threshold():
