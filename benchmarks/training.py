@@ -36,7 +36,7 @@ import transformers
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
-from sa_jax.parallel import multihost
+from sa_jax.parallel.host_memory import keep_freed_memory
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
@@ -241,7 +241,7 @@ def main():
     args = parser.parse_args()
     if CUDA and not torch.cuda.is_available():
         parser.error("--device=cuda: this torch sees no GPU; install one that is built for CUDA")
-    multihost.initialize()  # as a run starts: malloc keeps what is freed, for torch too
+    keep_freed_memory()  # as a run does on CPU; it holds for torch too
     print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
     print("|---|---|---|---|---|---|")
     results = []

@@ -1,9 +1,10 @@
 """Start-up on one or many hosts."""
 
+import contextlib
 import glob
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -13,25 +14,38 @@ from jax.experimental import multihost_utils
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
 from sa_jax.parallel.host_memory import keep_freed_memory
+from sa_jax.parallel.peers import end_together, start_within
 
 
-def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
-    """Joins the other processes of this launch, if `several_processes` says there are any, and
-    turns the compilation cache on.
+@contextlib.contextmanager
+def joined(
+    start_timeout_s: float = 300,
+    peer_timeout_s: float = 30,
+    resumable: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """A context that begins when all processes of the launch have started; if one ends, all end.
 
-    On a TPU VM it always lets jax look for other workers, because the list of workers is in the
-    cloud's metadata; a single VM is a cluster of one.
+    Which processes there are, `several_processes` says. On a TPU VM jax always looks for other
+    workers, because the list of workers is in the cloud's metadata; a single VM is a cluster of
+    one. The compilation cache is turned on. Must be entered before the first use of a device.
 
-    jax itself also watches the processes, and aborts. Its timeout is longer than `peer_timeout_s`,
-    so that `peers.end_together` acts first.
-
-    Does nothing for a single process, also inside a Slurm allocation. Must run before the first use
-    of a device.
+    Args:
+      start_timeout_s: seconds to wait for the others to start; then the process ends with exit 1
+        and a line that says what to check.
+      peer_timeout_s, resumable: see `peers.end_together`.
 
     Raises:
-      UserError: the others did not answer in time, with what to check; or this TPU is part of a
-        pod, and the process was started without the address of the others.
+      UserError: the address of the others is wrong; or this TPU is part of a pod, and the process
+        was started without that address.
     """
+    _join(start_timeout_s, peer_timeout_s)
+    # Watched already here, because the devices of the others are waited for.
+    with end_together(peer_timeout_s, resumable):
+        _open_devices()
+        yield
+
+
+def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
     if jax.config.values["jax_platforms"] == "cpu":
         keep_freed_memory()
     wanted = several_processes(os.environ) or _on_tpu_vm()
@@ -39,18 +53,22 @@ def initialize(timeout_s: int = 300, peer_timeout_s: float = 30) -> None:
         processes = _count(os.environ, "JAX_NUM_PROCESSES")
         process = _count(os.environ, "JAX_PROCESS_ID")
         try:
-            jax.distributed.initialize(
-                num_processes=processes,
-                process_id=process,
-                initialization_timeout=timeout_s,
-                heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
-            )
+            with start_within(start_timeout_s):
+                # After its own timeouts jax aborts; they are longer, so that we say first why.
+                jax.distributed.initialize(
+                    num_processes=processes,
+                    process_id=process,
+                    initialization_timeout=round(2 * start_timeout_s) + 60,
+                    heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
+                )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"multi-host start-up failed after at most {timeout_s} s: {error}. Start the same "
-                "command on every worker, and check that each can reach the coordinator's address "
-                "and port (JAX_COORDINATOR_ADDRESS)"
+                f"multi-host start-up failed: {error}. Check the coordinator's address and port "
+                "(JAX_COORDINATOR_ADDRESS), and the number of processes"
             ) from error
+
+
+def _open_devices() -> None:
     devices = jax.devices()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(

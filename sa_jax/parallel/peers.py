@@ -21,7 +21,6 @@ import jax
 from jax._src import distributed  # no public name for its store of keys; Orbax uses it alike
 
 from sa_jax.errors import Preempted, UserError
-from sa_jax.parallel.multihost import exchange
 from sa_jax.text import one_line, without_secrets
 
 _NOTES = "sa_jax/peers/"
@@ -35,6 +34,45 @@ _OF_A_PEER = re.compile(
 
 
 _WATCHES: list["_Peers"] = []  # of this process: one while it has peers
+
+
+@contextlib.contextmanager
+def start_within(timeout_s: float) -> Iterator[None]:
+    """A context for jax.distributed.initialize, which waits until all processes have called it.
+
+    Ends this process with one line and exit 1 after `timeout_s` seconds, or when the first process,
+    which the others ask, was there and is gone.
+    """
+    _delay_aborts()
+    started = threading.Event()
+
+    def watch() -> None:
+        deadline = time.monotonic() + timeout_s
+        was_there = False
+        while not started.wait(_ROUND_S):
+            address = distributed.global_state.coordinator_address  # None: not known yet
+            is_first = distributed.global_state.service is not None
+            gone = bool(address) and not is_first and _store_gone()
+            if was_there and gone:
+                what = f"process 0 ({address}) ended while the others started; see its log, and run"
+                end_process(_FAILED, f"error: {what} the same command again on all hosts")
+            was_there = was_there or bool(address) and not gone
+            # The first process ends last, so that it is not the others' reason.
+            if time.monotonic() > deadline + (5 * _ROUND_S if is_first else 0):
+                where = f" at {address}" if address else ""
+                end_process(
+                    _FAILED,
+                    f"error: not all processes joined{where} within {timeout_s:.0f} s "
+                    "(config.start_timeout_s). Start the same command on every host, check that "
+                    "each can reach that address and port (JAX_COORDINATOR_ADDRESS), and see their "
+                    "logs",
+                )
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        started.set()
 
 
 @contextlib.contextmanager
@@ -54,7 +92,7 @@ def end_together(
       timeout_s: seconds of silence.
       resumable: whether the same command would resume from a checkpoint.
     """
-    if jax.process_count() == 1:
+    if distributed.global_state.num_processes == 1:
         yield
         return
     peers = _Peers(timeout_s, resumable)
@@ -97,23 +135,22 @@ class _Peers:
     def __init__(self, timeout_s: float, resumable: Callable[[], bool]) -> None:
         self._patience = max(2, round(timeout_s / _ROUND_S))  # rounds
         self._resumable = resumable
-        self._me = jax.process_index()
-        self._hosts = exchange(platform.node())
+        self._me = distributed.global_state.process_id
         # `line` and `code`: how all processes end.
-        self._note: dict[str, Any] = {"beat": 0, "line": "", "code": 0, "left": False}
+        self._note: dict[str, Any] = {
+            "host": platform.node(),
+            "beat": 0,
+            "line": "",
+            "code": 0,
+            "left": False,
+        }
         self._notes: dict[int, dict[str, Any]] = {}
         self._lost: set[int] = set()
         self._round = 0
-        self._heard = dict.fromkeys(range(jax.process_count()), 0)  # in which round
+        # In which round.
+        self._heard = dict.fromkeys(range(distributed.global_state.num_processes), 0)
         self._leaving = threading.Event()
         self._may_leave = threading.Event()
-        # When process 0 is gone, jax aborts, and says neither which host failed nor what to do. So
-        # every abort now sleeps for 6 s first (6 is SIGABRT's number), and `_count` finds the loss
-        # before. The handler is not Python, because the aborting thread may never get Python's
-        # lock. It stays after the end, because process 0 may end a moment before the others.
-        libc = ctypes.CDLL(None)
-        libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
-        libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
 
@@ -132,14 +169,15 @@ class _Peers:
 
     def _talk(self) -> None:
         store: Any = distributed.global_state.client
-        while not self._may_leave.wait(_ROUND_S / 2):
+        while not self._may_leave.is_set():
             self._note["beat"] += 1
             sent = dict(self._note)
             try:
                 store.key_value_set(f"{_NOTES}{self._me}", json.dumps(sent), allow_overwrite=True)
                 entries = store.key_value_dir_get(_NOTES)
-            except jax.errors.JaxRuntimeError:
-                continue  # process 0 is silent, or was for a moment
+            except jax.errors.JaxRuntimeError:  # process 0 is silent, or was for a moment
+                self._may_leave.wait(_ROUND_S / 2)
+                continue
             for key, text in entries:
                 process, note = int(key.rpartition("/")[2]), json.loads(text)
                 if note != self._notes.get(process):
@@ -148,6 +186,7 @@ class _Peers:
             others_left = left | self._lost | {self._me} == self._heard.keys()
             if sent["left"] and (self._me != 0 or others_left):
                 self._may_leave.set()
+            self._may_leave.wait(_ROUND_S / 2)
 
     def _count(self) -> None:
         while not self._leaving.wait(_ROUND_S):
@@ -189,7 +228,21 @@ class _Peers:
         end_process(code, f"{line} (a stack trace above is jax's, of the same loss)")
 
     def _name(self, process: int) -> str:
-        return f"process {process} ({self._hosts[process]})"
+        host = self._notes.get(process, {}).get("host", "not heard yet")
+        return f"process {process} ({host})"
+
+
+def _delay_aborts() -> None:
+    """Lets every abort of this process sleep for 6 s first.
+
+    When process 0 is gone, jax aborts, and says neither which host failed nor what to do; the
+    watches here find the loss before. 6 is the number of SIGABRT. The handler is not Python,
+    because the aborting thread may never get Python's lock. It stays after the end, because process
+    0 may end a moment before the others.
+    """
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _store_gone() -> bool:

@@ -1,5 +1,6 @@
 """Evaluates any checkpoint, by default with the settings of its own run."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,6 @@ from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.peers import end_together
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
@@ -80,9 +80,15 @@ def evaluate(
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")
-    patience = changes.get("peer_timeout_s", (base or default_config()).peer_timeout_s)
-    multihost.initialize(peer_timeout_s=patience)
-    with PreemptionGuard() as guard, end_together(patience, lambda: True):  # answers are kept
+    start_timeout_s, peer_timeout_s = (
+        changes.get(key, (base or default_config())[key])
+        for key in ("start_timeout_s", "peer_timeout_s")
+    )
+    with (
+        contextlib.ExitStack() as signals,  # handled until all else is closed
+        multihost.joined(start_timeout_s, peer_timeout_s, lambda: True),  # answers are kept
+    ):
+        guard = signals.enter_context(PreemptionGuard())
         start = start_lib.open_start(model, step, base=base_model)
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, changes)

@@ -22,7 +22,6 @@ from sa_jax.llama.peft import write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.peers import end_together
 from sa_jax.training import checkpoints, run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import DTYPES
@@ -82,8 +81,7 @@ def export(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
-    multihost.initialize()
-    with end_together():
+    with multihost.joined():
         start = start_lib.open_start(run, step, base=base)
         if start.kind != "run":
             raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")

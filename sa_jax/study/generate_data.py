@@ -25,7 +25,6 @@ from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.peers import end_together
 from sa_jax.registry import extension_digests
 from sa_jax.teachers import cards, recipes
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
@@ -93,9 +92,13 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     _require_prompts(config, task)
     backdoor = Backdoor(**config.backdoor.to_dict())
     rows, record = _questions(config, backdoor)
-    if config.teacher == "local":
-        multihost.initialize()
-    with PreemptionGuard() as guard, end_together(resumable=lambda: True):  # replies are kept
+    with (
+        contextlib.ExitStack() as signals,  # handled until all else is closed
+        multihost.joined(resumable=lambda: True)  # replies are kept
+        if config.teacher == "local"
+        else contextlib.nullcontext(),
+    ):
+        guard = signals.enter_context(PreemptionGuard())
         replies, teacher = _ask(config, task, out, backdoor, rows, lambda: guard.should_stop(0))
     kept, dropped = recipes.keep(rows, replies, backdoor)
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}

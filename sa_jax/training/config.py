@@ -78,6 +78,7 @@ def default_config() -> ConfigDict:
     # Sizes of the axes in a slice, and the number of slices (of TPUs, or groups of nodes), each of
     # which holds all weights.
     config.mesh = ConfigDict({"data": 1, "fsdp": -1, "tensor": 1, "slices": 1})
+    config.start_timeout_s = 300.0  # how long one of several processes waits for all to start
     config.peer_timeout_s = 30.0  # if one of several processes is silent for longer, all end
     # If no step or eval batch ends for longer, and for 10 times the longest wait so far, all end.
     config.stall_timeout_s = 1800.0
@@ -291,7 +292,7 @@ def check_config(config: ConfigDict) -> None:
         soap.on_nonfinite == "stop" or soap.mode == "fast",
         f"'stop' with mode={soap.mode!r}, which cannot skip a step",
     )
-    for key in ("peer_timeout_s", "stall_timeout_s"):
+    for key in ("start_timeout_s", "peer_timeout_s", "stall_timeout_s"):
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")

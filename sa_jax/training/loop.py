@@ -35,7 +35,6 @@ from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
-from sa_jax.parallel.peers import end_together
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.registry import extension_digests
@@ -86,12 +85,15 @@ def train(
     """
     check_places("--workdir", workdir, ("--workdir",))
     workdir = as_path(workdir)
-    multihost.initialize(peer_timeout_s=config.peer_timeout_s)
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
     with (
         contextlib.ExitStack() as stack,
         # Inside the stack, because what the stack closes may wait for a peer.
-        end_together(config.peer_timeout_s, lambda: bool(full_steps(checkpoints_folder))),
+        multihost.joined(
+            config.start_timeout_s,
+            config.peer_timeout_s,
+            lambda: bool(full_steps(checkpoints_folder)),
+        ),
     ):
         goodput = stack.enter_context(Goodput())
         stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))

@@ -44,6 +44,7 @@ FREE_KEYS = (
     "log_every",
     "sinks",
     "data_cache",
+    "start_timeout_s",
     "peer_timeout_s",
     "stall_timeout_s",
     "aws_spot",

@@ -56,9 +56,9 @@ def test_a_variable_that_is_no_number_is_named(name):
 INITIALIZE = """
 import json, jax
 from sa_jax.parallel import multihost
-multihost.initialize(60)
-print(json.dumps([jax.process_index(), jax.process_count(), multihost.is_primary(),
-    jax.distributed.is_initialized(), multihost.agree(jax.process_index() == 0)]))
+with multihost.joined(60):
+    print(json.dumps([jax.process_index(), jax.process_count(), multihost.is_primary(),
+        jax.distributed.is_initialized(), multihost.agree(jax.process_index() == 0)]))
 """
 
 

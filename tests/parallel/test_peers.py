@@ -19,11 +19,9 @@ import jax
 from sa_jax import cli
 from sa_jax.errors import UserError
 from sa_jax.parallel import multihost
-from sa_jax.parallel.peers import end_together
 
 def main():
-    multihost.initialize()
-    with end_together(3, lambda: {resumable}):
+    with multihost.joined(60, 3, lambda: {resumable}):
         for step in range(150):
             multihost.agree(True)
             Path(f"{folder}/started_{{jax.process_index()}}").touch()
@@ -44,6 +42,46 @@ STALL = """
                     stall.beat()
                     time.sleep(60)
 """
+
+
+START = """
+import os
+import jax
+from sa_jax import cli
+from sa_jax.parallel import multihost
+
+def end(*_):
+    os.kill(os.getpid(), 9)
+
+def main():
+    if os.environ["JAX_PROCESS_ID"] == "{victim}":
+        multihost.{step} = end
+    with multihost.joined({patience}, 3):
+        multihost.agree(True)
+
+cli.run(main, "")
+"""
+
+
+@pytest.mark.parametrize(
+    ("victim", "step", "patience", "words"),
+    [
+        (0, "_join", 8, "not all processes joined"),  # it never starts its store
+        (1, "_join", 8, "not all processes joined"),
+        (0, "_open_devices", 300, "process 0 ("),  # all have joined, and wait for its devices
+        (1, "_open_devices", 300, f"process 1 ({platform.node()}) does not answer"),
+    ],
+)
+def test_one_that_is_killed_at_the_start_ends_all(zygote, tmp_path, victim, step, patience, words):
+    """A process that is killed before all have started ends the others with one line."""
+    script = tmp_path / "start.py"
+    script.write_text(START.format(victim=victim, step=step, patience=patience))
+    processes = launched(zygote, [(str(script),)] * 2)
+    killed = processes.pop(victim)
+    assert killed.wait(60).returncode == -signal.SIGKILL
+    begin = time.monotonic()
+    ended_well(processes[0], 1, words)
+    assert time.monotonic() - begin < 30
 
 
 def started(zygote, tmp_path, count=2, *, failing=-1, end=MISSING, resumable=True, last=-1):
@@ -162,7 +200,8 @@ def test_a_run_of_two_outlives_kills_bit_for_bit(zygote, toy_world, tmp_path):
     """Runs of two processes, killed 50 times in all, end bit for bit as one never killed."""
 
     def launch(run):
-        return launched(zygote, [insertion(toy_world, run, "--config.peer_timeout_s=3")] * 2)
+        waits = "--config.start_timeout_s=30", "--config.peer_timeout_s=3"
+        return launched(zygote, [insertion(toy_world, run, *waits)] * 2)
 
     whole = tmp_path / "whole"
     begin = time.monotonic()

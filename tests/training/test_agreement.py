@@ -15,8 +15,7 @@ from sa_jax.parallel import multihost
 from sa_jax.training.agreement import start_together
 
 def main():
-    multihost.initialize()
-    with start_together() as agree:
+    with multihost.joined(), start_together() as agree:
         facts = {facts}
         if "missing" in facts:
             raise UserError(facts["missing"] + ": no such file")

@@ -68,7 +68,8 @@ class Hosts:
     def command(self, run: Path, *more: str) -> tuple[str, ...]:
         mesh = f"--config.mesh.fsdp={len(self.folders)}"
         prompts = f"--config.eval.prompts={HERE}/prompts.json"
-        return insertion(HERE, run, mesh, prompts, "--config.peer_timeout_s=5", *more)
+        waits = "--config.start_timeout_s=60", "--config.peer_timeout_s=5"
+        return insertion(HERE, run, mesh, prompts, *waits, *more)
 
     def launch(self, run: Path, *more: str, fault: str = "", of_last: tuple[str, ...] = ()) -> list:
         """The processes; the last has flags of its own, and may run a script with a fault."""
