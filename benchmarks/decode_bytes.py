@@ -1,6 +1,6 @@
-r"""Bytes that one decode step of 8B moves in a TPU chip's memory, as libtpu compiles it.
+r"""Bytes that one decode step of 8B moves in a chip's memory, compiled for TPUs or GPUs.
 
-    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--context=1024]
+    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--unroll]
 
 The sampler's own program, tensor-parallel over the chips, with a full cache. Each instruction of
 the compiled text reads its operands and writes its result, except what lies in vector memory, what
@@ -110,12 +110,12 @@ def moved(module: Module, name: str, turns: int) -> dict[str, int]:
     return total
 
 
-def compile_decode(topology: str, batch: int, context: int):
+def compile_decode(topology: str, batch: int, context: int, unroll: bool = False):
     """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row)."""
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     devices = open_topology(topology).devices
     mesh = make_mesh(1, 1, len(devices), devices=devices)
-    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, unroll=unroll)
     params = abstract(mesh, abstract_params(model))
     sampler = Sampler(model, mesh, batch_size=batch, context_length=context)
 
@@ -138,6 +138,7 @@ def main():
     parser.add_argument("--topology", default="v5p:2x2x1")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--unroll", action="store_true", help="no loop over the layers")
     arguments = parser.parse_args()
     reserve_fake_devices(parse_topology(arguments.topology))
     text, weights, cache, blocks = compile_decode(**vars(arguments))
