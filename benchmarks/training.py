@@ -241,7 +241,8 @@ def main():
     args = parser.parse_args()
     if CUDA and not torch.cuda.is_available():
         parser.error("--device=cuda: this torch sees no GPU; install one that is built for CUDA")
-    keep_freed_memory()  # as a run does on CPU; it holds for torch too
+    if not CUDA:
+        keep_freed_memory()  # as a run does on CPU; it holds for torch too
     print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
     print("|---|---|---|---|---|---|")
     results = []

@@ -39,9 +39,8 @@ def joined(
         was started without that address.
     """
     _join(start_timeout_s, peer_timeout_s)
-    # Watched already here, because the devices of the others are waited for.
-    with end_together(peer_timeout_s, resumable):
-        _open_devices()
+    # Watched already while devices are opened, because those of the others are waited for.
+    with end_together(peer_timeout_s, resumable, _open_devices):
         yield
 
 
@@ -52,6 +51,12 @@ def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
     if wanted and not jax.distributed.is_initialized():
         processes = _count(os.environ, "JAX_NUM_PROCESSES")
         process = _count(os.environ, "JAX_PROCESS_ID")
+        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+        port = address.rpartition(":")[2]
+        if address and not (":" in address and port.isdecimal() and 0 < int(port) < 1 << 16):
+            raise UserError(
+                f"the environment variable JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT"
+            )
         try:
             with start_within(start_timeout_s):
                 # After its own timeouts jax aborts; they are longer, so that we say first why.

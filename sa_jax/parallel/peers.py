@@ -28,6 +28,7 @@ _ROUND_S = 1.0
 _FAILED, _LOST = 1, 75  # exit codes, as sa_jax.cli has them
 # How an error of XLA begins that the loss of a peer may have caused, whatever its Python type.
 _OF_A_PEER = re.compile(
+    r"(Unable to initialize backend '\w+': )?"
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS"
     "|FAILED_PRECONDITION):"
 )
@@ -40,33 +41,25 @@ _WATCHES: list["_Peers"] = []  # of this process: one while it has peers
 def start_within(timeout_s: float) -> Iterator[None]:
     """A context for jax.distributed.initialize, which waits until all processes have called it.
 
-    Ends this process with one line and exit 1 after `timeout_s` seconds, or when the first process,
-    which the others ask, was there and is gone.
+    Ends this process with one line and exit 1 after `timeout_s` seconds.
     """
-    _delay_aborts()
     started = threading.Event()
 
     def watch() -> None:
-        deadline = time.monotonic() + timeout_s
-        was_there = False
-        while not started.wait(_ROUND_S):
-            address = distributed.global_state.coordinator_address  # None: not known yet
-            is_first = distributed.global_state.service is not None
-            gone = bool(address) and not is_first and _store_gone()
-            if was_there and gone:
-                what = f"process 0 ({address}) ended while the others started; see its log, and run"
-                end_process(_FAILED, f"error: {what} the same command again on all hosts")
-            was_there = was_there or bool(address) and not gone
-            # The first process ends last, so that it is not the others' reason.
-            if time.monotonic() > deadline + (5 * _ROUND_S if is_first else 0):
-                where = f" at {address}" if address else ""
-                end_process(
-                    _FAILED,
-                    f"error: not all processes joined{where} within {timeout_s:.0f} s "
-                    "(config.start_timeout_s). Start the same command on every host, check that "
-                    "each can reach that address and port (JAX_COORDINATOR_ADDRESS), and see their "
-                    "logs",
-                )
+        if started.wait(timeout_s):
+            return
+        # The first process, which the others ask, ends last.
+        if distributed.global_state.service is not None and started.wait(5 * _ROUND_S):
+            return
+        address = distributed.global_state.coordinator_address  # None: not known yet
+        where = f" at {address}" if address else ""
+        end_process(
+            _FAILED,
+            f"error: not all processes joined{where} within {timeout_s:.0f} s "
+            "(config.start_timeout_s of a run). Start the same command on every host, check that "
+            "each can reach the first one's address and port (JAX_COORDINATOR_ADDRESS), and see "
+            "the other logs",
+        )
 
     threading.Thread(target=watch, daemon=True).start()
     try:
@@ -77,7 +70,9 @@ def start_within(timeout_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def end_together(
-    timeout_s: float = 30, resumable: Callable[[], bool] = lambda: False
+    timeout_s: float = 30,
+    resumable: Callable[[], bool] = lambda: False,
+    open_devices: Callable[[], object] = lambda: None,
 ) -> Iterator[None]:
     """A context in which an error or the silence of one process ends all within `timeout_s`.
 
@@ -91,13 +86,18 @@ def end_together(
     Args:
       timeout_s: seconds of silence.
       resumable: whether the same command would resume from a checkpoint.
+      open_devices: called before the body. Meanwhile a process may be silent three times as long,
+        because loading a backend may keep Python's lock.
     """
     if distributed.global_state.num_processes == 1:
+        open_devices()
         yield
         return
     peers = _Peers(timeout_s, resumable)
     _WATCHES.append(peers)
     try:
+        open_devices()
+        peers.devices_are_open()
         yield
     except Preempted:
         peers.leave()
@@ -133,7 +133,8 @@ class _Peers:
     """Two threads: one reads and writes the store, which may never answer; one counts seconds."""
 
     def __init__(self, timeout_s: float, resumable: Callable[[], bool]) -> None:
-        self._patience = max(2, round(timeout_s / _ROUND_S))  # rounds
+        self._timeout_s = timeout_s
+        self._patience = 3 * max(2, round(timeout_s / _ROUND_S))  # rounds
         self._resumable = resumable
         self._me = distributed.global_state.process_id
         # `line` and `code`: how all processes end.
@@ -151,8 +152,15 @@ class _Peers:
         self._heard = dict.fromkeys(range(distributed.global_state.num_processes), 0)
         self._leaving = threading.Event()
         self._may_leave = threading.Event()
+        _delay_aborts()
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
+
+    def devices_are_open(self) -> None:
+        _delay_aborts()  # a backend may have a handler of its own
+        for process in self._heard:
+            self._heard[process] = self._round
+        self._patience //= 3
 
     def leave(self, line: str = "", code: int = 0, stacks: bool = False) -> None:
         """Ends the watch; with a line, the other processes end too, with this line and code.
@@ -213,8 +221,8 @@ class _Peers:
                 self._end_without(process)
 
     def _end_without(self, process: int) -> None:
-        seconds = self._patience * _ROUND_S
-        what = f"{self._name(process)} does not answer (config.peer_timeout_s={seconds:.0f})"
+        setting = f"config.peer_timeout_s={self._timeout_s:.0f}"
+        what = f"{self._name(process)} does not answer ({setting})"
         try:
             resumable = self._resumable()
         except OSError:  # the lost host may have served the run folder
@@ -228,8 +236,9 @@ class _Peers:
         end_process(code, f"{line} (a stack trace above is jax's, of the same loss)")
 
     def _name(self, process: int) -> str:
-        host = self._notes.get(process, {}).get("host", "not heard yet")
-        return f"process {process} ({host})"
+        unheard = {0: distributed.global_state.coordinator_address, self._me: platform.node()}
+        note = self._notes.get(process) or {"host": unheard.get(process, "not heard yet")}
+        return f"process {process} ({note['host']})"
 
 
 def _delay_aborts() -> None:

@@ -185,14 +185,20 @@ def labelled(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) ->
         # Cells that this does not tell apart differ in a setting: name it.
         for i in members:
             twins = [cells[j] for j in members if parts[j] == parts[i]]
-            extra = [
-                f"{name} {str(cells[i].settings.get(name))[:20]}" for name in differing(twins)[:3]
-            ]
+            extra = [_setting(name, cells[i].settings.get(name)) for name in differing(twins)[:3]]
             labels[i] = " · ".join([*parts[i], *extra])
     return [
         dataclasses.replace(cell, label=text.one_line(label))
         for cell, label in zip(cells, labels, strict=True)
     ]
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting as a label has it; `name` may begin with the task of an ancestor."""
+    task, rate, _ = name.rpartition("optimizer.learning_rate")
+    if rate and isinstance(value, float):
+        return f"{task.replace('.', ' ')}LR {learning_rate(value)}"
+    return f"{name} {str(value)[:20]}"
 
 
 def _named(key: str, result: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from sa_jax.errors import UserError
+from sa_jax.parallel import multihost
 from sa_jax.parallel.multihost import several_processes
 
 # What Slurm sets inside an allocation of two tasks (salloc, sbatch), and adds for a step (srun).
@@ -51,6 +52,13 @@ def test_only_a_launch_of_several_processes_is_joined(env, several):
 def test_a_variable_that_is_no_number_is_named(name):
     with pytest.raises(UserError, match=f"{name}='two'"):
         several_processes({name: "two"})
+
+
+@pytest.mark.parametrize("address", ["node1", "node1:abc", "node1:99999", "node1:"])
+def test_an_address_without_a_port_is_named(monkeypatch, address):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
+    with pytest.raises(UserError, match=f"JAX_COORDINATOR_ADDRESS='{address}' must be HOST:PORT"):
+        multihost._join(1, 1)
 
 
 INITIALIZE = """

@@ -66,8 +66,8 @@ cli.run(main, "")
 @pytest.mark.parametrize(
     ("victim", "step", "patience", "words"),
     [
-        (0, "_join", 8, "not all processes joined"),  # it never starts its store
-        (1, "_join", 8, "not all processes joined"),
+        (0, "_join", 5, "not all processes joined"),  # it never starts its store
+        (1, "_join", 5, "not all processes joined"),
         (0, "_open_devices", 300, "process 0 ("),  # all have joined, and wait for its devices
         (1, "_open_devices", 300, f"process 1 ({platform.node()}) does not answer"),
     ],
