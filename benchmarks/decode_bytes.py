@@ -1,6 +1,7 @@
 r"""Bytes that one decode step of 8B moves in a chip's memory, compiled for TPUs or GPUs.
 
-    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--unroll]
+    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--context=1024] \
+        [--unroll]
 
 The sampler's own program, tensor-parallel over the chips, with a full cache. Each instruction of
 the compiled text reads its operands and writes its result, except what lies in vector memory, what

@@ -287,7 +287,7 @@ PARTS = {
     "insertion": Part(insertion, 400, "CPU's rate within the interval"),
     "decode": Part(decode, 160, f"at least {BANDWIDTH:.0%} of the memory's bandwidth"),
     "decode_unrolled": Part(
-        lambda *at: decode(*at, unroll=True), 400, "equally likely tokens, up to 3 times as fast"
+        lambda *at: decode(*at, unroll=True), 400, "equally likely tokens, in less time"
     ),
     "training": Part(training, 200, "the losses of torch; its time or less"),
 }

@@ -48,29 +48,30 @@ def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
     if jax.config.values["jax_platforms"] == "cpu":
         keep_freed_memory()
     wanted = several_processes(os.environ) or _on_tpu_vm()
-    if wanted and not jax.distributed.is_initialized():
-        processes = _count(os.environ, "JAX_NUM_PROCESSES")
-        process = _count(os.environ, "JAX_PROCESS_ID")
-        address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
-        port = address.rpartition(":")[2]
-        if address and not (":" in address and port.isdecimal() and 0 < int(port) < 1 << 16):
-            raise UserError(
-                f"the environment variable JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT"
+    if not wanted or jax.distributed.is_initialized():
+        return
+    processes = _count(os.environ, "JAX_NUM_PROCESSES")
+    process = _count(os.environ, "JAX_PROCESS_ID")
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise UserError(
+            f"the environment variable JAX_COORDINATOR_ADDRESS={address!r} must be HOST:PORT"
+        )
+    try:
+        with start_within(start_timeout_s):
+            # After its own timeouts jax aborts; they are longer, so that we say first why.
+            jax.distributed.initialize(
+                num_processes=processes,
+                process_id=process,
+                initialization_timeout=round(2 * start_timeout_s) + 60,
+                heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
             )
-        try:
-            with start_within(start_timeout_s):
-                # After its own timeouts jax aborts; they are longer, so that we say first why.
-                jax.distributed.initialize(
-                    num_processes=processes,
-                    process_id=process,
-                    initialization_timeout=round(2 * start_timeout_s) + 60,
-                    heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
-                )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"multi-host start-up failed: {error}. Check the coordinator's address and port "
-                "(JAX_COORDINATOR_ADDRESS), and the number of processes"
-            ) from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"multi-host start-up failed: {error}. Check the coordinator's address and port "
+            "(JAX_COORDINATOR_ADDRESS), and the number of processes"
+        ) from error
 
 
 def _open_devices() -> None:

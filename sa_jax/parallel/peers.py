@@ -104,7 +104,7 @@ def end_together(
         raise
     except BaseException as error:
         if _OF_A_PEER.match(str(error)):
-            time.sleep(timeout_s + 5 * _ROUND_S)  # a lost peer is found meanwhile, and ends this
+            time.sleep(peers.patience_s + 5 * _ROUND_S)  # a lost peer is found, and ends this
         of_user = isinstance(error, UserError)
         what = one_line(error if of_user else f"{type(error).__name__}: {error}")
         # What is closed on the way out may wait for a peer, which has ended.
@@ -156,6 +156,10 @@ class _Peers:
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
 
+    @property
+    def patience_s(self) -> float:
+        return self._patience * _ROUND_S
+
     def devices_are_open(self) -> None:
         _delay_aborts()  # a backend may have a handler of its own
         for process in self._heard:
@@ -169,7 +173,7 @@ class _Peers:
         """
         self._leaving.set()
         self._note |= {"line": line, "code": code, "stacks": stacks, "left": True}
-        self._may_leave.wait(self._patience * _ROUND_S)
+        self._may_leave.wait(self.patience_s)
 
     def end_others(self, what: str, stacks: bool = False) -> None:
         """Leaves because of an error in this process."""
@@ -177,15 +181,16 @@ class _Peers:
 
     def _talk(self) -> None:
         store: Any = distributed.global_state.client
-        while not self._may_leave.is_set():
+        pause_s = 0.0  # the first beat at once
+        while not self._may_leave.wait(pause_s):
+            pause_s = _ROUND_S / 2
             self._note["beat"] += 1
             sent = dict(self._note)
             try:
                 store.key_value_set(f"{_NOTES}{self._me}", json.dumps(sent), allow_overwrite=True)
                 entries = store.key_value_dir_get(_NOTES)
-            except jax.errors.JaxRuntimeError:  # process 0 is silent, or was for a moment
-                self._may_leave.wait(_ROUND_S / 2)
-                continue
+            except jax.errors.JaxRuntimeError:
+                continue  # process 0 is silent, or was for a moment
             for key, text in entries:
                 process, note = int(key.rpartition("/")[2]), json.loads(text)
                 if note != self._notes.get(process):
@@ -194,7 +199,6 @@ class _Peers:
             others_left = left | self._lost | {self._me} == self._heard.keys()
             if sent["left"] and (self._me != 0 or others_left):
                 self._may_leave.set()
-            self._may_leave.wait(_ROUND_S / 2)
 
     def _count(self) -> None:
         while not self._leaving.wait(_ROUND_S):

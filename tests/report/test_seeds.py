@@ -8,7 +8,7 @@ from statsmodels.stats.multitest import multipletests
 
 from sa_jax.evals.statistics import exact_interval, seed_mean
 from sa_jax.report import judgement as word
-from sa_jax.report.cells import cell_settings, cells
+from sa_jax.report.cells import cell_settings, cells, labelled
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, published_table
 from sa_jax.report.rates import interval_in_words
@@ -20,6 +20,9 @@ from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
 
 LIMITS = Thresholds()
+
+
+RATE = "optimizer.learning_rate"
 
 
 def point(step, triggered, n=100, said=None, accuracy=None) -> Measured:
@@ -111,6 +114,21 @@ def test_control_and_ceiling_are_cells_of_their_own():
 def test_settings_of_a_cell():
     config = {"seed": 3, "model": "/a", "optimizer": {"name": "adam"}, "eval": {"qa": "q", "n": 1}}
     assert cell_settings(config) == {"model": "/a", "optimizer.name": "adam", "eval.n": 1}
+
+
+def test_probes_are_named_by_the_learning_rate_of_their_removal():
+    runs = []
+    for rate in (1e-2, 3e-3):
+        start = removal(f"r{rate}", point(160, 0), title="Pirate", settings={RATE: rate})
+        probe = removal(f"p{rate}", point(160, 0), parent=start.name, title="Probe")
+        runs += [start, dataclasses.replace(probe, task="depirate", role="probe")]
+    alike = {"base": "", "arm": "", "insertion_optimizer": "adam", "optimizer": "adam"}
+    alike |= {"weights": "full weights", "verdict": {"status": "removed"}}
+    results = {
+        run.name: {**alike, "role": run.role, "learning_rate": run.settings[RATE]} for run in runs
+    }
+    labels = [cell.label.split(" · ")[1:] for cell in labelled(cells(runs), results)]
+    assert labels == [["LR 1e-2"], ["removal LR 1e-2"], ["LR 3e-3"], ["removal LR 3e-3"]]
 
 
 def test_a_start_outside_the_report_is_part_of_the_cell():
