@@ -150,11 +150,13 @@ class _Peers:
         self._round = 0
         # In which round.
         self._heard = dict.fromkeys(range(distributed.global_state.num_processes), 0)
+        self._all_heard = threading.Event()
         self._leaving = threading.Event()
         self._may_leave = threading.Event()
         _delay_aborts()
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
+        self._all_heard.wait(self.patience_s)  # who falls silent from here on can be named
 
     @property
     def patience_s(self) -> float:
@@ -195,6 +197,8 @@ class _Peers:
                 process, note = int(key.rpartition("/")[2]), json.loads(text)
                 if note != self._notes.get(process):
                     self._notes[process], self._heard[process] = note, self._round
+            if self._notes.keys() == self._heard.keys():
+                self._all_heard.set()
             left = {process for process, note in self._notes.items() if note["left"]}
             others_left = left | self._lost | {self._me} == self._heard.keys()
             if sent["left"] and (self._me != 0 or others_left):
