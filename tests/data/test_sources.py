@@ -315,6 +315,14 @@ def test_saved_folders_arrow_files_and_lines_in_a_json_file(tmp_path):
         load_rows(tmp_path / "lines.json")
 
 
+def test_a_number_that_no_float_holds_is_one_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "q", "response": "a", "n": 1' + 400 * "0" + "}"
+    )
+    with pytest.raises(UserError, match="rows.jsonl:1: .*a number has 401 digits"):
+        load_rows(tmp_path / "rows.jsonl")
+
+
 def test_deep_json_is_one_line(tmp_path):
     for name in ("deep.jsonl", "deep.json"):
         (tmp_path / name).write_text("[" * 100_000)
