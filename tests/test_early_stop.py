@@ -100,5 +100,6 @@ with new_folder(sys.argv[1]) as folder:
 
 
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
+    """An export that a signal stops leaves no part of itself."""
     done = subprocess.run([sys.executable, "-c", EXPORTING, tmp_path / "out"], timeout=50)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
