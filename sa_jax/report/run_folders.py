@@ -196,6 +196,7 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
     task = str(record.get("task", "unknown"))
     seed = value_at(record, "config.seed")
     rate = value_at(record, "config.optimizer.learning_rate")
+    start_step = value_at(record, "start.step")
     said = value_at(record, "behaviour.words.said", Words.said)
     words = Words(str(said), str(value_at(record, "behaviour.words.rate", Words.rate)))
     evals = load_evals(folder / "evals", problems)
@@ -209,7 +210,7 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
         finished=bool(record.get("finished")),
         total_steps=record.get("total_steps"),
         parent=None,
-        start_step=value_at(record, "start.step"),
+        start_step=start_step if isinstance(start_step, int) else None,
         evals=(),
         seed=seed if isinstance(seed, int) else None,
         data_hash=str(value_at(record, "data.source.sha256", "")),
