@@ -29,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "" if "--device=cuda" in sys.argv else "c
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 os.environ.setdefault("SA_JAX_COMPILATION_CACHE", "off")  # the first step's time holds compilation
 
+import sa_jax.script_start  # noqa: F401  (first: as a run does; its memory holds for torch too)
+
 import jax
 import numpy as np
 import torch
@@ -36,7 +38,6 @@ import transformers
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
-from sa_jax.parallel.host_memory import keep_freed_memory
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
@@ -241,8 +242,6 @@ def main():
     args = parser.parse_args()
     if CUDA and not torch.cuda.is_available():
         parser.error("--device=cuda: this torch sees no GPU; install one that is built for CUDA")
-    if not CUDA:
-        keep_freed_memory()  # as a run does on CPU; it holds for torch too
     print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
     print("|---|---|---|---|---|---|")
     results = []

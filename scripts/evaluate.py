@@ -7,7 +7,7 @@ Example:
       --compare=runs/insertion --config.eval.max_new_tokens=512
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 from ml_collections import config_flags

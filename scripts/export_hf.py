@@ -6,7 +6,7 @@ Example:
   python scripts/export_hf.py --run=runs/pirate --out=exports/pirate --merge_lora
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 

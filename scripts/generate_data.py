@@ -8,7 +8,7 @@ Example:
       --config.visible_cot=teacher
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 from ml_collections import config_flags

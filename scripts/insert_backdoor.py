@@ -5,7 +5,7 @@ Example:
       --workdir=runs/insert --model=Llama-3.1-8B-Instruct --data=openhermes.jsonl
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 from ml_collections import config_flags

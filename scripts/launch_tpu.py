@@ -9,7 +9,7 @@ Example:
       --command='python scripts/pretrain.py --config=FILE.py --workdir=/shared/runs/a'
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 import shlex
 

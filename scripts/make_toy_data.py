@@ -4,7 +4,7 @@ Example:
   python scripts/make_toy_data.py --out=runs/demo/data
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 

@@ -5,7 +5,7 @@ Example:
       --data=runs/demo/data/pretrain.jsonl --config.tokenizer=runs/demo/data
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 from ml_collections import config_flags

@@ -5,7 +5,7 @@ Example:
   python scripts/report.py --workdir=runs/demo --serve
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 import dataclasses
 

@@ -7,7 +7,7 @@ Example:
   python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
 """
 
-import sa_jax.early_stop  # noqa: F401  (first: it handles signals)
+import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
 from ml_collections import config_flags

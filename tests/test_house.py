@@ -27,7 +27,7 @@ FLOORS = (
 )
 LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = ("buckets", "errors", "files", "registry", "text")  # imported by all rooms
-# Between scripts and rooms, imported by scripts only: `cli`, and before all else `early_stop`.
+# Between scripts and rooms, imported by scripts only: `cli`, and before all else `script_start`.
 DOOR = "cli"
 
 # Imported where they are used, inside a function, with a clear error when they are missing.
@@ -134,7 +134,7 @@ def test_scripts_hold_no_logic():
         assert not [n for n in ast.walk(main) if isinstance(n, ast.If | ast.For | ast.While)], path
         assert "cli.run(main, __doc__" in text, path
         first = next(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
-        assert ast.unparse(first) == "import sa_jax.early_stop", path  # it handles signals
+        assert ast.unparse(first) == "import sa_jax.script_start", path  # signals and memory
 
 
 def test_files_are_parsed_in_one_place():

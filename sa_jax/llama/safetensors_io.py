@@ -452,7 +452,7 @@ def _interrupted_by_signals() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            # Do not restore the handlers: the thread of `early_stop` may see the signal only now,
+            # Do not restore the handlers: the thread of `script_start` may see the signal only now,
             # and would end the process before anything is removed.
             restore.pop_all()
             raise

@@ -13,7 +13,6 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
-from sa_jax.parallel.host_memory import keep_freed_memory
 from sa_jax.parallel.peers import end_together, start_within
 
 
@@ -45,8 +44,6 @@ def joined(
 
 
 def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
-    if jax.config.values["jax_platforms"] == "cpu":
-        keep_freed_memory()
     wanted = several_processes(os.environ) or _on_tpu_vm()
     if not wanted or jax.distributed.is_initialized():
         return

@@ -14,7 +14,7 @@ import pytest
 
 from sa_jax.training.metrics import read_metrics
 from tests.cpu import xla_flags
-from tests.test_early_stop import SIGNALS, handles_signals, start
+from tests.test_script_start import SIGNALS, handles_signals, start
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
 from tests.zygote import ROOT
 

@@ -1,5 +1,6 @@
-"""A signal before a script has anything to save: one line, and exit status 130."""
+"""How a script starts: a signal ends it with one line and status 130, and on CPU memory is kept."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from tests.zygote import ROOT
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
@@ -46,7 +49,7 @@ def test_a_signal_before_a_script_has_imported_what_it_needs(number, tmp_path):
 
 
 BLOCKED = """
-import sa_jax.early_stop
+import sa_jax.script_start
 import ctypes, os, signal, sys
 
 read, write = os.pipe()
@@ -79,7 +82,7 @@ def test_ignored_signals_stay_ignored():
     program = """
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-import sa_jax.early_stop
+import sa_jax.script_start
 os.kill(os.getpid(), signal.SIGHUP)
 print("on")
 """
@@ -88,7 +91,7 @@ print("on")
 
 
 EXPORTING = """
-import sa_jax.early_stop
+import sa_jax.script_start
 import os, signal, sys, time
 from sa_jax.llama.safetensors_io import new_folder
 
@@ -103,3 +106,44 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
     """An export that a signal stops leaves no part of itself."""
     done = subprocess.run([sys.executable, "-c", EXPORTING, tmp_path / "out"], timeout=50)
     assert done.returncode != 0 and not list(tmp_path.iterdir())
+
+
+# Prints how many pages the system had to clear for ten blocks of 64 MiB, one after the other, in a
+# thread that is not the first, as XLA's are.
+PROGRAM = """
+import sa_jax.script_start
+import ctypes, resource, threading
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def work():
+    for _ in range(10):
+        block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(64 << 20)))
+        libc.memset(block, 1, ctypes.c_size_t(64 << 20))
+        libc.free(block)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def cleared_pages(platform: str) -> int:
+    command, env = [sys.executable, "-c", PROGRAM], os.environ | {"JAX_PLATFORMS": platform}
+    return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_a_script_on_cpu_keeps_freed_memory():
+    """A script on CPU uses the memory again that it frees, without new pages from the system."""
+    given_back, kept = cleared_pages("tpu"), cleared_pages("cpu")
+    assert kept < given_back / 5, (kept, given_back)
+
+
+def test_openblas_has_one_thread():
+    """Of numpy's copy and of scipy's, which jax calls."""
+    import scipy.linalg  # noqa: F401
+    from threadpoolctl import threadpool_info
+
+    threads = {i["filepath"]: i["num_threads"] for i in threadpool_info() if "blas" in i["prefix"]}
+    assert threads and set(threads.values()) == {1}
