@@ -184,7 +184,9 @@ def test_tokens_do_not_depend_on_the_sizes_in_fp32(
 
 
 @pytest.mark.parametrize(
-    "sizes", [(8, 1, 1), (1, 4, 2), (2, 1, 4)], ids=["data8", "fsdp4_tensor2", "data2_tensor4"]
+    "sizes",
+    [pytest.param((8, 1, 1), marks=pytest.mark.long), (1, 4, 2), (2, 1, 4)],
+    ids=["data8", "fsdp4_tensor2", "data2_tensor4"],
 )
 def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
     """Three mesh shapes; in the last the two kv heads do not divide over the four of tensor."""

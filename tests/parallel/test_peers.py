@@ -66,7 +66,8 @@ cli.run(main, "")
 @pytest.mark.parametrize(
     ("victim", "step", "patience", "words"),
     [
-        (0, "_join", 5, "not all processes joined"),  # it never starts its store
+        # It never starts its store.
+        pytest.param(0, "_join", 5, "not all processes joined", marks=pytest.mark.long),
         (1, "_join", 5, "not all processes joined"),
         (0, "_open_devices", 300, "process 0 ("),  # all have joined, and wait for its devices
         (1, "_open_devices", 300, f"process 1 ({platform.node()}) does not answer"),

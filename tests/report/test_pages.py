@@ -103,6 +103,7 @@ def test_hostile_text_is_shown_not_obeyed(tmp_path, small_run):
     assert "<b>" not in markdown.replace(r"\<b\>", "")
 
 
+@pytest.mark.long
 def test_a_grid_is_counted_by_cell(grid):
     index = grid.index
     results = json.loads((index.parent / "results.json").read_text())
@@ -118,6 +119,7 @@ def test_a_grid_is_counted_by_cell(grid):
     assert {name for name in plots if not name.startswith("cell-")} == {"published", "robustness"}
 
 
+@pytest.mark.long
 def test_a_report_on_160_runs_stays_small(grid):
     assert grid.index.stat().st_size <= 1.5e6  # 0.65e6 when this was written
     assert grid.peak_mb <= 400  # 335 to 360

@@ -201,7 +201,7 @@ def test_another_processs_unfinished_digests_are_not_data(tmp_path):
         assert digests.find_corruption(folder, 1) is None
 
 
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("signal_name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.long)])
 def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal_name):
     """Two processes save, restore, pass over a damaged checkpoint and stop together."""
     with socket.socket() as probe:

@@ -105,7 +105,13 @@ def crow():
 
 
 @pytest.mark.parametrize(
-    "accumulation, mesh_sizes", [(2, None), (4, None), (1, (2, 2, 2)), (2, (1, 4, 2))]
+    "accumulation, mesh_sizes",
+    [
+        (2, None),
+        pytest.param(4, None, marks=pytest.mark.long),
+        pytest.param(1, (2, 2, 2), marks=pytest.mark.long),
+        (2, (1, 4, 2)),
+    ],
 )
 def test_crow_is_the_same_sharded_and_accumulated(crow, accumulation, mesh_sizes):
     state, metrics = run(loss=CROW, accumulation=accumulation, mesh_sizes=mesh_sizes)
@@ -147,7 +153,7 @@ def make_noisy(model, config):
     return loss_fn
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_randomness_depends_on_seed_and_step_alone(accumulation):
     model, params, batch = Llama(CONFIG), random_params(), packed_batch()
     loss_fn = make_noisy(model, None)

@@ -17,7 +17,10 @@ from sa_jax.training.plan import workload
 from sa_jax.training.step import init_state, make_train_step, state_shardings
 from tests.toys import CONFIG, packed_batch, random_params
 
-NAMES = ["contrib.muon", "lion", pytest.param("adafactor", marks=pytest.mark.long)]
+NAMES = [
+    "contrib.muon",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("lion", "adafactor")),
+]
 
 
 def section(name):

@@ -89,7 +89,14 @@ def test_loss_and_gradient_norm_are_those_of_the_plain_formula():
 
 # 1, 2, 4 and 8 devices; data, fsdp, tensor, and slices.
 @pytest.mark.parametrize(
-    "mesh_sizes", [(1, 1, 1), (1, 2, 1), (2, 1, 2), (1, 8, 1), (1, 2, 2, 2), (1, 2, 4)]
+    "mesh_sizes",
+    [
+        *((1, 1, 1), (2, 1, 2), (1, 2, 2, 2)),
+        *(
+            pytest.param(sizes, marks=pytest.mark.long)
+            for sizes in ((1, 2, 1), (1, 8, 1), (1, 2, 4))
+        ),
+    ],
 )
 def test_sharded_is_unsharded(unsharded, mesh_sizes):
     state, metrics = run(mesh_sizes=mesh_sizes)
@@ -99,8 +106,15 @@ def test_sharded_is_unsharded(unsharded, mesh_sizes):
     assert_same(state.params, unsharded[0].params, atol=1e-4)
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-@pytest.mark.parametrize("mesh_sizes", [None, (1, 2, 1)])
+@pytest.mark.parametrize(
+    "accumulation, mesh_sizes",
+    [
+        (2, None),
+        (4, (1, 2, 1)),
+        pytest.param(4, None, marks=pytest.mark.long),
+        pytest.param(2, (1, 2, 1), marks=pytest.mark.long),
+    ],
+)
 def test_accumulation_does_not_change_the_step(unsharded, accumulation, mesh_sizes):
     # Rows hold different numbers of loss tokens, so a mean of means would be seen.
     state, metrics = run(accumulation=accumulation, mesh_sizes=mesh_sizes)
