@@ -29,7 +29,9 @@ os.environ.setdefault("JAX_PLATFORMS", "" if "--device=cuda" in sys.argv else "c
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory too
 os.environ.setdefault("SA_JAX_COMPILATION_CACHE", "off")  # the first step's time holds compilation
 
-import sa_jax.script_start  # noqa: F401  (first: as a run does; its memory holds for torch too)
+from sa_jax.host_memory import keep_freed_memory
+
+keep_freed_memory()  # as a run on CPU does; it holds for torch too
 
 import jax
 import numpy as np

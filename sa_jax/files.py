@@ -43,8 +43,9 @@ def atomic_write(path: os.PathLike | str, text: str) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """`json.loads` for users' files. What is nested too deeply, has two fields of one name in an
-    object (one would be lost), or a whole number that no float can hold, also raises ValueError."""
+    """`json.loads` for users' files. ValueError also for what is nested too deeply, for two fields
+    of one name in an object (one would be lost), and for whole numbers of more than 308 digits,
+    which no float may hold."""
     try:
         return json.loads(text, object_pairs_hook=_fields, parse_int=_whole_number)
     except RecursionError:
@@ -60,8 +61,9 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > sys.float_info.max_10_exp:
-        raise ValueError(f"a number has {len(digits)} digits")
+    count = len(digits.lstrip("-"))
+    if count > sys.float_info.max_10_exp:
+        raise ValueError(f"a number has {count} digits")
     return int(digits)
 
 

@@ -8,19 +8,15 @@ or wait for other hosts for minutes, and Python runs signal handlers only betwee
 of the main thread.
 """
 
-import ctypes
 import os
 import signal
 import threading
 from types import FrameType
 
+from sa_jax.host_memory import keep_freed_memory
+
 EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-# mallopt's parameters and what they are set to (glibc's malloc.h, `man mallopt`).
-_ONE_ARENA = (-8, 1)  # M_ARENA_MAX: other threads' arenas cannot hold large blocks, and map them
-_MAPPED_ABOVE = (-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
-_RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top of the heap
 
 
 def _leave_to_thread(number: int, frame: FrameType | None) -> None:
@@ -55,19 +51,5 @@ def _install() -> None:
             signal.signal(number, _leave_to_thread)
 
 
-def _keep_freed_memory() -> None:
-    """Makes malloc keep freed memory for the next step, instead of returning it to the system.
-
-    A training step on CPU frees and allocates hundreds of MB, and the system clears each new page,
-    which takes up to a third of the toy's step. Must run before the process has a second thread,
-    whose arena a thread of XLA may take over. Does nothing without glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in (_ONE_ARENA, _MAPPED_ABOVE, _RETURNED_ABOVE):
-            mallopt(parameter, value)
-
-
-if os.environ.get("JAX_PLATFORMS") == "cpu":
-    _keep_freed_memory()  # before there is a thread
+keep_freed_memory()  # before there is a thread
 _install()

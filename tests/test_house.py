@@ -26,7 +26,7 @@ FLOORS = (
     ("parallel",),
 )
 LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-GROUND = ("buckets", "errors", "files", "registry", "text")  # imported by all rooms
+GROUND = ("buckets", "errors", "files", "host_memory", "registry", "text")  # imported by all rooms
 # Between scripts and rooms, imported by scripts only: `cli`, and before all else `script_start`.
 DOOR = "cli"
 

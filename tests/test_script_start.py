@@ -108,9 +108,9 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path):
     assert done.returncode != 0 and not list(tmp_path.iterdir())
 
 
-# Prints how many pages the system had to clear for ten blocks of 64 MiB, one after the other, in a
-# thread that is not the first, as XLA's are.
-PROGRAM = """
+# Prints how many pages the system had to clear for ten blocks of 64 MiB, one after the other, in
+# each of three threads that are not the first, as XLA's are.
+CLEARED_PAGES = """
 import sa_jax.script_start
 import ctypes, resource, threading
 libc = ctypes.CDLL(None)
@@ -121,15 +121,16 @@ def work():
         libc.memset(block, 1, ctypes.c_size_t(64 << 20))
         libc.free(block)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
+for _ in range(3):
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def cleared_pages(platform: str) -> int:
-    command, env = [sys.executable, "-c", PROGRAM], os.environ | {"JAX_PLATFORMS": platform}
+    command, env = [sys.executable, "-c", CLEARED_PAGES], os.environ | {"JAX_PLATFORMS": platform}
     return int(subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=True).stdout)
 
 
@@ -137,7 +138,7 @@ def cleared_pages(platform: str) -> int:
 def test_a_script_on_cpu_keeps_freed_memory():
     """A script on CPU uses the memory again that it frees, without new pages from the system."""
     given_back, kept = cleared_pages("tpu"), cleared_pages("cpu")
-    assert kept < given_back / 5, (kept, given_back)
+    assert kept < given_back / 10, (kept, given_back)  # one thread with its own arena: / 7
 
 
 def test_openblas_has_one_thread():

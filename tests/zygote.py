@@ -118,6 +118,10 @@ class Process:
 
 
 def _serve():
+    from sa_jax.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # before imports start threads
+
     import runpy
 
     import sa_jax.report.report

@@ -96,6 +96,7 @@ def end_together(
     peers = _Peers(timeout_s, resumable)
     _WATCHES.append(peers)
     try:
+        peers.wait_for_names()
         open_devices()
         peers.devices_are_open()
         yield
@@ -156,11 +157,14 @@ class _Peers:
         _delay_aborts()
         for target in (self._talk, self._count):
             threading.Thread(target=target, daemon=True).start()
-        self._all_heard.wait(self.patience_s)  # who falls silent from here on can be named
 
     @property
     def patience_s(self) -> float:
         return self._patience * _ROUND_S
+
+    def wait_for_names(self) -> None:
+        """Waits until every process has been heard, so that one that falls silent can be named."""
+        self._all_heard.wait(self.patience_s)
 
     def devices_are_open(self) -> None:
         _delay_aborts()  # a backend may have a handler of its own

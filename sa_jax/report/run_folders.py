@@ -189,7 +189,9 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
     rows.sort(key=lambda row: row["step"])
     curves = {
         curve: [
-            (row["step"], row[curve]) for row in rows if isinstance(row.get(curve), float | int)
+            (row["step"], float(row[curve]))
+            for row in rows
+            if isinstance(row.get(curve), float | int)
         ]
         for curve in CURVES
     }

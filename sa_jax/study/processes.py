@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from sa_jax.errors import UserError
+from sa_jax.host_memory import keep_freed_memory
 from sa_jax.study.claims import hold_lock
 
 BUSY = 76  # exit status: another process, perhaps on another host, works in the cell's folder
@@ -99,6 +100,7 @@ def _serve() -> None:
     _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
+    keep_freed_memory()  # before imports start threads
     import_for_forks()
     running: set[int] = set()
     with contextlib.suppress(BrokenPipeError):  # the runner was killed
@@ -133,8 +135,8 @@ def _answer(answers: TextIO, running: set[int]) -> None:
 
 
 def import_for_forks() -> None:
-    """Imports what most scripts need; no import starts a device, or a thread, which a fork would
-    not have."""
+    """Imports what most scripts need; no import starts a device, or a thread that a fork would
+    miss."""
     import flax.linen  # noqa: F401
     import jax  # noqa: F401
     import matplotlib.figure  # noqa: F401

