@@ -72,7 +72,8 @@ lock(mutex)  # for ever, and outside Python
 def test_a_signal_while_the_main_thread_is_outside_python():
     """A signal ends a script that waits in a library; one to a fork of it ends the fork alone."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = start(signal.SIGTERM, "-c", BLOCKED, **pipes)
+    # From 3.12 on, Python warns of a fork beside a thread.
+    process = start(signal.SIGTERM, "-W", "ignore", "-c", BLOCKED, **pipes)
     assert process.stdout.readline() == "\n"
     ended_by(process, signal.SIGTERM)
 
