@@ -201,7 +201,7 @@ def measure(name: str, rounds: int, with_parts: bool) -> dict:
     batch = packed_rows(config.vocab_size, rows, length)
     with tempfile.TemporaryDirectory() as folder:
         # First: once torch has run, the profiler sees none of our operations.
-        shares = parts(*ours(config, batch, f"{folder}/model")) if with_parts else {}
+        shares = parts(*ours(config, batch, f"{folder}/parts")) if with_parts else {}
         steps = {"sa_jax": ours(config, batch, f"{folder}/model")[0]}
         for label, compiled in (("torch eager", False), ("torch.compile", True)):
             steps[label] = theirs(f"{folder}/model", batch, compiled)
