@@ -72,8 +72,7 @@ class Zygote:
     def poll(self, pid: int) -> int | None:
         self._server.stdin.write(json.dumps({"poll": pid}) + "\n")
         self._server.stdin.flush()
-        answer = self._server.stdout.readline().strip()
-        return None if answer == "running" else int(answer)
+        return json.loads(self._server.stdout.readline())
 
     def close(self):
         self._server.stdin.close()
@@ -129,19 +128,20 @@ def _serve():
     from sa_jax.study.processes import import_for_forks
 
     import_for_forks()
-    ended = {}
+    statuses = {}  # by process number; None while it runs
     for line in sys.stdin:
         order = json.loads(line)
         if "poll" in order:
             pid = order["poll"]
-            if pid not in ended:
+            if statuses[pid] is None:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            print(ended.get(pid, "running"), flush=True)
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+            print(json.dumps(statuses[pid]), flush=True)
             continue
         pid = os.fork()
         if pid:
+            statuses[pid] = None  # the system gives a number again, after some 30,000 others
             print(pid, flush=True)
             continue
         os.environ.update(order["env"])

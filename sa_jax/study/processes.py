@@ -102,27 +102,26 @@ def _serve() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     keep_freed_memory()  # before imports start threads
     import_for_forks()
-    running: set[int] = set()
+    statuses: dict[int, int | None] = {}
     with contextlib.suppress(BrokenPipeError):  # the runner was killed
-        _answer(answers, running)
-    for pid in running:
+        _answer(answers, statuses)
+    for pid in (pid for pid, status in statuses.items() if status is None):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
 
 
-def _answer(answers: TextIO, running: set[int]) -> None:
-    """Executes the runner's commands until the runner closes its end of the pipe."""
-    ended: dict[int, int] = {}
+def _answer(answers: TextIO, statuses: dict[int, int | None]) -> None:
+    """Executes the runner's commands until the runner closes its end of the pipe. `statuses`: the
+    exit status of each cell by its process number, None while it runs."""
     while line := sys.stdin.readline():
         order = json.loads(line)
         if "poll" in order:
             pid = order["poll"]
-            if pid in running:
+            if statuses[pid] is None:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
-                    running.discard(pid)
-                    ended[pid] = os.waitstatus_to_exitcode(status)
-            answers.write(json.dumps(ended.get(pid)) + "\n")
+                    statuses[pid] = os.waitstatus_to_exitcode(status)
+            answers.write(json.dumps(statuses[pid]) + "\n")
             continue
         pid = os.fork()
         if pid == 0:
@@ -130,7 +129,7 @@ def _answer(answers: TextIO, running: set[int]) -> None:
             _run(order)
         with contextlib.suppress(OSError):  # the child does it too: whichever comes first
             os.setpgid(pid, pid)
-        running.add(pid)
+        statuses[pid] = None  # the system gives a number again, after some 30,000 others
         answers.write(f"{pid}\n")
 
 
