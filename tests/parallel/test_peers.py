@@ -126,6 +126,61 @@ def test_a_bug_in_one_ends_all(zygote, tmp_path, failing):
         ended_well(process, 1, f"process {failing} (", "KeyError: 'q_proj'")
 
 
+LATE = """
+import os
+import time
+import jax
+from jax._src import distributed
+from sa_jax import cli
+from sa_jax.errors import UserError
+from sa_jax.parallel import multihost
+
+class LateStore:
+    left = False
+
+    def __init__(self, store):
+        self.store = store
+
+    def key_value_set(self, key, text, **options):
+        self.store.key_value_set(key, text, **options)
+        self.left = '"left": true' in text
+        self.wait("key_value_set")
+
+    def key_value_dir_get(self, folder):
+        self.wait("key_value_dir_get")
+        return self.store.key_value_dir_get(folder)
+
+    def wait(self, call):
+        if self.left and call == "{call}":
+            time.sleep(2)
+
+def main():
+    join, open_devices, state = multihost._join, multihost._open_devices, distributed.global_state
+    def join_late(*times):
+        join(*times)
+        state.client = LateStore(state.client)
+    def open_with_the_store():
+        state.client = state.client.store
+        open_devices()
+    if os.environ["JAX_PROCESS_ID"] == "1":
+        multihost._join, multihost._open_devices = join_late, open_with_the_store
+    with multihost.joined(60, 30):
+        multihost.agree(True)
+        raise UserError("rows.jsonl: no such file")
+
+cli.run(main, "")
+"""
+
+
+@pytest.mark.parametrize("call", ["key_value_set", "key_value_dir_get"])
+def test_an_error_of_all_ends_each_with_its_line(zygote, tmp_path, call):
+    """The first process, which keeps the store, may end before the store has answered the last."""
+    script = tmp_path / "late.py"
+    script.write_text(LATE.format(call=call))
+    for process in launched(zygote, [(str(script),)] * 2):
+        ended_well(process, 1, "error: rows.jsonl: no such file")
+
+
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_stall_of_one_ends_all_with_their_stacks(zygote, tmp_path, count):
     """A process that stands still ends all, for one reason and with the stacks of each."""
