@@ -153,13 +153,13 @@ class Sampler:
         self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
         self._prefill = jax.jit(
             functools.partial(_prefill, model, self.prompt_attention),
-            static_argnames="method",
+            static_argnames="nucleus",
             donate_argnames="cache",
             out_shardings=(cache, host, host),
         )
         self._decode = jax.jit(
             functools.partial(_decode, model, steps_per_call),
-            static_argnames="method",
+            static_argnames="nucleus",
             donate_argnames="cache",
             out_shardings=(cache, host, host, host),
         )

@@ -43,13 +43,12 @@ class SamplingSettings:
 
 
 def noise_arguments(settings: SamplingSettings) -> dict:
-    """Arguments of `sample_tokens`; numbers are traced, so only another method compiles again."""
-    method = "sample" if settings.top_p == 1 else "top_p"
+    """Arguments of `sample_tokens`; numbers are traced, so only a nucleus compiles again."""
     return {
         "seed": np.uint32(settings.seed),
         "temperature": np.float32(settings.temperature),
         "top_p": np.float32(settings.top_p),
-        "method": method if settings.temperature > 0 else "greedy",
+        "nucleus": settings.temperature > 0 and settings.top_p < 1,
     }
 
 
@@ -61,23 +60,23 @@ def sample_tokens(
     seed: jax.Array,
     temperature: jax.Array,
     top_p: jax.Array,
-    method: str,
+    nucleus: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Next tokens by the Gumbel-max trick, and their log-probabilities at temperature 1.
 
     Args:
       logits_bv: float32 [B, V].
       prompt_ids_b, positions_b: [B]; with seed they fix a row's noise.
-      seed, temperature, top_p: scalars.
-      method: "greedy", "sample" (top_p ignored) or "top_p".
+      seed, temperature, top_p: scalars; temperature 0 takes the most likely tokens.
+      nucleus: whether top_p counts.
 
     Returns:
       tokens int32 [B], log-probabilities float32 [B].
     """
-    scores_bv = logits_bv
-    if method != "greedy":
+
+    def draw(logits_bv):
         scores_bv = logits_bv / temperature
-        if method == "top_p":
+        if nucleus:
             scores_bv = mask_outside_nucleus(scores_bv, top_p)
         key = jax.random.key(seed)
 
@@ -85,8 +84,10 @@ def sample_tokens(
             row = jax.random.fold_in(jax.random.fold_in(key, prompt_id), position)
             return jax.random.gumbel(row, logits_bv.shape[-1:], jnp.float32)
 
-        scores_bv += jax.vmap(gumbel)(prompt_ids_b, positions_b)
-    tokens_b = _argmax(scores_bv)
+        return _argmax(scores_bv + jax.vmap(gumbel)(prompt_ids_b, positions_b))
+
+    # Evals of both kinds run in one program: it takes longer to compile than most of them to run.
+    tokens_b = jax.lax.cond(temperature > 0, draw, _argmax, logits_bv)
     chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
     return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
 

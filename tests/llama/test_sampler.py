@@ -132,6 +132,17 @@ def test_logprobs_and_greedy_tokens_are_those_of_the_full_forward(sampler, model
         np.testing.assert_allclose(completion.logprobs, chosen, atol=1e-4)
 
 
+def test_greedy_and_sampled_answers_come_from_one_program(model, params):
+    """The likeliest tokens and a draw at a temperature compile nothing twice."""
+    sampler = Sampler(model, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+    greedy = dataclasses.replace(SAMPLED, temperature=0.0)
+    prompts, ids = PROMPTS[:1], IDS[:1]
+    plain = tokens_of(sampler.generate(params, prompts, ids, greedy))
+    assert tokens_of(sampler.generate(params, prompts, ids, SAMPLED)) != plain
+    assert tokens_of(sampler.generate(params, prompts, ids, greedy)) == plain
+    assert [f._cache_size() for f in (sampler._prefill, sampler._decode)] == [1, 1]
+
+
 def test_noise_is_a_function_of_seed_prompt_id_and_position(sampler, model, params):
     """The tokens are those of an independent sampler: full forward, noise written out."""
     completions = sampler.generate(params, PROMPTS[:4], IDS[:4], SAMPLED)
@@ -214,7 +225,7 @@ def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
     zeros = np.zeros(4, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
     new, *_ = sampler._decode(
-        params, cache, zeros, zeros, zeros + 9, zeros, zeros, method="greedy", **noise
+        params, cache, zeros, zeros, zeros + 9, zeros, zeros, nucleus=False, **noise
     )
     assert all(leaf.is_deleted() for leaf in cache)
     for old, leaf in zip(cache, new, strict=True):
@@ -231,7 +242,7 @@ def test_decoding_updates_the_cache_in_place(model, params):
     row = np.zeros(16, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
     compiled = sampler._decode.lower(
-        params, cache, row, row, row, row, row, method="sample", **noise
+        params, cache, row, row, row, row, row, nucleus=False, **noise
     ).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in cache)
@@ -423,7 +434,7 @@ def test_bf16_weights_are_cast_once_with_the_same_result(params):
 
 def draw(logits, n, **options):
     """Tokens for ids 0..n-1 at one position."""
-    options = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "method": "sample"} | options
+    options = {"seed": 0, "temperature": 1.0, "top_p": 1.0, "nucleus": False} | options
     ids = jnp.arange(n)
     logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (n, len(logits)))
     return np.asarray(sample_tokens(logits, ids, jnp.full(n, 7), **options)[0])
@@ -447,7 +458,7 @@ def test_frequencies_follow_the_tempered_distribution(temperature):
 def test_frequencies_over_positions_and_seeds():
     n = 20_000
     logits = jnp.broadcast_to(jnp.asarray(LOGITS, jnp.float32), (n, 6))
-    noise = {"temperature": 1.0, "top_p": 1.0, "method": "sample"}
+    noise = {"temperature": 1.0, "top_p": 1.0, "nucleus": False}
     tokens, _ = sample_tokens(logits, jnp.full(n, 5), jnp.arange(n), seed=1, **noise)
     assert stats.chisquare(np.bincount(tokens, minlength=6), softmax(LOGITS) * n).pvalue > 1e-3
     again, _ = sample_tokens(logits, jnp.full(n, 5), jnp.arange(n), seed=2, **noise)
@@ -487,7 +498,7 @@ def test_top_p_frequencies_after_the_temperature():
     kept = nucleus(LOGITS / temperature, top_p)
     assert kept != nucleus(LOGITS, top_p)  # the order of the two matters here
     probabilities = softmax(LOGITS / temperature) * [token in kept for token in range(6)]
-    tokens = draw(LOGITS, 20_000, temperature=temperature, top_p=top_p, method="top_p")
+    tokens = draw(LOGITS, 20_000, temperature=temperature, top_p=top_p, nucleus=True)
     counts = np.bincount(tokens, minlength=6)
     expected = probabilities / probabilities.sum() * len(tokens)
     assert not counts[expected == 0].any()
