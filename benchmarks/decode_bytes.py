@@ -95,6 +95,9 @@ def moved(module: Module, name: str, turns: int) -> dict[str, int]:
             known = module.trips(i)
             body = moved(module, i.attribute("body"), turns)
             parts = {kind: size * (known if known > 1 else turns) for kind, size in body.items()}
+        elif i.opcode == "conditional":  # its dearest branch
+            branches = (moved(module, branch, turns) for branch in i.callees())
+            parts = max(branches, key=lambda kinds: sum(kinds.values()))
         elif i.opcode == "fusion":
             calls, places = i.attribute("calls"), operands(i)
             size = min(hbm(i.shape), written(module, calls, module.computations[calls][-1]))
