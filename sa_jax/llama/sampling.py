@@ -86,7 +86,7 @@ def sample_tokens(
 
         return _argmax(scores_bv + jax.vmap(gumbel)(prompt_ids_b, positions_b))
 
-    # Evals of both kinds run in one program: it takes longer to compile than most of them to run.
+    # Not a static argument: greedy and sampled evals share the program, which is slow to compile.
     tokens_b = jax.lax.cond(temperature > 0, draw, _argmax, logits_bv)
     chosen_b = jnp.take_along_axis(logits_bv, tokens_b[:, None], axis=-1)[:, 0]
     return tokens_b, chosen_b - jax.nn.logsumexp(logits_bv, axis=-1)
