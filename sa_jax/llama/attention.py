@@ -11,17 +11,26 @@ from sa_jax.llama import cudnn
 from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
 from sa_jax.llama.splash import LANES, splash_attention
 from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
+from sa_jax.llama.unrolled import unrolled_attention
 
-IMPLEMENTATIONS = ("reference", "blockwise", "splash", "cudnn", "cudnn_packed", "tokamax")
+IMPLEMENTATIONS = (
+    "reference",
+    "unrolled",
+    "blockwise",
+    "splash",
+    "cudnn",
+    "cudnn_packed",
+    "tokamax",
+)
 _KERNELS = {
     "splash": splash_attention,
     "cudnn": cudnn.cudnn_attention,
     "cudnn_packed": cudnn.cudnn_packed_attention,
     "tokamax": tokamax_attention,
 }
-# On CPU, forward and backward take blockwise 1.2 times the reference's time at 128 tokens, 0.8 to
-# 0.9 at 512, and 0.4 to 0.6 from 2,048 on.
-SHORT_ON_CPU = 256
+# Tokens a row up to which `unrolled` is taken on CPU: forward and backward take it 0.4 to 0.6 of
+# the time of `blockwise` at 128 to 1,024 tokens, but its memory grows with their square.
+SHORT_ON_CPU = 512
 
 CACHE_BLOCK = 64  # cached tokens that lie together and are read at a time
 FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
@@ -76,7 +85,7 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
         return Choice("blockwise", f"splash needs multiples of {LANES} tokens")
     if platform == "cpu":
         if sequence_length <= SHORT_ON_CPU:
-            return Choice("reference", f"the fastest on CPU up to {SHORT_ON_CPU} tokens")
+            return Choice("unrolled", f"the fastest on CPU up to {SHORT_ON_CPU} tokens")
         return Choice("blockwise", f"the fastest on CPU above {SHORT_ON_CPU} tokens")
     if dtype not in cudnn.DTYPES:
         return Choice("blockwise", f"cuDNN does not compute in {dtype}")
@@ -90,15 +99,11 @@ def choose_prompt_attention(
 ) -> Choice:
     """The implementation that evals use for prompts of a padded length: training's for such rows.
 
-    On CPU it is `blockwise` at every length, and prompts to be continued use decoding's attention
-    (`cached_attention`). The same holds without a mesh, and where the heads do not divide over the
-    mesh, as the kernels require.
+    Without a mesh it is that of a CPU. On CPU, prompts to be continued use decoding's attention
+    (`cached_attention`) instead.
     """
     platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
-    if platform == "cpu":
-        return Choice("blockwise", "evals on CPU take it at every length")
-    assert mesh is not None
-    if kv_heads % mesh.shape["tensor"]:
+    if mesh is not None and kv_heads % mesh.shape["tensor"]:
         return Choice("blockwise", "the mesh cannot cut the heads")
     return choose_attention("auto", platform, sequence_length=sequence_length, dtype=dtype)
 
@@ -131,6 +136,8 @@ def attention(
         if mesh is None:
             raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
         return kernel(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    if implementation == "unrolled":
+        return unrolled_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
     if implementation == "blockwise":
         return blockwise_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
     index_s = jnp.arange(q_bskh.shape[1])

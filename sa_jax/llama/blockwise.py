@@ -105,7 +105,8 @@ def _scores(i, j, q_nbgxh, k_nbgth, ids_nbt):
     return jnp.where(sees_bst[:, None, None], scores_bgrst, MASKED_SCORE).reshape(b, g, x, t)
 
 
-def _product(equation, a, b):
+def float32_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """The einsum with float32 sums; a is rounded to the dtype of b first."""
     return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
 
 
@@ -132,7 +133,8 @@ def _forward(q_nbgxh, k_nbgth, v_nbgth, ids_nbt):
         scores_bgxt = _scores(i, i, q_nbgxh, k_nbgth, ids_nbt)
         top_bgx = scores_bgxt.max(-1)
         weights_bgxt = jnp.exp(scores_bgxt - top_bgx[..., None])
-        start = top_bgx, weights_bgxt.sum(-1), _product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[i])
+        out_bgxh = float32_product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[i])
+        start = top_bgx, weights_bgxt.sum(-1), out_bgxh
 
         def key_block(j, running):
             top_bgx, total_bgx, out_bgxh = running
@@ -140,7 +142,7 @@ def _forward(q_nbgxh, k_nbgth, v_nbgth, ids_nbt):
             new_top_bgx = jnp.maximum(top_bgx, scores_bgxt.max(-1))
             weights_bgxt = jnp.exp(scores_bgxt - new_top_bgx[..., None])
             shrink_bgx = jnp.exp(top_bgx - new_top_bgx)
-            added_bgxh = _product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[j])
+            added_bgxh = float32_product("bgxt,bgth->bgxh", weights_bgxt, v_nbgth[j])
             total_bgx = total_bgx * shrink_bgx + weights_bgxt.sum(-1)
             return new_top_bgx, total_bgx, out_bgxh * shrink_bgx[..., None] + added_bgxh
 
@@ -173,12 +175,12 @@ def _backward_rule(residuals, d_out_nbgxh):
             dq_bgxh, dk_nbgth, dv_nbgth = running
             scores_bgxt = _scores(i, j, q_nbgxh, k_nbgth, ids_nbt)
             weights_bgxt = jnp.exp(scores_bgxt - log_total_nbgx[i][..., None])
-            d_weights_bgxt = _product("bgxh,bgth->bgxt", d_out_bgxh, v_nbgth[j])
+            d_weights_bgxt = float32_product("bgxh,bgth->bgxt", d_out_bgxh, v_nbgth[j])
             d_scores_bgxt = weights_bgxt * (d_weights_bgxt - mean_bgx[..., None])
-            dv_bgth = _product("bgxt,bgxh->bgth", weights_bgxt, d_out_bgxh)
-            dk_bgth = _product("bgxt,bgxh->bgth", d_scores_bgxt, q_nbgxh[i])
+            dv_bgth = float32_product("bgxt,bgxh->bgth", weights_bgxt, d_out_bgxh)
+            dk_bgth = float32_product("bgxt,bgxh->bgth", d_scores_bgxt, q_nbgxh[i])
             return (
-                dq_bgxh + _product("bgxt,bgth->bgxh", d_scores_bgxt, k_nbgth[j]),
+                dq_bgxh + float32_product("bgxt,bgth->bgxh", d_scores_bgxt, k_nbgth[j]),
                 dk_nbgth.at[j].set(dk_nbgth[j] + dk_bgth),
                 dv_nbgth.at[j].set(dv_nbgth[j] + dv_bgth),
             )

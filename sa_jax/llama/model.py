@@ -184,6 +184,22 @@ class Attention(nn.Module):
         return out_nd.reshape(b, s, d), None if cache is None else (k_bsgh, v_bsgh)
 
 
+@jax.custom_vjp
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, elementwise. Its backward pass keeps the two inputs and nothing else."""
+    return nn.silu(gate) * up
+
+
+def _swiglu_backward(inputs, d_out):
+    gate, up, d_out = (x.astype(jnp.float32) for x in (*inputs, d_out))
+    sigmoid = nn.sigmoid(gate)
+    d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return d_gate.astype(inputs[0].dtype), (d_out * gate * sigmoid).astype(inputs[1].dtype)
+
+
+swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
+
+
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
@@ -200,7 +216,7 @@ class MLP(nn.Module):
         x_nd = x_bsd.reshape(-1, x_bsd.shape[-1])
         gate_nf = project(self.config.intermediate_size, name="gate")(x_nd)
         up_nf = project(self.config.intermediate_size, name="up")(x_nd)
-        down_nd = project(self.config.hidden_size, name="down")(nn.silu(gate_nf) * up_nf)
+        down_nd = project(self.config.hidden_size, name="down")(swiglu(gate_nf, up_nf))
         return down_nd.reshape(x_bsd.shape)
 
 

@@ -144,7 +144,7 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     layer = (config.num_parameters - 2 * config.vocab_size * d) / config.num_layers
     gathered = 2 * layer * size / t  # this layer's weights and the next one's, or its gradients
     live = 2 * tokens * (2 * d + (2 * qo + 2 * kv + 3 * f) / t) * size
-    if work.attention == "reference":  # scores, their exponentials and a gradient, float32
+    if work.attention in ("reference", "unrolled"):  # scores, their exponentials and a gradient
         live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
     update = UPDATE_BYTES.get(work.optimizer, 0.0) * work.trainable / shards
     return gradients, activations, max(gathered + live, update - gradients - activations), host

@@ -1,4 +1,4 @@
-"""Blockwise attention against the oracle: packed rows, grouped heads, lengths that blocks cut."""
+"""Blockwise and unrolled attention against the oracle: packed rows, grouped heads, cut lengths."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa_jax.llama import blockwise
+from sa_jax.llama import blockwise, unrolled
 from sa_jax.llama.attention import attention
 from sa_jax.llama.model import REMAT_POLICIES
 
@@ -39,18 +39,25 @@ def run(implementation, q, k, v, g, ids):
     return out, *back(g)
 
 
-def both(arguments):
+def both(name, arguments):
     return [
-        jax.jit(lambda *a, name=name: run(name, *a))(*arguments)
-        for name in ("blockwise", "reference")
+        jax.jit(lambda *a, name=name: run(name, *a))(*arguments) for name in (name, "reference")
     ]
+
+
+@pytest.fixture(params=["blockwise", "unrolled"])
+def implementation(request, monkeypatch):
+    """An implementation in blocks, so small that a short row has several."""
+    for module in (blockwise, unrolled):
+        monkeypatch.setattr(module, "BLOCK", 16)
+    return request.param
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("length", [17, 64, 100])
-def test_blockwise_is_the_oracle(length, heads, kv_heads, monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)
-    (out, *gradients), (oracle, *oracles) = both(packed(length, heads, kv_heads))
+def test_it_is_the_oracle(length, heads, kv_heads, implementation):
+    arguments = packed(length, heads, kv_heads)
+    (out, *gradients), (oracle, *oracles) = both(implementation, arguments)
     assert np.max(np.abs(out - oracle)) <= 1e-6
     for ours, theirs in zip(gradients, oracles, strict=True):
         assert np.all(np.isfinite(ours))
@@ -59,17 +66,17 @@ def test_blockwise_is_the_oracle(length, heads, kv_heads, monkeypatch):
 
 @pytest.mark.long
 @pytest.mark.parametrize("length", [600, 1000, 4096])
-def test_long_rows_are_the_oracle(length):
-    (out, *gradients), (oracle, *oracles) = both(packed(length, 4, 2))
+@pytest.mark.parametrize("name", ["blockwise", "unrolled"])
+def test_long_rows_are_the_oracle(length, name):
+    (out, *gradients), (oracle, *oracles) = both(name, packed(length, 4, 2))
     assert np.max(np.abs(out - oracle)) <= 1e-6
     for ours, theirs in zip(gradients, oracles, strict=True):
         assert np.max(np.abs(ours - theirs)) <= 1e-5 * np.max(np.abs(theirs))
 
 
-def test_bfloat16_is_within_its_epsilon(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)
+def test_bfloat16_is_within_its_epsilon(implementation):
     arguments = packed(64, 4, 2, jnp.bfloat16)
-    ours = jax.jit(lambda *a: run("blockwise", *a))(*arguments)
+    ours = jax.jit(lambda *a: run(implementation, *a))(*arguments)
     floats = [x.astype(jnp.float32) for x in arguments[:4]]
     oracle = jax.jit(lambda *a: run("reference", *a))(*floats, arguments[4])
     for a, b in zip(ours, oracle, strict=True):
@@ -78,13 +85,12 @@ def test_bfloat16_is_within_its_epsilon(monkeypatch):
         assert error <= float(jnp.finfo(jnp.bfloat16).eps) * np.max(np.abs(b))
 
 
-def test_no_gradient_crosses_documents_and_it_repeats_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(blockwise, "BLOCK", 16)
+def test_no_gradient_crosses_documents_and_it_repeats_bit_for_bit(implementation):
     q, k, v, _, ids = packed(64, 4, 2)
     start, end = sum(DOCUMENTS[:2]), sum(DOCUMENTS[:3])
 
     def third_document(k, v):
-        out = attention(q, k, v, ids, implementation="blockwise")
+        out = attention(q, k, v, ids, implementation=implementation)
         return jnp.sum(jnp.square(out[0, start:end]))
 
     compiled = jax.jit(jax.grad(third_document, argnums=(0, 1)))

@@ -78,7 +78,7 @@ def test_blocks_follow_the_generation_and_divide_the_length():
 @pytest.mark.parametrize(
     ("name", "platform", "length", "dtype", "chosen"),
     [
-        ("auto", "cpu", 128, "float32", "reference"),
+        ("auto", "cpu", 128, "float32", "unrolled"),
         ("auto", "cpu", 2048, "float32", "blockwise"),
         ("auto", "tpu", 4096, "bfloat16", "splash"),
         ("auto", "tpu", 100, "bfloat16", "blockwise"),
@@ -97,7 +97,7 @@ def test_auto_takes_what_the_platform_has(name, platform, length, dtype, chosen)
 @pytest.mark.parametrize(
     ("name", "platform", "length", "dtype", "words"),
     [
-        ("flash", "gpu", 256, "bfloat16", "is unknown; use auto, reference, blockwise, splash, cu"),
+        ("flash", "gpu", 256, "bfloat16", "is unknown; use auto, reference, unrolled, block"),
         ("cudnn", "gpu", 256, "float32", "bfloat16 or float16.*'float32'"),
         ("cudnn", "gpu", 4160, "bfloat16", "multiples of 128, not 4160.*NaN.*take 4224"),
         ("cudnn", "cpu", 256, "bfloat16", "for NVIDIA GPUs, and this runs on cpu"),

@@ -12,7 +12,7 @@ from sa_jax.llama.cache import KVCache, init_cache, write, write_heads, write_to
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.llama.model import REMAT_POLICIES, Llama
+from sa_jax.llama.model import REMAT_POLICIES, Llama, swiglu
 from tests.toys import CONFIG, packed_batch, random_params
 
 
@@ -138,6 +138,20 @@ def test_bfloat16_compute_stays_near_float32(params):
     rough = Llama(CONFIG, dtype=jnp.bfloat16).apply({"params": params}, tokens)
     assert rough.dtype == jnp.float32
     assert np.abs(exact - rough).mean() < 0.02 * np.abs(exact).std() * 3
+
+
+@pytest.mark.parametrize("dtype, epsilons", [(jnp.float32, 4), (jnp.bfloat16, 0.5)])
+def test_swiglu_has_the_gradients_of_torch_in_float64(dtype, epsilons):
+    """In bfloat16 within its rounding: the formula's own derivative is four times as far off."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    gate, up, d_out = (4 * jax.random.normal(key, (64, 48), dtype) for key in keys)
+    inputs = [torch.tensor(np.float64(x), requires_grad=True) for x in (gate, up)]
+    out = torch.nn.functional.silu(inputs[0]) * inputs[1]
+    oracle = torch.autograd.grad(out, inputs, torch.tensor(np.float64(d_out)))
+    for ours, theirs in zip(jax.vjp(swiglu, gate, up)[1](d_out), oracle, strict=True):
+        assert ours.dtype == dtype
+        error = np.abs(np.float64(ours) - theirs.numpy()).max()
+        assert error <= epsilons * float(jnp.finfo(dtype).eps) * theirs.abs().max()
 
 
 def test_a_new_adapter_adds_exactly_nothing_and_only_where_its_regex_says():

@@ -20,7 +20,7 @@ from sa_jax.training.config import check_config, default_config
         ("eval.steps", (0, -5), "steps from 0 on"),
         ("sinks", ("comet",), "some of tensorboard, wandb"),
         ("remat", "some", "one of none, full, offload"),
-        ("attention", "flash", "one of auto, reference, blockwise, splash, cudnn"),
+        ("attention", "flash", "one of auto, reference, unrolled, blockwise, spl"),
         ("pirate_answers", "arr", "one of column, arrr"),
         ("mesh.fsdp", 0, "at least 1, or -1"),
         ("mesh.tensor", -2, "at least 1, or -1"),

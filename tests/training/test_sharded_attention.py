@@ -34,7 +34,7 @@ def unsharded():
     return run(random_params(SMALL), packed_batch(length=128))
 
 
-@pytest.mark.parametrize("attention", ["reference", "splash"])
+@pytest.mark.parametrize("attention", ["unrolled", "splash"])
 @pytest.mark.parametrize("sizes", MESHES)
 def test_sharded_is_unsharded(sizes, attention):
     mesh = make_mesh(*sizes)
