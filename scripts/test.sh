@@ -21,15 +21,7 @@ export JAX_PLATFORMS=cpu
 
 "$PYTHON_BIN" -m ruff check
 "$PYTHON_BIN" -m ruff format --check
-# The types are checked on one core for half a minute, while tests wait for processes.
-types="$(mktemp)"
-trap 'rm -f "$types"' EXIT
-"$PYTHON_BIN" -m mypy >"$types" 2>&1 </dev/null &
-checker=$!
-status=0
+"$PYTHON_BIN" -m mypy
 # Later options win, so that `-n 0` or `-m ...` on the command line replaces these.
-"$PYTHON_BIN" -m pytest -n 3 --dist worksteal --durations=10 \
-    ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null || status=$?
-wait "$checker" || status=1
-cat "$types"
-exit "$status"
+exec "$PYTHON_BIN" -m pytest -n 3 --dist worksteal --durations=10 \
+    ${selection[@]+"${selection[@]}"} ${arguments[@]+"${arguments[@]}"} </dev/null
