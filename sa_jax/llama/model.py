@@ -186,7 +186,10 @@ class Attention(nn.Module):
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, elementwise. Its backward pass keeps the two inputs and nothing else."""
+    """silu(gate) * up (arXiv 2002.05202), elementwise, for two arrays of one shape and dtype.
+
+    The backward pass keeps these two and nothing else, and computes in float32.
+    """
     return nn.silu(gate) * up
 
 

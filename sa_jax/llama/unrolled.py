@@ -54,20 +54,20 @@ def _forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
     index_s = jnp.arange(s)
     out, kept = [], []
     for span in _spans(s):
-        past = slice(span.stop)
+        past, tokens = slice(span.stop), span.stop - span.start
         q_bgnh = _by_group(q_bskh[:, span], groups)
         scores_bgnt = float32_product("bgnh,btgh->bgnt", q_bgnh, k_bsgh[:, past])
         sees_bst = (segment_ids_bs[:, span, None] == segment_ids_bs[:, None, past]) & (
             index_s[span, None] >= index_s[past]
         )
-        scores_bgrst = scores_bgnt.reshape(b, groups, -1, *sees_bst.shape[1:]) * h**-0.5
+        scores_bgrst = scores_bgnt.reshape(b, groups, -1, tokens, span.stop) * h**-0.5
         scores_bgrst = jnp.where(sees_bst[:, None, None], scores_bgrst, MASKED_SCORE)
         scores_bgnt = scores_bgrst.reshape(scores_bgnt.shape)
         weights_bgnt = jnp.exp(scores_bgnt - scores_bgnt.max(-1, keepdims=True))
         total_bgn1 = weights_bgnt.sum(-1, keepdims=True)
         # The division comes after the product, whose result is smaller than the weights.
         out_bgnh = float32_product("bgnt,btgh->bgnh", weights_bgnt, v_bsgh[:, past]) / total_bgn1
-        out.append(_by_token(out_bgnh, len(index_s[span])).astype(q_bskh.dtype))
+        out.append(_by_token(out_bgnh, tokens).astype(q_bskh.dtype))
         kept.append((weights_bgnt, total_bgn1))
     return jnp.concatenate(out, axis=1), kept
 
