@@ -104,7 +104,19 @@ def refreshed_bases(
 
 
 def orthonormal(y: jax.Array) -> jax.Array:
-    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n]."""
+    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n].
+
+    On CPU one matrix after the other, which takes as long as the batch. For a batch, jaxlib waits
+    in a thread of XLA's pool for tasks of that same pool: as many devices as cores wait for ever.
+    """
+    return jax.lax.platform_dependent(y, cpu=_one_by_one, default=_orthonormal)
+
+
+def _one_by_one(y: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda matrix: _orthonormal(matrix[None])[0], y)
+
+
+def _orthonormal(y: jax.Array) -> jax.Array:
     n = y.shape[-1]
     return jnp.linalg.qr(y)[0] if n <= _LARGEST_DIRECT else _blocked_qr(y, _PANEL)
 
