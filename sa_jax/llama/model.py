@@ -315,7 +315,6 @@ class Llama(nn.Module):
             config.vocab_size,
             config.hidden_size,
             embedding_init=nn.initializers.normal(config.hidden_size**-0.5),
-            dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
         block = Block
@@ -416,7 +415,10 @@ class Llama(nn.Module):
     def _run(self, tokens_bs, positions_bs, segment_ids_bs, cache):
         # Looked up where the table's features are, then sent to the rows: asked for the second
         # alone, the partitioner gathers the table's features on every device.
-        x_bsd = _constrain(self.embed(tokens_bs), self.mesh, P("data", None, "fsdp"))
+        # Cast after the lookup: then a frequent token's gradient, a sum over its places, is summed
+        # in the dtype of the parameters. In bfloat16 it would stop growing (46 % off at 4,096 places).
+        x_bsd = self.embed(tokens_bs).astype(self.dtype)
+        x_bsd = _constrain(x_bsd, self.mesh, P("data", None, "fsdp"))
         x_bsd = self.perturb(EMBEDDINGS, _shard_residual(x_bsd, self.mesh, cache), PERTURBATIONS)
         self.sow(STREAMS, EMBEDDINGS, x_bsd)
         rope = rope_angles(self.config, positions_bs)

@@ -140,6 +140,26 @@ def test_bfloat16_compute_stays_near_float32(params):
     assert np.abs(exact - rough).mean() < 0.02 * np.abs(exact).std() * 3
 
 
+def test_a_frequent_tokens_gradient_is_summed_in_float32():
+    """Its row of the embedding's gradient is a sum over 4,096 places. Summed in bfloat16 it was far
+    off; what is left are bfloat16's errors of each summand."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (64, 128)))
+    tokens = tokens.at[:, ::2].set(5)
+    config = dataclasses.replace(CONFIG, tie_word_embeddings=False)
+    params = random_params(config)
+
+    def gradient(dtype):
+        def loss(params):
+            logits = Llama(config, dtype=dtype).apply({"params": params}, tokens)
+            return -jnp.mean(jax.nn.log_softmax(logits)[:, :-1, 7])
+
+        return np.asarray(jax.grad(loss)(params)["embed"]["embedding"][5], np.float64)
+
+    expected = gradient(jnp.float32)
+    error = np.linalg.norm(gradient(jnp.bfloat16) - expected) / np.linalg.norm(expected)
+    assert error < 0.03
+
+
 @pytest.mark.parametrize("dtype, epsilons", [(jnp.float32, 4), (jnp.bfloat16, 0.5)])
 def test_swiglu_has_the_gradients_of_torch_in_float64(dtype, epsilons):
     """In bfloat16 within its rounding: the formula's own derivative is four times as far off."""
