@@ -12,12 +12,15 @@ from optax import contrib
 from sa_jax.errors import UsageError
 from sa_jax.optim.decay import decay_mask
 
+_DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # optax's names for it
+
 
 def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """`optax.NAME(learning_rate=schedule, ...)` for config.name.
+    """`optax.NAME(learning_rate=schedule, ...)` for config.name, with decoupled weight decay.
 
-    Weight decay and its mask (norms are never decayed) are passed if the function takes them, under
-    the function's own names. Everything else is the function's default, or in `config.kwargs`.
+    The function gets no decay, unless `config.kwargs` has one, which then is the only one: some
+    (adafactor, cocob, madgrad) do not scale theirs by the learning rate, and muon's leaves out what
+    its Adam trains. Everything else is the function's default, or in `config.kwargs`.
 
     Raises:
       UsageError: no such function, a function that is not an optimizer, or a wrong keyword.
@@ -32,8 +35,7 @@ def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTran
         )
     ours = {
         "learning_rate": schedule,
-        "weight_decay": config.weight_decay,
-        "weight_decay_rate": config.weight_decay,  # adafactor
+        **dict.fromkeys(_DECAYS, 0.0),
         "mask": decay_mask,
         "weight_decay_mask": decay_mask,
         "muon_weight_dimension_numbers": _muon_dimensions,
@@ -48,7 +50,28 @@ def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTran
             f"config.optimizer.name={config.name!r} does not work with kwargs={kwargs}: {shown}; "
             f"it takes {_signature(parameters)}, and its update gets only gradients and parameters"
         ) from None
-    return optimizer
+    decays = config.weight_decay and not any(name in kwargs for name in _DECAYS)
+    return _with_decay(optimizer, schedule, config.weight_decay) if decays else optimizer
+
+
+def _with_decay(
+    optimizer: optax.GradientTransformation, schedule: optax.Schedule, weight_decay: float
+) -> optax.GradientTransformation:
+    """As AdamW: a step also takes learning rate x weight_decay of all parameters but norms."""
+    decay = optax.chain(
+        optax.add_decayed_weights(weight_decay, decay_mask), optax.scale_by_learning_rate(schedule)
+    )
+
+    def init(params: Any) -> tuple:
+        return optimizer.init(params), decay.init(params)
+
+    def update(gradients: Any, state: tuple, params: Any = None) -> tuple[Any, tuple]:
+        updates, optimizer_state = optimizer.update(gradients, state[0], params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        decays, decay_state = decay.update(zeros, state[1], params)
+        return jax.tree.map(jnp.add, updates, decays), (optimizer_state, decay_state)
+
+    return optax.GradientTransformation(init, update)
 
 
 def optax_names() -> list[str]:
@@ -72,8 +95,13 @@ def _find(name: str) -> Callable[..., optax.GradientTransformation]:
 
 
 def _is_optimizer(name: str, value: Any) -> bool:
-    """Whether a function has a learning rate and makes a whole optimizer, not a part of a chain."""
-    if not inspect.isfunction(value) or name.startswith(("_", "scale_by_", "inject_")):
+    """Whether a function has a learning rate and makes a whole optimizer, not a part of a chain.
+
+    Not the schedule-free ones: evals and exports would need other parameters than those trained.
+    """
+    if not inspect.isfunction(value) or name.startswith(
+        ("_", "scale_by_", "inject_", "schedule_free")
+    ):
         return False
     return "learning_rate" in inspect.signature(value).parameters
 

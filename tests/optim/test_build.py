@@ -79,15 +79,42 @@ def test_an_optax_name_gets_schedule_decay_and_kwargs():
     config = section(name="lion", learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
     config.clip_norm = 0.0
     config.kwargs.b1 = 0.5
-    expected = optax.lion(0.1, b1=0.5, weight_decay=0.01, mask=decay_mask)
     params = random_params()
-    for a, b in zip(
-        *map(
-            jax.tree.leaves,
-            (one_update(make_optimizer(config, 10), params), one_update(expected, params)),
-        ),
-        strict=True,
+    update = one_update(make_optimizer(config, 10), params)
+    without = one_update(optax.lion(0.1, b1=0.5, weight_decay=0.0), params)
+    decayed = decay_mask(params)
+    expected = jax.tree.map(
+        lambda step, p, is_decayed: step - 0.1 * 0.01 * np.float64(p) * is_decayed,
+        *(without, params, decayed),
+    )
+    for a, b in zip(*map(jax.tree.leaves, (update, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-7)
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "adafactor", "lion", "contrib.muon", "contrib.cocob", "contrib.madgrad"]
+)
+def test_every_optax_optimizer_decays_by_the_learning_rate(name):
+    """Without gradients a step takes learning rate x decay of all weights but norms, no more."""
+    config = section(name=name, learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
+    config.update(clip_norm=0.0, weight_decay=0.01)
+    params = random_params()
+    tx = make_optimizer(config, 10)
+    update, _ = jax.jit(tx.update)(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for leaf, p, is_decayed in zip(
+        *map(jax.tree.leaves, (update, params, decay_mask(params))), strict=True
     ):
+        np.testing.assert_allclose(leaf, -1e-3 * p * is_decayed, rtol=1e-6, atol=1e-7)
+
+
+def test_a_decay_in_kwargs_is_the_only_one():
+    config = section(name="lion", learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
+    config.update(clip_norm=0.0, weight_decay=0.01)
+    config.kwargs.weight_decay = 0.5
+    expected = optax.lion(0.1, weight_decay=0.5, mask=decay_mask)
+    params = random_params()
+    updates = (one_update(make_optimizer(config, 10), params), one_update(expected, params))
+    for a, b in zip(*map(jax.tree.leaves, updates), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
