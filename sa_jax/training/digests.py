@@ -104,9 +104,10 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
         if manifest["self"] != _digest_of(files) or manifest["step"] != step:
             raise ValueError("it does not match its own digest")
         names = sorted(files)
+        untrusted = None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        # All processes read this one file, so all see the same.
-        return f"{root / DIGEST_FILE} cannot be trusted ({error})"
+        # Another process may read the same file without an error: all must return the same.
+        names, untrusted = [], f"{root / DIGEST_FILE} cannot be trusted ({error})"
 
     def problem(name: str) -> str | None:
         try:
@@ -121,10 +122,13 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
     mine = range(jax.process_index(), len(names), count)
     with ThreadPoolExecutor(_THREADS) as pool:
         problems = dict(zip(mine, pool.map(problem, (names[i] for i in mine)), strict=True))
-    first = min((i for i, text in problems.items() if text), default=len(names))
+    unharmed = np.iinfo(np.int32).max
+    first = -1 if untrusted else min((i for i, text in problems.items() if text), default=unharmed)
     if count > 1:
         first = int(multihost_utils.process_allgather(np.int32(first)).min())
-    if first == len(names):
+    if first == -1:
+        return untrusted or f"{root / DIGEST_FILE} cannot be trusted (seen by another process)"
+    if first == unharmed:
         return None
     return f"{root / names[first]} ({problems.get(first) or 'seen by another process'})"
 

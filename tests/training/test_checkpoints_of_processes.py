@@ -133,6 +133,8 @@ TWO_PROCESSES = """
     import jax.numpy as jnp, numpy as np
     from absl import logging
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from sa_jax.errors import UserError
+    from sa_jax.training import digests
     from sa_jax.training.checkpoints import RunCheckpointer
     from sa_jax.training.preemption import PreemptionGuard
 
@@ -170,6 +172,18 @@ TWO_PROCESSES = """
             open(path, "wb").write(data)
         jax.experimental.multihost_utils.sync_global_devices("damaged")
         fallen = checkpointer.restore(target)
+        # Process 1 alone cannot read the digests of step 2: process 0 must reject it too.
+        parse = digests.parse_json
+        def unreadable(text):
+            if index == 1 and '"step": 2' in text:
+                raise OSError("stale file handle")
+            return parse(text)
+        digests.parse_json = unreadable
+        try:
+            refused = str(RunCheckpointer(sys.argv[1]).restore(target))
+        except UserError as error:
+            refused = str(error)
+        digests.parse_json = parse
         began, calls, stop = time.monotonic(), 0, None
         while time.monotonic() - began < 15:
             calls += 1
@@ -183,6 +197,7 @@ TWO_PROCESSES = """
     print("RESULT " + json.dumps({
         "steps": steps, "restored": restored[0], "same": same(restored[1], 3),
         "fallen": fallen[0], "fallen_same": same(fallen[1], 2), "warnings": warnings,
+        "refused": refused,
         "stop": stop, "end": RunCheckpointer(sys.argv[1]).all_steps()}), flush=True)
 """
 
@@ -218,6 +233,7 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
         assert result["steps"] == [2, 3] and result["restored"] == 3 and result["same"]
         assert result["fallen"] == 2 and result["fallen_same"]
         assert "step_000003/state/ocdbt.process_1/d/" in result["warnings"][0]
+        assert "every checkpoint (steps 2, 3) is corrupt" in result["refused"]
         assert result["end"] == [2, 3, 4]  # the corrupt one stays until its step is saved again
     # Only process 1 was signalled; both stop, at the same call.
     assert results[0]["stop"] == results[1]["stop"] is not None
