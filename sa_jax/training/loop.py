@@ -289,7 +289,7 @@ def train(
             if evals or checkpointer.should_save(step):
                 run_record.check_present(workdir)
                 watch.check_all()
-                meter.show(writer.flush())
+                meter.show(writer.flush(done=step))
             if checkpointer.should_save(step):
                 goodput.switch("checkpoint")
                 checkpointer.save(step, state)
@@ -308,7 +308,7 @@ def train(
                 break
             if should_stop():
                 watch.check_all()
-                meter.show(writer.flush())
+                meter.show(writer.flush(done=step))
                 goodput.switch("checkpoint")
                 checkpointer.save(step, state, wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to resume")

@@ -35,8 +35,8 @@ class MetricsWriter:
       run_id: written on every line.
       primary: whether this process writes; on the others every method does nothing.
       sinks: see `sinks.make_sinks`.
-      rates: called with a step as soon as its arrays are fetched, when that step is known to be
-        done; the values that it returns are added to the line.
+      rates: called with the last step that is known to be done, as soon as a line's arrays are
+        fetched; the values that it returns are added to the line.
 
     After a resume, call `truncate_after(path, restored_step)` before constructing it.
     """
@@ -87,15 +87,19 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(step, scores)
 
-    def flush(self) -> tuple[int, dict[str, float | None]] | None:
+    def flush(self, done: int | None = None) -> tuple[int, dict[str, float | None]] | None:
         """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
-        everything is uploaded when this returns."""
-        written = self._write_pending()
+        everything is uploaded when this returns.
+
+        Args:
+          done: steps that the device has completed, if more than were kept: its rates count them.
+        """
+        written = self._write_pending(done)
         if isinstance(self._file, BucketFile):
             self._file.put()
         return written
 
-    def _write_pending(self) -> tuple[int, dict[str, float | None]] | None:
+    def _write_pending(self, done: int | None = None) -> tuple[int, dict[str, float | None]] | None:
         if self._pending is None or self._file is None:
             return None
         step, metrics = self._pending
@@ -103,7 +107,7 @@ class MetricsWriter:
         values: dict[str, float | None] = {
             name: _number(name, value) for name, value in metrics.items()
         }
-        values |= self._rates(step)
+        values |= self._rates(step if done is None else done)
         line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
         try:
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import UserError
-from sa_jax.training import metrics
+from sa_jax.training import metrics, watch
+from sa_jax.training.config import default_config
 from sa_jax.training.metrics import MetricsWriter, read_metrics, truncate_after
+from tests import toys
 
 
 def strict(line: str) -> dict:
@@ -33,6 +35,26 @@ def test_each_line_is_written_one_call_late_and_flush_writes_the_last(tmp_path):
     writer.close()
     writer.close()
     assert [row["step"] for row in read_metrics(path)] == [10, 20]
+
+
+def test_speed_counts_the_steps_done_and_not_those_logged(tmp_path, monkeypatch):
+    """Steps of 1 s, logged every 10 and evaluated every 8 as in configs/llama.py: 100 tokens/s."""
+    clock = [0.0]
+    monkeypatch.setattr(watch.time, "perf_counter", lambda: clock[0])
+    config = default_config()
+    config.update(batch_size=1, sequence_length=100)
+    meter = watch.Meter(config, toys.CONFIG, {}, total_steps=80)
+    with MetricsWriter(tmp_path / "metrics.jsonl", run_id="r1", rates=meter.rates) as writer:
+        for step in range(1, 81):
+            clock[0] += 1
+            if step % 10 == 0:
+                writer.log(step, {"loss": 0.0})
+            if step % 8 == 0:
+                writer.flush(done=step)
+                clock[0] += 5
+                meter.restart(step)
+    speeds = [row["tokens_per_s"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert len(speeds) == 8 and set(speeds) == {100.0}
 
 
 def test_log_does_not_wait_for_the_device(tmp_path):
