@@ -118,6 +118,7 @@ class Sampler:
         self.batch_size = -(-batch_size // rows) * rows
         self.context_length = context_length
         self.stats = SamplerStats()
+        self._dtype = jnp.dtype(model.dtype)
         self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
         heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
         rows_axes = ("data", "fsdp")
@@ -150,7 +151,6 @@ class Sampler:
             ),
             out_shardings=cache,
         )
-        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
         self._prefill = jax.jit(
             functools.partial(_prefill, model, self.prompt_attention),
             static_argnames="nucleus",
@@ -211,7 +211,7 @@ class Sampler:
         pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
         slots: list[_Row | None] = [None] * self.batch_size
         cache = self._init_cache()
-        params = self._cast(params)
+        params = cast_weights(params, self._dtype)
         while pending or any(slots):
             while pending and None in slots:
                 if should_stop():
@@ -345,12 +345,20 @@ def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completio
 
 
 def cast_weights(params: dict, dtype) -> dict:
-    """Weights in the dtype of the computation, cast once and not at every step, except norms."""
+    """Weights in the dtype of the computation, cast once and not at every step, except norms.
+
+    Those that have it already are not copied.
+    """
 
     def cast(path, leaf):
-        return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+        return leaf if path[-1].key == "scale" or leaf.dtype == dtype else _cast(leaf, dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(leaf: jax.Array, dtype) -> jax.Array:
+    return leaf.astype(dtype)
 
 
 def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):

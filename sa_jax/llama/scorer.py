@@ -95,7 +95,7 @@ class Scorer:
         )
         # The shared beginning is one row, so it cannot be cut over the mesh.
         self._prefix = jax.jit(functools.partial(_run_prefix, model.clone(mesh=None)))
-        self._cast = jax.jit(functools.partial(cast_weights, dtype=model.dtype))
+        self._dtype = jnp.dtype(model.dtype)
 
     def score(
         self,
@@ -118,7 +118,7 @@ class Scorer:
         self.stats = stats = ScorerStats()
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
         stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
-        params = self._cast(params)
+        params = cast_weights(params, self._dtype)
         scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
         for group, shared in share_prefixes(rows):
             prefix = self._cached(params, group[0].tokens[:shared]) if shared else None

@@ -103,9 +103,11 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         raise ValueError("make_program needs a model on a mesh")
     if config.xla_options:
         check_options(mesh, config.xla_options)
-    # Here and not in `make_model`: evals take half as long again with their layers unrolled.
+    # Here and not in `make_model`: evals take half as long again with their layers unrolled. And
+    # without a loop XLA undoes remat.
     on_one_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
-    model = model.clone(unroll=on_one_cpu and model.config.num_layers <= UNROLLED_LAYERS)
+    few_layers = model.config.num_layers <= UNROLLED_LAYERS
+    model = model.clone(unroll=on_one_cpu and few_layers and model.remat == "none")
     tx = make_optimizer(config.optimizer, total_steps, mesh)
     schedule = make_schedule(config.optimizer, total_steps)
     trainable, frozen = split_trainable(abstract_params(model), model.lora)

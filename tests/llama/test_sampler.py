@@ -12,7 +12,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama
-from sa_jax.llama.sampler import Sampler, SamplingSettings
+from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 
@@ -417,7 +417,9 @@ def test_bf16_weights_are_cast_once_with_the_same_result(params):
     """Casting up front equals the model's own cast at every use; norm scales stay float32."""
     model = Llama(CONFIG, dtype=jnp.bfloat16)
     sampler = Sampler(model, one_device_mesh(), batch_size=4, context_length=CONTEXT)
-    cast = sampler._cast(params)
+    cast = cast_weights(params, jnp.bfloat16)
+    again = cast_weights(cast, jnp.bfloat16)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (cast, again)), strict=True))
     assert cast["layers"]["attention"]["q"]["kernel"].dtype == jnp.bfloat16
     assert cast["final_norm"]["scale"].dtype == jnp.float32
     tokens = jnp.asarray([PROMPTS[5]])
