@@ -416,7 +416,7 @@ class Llama(nn.Module):
         # Looked up where the table's features are, then sent to the rows: asked for the second
         # alone, the partitioner gathers the table's features on every device.
         # Cast after the lookup: then a frequent token's gradient, a sum over its places, is summed
-        # in the dtype of the parameters. In bfloat16 it would stop growing (46 % off at 4,096 places).
+        # in the parameters' dtype. In bfloat16 it would stop growing: 46 % off at 4,096 places.
         x_bsd = self.embed(tokens_bs).astype(self.dtype)
         x_bsd = _constrain(x_bsd, self.mesh, P("data", None, "fsdp"))
         x_bsd = self.perturb(EMBEDDINGS, _shard_residual(x_bsd, self.mesh, cache), PERTURBATIONS)
