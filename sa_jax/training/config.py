@@ -276,11 +276,13 @@ def check_config(config: ConfigDict) -> None:
         require(f"optimizer.{key}", 0 <= config.optimizer[key] < math.inf, "0 or more, and finite")
     for key in ("b1", "b2", "soap.b1", "soap.b2"):
         require(f"optimizer.{key}", 0 <= value_of(f"optimizer.{key}") < 1, "at least 0, below 1")
-    require("optimizer.clip_norm", config.optimizer.clip_norm >= 0, "0 (no clipping) or more")
+    clip_norm = config.optimizer.clip_norm
+    require("optimizer.clip_norm", 0 <= clip_norm < math.inf, "0 (no clipping) or more, and finite")
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
     soap = config.optimizer.soap
     for key in ("precondition_frequency", "max_precond_dim", "block_size", "refresh_slots"):
         require(f"optimizer.soap.{key}", soap[key] >= 1, "at least 1")
+    require("optimizer.soap.shampoo_beta", soap.shampoo_beta < 1, "below 1 (below 0: b2)")
     require("optimizer.soap.dense_steps", soap.dense_steps >= 0, "0 or more")
     require(
         "optimizer.soap.refresh_slots",
@@ -296,7 +298,8 @@ def check_config(config: ConfigDict) -> None:
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
-    require("lora.alpha", config.lora.alpha > 0, "above 0")
+    require("crow.alpha", 0 <= config.crow.alpha < math.inf, "0 or more, and finite")
+    require("lora.alpha", 0 < config.lora.alpha < math.inf, "above 0, and finite")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")
     for name in config.eval.names:
