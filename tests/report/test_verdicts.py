@@ -426,6 +426,13 @@ def test_what_a_stronger_probe_teaches_any_model_is_told_with_a_weak_one_that_do
     assert sooner.text.startswith("removed, but a trace is left: ")
 
 
+def test_a_capability_counts_from_its_own_last_eval():
+    evals = (point(0, 100, mmlu=280), point(40, 2, mmlu=120), point(50, 1))
+    judged = judge([run("x", "removal", evals, backdoored=True)], LIMITS)["x"]
+    assert judged.verdict.status == word.BROKEN
+    assert [(c.before, c.after, c.n) for c in judged.capabilities] == [(0.7, 0.3, 400)]
+
+
 # ---- The pieces.
 
 
