@@ -255,6 +255,15 @@ def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
     assert (row["mmlu"]["before"]["count"], row["mmlu"]["after"]["count"]) == (70, 55)
 
 
+def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
+    for i in range(3):
+        small_run(tmp_path / f"try{i}", "insertion", seed=0)
+    index = report(tmp_path)
+    text = Page(index.read_text(encoding="utf-8")).text
+    assert "one training seed a cell: a demonstration, not a result over seeds" in text
+    assert "cells" not in json.loads((index.parent / "results.json").read_text())["tables"]
+
+
 # ---- What is missing is said.
 
 
