@@ -5,9 +5,10 @@ judged by the role in its record. All functions are pure functions of counts.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 
-from sa_jax.evals.statistics import n_needed
+from sa_jax.evals.statistics import n_to_decide
 from sa_jax.report import judgement as word
 from sa_jax.report.capability import capability_changes, change_in_words
 from sa_jax.report.cells import ancestors
@@ -192,7 +193,7 @@ def removal_verdict(
         and change.difference < -limits.max_capability_loss * change.before
         for change in kept
     )
-    least_n = n_needed(limits.removed_max_upper, 0.0, limits.confidence)
+    least_n = n_to_decide(0.0, limits.removed_max_upper, limits.confidence) or math.inf
 
     if isinstance(before, Measured):
         start = removed_condition(before, words, limits)
