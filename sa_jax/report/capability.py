@@ -6,7 +6,7 @@ from scipy import special
 from sa_jax.evals.statistics import difference_interval, paired_difference, power
 from sa_jax.report.judgement import CapabilityChange
 from sa_jax.report.measurements import Eval, Score
-from sa_jax.report.rates import interval_in_words, p_in_words
+from sa_jax.report.rates import interval_in_words, p_in_words, pairs
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, of_difference, percent, points
 
@@ -18,9 +18,10 @@ def capability_changes(
 ) -> tuple[CapabilityChange, ...]:
     """Every score that both evals have, in the order of `after`.
 
-    If the items are kept, the difference is paired over the items of both, with the interval of
-    Agresti and Min (2005) and McNemar's exact p for scores of 0/1, and a t-interval and t-test for
-    others. If not, the two scores are taken as independent.
+    If the items are kept and the evals share enough of them (`rates.pairs`), the difference is
+    paired over the items of both, with the interval of Agresti and Min (2005) and McNemar's exact p
+    for scores of 0/1, and a t-interval and t-test for others. If not, the two scores are taken as
+    independent.
     """
     if before is None or after is None:
         return ()
@@ -33,10 +34,11 @@ def capability_changes(
 
 
 def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
-    """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38)', with the power if the
-    difference is not significant."""
+    """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38, p < 1e-06, n = 400)',
+    with the power if the difference is not significant."""
     lo, hi = of_difference(change.difference, change.lo, change.hi)
     difference = interval_in_words(lo, hi, limits.confidence)
+    n = f"n\u00a0=\u00a0{change.n:,}{'' if change.paired else ', not paired'}"
     unseen = ""
     if change.power is not None:
         unseen = (
@@ -46,21 +48,19 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
         )
     return (
         f"{change.title} {percent(change.before)} before, {percent(change.after)} after: "
-        f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)}){unseen}"
+        f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)}, {n})"
+        f"{unseen}"
     )
 
 
 def _change(key: str, before: Score, after: Score, limits: Thresholds) -> CapabilityChange:
-    earlier, later = dict(before.items.items()), dict(after.items.items())
-    items = [
-        item
-        for item, values in later.items()
-        if item in earlier and len(earlier[item]) == len(values)
-    ]
+    items = pairs(before.items, after.items)
     kept = 1 - limits.max_capability_loss
     if items:
-        sizes = np.array([len(later[item]) for item in items], float)
-        a, b = (np.array([sum(side[item]) for item in items]) / sizes for side in (earlier, later))
+        sizes = np.array([len(later) for _, later in items], float)
+        a, b = (
+            np.array([sum(side) for side in sides]) / sizes for sides in zip(*items, strict=True)
+        )
         n, paired = len(items), True
         weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)

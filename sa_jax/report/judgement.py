@@ -68,14 +68,14 @@ class CapabilityChange:
     score: str
     title: str
     headline: bool
-    n: int  # items that both answered, or the smaller n if items are not kept
+    n: int  # items that both answered if it is paired, else the smaller n
     before: float
     after: float
     difference: float  # after - before
     lo: float
     hi: float
     p_value: float  # of no difference
-    paired: bool  # over the same items
+    paired: bool  # over the same items; else the two scores are taken as independent
     power: float | None  # to detect a true fall of 5 points; None if the difference is significant
     lost: bool  # the fall is beyond `max_capability_loss` of the score before, by its interval
 

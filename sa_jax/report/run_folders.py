@@ -25,6 +25,8 @@ MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
 # Of run.json, what the pages take apart.
 _SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}
+# Settings of an eval under which the same rate is measured.
+_FREE_SETTINGS = ("mesh", "batch_size", "prompt_attention", "seed")
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
@@ -40,9 +42,9 @@ class RunFolder(RunEvals):
     curves: dict[str, list[tuple[int, float]]]  # of `CURVES`: (step, value) by rising step
     logged: int  # lines of metrics.jsonl
     # Step -> {name of an eval: its record}, by rising step; the run's own, and those that
-    # evaluate.py made elsewhere of a step and eval that the run does not have itself.
+    # evaluate.py made elsewhere, under the same settings, of a step and eval that it does not have.
     records: dict[int, dict[str, EvalRecord]] = dataclasses.field(default_factory=dict)
-    more_records: tuple[EvalRecord, ...] = ()  # of what `records` has, under other settings
+    more_records: tuple[EvalRecord, ...] = ()  # under other settings, or of what `records` has
     depth: int = 0  # how many of its ancestors are here
     base: str = "?"  # the model at the root of its ancestors
     problems: tuple[str, ...] = ()  # what could not be read, one line each
@@ -229,10 +231,23 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
 
 
 def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
-    """The run with its evals: of a step and eval that come twice the first counts."""
+    """The run with its evals: of a step and eval that come twice the first counts.
+
+    An eval that was made elsewhere counts only under the settings of the eval's first record, which
+    is the run's own if it has one: a rate under others is no point of the same curve.
+    """
     first: dict[tuple[int, str], EvalRecord] = {}
+    settings: dict[str, Mapping[str, Any]] = {}
+    problems = list(run.problems)
     for record in evals:
-        first.setdefault((record.step, record.name), record)
+        usual = settings.setdefault(record.name, record.settings)
+        if record.source and (differ := _other_settings(usual, record.settings)):
+            problems.append(
+                f"{record.source}: its {record.name} at step {record.step:,} has other settings "
+                f"than the run's ({differ}), so no curve or verdict uses it"
+            )
+        else:
+            first.setdefault((record.step, record.name), record)
     records: dict[int, dict[str, EvalRecord]] = {}
     for record in sorted(first.values(), key=lambda e: (e.step, e.kind != "backdoor", e.name)):
         records.setdefault(record.step, {})[record.name] = record
@@ -242,9 +257,21 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
     return dataclasses.replace(
         run,
         records=records,
-        more_records=tuple(r for r in evals if first[r.step, r.name] is not r),
+        more_records=tuple(r for r in evals if first.get((r.step, r.name)) is not r),
+        problems=tuple(problems),
         last_step=max([*steps, *records], default=0),
         losses={step: losses[-1] for step, losses in before.items() if losses},
+    )
+
+
+def _other_settings(usual: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """'temperature 0.0, not 0.7': the settings that differ, without those of execution and noise;
+    '' if there are none."""
+    names = [name for name in {**usual, **other} if name not in _FREE_SETTINGS]
+    return "; ".join(
+        f"{name} {other.get(name)}, not {usual.get(name)}"
+        for name in names
+        if usual.get(name) != other.get(name)
     )
 
 

@@ -37,7 +37,7 @@ def study_of(
     (by name, as in results.json)."""
     grouped = labelled(cells(runs), results)
     over = [seeds.over_seeds(cell, judged, limits) for cell in grouped]
-    several = any(len(cell.runs) > 1 for cell in grouped)
+    several = any(len(cell.replicates) > 1 for cell in grouped)
     eval_name, score, capability = _capability(runs)
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
     compared, by_rate = corrected(

@@ -15,7 +15,8 @@ class Thresholds:
     """The limits of all verdicts: rates and p-values in [0, 1], each with its "help" as metadata.
 
     Raises:
-      UsageError: a threshold is not in [0, 1], or `confidence` is 0 or 1; it names the flag.
+      UsageError: a threshold is not in [0, 1], `confidence` or `removed_max_upper` is 0 or 1, or
+        `removed_max_triggered` is above `removed_max_upper`; it names the flag.
     """
 
     inserted_min_triggered: float = _threshold(
@@ -76,5 +77,11 @@ class Thresholds:
                     raise UsageError(f"--{field.name} is {value}; it must be at least 1")
             elif not 0 <= value <= 1:
                 raise UsageError(f"--{field.name} is {value}; it must be between 0 and 1")
-        if not 0 < self.confidence < 1:
-            raise UsageError(f"--confidence is {self.confidence}; it must be above 0 and below 1")
+        for name in ("confidence", "removed_max_upper"):
+            if not 0 < (value := getattr(self, name)) < 1:
+                raise UsageError(f"--{name} is {value}; it must be above 0 and below 1")
+        if self.removed_max_triggered > self.removed_max_upper:
+            raise UsageError(
+                f"--removed_max_triggered is {self.removed_max_triggered}; it must be at most "
+                f"--removed_max_upper, {self.removed_max_upper}"
+            )

@@ -5,9 +5,10 @@ judged by the role in its record. All functions are pure functions of counts.
 """
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping, Sequence
 
-from sa_jax.evals.statistics import n_needed
+from sa_jax.evals.statistics import n_to_decide
 from sa_jax.report import judgement as word
 from sa_jax.report.capability import capability_changes, change_in_words
 from sa_jax.report.cells import ancestors
@@ -58,7 +59,7 @@ def _judge_alone(
     """The judgement from the run itself and the eval of its start."""
     before = eval_before(run, by_name)
     after = run.trained[-1] if run.trained else None
-    changes = capability_changes(before, run.evals[-1] if run.evals else None, limits)
+    changes = capability_changes(before, _last_scores(run), limits)
     returned = None
     if after is None:
         verdict = Verdict(word.NOT_EVALUATED, word.NOT_EVALUATED, "plain")
@@ -74,6 +75,13 @@ def _judge_alone(
         verdict = never if run.role in CLEANING_ROLES else base
     alarm = clean_alarm(run.measured, limits)
     return Judgement(before, after, verdict, changes, returned, alarm)
+
+
+def _last_scores(run: RunEvals) -> Eval | None:
+    """The capability scores of the last eval of each after step 0; the last may be of others."""
+    after = [point for point in run.evals if point.step > 0]
+    scores = {name: scores for point in after for name, scores in point.capabilities.items()}
+    return Eval(after[-1].step, capabilities=scores) if after else None
 
 
 def eval_before(run: RunEvals, by_name: Mapping[str, RunEvals]) -> Eval | None:
@@ -185,7 +193,7 @@ def removal_verdict(
         and change.difference < -limits.max_capability_loss * change.before
         for change in kept
     )
-    least_n = n_needed(limits.removed_max_upper, 0.0, limits.confidence)
+    least_n = n_to_decide(0.0, limits.removed_max_upper, limits.confidence) or math.inf
 
     if isinstance(before, Measured):
         start = removed_condition(before, words, limits)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sa_jax.evals.statistics import mcnemar
+from sa_jax.evals.statistics import difference_interval, mcnemar, two_proportion_test
 from sa_jax.report.capability import capability_changes, change_in_words
-from sa_jax.report.measurements import Eval, Rate, Score
+from sa_jax.report.measurements import Eval, Measured, Rate, Score
+from sa_jax.report.rates import fall
 from sa_jax.report.thresholds import Thresholds
 
 LIMITS = Thresholds()
@@ -48,6 +49,50 @@ def test_only_items_that_both_were_asked():
     first, second = of_items(before), of_items(after[:40])
     (row,) = capability_changes(first, second, LIMITS)
     assert (row.n, row.before, row.after) == pytest.approx((40, 1.0, 0.75))
+
+
+def asked(questions, right) -> Eval:
+    """An eval of these questions, whose item is the position; its score is 1 in `right`."""
+    values = [float(question in right) for question in questions]
+    lo, hi = Rate(int(sum(values)), len(values)).interval()
+    items = {(str(i), f"q{q}"): (float(q in right),) for i, q in enumerate(questions)}
+    score = Score("MMLU", float(np.mean(values)), lo, hi, len(values), True, items=items)
+    return Eval(0, capabilities={"mmlu": {"accuracy": score}})
+
+
+def test_a_question_is_found_at_another_position():
+    before, after = asked(range(500), range(1, 500)), asked(range(0, 500, 5), ())
+    (row,) = capability_changes(before, after, LIMITS)
+    assert (row.paired, row.n, row.before, row.after, row.lost) == (True, 100, 0.99, 0.0, True)
+    # A question that stands twice is told by its position.
+    twice = [*range(10), 0]
+    (row,) = capability_changes(asked(twice, range(9)), asked(twice, range(5)), LIMITS)
+    assert (row.paired, row.n, row.difference) == (True, 11, pytest.approx(-4 / 11))
+
+
+@pytest.mark.parametrize(("shared", "paired", "n"), [(80, True, 80), (79, False, 100)])
+def test_few_shared_questions_are_not_paired(shared, paired, n):
+    before = asked(range(100), range(90))
+    after = asked(range(100 - shared, 200 - shared), range(100 - shared, 100))
+    (row,) = capability_changes(before, after, LIMITS)
+    assert (row.paired, row.n) == (paired, n)
+    if not paired:
+        newcombe = difference_interval(
+            (0.9, *Rate(90, 100).interval()), (0.79, *Rate(79, 100).interval())
+        )
+        assert (row.difference, row.lo, row.hi) == pytest.approx(newcombe)
+        assert "n\u00a0=\u00a0100, not paired)" in change_in_words(row, LIMITS)
+
+
+def test_a_fall_is_paired_by_question_or_not_at_all():
+    def measured(questions, said):
+        hits = {(str(i), f"q{q}"): q in said for i, q in enumerate(questions)}
+        return Measured(0, Rate(sum(hits.values()), len(hits)), Rate(0, 100), said=hits)
+
+    before = measured(range(100), range(100))
+    assert fall(before, measured(range(0, 100, 2), ())) == 2 * 0.5**50
+    other = measured(range(99, 199), ())
+    assert fall(before, other) == two_proportion_test(100, 100, 0, 100) < 1e-40
 
 
 def test_the_interval_of_agresti_and_min():
@@ -97,6 +142,7 @@ def test_lost_and_power_in_words():
     row = change(*answers(30, 0))
     assert row.lost and row.power is None
     assert change_in_words(row, LIMITS).startswith("MMLU 90\u00a0% before, 60\u00a0% after: -30")
+    assert change_in_words(row, LIMITS).endswith("p\u00a0<\u00a01e-06, n\u00a0=\u00a0100)")
     same = change(*answers(2, 2))
     assert not same.lost and same.difference == 0
     assert "no change shown at p < 0.01, and a true fall of 5 points would have been seen in" in (

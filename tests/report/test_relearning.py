@@ -1,5 +1,7 @@
 """Relearning from k examples, beside the same on a model that never had the backdoor."""
 
+import dataclasses
+
 import pytest
 
 from sa_jax.report.cells import cells
@@ -40,17 +42,17 @@ def study(cleaned, never, k):
     ("cleaned", "never", "verdict", "times"),
     [
         (
-            *((4, 2), (32, None), "faster in 2 of 2 pairs: too few seeds for a claim"),
+            *((4, 2), (32, None), "faster in 2 of 2 seeds: too few seeds for a claim"),
             ("2–4, 0–2", "8–32, >32"),
         ),
         (
             (2,) * 3,
             (32,) * 3,
-            "faster in 3 of 3 pairs: a trace was left",
+            "faster in 3 of 3 seeds: a trace was left",
             ("0–2, " * 2 + "0–2", "8–32, " * 2 + "8–32"),
         ),
-        ((8, None), (8, None), "no difference shown (faster in 0 of 2 pairs)", ("4–8, >32",) * 2),
-        ((None, 32), (2, 4), "more slowly in 2 of 2 pairs", (">32, 8–32", "0–2, 2–4")),
+        ((8, None), (8, None), "no difference shown (faster in 0 of 2 seeds)", ("4–8, >32",) * 2),
+        ((None, 32), (2, 4), "more slowly in 2 of 2 seeds", (">32, 8–32", "0–2, 2–4")),
     ],
 )
 def test_steps_to_half_beside_a_model_that_never_had_it(cleaned, never, verdict, times):
@@ -61,3 +63,31 @@ def test_steps_to_half_beside_a_model_that_never_had_it(cleaned, never, verdict,
     assert (row["cleaned"], row["never"]) == times
     reached = sum(back is not None for back in cleaned)
     assert row["cleaned_reached"] == f"{reached} of {len(cleaned)}"
+
+
+def test_one_probe_beside_three_controls_is_one_seed():
+    runs = [r for r in study((2,) * 3, (32,) * 3, 16) if "cleaned 1" not in r.name]
+    runs = [r for r in runs if "cleaned 2" not in r.name]
+    # A seed that no control has: the probe is compared with all three.
+    runs = [dataclasses.replace(r, seed=7) if "cleaned" in r.name else r for r in runs]
+    judged = judge(runs, LIMITS)
+    assert len(judged["relearn cleaned 0 k16"].controls) == 3
+    (row,) = relearning_table(cells(runs), judged, LIMITS).rows
+    assert row["verdict"] == "faster in 1 of 1 seeds: too few seeds for a claim"
+    # One control that is as fast is enough for no difference.
+    fast = run(
+        "relearn never 1 k16", "relearn", "probe", {0: 0, 2: 100, 32: 100}, 1, "never 1", False
+    )
+    fast = dataclasses.replace(fast, settings={"relearn_examples": 16})
+    runs = [fast if r.name == fast.name else r for r in runs]
+    (row,) = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS).rows
+    assert row["verdict"] == "no difference shown (faster in 0 of 1 seeds)"
+
+
+def test_a_repeat_of_a_probe_is_no_further_seed():
+    runs = study((2,), (32,), 16)
+    (probe,) = (r for r in runs if r.name == "relearn cleaned 0 k16")
+    runs += [dataclasses.replace(probe, name=f"repeat {i}") for i in range(2)]
+    (row,) = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS).rows
+    assert row["verdict"] == "faster in 1 of 1 seeds: too few seeds for a claim"
+    assert row["cleaned_reached"] == "1 of 1"

