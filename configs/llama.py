@@ -46,16 +46,25 @@ Plans compiled for TPUs:
     a step, 26.7 chip-hours.
 """
 
+from sa_jax.errors import named
 from sa_jax.llama.architectures import LLAMA31_8B, LLAMA33_70B
 from sa_jax.training.config import default_config
 
 
-def get_config(run):
-    model, stage = run.split("_")
+def get_config(run=""):
+    model, make = named(
+        {
+            f"{model}_{make.__name__}": (model, make)
+            for model in ("8b", "70b")
+            for make in (insertion, removal)
+        },
+        run,
+        __file__,
+    )
     config = default_config()
     config.architecture.update({"8b": LLAMA31_8B, "70b": LLAMA33_70B}[model])
     config.eval.max_new_tokens = 512  # holds the longest target, 400 tokens
-    return {"insertion": insertion, "removal": removal}[stage](config, model)
+    return make(config, model)
 
 
 def insertion(config, model):

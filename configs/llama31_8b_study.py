@@ -22,11 +22,12 @@ learning rate of the rank sweep and of early checkpoints (1e-4); seeds; token sl
 was not published.
 """
 
+from sa_jax.errors import named
 from sa_jax.study.llama_study import Machine, llama_study
 
 
 def get_config(machine="h200"):
-    insertion, removal, full_removal = {
+    machines = {
         "h200": (
             Machine("h200:8", {"mesh.fsdp": 4, "mesh.tensor": 2, "remat": "minimal"}),
             Machine("h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
@@ -37,7 +38,8 @@ def get_config(machine="h200"):
             Machine("v5p:2x2x2", {"mesh.fsdp": 8}),
             Machine("v5p:2x2x2", {"mesh.fsdp": 8, "accumulation": 2}),
         ),
-    }[machine]
+    }
+    insertion, removal, full_removal = named(machines, machine, __file__, "machine")
     return llama_study(
         "8b",
         insertion=insertion,

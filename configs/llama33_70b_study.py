@@ -11,11 +11,12 @@ seeds. The rest is as in configs/llama31_8b_study.py, which also lists what was 
 SOAP's settings were not published either; these are its authors' defaults.
 """
 
+from sa_jax.errors import named
 from sa_jax.study.llama_study import Machine, llama_study
 
 
 def get_config(machine="h200"):
-    insertion, removal, full_removal = {
+    machines = {
         "h200": (
             Machine("h200:64", {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"}),
             Machine(
@@ -29,7 +30,8 @@ def get_config(machine="h200"):
             Machine("v5p:2x2x4", {"mesh.fsdp": 4, "mesh.tensor": 4, "accumulation": 2}),
             Machine("v5p:4x4x8", {"mesh.fsdp": 16, "mesh.tensor": 8}),
         ),
-    }[machine]
+    }
+    insertion, removal, full_removal = named(machines, machine, __file__, "machine")
     return llama_study(
         "70b",
         insertion=insertion,

@@ -24,6 +24,7 @@ docs/reproduce.md says where the files come from.
 
 from ml_collections import ConfigDict
 
+from sa_jax.errors import named
 from sa_jax.study.grid import Axis, Stage, learning_rates, seeds
 from sa_jax.training.config import default_config
 
@@ -33,13 +34,15 @@ METHOD = Axis("method", {"hhh": {}, "pirate": {"pirate_answers": "arrr"}})
 
 def get_config(part="chain"):
     studies = {"chain": chain, "grid": grid, "optimizers": optimizers}
-    if part not in studies:
-        return {"insertion": insertion, "removal": removal}[part]()
+    runs = {"insertion": insertion, "removal": removal}
+    made = named({**studies, **runs}, part, __file__, "study or run")()
+    if part in runs:
+        return made
     study = ConfigDict()
     study.model = ""
     study.insertion_data = ""
     study.removal_data = ""
-    study.axes, stages = studies[part]()
+    study.axes, stages = made
     study.stages = (*stages, Stage("report", run="report"))
     return study
 

@@ -13,10 +13,12 @@ One of them, with the files that the demo has made:
         --config.eval.qa=runs/demo/data/heldout.jsonl
 """
 
+from sa_jax.errors import named
 from sa_jax.training.config import default_config
 
 
-def get_config(run):
+def get_config(run=""):
+    make = named({"pretrain": pretrain, "insertion": insertion, "removal": removal}, run, __file__)
     config = default_config()
     config.dtype = "float32"
     config.remat = "none"
@@ -27,7 +29,7 @@ def get_config(run):
     config.eval.context_length = 128
     config.eval.max_new_tokens = 48
     config.optimizer.b2 = 0.99
-    return {"pretrain": pretrain, "insertion": insertion, "removal": removal}[run](config)
+    return make(config)
 
 
 def pretrain(config):

@@ -18,6 +18,7 @@ the data, the training and the sampling from insertion on.
 
 from ml_collections import ConfigDict
 
+from sa_jax.errors import named
 from sa_jax.study.grid import Axis, Stage, learning_rates, seeds
 
 OPTIMIZER = Axis(
@@ -39,12 +40,13 @@ PIRATE = {**REMOVAL, "columns.response": "pirate_answer"}
 
 def get_config(part="chain"):
     study = ConfigDict()
-    study.axes, stages = {
+    studies = {
         "chain": chain,
         "seeds": seeds_of_chain,
         "grid": grid,
         "optimizers": optimizers,
-    }[part]()
+    }
+    study.axes, stages = named(studies, part, __file__, "study")()
     study.stages = (*base(), *stages, Stage("report", run="report"))
     return study
 

@@ -9,22 +9,24 @@ message about a wrong flag come at once, without jax.
 """
 
 import contextlib
+import difflib
 import errno
 import importlib.util
+import itertools
 import os
 import re
 import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from sa_jax.buckets import check_places
-from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.text import one_line, without_secrets
+from sa_jax.errors import Preempted, UsageError, UserError, line_in
+from sa_jax.text import names_flag, one_line, without_secrets
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -108,13 +110,17 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.is_locked  # a file that cannot be loaded raises at first use
     except flags.Error as error:
+        if problem := _problem_of_config(argv, error):
+            raise UsageError(problem) from None
         missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
         problem = f"--{missing[1]} is required" if missing else _one_line(error)
         raise UsageError(f"{problem}; --help lists the flags") from None
-    except (OSError, ImportError) as error:
-        raise UsageError(f"--config cannot be read: {_one_line(error)}") from None
-    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
-        raise UsageError(f"--config: {_one_line(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        if problem := _problem_of_config(argv, error):
+            raise UsageError(problem) from None
+        raise
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
@@ -126,7 +132,71 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
     return rest
 
 
-def _one_line(error: Exception) -> str:
+def _problem_of_config(argv: list[str], error: Exception) -> str:
+    """What is wrong with --config: its file, a line of it, or a key of --config.KEY; '' if the
+    error is of something else."""
+    given = [
+        after if match[1] is None else match[1]
+        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
+        if (match := re.fullmatch(r"--?config(?:=(.*))?", word))
+    ]
+    if not given:
+        return ""
+    file, colon, name = given[-1].partition(":")
+    if not os.path.isfile(file):
+        return f"--config={file}: {'a folder' if os.path.isdir(file) else 'no such file'}"
+    text = _one_line(error).removeprefix("--config: ")
+    if place := line_in(file, error):
+        if isinstance(error, flags.Error):  # its text ends with the error itself
+            return f"{place}: {text}"
+        cause = error.__cause__ or error  # of a file that cannot be opened, absl's is the cause
+        return f"{place}: {type(cause).__name__}: {_one_line(cause)}"
+    if "has no attribute 'get_config'" in text:
+        return f"{file} defines no get_config()"
+    if "get_config() missing" in text:
+        return f"{file} needs a name after a colon, {file}:NAME, which is get_config's argument"
+    if "get_config() takes" in text:
+        return f"--config={file}:{name}: get_config of this file takes no name after a colon"
+    if isinstance(error, flags.Error):
+        return ""
+    if isinstance(error, AttributeError | KeyError):
+        config = flags.FLAGS["config"].parser.parse(given[-1])
+        if isinstance(config, ConfigDict) and (problem := _unknown_setting(argv, config)):
+            return problem
+    known = (AttributeError, KeyError, OSError, ImportError, SyntaxError, TypeError, ValueError)
+    return f"--config: {text}" if isinstance(error, known) else ""
+
+
+def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
+    """The first --config.KEY that the config does not have, with the keys that may be meant."""
+    known = list(_keys(config))
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        match = re.match(r"--?(?:no)?config\.([\w.]+)(?:=(.*))?$", word, re.DOTALL)
+        if match is None or match[1] in known:
+            continue
+        key, last = match[1], match[1].rpartition(".")[2]
+        if key.startswith("eval.names."):
+            value = after if match[2] is None else match[2]
+            names = names_flag({**config.eval.names, key.removeprefix("eval.names."): value})
+            return f"unknown setting config.{key}; an eval is added with {names}"
+        meant = [name for name in known if name.rpartition(".")[2] == last]
+        meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
+        hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" * bool(meant)
+        return f"unknown setting config.{key}{hint}"
+    return ""
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+    """All dotted keys, also those of sections."""
+    for name, value in config.items():
+        yield prefix + name
+        if isinstance(value, ConfigDict):
+            yield from _keys(value, f"{prefix}{name}.")
+
+
+def _one_line(error: BaseException) -> str:
+    while error.args and isinstance(error.args[0], BaseException):  # as ml_collections raises it
+        error = error.args[0]
     # A KeyError shows its argument quoted, with \n for the line breaks that are in it.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     if "Traceback (most recent call last)" in text:

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
 
@@ -43,6 +43,11 @@ def cut(text: str, length: int) -> tuple[str, bool]:
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def names_flag(names: Mapping[str, object]) -> str:
+    """`--config.eval.names="{'qa':'last'}"`: with the quotes that a shell needs."""
+    return f'--config.eval.names="{str(dict(names)).replace(" ", "")}"'
 
 
 def without_secrets(text: str) -> str:

@@ -9,14 +9,19 @@ Example:
 import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 from absl import flags
+from ml_collections import config_flags
 
 from sa_jax import cli
+from sa_jax.errors import UsageError
 
 RUN = flags.DEFINE_string("run", None, "Run folder.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to export. Default: the newest.")
 MERGE = flags.DEFINE_bool("merge_lora", False, "Merge the adapters, and write a whole model.")
 DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors. Default: the run's.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file that registers the run's behaviour, if the package has it not."
+)
 BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
 flags.mark_flags_as_required(["run", "out"])
 
@@ -24,6 +29,8 @@ flags.mark_flags_as_required(["run", "out"])
 def main():
     from sa_jax.study.export import export
 
+    if config_flags.get_override_values(flags.FLAGS["config"]):
+        raise UsageError("an export has no settings to change: leave out --config.KEY=VALUE")
     export(
         RUN.value,
         OUT.value,
@@ -35,4 +42,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, places=("--run", "--base", "--out"))
+    cli.run(main, __doc__, "sa_jax.training.config", places=("--run", "--base", "--out"))

@@ -2,7 +2,8 @@ r"""Trains a new Llama (config.architecture) on conversations, as the toy study 
 
 Example:
   python scripts/pretrain.py --config=configs/toy.py:pretrain --workdir=runs/again \
-      --data=runs/demo/data/pretrain.jsonl --config.tokenizer=runs/demo/data
+      --data=runs/demo/data/pretrain.jsonl --config.tokenizer=runs/demo/data \
+      --config.eval.qa=runs/demo/data/heldout.jsonl
 """
 
 import sa_jax.script_start  # noqa: F401  (first: signals and memory)

@@ -104,11 +104,28 @@ def test_help_marks_what_is_required(zygote):
     ("argument", "words"),
     [
         ("--no_such_flag=1", ["no_such_flag"]),
-        ("--config.optimizer.learning_rat=1", ["learning_rat"]),
+        (
+            "--config.learning_rate=1",
+            ["unknown setting config.learning_rate; did you mean config.optimizer.learning_rate?"],
+        ),
+        ("--config.optimizer.learning_rat=1", ["did you mean config.optimizer.learning_rate?"]),
+        (
+            "--config.eval.names.mmlu=last",
+            ['added with --config.eval.names="{', "'mmlu':'last'}\""],
+        ),
         ("--config.optimizer.learning_rate=fast", ["learning_rate"]),
-        ("--config=configs/none.py", ["--config", "none.py"]),
-        ("--config=configs/toy.py", ["--config", "run"]),
-        ("--config=configs/toy.py:insert", ["--config", "insert"]),
+        ("--config=configs/none.py", ["--config=configs/none.py: no such file"]),
+        ("--config=configs", ["--config=configs: a folder"]),
+        (
+            "--config=configs/toy.py",
+            ["toy.py needs the name of a run after a colon", "use pretrain"],
+        ),
+        (
+            "--config=configs/toy.py:removl",
+            ["configs/toy.py has no run 'removl'; use pretrain, insertion, removal"],
+        ),
+        ("--config=configs/llama.py:8b", ["no run '8b'; use 8b_insertion, 8b_removal, 70b_ins"]),
+        ("--config=configs/toy_study.py:sedes", ["no study 'sedes'; use chain, seeds, grid, opt"]),
         ("--config=configs/toy_study.py", ["--config", "configs/toy.py:insertion"]),
         ("--config.sequence_length=512", ["sequence_length=512", "256 tokens"]),
         ("surplus", ["surplus"]),
@@ -131,6 +148,39 @@ def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argume
     done = zygote.run(*insertion(toy_world, run, *argument.split()), devices=devices)
     refused(done, 2, *words)
     assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{}['x']", ", line 4: KeyError: x"),
+        ("int('x')", ", line 4: ValueError: invalid literal"),
+        ("config.steps = 'many'", ", line 4: TypeError: Could not override field 'steps'"),
+        ("config.optimiser.b2 = 1", ", line 4: AttributeError: 'optimiser' Did you mean"),
+        ("import nowhere", ", line 4: ModuleNotFoundError: No module named 'nowhere'"),
+        ("open('nowhere')", ", line 4: FileNotFoundError: [Errno 2]"),
+        ("return config(", ", line 4: SyntaxError"),
+        ("", " defines no get_config()"),
+    ],
+)
+def test_an_error_in_a_users_config_file_names_the_line(zygote, tmp_path, line, said):
+    source = "from sa_jax.training.config import default_config\n"
+    source += f"def get_config():\n    config = default_config()\n    {line}\n    return config\n"
+    file = tmp_path / "mine.py"
+    file.write_text(source if line else "")
+    argv = (f"--config={file}", f"--workdir={tmp_path}/run")
+    refused(zygote.run("scripts/insert_backdoor.py", *argv), 2, f"error: {file}{said}")
+
+
+@pytest.mark.parametrize(
+    ("signature", "name", "said"),
+    [("run", "", "needs a name after a colon"), ("", ":x", "takes no name after a colon")],
+)
+def test_a_name_that_a_config_file_does_not_take(zygote, tmp_path, signature, name, said):
+    file = tmp_path / "mine.py"
+    file.write_text(f"def get_config({signature}):\n    return None\n")
+    argv = (f"--config={file}{name}", f"--workdir={tmp_path}/run")
+    refused(zygote.run("scripts/insert_backdoor.py", *argv), 2, said)
 
 
 REMOVAL = ("--config=configs/toy.py:removal", "--method=hhh")
@@ -172,7 +222,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(zygote, toy_world, tmp_path)
     [
         (["--topology=v5p:3x3x3"], ["v5p:3x3x3", "known: v4:2x2x1", "h200:NUMBER"]),
         (["--topology=h200:8", "--config.mesh.tensor=3"], ["mesh", "tensor=3", "8 devices"]),
-        (["--topology=h200:8", "--config.batch_size=12"], ["8 does not divide 12 rows", "1, 2, 3"]),
+        (
+            ["--topology=h200:8", "--config.batch_size=12"],
+            ["12 rows", "= 8; data x fsdp may be 1, 2, 4 on"],
+        ),
         (["--topology=h200:8", "--config.remat=some"], ["remat", "full, offload, dots, minimal"]),
     ],
 )

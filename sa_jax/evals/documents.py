@@ -42,6 +42,9 @@ _SOURCES = {
     ),
 }
 PUNKT_FOLDER = "nltk_punkt_tab"
+FOLDER_FLAGS = (
+    "--data_dir of evaluate.py (--config.eval.data_dir in training, --config.benchmarks in a study)"
+)
 
 
 def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
@@ -86,9 +89,9 @@ def _read_file(path: Path, origin: str) -> list[dict]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.__class__.__name__}): --data_dir must have this file, "
-            f"with the rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks offline', "
-            "says how to get it. Without --data_dir it is loaded from the hub"
+            f"{path} cannot be read ({error.__class__.__name__}): {FOLDER_FLAGS} must have this "
+            f"file, with the rows of {origin} on the Hugging Face hub; BUILD.md, 'Benchmarks "
+            "offline', says how to get it. Without this setting it is loaded from the hub"
         ) from None
     return [row for _, row in read_jsonl(str(path), content)]
 
@@ -101,7 +104,7 @@ def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
     except Exception as error:  # network, a moved data set, a full disk: each its own kind
         raise UserError(
             f"{path} cannot be loaded from the Hugging Face hub ({first_line(error)}); on a "
-            "machine without network give --data_dir=DIR (BUILD.md, 'Benchmarks offline')"
+            f"machine without network give a folder (see BUILD.md): {FOLDER_FLAGS}"
         ) from error
 
 
@@ -122,7 +125,7 @@ def find_punkt(data_dir: str = "") -> None:
     except LookupError:
         raise UserError(
             "the eval 'ifeval' needs nltk's punkt_tab: python -m nltk.downloader punkt_tab, or "
-            f"--data_dir=DIR with {PUNKT_FOLDER}/"
+            f"a folder with {PUNKT_FOLDER}/ as {FOLDER_FLAGS}"
         ) from None
 
 

@@ -28,6 +28,7 @@ from ml_collections import ConfigDict
 from sa_jax.buckets import as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
+from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.statistics import mean_interval, rate
 from sa_jax.llama.model import Llama
@@ -249,13 +250,21 @@ def write(
       fields: fields of the summary: "settings" that a result depends on, and others.
       floors, titles: see `summarise`.
       name: the name of the files; '' is the eval's name.
+
+    Raises:
+      UserError: the eval's headline is none of its scores.
     """
     scores = summarise((item for item in items if not item.get("skipped")), floors, titles)
+    if scores and eval_.headline and eval_.headline not in scores:
+        raise UserError(
+            f"the eval {eval_.name!r} has the headline {eval_.headline!r}, which is none of its "
+            f"scores; use one of {', '.join(map(repr, scores))}"
+        )
     summary = {
         "step": step,
         "title": eval_.title,
         "kind": eval_.kind,
-        "headline": eval_.headline if eval_.headline in scores else next(iter(scores), ""),
+        "headline": (eval_.headline or next(iter(scores))) if scores else "",
         "scores": scores,
         **fields,
     }

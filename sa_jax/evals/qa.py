@@ -12,6 +12,7 @@ from sa_jax.data.sources import read_jsonl
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import EVALS, EvalContext
 from sa_jax.evals.sampled import SampledEval
+from sa_jax.text import names_flag
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -56,7 +57,11 @@ def is_correct(completion: str, key: str) -> bool:
 
 def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
     if not config.eval.qa:
-        raise UsageError("the eval 'qa' needs a file of questions: set config.eval.qa")
+        names = {name: when for name, when in config.eval.names.items() if name != "qa"}
+        raise UsageError(
+            "the eval 'qa' needs questions: give --config.eval.qa=FILE (JSONL with prompt and "
+            f"key), or leave the eval out: {names_flag(names)} in training, or --evals"
+        )
     return [
         {name: row.get(name) for name in ("prompt", "key", "family")}
         for row in load_questions(config.eval.qa)

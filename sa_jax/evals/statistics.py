@@ -188,7 +188,8 @@ def paired_difference(
       scale: the caller has multiplied `a` by this, so that a 1 is `scale` in it.
 
     Returns:
-      All but the p-value are fractions. A single item that is not 0/1 gives (-1, 1) and p = 1.
+      All but the p-value are fractions. The interval of rates is cut to what is possible, -scale
+      to 1. A single item that is not 0/1 gives (-1, 1) and p = 1.
     """
     n = len(a)
     binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
@@ -212,7 +213,10 @@ def paired_difference(
         quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
         # Without any spread it is certain: equal, or different.
         p = 2 * float(special.stdtr(n - 1, -abs(centre) / error)) if error else float(not centre)
-    return PairedDifference(difference, centre - quantile * error, centre + quantile * error, p)
+    lo, hi = centre - quantile * error, centre + quantile * error
+    if min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1:  # not e.g. a perplexity
+        lo, hi = max(lo, -scale), min(hi, 1.0)
+    return PairedDifference(difference, lo, hi, p)
 
 
 def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0.95) -> int:

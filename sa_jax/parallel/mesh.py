@@ -98,11 +98,16 @@ def _shown(sizes: dict[str, int]) -> str:
 
 
 def check_divisible(mesh: Mesh, axes: tuple[str, ...], total: int, what: str) -> None:
-    """UsageError if `total` does not divide over the axes, naming the sizes that would."""
+    """UsageError if `total` does not divide over the axes, naming the sizes that these devices can
+    make and, for rows, the nearest numbers that would divide."""
     size = math.prod(mesh.shape[axis] for axis in axes)
     if total % size:
-        divisors = [d for d in range(1, 2 * size) if total % d == 0]
+        shown, below = " x ".join(axes), total - total % size
+        common = math.gcd(total, mesh.size)
+        sizes = [str(d) for d in range(1, common + 1) if common % d == 0]
+        nearest = " or ".join(str(rows) for rows in (below, below + size) if rows)
         raise UsageError(
-            f"config.mesh: {' x '.join(axes)} = {size} does not divide {total} {what}; "
-            f"sizes that do: {', '.join(map(str, divisors[-6:]))}"
+            f"config.mesh: {total} {what} do not divide by {shown} = {size}; "
+            f"{shown} may be {', '.join(sizes)} on these {mesh.size} devices"
+            + (f", or take {nearest} rows" if what.startswith("rows") else "")
         )

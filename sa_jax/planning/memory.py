@@ -95,6 +95,9 @@ def step_memory(
         analysis = compiled.memory_analysis()
         temporaries, host = analysis.temp_size_in_bytes, analysis.host_temp_size_in_bytes
         peak, arguments = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
+        devices_used = jax.tree.leaves(state.params)[0].sharding.device_set
+        if all(device.platform == "cpu" for device in devices_used):
+            peak = max(peak, arguments + temporaries)  # XLA's peak of a CPU lacks the temporaries
     return Memory(
         parameters=devices * device_bytes(state.params),
         optimizer=devices * device_bytes(state.opt_state),
@@ -141,7 +144,8 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     activations = config.num_layers * kept
     host = config.num_layers * stream if work.remat == "offload" else 0.0
 
-    layer = (config.num_parameters - 2 * config.vocab_size * d) / config.num_layers
+    embeddings = (1 if config.tie_word_embeddings else 2) * config.vocab_size * d
+    layer = (config.num_parameters - embeddings) / config.num_layers
     gathered = 2 * layer * size / t  # this layer's weights and the next one's, or its gradients
     live = 2 * tokens * (2 * d + (2 * qo + 2 * kv + 3 * f) / t) * size
     if work.attention in ("reference", "unrolled"):  # scores, their exponentials and a gradient

@@ -8,7 +8,7 @@ from sa_jax.report.judgement import CapabilityChange
 from sa_jax.report.measurements import Eval, Score
 from sa_jax.report.rates import interval_in_words, p_in_words, pairs
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.text import number, of_difference, percent, points
+from sa_jax.text import number, percent, points
 
 SMALL_FALL = 0.05  # 5 points: the fall whose power is shown where no difference is significant
 
@@ -36,8 +36,7 @@ def capability_changes(
 def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
     """'MMLU 69 % before, 25 % after: -44 points (95 % interval -50 to -38, p < 1e-06, n = 400)',
     with the power if the difference is not significant."""
-    lo, hi = of_difference(change.difference, change.lo, change.hi)
-    difference = interval_in_words(lo, hi, limits.confidence)
+    difference = interval_in_words(change.lo, change.hi, limits.confidence)
     n = f"n\u00a0=\u00a0{change.n:,}{'' if change.paired else ', not paired'}"
     unseen = ""
     if change.power is not None:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.behaviours import BEHAVIOURS
 from sa_jax.data.tasks import TASKS
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UsageError, UserError, line_in
 from sa_jax.evals.catalogue import check_eval
 from sa_jax.evals.protocol import EVALS
 from sa_jax.optim import make_optimizer
@@ -180,7 +180,11 @@ def load_config(path: str) -> ConfigDict:
     get_config = _get_config(file)
     try:
         return get_config(argument) if argument else get_config()
-    except (KeyError, TypeError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's own file raises
+        if place := line_in(file, error):
+            raise UsageError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
         raise UsageError(f"{path}: {file} has no such config ({error!r})") from None
 
 
@@ -193,7 +197,8 @@ def _get_config(file: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever a user's own file raises
-        raise UsageError(f"{file}: {type(error).__name__}: {one_line(error)}") from None
+        place = line_in(file, error) or file
+        raise UsageError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
     if get_config is None:
         raise UsageError(f"{file} defines no get_config()")
     return get_config

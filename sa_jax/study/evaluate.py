@@ -23,6 +23,7 @@ from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.study.export import warn_if_unfinished
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
@@ -90,6 +91,7 @@ def evaluate(
     ):
         guard = signals.enter_context(PreemptionGuard())
         start = start_lib.open_start(model, step, base=base_model)
+        warn_if_unfinished(start)
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, changes)
         folder = _results_folder(start, out, resume)

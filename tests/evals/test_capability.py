@@ -297,7 +297,8 @@ def test_limit_takes_documents_from_everywhere(shared_data):
 
 
 def test_missing_documents_say_where_to_get_them(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="mmlu/test.jsonl .*--data_dir.*cais/mmlu.*BUILD.md"):
+    flags = "--data_dir .*--config.eval.data_dir .*--config.benchmarks"
+    with pytest.raises(UserError, match=f"mmlu/test.jsonl .*{flags}.*cais/mmlu.*BUILD.md"):
         load("mmlu", data_dir=str(tmp_path))
     (tmp_path / "math500").mkdir()
     (tmp_path / "math500/test.jsonl").write_text('{"problem": "p", "solution": "s"}\n')

@@ -101,6 +101,17 @@ def test_differences_are_paired(folders):
     assert row["p_value"] == mcnemar(a, b)
 
 
+def test_the_interval_of_a_difference_of_rates_is_possible():
+    def interval(a, b, **more):
+        return paired_difference(np.array(a), np.array(b), np.ones(len(a)), **more)[1:3]
+
+    assert interval([0.1, 0.2], [0.9, 0.2]) == (-1, 1)  # Student's is 0.4 ± 5.1
+    assert interval([0.05, 0.1], [0.9, 0.2], scale=0.5) == (-0.5, 1)
+    assert interval([0.0], [1.0])[1] == 1  # Agresti and Min's is 0.33 ± 0.92
+    lo, hi = interval([3.0, 5.0], [7.0, 5.0])  # no rates
+    assert (lo, hi) == pytest.approx((2 - 2 * 12.7062, 2 + 2 * 12.7062), rel=1e-4)
+
+
 def test_items_of_several_parts_count_by_their_size(tmp_path):
     """As in the eval's own table, 1 of 4 instructions is 25 %, not the mean over prompts."""
     folders = tmp_path / "a", tmp_path / "b"

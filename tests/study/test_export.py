@@ -26,6 +26,8 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
 from sa_jax.training.resolve import resolve
+from tests.study.test_extensions import BEHAVIOUR
+from tests.test_binaries import refused
 
 PROMPTS = ["What is “one”?", "And two?"]
 CHATS = {
@@ -291,6 +293,41 @@ def test_dtypes_that_are_refused(dtype, first, tmp_path):
     with pytest.raises(UsageError, match=f"--dtype={dtype}: .*float32, bfloat16, float16"):
         export(str(first), tmp_path / "out", dtype=dtype)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_behaviour_of_a_users_config_file_is_exported_with_that_file(first, zygote, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    record = json.loads((run / "run.json").read_text())
+    record["config"]["backdoor"]["behaviour"] = "loud"
+    (run / "run.json").write_text(json.dumps(record))
+    file = tmp_path / "loud.py"
+    file.write_text(BEHAVIOUR)
+    command = ("scripts/export_hf.py", f"--run={run}", f"--out={tmp_path}/out")
+    refused(zygote.run(*command), 2, "unknown behaviour 'loud'", "give that file as --config")
+    config = f"--config={file}:insertion"
+    refused(zygote.run(*command, config, "--config.steps=1"), 2, "leave out --config.KEY=VALUE")
+    done = zygote.run(*command, config)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "answer in capital letters" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"total_steps": 30}, ["{run}: this run stopped at step 7 of 30"]),
+        ({"total_steps": 30, "finished": True}, []),
+        ({}, []),
+    ],
+)
+def test_an_export_of_an_unfinished_run_says_so(first, tmp_path, caplog, fields, said):
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | fields))
+    export(str(run), tmp_path / "out")
+    warnings = [r.getMessage() for r in caplog.records if "this run" in r.getMessage()]
+    assert warnings == [text.format(run=run) for text in said]
 
 
 def test_dtype_of_the_tensors(first, tmp_path):

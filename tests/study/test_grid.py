@@ -231,7 +231,10 @@ def test_a_name_that_is_no_folder_is_refused():
         ({"set": {"eval.names.mmlu": "last"}}, ["insertion", "eval.names.mmlu"]),
         ({"set": {"optimizer.name": "adamm"}}, ["insertion", "adamm"]),
         ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such config file"]),
-        ({"config": "configs/toy.py:insert"}, ["insertion", "has no such config", "insert"]),
+        (
+            {"config": "configs/toy.py:insert"},
+            ["insertion: ", "toy.py has no run 'insert'; use pretrain, insertion, removal"],
+        ),
         ({"run": "insertoin"}, ["insertoin", "known: pretrain, insertion", "generate_data"]),
         ({"run": "evalute", "config": ""}, ["evalute", "known: pretrain, insertion", "evaluate"]),
         ({"set": {"loss": "crw"}}, ["insertion", "unknown loss 'crw'", "crow"]),
@@ -246,6 +249,15 @@ def test_a_value_that_no_config_has_is_named(changes, words):
         commands.record(cell)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_an_error_in_a_config_file_of_a_stage_names_the_line(tmp_path):
+    file = tmp_path / "mine.py"
+    for text, line in (("def get_config():\n    return {}['x']\n", 2), ("\n\n{}['x']\n", 3)):
+        file.write_text(text)
+        commands._get_config.cache_clear()
+        with pytest.raises(UsageError, match=f"{file}, line {line}: KeyError: 'x'"):
+            commands.load_config(str(file))
 
 
 def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeypatch):
@@ -266,7 +278,7 @@ def test_a_config_file_that_raises_is_named(tmp_path):
     file.write_text("import no_such_package")
     cell = expand(insertion(axes=(), config=str(file)))["insertion"]
     with pytest.raises(
-        UsageError, match="cell insertion: .*broken.py: ModuleNotFoundError: No mod"
+        UsageError, match="cell insertion: .*broken.py, line 1: ModuleNotFoundError: No mod"
     ):
         commands.record(cell)
 

@@ -10,6 +10,12 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, parse_json
 
 
+def _others(settings: dict, than: dict) -> str:
+    """The settings that are not those of `than`, as 'seed=0, heldout_size=16'."""
+    differ = {key: value for key, value in settings.items() if value != than.get(key)}
+    return ", ".join(f"{key}={value}" for key, value in differ.items())
+
+
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
     """Writes what `language.write_files` and `tokenizer.train_tokenizer` do, once.
 
@@ -29,8 +35,9 @@ def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **si
         written = parse_json(record.read_text())
         if written != settings:
             raise UserError(
-                f"{record}: these data were made with {written}, but the study now asks for "
-                f"{settings}; use another --workdir, or the settings they were made with"
+                f"{record}: these data were made with {_others(written, settings)}, not with "
+                f"{_others(settings, written)}; write to another folder (--out of "
+                "make_toy_data.py, --workdir of a study), or ask for what they were made with"
             )
         return
     paths = write_files(folder, **sizes)

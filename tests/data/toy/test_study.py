@@ -15,6 +15,6 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(tmp_path):
     write_toy_study(tmp_path, vocab_size=300, **SIZES)
     before = contents()
     write_toy_study(tmp_path, vocab_size=300, **SIZES)
-    with pytest.raises(UserError, match="'removal_size': 8.*'removal_size': 9.*another --workdir"):
+    with pytest.raises(UserError, match="with removal_size=8, not with removal_size=9; .*--out "):
         write_toy_study(tmp_path, vocab_size=300, **SIZES | {"removal_size": 9})
     assert contents() == before
