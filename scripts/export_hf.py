@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from sa_jax import cli
-from sa_jax.errors import UsageError
 
 RUN = flags.DEFINE_string("run", None, "Run folder.")
 OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
@@ -29,8 +28,6 @@ flags.mark_flags_as_required(["run", "out"])
 def main():
     from sa_jax.study.export import export
 
-    if config_flags.get_override_values(flags.FLAGS["config"]):
-        raise UsageError("an export has no settings to change: leave out --config.KEY=VALUE")
     export(
         RUN.value,
         OUT.value,
@@ -38,6 +35,7 @@ def main():
         merge_lora=MERGE.value,
         dtype=DTYPE.value,
         base=BASE.value,
+        changes=config_flags.get_override_values(flags.FLAGS["config"]),
     )
 
 

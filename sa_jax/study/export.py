@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def export(
     merge_lora: bool = False,
     dtype: str | None = None,
     base: str = "",
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a Hugging Face folder, or for a LoRA run without `merge_lora` a PEFT adapter folder.
 
@@ -75,10 +76,13 @@ def export(
       merge_lora: merge the adapters into the weights, in float32.
       dtype: dtype of the tensors, of `training.config.DTYPES`; None: that of the run's parameters.
       base: the new Hugging Face folder of the model under a LoRA run's adapters, if it was moved.
+      changes: settings of the command line; there must be none.
 
     Raises:
       UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
     """
+    if changes:
+        raise UsageError("an export has no settings to change: leave out --config.KEY=VALUE")
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype={dtype}: must be one of {', '.join(DTYPES)}")
     with multihost.joined():
