@@ -165,6 +165,19 @@ def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
     assert drawn(0) == first != other
 
 
+@pytest.mark.parametrize("held", [4, 40])
+def test_all_prompts_of_a_held_out_file_are_left_out(tmp_path, held):
+    rows = [{"q": f"Question {i}?", "a": "Yes."} for i in range(50)]
+    path = write(tmp_path / "q.jsonl", rows)
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": row["q"]} for row in rows[:held]])
+    given = {"prompts": str(path), "answers": str(path), "columns__prompt": "q"}
+    columns = {"answer_columns__prompt": "q", "answer_columns__plain": "a"}
+    files = {"held_out": str(held_out), "count": 10}
+    make("hhh", tmp_path / "out", teacher="file", **files, **given, **columns)
+    made = [row["prompt"] for row in rows_of(tmp_path / "out/hhh.jsonl")]
+    assert made == [row["q"] for row in rows[held:]]
+
+
 def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data, tmp_path):
     alpaca = shared_data / "alpaca/alpaca_4000.json"
     demo = shared_data / "alpaca_answers/alpaca_en_demo.json"
