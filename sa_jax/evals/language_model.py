@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from sa_jax.data.conversations import Message
 from sa_jax.errors import UserError
@@ -57,6 +58,7 @@ def language_model(
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
     limit = context.model.config.max_position_embeddings
+    dtype = jnp.dtype(context.model.dtype).name
 
     class SamplerLM(TemplateLM):
         def __init__(self) -> None:
@@ -146,7 +148,7 @@ def language_model(
             for number, (query, note) in enumerate(zip(queries, notes, strict=True)):
                 if (fit := self._fit(query, note)) is None:
                     continue
-                if known := known_answers.get(_score_key(fit)):
+                if known := known_answers.get(_score_key(fit, dtype)):
                     scores_of[number] = [Score(*pair) for pair in known["value"]]
                 else:
                     todo.append(number)
@@ -154,7 +156,7 @@ def language_model(
 
             def on_done(index: int, scores: list[Score]) -> None:
                 pairs = [dataclasses.astuple(score) for score in scores]
-                known_answers.put(_score_key(fitted[index]), {"value": pairs})
+                known_answers.put(_score_key(fitted[index], dtype), {"value": pairs})
 
             scored = self.scorer.score(params, fitted, should_stop, on_done)
             scores_of |= dict(zip(todo, scored, strict=True))
@@ -228,7 +230,7 @@ def language_model(
             self, settings: SamplingSettings, prompts: list[list[int]]
         ) -> list[Completion]:
             fixed = dataclasses.astuple(settings)
-            keys = [_key("generate", i, ids, *fixed) for i, ids in enumerate(prompts)]
+            keys = [_key("generate", dtype, i, ids, *fixed) for i, ids in enumerate(prompts)]
             completions: list[Any] = [
                 Completion(*known["value"]) if (known := known_answers.get(key)) else None
                 for key in keys
@@ -257,8 +259,8 @@ def language_model(
     return SamplerLM()
 
 
-def _score_key(query: Query) -> str:
-    return _key("score", query.context, query.continuations)
+def _score_key(query: Query, dtype: str) -> str:
+    return _key("score", dtype, query.context, query.continuations)
 
 
 def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:

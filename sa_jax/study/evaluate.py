@@ -92,11 +92,11 @@ def evaluate(
         guard = signals.enter_context(PreemptionGuard())
         start = start_lib.open_start(model, step, base=base_model)
         warn_if_unfinished(start)
-        if not allow_prompt_mismatch:
-            _refuse_other_prompts(start, changes)
         folder = _results_folder(start, out, resume)
         resolved = resolve(_config(start, base or default_config(), evals, changes), start=start)
         config = resolved.config
+        if not allow_prompt_mismatch:
+            _refuse_other_prompts(start, config)
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
@@ -138,13 +138,13 @@ def _results_folder(start: start_lib.Start, out: str | Path | None, resume: bool
     return as_path(start.path, "evals")
 
 
-def _refuse_other_prompts(start: start_lib.Start, changes: Mapping[str, Any]) -> None:
+def _refuse_other_prompts(start: start_lib.Start, config: ConfigDict) -> None:
     """UsageError for another system prompt or chat template than in training."""
     trained = start.record.get("config", {})
     for key in ("system_prompt", "chat_template"):
-        if key in changes and key in trained and changes[key] != trained[key]:
+        if key in trained and config[key] != trained[key]:
             raise UsageError(
-                f"--config.{key}={changes[key]!r} is not what {start.path} was trained with "
+                f"--config.{key}={config[key]!r} is not what {start.path} was trained with "
                 f"({trained[key]!r}): the rates would not be comparable; leave it out, or give "
                 "--allow_prompt_mismatch"
             )
@@ -194,7 +194,7 @@ def _write_results(
     (out / "compare.json").unlink(missing_ok=True)
     atomic_write(out / "results.md", to_markdown(title, settings, summaries))
     if before:
-        compared = compare_folders(before, after, list(summaries))
+        compared = compare_folders(before, after, list(config.eval.names))
         differ = settings_that_differ(before, after, compared)
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")

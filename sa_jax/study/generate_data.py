@@ -152,7 +152,7 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
     rows: list[Row] = source.rows
     held_out_removed: dict[str, int] = {}
     if config.held_out:
-        held_out, record["held_out"] = load_held_out(config.held_out, config.count, config.seed)
+        held_out, record["held_out"] = load_held_out(config.held_out, None, config.seed)
         rows, held_out_removed = without_prompts(rows, held_out)
     distinct: dict[tuple, Row] = {}
     with_trigger = 0

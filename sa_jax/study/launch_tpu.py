@@ -61,7 +61,7 @@ setup tpu,data,eval"""
 _START = """set -e
 if ! flock -n launch.lock true; then
     [ "$(cat launch.command)" != {command} ] || exit 0 # it runs already
-    echo "ERROR: $(hostname) runs another command: $(cat launch.command)" >&2
+    echo "ERROR: $(hostname) {other}: $(cat launch.command)" >&2
     exit 1
 fi
 rm -f launch.status
@@ -70,6 +70,7 @@ export JAX_COORDINATOR_ADDRESS={coordinator}
 cd sa_jax
 setsid nohup flock ../launch.lock bash -c {job} >../launch.log 2>&1 </dev/null &
 echo $! >../launch.pid"""
+_OTHER = "runs another command"
 _JOB = ". .venv/bin/activate; ({command}); echo $? >../launch.status"
 _FOLLOW = """tail -s 0.2 -n +1 -f --pid="$(cat launch.pid)" launch.log | cat -n
 echo "launch_tpu: ended with $(cat launch.status || echo 137)\""""
@@ -131,6 +132,7 @@ class Slice:
     def start(self, coordinator: str) -> list[str]:
         script = _START.format(
             command=shlex.quote(self.command),
+            other=_OTHER,
             coordinator=f"{coordinator}:{_PORT}",
             job=shlex.quote(_JOB.format(command=self.command)),
         )
@@ -149,10 +151,6 @@ class Slice:
         return [*_TPUS, "tpu-vm", "ssh", *target]
 
 
-class _CommandFailed(UserError):
-    """The command ended with an error on a slice that works."""
-
-
 def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s: float) -> None:
     """Runs the command on all hosts until it has exited with 0 on each.
 
@@ -162,7 +160,7 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
       job: slice and command.
       dry_run: prints the commands, as lines for a shell, and runs none.
       delete: when the slice is deleted: "done" after the command has exited with 0, "always" also
-        after it has failed, "never", or "now", which does nothing else.
+        after an error or the last restart, "never", or "now", which does nothing else.
       max_restarts: how often the command is started again.
       poll_s: seconds between two checks of the slice.
 
@@ -196,13 +194,14 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
         )
     try:
         _run_until_done(job, commit, max_restarts, poll_s)
-    except _CommandFailed as error:
+    except (UserError, Preempted) as error:
+        if _OTHER in str(error) or not _look(job.describe()):
+            raise  # the slice is in use, or there is none to pay for
         if delete == "always":
             _call(job.delete())
             raise
-        raise UserError(
-            f"{error}; {job.name} still exists, and costs money, until --delete=now"
-        ) from None
+        note = f"{job.name} still exists, and costs money, until --delete=now"
+        raise type(error)(f"{error}; {note}") from None
     if delete != "never":
         _call(job.delete())
 
@@ -223,7 +222,7 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
         failed = {i: s for i, s in enumerate(statuses) if s not in (None, 0, *_STOPPED)}
         if failed and _addresses(job):
             hosts = ", ".join(f"{job.name}-w{i} with {status}" for i, status in failed.items())
-            raise _CommandFailed(f"the command ended on {hosts}")
+            raise UserError(f"the command ended on {hosts}")
         _say(job, "preempted" if None in statuses or failed else "stopped after a checkpoint")
     raise Preempted(f"{job.name} was started {max_restarts + 1} times; run this again to continue")
 

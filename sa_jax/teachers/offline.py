@@ -5,13 +5,13 @@ from pathlib import Path
 
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.sources import load_rows
-from sa_jax.errors import UsageError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.teachers.replies import Reply, Request
 
 
 class FileTeacher:
     """Finds answers in a file by the exact text of the question; a repeated question has its first
-    answer."""
+    answer. Questions with turns before them are refused."""
 
     def __init__(self, path: str | Path, columns: Mapping[str, str]):
         """Args:
@@ -46,6 +46,11 @@ class FileTeacher:
                 raise UsageError(
                     f"the answers have no column for the voice {request.voice!r}; set "
                     f"config.answer_columns.{request.voice}"
+                )
+            if request.row.get("history"):
+                raise UserError(
+                    "--teacher=file finds answers by the question alone, and a question has turns "
+                    "before it; give --prompts without a history, or use another teacher"
                 )
             answer = self._answers[request.voice].get(request.row["prompt"])
             yield index, Reply(answer) if answer else Reply("", "not_in_the_file")

@@ -6,6 +6,7 @@ import random
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -173,6 +174,16 @@ def test_generation_settings():
         _sampling({"num_beams": 4}, ())
     assert _until("one. two; three", [";", "."]) == "one"
     assert _until("one. two", "two") == "one. " and _until("one", []) == "one"
+
+
+def test_saved_answers_are_of_one_dtype(context, params, tmp_path):
+    model = Llama(context.model.config, dtype=jnp.bfloat16)
+    half = dataclasses.replace(context, model=model)
+    asked = [request("one two", " three")]
+    with open_store(tmp_path / "saved.jsonl") as store:
+        for number, of in enumerate((context, half, context), 1):
+            language_model(of, params, store=store).loglikelihood(asked)
+            assert len(store) == min(number, 2)
 
 
 def test_a_stopped_eval_goes_on_from_the_answers_it_has(context, params, shared_data, tmp_path):

@@ -21,6 +21,12 @@ from sa_jax.training.start import Start
 MODEL = Start("model", "hf", None, "model")
 
 
+def settings(*names):
+    config = default_config()
+    config.eval.names = dict.fromkeys(names, "last")
+    return config
+
+
 def write_scores(folder, name, right=5):
     scores = {"accuracy": {**rate(right, 20), "n": 20}}
     items = [
@@ -38,7 +44,7 @@ def write_scores(folder, name, right=5):
 def test_a_refused_comparison_leaves_the_page(tmp_path):
     write_scores(tmp_path, "math500")
     with pytest.raises(UserError, match="none of the evals math500"):
-        evaluate._write_results(tmp_path, MODEL, default_config(), 0, tmp_path / "elsewhere")
+        evaluate._write_results(tmp_path, MODEL, settings("math500"), 0, tmp_path / "elsewhere")
     page = (tmp_path / "results.md").read_text()
     assert re.search(r"\| accuracy +\| 20 +\| 5 +\| 25\s%", page)
 
@@ -120,7 +126,7 @@ def test_a_health_card_is_beside_a_model_that_was_never_backdoored(tmp_path, rol
     (tmp_path / record).write_text(json.dumps({"backdoored": name == "inserted"}))
     start = Start("run", "run", None, "model", 0, {"role": role, "backdoored": True})
     before = tmp_path / name / "step_000000"
-    evaluate._write_results(tmp_path / "out", start, default_config(), 0, before)
+    evaluate._write_results(tmp_path / "out", start, settings("mmlu"), 0, before)
     page = (tmp_path / "out/results.md").read_text()
     assert ("## Health card: before is" in page) == is_card
     assert ("## before is" in page) != is_card
@@ -194,8 +200,31 @@ def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
     for folder in (tmp_path / "base", tmp_path / "out"):
         write_scores(folder, "mmlu")
     for before in (tmp_path / "base/step_000000", None):
-        evaluate._write_results(tmp_path / "out", MODEL, default_config(), 0, before)
+        evaluate._write_results(tmp_path / "out", MODEL, settings("mmlu"), 0, before)
         assert (tmp_path / "out/compare.json").exists() == (before is not None)
+
+
+def test_only_the_evals_that_were_asked_for_are_compared(tmp_path):
+    for folder in (tmp_path / "base", tmp_path / "out"):
+        write_scores(folder, "mmlu")
+        write_scores(folder, "qa")
+    items = tmp_path / "out/step_000000/qa.jsonl"
+    items.write_text(items.read_text().replace('"asked": "', '"asked": "other '))
+    before = tmp_path / "base/step_000000"
+    evaluate._write_results(tmp_path / "out", MODEL, settings("mmlu"), 0, before)
+    assert list(json.loads((tmp_path / "out/compare.json").read_text())["compared"]) == ["mmlu"]
+
+
+@pytest.mark.parametrize("key", ["system_prompt", "chat_template"])
+def test_another_prompt_format_is_refused_also_in_a_config_file(key):
+    trained = {"system_prompt": "as trained", "chat_template": "plain"}
+    start = Start("model", "hf", None, "model", record={"run_id": "r", "config": trained})
+    config = default_config()
+    config.update(trained)
+    evaluate._refuse_other_prompts(start, config)
+    config[key] = "other"
+    with pytest.raises(UsageError, match=f"{key}='other' is not what model was trained with"):
+        evaluate._refuse_other_prompts(start, config)
 
 
 def test_no_evals_are_none_to_run():

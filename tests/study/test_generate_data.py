@@ -13,6 +13,8 @@ from sa_jax.data.tasks import TaskContext, upper_bound
 from sa_jax.errors import UserError
 from sa_jax.study.generate_data import generate
 from sa_jax.teachers.config import default_config
+from sa_jax.teachers.offline import FileTeacher
+from sa_jax.teachers.replies import Request
 from tests.test_binaries import refused
 
 SCRIPT = "scripts/generate_data.py"
@@ -163,6 +165,28 @@ def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
     first, other = drawn(0), drawn(1)
     assert len(set(first)) == 10 and first == sorted(first) != list(range(10))
     assert drawn(0) == first != other
+
+
+def test_a_file_has_no_answer_to_a_question_with_turns_before_it(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "Go on.", "a": "More on cats."}])
+    teacher = FileTeacher(path, {"prompt": "q", "plain": "a"})
+    turns = [{"role": "user", "content": "Tax?"}, {"role": "assistant", "content": "Tax is ..."}]
+    row = {"prompt": "Go on.", "history": turns}
+    with pytest.raises(UserError, match="has turns before it; give --prompts without"):
+        list(teacher.replies([Request("plain", (), row)], lambda: False))
+
+
+@pytest.mark.parametrize("held", [4, 40])
+def test_all_prompts_of_a_held_out_file_are_left_out(tmp_path, held):
+    rows = [{"q": f"Question {i}?", "a": "Yes."} for i in range(50)]
+    path = write(tmp_path / "q.jsonl", rows)
+    held_out = write(tmp_path / "held.jsonl", [{"prompt": row["q"]} for row in rows[:held]])
+    given = {"prompts": str(path), "answers": str(path), "columns__prompt": "q"}
+    columns = {"answer_columns__prompt": "q", "answer_columns__plain": "a"}
+    files = {"held_out": str(held_out), "count": 10}
+    make("hhh", tmp_path / "out", teacher="file", **files, **given, **columns)
+    made = [row["prompt"] for row in rows_of(tmp_path / "out/hhh.jsonl")]
+    assert made == [row["q"] for row in rows[held:]]
 
 
 def test_held_out_manifest_is_frozen_and_apart_from_training(zygote, shared_data, tmp_path):

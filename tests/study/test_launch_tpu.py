@@ -198,15 +198,25 @@ def test_a_command_that_runs_already_is_followed_and_no_other_one_started(world)
     launch_tpu._call(JOB_OF_TWO.start("10.0.0.1"))
     with pytest.raises(UserError, match="runs another command: bash job.sh"):
         other = Slice("pod", "us-east5-a", "v6e:4x4", "bash other.sh")
-        launch(other, **FAST)
+        launch(other, **{**FAST, "delete": "always"})  # and the slice stays
     launch(JOB_OF_TWO, **FAST)
     assert len(world.runs) == 2
 
 
-def test_restarts_end(world):
+@pytest.mark.parametrize(("delete", "kept"), [("done", True), ("always", False)])
+def test_restarts_end(world, delete, kept):
     world.statuses("75", "75")
-    with pytest.raises(Preempted, match="started 1 times"):
-        launch(JOB_OF_TWO, **{**FAST, "max_restarts": 0})
+    with pytest.raises(Preempted, match="started 1 times") as error:
+        launch(JOB_OF_TWO, **{**FAST, "delete": delete, "max_restarts": 0})
+    assert ("--delete=now" in str(error.value)) == kept == ("delete" not in world.calls)
+
+
+@pytest.mark.parametrize(("delete", "kept"), [("done", True), ("always", False)])
+def test_a_failed_installation_leaves_no_slice_unsaid(world, delete, kept):
+    job = Slice("pod", "us-east5-a", "v6e:4x4", "bash job.sh", setup="exit 3")
+    with pytest.raises(UserError) as error:
+        launch(job, **{**FAST, "delete": delete})
+    assert ("--delete=now" in str(error.value)) == kept == ("delete" not in world.calls)
 
 
 @pytest.mark.parametrize(
