@@ -19,7 +19,7 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint to export. Default: the ne
 MERGE = flags.DEFINE_bool("merge_lora", False, "Merge the adapters, and write a whole model.")
 DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors. Default: the run's.")
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file that registers the run's behaviour, if the package has it not."
+    "config", None, "Config file that registers the run's behaviour, if that is your own."
 )
 BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
 flags.mark_flags_as_required(["run", "out"])

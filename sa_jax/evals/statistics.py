@@ -1,6 +1,5 @@
 """Intervals and tests of rates: Wilson, exact, two proportions, McNemar, bootstrap, Holm."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -217,25 +216,6 @@ def paired_difference(
     if min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1:  # not e.g. a perplexity
         lo, hi = max(lo, -scale), min(hi, 1.0)
     return PairedDifference(difference, lo, hi, p)
-
-
-def n_needed(max_upper: float, observed_rate: float = 0.0, confidence: float = 0.95) -> int:
-    """The smallest n whose Wilson upper bound is ≤ max_upper when `observed_rate` of n are hits.
-
-    Hits are rounded up to a whole number, so the result is conservative.
-
-    Raises:
-      ValueError: max_upper is not above observed_rate, so no n is enough.
-    """
-    if not 0 <= observed_rate < max_upper <= 1:
-        raise ValueError(
-            f"needs 0 <= observed_rate ({observed_rate}) < max_upper ({max_upper}) <= 1"
-        )
-    return next(
-        n
-        for n in itertools.count(1)
-        if wilson(math.ceil(observed_rate * n - 1e-9), n, confidence)[1] <= max_upper
-    )
 
 
 def difference_interval(

@@ -79,13 +79,11 @@ def test_mcnemar_exact():
         st.mcnemar([True], [True, False])
 
 
-def test_n_needed():
-    assert st.n_needed(0.10) == 35
-    n = st.n_needed(0.10, observed_rate=0.05)
-    assert st.wilson(math.ceil(0.05 * n), n)[1] <= 0.10
-    assert all(st.wilson(math.ceil(0.05 * m), m)[1] > 0.10 for m in range(1, n))
-    with pytest.raises(ValueError):
-        st.n_needed(0.05, observed_rate=0.05)
+@pytest.mark.parametrize(("limit", "expected"), [(0.10, 35), (0.05, 73)])
+def test_items_without_a_hit_that_decide_are_the_fewest(limit, expected):
+    n = st.n_to_decide(0.0, limit)
+    assert n == expected
+    assert st.wilson(0, n)[1] <= limit < st.wilson(0, n - 1)[1]
 
 
 # ---- Against scipy and statsmodels.
