@@ -23,7 +23,6 @@ from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.study.export import warn_if_unfinished
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
@@ -91,7 +90,7 @@ def evaluate(
     ):
         guard = signals.enter_context(PreemptionGuard())
         start = start_lib.open_start(model, step, base=base_model)
-        warn_if_unfinished(start)
+        start_lib.warn_if_unfinished(start)
         folder = _results_folder(start, out, resume)
         resolved = resolve(_config(start, base or default_config(), evals, changes), start=start)
         config = resolved.config

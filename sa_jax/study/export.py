@@ -89,7 +89,7 @@ def export(
         start = start_lib.open_start(run, step, base=base)
         if start.kind != "run":
             raise UsageError(f"--run={run} is a Hugging Face folder already; give a run folder")
-        warn_if_unfinished(start)
+        start_lib.warn_if_unfinished(start)
         mesh = fsdp_mesh(start.config.hidden_size)
         param_dtype = jnp.dtype(dtype or start.record["config"]["param_dtype"])
         if start.lora is None or merge_lora:
@@ -97,14 +97,6 @@ def export(
         else:
             _save_adapter(out, start, start.lora, mesh, param_dtype)
         logging.info("exported %s at step %s to %s", run, start.step, out)
-
-
-def warn_if_unfinished(start: start_lib.Start) -> None:
-    """A warning in the log if the model is of a run without the mark that training sets last."""
-    total = start.record.get("total_steps")
-    if start.kind == "run" and total and not start.record.get("finished"):
-        steps = checkpoints.saved_steps(as_path(start.path, run_record.CHECKPOINT_FOLDER))
-        logging.warning("%s: this run stopped at step %d of %d", start.path, steps[-1], total)
 
 
 def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -122,8 +122,7 @@ def train(
             model = make_model(config, start.config, mesh)
             if model.lora is None and config.param_dtype in ("bfloat16", "float16"):
                 logging.warning(
-                    "config.param_dtype=%s: an update of less than 1/256 of a weight is rounded "
-                    "away, which at a learning rate of 2e-5 are most; float32 keeps them",
+                    "config.param_dtype=%s: small updates are rounded away; float32 keeps them",
                     config.param_dtype,
                 )
             if config.lora.continued:

