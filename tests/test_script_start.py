@@ -23,16 +23,17 @@ def start(number: int, *argv: str, **settings) -> subprocess.Popen:
         signal.signal(number, here)
 
 
-def handles_signals(process: subprocess.Popen) -> bool:
-    """Whether it has begun its script: Python itself leaves SIGTERM to the system."""
+def handles(process: subprocess.Popen, number: int) -> bool:
+    """Whether its script handles the signal. SIGINT, which Python itself handles, comes before
+    SIGUSR1 there."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    return all(int(caught, 16) >> (each - 1) & 1 for each in (signal.SIGUSR1, number))
 
 
 def ended_by(process: subprocess.Popen, number: int):
     deadline = time.monotonic() + 60
-    while not handles_signals(process):
+    while not handles(process, number):
         assert time.monotonic() < deadline
     process.send_signal(number)
     line = f"stopped: by {signal.Signals(number).name}; run the same command again\n"
