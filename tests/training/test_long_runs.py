@@ -14,7 +14,7 @@ import pytest
 
 from sa_jax.training.metrics import read_metrics
 from tests.cpu import xla_flags
-from tests.test_script_start import SIGNALS, handles_signals, start
+from tests.test_script_start import SIGNALS, handles, start
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
 from tests.zygote import ROOT
 
@@ -44,7 +44,7 @@ def test_a_run_outlives_signals_at_any_moment(zygote, toy_world, whole, tmp_path
             process = start(number, *insertion(toy_world, run), stderr=log, **settings)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return process.wait(min(moment, 300)), Path(log.name).read_text()
-            begun = handles_signals(process)
+            begun = handles(process, number)
             process.send_signal(number)
             status, text = process.wait(10), Path(log.name).read_text()
         stopped = f"by {signal.Signals(number).name}; run the same command again"
