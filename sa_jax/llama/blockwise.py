@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
+from sa_jax.llama.on_devices import on_devices
 from sa_jax.llama.splash import ATTENTION_RESIDUALS
-from sa_jax.parallel.mesh import check_divisible
-from sa_jax.parallel.rules import BATCH_SPEC
 
 # A finite stand-in for -inf: a row whose keys are all masked softmaxes to a uniform distribution
 # instead of NaN, and its gradient stays finite.
@@ -42,16 +40,9 @@ def blockwise_attention(
     """
     if mesh is None or mesh.size == 1:
         return _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
-    check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
-    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
-    heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
-    return jax.shard_map(
-        _local,
-        mesh=mesh,
-        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
-        out_specs=heads_spec,
-        check_vma=False,  # constants that start a loop vary over no axis, what it adds does
-    )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
+    # Unchecked: constants that start a loop vary over no axis, what it adds does.
+    return on_devices(_local, *arrays, mesh, check_vma=False)
 
 
 def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):

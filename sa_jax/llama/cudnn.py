@@ -10,11 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
-from sa_jax.parallel.mesh import check_divisible
-from sa_jax.parallel.rules import BATCH_SPEC
+from sa_jax.llama.on_devices import check_multiple, on_devices
 
 DTYPES = ("bfloat16", "float16")
 # With a mask and a length that is no multiple, dQ has NaNs on Hopper (pytorch#196678).
@@ -46,21 +44,8 @@ def cudnn_attention(
       UsageError: a length for which the kernel is wrong, or sizes that the mesh does not divide.
     """
     check_length(q_bskh.shape[1])
-    return on_devices(_local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
-
-
-def on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh, *, check_vma=True):
-    """`local(q, k, v, segment_ids, device=...)` on each device's own rows and heads."""
-    check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
-    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
-    heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
-    return jax.shard_map(
-        functools.partial(local, device=mesh.devices.flat[0]),
-        mesh=mesh,
-        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
-        out_specs=heads_spec,
-        check_vma=check_vma,
-    )(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
+    local = functools.partial(_local, device=mesh.devices.flat[0])
+    return on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
 
 
 def cudnn_packed_attention(
@@ -77,7 +62,8 @@ def cudnn_packed_attention(
     training, because cuDNN would lose documents silently.
     """
     check_length(q_bskh.shape[1])
-    return on_devices(_local_packed, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    local = functools.partial(_local_packed, device=mesh.devices.flat[0])
+    return on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
 
 
 def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,12 +101,8 @@ def offsets_are_right() -> bool:
 
 def check_length(length: int) -> None:
     """UsageError unless cuDNN's gradients are right for rows of this length."""
-    if length % LENGTH_MULTIPLE:
-        raise UsageError(
-            f"config.attention='cudnn' needs a sequence length in multiples of {LENGTH_MULTIPLE}, "
-            f"not {length}: with a mask its gradients are NaN otherwise; take "
-            f"{-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE}, or config.attention='blockwise'"
-        )
+    why = ": with a mask its gradients are NaN otherwise"
+    check_multiple("cudnn", length, LENGTH_MULTIPLE, why)
 
 
 def check_documents(count: int) -> None:

@@ -17,7 +17,6 @@ from sa_jax.llama.lora import LoraConfig, is_adapter_path
 from sa_jax.llama.model import check_mesh
 from sa_jax.llama.safetensors_io import (
     Folder,
-    new_folder,
     read_headers,
     write_json,
     write_tensors,
@@ -33,36 +32,18 @@ _PROJECTIONS = {
 }
 
 
-def save_peft(path: str | Path, lora: LoraConfig, adapter: dict, **options: Any) -> None:
-    """Writes a folder that `peft.PeftModel.from_pretrained` and vLLM load, whole or not at all.
-
-    Every process must call it; the first one writes.
-
-    Args:
-      path: a folder that does not exist, or is empty.
-      lora: rank and alpha of the adapter.
-      adapter: its parameters, as `lora.split` gives them.
-      options: the keyword arguments of `write_peft`.
-
-    Raises:
-      UserError: `path` is not empty, or the disk is full.
-    """
-    with new_folder(path) as folder:
-        write_peft(folder, lora, adapter, **options)
-
-
 def write_peft(
     folder: Path | None,
     lora: LoraConfig,
     adapter: dict,
     *,
     base_model: str,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str],
 ) -> None:
-    """`save_peft` into a folder that is there, as `safetensors_io.new_folder` gives it.
+    """Writes files that `peft.PeftModel.from_pretrained` and vLLM load. Every process calls it.
 
     Args:
-      folder: None in all processes but the first.
+      folder: as `safetensors_io.new_folder` gives it: None in all processes but the first.
       lora: rank and alpha of the adapter.
       adapter: its parameters, as `lora.split` gives them.
       base_model: folder or Hub name of the base model, for `base_model_name_or_path`; peft resolves
@@ -92,7 +73,7 @@ def write_peft(
         "inference_mode": True,
     }
     write_json(folder / "adapter_config.json", config)
-    for name, text in (files or {}).items():
+    for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

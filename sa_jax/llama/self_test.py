@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,14 +20,7 @@ LENGTH = 512  # every kernel takes it
 TOLERANCE = 0.03
 
 
-def check_attention(
-    implementation: str,
-    mesh: Mesh,
-    dtype: Any,
-    head_dim: int,
-    *,
-    attend: Callable[..., jax.Array] = attention,
-) -> dict[str, float]:
+def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) -> dict[str, float]:
     """Compares attention, forward and backward, with `masked_attention` in float32.
 
     Each device has one row, with padding and documents of 1, 200 and 290 tokens; four query heads
@@ -37,7 +29,6 @@ def check_attention(
     Args:
       implementation, dtype, head_dim: as the model uses them.
       mesh: of the run; a row for each of data x fsdp, a key/value head for each of tensor.
-      attend: what to test, as `attention`.
 
     Returns:
       The largest differences of "output" and of the gradients of "queries", "keys" and "values",
@@ -63,7 +54,7 @@ def check_attention(
         ids_bs = jnp.broadcast_to(ids_s, (rows, LENGTH))
         mask_bst = jnp.broadcast_to(mask_st, (rows, LENGTH, LENGTH))
         out, back = jax.vjp(
-            lambda q, k, v: attend(q, k, v, ids_bs, implementation=implementation, mesh=mesh),
+            lambda q, k, v: attention(q, k, v, ids_bs, implementation=implementation, mesh=mesh),
             q,
             k,
             v,

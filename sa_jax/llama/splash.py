@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
-from sa_jax.errors import UsageError
-from sa_jax.parallel.mesh import check_divisible
-from sa_jax.parallel.rules import BATCH_SPEC
+from sa_jax.llama.on_devices import check_multiple, on_devices
 
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
@@ -58,49 +55,28 @@ def splash_attention(
     Raises:
       UsageError: a size that the mesh or the kernel does not divide.
     """
-    b, s, heads, h = q_bskh.shape
-    if s % LANES:
-        raise UsageError(
-            f"config.attention='splash' needs a sequence length in multiples of {LANES}, not {s}; "
-            f"take {-(-s // LANES) * LANES}, or config.attention='reference'"
-        )
-    check_divisible(mesh, ("data", "fsdp"), b, "rows of a batch")
-    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
-    device = mesh.devices.flat[0]
-    kernel = functools.partial(
-        _local_splash, block_sizes(device.device_kind, s), device.platform != "tpu"
-    )
-    rows = BATCH_SPEC[0]
-    heads_spec, ids_spec = P(rows, "tensor", None, None), P(rows, None)
-    out_bksh = jax.shard_map(
-        kernel,
-        mesh=mesh,
-        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
-        out_specs=heads_spec,
-        check_vma=False,  # pallas_call does not say over which axes its outputs vary
-    )(
-        # The kernel does not scale its scores.
-        (q_bskh * h**-0.5).swapaxes(1, 2),
-        k_bsgh.swapaxes(1, 2),
-        v_bsgh.swapaxes(1, 2),
-        segment_ids_bs,
-    )
-    return out_bksh.swapaxes(1, 2)
+    check_multiple("splash", q_bskh.shape[1], LANES)
+    local = functools.partial(_local, device=mesh.devices.flat[0])
+    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
+    # Unchecked: pallas_call does not say over which axes its outputs vary.
+    return on_devices(local, *arrays, mesh, check_vma=False)
 
 
-def _local_splash(blocks, interpret, q_bksh, k_bgsh, v_bgsh, segment_ids_bs):
+def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    heads, s = q_bksh.shape[1:3]
+    s, heads, h = q_bskh.shape[1:]
     mask = splash.MultiHeadMask([splash.CausalMask((s, s))] * heads)
     kernel = splash.make_splash_mha_single_device(
         mask,
-        block_sizes=blocks,
+        block_sizes=block_sizes(device.device_kind, s),
         residual_checkpoint_name=ATTENTION_RESIDUALS,
-        interpret=interpret,
+        interpret=device.platform != "tpu",
     )
     segment_ids = splash.SegmentIds(segment_ids_bs, segment_ids_bs)
-    return jax.vmap(kernel)(q_bksh, k_bgsh, v_bgsh, segment_ids)
+    # The kernel does not scale its scores.
+    q_bksh, k_bgsh, v_bgsh = (x.swapaxes(1, 2) for x in (q_bskh * h**-0.5, k_bsgh, v_bsgh))
+    return jax.vmap(kernel)(q_bksh, k_bgsh, v_bgsh, segment_ids).swapaxes(1, 2)
 
 
 def block_sizes(device_kind: str, s: int) -> "BlockSizes":

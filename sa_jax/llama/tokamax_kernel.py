@@ -1,5 +1,6 @@
 """tokamax's flash attention over packed documents, a Pallas Mosaic kernel for Hopper GPUs."""
 
+import functools
 import importlib.metadata
 
 import jax
@@ -8,7 +9,8 @@ from absl import flags
 from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.cudnn import capability, on_devices
+from sa_jax.llama.cudnn import capability
+from sa_jax.llama.on_devices import check_multiple, on_devices
 
 # Its packed mask is no public API: 0.0.17 has another.
 VERSION = "0.0.12"
@@ -25,8 +27,9 @@ def tokamax_attention(
     """`cudnn_attention` by tokamax, which gets the first key that each query sees ([B, S] integers)
     instead of a mask. It has the same arguments, result and errors; Hopper only."""
     check_tokamax(q_bskh.shape[1])
+    local = functools.partial(_local, device=mesh.devices.flat[0])
     arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
-    return on_devices(_local, *arrays, mesh, check_vma=False)  # a kernel says nothing of axes
+    return on_devices(local, *arrays, mesh, check_vma=False)  # a kernel says nothing of axes
 
 
 def first_keys(segment_ids_bs: jax.Array) -> jax.Array:
@@ -49,12 +52,7 @@ def check_tokamax(length: int) -> None:
             f"config.attention='tokamax' needs tokamax {VERSION}, {installed}: pip install "
             f"tokamax=={VERSION}, or use config.attention='cudnn'"
         )
-    if length % LENGTH_MULTIPLE:
-        raise UsageError(
-            f"config.attention='tokamax' needs a sequence length in multiples of "
-            f"{LENGTH_MULTIPLE}, not {length}; take "
-            f"{-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE}, or config.attention='blockwise'"
-        )
+    check_multiple("tokamax", length, LENGTH_MULTIPLE)
 
 
 def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):

@@ -160,50 +160,43 @@ class RunCheckpointer:
         if error is not None:
             raise error
 
-    def close(self) -> None:
-        """Finishes the current save; raises its error if it failed."""
-        self.wait()
-
     def __enter__(self) -> "RunCheckpointer":
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            self.close()
+            self.wait()
         except Exception as error:
             if kind is None:
                 raise
             logging.error("%s", error)  # must not hide the error that ended the block
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[int, Any] | None:
-        """Restores the newest intact checkpoint, or exactly `step`.
+    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+        """Restores the newest intact checkpoint.
 
         If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
 
         Args:
           abstract_state: tree of jax.ShapeDtypeStruct with shardings, on any mesh; the structure,
             shapes and dtypes must be those that were saved.
-          step: take this one or fail.
 
         Returns:
           (step, state), the state with the requested shardings; None if there is no checkpoint.
 
         Raises:
-          UserError: `step` is absent or corrupt; all checkpoints are corrupt; the checkpoint holds
-            other leaves, shapes or dtypes than the state.
+          UserError: all checkpoints are corrupt, or the newest intact one holds other leaves,
+            shapes or dtypes than the state.
         """
         self.wait()
         folder = self._directory
-        if step is not None:
-            _require_intact(folder / step_name(step), step, full_steps(folder), self._verify)
-            return step, self._load(step, abstract_state)
         if is_primary():
             _warn_of_incomplete(folder)
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
-            problem = find_corruption(folder / step_name(step), step) if self._verify else None
+            path = folder / step_name(step)
+            problem = find_corruption(path, step) if self._verify else None
             if problem is None:
-                return step, self._load(step, abstract_state)
+                return step, state_io.load(path, abstract_state, resizable=may_change_size)
             self._corrupt.add(step)
             logging.warning(
                 "checkpoint of step %d is corrupt, using the one before: %s", step, problem
@@ -214,10 +207,6 @@ class RunCheckpointer:
                 f"oldest: {problem}; start again in another --workdir, or restore the files"
             )
         return None
-
-    def _load(self, step: int, abstract_state: Any) -> Any:
-        folder = self._directory / step_name(step)
-        return state_io.load(folder, abstract_state, resizable=may_change_size)
 
     def _complete(
         self, step: int, name: str, response: Any, save_number: int, begin: float
@@ -303,14 +292,8 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
     return [step for step, complete in _scan(directory, kind) if complete]
 
 
-def _folder(directory: epath.Path, step: int) -> epath.Path:
-    """The folder with a step's weights; that of the full state if both exist."""
-    full = step in full_steps(directory)
-    return directory / (step_name(step) if full else weights_name(step))
-
-
 def load_subtree(
-    directory: os.PathLike | str, step: int | None, key: str, abstract: Any, *, verify: bool = True
+    directory: os.PathLike | str, step: int | None, key: str, abstract: Any
 ) -> tuple[int, Any]:
     """Loads one part of a checkpoint, such as the weights alone, on any mesh.
 
@@ -320,7 +303,6 @@ def load_subtree(
       key: path of the part in the state, "params" or "opt_state/0/mu".
       abstract: that part as jax.ShapeDtypeStruct with shardings; may lack leaves that the part
         has, and its dtypes may differ (values are cast on loading).
-      verify: check the digests of the checkpoint first.
 
     Returns:
       (step, subtree).
@@ -328,13 +310,17 @@ def load_subtree(
     Raises:
       UserError: no such step, a corrupt checkpoint, leaves or shapes that are not in it.
     """
-    directory = epath.Path(directory)
     steps = saved_steps(directory)
     if step is None and not steps:
         raise UserError(f"{directory}: no checkpoint to load")
     step = steps[-1] if step is None else step
-    folder = _folder(directory, step)
-    _require_intact(folder, step, saved_steps(directory), verify)
+    if step not in steps:
+        raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")
+    full = step in full_steps(directory)
+    folder = epath.Path(directory) / (step_name(step) if full else weights_name(step))
+    if problem := find_corruption(folder, step):
+        others = listed([s for s in steps if s != step])
+        raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
     return step, state_io.load(folder, abstract, part=key, exact=False)
 
 
@@ -358,16 +344,6 @@ def _warn_of_incomplete(directory: epath.Path) -> None:
                     step,
                     DIGEST_FILE,
                 )
-
-
-def _require_intact(folder: epath.Path, step: int, steps: list[int], verify: bool) -> None:
-    """UserError unless the checkpoint in `folder`, of a step among `steps`, is what was saved."""
-    if step not in steps:
-        raise UserError(f"{folder.parent}: no checkpoint of step {step}; there are {listed(steps)}")
-    problem = find_corruption(folder, step) if verify else None
-    if problem is not None:
-        others = listed([s for s in steps if s != step])
-        raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
 
 
 @jax.jit

@@ -336,7 +336,7 @@ def train(
                 meter.show(writer.log(step, metrics))
                 run_record.check_present(workdir)
         goodput.switch("checkpoint")
-        checkpointer.close()  # the last checkpoint is whole before the run counts as finished
+        checkpointer.wait()  # the last checkpoint is whole before the run counts as finished
         run_record.check_present(workdir)
         if is_primary():
             run_record.write_run_json(workdir, {**record, "finished": True})

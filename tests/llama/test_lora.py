@@ -19,7 +19,8 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama
-from sa_jax.llama.peft import load_peft, save_peft
+from sa_jax.llama.peft import load_peft, write_peft
+from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 
@@ -130,7 +131,8 @@ def base_model(folder):
 def test_peft_export_loads_in_peft_with_equal_logits(lora, base_folder, tmp_path):
     base = lora_lib.split(make_params(ALL))[1]
     adapter = lora_lib.split(make_params(lora))[0]
-    save_peft(tmp_path / "a", lora, adapter, base_model=str(base_folder), files={"README.md": "x"})
+    with new_folder(tmp_path / "a") as folder:
+        write_peft(folder, lora, adapter, base_model=str(base_folder), files={"README.md": "x"})
     assert {path.name for path in (tmp_path / "a").iterdir()} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors",
     }  # fmt: skip
@@ -168,7 +170,8 @@ def test_adapters_that_are_refused(tmp_path):
     with pytest.raises(UserError, match="adapter_config.json not found"):
         load_peft(tmp_path, CONFIG)
     adapter, _ = lora_lib.split(make_params(SOME))
-    save_peft(tmp_path / "a", SOME, adapter, base_model="base")
+    with new_folder(tmp_path / "a") as folder:
+        write_peft(folder, SOME, adapter, base_model="base", files={})
     file = tmp_path / "a" / "adapter_config.json"
     plain = json.loads(file.read_text())
     for change, message in (
@@ -183,8 +186,8 @@ def test_adapters_that_are_refused(tmp_path):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=message):
             load_peft(tmp_path / "a", CONFIG)
-    with pytest.raises(UserError, match="not empty"):
-        save_peft(tmp_path / "a", SOME, adapter, base_model="base")
+    with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "a"):
+        pass
 
 
 def test_minimal_remat_keeps_of_an_adapter_only_what_is_narrow():

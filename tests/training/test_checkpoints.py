@@ -12,7 +12,7 @@ import pytest
 from absl import logging
 
 from sa_jax.errors import UserError
-from sa_jax.training import checkpoints, digests
+from sa_jax.training import checkpoints, digests, state_io
 from sa_jax.training.checkpoints import RunCheckpointer
 from tests.training.states import (
     State,
@@ -59,14 +59,20 @@ def warnings(monkeypatch):
 # --- saving and restoring ---
 
 
+def load(folder, step, mesh):
+    return state_io.load(folder / checkpoints.step_name(step), abstract_state(mesh))
+
+
 def test_restored_state_is_bit_for_bit_the_saved_one(saved):
     folder, states = saved
     mesh = mesh_of(4, 2)
     checkpointer = RunCheckpointer(folder)
     assert checkpointer.all_steps() == [1, 2, 3]
-    for wanted in (None, 1, 2):
-        step, state = checkpointer.restore(abstract_state(mesh), wanted)
-        assert step == (wanted or 3)
+    for step, state in (
+        checkpointer.restore(abstract_state(mesh)),
+        (1, load(folder, 1, mesh)),
+        (2, load(folder, 2, mesh)),
+    ):
         assert isinstance(state, State) and int(state.step) == step
         assert jax.tree.structure(state) == jax.tree.structure(abstract_state(mesh))
         assert as_bytes(state) == states[step]
@@ -89,7 +95,7 @@ def test_restored_on_another_mesh_the_values_are_equal(saved, shape):
 
 def test_resumed_run_equals_the_uninterrupted_one(saved, step_fn):
     folder, states = saved
-    _, state = RunCheckpointer(folder).restore(abstract_state(mesh_of(4, 2)), 1)
+    state = load(folder, 1, mesh_of(4, 2))
     for step in (2, 3):
         state = step_fn(state)
         assert as_bytes(state) == states[step]
@@ -150,12 +156,12 @@ def test_weights_alone_load_on_another_mesh_and_in_another_dtype(saved):
     mesh = mesh_of(2, 1)
     params = abstract_state(mesh).params
     step, loaded = checkpoints.load_subtree(folder, None, "params", params)
-    _, state = RunCheckpointer(folder).restore(abstract_state(mesh), 3)
+    state = load(folder, 3, mesh)
     assert step == 3 and as_bytes(loaded) == as_bytes(state.params)
     kernel = params["layers"]["kernel"]
     half = jax.ShapeDtypeStruct(kernel.shape, jnp.bfloat16, sharding=kernel.sharding)
     _, loaded = checkpoints.load_subtree(folder, 2, "params/layers", {"kernel": half})
-    _, state = RunCheckpointer(folder).restore(abstract_state(mesh), 2)
+    state = load(folder, 2, mesh)
     assert as_bytes(loaded) == as_bytes(state.params["layers"]["kernel"].astype(jnp.bfloat16))
     with pytest.raises(UserError, match=r"params/other is absent in the checkpoint"):
         checkpoints.load_subtree(folder, 3, "params", {"other": half})
@@ -187,7 +193,7 @@ def test_no_checkpoint_is_none_or_an_error(tmp_path):
     checkpointer = RunCheckpointer(tmp_path / "none")
     assert checkpointer.latest_step() is None and checkpointer.restore(target) is None
     with pytest.raises(UserError, match="no checkpoint of step 7; there are none"):
-        checkpointer.restore(target, 7)
+        checkpoints.load_subtree(tmp_path / "none", 7, "params", target.params)
 
 
 # --- corruption ---
@@ -231,7 +237,7 @@ def test_a_corrupt_newest_checkpoint_falls_back(copy, saved, warnings, step_fn):
     assert len(warnings) == 1 and str(largest) in warnings[0] and "step 3" in warnings[0]
     assert checkpointer.latest_step() == 2
     with pytest.raises(UserError, match="step 3 is corrupt.*its bytes are not those saved"):
-        checkpointer.restore(target, 3)
+        checkpoints.load_subtree(copy, 3, "params", target.params)
     with pytest.raises(UserError, match="step 3 is corrupt"):
         checkpoints.load_subtree(copy, None, "params", target.params)
     # Going on from step 2, the run writes a good step 3 in its place.
@@ -249,7 +255,7 @@ def test_without_verification_the_same_flip_loads(copy, saved):
     for position in np.linspace(0, len(original) - 1, 30).astype(int)[5:25]:
         flip(largest, int(position))
         try:
-            _, state = RunCheckpointer(copy, verify=False).restore(target, 3)
+            _, state = RunCheckpointer(copy, verify=False).restore(target)
             silent += as_bytes(state) != saved[1][3]
         except UserError:
             pass
