@@ -208,17 +208,10 @@ def evaluate(
     assert run is not None
     answers = run(params, as_path(folder), should_stop)
     settings = {**prepared.settings, **answers.fields.get("settings", {})}
-    fields = {"settings": settings, "data_hashes": dict(prepared.data_hashes)}
-    summary = write(
-        eval_,
-        answers.items,
-        name=again(eval_.name) if fresh else "",
-        folder=folder,
-        step=step,
-        fields={**answers.fields, **fields},
-        floors=answers.floors,
-        titles=answers.titles,
-    )
+    recorded = {"settings": settings, "data_hashes": dict(prepared.data_hashes)}
+    answers = dataclasses.replace(answers, fields={**answers.fields, **recorded})
+    name = again(eval_.name) if fresh else eval_.name
+    summary = write(eval_, answers, folder=folder, step=step, name=name)
     if is_primary():
         partial_file(folder, eval_.name).unlink(missing_ok=True)
     return summary
@@ -231,30 +224,26 @@ def again(name: str) -> str:
 
 def write(
     eval_: Eval,
-    items: Sequence[dict[str, Any]],
+    answers: Answers,
     *,
     folder: str | Path,
     step: int,
-    fields: Mapping[str, Any],
-    floors: Mapping[str, float] | None = None,
-    titles: Mapping[str, str] | None = None,
-    name: str = "",
+    name: str,
 ) -> dict[str, Any]:
     """Writes the two files of an eval (in the primary process) and returns the summary.
 
     Args:
       eval_: the eval.
-      items: with "item", "asked" and "scores"; items with "skipped" are kept and not counted.
+      answers: their fields have "settings", those that a result depends on.
       folder: the step folder.
       step: the step of the weights.
-      fields: fields of the summary: "settings" that a result depends on, and others.
-      floors, titles: see `summarise`.
-      name: the name of the files; '' is the eval's name.
+      name: the name of the files.
 
     Raises:
       UserError: the eval's headline is none of its scores.
     """
-    scores = summarise((item for item in items if not item.get("skipped")), floors, titles)
+    counted = (item for item in answers.items if not item.get("skipped"))
+    scores = summarise(counted, answers.floors, answers.titles)
     if scores and eval_.headline and eval_.headline not in scores:
         raise UserError(
             f"the eval {eval_.name!r} has the headline {eval_.headline!r}, which is none of its "
@@ -266,10 +255,10 @@ def write(
         "kind": eval_.kind,
         "headline": (eval_.headline or next(iter(scores))) if scores else "",
         "scores": scores,
-        **fields,
+        **answers.fields,
     }
     if is_primary():
-        records.write_eval(folder, name or eval_.name, items, summary)
+        records.write_eval(folder, name, answers.items, summary)
     return summary
 
 

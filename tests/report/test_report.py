@@ -195,14 +195,9 @@ def test_benchmarks_are_on_the_page_in_markdown_and_in_json(tmp_path, small_run)
             {"item": str(i), "asked": f"{name} {i}", "scores": {benchmark.headline: int(i < right)}}
             for i in range(100)
         ]
-        protocol.write(
-            benchmark,
-            items,
-            folder=run / f"evals/step_{step:06d}",
-            step=step,
-            fields={"settings": {}},
-            floors={benchmark.headline: 0.25},
-        )
+        answers = protocol.Answers(items, {"settings": {}}, {benchmark.headline: 0.25})
+        folder = run / f"evals/step_{step:06d}"
+        protocol.write(benchmark, answers, folder=folder, step=step, name=name)
     index = report(tmp_path)
     page = Page(index.read_text(encoding="utf-8"))
     (result,) = json.loads((index.parent / "results.json").read_text())["runs"]
