@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from sa_jax.optim.soap_fast import FastSettings, fast
+from sa_jax.optim.soap_fast import fast
 from sa_jax.optim.soap_layout import LONGEST_SIDE, SpecRule
 from sa_jax.optim.soap_official import official
 from sa_jax.optim.soap_shared import Settings
@@ -129,18 +129,12 @@ def soap(
         normalize_grads=normalize_grads,
         mask=mask,
         view=view or (every_axis if mode == "official" else trailing_matrix),
+        block_size=block_size,
+        block_above=block_size if block_above is None else block_above,
+        dense_steps=dense_steps,
+        refresh_slots=refresh_slots,
+        matmul_dtype=jnp.dtype(matmul_dtype),
+        mesh=mesh,
+        partition_spec=partition_spec,
     )
-    if mode == "official":
-        return official(settings)
-    return fast(
-        settings,
-        FastSettings(
-            block_size=block_size,
-            block_above=block_size if block_above is None else block_above,
-            dense_steps=dense_steps,
-            refresh_slots=refresh_slots,
-            matmul_dtype=jnp.dtype(matmul_dtype),
-            mesh=mesh,
-            partition_spec=partition_spec,
-        ),
-    )
+    return official(settings) if mode == "official" else fast(settings)

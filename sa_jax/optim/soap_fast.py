@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.optim.soap_layout import (
     Layout,
-    SpecRule,
     StackPlan,
     from_owners,
     local_count,
@@ -39,33 +38,20 @@ from sa_jax.optim.soap_shared import (
 from sa_jax.optim.soap_state import FastState, Stack, init_stack, state_specs
 
 
-@dataclasses.dataclass(frozen=True)
-class FastSettings:
-    """The arguments of `soap` that only this mode has."""
-
-    block_size: int
-    block_above: int
-    dense_steps: int
-    refresh_slots: int
-    matmul_dtype: Any
-    mesh: Mesh | None
-    partition_spec: SpecRule | None
-
-
-def fast(settings: Settings, options: FastSettings) -> optax.GradientTransformation:
+def fast(settings: Settings) -> optax.GradientTransformation:
     """See `sa_jax.optim.soap.soap`."""
-    place = _placer(options.mesh)
+    place = _placer(settings.mesh)
 
     def layout_of(paths: Sequence[str], leaves: Sequence[jax.Array]) -> Layout:
         return make_layout(
             paths,
             [leaf.shape for leaf in leaves],
             view=settings.view,
-            block_size=options.block_size,
-            block_above=options.block_above,
+            block_size=settings.block_size,
+            block_above=settings.block_above,
             max_precond_dim=settings.max_precond_dim,
-            mesh=options.mesh,
-            partition_spec=options.partition_spec,
+            mesh=settings.mesh,
+            partition_spec=settings.partition_spec,
         )
 
     def init(params: optax.Params) -> FastState:
@@ -82,7 +68,7 @@ def fast(settings: Settings, options: FastSettings) -> optax.GradientTransformat
             mu=moments,
             nu=moments,
         )
-        return place(state, state_specs(state, options.partition_spec))
+        return place(state, state_specs(state, settings.partition_spec))
 
     def update(grads: optax.Updates, state: FastState, params: optax.Params | None = None):
         paths, leaves, treedef = flatten(grads)
@@ -98,10 +84,10 @@ def fast(settings: Settings, options: FastSettings) -> optax.GradientTransformat
         if layout.stacks:
             specs = {leaf.path: leaf.spec for plan in layout.stacks for leaf in plan.leaves}
             # Products round their operands in any case: rounded before, they are sent as such.
-            matrices = {path: g[path].astype(options.matmul_dtype) for path in specs}
+            matrices = {path: g[path].astype(settings.matmul_dtype) for path in specs}
             run = _on_devices(
-                functools.partial(_update_stacks, settings, options, layout.stacks),
-                options.mesh,
+                functools.partial(_update_stacks, settings, layout.stacks),
+                settings.mesh,
                 specs,
                 state_specs(state, None).stacks,
             )
@@ -138,7 +124,6 @@ def fast(settings: Settings, options: FastSettings) -> optax.GradientTransformat
 
 def _update_stacks(
     settings: Settings,
-    options: FastSettings,
     plans: Sequence[StackPlan],
     matrices: dict[str, jax.Array],
     stacks: dict[str, Stack],
@@ -153,16 +138,16 @@ def _update_stacks(
     """
     stacks, moved, sound = dict(stacks), {}, {}  # the caller's stay as they are
     for plan in plans:
-        g = to_owners(matrices, plan, options.mesh)
+        g = to_owners(matrices, plan, settings.mesh)
         stacks[plan.name], moved[plan.name], sound[plan.name] = _step_stack(
-            settings, options.matmul_dtype, plan, g, stacks[plan.name], t, finite
+            settings, plan, g, stacks[plan.name], t, finite
         )
-    counts = [local_count(plan, options.mesh) for plan in plans]
+    counts = [local_count(plan, settings.mesh) for plan in plans]
     frequency = settings.precondition_frequency
-    for number, parts in enumerate(cut_into_slots(plans, counts, options.refresh_slots)):
+    for number, parts in enumerate(cut_into_slots(plans, counts, settings.refresh_slots)):
         if parts:
-            turn = t % frequency == number * frequency // options.refresh_slots
-            due = finite & (turn | (t <= options.dense_steps))
+            turn = t % frequency == number * frequency // settings.refresh_slots
+            due = finite & (turn | (t <= settings.dense_steps))
             stacks, rejected = refresh(stacks, parts, due, t == 0)
             sound = {name: sound[name] & ~rejected[name] for name in sound}
 
@@ -171,14 +156,13 @@ def _update_stacks(
     for plan in plans:
         good = _over(jax.lax.pmin, sound[plan.name], plan.split_axes)
         direction = jnp.where(good[:, None, None], moved[plan.name], jnp.nan)
-        directions |= from_owners(direction, plan, options.mesh)
+        directions |= from_owners(direction, plan, settings.mesh)
         still += _over(jax.lax.psum, jnp.sum(~good, dtype=jnp.int32), plan.stack_axes)
     return directions, stacks, jnp.where(finite, still, 0)
 
 
 def _step_stack(
     settings: Settings,
-    matmul_dtype: Any,
     plan: StackPlan,
     g: jax.Array,
     stack: Stack,
@@ -193,6 +177,7 @@ def _step_stack(
       new stack; direction [n, rows, cols]; which matrices are sound, bool [n].
     """
     bases = (stack.q_rows, stack.q_cols)
+    matmul_dtype = settings.matmul_dtype
 
     def moved(gg: jax.Array | None, side: int, axes: tuple[str, ...]) -> jax.Array | None:
         if gg is None:

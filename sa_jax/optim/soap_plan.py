@@ -91,9 +91,3 @@ def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:
         step_flops=leaf.count * 3 * product,  # the gradient there, the step back, the Gram
         refresh_flops=leaf.count * (refresh + product),
     )
-
-
-def totals(rows: list[SoapRow]) -> dict[str, float]:
-    """Sums of the numeric columns."""
-    names = ("moment_bytes", "basis_bytes", "step_flops", "refresh_flops")
-    return {name: sum(getattr(row, name) for row in rows) for name in names}

@@ -7,13 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from sa_jax.optim.soap_layout import SpecRule
 from sa_jax.optim.soap_views import ViewRule
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The arguments of `soap` that both modes have."""
+    """The arguments of `soap`, defaults filled in; from `block_size` on those of the fast mode."""
 
     learning_rate: optax.ScalarOrSchedule
     b1: float
@@ -27,6 +29,13 @@ class Settings:
     normalize_grads: bool
     mask: Any
     view: ViewRule
+    block_size: int
+    block_above: int
+    dense_steps: int
+    refresh_slots: int
+    matmul_dtype: Any
+    mesh: Mesh | None
+    partition_spec: SpecRule | None
 
 
 def flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:

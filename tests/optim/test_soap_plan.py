@@ -8,7 +8,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim.build import llama_view
 from sa_jax.optim.soap import soap
-from sa_jax.optim.soap_plan import soap_plan, totals
+from sa_jax.optim.soap_plan import soap_plan
 from tests.toys import CONFIG
 
 SIZES = {
@@ -26,6 +26,11 @@ def abstract_params(config):
 def models():
     shared = {"vocab_size": 128256, "num_kv_heads": 8, "head_dim": 128}
     return {name: abstract_params(LlamaConfig(**shared, **size)) for name, size in SIZES.items()}
+
+
+def totals(rows):
+    names = ("moment_bytes", "basis_bytes", "step_flops", "refresh_flops")
+    return {name: sum(getattr(row, name) for row in rows) for name in names}
 
 
 # Settings, and GB of factors and bases in float32 counted by hand from the published shapes.
