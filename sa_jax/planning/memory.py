@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sa_jax.parallel.hardware import GIB
+from sa_jax.parallel.hardware import GIB, Chip
 from sa_jax.planning.roofline import Workload
 
 # Bytes a trainable parameter that an optimizer's update takes at once, after the backward pass: of
@@ -152,6 +152,15 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
         live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
     update = UPDATE_BYTES.get(work.optimizer, 0.0) * work.trainable / shards
     return gradients, activations, max(gathered + live, update - gradients - activations), host
+
+
+def estimated_bytes(work: Workload, chip: Chip) -> float:
+    """All bytes that a step needs on one chip, by arithmetic."""
+    part = work.of_one_slice()
+    frozen = 0 if part.full_weights else part.architecture.num_parameters * part.item_bytes
+    state = (part.trainable * part.state_bytes + frozen) / part.devices
+    gradients, activations, rest, _ = estimate_temporaries(part)
+    return chip.devices * (state + gradients + activations + rest)
 
 
 def cudnn_workspace(work: Workload) -> float:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from sa_jax.errors import UsageError
-from sa_jax.planning.memory import RESERVED, estimate_temporaries
+from sa_jax.planning.memory import RESERVED, estimated_bytes
 from sa_jax.planning.roofline import StepTime, Workload, step_time
 from sa_jax.planning.topology import Topology
 
@@ -34,12 +34,7 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     options = []
     for option in _divisions(work, topology):
         time = step_time(option, topology.chip, topology.shape)
-        frozen = 0 if option.full_weights else option.architecture.num_parameters * 2
-        part = option.of_one_slice()
-        state = (option.trainable * option.state_bytes + frozen) / part.devices
-        gradients, activations, rest, _ = estimate_temporaries(part)
-        total = topology.chip.devices * (state + gradients + activations + rest)
-        options.append(Candidate(option, time, total))
+        options.append(Candidate(option, time, estimated_bytes(option, topology.chip)))
     if not options:
         heads = work.architecture.num_kv_heads
         raise UsageError(

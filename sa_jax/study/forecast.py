@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
@@ -16,7 +15,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel import mesh
 from sa_jax.parallel.hardware import GIB
 from sa_jax.planning.disk import checkpoint_bytes
-from sa_jax.planning.memory import estimate_temporaries
+from sa_jax.planning.memory import estimated_bytes
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.claims import LatestClaim
@@ -74,7 +73,7 @@ class Forecaster:
             if self._devices is not None:
                 mesh_sizes(cell, config, self._devices)
             return
-        sizes = mesh_sizes(cell, config, topology.chips * _per_chip(topology))
+        sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
         architecture = self._architecture(cell)
         if architecture is None:
             return
@@ -83,8 +82,8 @@ class Forecaster:
                 f"cell {cell.name} cannot fit its mesh: tensor={sizes['tensor']} does not divide "
                 f"{architecture.num_kv_heads} key/value heads"
             )
-        assert topology.chip is not None
-        needed = _bytes_a_chip(self._workload(config, architecture, sizes, topology), topology)
+        work = self._workload(config, architecture, sizes, topology)
+        needed = estimated_bytes(work, topology.chip)
         if needed > topology.chip.hbm_bytes:
             remat = "" if config.remat in ("full", "offload") else " config.remat=full,"
             raise UserError(
@@ -102,24 +101,16 @@ class Forecaster:
         if tokens is None or architecture is None:
             return Forecast(tokens)
         topology = parse_topology(cell.stage.topology) if cell.stage.topology else None
-        devices = 1 if topology is None else topology.chips * _per_chip(topology)
-        sizes = (
-            mesh_sizes(cell, config, devices) if topology else {"data": 1, "fsdp": 1, "tensor": 1}
-        )
+        sizes = {"data": 1, "fsdp": 1, "tensor": 1}
+        if topology is not None:
+            sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
         work = self._workload(config, architecture, sizes, topology)
         steps = math.ceil(tokens / a_step)
         hours = None
-        if topology is not None and topology.chip is not None:
+        if topology is not None:
             step_s = step_time(work, topology.chip, topology.shape).step
             hours = steps * step_s * topology.chips / 3600
-        disk = checkpoint_bytes(
-            config.checkpoint,
-            steps,
-            parameters=work.trainable,
-            item_bytes=jnp.dtype(config.param_dtype).itemsize,
-            state_bytes=work.state_bytes,
-        )
-        return Forecast(tokens, hours, disk["total"])
+        return Forecast(tokens, hours, checkpoint_bytes(config, steps, work)["total"])
 
     def _architecture(self, cell: Cell) -> LlamaConfig | None:
         """The architecture of the model, from the config or from the cell's start; None if the
@@ -173,19 +164,6 @@ def local_devices(workers: int) -> int:
     flag = r"xla_force_host_platform_device_count=(\d+)"
     forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))
     return int(forced[1]) if forced else 1
-
-
-def _bytes_a_chip(work: Workload, topology: Topology) -> float:
-    """Estimated bytes per chip, as `planning.search` uses them to rank meshes."""
-    frozen = 0 if work.full_weights else work.architecture.num_parameters * work.item_bytes
-    part = work.of_one_slice()
-    state = (work.trainable * work.state_bytes + frozen) / part.devices
-    gradients, activations, rest, _ = estimate_temporaries(part)
-    return _per_chip(topology) * (state + gradients + activations + rest)
-
-
-def _per_chip(topology: Topology) -> int:
-    return 1 if topology.chip is None else topology.chip.devices
 
 
 def format_forecast(

@@ -243,9 +243,9 @@ def make_plan(
     """
     mesh = make_mesh(**config.mesh, devices=machine.devices)
     model = make_model(config, architecture, mesh)
-    steps = config.steps or math.ceil(tokens / _tokens_a_step(config))
-    program = make_program(config, model, steps)
     work = workload(config, architecture, mesh.shape, machine.platform)
+    steps = config.steps or math.ceil(tokens / work.tokens)
+    program = make_program(config, model, steps)
     options = compiler_options(machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
     capacity = 0 if machine.chip is None else machine.chip.hbm_bytes
@@ -294,13 +294,7 @@ def make_plan(
             dataclasses.asdict(row) | {"shape": list(row.shape)}
             for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
         ],
-        "disk": checkpoint_bytes(
-            config.checkpoint,
-            steps,
-            parameters=work.trainable,
-            item_bytes=jnp.dtype(config.param_dtype).itemsize,
-            state_bytes=work.state_bytes,
-        ),
+        "disk": checkpoint_bytes(config, steps, work),
         "collectives": _collectives(config, architecture, mesh, text),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
@@ -373,10 +367,6 @@ def write_plan(described: dict[str, Any], path: str | Path | None = None) -> Non
     print(format_plan(described), flush=True)
     if path:
         atomic_write(path, json.dumps(described, indent=1) + "\n")
-
-
-def _tokens_a_step(config: ConfigDict) -> int:
-    return config.batch_size * config.sequence_length
 
 
 def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, float]:

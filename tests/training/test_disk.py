@@ -1,5 +1,7 @@
 """Disk that checkpoints take: counted as they are written, and for the 70B model by arithmetic."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,10 @@ def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
     for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
         folder = tmp_path / listed
         schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
-        settings = ConfigDict({**schedule, "keep_interval": schedule["keep"]})
-        expected = checkpoint_bytes(settings, 10, parameters=250_000, item_bytes=4, state_bytes=12)
+        settings = {**schedule, "keep_interval": schedule["keep"]}
+        config = ConfigDict({"checkpoint": settings, "param_dtype": "float32"})
+        work = SimpleNamespace(trainable=250_000, state_bytes=12)
+        expected = checkpoint_bytes(config, 10, work)
         assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)
         with RunCheckpointer(folder, **schedule, last=10) as checkpointer:
             for step in filter(checkpointer.should_save, range(11)):
@@ -39,13 +43,7 @@ def test_disk_of_a_70b_insertion():
     count = architecture.num_parameters
 
     def total(config):
-        return checkpoint_bytes(
-            config.checkpoint,
-            2000,
-            parameters=work.trainable,
-            item_bytes=4,
-            state_bytes=work.state_bytes,
-        )["total"]
+        return checkpoint_bytes(config, 2000, work)["total"]
 
     full = total(changed(config, {"checkpoint.listed": "full", "checkpoint.interval": 0}))
     np.testing.assert_allclose(full, 6 * 12 * count, rtol=1e-6)
