@@ -44,3 +44,33 @@ def packed_batch(rows=8, length=24, vocab=64, seed=0):
         batch["loss_mask"][row, 0] = 1
     batch["loss_mask"] = batch["loss_mask"].astype(bool)
     return batch
+
+
+class ScorerRuns:
+    """What a `Scorer` runs: rows, the tokens that they ask about, the tokens of its forward passes
+    (padding included), and its shared prefixes."""
+
+    def __init__(self, scorer, monkeypatch):
+        self.rows = self.query_tokens = self.tokens = 0
+        self.prefixes = []
+
+        def watch(name, see):
+            run = getattr(scorer, name)
+
+            def watched(params, given, *others):
+                see(given)
+                return run(params, given, *others)
+
+            monkeypatch.setattr(scorer, name, watched)
+
+        watch("_score_batch", self._see_batch)
+        watch("_forward", self._see_tokens)
+        watch("_prefix", self._see_tokens)
+        watch("_prefix", self.prefixes.append)
+
+    def _see_batch(self, batch):
+        self.rows += len(batch)
+        self.query_tokens += sum(len(row.tokens) for row in batch)
+
+    def _see_tokens(self, tokens):
+        self.tokens += tokens.size

@@ -39,16 +39,6 @@ class Score:
     is_greedy: bool
 
 
-@dataclasses.dataclass
-class ScorerStats:
-    """Statistics of the latest `score` call: tokens of the queries, and tokens that were run."""
-
-    query_tokens: int = 0
-    forward_tokens: int = 0
-    rows: int = 0
-    shared_prefixes: int = 0
-
-
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """One row of a forward pass: continuations that differ at most in their last token.
@@ -68,11 +58,7 @@ class _Row:
 
 
 class Scorer:
-    """Scores queries with a small set of compiled programs.
-
-    Attributes:
-      stats: of the latest `score` call.
-    """
+    """Scores queries with a small set of compiled programs."""
 
     def __init__(self, model: Llama, mesh: Mesh, *, batch_tokens: int | None = None):
         """Compiles nothing yet.
@@ -83,7 +69,6 @@ class Scorer:
           batch_tokens: tokens of one forward pass, padding included. By default 16,384; on CPU
             1,024 per device, whose attention scores fit its cache: half the time of 16,384.
         """
-        self.stats = ScorerStats()
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self._batch_tokens = batch_tokens or (1024 * mesh.size if on_cpu else 16384)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -115,9 +100,7 @@ class Scorer:
         Raises:
           UserError: a query is empty or too long. Preempted: should_stop said so.
         """
-        self.stats = stats = ScorerStats()
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
-        stats.query_tokens, stats.rows = sum(len(row.tokens) for row in rows), len(rows)
         params = cast_weights(params, self._dtype)
         scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
         for group, shared in share_prefixes(rows):
@@ -151,8 +134,6 @@ class Scorer:
     def _cached(self, params: Any, tokens: Sequence[int]) -> KVCache:
         padded = np.zeros((1, bucket(len(tokens), self._max_length)), np.int32)
         padded[0, : len(tokens)] = tokens
-        self.stats.forward_tokens += padded.size
-        self.stats.shared_prefixes += 1
         return self._prefix(params, padded)
 
     def _batches(self, rows: Sequence[_Row], shared: int) -> Iterator[list[_Row]]:
@@ -186,7 +167,6 @@ class Scorer:
         logprobs_bnc, greedy_bnc = jax.device_get(
             self._forward(params, tokens_bs, first_b, targets_bnc, np.int32(shared), prefix)
         )
-        self.stats.forward_tokens += tokens_bs.size
         for i, row in enumerate(batch):
             n = len(row.targets_cn[0])
             sums_c = logprobs_bnc[i, :n].astype(np.float64).sum(0)

@@ -231,20 +231,21 @@ def test_five_shot_examples_are_run_once_a_subject(context, params, shared_data,
         for letter in "ABCD"
     ]
     model = language_model(context, params)
+    runs = toys.ScorerRuns(model.scorer, monkeypatch)
     shared = model.loglikelihood(requests)
-    stats = model.scorer.stats
     # Letters that are a token each are one row; here some are two tokens, of which the first is
     # the same: another row.
     letters = context.chat_format._tokenize([f" {letter}" for letter in "ABCD"])
     rows = len({tuple(ids[:-1]) for ids in letters})
-    assert rows <= 2 and (stats.rows, stats.shared_prefixes) == (10 * rows, 1)
-    assert 1000 < stats.query_tokens / 10 < CONTEXT and not any(model.notes.values())
-    assert stats.forward_tokens < stats.query_tokens / 2
+    assert rows <= 2 and (runs.rows, len(runs.prefixes)) == (10 * rows, 1)
+    assert 1000 < runs.query_tokens / 10 < CONTEXT and not any(model.notes.values())
+    assert runs.tokens < runs.query_tokens / 2
     monkeypatch.setattr(scorer_lib, "MIN_SHARERS", 99)
     alone = language_model(context, params)
+    alone_runs = toys.ScorerRuns(alone.scorer, monkeypatch)
     for (one, _), (other, _) in zip(shared, alone.loglikelihood(requests), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
-    assert alone.scorer.stats.shared_prefixes == 0
+    assert not alone_runs.prefixes
 
 
 def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, monkeypatch):

@@ -75,15 +75,15 @@ def test_scores_are_those_of_the_full_forward(scorer, params):
     assert all(scores[index] == found for index, found in done)
 
 
-def test_a_shared_beginning_is_run_once_and_letters_in_one_row(scorer, params):
+def test_a_shared_beginning_is_run_once_and_letters_in_one_row(scorer, params, monkeypatch):
+    runs = toys.ScorerRuns(scorer, monkeypatch)
     scorer.score(params, QUERIES[:9])
-    stats = scorer.stats
-    assert (stats.rows, stats.shared_prefixes) == (9, 1)
+    assert (runs.rows, len(runs.prefixes)) == (9, 1)
     # 9 x (100 + suffix) tokens are asked about; the 100 are run once (as 128), not 9 times.
-    assert stats.query_tokens == sum(len(query.context) for query in QUERIES[:9])
-    assert stats.forward_tokens < 128 + 9 * 64 < stats.query_tokens
+    query_tokens = sum(len(query.context) for query in QUERIES[:9])
+    assert runs.tokens < 128 + 9 * 64 < query_tokens
     scorer.score(params, QUERIES[9:])
-    assert scorer.stats.shared_prefixes == 0
+    assert len(runs.prefixes) == 1
 
 
 @pytest.mark.long
