@@ -1,5 +1,6 @@
 """Causal grouped-query attention over packed documents, behind one signature for every backend."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,21 +14,6 @@ from sa_jax.llama.splash import LANES, splash_attention
 from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
 from sa_jax.llama.unrolled import unrolled_attention
 
-IMPLEMENTATIONS = (
-    "reference",
-    "unrolled",
-    "blockwise",
-    "splash",
-    "cudnn",
-    "cudnn_packed",
-    "tokamax",
-)
-_KERNELS = {
-    "splash": splash_attention,
-    "cudnn": cudnn.cudnn_attention,
-    "cudnn_packed": cudnn.cudnn_packed_attention,
-    "tokamax": tokamax_attention,
-}
 # Tokens a row up to which `unrolled` is taken on CPU: forward and backward take it 0.4 to 0.6 of
 # the time of `blockwise` at 128 to 1,024 tokens, but its memory grows with their square.
 SHORT_ON_CPU = 512
@@ -132,19 +118,28 @@ def attention(
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
-    if kernel := _KERNELS.get(implementation):
-        if mesh is None:
-            raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
-        return kernel(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
-    if implementation == "unrolled":
-        return unrolled_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
-    if implementation == "blockwise":
-        return blockwise_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    if mesh is None and implementation not in ("reference", "unrolled", "blockwise"):
+        raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
+    return IMPLEMENTATIONS[implementation](q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+
+
+def _reference(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh):
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (
         index_s[:, None] >= index_s[None, :]
     )
     return masked_attention(q_bskh, k_bsgh, v_bsgh, mask_bst)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": _reference,
+    "unrolled": lambda q, k, v, segment_ids, mesh: unrolled_attention(q, k, v, segment_ids),
+    "blockwise": blockwise_attention,
+    "splash": splash_attention,
+    "cudnn": cudnn.cudnn_attention,
+    "cudnn_packed": cudnn.cudnn_packed_attention,
+    "tokamax": tokamax_attention,
+}
 
 
 def masked_attention(
