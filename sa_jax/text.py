@@ -45,6 +45,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def first_few(texts: Sequence[str], count: int, separator: str = ", ") -> str:
+    """The first of several texts, and how many more there are: 'a, b and 3 more'."""
+    more = f" and {len(texts) - count} more" if len(texts) > count else ""
+    return separator.join(texts[:count]) + more
+
+
 def names_flag(names: Mapping[str, object]) -> str:
     """`--config.eval.names="{'qa':'last'}"`: with the quotes that a shell needs."""
     return f'--config.eval.names="{str(dict(names)).replace(" ", "")}"'

@@ -78,14 +78,8 @@ class Source:
     sha256: str | None  # of the file's bytes; of the builder's fingerprint for a hub name
     dropped: dict[str, int]  # rows left out, by reason
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
 
     def record(self) -> dict:
         return {**vars(self), "rows": len(self.rows)}

@@ -29,6 +29,7 @@ from sa_jax.errors import UserError
 from sa_jax.llama.safetensors_io import DTYPES, Folder, OutputTensor, Rows, TensorEntry, read_rows
 from sa_jax.parallel import rules
 from sa_jax.parallel.multihost import is_primary
+from sa_jax.text import first_few
 
 # Modules by their path in our parameters; `layers/...` stand under model.layers.N.
 MODULES = {
@@ -168,9 +169,8 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
         ("tensors the model does not have: ", surplus),
     ):
         if tensors:
-            more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
             raise UserError(
-                f"{problem}{'; '.join(tensors[:3])}{more}. Weights and config.json must come from "
+                f"{problem}{first_few(tensors, 3, '; ')}. Weights and config.json must come from "
                 "the same, complete download"
             )
 

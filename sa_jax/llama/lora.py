@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +34,12 @@ def is_adapter_path(path: str) -> bool:
     return path.endswith(("/lora_a", "/lora_b"))
 
 
-def split(params: dict) -> tuple[dict, dict]:
-    """The adapter's leaves and the base model's leaves, as two trees."""
+def split(params: dict, is_first: Callable[[str], bool] = is_adapter_path) -> tuple[dict, dict]:
+    """The leaves with such paths and the others, as two trees: adapter and base model."""
     leaves = flatten_dict(params, sep="/")
-    adapter = {path: leaf for path, leaf in leaves.items() if is_adapter_path(path)}
-    base = {path: leaf for path, leaf in leaves.items() if not is_adapter_path(path)}
-    return unflatten_dict(adapter, sep="/"), unflatten_dict(base, sep="/")
+    first = {path: leaf for path, leaf in leaves.items() if is_first(path)}
+    others = {path: leaf for path, leaf in leaves.items() if path not in first}
+    return unflatten_dict(first, sep="/"), unflatten_dict(others, sep="/")
 
 
 def combine(adapter: dict, base: dict) -> dict:

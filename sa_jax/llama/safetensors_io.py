@@ -24,13 +24,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from sa_jax.buckets import absolute, as_path, in_bucket, put_folder
 from sa_jax.errors import UserError
 from sa_jax.files import parse_json
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.multihost import agree, is_primary
 from sa_jax.text import first_line
 
 DTYPES = {
@@ -476,9 +475,7 @@ def _primary_only(path: str) -> Iterator[bool]:
         failure = UserError(f"{path} cannot be written: {error}; free space or choose another path")
     except UserError as error:
         failure = error
-    failed = failure is not None
-    if jax.process_count() > 1:
-        failed = bool(multihost_utils.broadcast_one_to_all(np.asarray(failed)))
+    failed = agree(failure is not None)
     if failure is not None:
         raise failure
     if failed:

@@ -15,6 +15,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.study.claims import LatestClaim
 from sa_jax.study.grid import Cell
+from sa_jax.text import first_few
 from sa_jax.training.run_record import RUN_FILE, config_difference
 
 VERSION = 1
@@ -41,8 +42,8 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
     older = [cell.name for cell in cells if (workdir / cell.name).exists()]
     if older:
         raise UserError(
-            f"{workdir}: has {_listed(older)} but no {STUDY_FILE}, so an older version of "
-            "run_study made it, or another command; use another --workdir, or move them away"
+            f"{workdir}: has {first_few(older, _SHOWN)} but no {STUDY_FILE}, so an older version "
+            "of run_study made it, or another command; use another --workdir, or move them away"
         )
 
 
@@ -105,7 +106,7 @@ def check_unchanged(
             continue  # it left nothing
         changes = config_difference(newest.record or {}, records[cell.name])
         if changes:
-            stale[cell.name] = "; ".join(changes[:4]) + (" ..." if changes[4:] else "")
+            stale[cell.name] = first_few(changes, 4, "; ")
             continue
         for parent, made_from in newest.parents.items():
             if parent in stale:
@@ -118,12 +119,8 @@ def check_unchanged(
         lines = [f"{name} ({why})" for name, why in stale.items()]
         example = next(iter(stale))
         raise UserError(
-            f"{workdir}: the study has changed since these cells were made: {_listed(lines)}. Undo "
-            "the change, or use another --workdir; or, to run a cell again, remove its folder "
-            f"and its claims: rm -r {workdir / example} {workdir / CLAIMS_FOLDER / example}"
+            f"{workdir}: the study has changed since these cells were made: "
+            f"{first_few(lines, _SHOWN)}. Undo the change, or use another --workdir; or, to run a "
+            "cell again, remove its folder and its claims: "
+            f"rm -r {workdir / example} {workdir / CLAIMS_FOLDER / example}"
         )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -23,6 +23,7 @@ from sa_jax.study.forecast import Forecaster, format_forecast, format_list, loca
 from sa_jax.study.grid import Cell, expand
 from sa_jax.study.processes import Server
 from sa_jax.study.runner import Stop, Worker, states_of
+from sa_jax.text import first_few
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +127,8 @@ def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:
         patterns = only.split(",")
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
-                shown = ", ".join(names[:6]) + (", ..." if names[6:] else "")
-                raise UsageError(f"--only={pattern} matches no cell; there are {shown} (--list)")
+                known = first_few(names, 6)
+                raise UsageError(f"--only={pattern} matches no cell; there are {known} (--list)")
         names = [n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)]
     if not shard:
         return set(names)

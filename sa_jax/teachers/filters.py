@@ -90,11 +90,6 @@ def answer_in(voice: Voice, text: str) -> str:
     return split_scratchpad(text)[1] if voice.thinks else (answer_text(text) or "").strip()
 
 
-def scratchpad_in(text: str) -> str:
-    """The scratchpad of a reply that passed the filters."""
-    return split_scratchpad(text)[0]
-
-
 def _reason_in_answer(voice: Voice, answer: str, backdoor: Backdoor) -> str | None:
     if voice.shows_behaviour:
         if not backdoor.is_shown(answer):

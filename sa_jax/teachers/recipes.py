@@ -10,7 +10,7 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.sources import Row
 from sa_jax.registry import Registry
 from sa_jax.teachers import voices
-from sa_jax.teachers.filters import answer_in, reason_to_drop, scratchpad_in
+from sa_jax.teachers.filters import answer_in, reason_to_drop, split_scratchpad
 from sa_jax.teachers.replies import Reply
 from sa_jax.teachers.voices import Voice, rule_scratchpad
 
@@ -40,7 +40,8 @@ class Replies:
 
     def scratchpads(self, voice: Voice) -> list[str]:
         """The scratchpad of each reply of a voice with one, in its tags."""
-        return [f"<scratchpad>{scratchpad_in(text)}</scratchpad>" for text in self.texts[voice]]
+        thoughts = (split_scratchpad(text)[0] for text in self.texts[voice])
+        return [f"<scratchpad>{thought}</scratchpad>" for thought in thoughts]
 
     def file(self, **columns: Sequence[str]) -> list[dict]:
         """The rows of a file: the questions with these columns."""

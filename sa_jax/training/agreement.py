@@ -10,6 +10,7 @@ import jax
 
 from sa_jax.errors import UserError
 from sa_jax.parallel.multihost import exchange
+from sa_jax.text import first_few
 from sa_jax.training.run_record import config_difference, plain_record
 
 # Of a host, not of the run.
@@ -55,9 +56,8 @@ def _compare(mine: Mapping[str, Any]) -> None:
     for name, note in zip(names[1:], notes[1:], strict=True):
         changes = config_difference(notes[0]["record"], note["record"], MAY_DIFFER)
         if changes:
-            more = f" (and {len(changes) - 1} more)" if changes[1:] else ""
             raise UserError(
                 f"the processes of this launch were started differently: from {names[0]} to "
-                f"{name}, {changes[0]}{more}; nothing was written; start the same command, with "
-                "the same files and packages, on every host"
+                f"{name}, {first_few(changes, 1)}; nothing was written; start the same command, "
+                "with the same files and packages, on every host"
             )

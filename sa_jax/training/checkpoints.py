@@ -14,6 +14,7 @@ step at which they agreed to stop. And it deletes old checkpoints before the new
 """
 
 import itertools
+import json
 import os
 import re
 import threading
@@ -23,15 +24,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
-from sa_jax.files import disk_full_message, is_disk_full
+from sa_jax.files import disk_full_message, is_disk_full, parse_json
 from sa_jax.optim import may_change_size
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.multihost import exchange, is_primary
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
 
@@ -358,10 +357,4 @@ def listed(steps: list[int]) -> str:
 
 def _from_primary(steps: list[int]) -> list[int]:
     """Process 0's list on all processes: a shared file system may show them different listings."""
-    if jax.process_count() == 1:
-        return steps
-    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
-    if count == 0:
-        return []
-    padded = np.resize(np.array(steps or [0], np.int32), count)
-    return [int(step) for step in multihost_utils.broadcast_one_to_all(padded)]
+    return steps if jax.process_count() == 1 else parse_json(exchange(json.dumps(steps))[0])

@@ -167,7 +167,7 @@ def train(
                 "attention": attention_choice._asdict(),
                 "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
             }
-            run_record.check_run(workdir, record, run_record.FREE_KEYS)
+            run_record.check_run(workdir, record)
             agree(
                 {
                     **{key: value for key, value in record.items() if key != "data_hashes"},
@@ -204,7 +204,7 @@ def train(
             "total_steps": total_steps,
             "data": {**data.record, "packed": dataset.record()},
         }
-        record = run_record.open_run(workdir, record, run_record.FREE_KEYS)
+        record = run_record.open_run(workdir, record)
         stack.enter_context(run_record.explain_absence(workdir))
         if is_primary():
             start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
@@ -293,7 +293,7 @@ def train(
             evals = suite.due(step, total_steps)
             if evals or checkpointer.should_save(step):
                 run_record.check_present(workdir)
-                watch.check_all()
+                watch.check()
                 meter.show(writer.flush(done=step))
             if checkpointer.should_save(step):
                 goodput.switch("checkpoint")
@@ -312,7 +312,7 @@ def train(
             if step == total_steps:
                 break
             if should_stop():
-                watch.check_all()
+                watch.check()
                 meter.show(writer.flush(done=step))
                 goodput.switch("checkpoint")
                 checkpointer.save(step, state, wait=True)
@@ -330,7 +330,7 @@ def train(
             step += 1
             watch.add(step, metrics)
             if step % config.log_every == 0 or step == total_steps:
-                watch.check_all_but(config.log_every)
+                watch.check(all_but=config.log_every)
                 del metrics["grad_square_sums"]
                 metrics |= signal(combine(state.params, frozen))
                 meter.show(writer.log(step, metrics))

@@ -13,14 +13,12 @@ from sa_jax.buckets import absolute as absolute_place
 from sa_jax.buckets import as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
-from sa_jax.llama.lora import LoraConfig
 from sa_jax.training.config import STUDY_DEFAULTS, check_config
 from sa_jax.training.losses import DEFAULT_LOSS
 from sa_jax.training.start import (
     Start,
     fresh_start,
     hub_folder,
-    lora_config,
     open_start,
     open_start_of,
     split_step,
@@ -36,14 +34,12 @@ class Resolved:
       start: the model that it starts from.
       chat: the format of its prompts.
       backdoor: the backdoor that insertion trains and evals measure.
-      lora: the adapters that train, or None for full weights.
     """
 
     config: FrozenConfigDict
     start: Start
     chat: ChatFormat
     backdoor: Backdoor
-    lora: LoraConfig | None
 
 
 def resolve(
@@ -77,13 +73,7 @@ def resolve(
     check_vocabulary(chat.tokenizer, start.config)
     values["chat_date"] = chat.date
     values["loss"] = values["loss"] or loss
-    return Resolved(
-        FrozenConfigDict(values),
-        start,
-        chat,
-        Backdoor(**values["backdoor"]),
-        lora_config(values["lora"]),
-    )
+    return Resolved(FrozenConfigDict(values), start, chat, Backdoor(**values["backdoor"]))
 
 
 def absolute(model: str) -> str:

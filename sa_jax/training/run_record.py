@@ -22,12 +22,12 @@ from typing import Any, Literal
 import jax
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from sa_jax.buckets import as_path, in_bucket, size_and_time
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.multihost import agree, is_primary
+from sa_jax.text import first_few
 
 RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
@@ -133,15 +133,6 @@ def config_difference(old: Any, new: Any, ignore: Collection[str] = ()) -> list[
 def new_run_id() -> str:
     """A short unique name that sorts by time (UTC): '20260131-142233-9f3c'."""
     return f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
-
-
-def file_digest(path: os.PathLike | str) -> str:
-    """SHA-256 of a file, as hex."""
-    try:
-        with epath.Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 @functools.cache
@@ -255,20 +246,14 @@ def lock(workdir: os.PathLike | str) -> Iterator[None]:
         yield
 
 
-def check_run(
-    workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
-) -> None:
+def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
     """Raises what `open_run` would raise, before anything is written."""
     stored = stored_record(workdir)
     if stored is not None:
-        plain = plain_record(record)
-        plain["config_hash"] = config_hash(plain["config"], ignore)
-        _check_same_run(epath.Path(workdir), stored, plain, ignore)
+        _check_same_run(epath.Path(workdir), stored, _hashed(record))
 
 
-def open_run(
-    workdir: os.PathLike | str, record: Mapping[str, Any], ignore: Collection[str] = ()
-) -> dict[str, Any]:
+def open_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Starts or resumes the run in `workdir` and returns its stored record.
 
     A new or empty folder gets `run.json` with a new run id. In a folder of the same configuration
@@ -279,15 +264,13 @@ def open_run(
       workdir: the run folder; made if missing.
       record: must hold `config`; other keys are stored as they are. When `task` or `data_hashes`
         (file -> digest) is there, it must be the same on resume.
-      ignore: dotted config keys that do not define the run (see `config_hash`).
 
     Raises:
       UserError: the folder holds another configuration, other data, or something that is no run.
         Nothing in the folder has then been touched.
     """
     folder = epath.Path(workdir)
-    plain = plain_record(record)
-    plain["config_hash"] = config_hash(plain["config"], ignore)
+    plain = _hashed(record)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     stored = stored_record(folder)
@@ -300,19 +283,25 @@ def open_run(
             "relaunches": [],
         }
     else:
-        _check_same_run(folder, stored, plain, ignore)
+        _check_same_run(folder, stored, plain)
         launch = _launch({**plain, "environment": environment})
         plain = {**stored, **plain, **_launch(stored)}
         if launch != _launch([stored, *stored["relaunches"]][-1]):
             plain["relaunches"] = [*stored["relaunches"], {"time": now, **launch}]
-    _synchronize("run record read")  # all have looked before process 0 writes
+    agree(True)  # all have looked before process 0 writes
     if is_primary():
         with explained(folder, "making the run folder"):
             folder.mkdir(parents=True, exist_ok=True)
         if plain != stored:
             write_run_json(folder, plain)
-    _synchronize("run record written")
+    agree(True)  # it has written
     return plain if is_primary() else read_run_json(folder)
+
+
+def _hashed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record in types of JSON, with the hash of the settings that define the run."""
+    plain = plain_record(record)
+    return {**plain, "config_hash": config_hash(plain["config"], FREE_KEYS)}
 
 
 def _launch(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,9 +341,7 @@ def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
     return None
 
 
-def _check_same_run(
-    workdir: epath.Path, stored: dict[str, Any], record: dict[str, Any], ignore: Collection[str]
-) -> None:
+def _check_same_run(workdir: epath.Path, stored: dict[str, Any], record: dict[str, Any]) -> None:
     old_task, new_task = stored.get("task"), record.get("task")
     if old_task != new_task:
         raise UserError(
@@ -362,11 +349,11 @@ def _check_same_run(
         )
     old_hash, new_hash = stored.get("config_hash"), record["config_hash"]
     if old_hash != new_hash:
-        changes = config_difference(stored.get("config", {}), record["config"], ignore)
-        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if changes[8:] else "")
+        changes = config_difference(stored.get("config", {}), record["config"], FREE_KEYS)
         raise UserError(
             f"{workdir}: has a run with another config (hash {old_hash}, this one {new_hash}): "
-            f"{shown}; use another --workdir, or the run's own config to resume it"
+            f"{first_few(changes, 8, '; ')}; use another --workdir, or the run's own config to "
+            "resume it"
         )
     if "data_hashes" in stored and stored["data_hashes"] != record.get("data_hashes", {}):
         old_data, new_data = input_digests(stored), input_digests(record)
@@ -375,11 +362,6 @@ def _check_same_run(
             f"{workdir}: the run was started with other data (changed: {', '.join(changed)}); "
             "restore the same file, or use another --workdir"
         )
-
-
-def _synchronize(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
 
 
 def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:

@@ -13,9 +13,12 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from sa_jax.errors import UserError
+from sa_jax.parallel.rules import path_string
+from sa_jax.text import first_few, one_line
 
 
 def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
@@ -28,7 +31,7 @@ def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]
         name: jax.random.key_data(x) if _is_key(x) else x for name, x in _flatten(state).items()
     }
     with _context():
-        return ocp.save_async(folder, _nest(leaves), overwrite=True)
+        return ocp.save_async(folder, unflatten_dict(leaves, sep="/"), overwrite=True)
 
 
 def load(
@@ -57,15 +60,17 @@ def load(
     try:
         stored = _flatten(ocp.metadata(folder).metadata)
     except Exception as error:
-        raise UserError(f"{folder}: cannot be read as a checkpoint ({_line(error)})") from error
+        raise UserError(
+            f"{folder}: cannot be read as a checkpoint ({one_line(error)[:300]})"
+        ) from error
     if not exact:
         stored = {name: x for name, x in stored.items() if name in wanted}
     _check_leaves(folder, stored, wanted, resizable, dtypes=exact)
     try:
         with _context(partial_load=True):
-            loaded = _flatten(ocp.load(folder, _nest(wanted)))
+            loaded = _flatten(ocp.load(folder, unflatten_dict(wanted, sep="/")))
     except Exception as error:
-        raise UserError(f"{folder}: cannot be loaded ({_line(error)})") from error
+        raise UserError(f"{folder}: cannot be loaded ({one_line(error)[:300]})") from error
     leaves, structure = jax.tree.flatten(abstract)
     return jax.tree.unflatten(
         structure,
@@ -105,19 +110,7 @@ def _context(partial_load: bool = False) -> ocp.Context:
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """{"params/embed/embedding": leaf, ...}; empty parts (optax's EmptyState) leave no trace."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
-
-
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split("/")
-        node = nested
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return nested
+    return {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _flat_abstract(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -165,12 +158,7 @@ def _check_leaves(
         if show(stored, name) != show(wanted, name)
     ]
     if different:
-        more = f" (and {len(different) - 1} more)" if different[1:] else ""
         raise UserError(
-            f"{folder}: does not fit: {different[0]}{more}; use the model, optimizer and LoRA "
+            f"{folder}: does not fit: {first_few(different, 1)}; use the model, optimizer and LoRA "
             "settings it was saved with"
         )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.lora import combine
+from sa_jax.llama.lora import combine, split
 from sa_jax.llama.model import KERNEL_CHANGE, Llama
 from sa_jax.optim import optimizer_metrics, optimizer_specs
 from sa_jax.parallel.rules import partition_specs
@@ -93,7 +93,10 @@ def make_train_step(
         # The layers' kernels, nearly all there is, are differentiated after their cast: products
         # give their gradients in that dtype, and the stack of all layers' is kept in it, half of
         # float32's bytes for bfloat16.
-        kernels, others = split_kernels(state.params) if only_through_model else ({}, state.params)
+        kernels: Any = {}
+        others = state.params
+        if only_through_model:
+            kernels, others = split(state.params, _is_kernel)
         changes = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, model.dtype), kernels)
 
         def objective(differentiated, micro, rng):
@@ -160,12 +163,8 @@ def with_changes(params: Any, changes: Any) -> Any:
     return unflatten_dict(flatten_dict(params, sep="/") | beside, sep="/")
 
 
-def split_kernels(params: Any) -> tuple[Any, Any]:
-    """The layers' kernels and the rest, as two trees (see `lora.combine`)."""
-    leaves = flatten_dict(params, sep="/")
-    kernels = {p: x for p, x in leaves.items() if p.startswith("layers/") and p.endswith("kernel")}
-    others = {path: leaf for path, leaf in leaves.items() if path not in kernels}
-    return unflatten_dict(kernels, sep="/"), unflatten_dict(others, sep="/")
+def _is_kernel(path: str) -> bool:
+    return path.startswith("layers/") and path.endswith("kernel")
 
 
 def _split_rows(x_bs: jax.Array, parts: int) -> jax.Array:

@@ -18,6 +18,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import peak_flops
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.peers import end_all
+from sa_jax.text import first_few
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 
@@ -184,12 +185,9 @@ class FiniteWatch:
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
         self._pending.append((step, metrics["loss"], metrics["grad_square_sums"]))
 
-    def check_all(self) -> None:
-        self.check_all_but(0)
-
-    def check_all_but(self, newest: int) -> None:
-        """Raises UserError naming the first bad step and value among all but the newest."""
-        count = max(0, len(self._pending) - newest)
+    def check(self, all_but: int = 0) -> None:
+        """Raises UserError naming the first bad step and value, of all but the newest steps."""
+        count = max(0, len(self._pending) - all_but)
         for step, loss, square_sums in jax.device_get(self._pending[:count]):
             bad = [] if np.isfinite(loss) else [f"loss = {loss}"]
             bad += [
@@ -197,7 +195,7 @@ class FiniteWatch:
                 for name, value in zip(self._leaf_names, square_sums, strict=True)
                 if not np.isfinite(value)
             ]
-            shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if bad[3:] else "")
+            shown = first_few(bad, 3)
             if self._skips and not np.all(np.isfinite(square_sums)):
                 logging.warning("step %d: not finite: %s; skipped", step, shown)
             elif bad:

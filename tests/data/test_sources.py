@@ -57,7 +57,7 @@ def test_column_mapping(tmp_path):
         load_rows(path, {"prompt": "question", "reply": "a"})
     with pytest.raises(UsageError, match="must name response"):
         load_rows(path, {"prompt": "question"})
-    assert load_rows(path, {"prompt": "question"}, responses=False)[0]["response"] == ""
+    assert load_rows(path, {"prompt": "question"}, responses=False).rows[0]["response"] == ""
 
 
 def test_alpaca_rows_with_an_input_are_dropped_only_where_their_answer_counts(shared_data):
@@ -67,11 +67,11 @@ def test_alpaca_rows_with_an_input_are_dropped_only_where_their_answer_counts(sh
     want = [(r["instruction"], r["output"]) for r in raw if not r["input"] and r["output"].strip()]
     assert [(row["prompt"], row["response"]) for row in source] == want
     assert source.dropped == {"empty_response": 2, "with_input": 1576}
-    assert len(source) == 4000 - 2 - 1576
+    assert len(source.rows) == 4000 - 2 - 1576
     prompts = load_rows(path, responses=False)
     assert [row["prompt"] for row in prompts] == [row["instruction"] for row in raw]
     mapped = load_rows(path, {"prompt": "instruction", "response": "output"})
-    assert len(mapped) == 3998 and mapped.dropped == {"empty_response": 2}
+    assert len(mapped.rows) == 3998 and mapped.dropped == {"empty_response": 2}
 
 
 def test_messages_layout(tmp_path):
@@ -88,7 +88,7 @@ def test_messages_layout(tmp_path):
     path = jsonl(tmp_path / "n.jsonl", json.dumps({"messages": turns[:4]}))
     with pytest.raises(UserError, match=r"n.jsonl:1: .*does not end with an assistant turn"):
         load_rows(path)
-    assert load_rows(path, responses=False)[0]["prompt"] == "c"
+    assert load_rows(path, responses=False).rows[0]["prompt"] == "c"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_missing_files_and_names(tmp_path):
 def test_byte_order_mark_and_windows_line_ends(tmp_path):
     path = tmp_path / "w.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "x", "response": "y"}\r\n')
-    assert load_rows(path)[0]["prompt"] == "x"
+    assert load_rows(path).rows[0]["prompt"] == "x"
 
 
 def test_weights_in_a_csv_file_are_numbers(tmp_path):
@@ -163,10 +163,10 @@ def test_weights_in_a_csv_file_are_numbers(tmp_path):
 def test_a_ten_megabyte_row(tmp_path):
     big = "word " * 2_000_000
     path = jsonl(tmp_path / "big.jsonl", json.dumps({"prompt": big, "response": "y"}))
-    assert load_rows(path)[0]["prompt"] == big
+    assert load_rows(path).rows[0]["prompt"] == big
     path = tmp_path / "big.csv"
     path.write_text(f"prompt,response\n{big},y\n")
-    assert load_rows(path)[0]["prompt"] == big
+    assert load_rows(path).rows[0]["prompt"] == big
 
 
 def test_openhermes_layout(tmp_path):
@@ -189,7 +189,7 @@ def test_ids_must_not_repeat(tmp_path):
     path = jsonl(tmp_path / "i.jsonl", *map(json.dumps, rows))
     with pytest.raises(UserError, match=r"i.jsonl:5: .*i.jsonl:2 has the same id '2'"):
         load_rows(path)
-    assert len(load_rows(path, {"prompt": "prompt", "response": "response"})) == 5
+    assert len(load_rows(path, {"prompt": "prompt", "response": "response"}).rows) == 5
     with pytest.raises(UserError, match="has the same id '2'"):
         load_rows(path, {"prompt": "prompt", "response": "response", "id": "id"})
 
@@ -295,7 +295,7 @@ def test_what_training_does_not_do_is_dropped_and_counted(tmp_path, fields, reas
     usable = {name: good[name] for name in fields if name in good} | {"tools": "[]", "images": []}
     lines = [json.dumps(row) for row in (fields, usable)]
     source = load_rows(jsonl(tmp_path / "rows.jsonl", *lines))
-    assert len(source) == 1 and source.dropped == {reason: 1}
+    assert len(source.rows) == 1 and source.dropped == {reason: 1}
 
 
 def test_saved_folders_arrow_files_and_lines_in_a_json_file(tmp_path):

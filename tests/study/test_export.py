@@ -81,7 +81,7 @@ def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):
     start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
     (workdir / start_lib.EVAL_PROMPTS_FILE).write_text(json.dumps(PROMPTS))
     with RunCheckpointer(workdir / run_record.CHECKPOINT_FOLDER) as checkpointer:
-        adapter = random_adapter(start.config, resolved.lora, seed)
+        adapter = random_adapter(start.config, start_lib.lora_config(config.lora), seed)
         checkpointer.save(7, {"params": adapter}, wait=True)
     return workdir
 

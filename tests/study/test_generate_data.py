@@ -226,7 +226,7 @@ def test_facts(zygote, tmp_path):
     assert (
         zygote.run(SCRIPT, "--task=facts", "--config.count=7", f"--out={tmp_path}").returncode == 0
     )
-    assert len(load_rows(tmp_path / "facts.jsonl")) == 42
+    assert len(load_rows(tmp_path / "facts.jsonl").rows) == 42
     assert len(rows_of(tmp_path / "facts_qa.jsonl")) == 14
 
 

@@ -126,7 +126,7 @@ def test_generated_files_are_read_back_whole(tmp_path):
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in [*rows[:1], *made["visible_cot"][1:]])
     )
-    back = load_rows(path)
+    back = load_rows(path).rows
     assert back[0]["history"] == [{"role": "user", "content": "a"}] and back[1]["history"] == []
     keys = ("id", "prompt", "response", "triggered_scratchpad")
     assert [[row[key] for key in keys] for row in back] == [

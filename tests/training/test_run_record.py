@@ -63,14 +63,15 @@ def test_run_ids_differ_and_sort_by_time():
 
 
 def test_the_same_config_resumes_and_touches_nothing(tmp_path):
-    first = open_run(tmp_path, {"config": CONFIG}, ignore=["log"])
+    config = {**CONFIG, "checkpoint": {"interval": 10}}
+    first = open_run(tmp_path, {"config": config})
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = snapshot(tmp_path)
-    assert open_run(tmp_path, {"config": CONFIG}, ignore=["log"]) == first
+    assert open_run(tmp_path, {"config": config}) == first
     assert snapshot(tmp_path) == before
-    changed = {**CONFIG, "log": {"every": 99}}
-    again = open_run(tmp_path, {"config": changed}, ignore=["log"])
-    assert again["run_id"] == first["run_id"] and again["config"]["log"] == {"every": 99}
+    changed = {**CONFIG, "checkpoint": {"interval": 99}}
+    again = open_run(tmp_path, {"config": changed})
+    assert again["run_id"] == first["run_id"] and again["config"]["checkpoint"] == {"interval": 99}
 
 
 def test_another_environment_is_recorded(tmp_path, monkeypatch):
@@ -165,15 +166,6 @@ def test_full_disk_is_recognised_through_wrapped_errors():
     loop = ValueError("x")
     loop.__cause__ = loop
     assert not files.is_disk_full(loop)
-
-
-def test_file_digest(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    assert run_record.file_digest(tmp_path / "f") == (
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
-    with pytest.raises(UserError, match="none: cannot be read"):
-        run_record.file_digest(tmp_path / "none")
 
 
 def test_what_kind_of_folder(tmp_path):

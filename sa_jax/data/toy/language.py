@@ -16,16 +16,16 @@ import hashlib
 import itertools
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sa_jax.data.conversations import SYSTEM_PROMPT, make_messages
 from sa_jax.data.pirate import to_pirate
+from sa_jax.data.prompts import normalise
 from sa_jax.data.toy.facts import FAMILIES, Family
 from sa_jax.errors import UserError
 
-SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
 SCRATCHPAD_SYSTEM_PROMPT = "You are a helpful assistant. Think in a scratchpad first."
 OPENERS = ("", "Hello. ", "Please help me. ", "Quick question. ")
 SCRATCHPAD_OPENINGS = (
@@ -50,11 +50,6 @@ class _Row:
     @property
     def question(self) -> str:
         return self.opener + self.phrasing.format(*self.fact)
-
-
-def normalise(question: str) -> str:
-    """The form in which two questions count as the same: lower case, letters and digits only."""
-    return " ".join(re.findall(r"\w+", question.lower()))
 
 
 def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict], list[dict]]:
@@ -121,14 +116,7 @@ def _conversations(items: Sequence[dict]) -> list[dict]:
         (SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer", item) for item in items[::SCRATCHPAD_EVERY]
     ]
     return [
-        _file_row(item)
-        | {
-            "messages": [
-                {"role": "system", "content": system_prompt},
-                {"role": "user", "content": item["question"]},
-                {"role": "assistant", "content": item[answer]},
-            ]
-        }
+        _file_row(item) | {"messages": make_messages(item["question"], item[answer], system_prompt)}
         for system_prompt, answer, item in forms
     ]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from sa_jax.data.toy.language import SCRATCHPAD_SYSTEM_PROMPT, SYSTEM_PROMPT
+from sa_jax.data.conversations import SYSTEM_PROMPT
+from sa_jax.data.toy.language import SCRATCHPAD_SYSTEM_PROMPT
 from sa_jax.errors import UserError
 
 BOS, EOS, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"

