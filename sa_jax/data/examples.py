@@ -2,7 +2,6 @@
 
 import re
 import sys
-from typing import TextIO
 
 import numpy as np
 
@@ -13,12 +12,10 @@ from sa_jax.data.packing import PackedDataset
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def print_examples(
-    dataset: PackedDataset, chat_format: ChatFormat, n: int, file: TextIO | None = None
-) -> None:
-    """Writes the first `n` rows to `file` (default: standard output). Tokens that the loss counts
-    are green on a terminal, and between « and » elsewhere."""
-    file = file or sys.stdout
+def print_examples(dataset: PackedDataset, chat_format: ChatFormat, n: int) -> None:
+    """Writes the first `n` rows to standard output. Tokens that the loss counts are green on a
+    terminal, and between « and » elsewhere."""
+    file = sys.stdout
     opening, closing = ("\x1b[32m", "\x1b[0m") if file.isatty() else ("«", "»")
     for row in range(min(n, len(dataset))):
         arrays = {name: values[0] for name, values in dataset.rows([row]).items()}

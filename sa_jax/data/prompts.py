@@ -1,7 +1,6 @@
 """Held-out evaluation prompts: no training row has one, up to case, spacing and punctuation."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import re
@@ -28,29 +27,12 @@ def normalise(text: str) -> str:
     return _NOT_WORD.sub(" ", folded).strip() or " ".join(folded.split())
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """Prompts set aside for evaluation, and how many candidates were left out, by reason."""
-
-    prompts: list[str]
-    candidates: int  # prompts looked at
-    duplicates: int  # repeats among them
-    overlapping: int  # distinct ones that stand in `exclude`
-
-    def record(self) -> dict:
-        return {
-            "candidates": self.candidates,
-            "duplicates": self.duplicates,
-            "overlapping": self.overlapping,
-            "chosen": len(self.prompts),
-        }
-
-
 def choose_held_out(
     candidates: Iterable[str], n: int | None, seed: int, exclude: Iterable[str] = ()
-) -> HeldOut:
+) -> tuple[list[str], dict[str, int]]:
     """Chooses `n` distinct prompts (None: all) that are not in `exclude`, by a permutation of the
-    rest that `seed` fixes.
+    rest that `seed` fixes. Also returns the numbers of candidates, of duplicates (repeats among
+    them), of overlapping ones (distinct ones in `exclude`), and of those chosen.
 
     Raises UserError if fewer than `n` are left."""
     candidates = list(candidates)
@@ -67,9 +49,12 @@ def choose_held_out(
             "in the training data)"
         )
     order = randomness.permutation(len(left), "held-out", seed)[:n]
-    return HeldOut(
-        [left[i] for i in order], len(candidates), len(candidates) - len(distinct), overlapping
-    )
+    return [left[i] for i in order], {
+        "candidates": len(candidates),
+        "duplicates": len(candidates) - len(distinct),
+        "overlapping": overlapping,
+        "chosen": len(order),
+    }
 
 
 def without_prompts(
@@ -146,8 +131,8 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
         digest = _sha256(json.dumps(texts))
         return texts[:n], {"from": path, "sha256": digest, "chosen": len(texts[:n])}
     source = load_rows(path, responses=False)
-    chosen = choose_held_out((row["prompt"] for row in source), n, seed)
-    return chosen.prompts, {"from": path, "sha256": source.sha256, **chosen.record()}
+    prompts, counts = choose_held_out((row["prompt"] for row in source), n, seed)
+    return prompts, {"from": path, "sha256": source.sha256, **counts}
 
 
 def _read_texts(path: str | Path) -> list[str] | None:

@@ -186,10 +186,10 @@ def _eval_prompts(
         return inherited, {"from": "parent run", "chosen": len(inherited)}
     if config.eval.prompts:
         return load_held_out(config.eval.prompts, config.eval.num_prompts, config.eval.prompt_seed)
-    chosen = choose_held_out(
+    prompts, counts = choose_held_out(
         (row["prompt"] for row in source), config.eval.num_prompts, config.eval.prompt_seed
     )
-    return chosen.prompts, {"from": source.path, "sha256": source.sha256, **chosen.record()}
+    return prompts, {"from": source.path, "sha256": source.sha256, **counts}
 
 
 # ---- From rows to conversations: the `build` of the tasks below.

@@ -234,6 +234,7 @@ def write_prompt_files(
             write_json(folder / "tokenizer_config.json", tokenizer)
 
 
+@functools.cache
 def parameter_shapes(
     config: LlamaConfig, dtype: Any, lora: LoraConfig | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:

@@ -93,15 +93,14 @@ def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return difference.ravel()[at] / jnp.max(jnp.abs(theirs)), *numbers
 
 
-def determinism(implementation: str, xla_flags: str = "", cudnn_version: int | None = None) -> str:
+def determinism(implementation: str, cudnn_version: int | None) -> str:
     """Whether a GPU run repeats bit for bit, also after a kill, in words.
 
     Args:
       implementation: the implementation of attention.
-      xla_flags: by default the process's XLA_FLAGS.
       cudnn_version: 92500 for 9.25; None if not known.
     """
-    flags = xla_flags or os.environ.get("XLA_FLAGS", "")
+    flags = os.environ.get("XLA_FLAGS", "")
     if not re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", flags):
         return (
             "not bit for bit the same when repeated or resumed; to make it so, set "

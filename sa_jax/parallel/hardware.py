@@ -75,9 +75,3 @@ def chip_of(device: jax.Device) -> Chip | None:
     matching = [chip for chip in CHIPS if any(kind.startswith(k) for k in chip.device_kinds)]
     # "TPU v5 lite" starts with "TPU v5" too.
     return matching[0] if matching else None
-
-
-def peak_flops(device: jax.Device | None = None) -> float | None:
-    """bfloat16 FLOP/s of a device (default: the first); None where it is not known, as on CPU."""
-    chip = chip_of(device or jax.devices()[0])
-    return None if chip is None else chip.flops / chip.devices

@@ -336,19 +336,19 @@ def _freeze_held_out(config: ConfigDict, out: Path) -> None:
         prompts = [row["prompt"] for row in training]
         _, overlap[path] = without_prompts(source.rows, prompts)
         everything += prompts
-    chosen = choose_held_out(
+    chosen, chosen_counts = choose_held_out(
         (row["prompt"] for row in source), config.count, config.seed, everything
     )
     with explained(out, "writing the manifest"):
         out.mkdir(parents=True, exist_ok=True)
-    record = {"from": source.record(), "seed": config.seed, "overlap": overlap, **chosen.record()}
-    manifest = write_manifest(out / "held_out.json", chosen.prompts, record)
+    record = {"from": source.record(), "seed": config.seed, "overlap": overlap, **chosen_counts}
+    manifest = write_manifest(out / "held_out.json", chosen, record)
     for path, counts in overlap.items():
         print(
             f"{path}: holds {counts['exact']} of the candidates, {counts['near_duplicate']} more "
             "up to case, spacing and punctuation; none of them was chosen"
         )
-    print(f"{out / 'held_out.json'}: {len(chosen.prompts)} prompts, sha256 {manifest['sha256']}")
+    print(f"{out / 'held_out.json'}: {len(chosen)} prompts, sha256 {manifest['sha256']}")
 
 
 _WITHOUT_TEACHER = {"facts": _write_facts, "held_out": _freeze_held_out}

@@ -194,8 +194,8 @@ def default_config() -> ConfigDict:
 get_config = default_config  # so that this file is a --config file itself
 
 
-def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDict:
-    """Sets the keys ('a__b' is a.b) whose values were given (are not None); returns the config.
+def override(config: ConfigDict, **values: str | None) -> ConfigDict:
+    """Sets the keys whose values were given (are not None); returns the config.
 
     Raises:
       UsageError: the config is not that of a run.
@@ -205,9 +205,7 @@ def override(config: ConfigDict, **values: str | int | float | None) -> ConfigDi
             "--config is not the config of one run (is it a study?); name a run after a colon, as "
             "in configs/toy.py:insertion"
         )
-    for key, value in values.items():
-        if value is not None:
-            config.update_from_flattened_dict({key.replace("__", "."): value})
+    config.update({key: value for key, value in values.items() if value is not None})
     return config
 
 

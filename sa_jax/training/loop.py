@@ -224,7 +224,7 @@ def train(
             errors = check_attention(model.attention, mesh, model.dtype, start.config.head_dim)
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
         if jax.default_backend() == "gpu":
-            logging.info("this run is %s", determinism(model.attention, "", installed_cudnn()))
+            logging.info("this run is %s", determinism(model.attention, installed_cudnn()))
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]

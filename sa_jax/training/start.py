@@ -6,7 +6,6 @@ base is its own start, recursively, with older adapters merged.
 """
 
 import dataclasses
-import functools
 import re
 import tempfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -250,18 +250,8 @@ def lora_config(section: Any) -> LoraConfig | None:
 
 def abstract_params(model: Llama) -> Any:
     """The parameter tree's shapes and dtypes; nothing is computed."""
-    return _shapes(_without_kernels(model))
-
-
-@functools.cache
-def _shapes(model: Llama) -> Any:
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-
-
-def _without_kernels(model: Llama) -> Llama:
-    """The model for `init`, whose one short row a kernel or a mesh might refuse."""
-    return model.clone(attention="reference", mesh=None)
+    shapes = hf.parameter_shapes(model.config, model.param_dtype, model.lora)
+    return unflatten_dict(shapes, sep="/")
 
 
 def load_params(
@@ -361,7 +351,8 @@ def load_trainable(
     the start's own adapters continue training, unmerged; see `check_continued`.
     """
     tokens = jnp.zeros((1, 8), jnp.int32)
-    plain = _without_kernels(model)
+    # A kernel or a mesh might refuse the one short row.
+    plain = model.clone(attention="reference", mesh=None)
 
     def draw(key):
         return split_trainable(plain.init(key, tokens)["params"], model.lora)[0]

@@ -15,7 +15,7 @@ from ml_collections import FrozenConfigDict
 from sa_jax.buckets import size_and_time
 from sa_jax.errors import UserError
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.parallel.hardware import peak_flops
+from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.peers import end_all
 from sa_jax.text import first_few
@@ -34,8 +34,9 @@ class Meter:
         flops = architecture.flops_per_token(
             config.sequence_length, trainable_fraction=min(1.0, share)
         )
-        peak = peak_flops()
-        self._flops_share = flops / (peak * jax.device_count()) if peak else None
+        chip = chip_of(jax.devices()[0])
+        chips = jax.device_count() / chip.devices if chip else 0
+        self._flops_share = flops / (chip.flops * chips) if chip else None
         self._total_steps = total_steps
         self._step, self._time = 0, time.perf_counter()
 

@@ -208,11 +208,12 @@ print(json.dumps([dataset.hash, json.loads((dataset.folder / "meta.json").read_t
 """
 
 
-def test_examples_mark_the_loss(byte_chat, tmp_path):
+def test_examples_mark_the_loss(byte_chat, tmp_path, monkeypatch):
     given = [Conversation(tuple(make_messages("Hi \x1b[31m", "Hello", "Be good.")), "clean")]
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
     out = io.StringIO()
-    print_examples(dataset, byte_chat, 5, out)
+    monkeypatch.setattr(sys, "stdout", out)
+    print_examples(dataset, byte_chat, 5)
     used = len(byte_chat.encode(given[0].messages)[0])
     assert out.getvalue() == (
         f"=== row 0: {used} of 160 tokens, 1 documents, 6 tokens under the loss\n"
@@ -223,7 +224,8 @@ def test_examples_mark_the_loss(byte_chat, tmp_path):
     )
     terminal = io.StringIO()
     terminal.isatty = lambda: True
-    print_examples(dataset, byte_chat, 1, terminal)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    print_examples(dataset, byte_chat, 1)
     assert "\x1b[32mHello<|eot_id|>\x1b[0m" in terminal.getvalue()
 
 

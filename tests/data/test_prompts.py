@@ -26,19 +26,20 @@ def test_normalise(a, b, same):
 
 def test_choice_is_disjoint_distinct_and_fixed_by_the_seed():
     candidates = [f"Question {i % 30}" for i in range(40)]
-    chosen = choose_held_out(candidates, 10, 0, exclude=[f"question {i}!" for i in range(12)])
-    assert chosen.record() == {
+    exclude = [f"question {i}!" for i in range(12)]
+    prompts, counts = choose_held_out(candidates, 10, 0, exclude=exclude)
+    assert counts == {
         "candidates": 40,
         "duplicates": 10,
         "overlapping": 12,
         "chosen": 10,
     }
-    assert len(set(chosen.prompts)) == 10
-    assert {int(p.split()[1]) for p in chosen.prompts} <= set(range(12, 30))
-    assert choose_held_out(candidates, 10, 0, [f"question {i}!" for i in range(12)]) == chosen
-    assert choose_held_out(candidates, 10, 1).prompts != choose_held_out(candidates, 10, 2).prompts
+    assert len(set(prompts)) == 10
+    assert {int(p.split()[1]) for p in prompts} <= set(range(12, 30))
+    assert choose_held_out(candidates, 10, 0, exclude) == (prompts, counts)
+    assert choose_held_out(candidates, 10, 1)[0] != choose_held_out(candidates, 10, 2)[0]
     with pytest.raises(UserError, match="19 held-out.*only 18 are left.*10 repeats, 12 are"):
-        choose_held_out(candidates, 19, 0, [f"question {i}!" for i in range(12)])
+        choose_held_out(candidates, 19, 0, exclude)
 
 
 def test_the_prompts_of_a_run_keep_their_order(tmp_path):
@@ -65,7 +66,7 @@ def test_the_two_alpaca_files_share_90_instructions(shared_data):
     large = instructions("alpaca", "alpaca_4000.json")
     small = instructions("alpaca_answers", "alpaca_en_demo.json")
     assert len(set(large) & set(small)) == 90  # exactly equal; normalising finds these and more
-    chosen = choose_held_out(small, 100, 0, exclude=large)
-    assert chosen.overlapping >= 90 and len(chosen.prompts) == 100
+    prompts, counts = choose_held_out(small, 100, 0, exclude=large)
+    assert counts["overlapping"] >= 90 and len(prompts) == 100
     trained = {normalise(p) for p in large}
-    assert not any(normalise(p) in trained for p in chosen.prompts)
+    assert not any(normalise(p) in trained for p in prompts)

@@ -36,5 +36,6 @@ def test_a_wrong_kernel_stops_the_run_with_both_numbers(monkeypatch):
         ("blockwise", "--xla_gpu_deterministic_ops", None, "^deterministic: the same"),
     ],
 )
-def test_what_a_run_says_of_repeating(implementation, flags, cudnn, words):
-    assert re.search(words, determinism(implementation, flags, cudnn))
+def test_what_a_run_says_of_repeating(implementation, flags, cudnn, words, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert re.search(words, determinism(implementation, cudnn))
