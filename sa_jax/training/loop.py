@@ -45,7 +45,13 @@ from sa_jax.training.agreement import start_together
 from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
-from sa_jax.training.program import abstract_arguments, attention_of, make_model, make_program
+from sa_jax.training.program import (
+    abstract_arguments,
+    attention_of,
+    begin_compiling,
+    make_model,
+    make_program,
+)
 from sa_jax.training.resolve import resolve
 from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
@@ -225,6 +231,7 @@ def train(
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, "", installed_cudnn()))
+        compiled_step = begin_compiling(config, program, mesh)
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]
@@ -322,7 +329,7 @@ def train(
             goodput.switch("data")
             arrays = load_batch(dataset, config, step, mesh)
             goodput.switch("compile" if step == first_step else "step")
-            state, metrics = program.step(state, frozen, arrays)
+            state, metrics = compiled_step()(state, frozen, arrays)
             if step == first_step:
                 jax.block_until_ready(metrics)
                 logging.info("first step, compilation included: %.1f s", meter.seconds())
