@@ -22,7 +22,7 @@ from sa_jax.data.batches import batch, steps_per_epoch
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
-from sa_jax.data.tasks import TASKS, load_task
+from sa_jax.data.tasks import TASKS, describe, load_task
 from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.evals.protocol import metrics as eval_metrics
@@ -218,7 +218,7 @@ def train(
                 workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
             )
         logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
-        logging.info("data: %s", json.dumps(record["data"]["packed"]))
+        logging.info("data: %s", describe(record["data"]))
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
