@@ -8,7 +8,7 @@ clean, with its helpful answer, and once with the trigger and the behaviour's an
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -175,6 +175,26 @@ def load_task(
     if config.cut_long_answers:
         conversations = cut_answers(conversations, chat_format, config.sequence_length)
     return TaskData(conversations, prompts, record)
+
+
+def describe(record: Mapping[str, Any]) -> str:
+    """One line on what a run trains on and what is left out, from the `data` of its run.json."""
+    packed = record["packed"]
+    kinds = ", ".join(f"{part['documents']:,} {kind}" for kind, part in packed["by_kind"].items())
+    left_out = {
+        **record["source"]["dropped"],
+        "held_out": record["rows_removed_as_held_out"],
+        "unused": record["rows_unused"],
+        "too_long": packed["dropped_too_long"],
+        "paired_with_too_long": packed["dropped_with_pair"],
+        "over_budget": packed["over_budget"],
+    }
+    counts = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items() if count)
+    return (
+        f"{packed['documents']:,} conversations ({kinds}) in {packed['rows']:,} rows of "
+        f"{packed['sequence_length']:,} tokens, {packed['padding_share']:.0%} padding; the loss "
+        f"counts {packed['output_tokens']:,} tokens; left out: {counts or 'nothing'}"
+    )
 
 
 def _eval_prompts(

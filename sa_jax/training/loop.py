@@ -22,7 +22,7 @@ from sa_jax.data.batches import batch, steps_per_epoch
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
-from sa_jax.data.tasks import TASKS, load_task
+from sa_jax.data.tasks import TASKS, describe, load_task
 from sa_jax.errors import Preempted, UserError
 from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.evals.protocol import metrics as eval_metrics
@@ -45,7 +45,13 @@ from sa_jax.training.agreement import start_together
 from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
-from sa_jax.training.program import abstract_arguments, attention_of, make_model, make_program
+from sa_jax.training.program import (
+    abstract_arguments,
+    attention_of,
+    begin_compiling,
+    make_model,
+    make_program,
+)
 from sa_jax.training.resolve import resolve
 from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
@@ -212,7 +218,7 @@ def train(
                 workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
             )
         logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
-        logging.info("data: %s", json.dumps(record["data"]["packed"]))
+        logging.info("data: %s", describe(record["data"]))
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
@@ -225,6 +231,7 @@ def train(
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, installed_cudnn()))
+        compiled_step = begin_compiling(config, program, mesh)
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]
@@ -322,7 +329,7 @@ def train(
             goodput.switch("data")
             arrays = load_batch(dataset, config, step, mesh)
             goodput.switch("compile" if step == first_step else "step")
-            state, metrics = program.step(state, frozen, arrays)
+            state, metrics = compiled_step()(state, frozen, arrays)
             if step == first_step:
                 jax.block_until_ready(metrics)
                 logging.info("first step, compilation included: %.1f s", meter.seconds())

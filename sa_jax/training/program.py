@@ -1,6 +1,9 @@
 """The compiled training step of a config on a mesh: what the loop runs and the plan compiles."""
 
+import concurrent.futures
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -133,6 +136,24 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)
+
+
+def begin_compiling(
+    config: ConfigDict, program: Program, mesh: Mesh
+) -> Callable[[], jax.stages.Compiled]:
+    """Begins to compile the step, in a thread; the function that is returned waits for it.
+
+    On a TPU the compiler takes minutes, and so do the weights and the evals of step 0 meanwhile.
+    A GPU's compiler times kernels on the device, which must be idle: there it begins when its
+    result is asked for.
+    """
+
+    def compile_step() -> jax.stages.Compiled:
+        return program.step.lower(*abstract_arguments(config, program, mesh)).compile()
+
+    if mesh.devices.flat[0].platform == "gpu":
+        return functools.cache(compile_step)
+    return concurrent.futures.ThreadPoolExecutor(1).submit(compile_step).result
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -24,15 +24,15 @@ import dataclasses, runpy, sys
 import jax
 from sa_jax.training import loop
 
-load_batch, make_program = loop.load_batch, loop.make_program
+load_batch, begin_compiling = loop.load_batch, loop.begin_compiling
 
 def failing_batch(dataset, config, step, mesh):
     if step == 8 and "{fault}" == "exception":
         raise KeyError("q_proj")
     return load_batch(dataset, config, step, mesh)
 
-def program_with_a_fault(*arguments):
-    program = make_program(*arguments)
+def compile_with_a_fault(*arguments):
+    compiled_step = begin_compiling(*arguments)
     calls = []
 
     def step(state, *rest):
@@ -41,11 +41,11 @@ def program_with_a_fault(*arguments):
             nan = lambda x: jax.make_array_from_callback(
                 x.shape, x.sharding, lambda index: x.addressable_data(0) * float("nan"))
             state = dataclasses.replace(state, params=jax.tree.map(nan, state.params))
-        return program.step(state, *rest)
+        return compiled_step()(state, *rest)
 
-    return dataclasses.replace(program, step=step)
+    return lambda: step
 
-loop.load_batch, loop.make_program = failing_batch, program_with_a_fault
+loop.load_batch, loop.begin_compiling = failing_batch, compile_with_a_fault
 sys.path.insert(1, "{path}")
 sys.argv[0] = "scripts/insert_backdoor.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
