@@ -27,7 +27,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
-from sa_jax.training.run_record import RUN_FILE
+from sa_jax.training.run_record import RUN_FILE, config_difference
 from sa_jax.training.watch import StallWatch
 
 MODEL_FILE = "model.json"  # in an --out: which model its evals are of
@@ -312,13 +312,14 @@ def _refuse_other_evals(
             stored = records.read_summary(folder, name)
             if stored is None:
                 continue
-            wanted = {"settings": each.settings, "data_hashes": each.data_hashes}
-            wanted = json.loads(json.dumps(wanted, default=dict))
-            differ = [
-                f"{key} is {part[0].get(key)!r} there and {part[1].get(key)!r} now"
-                for part in ((stored.get(p, {}), wanted[p]) for p in ("settings", "data_hashes"))
-                for key in part[0] | part[1]
-                if key not in free and part[0].get(key) != part[1].get(key)
+            wanted = json.loads(json.dumps(dict(each.settings), default=dict))
+            keys = dict.fromkeys(wanted | stored["settings"])  # null where it is absent
+            differ = config_difference(keys | stored["settings"], keys | wanted, free)
+            known = stored.get("data_hashes", {})
+            differ += [
+                f"other questions or documents of {source}"
+                for source in {**known, **each.data_hashes}
+                if known.get(source) != each.data_hashes.get(source)
             ]
             if differ:
                 curve = "" if at == step else f", and step {step:,} would be on one curve with it"

@@ -90,13 +90,16 @@ def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
     with pytest.raises(
-        UserError, match="mmlu.json exists, with .* .shots is 0 there and 5 now.; give"
+        UserError, match=r"mmlu.json exists, with other settings or data \(shots: 0 -> 5\); give"
     ):
         refuse({"mmlu": "1"}, shots=5)
-    with pytest.raises(UserError, match="limit is None there and 3 now"):
+    with pytest.raises(UserError, match=r"\(limit: null -> 3\)"):
         refuse({"mmlu": "1"}, limit=3)
-    with pytest.raises(UserError, match="mmlu is '1' there and '2' now"):
+    # A hash says nothing to a person.
+    with pytest.raises(UserError, match=r"\(other questions or documents of mmlu\); give"):
         refuse({"mmlu": "2"})
+    with pytest.raises(UserError, match=r"\(limit: null -> 3; other .* of mmlu; other .* of dev\)"):
+        refuse({"dev": "2"}, limit=3)
 
 
 def test_no_point_under_other_settings_is_added_to_a_runs_curve(tmp_path):
