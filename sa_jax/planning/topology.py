@@ -173,6 +173,9 @@ def open_topology(name: str) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What libtpu would ask that server for, or print errors without; no topology depends on them.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.cloud_name)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
     options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
     slice_name = topology.name.removeprefix(f"{topology.slices}x")

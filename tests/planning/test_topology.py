@@ -1,4 +1,7 @@
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -64,6 +67,15 @@ def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_n
     with pytest.raises(UserError, match=r"'\.\[tpu\]'"):
         open_topology("v5p:4x4x4")
     assert open_topology("h200:8").devices == ()
+
+
+def test_libtpu_prints_nothing_where_there_is_no_tpu():
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    program = "from sa_jax.planning.topology import open_topology as o; print(len(o('{}').devices))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
+    command = [sys.executable, "-c", program.format("v5p:2x2x2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("8\n", "")
 
 
 class Device:
