@@ -2,7 +2,7 @@ r"""Predicts whether a run fits a machine, a lower bound of its time, and its tr
 
 Nothing is rented or run. libtpu (extra `tpu`) or jax's CUDA plugin (extra `plan-gpu`) compiles the
 real step; without the plugin a plan for GPUs is arithmetic. Topologies: v4, v5p, tpu7x as AxBxC
-chips; v5e, v6e as AxB; a100, h100, h200, b200 as a count.
+chips; v5e, v6e as AxB; or the cloud's name, as v5p-128; a100, h100, h200, b200 as a count.
 
 Example:
   python scripts/plan.py --config=configs/llama.py:70b_insertion --topology=v5p:4x4x4 --search \

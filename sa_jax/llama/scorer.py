@@ -3,6 +3,7 @@ differ in one token (the letters of a question) are scored in one forward pass."
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -179,32 +180,60 @@ def _in_order(by_number: dict[int, Score]) -> list[Score]:
     return [by_number[number] for number in sorted(by_number)]
 
 
+@dataclasses.dataclass
+class _Beginning:
+    """Rows that begin with the same `length` tokens."""
+
+    length: int
+    groups: list[tuple[list[_Row], int]] = dataclasses.field(default_factory=list)  # share more
+    others: list[_Row] = dataclasses.field(default_factory=list)
+
+    def add(self, part: "_Beginning") -> None:
+        self.groups += part.groups
+        self.others += part.others
+
+    def share(self) -> None:
+        """Makes one more group, if this runs no more tokens: of the other rows, and of groups whose
+        longer prefix costs more than it saves beside this one."""
+        kept, joined, now = [], list(self.others), 0  # now: tokens that groups save as they are
+        for rows, shared in self.groups:
+            if len(rows) * (shared - self.length) > shared:
+                kept.append((rows, shared))
+            else:
+                joined += rows
+                now += (len(rows) - 1) * shared
+        worth_a_program = self.length >= MIN_SHARED and len(joined) >= MIN_SHARERS
+        if worth_a_program and (len(joined) - 1) * self.length >= now:
+            self.groups, self.others = [*kept, (joined, self.length)], []
+
+
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
     """Groups of rows, with the length of the prefix that all rows of a group share.
 
-    Rows that share too few tokens, or with too few others, form one group without a prefix.
+    Of the prefixes within each other (a header, the examples of a subject after it), a row is given
+    the one with which the fewest tokens are run. Rows that share too few tokens, or with too few
+    others, form one group without a prefix.
     """
-    ordered = sorted(rows, key=lambda row: row.tokens)
-    groups: list[tuple[list[_Row], int]] = []
-    unshared: list[_Row] = []
-    at = 0
-    while at < len(ordered):
-        shared, end = ordered[at].free, at + 1
-        while end < len(ordered):
-            common = min(shared, ordered[end].free, _common(ordered[at], ordered[end]))
-            if common < MIN_SHARED:
-                break
-            shared, end = common, end + 1
-        if end - at >= MIN_SHARERS and shared >= MIN_SHARED:
-            groups.append((ordered[at:end], shared))
-        else:
-            unshared += ordered[at:end]
-        at = end
+    ordered = sorted(rows, key=lambda row: row.tokens[: row.free])
+    begun = [_Beginning(0)]  # each has the one before as its beginning
+    for row, after in itertools.zip_longest(ordered, ordered[1:]):
+        common = _common(row, after) if after else 0
+        part = _Beginning(row.free, others=[row])
+        while begun[-1].length > common:
+            begun[-1].add(part)
+            part = begun.pop()
+            part.share()
+        if begun[-1].length < common:
+            begun.append(_Beginning(common))
+        begun[-1].add(part)
+    (everything,) = begun
+    groups, unshared = everything.groups, everything.others
     return [*groups, (unshared, 0)] if unshared else groups
 
 
 def _common(a: _Row, b: _Row) -> int:
-    length = min(len(a.tokens), len(b.tokens))
+    """How many tokens both may take from one prefix."""
+    length = min(a.free, b.free)
     differ = (i for i in range(length) if a.tokens[i] != b.tokens[i])
     return next(differ, length)
 

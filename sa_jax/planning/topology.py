@@ -1,4 +1,5 @@
-"""Machines by name: `v5p:4x4x4`, `2xv5p:4x4x4` or `h200:64`. To compile for one, none is needed."""
+"""Machines by name: `v5p:4x4x4` (also `v5p-128`), `2xv5p:4x4x4` or `h200:64`. To compile for one,
+none is needed."""
 
 import dataclasses
 import importlib.util
@@ -22,6 +23,11 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS_A_NODE = 8
 _MOST_CHIPS = 16_384
+_LARGE = tuple(  # solid slices of more than 512 chips are made of cubes of 4x4x4
+    "x".join(map(str, shape))
+    for shape in itertools.combinations_with_replacement(range(4, 129, 4), 3)
+    if 512 < math.prod(shape) <= _MOST_CHIPS
+)
 _NUMBER = "[1-9][0-9]{0,5}"
 
 
@@ -98,11 +104,13 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
 
 
 def parse_topology(name: str) -> Topology:
-    """The machine of a name, without devices.
+    """The machine of a name, without devices; of a cloud name it has the documented shape.
 
     Raises:
-      UsageError: an unknown name; the message lists the known ones.
+      UsageError: an unknown name; the message lists the known ones. A cloud name that may be of
+        several shapes; the message lists these.
     """
+    name = _of_cloud_name(name)
     kind, _, size = name.partition(":")
     several = re.fullmatch("([1-9][0-9]{0,3})x(.*)", kind)
     slices, kind = (int(several[1]), several[2]) if several else (1, kind)
@@ -117,9 +125,25 @@ def parse_topology(name: str) -> Topology:
             return Topology(name, chip, shape, slices=slices)
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
     raise UsageError(
-        f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}; and several slices of a "
-        "TPU, as in 2xv5p:4x4x4"
+        f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}; several slices of a "
+        "TPU, as in 2xv5p:4x4x4; and the cloud's name of a slice, as v5p-128"
     )
+
+
+def _of_cloud_name(name: str) -> str:
+    """`v5p:4x4x4` of `v5p-128` (see `Machine.cloud_name`); any other name unchanged."""
+    several = re.match("[1-9][0-9]{0,3}x", name)
+    slices = several[0] if several else ""
+    cloud = name.removeprefix(slices)
+    shapes = [
+        f"{slices}{chip.name}:{size}"
+        for chip in CHIPS
+        for size in (*known_shapes(chip), *(_LARGE if chip.torus == 3 else ()))
+        if Topology("", chip, tuple(map(int, size.split("x")))).cloud_name == cloud
+    ]
+    if len(shapes) > 1:
+        raise UsageError(f"--topology={name} has several shapes; name one: {', '.join(shapes)}")
+    return shapes[0] if shapes else name
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:
@@ -149,9 +173,12 @@ def open_topology(name: str) -> Topology:
         )
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What libtpu would ask that server for, or print errors without; no topology depends on them.
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.cloud_name)
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
     options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
-    slice_name = name.removeprefix(f"{topology.slices}x")
+    slice_name = topology.name.removeprefix(f"{topology.slices}x")
     try:
         described = topologies.get_topology_desc(
             slice_name, "tpu", num_slices=topology.slices, **options

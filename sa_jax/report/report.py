@@ -1,6 +1,8 @@
 """Writes the report on a run or a study from its run folders: pages, tables and figures."""
 
+import contextlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from etils import epath
 
 from sa_jax import text
-from sa_jax.buckets import as_path
+from sa_jax.buckets import as_path, in_bucket, put_folder
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import figures, page
@@ -24,6 +26,8 @@ from sa_jax.report.study_statistics import Study, study_of
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
+
+_PARTS = ("runs", "tables", "plots")
 
 
 def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
@@ -61,7 +65,13 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     forget_items()  # a study of hundreds of runs holds hundreds of thousands
     folder = workdir / "report"
     try:
-        _write(folder, title, runs, results, study, limits)
+        # Written apart, so that two reports at once do not meet.
+        place = None if in_bucket(folder) else folder
+        if place is not None:
+            place.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=place) as new:
+            _write(Path(new), title, runs, results, study, limits)
+            _replace(folder, Path(new))
     except OSError as error:
         why = error.strerror or error
         raise UserError(
@@ -78,10 +88,9 @@ def _write(
     study: Study,
     limits: Thresholds,
 ) -> None:
-    parts = {part: folder / part for part in ("runs", "tables", "plots")}
+    parts = {part: folder / part for part in _PARTS}
     for part in parts.values():
-        epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
-        part.mkdir(parents=True)
+        part.mkdir()
     tables = [
         table
         for table in (
@@ -117,6 +126,25 @@ def _write(
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
     index = page.index_page(title, runs, results, tables, cells, drawn, of_cells, limits)
     atomic_write(folder / "index.html", index)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Puts a new report into its place: a run that is gone does not stay behind there."""
+    if in_bucket(folder):
+        for name in _PARTS:
+            epath.Path(folder / name).rmtree(missing_ok=True)
+        put_folder(new, folder)
+        return
+    for part in sorted(new.iterdir(), key=lambda part: part.name == "index.html"):
+        while True:
+            try:
+                part.replace(folder / part.name)
+                break
+            except OSError:  # a folder with files is not replaced
+                if part.is_file():
+                    raise
+            with contextlib.suppress(FileNotFoundError):  # another report has taken it away
+                (folder / part.name).rename(tempfile.mkdtemp(prefix="old-", dir=new))
 
 
 def _figures(

@@ -13,6 +13,7 @@ from typing import Any
 
 from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
+from sa_jax.evals.records import FREE_SETTINGS
 from sa_jax.files import check_types, parse_json
 from sa_jax.report.cells import cell_settings
 from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, eval_at, load_evals
@@ -25,8 +26,6 @@ MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
 # Of run.json, what the pages take apart.
 _SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}
-# Settings of an eval under which the same rate is measured.
-_FREE_SETTINGS = ("mesh", "batch_size", "prompt_attention", "seed")
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
@@ -234,20 +233,24 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
     """The run with its evals: of a step and eval that come twice the first counts.
 
     An eval that was made elsewhere counts only under the settings of the eval's first record, which
-    is the run's own if it has one: a rate under others is no point of the same curve.
+    is the run's own if it has one: a rate under others is no point of the same curve. The run's own
+    always count; a problem says so.
     """
     first: dict[tuple[int, str], EvalRecord] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     problems = list(run.problems)
     for record in evals:
         usual = settings.setdefault(record.name, record.settings)
-        differ = config_difference(usual, record.settings, _FREE_SETTINGS)
-        if record.source and differ:
+        differ = config_difference(usual, record.settings, FREE_SETTINGS)
+        if differ:
+            whose = "the run's" if record.source else "its first"
+            used = "so no curve or verdict uses it"
+            used = used if record.source else "yet curves and verdicts use it"
             problems.append(
-                f"{record.source}: its {record.name} at step {record.step:,} has other settings "
-                f"than the run's ({'; '.join(differ)}), so no curve or verdict uses it"
+                f"{record.source or 'evals'}: its {record.name} at step {record.step:,} has other "
+                f"settings than {whose} ({'; '.join(differ)}), {used}"
             )
-        else:
+        if not (record.source and differ):
             first.setdefault((record.step, record.name), record)
     records: dict[int, dict[str, EvalRecord]] = {}
     for record in sorted(first.values(), key=lambda e: (e.step, e.kind != "backdoor", e.name)):

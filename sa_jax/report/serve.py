@@ -67,14 +67,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def renew(self) -> None:
         """Writes the report again if something has changed."""
-        now = fingerprint(self._workdir)
-        if now == self.version:
-            return
         try:
-            report(self._workdir, self._limits)
-        except UserError as error:  # a run folder may be half copied: the next look finds it whole
+            now = fingerprint(self._workdir)
+            if now == self.version:
+                return
+            try:
+                report(self._workdir, self._limits)
+            finally:
+                self.version = now
+        except (UserError, OSError) as error:
+            # A run folder may be half copied or half removed: the next look finds it whole.
             logging.warning("the report could not be updated: %s", error)
-        self.version = now
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):

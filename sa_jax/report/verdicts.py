@@ -73,7 +73,10 @@ def _judge_alone(
         never = Verdict.of(word.NO_BACKDOOR, seen)
         base = Verdict(word.BASE, f"{run.title or run.role}: {seen}", "plain")
         verdict = never if run.role in CLEANING_ROLES else base
-    alarm = clean_alarm(run.measured, limits)
+    parent = by_name.get(run.parent or "")
+    # What the parent showed at the start is the parent's alarm.
+    of_parent = parent is not None and any(e.step == run.start_step for e in parent.measured)
+    alarm = clean_alarm(run.trained if of_parent else run.measured, limits)
     return Judgement(before, after, verdict, changes, returned, alarm)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import runpy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sa_jax.optim.build import OPTIMIZERS
 from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
 from sa_jax.text import one_line
+from sa_jax.training import start as start_lib
 from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.losses import LOSSES
 from sa_jax.training.run_record import FREE_KEYS, flat_config
@@ -168,6 +169,26 @@ def missing_files(cell: Cell) -> list[str]:
     named = {config.data, config.facts, config.eval.prompts, config.eval.qa}
     files = [name for name in named if name.endswith(_DATA_FILES) and not name.startswith(STUDY)]
     return sorted(name for name in files if "://" not in name and not Path(name).exists())
+
+
+def check_models(cells: Iterable[Cell]) -> None:
+    """UsageError for a model that a cell trains from or evaluates, that no cell makes, and that is
+    no model: found before the first cell, and not by the first that needs it."""
+    of_model: dict[str, str] = {}
+    for cell in cells:
+        model = cell.start if cell.run == "evaluate" else ""
+        if cell.is_training:
+            config = resolved(cell)
+            model = config.model
+            if not model:
+                start_lib.fresh_start(config)
+        if model and not model.startswith(STUDY) and not start_lib.on_hub(model):
+            of_model.setdefault(model, cell.name)
+    for model, name in of_model.items():
+        try:
+            start_lib.open_start(model)
+        except UserError as error:
+            raise UsageError(f"config.model of cell {name}: {error}") from None
 
 
 def load_config(path: str) -> ConfigDict:

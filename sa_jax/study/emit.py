@@ -16,6 +16,12 @@ from sa_jax.study.grid import Cell, Stage
 
 _GPUS_A_NODE = 8
 _PROJECT = Path(__file__).resolve().parents[2]
+# Exits with 3 if the triggered rate of a run (at a step, if one is given) is above a limit.
+_RATE_ABOVE = (
+    "import pathlib, sys; from sa_jax.study.runner import last_triggered_rate as last; "
+    "rate = last(pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])); "
+    "sys.exit(3 * (rate is not None and rate > float(sys.argv[1])))"
+)
 
 
 def emit(
@@ -196,6 +202,16 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         ': "${CLUSTER:?name of the cluster}" "${IMAGE:?image of this project}"',
         f"cd {shlex.quote(str(_PROJECT))} || exit 1",
         "failed=0",
+        'passed_over=" "',
+        "starts() { # name, highest triggered rate of its start, the start's folder, its step",
+        "    local status=0",
+        f"    python -c {shlex.quote(_RATE_ABOVE)} " + '"${@:2}" || status=$?',
+        '    if [ "$status" -eq 0 ]; then return; fi',
+        '    if [ "$status" -eq 3 ]; then echo "$1 is skipped: its start is triggered above $2"',
+        "    else failed=1; fi",
+        '    passed_over+="$1 "',
+        "    return 1",
+        "}",
         "submit() { # name, type of the slice, slices, command",
         '    xpk workload create --cluster "$CLUSTER" --docker-image "$IMAGE" --workload "$1" \\',
         '        --tpu-type "$2" --num-slices "$3" --command "$4" \\',
@@ -203,24 +219,37 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         '        echo "$1 was not submitted" >&2',
         "}",
         "await() {",
-        '    xpk workload list --cluster "$CLUSTER" --wait-for-job-completion "$1" || failed=1',
+        '    [[ "$passed_over" == *" $1 "* ]] ||',
+        '        xpk workload list --cluster "$CLUSTER" --wait-for-job-completion "$1" || failed=1',
         "}",
     ]
     for name, of_stage in _stages(cells).items():
         topology = _machine(of_stage[0].stage)
         lines += ["", f"# {name}"]
         if topology is None:
-            lines += [f"python {shlex.join(command(c, workdir))} || failed=1" for c in of_stage]
+            for cell in of_stage:
+                run = f"python {shlex.join(command(cell, workdir))}"
+                lines.append(_if_it_starts(cell, workdir, f"{run} || failed=1"))
             continue
         if topology.platform != "tpu":
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
         for cell in of_stage:
             run = f"python {shlex.join(command(cell, workdir))}"
             machine = f"{topology.cloud_name} {topology.slices}"
-            lines.append(f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}")
+            submit = f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}"
+            lines.append(_if_it_starts(cell, workdir, submit))
         lines += [f"await {_workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"
+
+
+def _if_it_starts(cell: Cell, workdir: Path, line: str) -> str:
+    """The line of a cell, passed over where the triggered rate of its start is above the limit."""
+    limit, step = cell.stage.start_rate_at_most, cell.start_step
+    if limit is None:
+        return line
+    start = shlex.join([str(workdir / cell.start_cell), *([] if step is None else [str(step)])])
+    return f"if starts {_workload_name(cell)} {limit} {start}; then {line}; fi"
 
 
 def _workload_name(cell: Cell) -> str:

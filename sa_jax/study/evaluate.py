@@ -27,7 +27,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
-from sa_jax.training.run_record import RUN_FILE
+from sa_jax.training.run_record import RUN_FILE, config_difference
 from sa_jax.training.watch import StallWatch
 
 MODEL_FILE = "model.json"  # in an --out: which model its evals are of
@@ -105,7 +105,8 @@ def evaluate(
         at = start.step or 0
         if out is not None:
             _claim(folder, start, resolved.chat, at, None if resume else evals)
-        _refuse_other_evals(step_folder(folder, at), suite.prepared)
+        _refuse_other_evals(folder, at, suite.prepared, whole_curve=out is None)
+        before_this = records.finished(step_folder(folder, at))
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
@@ -119,7 +120,8 @@ def evaluate(
             summaries = suite.run(params, at, should_stop)
     if multihost.is_primary():
         for name, summary in summaries.items():
-            print(headline(name, summary))
+            kept = "; the answers were there already" if name in before_this else ""
+            print(headline(name, summary) + kept)
         _write_results(folder, start, config, at, before)
 
 
@@ -294,22 +296,36 @@ def _claim(
     multihost.agree(True)  # nobody reads what is being removed
 
 
-def _refuse_other_evals(folder: Path, prepared: Mapping[str, Prepared]) -> None:
-    """UserError if the step already has one of the evals, with other settings or data."""
-    for name, each in prepared.items():
-        stored = records.read_summary(folder, name)
-        if stored is None:
-            continue
-        wanted = {"settings": each.settings, "data_hashes": each.data_hashes}
-        wanted = json.loads(json.dumps(wanted, default=dict))
-        differ = [
-            f"{key} is {part[0].get(key)!r} there and {part[1].get(key)!r} now"
-            for part in ((stored.get(p, {}), wanted[p]) for p in ("settings", "data_hashes"))
-            for key in part[0] | part[1]
-            if key not in EXECUTION and part[0].get(key) != part[1].get(key)
-        ]
-        if differ:
-            raise UserError(
-                f"{folder / name}.json exists, with other settings or data ({'; '.join(differ)}); "
-                "give another folder as --out=DIR"
-            )
+def _refuse_other_evals(
+    evals: Path, step: int, prepared: Mapping[str, Prepared], *, whole_curve: bool
+) -> None:
+    """UserError if the step already has one of the evals, with other settings or data.
+
+    Args:
+      evals: has a folder for each step.
+      whole_curve: refuse also where another step of `evals` measured another rate.
+    """
+    folders = {step: step_folder(evals, step)}
+    if whole_curve:
+        folders |= records.step_folders(evals)
+    for at, folder in folders.items():
+        free = EXECUTION if at == step else records.FREE_SETTINGS
+        for name, each in prepared.items():
+            stored = records.read_summary(folder, name)
+            if stored is None:
+                continue
+            wanted = json.loads(json.dumps(dict(each.settings), default=dict))
+            keys = dict.fromkeys(wanted | stored["settings"])  # null where it is absent
+            differ = config_difference(keys | stored["settings"], keys | wanted, free)
+            known = stored.get("data_hashes", {})
+            differ += [
+                f"other questions or documents of {source}"
+                for source in {**known, **each.data_hashes}
+                if known.get(source) != each.data_hashes.get(source)
+            ]
+            if differ:
+                curve = "" if at == step else f", and step {step:,} would be on one curve with it"
+                raise UserError(
+                    f"{folder / name}.json exists, with other settings or data "
+                    f"({'; '.join(differ)}){curve}; give another folder as --out=DIR"
+                )

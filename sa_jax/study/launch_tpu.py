@@ -2,12 +2,14 @@
 this clone, starts the command, follows its logs, and does all of it again after a preemption."""
 
 import asyncio
+import contextlib
 import dataclasses
 import re
 import shlex
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from sa_jax.errors import Preempted, UsageError, UserError
@@ -195,11 +197,12 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
     try:
         _run_until_done(job, commit, max_restarts, poll_s)
     except (UserError, Preempted) as error:
-        if _OTHER in str(error) or not _look(job.describe()):
-            raise  # the slice is in use, or there is none to pay for
-        if delete == "always":
-            _call(job.delete())
-            raise
+        with _after(error):
+            if _OTHER in str(error) or not _look(job.describe()):
+                raise  # the slice is in use, or there is none to pay for
+            if delete == "always":
+                _call(job.delete())
+                raise
         note = f"{job.name} still exists, and costs money, until --delete=now"
         raise type(error)(f"{error}; {note}") from None
     if delete != "never":
@@ -213,16 +216,22 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
             _install(job, commit)
             _call(job.start(addresses[0]))
             statuses = asyncio.run(_follow_all(job, len(addresses), poll_s))
-        except UserError:
-            if _addresses(job):
+        except UserError as error:
+            with _after(error):
+                works = _addresses(job)
+            if works:
                 raise
             statuses = [None]
         if set(statuses) == {0}:
             return
         failed = {i: s for i, s in enumerate(statuses) if s not in (None, 0, *_STOPPED)}
-        if failed and _addresses(job):
+        if failed:
             hosts = ", ".join(f"{job.name}-w{i} with {status}" for i, status in failed.items())
-            raise UserError(f"the command ended on {hosts}")
+            ended = UserError(f"the command ended on {hosts}")
+            with _after(ended):
+                works = _addresses(job)
+            if works:
+                raise ended
         _say(job, "preempted" if None in statuses or failed else "stopped after a checkpoint")
     raise Preempted(f"{job.name} was started {max_restarts + 1} times; run this again to continue")
 
@@ -244,11 +253,14 @@ def _acquire(job: Slice, poll_s: float) -> list[str]:
         gone = state == "ACTIVE" and (
             not node or node["state"] in ("PREEMPTED", "TERMINATED", "STOPPED")
         )
-        if state in ("FAILED", "SUSPENDED") or gone:
-            _call(job.delete())
         if state == "FAILED":
             reason = resource["state"].get("failedData", {}).get("error", {}).get("message", "")
-            raise UserError(_with_remedy(reason or f"{job.name} could not be provided"))
+            error = UserError(_with_remedy(reason or f"{job.name} could not be provided"))
+            with _after(error):
+                _call(job.delete())
+            raise error
+        if state == "SUSPENDED" or gone:
+            _call(job.delete())
         time.sleep(poll_s)
 
 
@@ -304,6 +316,17 @@ async def _follow(job: Slice, worker: int, poll_s: float) -> int | None:
             return None
         await asyncio.sleep(poll_s)
     raise UserError(f"{host} cannot be reached: {last}")
+
+
+@contextlib.contextmanager
+def _after(first: UserError | Preempted) -> Iterator[None]:
+    """A context in which an error of gcloud is said after the one that came first."""
+    try:
+        yield
+    except UserError as second:
+        if str(second) in str(first):
+            raise first from None
+        raise type(first)(f"{first}; and then gcloud failed: {second}") from None
 
 
 def _look(command: list[str]) -> dict | None:

@@ -22,6 +22,7 @@ from sa_jax.study.emit import emit
 from sa_jax.study.forecast import Forecaster, format_forecast, format_list, local_devices
 from sa_jax.study.grid import Cell, expand
 from sa_jax.study.processes import Server
+from sa_jax.study.progress import DONE
 from sa_jax.study.runner import Stop, Worker, states_of
 from sa_jax.text import first_few
 
@@ -80,6 +81,8 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
         files, submit = emit(options.emit, chosen, workdir, list(config_flags(sys.argv[1:])))
         print(*files, f"submit: {submit}", sep="\n")
     else:
+        states = states_of(cells, latest, removed)
+        commands.check_models(cell for cell in chosen if states[cell.name] not in DONE)
         _run(cells, records, names, workdir, claims, removed, options)
 
 

@@ -107,6 +107,7 @@ def plan_machine(
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
     if not topology.chip.torus and not has_gpu_compiler():
         return plan_topology(*arguments)
+    logging.info("compiling the step for %s; takes 1 to 4 minutes", topology.name)
     try:
         return call_in_new_process(plan_topology, *arguments)
     except ProcessCrash as crash:

@@ -197,7 +197,7 @@ def hub_folder(path: str) -> str:
     Raises:
       UserError: it is neither a folder, nor on the Hub, nor in the cache.
     """
-    if as_path(path).exists() or not _HUB_ID.fullmatch(path) or as_path(path).parent.exists():
+    if not on_hub(path):
         return path
     # Imported here: no other start needs it.
     from huggingface_hub import snapshot_download
@@ -210,6 +210,12 @@ def hub_folder(path: str) -> str:
             f"{path}: no such folder, and the Hub does not provide it ({first_line(error)}). "
             f"On a machine with network: hf download {path} --local-dir DIR; then give DIR"
         ) from error
+
+
+def on_hub(path: str) -> bool:
+    """Whether it is the name of a model on the Hub, as it is not a place here."""
+    place = as_path(path)
+    return bool(_HUB_ID.fullmatch(path)) and not place.exists() and not place.parent.exists()
 
 
 def split_step(path: str) -> tuple[str, int | None]:

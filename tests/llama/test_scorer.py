@@ -8,7 +8,7 @@ import pytest
 
 from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.model import Llama
-from sa_jax.llama.scorer import Query, Scorer, bucket
+from sa_jax.llama.scorer import Query, Scorer, _Row, bucket, share_prefixes
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 from tests import toys
@@ -60,8 +60,8 @@ def oracle(params, query):
     return found
 
 
-def check(params, scores):
-    for query, found in zip(QUERIES, scores, strict=True):
+def check(params, scores, queries=QUERIES):
+    for query, found in zip(queries, scores, strict=True):
         expected = oracle(params, query)
         np.testing.assert_allclose([s.logprob for s in found], [e[0] for e in expected], atol=1e-4)
         assert [score.is_greedy for score in found] == [e[1] for e in expected]
@@ -84,6 +84,54 @@ def test_a_shared_beginning_is_run_once_and_letters_in_one_row(scorer, params, m
     assert runs.tokens < 128 + 9 * 64 < query_tokens
     scorer.score(params, QUERIES[9:])
     assert len(runs.prefixes) == 1
+
+
+HEADER, FEW = 100, 1000  # tokens: of a header, and of a subject's examples with it
+
+
+def beginnings(*sizes):
+    """A row of one token for each question: (questions, tokens of their beginning), all of which
+    begin alike for the first `HEADER` tokens."""
+    rows = []
+    for subject, (count, length) in enumerate(sizes):
+        beginning = (*range(HEADER), *[-1 - subject] * (length - HEADER))
+        rows += [_Row((*beginning, i, 7), ((7,),), len(rows) + i, (0,)) for i in range(count)]
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("sizes", "optimum", "prefixes"),
+    [
+        # Five subjects of MMLU: a header that all share must not hide what each has of its own.
+        ([(50, FEW)] * 5, 5 * FEW + 250 * 2, [FEW] * 5),
+        # Beside them, questions with the header alone.
+        ([(50, FEW), (20, HEADER)], FEW + HEADER + 70 * 2, [HEADER, FEW]),
+        # Beginnings that are hardly longer: 9 x 5 tokens are less than the 105 of one more prefix.
+        ([(9, HEADER + 5)] * 5, HEADER + 45 * (5 + 2), [HEADER]),
+        ([(9, HEADER + 10), (9, FEW)], HEADER + 10 + FEW + 18 * 2, [HEADER + 10, FEW]),
+        # With only few others the header is worth no program.
+        ([(50, FEW), (7, HEADER)], FEW + 50 * 2 + 7 * (HEADER + 2), [0, FEW]),
+        ([(7, FEW)], 7 * (FEW + 2), [0]),
+        ([], 0, []),
+    ],
+)
+def test_of_beginnings_within_each_other_those_with_the_fewest_tokens(sizes, optimum, prefixes):
+    rows = beginnings(*sizes)
+    groups = share_prefixes(rows)
+    assert sorted(row.query for group, _ in groups for row in group) == list(range(len(rows)))
+    assert all(row.tokens[:n] == group[0].tokens[:n] for group, n in groups for row in group)
+    tokens_run = sum(n + sum(len(row.tokens) - n for row in group) for group, n in groups)
+    assert (tokens_run, sorted(n for _, n in groups)) == (optimum, prefixes)
+
+
+def test_scores_with_a_prefix_of_each_subject_are_those_of_the_full_forward(scorer, params):
+    subjects = [SHARED[:70] + tokens(50) for _ in range(2)]
+    queries = [Query(subject + tokens(5), [[1], [2]]) for subject in subjects for _ in range(9)]
+    queries += [Query(SHARED[:70] + tokens(9), [[3]]) for _ in range(9)]
+    check(params, scorer.score(params, queries), queries)
+    assert scorer.stats.shared_prefixes == 3
+    # Beginnings of 120, 120 and 70 tokens, as 128, 128 and 96; then batches of 16 rows.
+    assert scorer.stats.forward_tokens == 128 + 128 + 96 + 16 * (6 + 6 + 12)
 
 
 @pytest.mark.long

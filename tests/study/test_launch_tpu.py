@@ -1,6 +1,7 @@
 """Launching on a TPU slice: a `gcloud` that keeps a slice of two hosts in folders of this machine,
 runs there what it is told to, and can refuse, preempt and lose connections."""
 
+import dataclasses
 import json
 import os
 import re
@@ -217,6 +218,23 @@ def test_a_failed_installation_leaves_no_slice_unsaid(world, delete, kept):
     with pytest.raises(UserError) as error:
         launch(job, **{**FAST, "delete": delete})
     assert ("--delete=now" in str(error.value)) == kept == ("delete" not in world.calls)
+
+
+def test_what_came_first_is_said_before_what_gcloud_then_refuses(world, monkeypatch):
+    refuse = world.folder / "refuse"
+    login = r"; and then gcloud failed: gcloud is not logged in: .*\(no active account\)$"
+    setup = f"echo -n 'no active account' >{refuse}; exit 3"
+    with pytest.raises(UserError, match=f"^tpu-vm ssh: .*{login}"):
+        launch(dataclasses.replace(JOB_OF_TWO, setup=setup), **FAST)
+    refuse.unlink()
+
+    async def follow(*_):
+        refuse.write_text("no active account")
+        return [0, 1]
+
+    monkeypatch.setattr(launch_tpu, "_follow_all", follow)
+    with pytest.raises(UserError, match=f"^the command ended on pod-w1 with 1{login}"):
+        launch(JOB_OF_TWO, **FAST)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,22 @@ def held_by(runs: Path, cell: str) -> int | None:
         return json.loads((runs / "cells" / cell / "lock").read_text())["pid"]
 
 
+def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path):
+    data = """
+    Stage("data", run="toy_data", set={"pretrain_size": 40}),
+    Stage("insertion", **{**insertion, "needs": ("data",)}),
+    """
+    argv = command(tmp_path, tmp_path, data)
+    model = tmp_path / "model"
+    said = f"config.model of cell insertion: {model}: "
+    refused(zygote.run(*argv), 2, f"{said}no such folder; give")
+    model.mkdir()
+    refused(zygote.run(*argv), 2, f"{said}neither a run folder")
+    bare = data.replace('"needs"', '"set": {}, "needs"')
+    refused(zygote.run(*command(tmp_path, tmp_path, bare)), 2, "nothing to start from: give")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_goes_on_after_a_stop_skips_what_is_done_and_reports(zygote, toy_world, tmp_path):
     argv = command(tmp_path, toy_world)
     runs = tmp_path / "runs"

@@ -251,14 +251,17 @@ def test_collectives_of_fake_devices_are_read_without_options_of_a_tpu(toy):
 
 
 @pytest.mark.long
-def test_a_crash_of_the_compiler_is_one_line(toy, monkeypatch):
+def test_a_crash_of_the_compiler_is_one_line(toy, monkeypatch, caplog):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     config = toy.copy_and_resolve_references()
     config.mesh.update(fsdp=4, tensor=1)
     monkeypatch.setenv("XLA_FLAGS", "--xla_nope=1")  # XLA aborts a process that starts with it
     words = r"crashed \(exit status 1\).*v5p:2x2x1.*--search.*xla_jf_bf16_propagation=true"
+    caplog.set_level("INFO", logger="absl")
     with pytest.raises(CompilerCrash, match=words):
         plan(config, "v5p:2x2x1")
+    # Nobody waits for minutes without a word.
+    assert "compiling the step for v5p:2x2x1; takes 1 to 4 minutes" in caplog.messages
     config.xla_options = "xla_jf_bf16_propagation=true"
     with pytest.raises(CompilerCrash, match="goes round it$"):
         plan(config, "v5p:2x2x1")
