@@ -10,7 +10,7 @@ optimizers: Adam and SOAP at the study's 65,536 tokens a step.
 
 A row is named by its run of configs/llama.py, topology, rows x tokens, fsdp x tensor and changes;
 "loops" is windowed einsum on, "whole" off, neither what training takes. One takes minutes; what
-FILE.json has is not compiled again.
+FILE.json has is not compiled again, unless it failed.
 """
 
 import argparse
@@ -114,7 +114,8 @@ def main():
     measured = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for table in arguments.tables.split(","):
         for name in TABLES[table]:
-            if name not in measured and arguments.only in name:
+            # What failed is tried again: another libtpu or more memory may do it.
+            if "error" in measured.get(name, {"error": ""}) and arguments.only in name:
                 measured[name] = measure(name)
                 atomic_write(arguments.out, json.dumps(measured, indent=1) + "\n")
         head = (

