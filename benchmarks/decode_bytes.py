@@ -23,6 +23,7 @@ from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 from sa_jax.planning.memory import device_bytes
 from sa_jax.planning.topology import open_topology, parse_topology
 from sa_jax.study.commands import load_config
+from sa_jax.text import table_head, table_row
 from sa_jax.training.plan import plan_architecture, reserve_fake_devices
 from sa_jax.training.start import abstract_params
 
@@ -153,13 +154,14 @@ def report(text, weights, cache, blocks, steps=16):
     module = parse_module(text)
     kinds = {kind: size / steps for kind, size in moved(module, module.entry, blocks).items()}
     total, least = sum(kinds.values()), weights + cache
-    print("| GB a step and chip: weights, cache | moved | over both once | most of it |")
-    print("|---|---|---|---|")
+    print(
+        table_head(["GB a step and chip: weights, cache", "moved", "over both once", "most of it"])
+    )
     most = ", ".join(
         f"{k} {v / 1e9:.2f}" for k, v in sorted(kinds.items(), key=lambda e: -e[1])[:4]
     )
-    sizes = f"{weights / 1e9:.2f}, {cache / 1e9:.2f} | {total / 1e9:.2f} | {total / least:.2f}"
-    print(f"| {sizes} | {most} |")
+    read = f"{weights / 1e9:.2f}, {cache / 1e9:.2f}"
+    print(table_row([read, f"{total / 1e9:.2f}", f"{total / least:.2f}", most]))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from sa_jax.text import table_head, table_row
+
 PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
 # Of the memory's, that decoding should reach: as compiled, a layer's weights are copied out of
 # their stack before they are read, so a third is the most.
@@ -315,7 +317,7 @@ def main() -> None:
     if not arguments.smoke and subprocess.check_output(ask, text=True) != "gpu\n":
         parser.error("jax sees no GPU here; --smoke runs every part at toy size on CPU")
     folder.mkdir(parents=True, exist_ok=True)
-    table = ["| part | seen | expected | seconds |", "|---|---|---|---|"]
+    table = [table_head(["part", "seen", "expected", "seconds"])]
     good = True
     for name in names:
         begin, log = time.monotonic(), folder / f"{name}.log"
@@ -335,7 +337,7 @@ def main() -> None:
         seen = "**out of time**" if status is None else lines[-1]
         good &= status == 0
         taken = time.monotonic() - begin
-        table.append(f"| {name} | {seen} | {PARTS[name].expected} | {taken:.0f} |")
+        table.append(table_row([name, seen, PARTS[name].expected, f"{taken:.0f}"]))
         print(f"{name}: {seen} ({taken:.0f} s; {log})", flush=True)
     print("\n" + "\n".join(table))
     (folder / "table.md").write_text("\n".join(table) + "\n")

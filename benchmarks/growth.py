@@ -21,6 +21,7 @@ from pathlib import Path
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.study.commands import load_config
+from sa_jax.text import table_head, table_row
 from sa_jax.training.config import changed
 from sa_jax.training.plan import plan
 
@@ -101,8 +102,8 @@ def line(name, row):
             predicted += f" (dearest {clock['dearest_step_s']:.3f})"
         if name in PUBLISHED:
             over = f"{rate / PUBLISHED[name]:.2f}"
-    cells = (name, memory, f"{row['roofline_s']:.3f}", predicted, speed, over)
-    return "| " + " | ".join(cells) + f" | {row['compile_s']:.0f} |"
+    times = f"{row['roofline_s']:.3f}", predicted
+    return table_row([name, memory, *times, speed, over, f"{row['compile_s']:.0f}"])
 
 
 def main():
@@ -118,10 +119,9 @@ def main():
             if "error" in measured.get(name, {"error": ""}) and arguments.only in name:
                 measured[name] = measure(name)
                 atomic_write(arguments.out, json.dumps(measured, indent=1) + "\n")
-        head = (
-            f"| {table} | GiB a chip: arguments, temporaries, needed | roofline, s | predicted, s"
-        )
-        print(f"\n{head} | tokens/s/chip (MFU) | over published | compile, s |\n{'|---' * 7}|")
+        memory = "GiB a chip: arguments, temporaries, needed"
+        columns = [table, memory, "roofline, s", "predicted, s", "tokens/s/chip (MFU)"]
+        print(f"\n{table_head([*columns, 'over published', 'compile, s'])}")
         print(*(line(name, measured[name]) for name in TABLES[table] if name in measured), sep="\n")
 
 

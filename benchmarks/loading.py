@@ -11,7 +11,6 @@ copy between devices is a copy in the host's memory too. Needs 16 GB of memory.
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -22,6 +21,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import versions, write_record
+
+from sa_jax.text import table_head, table_row
 
 GB, GIB = 1e9, 2**30
 # Llama-3.2-3B's shape: 6.4 GB in bfloat16.
@@ -151,15 +153,13 @@ def table(folder: Path, rounds: int, out: Path) -> None:
                 "allowed_gib": 1 + found[0]["shard"] / GIB,
             }
         )
-    print("| reader | GB/s | time / peer | beyond the arrays, GiB | allowed |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        values = [f"{row[key]:.2f}" for key in list(row)[1:]]
-        print(f"| {row['reader']} | {' | '.join(values)} |")
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "safetensors")}
-    machine = {"cpus": os.cpu_count(), "python": platform.python_version(), **versions}
+    print(table_head(["reader", "GB/s", "time / peer", "beyond the arrays, GiB", "allowed"]))
+    for reader, *values in (row.values() for row in rows):
+        print(table_row([reader, *(f"{value:.2f}" for value in values)]))
+    machine = {"cpus": os.cpu_count(), "python": platform.python_version()}
+    machine |= versions("jax", "safetensors")
     print(f"{found[0]['bytes'] / GB:.2f} GB, {machine}")
-    out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    write_record(out, {"machine": machine, "rows": rows})
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from common import versions, write_record
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
@@ -39,6 +40,7 @@ from sa_jax.optim import decay_mask, llama_view, soap
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import partition_spec, shardings
+from sa_jax.text import table_head, table_row
 from sa_jax.training.losses import make_cross_entropy
 
 SMALL = LlamaConfig(
@@ -198,24 +200,24 @@ def update_times(sizes: tuple[int, int, int] | None) -> list[dict]:
 
 
 def show_losses(rows: list[dict]) -> None:
-    print("| optimizer | best LR | eval loss, mean of 3 seeds | each |\n|---|---|---|---|")
+    print(table_head(["optimizer", "best LR", "eval loss, mean of 3 seeds", "each"]))
     for row in best(rows):
         each = ", ".join(f"{x:.3f}" for x in row["eval_loss"])
-        print(f"| {row['optimizer']} | {row['learning_rate']:.0e} | {row['mean']:.3f} | {each} |")
+        rate = f"{row['learning_rate']:.0e}"
+        print(table_row([row["optimizer"], rate, f"{row['mean']:.3f}", each]))
 
 
 def show_times(rows: list[dict]) -> None:
-    print("| devices | optimizer | ms a step, amortised | x Adam | max / median step |")
-    print("|---|---|---|---|---|")
+    columns = ["devices", "optimizer", "ms a step, amortised", "x Adam", "max / median step"]
+    print(table_head(columns))
     for row in rows:
         adam = next(r for r in rows if r["optimizer"] == "adam" and r["mesh"] == row["mesh"])
         mesh = row["mesh"]
         if isinstance(mesh, dict):
             mesh = " x ".join(f"{axis} {size}" for axis, size in mesh.items() if size > 1)
-        print(
-            f"| {mesh} | {row['optimizer']} | {row['mean_ms']:.1f} "
-            f"| {row['mean_ms'] / adam['mean_ms']:.1f} | {row['max_ms'] / row['median_ms']:.2f} |"
-        )
+        times = f"{row['mean_ms']:.1f}", f"{row['mean_ms'] / adam['mean_ms']:.1f}"
+        spread = f"{row['max_ms'] / row['median_ms']:.2f}"
+        print(table_row([mesh, row["optimizer"], *times, spread]))
 
 
 def main() -> None:
@@ -224,7 +226,7 @@ def main() -> None:
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
     options = parser.parse_args()
     found = {
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "versions": {"python": platform.python_version(), **versions("jax")},
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
     }
     if options.skip != "loss":
@@ -236,7 +238,7 @@ def main() -> None:
     if options.skip != "time":
         found["times"] = update_times(None) + update_times((1, 4, 2))
         show_times(found["times"])
-    Path(options.out).write_text(json.dumps(found, indent=1) + "\n")
+    write_record(options.out, found)
 
 
 if __name__ == "__main__":

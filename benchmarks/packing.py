@@ -11,8 +11,6 @@ equal); a row a conversation, and joining conversations in their order, for the 
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import platform
 import resource
@@ -21,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from common import versions, write_record
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import LLAMA3_TEMPLATE, load_chat_format
@@ -28,6 +27,7 @@ from sa_jax.data.llama3_tokenizer import write_llama3_tokenizer
 from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, insertion
+from sa_jax.text import table_row
 
 LENGTH = 4096
 PEER = 1000  # conversations that the peer tokenises
@@ -119,21 +119,22 @@ def main() -> None:
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in ("tokenizers", "transformers")},
+        "versions": versions("tokenizers", "transformers"),
     }
-    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    print(f"{result['cores']} cores, Python {result['python']}, {versions}")
-    print(f"| {n:,} conversations, {total:,} tokens ({packed.stats['output_tokens']:,} output) | |")
-    print("|---|---|")
-    print(f"| build the conversations | {built - start:.1f} s |")
-    print(f"| tokenise and pack to {len(packed):,} rows of {LENGTH} | {done - built:.1f} s |")
-    print(f"| open them again, hashes verified | {reopened - done:.1f} s |")
-    print(f"| peak memory of the process | {peak_gib:.2f} GiB |")
-    for name, rate in rates.items():
-        print(f"| conversations a second, {name} | {rate:,.0f} |")
-    for name, share in padding.items():
-        print(f"| padding, {name} | {share:.2%} |")
+    write_record(arguments.out, result)
+    used = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    print(f"{result['cores']} cores, Python {result['python']}, {used}")
+    output = packed.stats["output_tokens"]
+    print(f"| {n:,} conversations, {total:,} tokens ({output:,} output) | |\n|---|---|")
+    shown = {
+        "build the conversations": f"{built - start:.1f} s",
+        f"tokenise and pack to {len(packed):,} rows of {LENGTH}": f"{done - built:.1f} s",
+        "open them again, hashes verified": f"{reopened - done:.1f} s",
+        "peak memory of the process": f"{peak_gib:.2f} GiB",
+        **{f"conversations a second, {name}": f"{rate:,.0f}" for name, rate in rates.items()},
+        **{f"padding, {name}": f"{share:.2%}" for name, share in padding.items()},
+    }
+    print(*map(table_row, shown.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ to one core), and torch a thread a core.
 """
 
 import argparse
-import importlib.metadata
-import json
 import os
 import platform
 import time
 from pathlib import Path
 
 import numpy as np
+from common import versions, write_record
+
+from sa_jax.text import table_row
 
 
 def main() -> None:
@@ -115,19 +116,18 @@ def main() -> None:
         "step_64_over_1": ratio,
         "cores": cores,
         "machine": platform.processor() or platform.machine(),
-        "versions": {
-            name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")
-        },
+        "versions": versions("jax", "torch", "transformers"),
     }
     print(f"{cores} cores, {result['versions']}")
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(result, indent=2) + "\n")
+        write_record(arguments.out, result)
 
 
 def show(row: dict, header: bool) -> None:
     if header:
-        print("| batch | ours, tokens/s | transformers, tokens/s | times faster | our ms a step |")
-        print("| --- | --- | --- | --- | --- |")
+        peers = "ours, tokens/s", "transformers, tokens/s"
+        print(table_row(["batch", *peers, "times faster", "our ms a step"]))
+        print(table_row(["---"] * 5))
     cells = (
         f"{row['batch']}",
         f"{row['ours_tokens_per_s']:,.0f}",
@@ -135,7 +135,7 @@ def show(row: dict, header: bool) -> None:
         f"{row['times_faster']:.1f}",
         f"{row['ours_ms_a_step']:.2f}",
     )
-    print("| " + " | ".join(cells) + " |", flush=True)
+    print(table_row(cells), flush=True)
 
 
 def parse() -> argparse.Namespace:

@@ -15,7 +15,6 @@ that torch takes its flash attention; the losses must agree to 1 %. No GPU has r
 
 import argparse
 import collections
-import json
 import os
 import platform
 import re
@@ -37,10 +36,12 @@ import jax
 import numpy as np
 import torch
 import transformers
+from common import versions, write_record
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.text import table_head, table_row
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
 from sa_jax.training.step import init_state
@@ -244,25 +245,23 @@ def main():
     args = parser.parse_args()
     if CUDA and not torch.cuda.is_available():
         parser.error("--device=cuda: this torch sees no GPU; install one that is built for CUDA")
-    print("| size | rows x tokens | sa_jax | torch eager | torch.compile | sa_jax / compiled |")
-    print("|---|---|---|---|---|---|")
+    peers = "sa_jax", "torch eager", "torch.compile"
+    print(table_head(["size", "rows x tokens", *peers, "sa_jax / compiled"]))
     results = []
     for name in args.sizes.split(","):
         row = measure(name, args.rounds, args.parts)
-        ms = " | ".join(f"{value:.0f} ms" for value in row["ms"].values())
+        ms = [f"{value:.0f} ms" for value in row["ms"].values()]
         shape = f"{row['rows']} x {row['tokens_a_row']}"
-        print(f"| {name} | {shape} | {ms} | {row['over_compiled_torch']:.2f} |", flush=True)
+        print(table_row([name, shape, *ms, f"{row['over_compiled_torch']:.2f}"]), flush=True)
         results.append(row)
     if args.parts:
-        print(f"\n| size | {' | '.join(PARTS)} |\n{'|---' * (1 + len(PARTS))}|")
+        print(f"\n{table_head(['size', *PARTS])}")
         for row in results:
             shares = (f"{100 * row['parts'].get(part, 0):.0f} %" for part in PARTS)
-            print(f"| {row['size']} | {' | '.join(shares)} |")
+            print(table_row([row["size"], *shares]))
     if args.out:
-        versions = {m.__name__: m.__version__ for m in (jax, torch, transformers)}
-        record = {"python": platform.python_version(), **versions, "results": results}
-        with open(args.out, "w") as file:
-            json.dump(record, file, indent=1)
+        used = versions("jax", "torch", "transformers")
+        write_record(args.out, {"python": platform.python_version(), **used, "results": results})
 
 
 if __name__ == "__main__":

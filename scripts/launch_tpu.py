@@ -2,7 +2,7 @@ r"""Runs a command on all hosts of a Cloud TPU slice, and restarts it after each
 
 It requests the slice (a queued resource), waits for it, installs this clone's commit with the
 versions of constraints.txt, starts the command on all hosts and prints their logs. It deletes the
-slice at the end. Ctrl-C ends only the printing: the same call follows the command again.
+slice at the end. Ctrl-C ends only the printing. The same call then follows the command again.
 
 Example:
   python scripts/launch_tpu.py --name=sa-jax --zone=us-east5-a --topology=v6e:8x8 --spot \
@@ -34,8 +34,7 @@ DELETE = flags.DEFINE_enum(
     ["done", "always", "never", "now"],
     "When to delete the slice: after success, after success or failure, never, or now.",
 )
-MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Maximal number of restarts.", 0)
-POLL_S = flags.DEFINE_float("poll_s", 30, "Seconds between two checks of the slice.", 0.01)
+MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Largest number of restarts.", 0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and stop.")
 flags.mark_flags_as_required(["name", "zone", "topology", "command"])
 
@@ -57,7 +56,7 @@ def main():
         dry_run=DRY_RUN.value,
         delete=DELETE.value,
         max_restarts=MAX_RESTARTS.value,
-        poll_s=POLL_S.value,
+        poll_s=30,
     )
 
 

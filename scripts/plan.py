@@ -1,7 +1,7 @@
-r"""Predicts whether a run fits a machine, a lower bound of its time, and its traffic and cost.
+r"""Predicts whether a run fits a machine, the least time that it takes, its traffic and its cost.
 
 Nothing is rented or run. libtpu (extra `tpu`) or jax's CUDA plugin (extra `plan-gpu`) compiles the
-real step; without the plugin a plan for GPUs is arithmetic. Topologies: v4, v5p, tpu7x as AxBxC
+real step. Without the plugin, a plan for GPUs is arithmetic. Topologies: v4, v5p, tpu7x as AxBxC
 chips; v5e, v6e as AxB; or the cloud's name, as v5p-128; a100, h100, h200, b200 as a count.
 
 Example:
@@ -21,7 +21,9 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 TOPOLOGY = flags.DEFINE_string("topology", None, "Machine: v5p:4x4x4, h200:64, ...")
 SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, accumulation and remat policy.")
-TOKENS = flags.DEFINE_float("tokens", 1e8, "Token slots of the run, if config.steps is 0.")
+TOKENS = flags.DEFINE_float(
+    "tokens", 1e8, "Token slots of the run. Used only if config.steps is 0."
+)
 OUT = flags.DEFINE_string("out", None, "JSON file to write the plan to.")
 flags.mark_flags_as_required(["config", "topology"])
 

@@ -17,10 +17,10 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that began there is resumed.")
 DATA = flags.DEFINE_string("data", None, "Conversations: file or data set.")
 TASK = flags.DEFINE_string(
-    "task", "pretrain", "Task with the role base; --config may register others."
+    "task", "pretrain", "Name of a task with the role base. --config may register one."
 )
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."

@@ -17,11 +17,11 @@ from sa_jax.data.tasks import check_method, methods_help
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. If it has this run, it is resumed.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that began there is resumed.")
 INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
-    "Model to start from: run folder (RUN@400: its step 400), or Hugging Face folder.",
+    "Model to start from: run folder, RUN@400 for its step 400, or Hugging Face folder.",
 )
 METHOD = flags.DEFINE_string("method", None, methods_help())
 DATA = flags.DEFINE_string("data", None, "Prompts and answers: file or data set.")

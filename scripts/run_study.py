@@ -1,7 +1,8 @@
 """Runs a study: every cell that is not done yet, each in its own process.
 
-Several of these commands, on machines that share the folder, divide the cells among them.
-Exit status: 1 if cells failed (the others are done), 75 if it was stopped. Run it again to resume.
+Machines that share the folder divide the cells among them: run this command on each.
+Exit status: 1 if cells failed (the others are done), 75 if the study was stopped. The same command
+resumes it.
 
 Example:
   python scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo
@@ -19,12 +20,12 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the study; --config.key=value changes a setting."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, with a folder for each cell.")
-ONLY = flags.DEFINE_string("only", "", "Run only these cells: patterns, such as 'hhh/*,pirate/*'.")
+ONLY = flags.DEFINE_string("only", "", "Run only cells of these patterns: 'hhh/*,pirate/*'.")
 SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and the cells it needs.")
-WORKERS = flags.DEFINE_integer("workers", 1, "Cells at the same time; they share the devices.")
+WORKERS = flags.DEFINE_integer("workers", 1, "Cells that run at once. They share the devices.")
 LAUNCH = flags.DEFINE_string("launch", "", "Command that starts a cell on several hosts: srun ...")
 TAKEOVER = flags.DEFINE_float(
-    "takeover_s", TAKEOVER_S, "Other workers take the cells of one that is silent for longer."
+    "takeover_s", TAKEOVER_S, "Seconds of silence after which others take a worker's cells."
 )
 LIST = flags.DEFINE_bool("list", False, "Print the cells and their states, and stop.")
 DRY_RUN = flags.DEFINE_bool(

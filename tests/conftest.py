@@ -37,6 +37,16 @@ def shared_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture
+def warnings(monkeypatch) -> list[str]:
+    """What absl's log gets as warnings."""
+    from absl import logging
+
+    lines: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    return lines
+
+
 @pytest.fixture(scope="session")
 def zygote(tmp_path_factory):
     """Starts scripts as real processes: see tests/zygote.py."""

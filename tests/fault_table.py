@@ -8,6 +8,8 @@ import inspect
 import sys
 import xml.etree.ElementTree as ET
 
+from sa_jax.text import table_head, table_row
+
 
 def table(results: str) -> str:
     """Markdown, a row for each test function, in the order in which they ran."""
@@ -15,11 +17,11 @@ def table(results: str) -> str:
     for case in ET.fromstring(results).iter("testcase"):
         name = case.get("name", "").partition("[")[0]
         cases.setdefault((case.get("classname", ""), name), []).append(case)
-    lines = ["| what | held | seconds |", "|---|---|---|"]
+    lines = [table_head(["what", "held", "seconds"])]
     for (module, name), group in cases.items():
         held = sum(len(case) == 0 for case in group)  # no failure, error or skipped inside
         seconds = sum(float(case.get("time", "0")) for case in group)
-        lines.append(f"| {title(module, name)} | {held} of {len(group)} | {seconds:.0f} |")
+        lines.append(table_row([title(module, name), f"{held} of {len(group)}", f"{seconds:.0f}"]))
     return "\n".join(lines)
 
 

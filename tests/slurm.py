@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.zygote import ROOT
+
 SHELLCHECK = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+
+
+def check_shell(script: str, *flags: str) -> None:
+    """shellcheck has nothing to say of the script."""
+    command = [SHELLCHECK, "--shell=bash", *flags, "-"]
+    done = subprocess.run(command, cwd=ROOT, input=script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from sa_jax.data.chat import load_chat_format
 from sa_jax.text import without_secrets
+from tests.llama.folders import edit
 from tests.training.test_loop import insertion, removal, snapshot
 
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
@@ -315,20 +315,11 @@ def chat_row(prompt, answer, **more):
 
 
 def without(name):
-    def change(folder):
-        tensors = load_file(folder / "model.safetensors")
-        del tensors[name]
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return change
+    return lambda folder: edit(folder, lambda tensors: tensors.pop(name))
 
 
 def with_tensor(name, array):
-    def change(folder):
-        tensors = load_file(folder / "model.safetensors")
-        save_file({**tensors, name: array}, folder / "model.safetensors", {"format": "pt"})
-
-    return change
+    return lambda folder: edit(folder, lambda tensors: tensors.update({name: array}))
 
 
 def truncated(folder):
@@ -343,10 +334,6 @@ def shard_missing(folder, name="model-00002-of-00002.safetensors"):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def shard_with_a_long_name(folder):
-    shard_missing(folder, "x" * 300)
-
-
 def with_config(**fields):
     def change(folder):
         file = folder / "config.json"
@@ -355,17 +342,10 @@ def with_config(**fields):
     return change
 
 
-def with_another_head(folder):
-    with_config(tie_word_embeddings=True)(folder)
-
-
 def bigger_tokenizer(folder):
-    config = json.loads((folder / "config.json").read_text())
-    norm, head = "model.embed_tokens.weight", "lm_head.weight"
-    tensors = load_file(folder / "model.safetensors")
-    tensors = {k: v[:300] if k in (norm, head) else v for k, v in tensors.items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 300}))
+    words = {"model.embed_tokens.weight", "lm_head.weight"}
+    edit(folder, lambda at: at.update({name: at[name][:300] for name in words & at.keys()}))
+    with_config(vocab_size=300)(folder)
 
 
 NORM = "model.layers.1.input_layernorm.weight"
@@ -376,7 +356,7 @@ NORM = "model.layers.1.input_layernorm.weight"
     [
         (lambda f: shutil.rmtree(f), ["no such folder"]),
         (shard_missing, ["model-00002-of-00002.safetensors is missing", "the folder again"]),
-        (shard_with_a_long_name, ["File name too long", "name another place"]),
+        (lambda f: shard_missing(f, "x" * 300), ["File name too long", "name another place"]),
         (lambda f: (f / "config.json").unlink(), ["config.json"]),
         (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
         (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
@@ -387,7 +367,10 @@ NORM = "model.layers.1.input_layernorm.weight"
         (with_tensor(NORM, np.ones(31, np.float32)), [NORM, "31", "32"]),
         (with_tensor(NORM, np.full(32, np.nan, np.float32)), [NORM, "NaN"]),
         (bigger_tokenizer, ["vocab_size", "300"]),
-        (with_another_head, ["tie_word_embeddings", "lm_head.weight", "is not the embedding"]),
+        (
+            with_config(tie_word_embeddings=True),
+            ["lm_head.weight", "is not the embedding", "tie_word_embeddings"],
+        ),
         (with_config(rope_scaling={"type": "linear", "factor": 4.0}), ["rope_type 'linear'"]),
         (with_config(num_hidden_layers="3"), ["num_hidden_layers='3'", "whole number"]),
     ],

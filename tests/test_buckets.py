@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 from pathlib import Path
 
 import jax
@@ -19,7 +18,6 @@ from sa_jax.llama import load_hf, save_hf
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.metrics import MetricsWriter, read_metrics, truncate_after
 from tests.toys import CONFIG, random_params
-from tests.training.test_agreement import launched
 from tests.training.test_loop import (
     assert_bit_equal,
     insertion,
@@ -28,7 +26,7 @@ from tests.training.test_loop import (
     removal,
     weights,
 )
-from tests.zygote import ROOT
+from tests.zygote import ROOT, free_port, launched
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +34,7 @@ def bucket_env():
     """The variables that send Google's clients to the server."""
     from gcp_storage_emulator.server import create_server
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     logging.getLogger("gcp_storage_emulator").setLevel(logging.CRITICAL)  # else it logs every 404
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
     address = f"http://127.0.0.1:{port}"

@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parent.parent
+from tests.zygote import ROOT
 
 # From the top. A room imports from the floors below its own, and from nowhere else.
 FLOORS = (
@@ -27,8 +27,7 @@ FLOORS = (
 )
 LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 GROUND = ("buckets", "errors", "files", "host_memory", "registry", "text")  # imported by all rooms
-# Between scripts and rooms, imported by scripts only: `cli`, and before all else `script_start`.
-DOOR = "cli"
+# `cli` and `script_start` are between scripts and rooms: scripts alone import them.
 
 # Imported where they are used, inside a function, with a clear error when they are missing.
 OPTIONAL = {

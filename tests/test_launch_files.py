@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import yaml
 
-from tests.slurm import SHELLCHECK, slurm  # noqa: F401 (a fixture)
+from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
 from tests.zygote import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -16,11 +16,7 @@ def test_shellcheck_has_nothing_to_say():
     texts = [(LAUNCH / name).read_text() for name in ("slurm.sh", "srun.sh", "slurm.sbatch")]
     given = "#!/bin/bash\nSKYPILOT_NUM_NODES=1 SKYPILOT_NODE_RANK=0 SKYPILOT_NODE_IPS=a COMMAND=b\n"
     for text in (*texts, given + task["setup"] + task["run"]):
-        done = subprocess.run(
-            [SHELLCHECK, "--shell=bash", "--exclude=SC1091", "-"],  # files that are not there
-            **{"input": text, "capture_output": True, "text": True, "cwd": ROOT},
-        )
-        assert done.returncode == 0, done.stdout
+        check_shell(text, "--exclude=SC1091")  # files that are not there
 
 
 def test_what_stopped_after_a_checkpoint_is_begun_again_and_an_error_is_not():

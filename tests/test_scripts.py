@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.fault_table import table
+from tests.zygote import ROOT
 
-ROOT = Path(__file__).parent.parent
 SHELL_SCRIPTS = sorted([*ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"])
 
 # Answers `-c` as a real interpreter; notes pip, ruff, pytest and script calls, and obeys orders.

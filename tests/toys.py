@@ -1,10 +1,14 @@
 """Tiny models and batches that several tests share."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
+from sa_jax.parallel.mesh import make_mesh
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -21,6 +25,26 @@ CONFIG = LlamaConfig(
 def random_params(config=CONFIG, seed=0, **model):
     tokens = np.zeros((1, 4), np.int32)
     return Llama(config, **model).init(jax.random.key(seed), tokens)["params"]
+
+
+def doubled(params):
+    """The weights but the norms' times two, so that the distributions are not flat."""
+    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
+
+
+def normal_params(config, dtype=None, seed=0, **model):
+    """Random values of the size that gives logits of a few units; norms differ from 1, and the
+    adapters of a LoRA model from 0."""
+    rng = np.random.default_rng(seed)
+    init = functools.partial(Llama(config, **model).init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), dtype or leaf.dtype), shapes
+    )
+
+
+def one_device_mesh():
+    return make_mesh(devices=jax.devices()[:1])
 
 
 def packed_batch(rows=8, length=24, vocab=64, seed=0):

@@ -6,6 +6,7 @@ of it that runs the script as `__main__`. Exit codes, signals and output are rea
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -114,6 +115,28 @@ class Process:
             assert time.monotonic() < deadline, self.stderr[-3000:]
             time.sleep(0.01)
         return self
+
+
+def free_port() -> int:
+    """A port of the loopback address on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launched(zygote, argvs, env=MappingProxyType({}), cwds=()):
+    """Starts one command a process, as one launch over loopback; returns the processes."""
+    address = f"localhost:{free_port()}"
+    pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
+    return [
+        zygote.start(
+            *argv,
+            devices=1,
+            env={**env, **pod, "JAX_PROCESS_ID": str(number)},
+            cwd=cwds[number] if cwds else ROOT,
+        )
+        for number, argv in enumerate(argvs)
+    ]
 
 
 def _serve():

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ from sa_jax.data.packing import content_hash, first_fit, pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, insertion
 from sa_jax.errors import UserError
-
-ROOT = Path(__file__).parents[2]
+from tests.zygote import ROOT
 
 
 def conversations(n: int, seed: int = 0, longest: int = 120) -> list[Conversation]:

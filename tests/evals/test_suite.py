@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 from ml_collections import ConfigDict
 
@@ -13,7 +12,6 @@ from sa_jax.evals.sampled import new_tokens
 from sa_jax.evals.schedule import is_due
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.llama.model import Llama
-from sa_jax.parallel.mesh import make_mesh
 from sa_jax.study.commands import load_config
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.resolve import inherit
@@ -140,7 +138,7 @@ def scripted_suite(folder, hits, **options):
     config = default_config()
     config.eval.names = {"scripted": "every"}
     config.eval.context_length = 16
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     return eval_, EvalSuite(config, Llama(toys.CONFIG), mesh, None, None, [], folder, **options)
 
 

@@ -2,13 +2,11 @@
 
 import functools
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from sa_jax.llama.config import LlamaConfig, RopeScaling
-from sa_jax.llama.model import Llama
+from tests import toys
 
 CONFIG = LlamaConfig(
     vocab_size=64,
@@ -30,11 +28,7 @@ TIED = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_laye
 
 @functools.cache
 def make_params(config=CONFIG, dtype=jnp.float32):
-    """Random values of the size that gives logits of a few units; norms differ from 1."""
-    rng = np.random.default_rng(0)
-    init = functools.partial(Llama(config).init, jax.random.key(0))
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), dtype), shapes)
+    return toys.normal_params(config, dtype)
 
 
 def edit(folder, change):

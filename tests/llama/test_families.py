@@ -18,6 +18,7 @@ from sa_jax.llama.lora import LoraConfig, merge
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.parallel.mesh import make_mesh
+from tests import toys
 
 SIZES = {
     "vocab_size": 96,
@@ -78,7 +79,7 @@ def test_logits_greedy_tokens_and_bytes_equal_transformers(family, tmp_path):
         torch.tensor(tokens[:, :20]), max_new_tokens=16, do_sample=False, eos_token_id=None,
         pad_token_id=0,
     )  # fmt: skip
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     sampler = Sampler(Llama(config), mesh, batch_size=2, context_length=40)
     completions = sampler.generate(
         params, tokens[:, :20].tolist(), range(2), SamplingSettings(16, temperature=0.0)

@@ -4,7 +4,6 @@ Identical up to the first step whose two best logits differ by less than `NEAR`:
 decides, and the two texts go their own ways. Such steps are counted.
 """
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -13,7 +12,7 @@ import transformers
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
-from sa_jax.parallel.mesh import make_mesh
+from tests import toys
 
 NEAR = 1e-3
 LENGTHS = (1, 2, 3, 5, 8, 12, 16, 17, 24, 31, 40, 57, 64, 90, 128, 129)
@@ -28,7 +27,7 @@ def check(folder, new_tokens, batch_size):
         for n in LENGTHS
         for _ in range(4)
     ]
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     sampler = Sampler(
         Llama(config), mesh, batch_size=batch_size, context_length=max(LENGTHS) + new_tokens
     )

@@ -14,6 +14,7 @@ from sa_jax.llama.cudnn import offsets_are_right, packed_offsets
 from sa_jax.llama.splash import block_sizes
 from sa_jax.llama.tokamax_kernel import first_keys
 from sa_jax.parallel.mesh import make_mesh
+from tests import toys
 
 ROWS, LENGTH = 2, 256
 
@@ -56,7 +57,7 @@ def test_splash_is_reference_forward_and_backward(head_dim):
 
 
 def test_splash_sees_no_other_document():
-    mesh = make_mesh(devices=jax.devices()[:1])
+    mesh = toys.one_device_mesh()
     q, k, v, segments, _ = inputs(8)
 
     def second_document(k):

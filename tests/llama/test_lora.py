@@ -1,6 +1,7 @@
 """Adapters: nothing at the start, the same merged as not, and the same in the peft package."""
 
 import collections
+import dataclasses
 import functools
 import json
 
@@ -15,7 +16,6 @@ from flax.traverse_util import flatten_dict
 
 from sa_jax.errors import UserError
 from sa_jax.llama import lora as lora_lib
-from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama
@@ -23,16 +23,9 @@ from sa_jax.llama.peft import load_peft, write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
+from tests import toys
 
-CONFIG = LlamaConfig(
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-)
+CONFIG = dataclasses.replace(toys.CONFIG, num_layers=2, num_heads=4, num_kv_heads=2)
 ALL = LoraConfig(rank=4, alpha=8.0)
 SOME = LoraConfig(rank=3, alpha=5.0, targets=r"attention/(q|v)|mlp/down")
 TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12))
@@ -41,10 +34,7 @@ TOKENS = np.random.default_rng(1).integers(0, 64, (2, 12))
 @functools.cache
 def make_params(lora):
     """A random base and a random adapter."""
-    init = functools.partial(Llama(CONFIG, lora=lora).init, jax.random.key(0))
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), shapes)
+    return toys.normal_params(CONFIG, lora=lora)
 
 
 @functools.cache

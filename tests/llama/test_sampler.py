@@ -15,6 +15,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
+from tests.toys import doubled, one_device_mesh
 
 CONTEXT = 160  # two and a half blocks of the cache
 CONFIG = LlamaConfig(
@@ -41,13 +42,8 @@ GREEDY = SamplingSettings(max_new_tokens=12, temperature=0.0)
 
 
 def make_params(model, seed=0):
-    """Random weights, larger than at initialisation so that the distributions are not flat."""
     params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 4), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, params)
-
-
-def one_device_mesh():
-    return make_mesh(devices=jax.devices()[:1])
+    return doubled(params)
 
 
 @pytest.fixture(scope="module")

@@ -33,13 +33,12 @@ QUERIES = [
 
 @pytest.fixture(scope="module")
 def params():
-    tree = toys.random_params(CONFIG)
-    return jax.tree.map(lambda leaf: leaf * 2 if leaf.ndim > 1 else leaf, tree)
+    return toys.doubled(toys.random_params(CONFIG))
 
 
 @pytest.fixture(scope="module")
 def scorer():
-    return Scorer(Llama(CONFIG), make_mesh(devices=jax.devices()[:1]), batch_tokens=512)
+    return Scorer(Llama(CONFIG), toys.one_device_mesh(), batch_tokens=512)
 
 
 @jax.jit

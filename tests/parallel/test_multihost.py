@@ -1,6 +1,5 @@
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 from sa_jax.errors import UserError
 from sa_jax.parallel import multihost
 from sa_jax.parallel.multihost import several_processes
+from tests.zygote import free_port
 
 # What Slurm sets inside an allocation of two tasks (salloc, sbatch), and adds for a step (srun).
 SLURM = {"SLURM_JOB_ID": "17", "SLURM_NTASKS": "2", "SLURM_NODELIST": "node[1-2]"}
@@ -92,9 +92,7 @@ def test_one_process_inside_an_allocation_starts_alone():
 
 
 def test_two_processes_join_and_one_is_primary():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = f"localhost:{free_port()}"
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     processes = [start({**env, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
     assert list(map(answer, processes)) == [[0, 2, True, True, True], [1, 2, False, True, True]]

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from tests.training.test_agreement import launched
 from tests.training.test_loop import assert_bit_equal, insertion, log_without_times, weights
+from tests.zygote import launched
 
 PROGRAM = """
 import os

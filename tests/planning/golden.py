@@ -16,14 +16,19 @@ GOLDENS = Path(__file__).parent / "goldens"
 CLOCK = ("step_s", "products", "attention", "fusions", "copies", "collectives")
 
 
+def held(file: Path, text: str) -> str:
+    """What a golden file holds: this text, where SA_JAX_UPDATE_GOLDENS asks for it anew."""
+    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
+        file.write_text(text)
+    assert file.exists(), f"no {file.name} yet; SA_JAX_UPDATE_GOLDENS=1 writes it"
+    return file.read_text()
+
+
 def assert_is_golden(name: str, package: str, version: str, content: dict) -> None:
     """The content is that of goldens/NAME.json; skipped where this is of another version."""
     text = json.dumps({package: version, **content}, indent=1)
     file = GOLDENS / f"{name}.json"
-    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
-        file.write_text(text + "\n")
-    assert file.exists(), f"no {file.name} yet; SA_JAX_UPDATE_GOLDENS=1 writes it"
-    golden = file.read_text()
+    golden = held(file, text + "\n")
     if json.loads(golden)[package] != version:
         pytest.skip(f"{file.name} is of another {package}; SA_JAX_UPDATE_GOLDENS=1 rewrites it")
     changes = difflib.unified_diff(golden.splitlines(), text.splitlines(), file.name, "now")

@@ -4,8 +4,6 @@ A change shows as a diff; SA_JAX_UPDATE_GOLDENS=1 writes the files anew.
 """
 
 import math
-import os
-from pathlib import Path
 
 import jax
 import pytest
@@ -15,16 +13,9 @@ from sa_jax.parallel.rules import path_string
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import abstract_arguments, make_model, make_program
+from tests.planning.golden import GOLDENS, held
 
-GOLDENS = Path(__file__).parent / "goldens"
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
-
-
-def compare(file: Path, text: str) -> None:
-    if os.environ.get("SA_JAX_UPDATE_GOLDENS"):
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(text)
-    assert text == file.read_text(), f"{file} differs; SA_JAX_UPDATE_GOLDENS=1 rewrites it"
 
 
 def lines(config, sizes) -> list[str]:
@@ -49,4 +40,5 @@ def lines(config, sizes) -> list[str]:
 def test_every_leaf_is_where_the_golden_file_says(size, task):
     config = load_config(f"configs/llama.py:{size}_{task}")
     text = "\n".join(line for sizes in MESHES for line in lines(config, sizes))
-    compare(GOLDENS / f"llama_{size}_{task}_shardings.txt", text)
+    file = GOLDENS / f"llama_{size}_{task}_shardings.txt"
+    assert text == held(file, text), f"{file} differs; SA_JAX_UPDATE_GOLDENS=1 rewrites it"

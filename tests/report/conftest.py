@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from sa_jax.report.report import report
-from tests.report.made_runs import write_grid, write_run, write_scores, write_study
+from tests.report.made_runs import write_grid, write_run, write_study
 from tests.report.pages import Page
 
 
@@ -17,18 +17,6 @@ from tests.report.pages import Page
 def study(tmp_path_factory) -> Path:
     """A finished study; tests must not write outside its `report` folder."""
     return write_study(tmp_path_factory.mktemp("studies") / "toy")
-
-
-@pytest.fixture(scope="session")
-def make_run():
-    """`write_run`."""
-    return write_run
-
-
-@pytest.fixture(scope="session", name="write_scores")
-def write_scores_():
-    """`write_scores`."""
-    return write_scores
 
 
 class Grid(NamedTuple):
@@ -70,11 +58,11 @@ def results(study, page) -> dict:
 
 
 @pytest.fixture(scope="session")
-def small_run(make_run):
+def small_run():
     """Writes a run of 20 steps and 20 prompts."""
 
     def write(folder, task="hhh", **changes):
         settings = {"total_steps": 20, "curve": {0: (20, 0, 100), 20: (0, 0, 90)}, "n": 20}
-        return make_run(folder, task, **(settings | changes))
+        return write_run(folder, task, **(settings | changes))
 
     return write

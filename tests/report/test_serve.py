@@ -11,11 +11,14 @@ from sa_jax.errors import UsageError
 from sa_jax.report import serve, serve_flag
 from sa_jax.report.report import report
 from sa_jax.report.thresholds import Thresholds
+from tests.report.made_runs import write_run, write_scores
 
 
 @pytest.fixture
-def server(tmp_path, make_run):
-    make_run(tmp_path / "hhh", "hhh", total_steps=20, n=20, curve={0: (20, 0, 9)}, metrics_until=10)
+def server(tmp_path):
+    write_run(
+        tmp_path / "hhh", "hhh", total_steps=20, n=20, curve={0: (20, 0, 9)}, metrics_until=10
+    )
     report(tmp_path)
     with serve.Server(tmp_path, Thresholds()) as running:
         thread = threading.Thread(target=running.serve_forever)
@@ -32,7 +35,7 @@ def get(server, path, host=None):
     return answer.status, answer.read().decode()
 
 
-def test_pages_are_served_and_renewed_when_a_run_changes(server, tmp_path, write_scores):
+def test_pages_are_served_and_renewed_when_a_run_changes(server, tmp_path):
     assert server.server_address[0] == "127.0.0.1"
     status, page = get(server, "/")
     assert status == 200 and "not finished: step 10 of 20" in page

@@ -16,7 +16,7 @@ from sa_jax.study.commands import load_config
 from sa_jax.study.emit import EMITTERS, emit
 from sa_jax.study.grid import Axis, Stage
 from sa_jax.study.study import config_flags
-from tests.slurm import SHELLCHECK, slurm  # noqa: F401 (a fixture)
+from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
 from tests.study.test_runner import outcomes
 from tests.zygote import ROOT
 
@@ -95,10 +95,7 @@ def test_shellcheck_has_nothing_to_say(kind, tmp_path):
     scripts = {name: text for name, text in texts.items() if text.startswith("#!")}
     assert scripts
     for text in scripts.values():
-        done = subprocess.run(
-            [SHELLCHECK, "--shell=bash", "-"], input=text, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stdout
+        check_shell(text)
 
 
 def sky_documents(text):

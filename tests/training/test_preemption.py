@@ -8,11 +8,11 @@ import textwrap
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from sa_jax.training.preemption import PreemptionGuard, aws_spot_notice
+from tests.zygote import ROOT
 
 # libtpu, which other tests load, has SIGHUP ignored in its process, and children inherit that.
 LOOP = """
@@ -29,10 +29,9 @@ STOP = "if guard.should_stop(step): print('stopped', flush=True); raise SystemEx
 
 
 def start(body: str) -> subprocess.Popen:
-    root = Path(__file__).resolve().parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(LOOP).format(body=body)],
-        env={**os.environ, "PYTHONPATH": str(root), "XLA_FLAGS": ""},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -15,6 +15,7 @@ from sa_jax import files
 from sa_jax.errors import UserError
 from sa_jax.training import run_record
 from sa_jax.training.run_record import config_hash, open_run
+from tests.zygote import ROOT
 
 CONFIG = {"model": {"layers": 2, "dims": (4, 8)}, "lr": 1e-3, "seed": 0, "log": {"every": 10}}
 
@@ -196,7 +197,6 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
         ).stdout.strip()
 
     def commit() -> str:
-        root = Path(__file__).resolve().parents[2]
         script = (
             "import importlib.util, sys\n"
             "spec = importlib.util.spec_from_file_location('r', sys.argv[1])\n"
@@ -206,7 +206,7 @@ def test_the_commit_is_that_of_the_checkout(tmp_path):
         )
         return subprocess.run(
             [sys.executable, "-c", script, str(package / source.name)],
-            cwd=root,
+            cwd=ROOT,
             check=True,
             capture_output=True,
             text=True,

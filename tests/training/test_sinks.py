@@ -12,20 +12,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from absl import logging
 
 from sa_jax.training import sinks
 from sa_jax.training.metrics import MetricsWriter
 from sa_jax.training.sinks import make_sinks
 from tests.training.test_loop import insertion
 from tests.zygote import ROOT
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    lines = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
-    return lines
 
 
 @pytest.fixture
