@@ -123,14 +123,17 @@ def test_of_beginnings_within_each_other_those_with_the_fewest_tokens(sizes, opt
     assert (tokens_run, sorted(n for _, n in groups)) == (optimum, prefixes)
 
 
-def test_scores_with_a_prefix_of_each_subject_are_those_of_the_full_forward(scorer, params):
+def test_scores_with_a_prefix_of_each_subject_are_those_of_the_full_forward(
+    scorer, params, monkeypatch
+):
+    runs = toys.ScorerRuns(scorer, monkeypatch)
     subjects = [SHARED[:70] + tokens(50) for _ in range(2)]
     queries = [Query(subject + tokens(5), [[1], [2]]) for subject in subjects for _ in range(9)]
     queries += [Query(SHARED[:70] + tokens(9), [[3]]) for _ in range(9)]
     check(params, scorer.score(params, queries), queries)
-    assert scorer.stats.shared_prefixes == 3
+    assert len(runs.prefixes) == 3
     # Beginnings of 120, 120 and 70 tokens, as 128, 128 and 96; then batches of 16 rows.
-    assert scorer.stats.forward_tokens == 128 + 128 + 96 + 16 * (6 + 6 + 12)
+    assert runs.tokens == 128 + 128 + 96 + 16 * (6 + 6 + 12)
 
 
 @pytest.mark.long
