@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from common import versions, write_record
+from llama3_tokenizer import write_llama3_tokenizer
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import LLAMA3_TEMPLATE, load_chat_format
-from sa_jax.data.llama3_tokenizer import write_llama3_tokenizer
 from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, insertion

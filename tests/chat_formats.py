@@ -7,9 +7,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.llama3_tokenizer import SPECIAL_TOKENS, write_llama3_tokenizer
 from sa_jax.data.chat import ChatFormat, load_chat_format
 from sa_jax.data.conversations import make_messages
-from sa_jax.data.llama3_tokenizer import SPECIAL_TOKENS, write_llama3_tokenizer
 
 SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
 

@@ -1,7 +1,5 @@
-"""The Llama 3 tokenizer as a Hugging Face folder, from the rank file that Meta publishes.
-
-Model folders have a `tokenizer.json`; this module is for users who have only `tokenizer.model`.
-"""
+"""The Llama 3 tokenizer as a Hugging Face folder, from the rank file that Meta publishes: for tests
+and benchmarks on real text without a folder of the model."""
 
 import base64
 from pathlib import Path
