@@ -2,6 +2,7 @@
 none is needed."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import math
@@ -103,6 +104,7 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
     )
 
 
+@functools.cache  # a study asks for every cell, and a cloud name is looked for among all shapes
 def parse_topology(name: str) -> Topology:
     """The machine of a name, without devices; of a cloud name it has the documented shape.
 

@@ -1,7 +1,9 @@
 """Writes the report on a run or a study from its run folders: pages, tables and figures."""
 
 import contextlib
+import errno
 import json
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -136,15 +138,26 @@ def _replace(folder: Path, new: Path) -> None:
         put_folder(new, folder)
         return
     for part in sorted(new.iterdir(), key=lambda part: part.name == "index.html"):
-        while True:
-            try:
-                part.replace(folder / part.name)
-                break
-            except OSError:  # a folder with files is not replaced
-                if part.is_file():
-                    raise
-            with contextlib.suppress(FileNotFoundError):  # another report has taken it away
-                (folder / part.name).rename(tempfile.mkdtemp(prefix="old-", dir=new))
+        try:
+            _rename(part, folder / part.name, new)
+        except OSError:
+            if not part.is_dir():
+                raise
+            # Mounted buckets and the layers of a container may not rename folders.
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
+
+
+def _rename(part: Path, place: Path, new: Path) -> None:
+    while True:
+        try:
+            part.replace(place)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a folder with files
+                raise
+        with contextlib.suppress(FileNotFoundError):  # another report has taken it away
+            place.rename(tempfile.mkdtemp(prefix="old-", dir=new))
 
 
 def _figures(

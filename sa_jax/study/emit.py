@@ -203,6 +203,16 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         f"cd {shlex.quote(str(_PROJECT))} || exit 1",
         "failed=0",
         'passed_over=" "',
+        "follows() { # name, workloads that must not have been passed over",
+        "    local before",
+        '    for before in "${@:2}"; do',
+        '        if [[ "$passed_over" == *" $before "* ]]; then',
+        '            echo "$1 is skipped: $before was"',
+        '            passed_over+="$1 "',
+        "            return 1",
+        "        fi",
+        "    done",
+        "}",
         "starts() { # name, highest triggered rate of its start, the start's folder, its step",
         "    local status=0",
         f"    python -c {shlex.quote(_RATE_ABOVE)} " + '"${@:2}" || status=$?',
@@ -223,13 +233,14 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         '        xpk workload list --cluster "$CLUSTER" --wait-for-job-completion "$1" || failed=1',
         "}",
     ]
+    skippable: dict[str, str] = {}  # cells that may be passed over -> their workloads
     for name, of_stage in _stages(cells).items():
         topology = _machine(of_stage[0].stage)
         lines += ["", f"# {name}"]
         if topology is None:
             for cell in of_stage:
                 run = f"python {shlex.join(command(cell, workdir))}"
-                lines.append(_if_it_starts(cell, workdir, f"{run} || failed=1"))
+                lines.append(_if_it_starts(cell, workdir, f"{run} || failed=1", skippable))
             continue
         if topology.platform != "tpu":
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
@@ -237,19 +248,30 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
             run = f"python {shlex.join(command(cell, workdir))}"
             machine = f"{topology.cloud_name} {topology.slices}"
             submit = f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}"
-            lines.append(_if_it_starts(cell, workdir, submit))
+            lines.append(_if_it_starts(cell, workdir, submit, skippable))
         lines += [f"await {_workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"
 
 
-def _if_it_starts(cell: Cell, workdir: Path, line: str) -> str:
-    """The line of a cell, passed over where the triggered rate of its start is above the limit."""
+def _if_it_starts(cell: Cell, workdir: Path, line: str, skippable: dict[str, str]) -> str:
+    """The line of a cell, passed over where the triggered rate of its start is above the limit, or
+    where a cell before it was passed over. (A report is of what there is.)
+
+    Args:
+      skippable: cells so far that may be passed over, with their workloads; this one is added.
+    """
+    conditions, name = [], _workload_name(cell)
+    if cell.run != "report" and (before := [skippable[p] for p in cell.parents if p in skippable]):
+        conditions.append(" ".join(("follows", name, *before)))
     limit, step = cell.stage.start_rate_at_most, cell.start_step
-    if limit is None:
+    if limit is not None:
+        start = shlex.join([str(workdir / cell.start_cell), *([] if step is None else [str(step)])])
+        conditions.append(f"starts {name} {limit} {start}")
+    if not conditions:
         return line
-    start = shlex.join([str(workdir / cell.start_cell), *([] if step is None else [str(step)])])
-    return f"if starts {_workload_name(cell)} {limit} {start}; then {line}; fi"
+    skippable[cell.name] = name
+    return f"if {' && '.join(conditions)}; then {line}; fi"
 
 
 def _workload_name(cell: Cell) -> str:

@@ -197,7 +197,7 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
     try:
         _run_until_done(job, commit, max_restarts, poll_s)
     except (UserError, Preempted) as error:
-        with _after(error):
+        with _after(error, f"; {job.name} may still exist, and cost money, until --delete=now"):
             if _OTHER in str(error) or not _look(job.describe()):
                 raise  # the slice is in use, or there is none to pay for
             if delete == "always":
@@ -319,14 +319,15 @@ async def _follow(job: Slice, worker: int, poll_s: float) -> int | None:
 
 
 @contextlib.contextmanager
-def _after(first: UserError | Preempted) -> Iterator[None]:
-    """A context in which an error of gcloud is said after the one that came first."""
+def _after(first: UserError | Preempted, note: str = "") -> Iterator[None]:
+    """A context in which an error of gcloud is said after the one that came first, with a note."""
     try:
         yield
     except UserError as second:
-        if str(second) in str(first):
-            raise first from None
-        raise type(first)(f"{first}; and then gcloud failed: {second}") from None
+        if second is first:
+            raise
+        then = "" if str(second) in str(first) else f"; and then gcloud failed: {second}"
+        raise type(first)(f"{first}{then}{note}") from None
 
 
 def _look(command: list[str]) -> dict | None:

@@ -231,7 +231,8 @@ def train(
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, installed_cudnn()))
-        compiled_step = begin_compiling(config, program, mesh)
+        trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
+        compiled_step = begin_compiling(config, program, mesh, at_once=not trained)
         leaf_names = [
             path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
         ]

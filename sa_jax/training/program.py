@@ -139,9 +139,12 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
 
 
 def begin_compiling(
-    config: ConfigDict, program: Program, mesh: Mesh
+    config: ConfigDict, program: Program, mesh: Mesh, *, at_once: bool = True
 ) -> Callable[[], jax.stages.Compiled]:
     """Begins to compile the step, in a thread; the function that is returned waits for it.
+
+    Not `at_once`, it compiles when it is called: a process does not end before its threads, so a
+    run that has no step left would end minutes late.
 
     On a TPU the compiler takes minutes, and so do the weights and the evals of step 0 meanwhile.
     A GPU's compiler times kernels on the device, which must be idle: there it begins when its
@@ -151,7 +154,7 @@ def begin_compiling(
     def compile_step() -> jax.stages.Compiled:
         return program.step.lower(*abstract_arguments(config, program, mesh)).compile()
 
-    if mesh.devices.flat[0].platform == "gpu":
+    if not at_once or mesh.devices.flat[0].platform == "gpu":
         return functools.cache(compile_step)
     return concurrent.futures.ThreadPoolExecutor(1).submit(compile_step).result
 

@@ -219,6 +219,8 @@ def hub_name(lineage: Mapping[str, Any]) -> str:
     with contextlib.suppress(UserError, OSError, ValueError, KeyError):
         while lineage["kind"] == "run":
             lineage = run_record.read_run_json(lineage["path"])["start"]
+        if lineage["kind"] == "fresh":  # its path is '', the current folder
+            return ""
         if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", lineage["path"]):
             return f"{cached[1]}/{cached[2]}"
         config = parse_json(as_path(lineage["path"], "config.json").read_bytes())

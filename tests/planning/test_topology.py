@@ -51,6 +51,7 @@ def test_a_cloud_name_is_the_slice_of_the_documented_shape(cloud, name):
     machine = parse_topology(cloud)
     assert machine == parse_topology(name) and machine.name == name
     assert cloud.endswith(machine.cloud_name)
+    assert parse_topology(cloud) is machine  # not looked for again
 
 
 def test_a_cloud_name_of_several_shapes_lists_them():

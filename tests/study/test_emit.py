@@ -66,6 +66,9 @@ def cells(limit=None, **topology):
         ),
         Stage("report", run="report"),
     )
+    if limit is not None:
+        scores = Stage("scores", run="evaluate", start="removal", set={"evals": "mmlu"})
+        study.stages = (*study.stages[:-1], scores, study.stages[-1])
     return grid.expand(study)
 
 
@@ -181,7 +184,9 @@ def test_xpk_is_a_workload_a_cell_stage_by_stage(tmp_path):
     [(0.04, "v5e:4x4", True), (0.06, "v5e:4x4", False), (0.06, "", False)],
 )
 def test_xpk_passes_over_what_starts_above_the_stages_limit(tmp_path, rate, machine, runs):
-    study = [cell for cell in cells(0.05, removal=machine) if cell.stage.name == "removal"]
+    study = [
+        cell for cell in cells(0.05, removal=machine) if cell.stage.name in ("removal", "scores")
+    ]
     script = tmp_path / "submit.sh"
     script.write_text(written("xpk", tmp_path, study)["submit.sh"])
     evals = tmp_path / "a folder/insertion/evals/step_000009"
@@ -199,9 +204,10 @@ def test_xpk_passes_over_what_starts_above_the_stages_limit(tmp_path, rate, mach
     assert (done.returncode, done.stderr) == (0, "")
     ran = log.read_text().count("remove_backdoor.py") if log.exists() else 0
     assert ran == (2 if runs else 0)
-    if not runs:  # nor is it waited for
+    if not runs:  # nor is it waited for, nor does anything run that starts from it
         assert not log.exists()
         assert "removal-hhh is skipped: its start is triggered above 0.05" in done.stdout
+        assert "scores-hhh is skipped: removal-hhh was" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,10 @@ def test_a_failed_installation_leaves_no_slice_unsaid(world, delete, kept):
 
 def test_what_came_first_is_said_before_what_gcloud_then_refuses(world, monkeypatch):
     refuse = world.folder / "refuse"
-    login = r"; and then gcloud failed: gcloud is not logged in: .*\(no active account\)$"
+    login = (
+        r"; and then gcloud failed: gcloud is not logged in: .*\(no active account\); "
+        "pod may still exist, and cost money, until --delete=now$"
+    )
     setup = f"echo -n 'no active account' >{refuse}; exit 3"
     with pytest.raises(UserError, match=f"^tpu-vm ssh: .*{login}"):
         launch(dataclasses.replace(JOB_OF_TWO, setup=setup), **FAST)

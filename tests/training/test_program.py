@@ -42,8 +42,13 @@ def test_the_step_that_was_compiled_ahead_is_the_step():
         np.testing.assert_array_equal(ahead, jitted)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu", "gpu"])
-def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(monkeypatch, platform):
+@pytest.mark.parametrize(
+    ("platform", "at_once", "beside"),
+    [("cpu", True, True), ("tpu", True, True), ("gpu", True, False), ("tpu", False, False)],
+)
+def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(
+    monkeypatch, platform, at_once, beside
+):
     monkeypatch.setattr(program_lib, "abstract_arguments", lambda *_: ())
     begun, count = threading.Event(), []
 
@@ -56,8 +61,9 @@ def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(monkeypatch,
     step = types.SimpleNamespace(lower=lambda: lowered)
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))
-    compiled_step = begin_compiling(None, types.SimpleNamespace(step=step), mesh)
-    assert begun.wait(60 if platform != "gpu" else 0.1) == (platform != "gpu")
+    program = types.SimpleNamespace(step=step)
+    compiled_step = begin_compiling(None, program, mesh, at_once=at_once)
+    assert begun.wait(60 if beside else 0.1) == beside
     assert [compiled_step(), compiled_step()] == ["compiled"] * 2
     assert len(count) == 1
-    assert (count[0] is threading.current_thread()) == (platform == "gpu")
+    assert (count[0] is threading.current_thread()) == (not beside)
