@@ -211,8 +211,8 @@ def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
     """Groups of rows, with the length of the prefix that all rows of a group share.
 
     Of the prefixes within each other (a header, the examples of a subject after it), a row is given
-    the one with which the fewest tokens are run. Rows that share too few tokens, or with too few
-    others, form one group without a prefix.
+    one with which few tokens are run: each prefix is decided once, the longest first. Rows that
+    share too few tokens, or with too few others, form one group without a prefix.
     """
     ordered = sorted(rows, key=lambda row: row.tokens[: row.free])
     begun = [_Beginning(0)]  # each has the one before as its beginning
