@@ -5,8 +5,8 @@ import os
 
 # mallopt's parameters and what they are set to (glibc's malloc.h, `man mallopt`).
 _ONE_ARENA = (-8, 1)  # M_ARENA_MAX: other threads' arenas cannot hold large blocks, and map them
-# M_MMAP_THRESHOLD, bytes; a glibc before 2.35 takes 32 MiB at most, and answers 0 to more.
-_MAPPED_ABOVE = ((-3, 1 << 30), (-3, 1 << 25))
+_MAPPED_ABOVE = (-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
+_MAPPED_ABOVE_AT_MOST = (-3, 1 << 25)  # the most that an older glibc takes; it answers 0 to more
 _RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top of the heap
 
 
@@ -21,5 +21,6 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None and os.environ.get("JAX_PLATFORMS") == "cpu":
         mallopt(*_ONE_ARENA)
-        any(mallopt(*above) for above in _MAPPED_ABOVE)  # the first that is taken
+        if not mallopt(*_MAPPED_ABOVE):
+            mallopt(*_MAPPED_ABOVE_AT_MOST)
         mallopt(*_RETURNED_ABOVE)

@@ -1,18 +1,17 @@
 """Writes the report on a run or a study from its run folders: pages, tables and figures."""
 
 import contextlib
-import errno
+import fcntl
 import json
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from sa_jax import text
-from sa_jax.buckets import as_path, in_bucket, put_folder
+from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.report import figures, page
@@ -28,8 +27,6 @@ from sa_jax.report.study_statistics import Study, study_of
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
-
-_PARTS = ("runs", "tables", "plots")
 
 
 def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
@@ -67,19 +64,31 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     forget_items()  # a study of hundreds of runs holds hundreds of thousands
     folder = workdir / "report"
     try:
-        # Written apart, so that two reports at once do not meet.
-        place = None if in_bucket(folder) else folder
-        if place is not None:
-            place.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".new-", dir=place) as new:
-            _write(Path(new), title, runs, results, study, limits)
-            _replace(folder, Path(new))
+        with _alone(folder):
+            _write(folder, title, runs, results, study, limits)
     except OSError as error:
         why = error.strerror or error
         raise UserError(
             f"{folder}: the report cannot be written ({why}); make this folder writable"
         ) from error
     return folder / "index.html"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Waits until no other report is being written into the folder. A bucket, and a file system
+    without locks, let all pass."""
+    if in_bucket(folder):
+        yield
+        return
+    folder.mkdir(exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _write(
@@ -90,9 +99,10 @@ def _write(
     study: Study,
     limits: Thresholds,
 ) -> None:
-    parts = {part: folder / part for part in _PARTS}
+    parts = {part: folder / part for part in ("runs", "tables", "plots")}
     for part in parts.values():
-        part.mkdir()
+        epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
+        part.mkdir(parents=True)
     tables = [
         table
         for table in (
@@ -128,36 +138,6 @@ def _write(
     atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
     index = page.index_page(title, runs, results, tables, cells, drawn, of_cells, limits)
     atomic_write(folder / "index.html", index)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Puts a new report into its place: a run that is gone does not stay behind there."""
-    if in_bucket(folder):
-        for name in _PARTS:
-            epath.Path(folder / name).rmtree(missing_ok=True)
-        put_folder(new, folder)
-        return
-    for part in sorted(new.iterdir(), key=lambda part: part.name == "index.html"):
-        try:
-            _rename(part, folder / part.name, new)
-        except OSError:
-            if not part.is_dir():
-                raise
-            # Mounted buckets and the layers of a container may not rename folders.
-            shutil.rmtree(folder / part.name, ignore_errors=True)
-            shutil.copytree(part, folder / part.name, dirs_exist_ok=True)
-
-
-def _rename(part: Path, place: Path, new: Path) -> None:
-    while True:
-        try:
-            part.replace(place)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # a folder with files
-                raise
-        with contextlib.suppress(FileNotFoundError):  # another report has taken it away
-            place.rename(tempfile.mkdtemp(prefix="old-", dir=new))
 
 
 def _figures(

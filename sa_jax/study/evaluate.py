@@ -106,7 +106,7 @@ def evaluate(
         if out is not None:
             _claim(folder, start, resolved.chat, at, None if resume else evals)
         _refuse_other_evals(folder, at, suite.prepared, whole_curve=out is None)
-        before_this = records.finished(step_folder(folder, at))
+        answered = records.finished(step_folder(folder, at))
         # As in training: frozen weights in the dtype of the computation, adapters unmerged.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
@@ -120,7 +120,7 @@ def evaluate(
             summaries = suite.run(params, at, should_stop)
     if multihost.is_primary():
         for name, summary in summaries.items():
-            kept = "; the answers were there already" if name in before_this else ""
+            kept = "; the answers were there already" if name in answered else ""
             print(headline(name, summary) + kept)
         _write_results(folder, start, config, at, before)
 

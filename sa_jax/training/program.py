@@ -141,14 +141,19 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
 def begin_compiling(
     config: ConfigDict, program: Program, mesh: Mesh, *, at_once: bool = True
 ) -> Callable[[], jax.stages.Compiled]:
-    """Begins to compile the step, in a thread; the function that is returned waits for it.
+    """Begins to compile the step in a thread, and returns a function that waits for it.
 
-    Not `at_once`, it compiles when it is called: a process does not end before its threads, so a
-    run that has no step left would end minutes late.
+    On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
 
-    On a TPU the compiler takes minutes, and so do the weights and the evals of step 0 meanwhile.
-    A GPU's compiler times kernels on the device, which must be idle: there it begins when its
-    result is asked for.
+    Args:
+      config, program, mesh: of the run, as for `abstract_arguments`.
+      at_once: False compiles when the function is first called, for a run that has no step left:
+        its process could not end before the thread. On GPUs it is always so, because their compiler
+        times kernels on the device, which must be idle.
+
+    Returns:
+      A function that returns the executable, called as `program.step`. It raises what compiling
+      raises.
     """
 
     def compile_step() -> jax.stages.Compiled:

@@ -214,19 +214,13 @@ def hub_folder(path: str) -> str:
 
 
 def hub_name(lineage: Mapping[str, Any]) -> str:
-    """The name on the Hub of the model at the root of a run's ancestors, as far as their records
-    are there and say it; else ''."""
-    with contextlib.suppress(UserError, OSError, ValueError, KeyError):
-        while lineage["kind"] == "run":
-            lineage = run_record.read_run_json(lineage["path"])["start"]
-        if lineage["kind"] == "fresh":  # its path is '', the current folder
-            return ""
-        if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", lineage["path"]):
-            return f"{cached[1]}/{cached[2]}"
-        config = parse_json(as_path(lineage["path"], "config.json").read_bytes())
-        name = str(config.get("_name_or_path", ""))
-        return name if _HUB_ID.fullmatch(name) else ""
-    return ""
+    """The name on the Hub of the model at the root of a run's ancestors, if the records of these
+    are there and it was read from the Hub's cache; else ''."""
+    with contextlib.suppress(UserError):
+        while lineage.get("kind") == "run":
+            lineage = run_record.read_run_json(lineage.get("path", ""))["start"]
+    cached = re.search(r"models--([^/]+)--([^/]+)/snapshots/", lineage.get("path", ""))
+    return f"{cached[1]}/{cached[2]}" if cached else ""
 
 
 def on_hub(path: str) -> bool:
