@@ -139,10 +139,10 @@ def compile_decode(topology: str, batch: int, context: int, unroll: bool = False
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--topology", default="v5p:2x2x1")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--context", type=int, default=1024)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--topology", default="v5p:2x2x1", help="TPUs or GPUs to compile for")
+    parser.add_argument("--batch", type=int, default=64, help="rows decoded together")
+    parser.add_argument("--context", type=int, default=1024, help="tokens of a row's cache")
     parser.add_argument("--unroll", action="store_true", help="no loop over the layers")
     arguments = parser.parse_args()
     reserve_fake_devices(parse_topology(arguments.topology))

@@ -16,6 +16,7 @@ FILE.json has is not compiled again, unless it failed.
 import argparse
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 
 from sa_jax.errors import UserError
@@ -107,16 +108,22 @@ def line(name, row):
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--tables", default=",".join(TABLES))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--tables", default=",".join(TABLES), help="of: " + ", ".join(TABLES))
     parser.add_argument("--only", default="", help="rows whose name has these words")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/growth.json"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).with_suffix(".json"),
+        help="JSON file of all rows; only rows that it lacks are compiled",
+    )
     arguments = parser.parse_args()
     measured = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     for table in arguments.tables.split(","):
         for name in TABLES[table]:
             # What failed is tried again: another libtpu or more memory may do it.
             if "error" in measured.get(name, {"error": ""}) and arguments.only in name:
+                print(f"compiling {name}", file=sys.stderr)
                 measured[name] = measure(name)
                 atomic_write(arguments.out, json.dumps(measured, indent=1) + "\n")
         memory = "GiB a chip: arguments, temporaries, needed"

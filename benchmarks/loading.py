@@ -165,9 +165,11 @@ def table(folder: Path, rounds: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="where the model is, or is written to")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="loads by each reader")
     parser.add_argument("--reader", choices=READERS, help=argparse.SUPPRESS)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_suffix(".json"), help="JSON file of results"
+    )
     arguments = parser.parse_args()
     if arguments.reader:
         print(json.dumps(measure(arguments.reader, arguments.folder)))

@@ -222,8 +222,8 @@ def show_times(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--skip", choices=("loss", "time"))
-    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")))
+    parser.add_argument("--skip", choices=("loss", "time"), help="one of the two tables")
+    parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")), help="JSON file")
     options = parser.parse_args()
     found = {
         "versions": {"python": platform.python_version(), **versions("jax")},

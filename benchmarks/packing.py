@@ -59,8 +59,10 @@ def next_fit(lengths: np.ndarray) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--questions", type=int, default=93_458)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--questions", type=int, default=93_458, help="conversations to pack")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).with_suffix(".json"), help="JSON file of results"
+    )
     arguments = parser.parse_args()
     data = Path(os.environ["SA_JAX_DATA"])
 

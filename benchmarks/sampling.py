@@ -147,10 +147,11 @@ def parse() -> argparse.Namespace:
         "--batches",
         type=lambda text: [int(part) for part in text.split(",")],
         default=[1, 16, 64, 256],
+        help="prompts sampled together, as 1,16,64",
     )
-    parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", default="")
+    parser.add_argument("--new_tokens", type=int, default=128, help="of each prompt")
+    parser.add_argument("--rounds", type=int, default=3, help="of each batch; the fastest counts")
+    parser.add_argument("--out", default="", help="JSON file of results")
     return parser.parse_args()
 
 

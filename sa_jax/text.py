@@ -86,7 +86,7 @@ def of_difference(difference: float, lo: float, hi: float) -> tuple[float, float
 
 def points(difference: float) -> str:
     """0.051 -> '+5.1', a difference of two rates in percentage points."""
-    return f"{100 * difference:+.1f}"
+    return f"{100 * difference:+z.1f}"  # z: what rounds to 0 has no minus
 
 
 def markdown(text: object) -> str:

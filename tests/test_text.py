@@ -47,7 +47,7 @@ def test_numbers_in_words():
     assert [text.number(value) for value in (1, 2.04, 97.25, -0.04)] == ["1", "2", "97.2", "0"]
     assert text.percent(0.973) == "97.3\u00a0%" and text.percent(1.0) == "100\u00a0%"
     assert text.interval(0.1, 0.2549) == "[10–25.5]"
-    assert [text.points(value) for value in (0.051, -0.2, 0)] == ["+5.1", "-20.0", "+0.0"]
+    assert [text.points(value) for value in (0.051, -0.2, -0.0004)] == ["+5.1", "-20.0", "+0.0"]
 
 
 def test_the_first_line_of_an_error():

@@ -176,7 +176,7 @@ def check_models(cells: Iterable[Cell]) -> None:
     no model: found before the first cell, and not by the first that needs it."""
     of_model: dict[str, str] = {}
     for cell in cells:
-        model = cell.start if cell.run == "evaluate" else ""
+        model = str(cell.start or cell.settings.get("model", "")) if cell.run == "evaluate" else ""
         if cell.is_training:
             config = resolved(cell)
             model = config.model
@@ -188,7 +188,7 @@ def check_models(cells: Iterable[Cell]) -> None:
         try:
             start_lib.open_start(model)
         except UserError as error:
-            raise UsageError(f"config.model of cell {name}: {error}") from None
+            raise UsageError(f"the model of cell {name}: {error}") from None
 
 
 def load_config(path: str) -> ConfigDict:

