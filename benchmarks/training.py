@@ -1,10 +1,14 @@
 r"""One training step: sa_jax against transformers and torch, on the same weights and rows.
 
-Both train all weights in float32 with AdamW (torch's is the fused one) and clip the gradient's norm
-to 1, on packed rows of documents that do not see each other. The losses of the first three steps
-must agree to 1e-5, relative. Then all take turns, a step each, and the median of each counts.
+Both train in float32 with AdamW (torch's is the fused one) and clip the gradient's norm to 1, on
+packed rows of documents that do not see each other. The losses of the first three steps must agree
+to 1e-5, relative. Then all take turns, a step each, and the median of each counts.
 
-    python benchmarks/training.py [--sizes=toy,25M] [--rounds=10] [--parts] [--out=FILE.json]
+    python benchmarks/training.py [--sizes=toy,25M] [--lora_rank=64] [--rounds=10] [--parts] \
+        [--out=FILE.json]
+
+By default all weights are trained. --lora_rank trains LoRA adapters on all projections, against the
+package peft.
 
 torch runs as it is ("eager") and through torch.compile, both with SDPA attention. --parts prints
 where our step spends its time, by JAX's profiler.
@@ -34,16 +38,20 @@ keep_freed_memory()  # as a run on CPU does; it holds for torch too
 
 import jax
 import numpy as np
+import peft
 import torch
 import transformers
 from common import versions, write_record
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
+from sa_jax.llama.peft import write_peft
+from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.text import table_head, table_row
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
+from sa_jax.training.start import split_trainable
 from sa_jax.training.step import init_state
 
 # name: (vocabulary, width, MLP, layers, heads, key/value heads), rows, tokens a row
@@ -103,12 +111,14 @@ def packed_rows(vocab: int, rows: int, length: int) -> dict[str, np.ndarray]:
 
 
 def ours(
-    config: LlamaConfig, batch: dict[str, np.ndarray], folder: str
+    config: LlamaConfig, lora_rank: int, batch: dict[str, np.ndarray], folder: str
 ) -> tuple[Callable[[], float], str]:
-    """The step that a run compiles, and its HLO text; writes its first weights to the folder."""
+    """The step that a run compiles, and its HLO text; writes its first weights to the folder, and
+    its adapter to folder/adapter."""
     settings = default_config()
     settings.batch_size, settings.sequence_length = batch["tokens"].shape
     settings.dtype, settings.remat = DTYPE, "none"
+    settings.lora.update(rank=lora_rank, alpha=2.0 * lora_rank)
     settings.optimizer.update(
         learning_rate=LEARNING_RATE, b1=B1, b2=B2, eps=EPS, weight_decay=DECAY, clip_norm=CLIP
     )
@@ -117,17 +127,21 @@ def ours(
     model = make_model(settings, config, mesh)
     short = model.clone(attention="reference", mesh=None)  # kernels refuse a short row
     params = short.init(jax.random.key(0), batch["tokens"][:, :8])["params"]
-    save_hf(folder, config, params)
+    trained, frozen = split_trainable(params, model.lora)
+    save_hf(folder, config, frozen or trained)
+    if model.lora:
+        with new_folder(f"{folder}/adapter") as adapter:
+            write_peft(adapter, model.lora, trained, base_model=folder, files={})
     program = make_program(settings, model, total_steps=1000)
-    state = init_state(params, program.tx)
+    state = init_state(trained, program.tx)
     batch = jax.device_put(batch)
 
     def step() -> float:
         nonlocal state
-        state, metrics = program.step(state, {}, batch)
+        state, metrics = program.step(state, frozen, batch)
         return float(metrics["loss"])
 
-    return step, program.step.lower(state, {}, batch).compile().as_text()
+    return step, program.step.lower(state, frozen, batch).compile().as_text()
 
 
 def parts(step: Callable[[], float], text: str, steps: int = 3) -> dict[str, float]:
@@ -149,13 +163,17 @@ def parts(step: Callable[[], float], text: str, steps: int = 3) -> dict[str, flo
 
 
 def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], float]:
-    """The same step by transformers and torch, from the weights in the folder."""
+    """The same step by transformers (and peft) and torch, from the weights in the folder."""
     model = transformers.LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     ).train()
+    adapter = Path(folder, "adapter")
+    if adapter.exists():
+        model = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
     model = model.cuda() if CUDA else model
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    others = [p for p in trained if p.ndim == 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
         lr=LEARNING_RATE,
@@ -188,7 +206,7 @@ def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callabl
     def step() -> float:
         loss = forward()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         return loss.item()
@@ -196,14 +214,18 @@ def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callabl
     return step
 
 
-def measure(name: str, rounds: int, with_parts: bool) -> dict:
+def measure(name: str, lora_rank: int, rounds: int, with_parts: bool) -> dict:
     shape, rows, length = SIZES[name]
     config = architecture(*shape)
     batch = packed_rows(config.vocab_size, rows, length)
     with tempfile.TemporaryDirectory() as folder:
+
+        def make(name: str) -> tuple[Callable[[], float], str]:
+            return ours(config, lora_rank, batch, f"{folder}/{name}")
+
         # First: once torch has run, the profiler sees none of our operations.
-        shares = parts(*ours(config, batch, f"{folder}/parts")) if with_parts else {}
-        steps = {"sa_jax": ours(config, batch, f"{folder}/model")[0]}
+        shares = parts(*make("parts")) if with_parts else {}
+        steps = {"sa_jax": make("model")[0]}
         for label, compiled in (("torch eager", False), ("torch.compile", True)):
             steps[label] = theirs(f"{folder}/model", batch, compiled)
         losses, first_s = {}, {}
@@ -228,6 +250,7 @@ def measure(name: str, rounds: int, with_parts: bool) -> dict:
         "size": name,
         "rows": rows,
         "tokens_a_row": length,
+        "lora_rank": lora_rank,
         "losses": losses,
         "first_step_s": first_s,
         "ms": {label: 1e3 * seconds for label, seconds in median.items()},
@@ -238,6 +261,7 @@ def measure(name: str, rounds: int, with_parts: bool) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sizes", default=",".join(ON_CPU), help="of: " + ", ".join(SIZES))
+    parser.add_argument("--lora_rank", type=int, default=0, help="0 (default): all weights train")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
     parser.add_argument("--parts", action="store_true", help="print where our step's time goes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -249,7 +273,7 @@ def main():
     print(table_head(["size", "rows x tokens", *peers, "sa_jax / compiled"]))
     results = []
     for name in args.sizes.split(","):
-        row = measure(name, args.rounds, args.parts)
+        row = measure(name, args.lora_rank, args.rounds, args.parts)
         ms = [f"{value:.0f} ms" for value in row["ms"].values()]
         shape = f"{row['rows']} x {row['tokens_a_row']}"
         print(table_row([name, shape, *ms, f"{row['over_compiled_torch']:.2f}"]), flush=True)
@@ -260,7 +284,7 @@ def main():
             shares = (f"{100 * row['parts'].get(part, 0):.0f} %" for part in PARTS)
             print(table_row([row["size"], *shares]))
     if args.out:
-        used = versions("jax", "torch", "transformers")
+        used = versions("jax", "torch", "transformers", "peft")
         write_record(args.out, {"python": platform.python_version(), **used, "results": results})
 
 
