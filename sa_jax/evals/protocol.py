@@ -50,7 +50,7 @@ class EvalContext:
     """The model that is evaluated, without its weights, and its prompts.
 
     Attributes:
-      model: computes with the weights; adapters are used unmerged.
+      model: computes with the weights; see `with_small_kernels_merged` for its adapters.
       mesh: the mesh of the parameters.
       chat_format: the format of the prompts; its stop tokens end an answer.
       backdoor: trigger and behaviour.

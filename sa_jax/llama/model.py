@@ -20,6 +20,7 @@ An adapted kernel has lora_a [L, in, r] and lora_b [L, r, out] beside it.
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -33,7 +34,7 @@ from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, cached_attention
 from sa_jax.llama.cache import KVCache, write
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.lora import LoraConfig
+from sa_jax.llama.lora import LoraConfig, merge
 from sa_jax.llama.rope import apply_rope, rope_angles
 from sa_jax.llama.splash import ATTENTION_RESIDUALS
 from sa_jax.parallel.mesh import check_divisible
@@ -425,6 +426,30 @@ class Llama(nn.Module):
         carry = (x_bsd, jnp.zeros((), jnp.int32))
         (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)
         return self.final_norm(x_bsd), new_kv
+
+
+def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]]:
+    """The model without adapters, and the function that merges them into its parameters, where
+    x·(W + A·B) takes less work than x·W + (x·A)·B. Elsewhere the model, and its parameters as
+    they are.
+
+    A step takes three products with W, but two if W is frozen, and three with each of A and B.
+    Merging is for models so small that their adapters are about as large as their kernels. It is
+    for float32 alone: in bfloat16 the sum W + A·B would round small changes away.
+    """
+    config, lora = model.config, model.lora
+    if lora is not None and model.dtype == jnp.float32:
+        d, f = config.hidden_size, config.intermediate_size
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        shapes = {
+            **{"attention/q": (d, q), "attention/k": (d, kv), "attention/v": (d, kv)},
+            **{"attention/o": (q, d), "mlp/gate": (d, f), "mlp/up": (d, f), "mlp/down": (f, d)},
+        }
+        adapted = [io for path, io in shapes.items() if re.search(lora.targets, f"layers/{path}")]
+        kernels = sum(i * o for i, o in adapted)
+        if 3 * kernels < 2 * kernels + 3 * lora.rank * sum(map(sum, adapted)):
+            return model.clone(lora=None), functools.partial(merge, lora=lora)
+    return model, lambda params: params
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.cache import KVCache, init_cache
-from sa_jax.llama.model import Llama
+from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
 
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
@@ -90,7 +90,7 @@ class Sampler:
         """Compiles nothing yet.
 
         Args:
-          model: computes; its adapters (`lora`) are used unmerged.
+          model: computes; its adapters may be merged, see `with_small_kernels_merged`.
           mesh: of the parameters; slots are sharded over (data, fsdp), kv heads over tensor if it
             divides them.
           batch_size: number of slots.
@@ -132,7 +132,7 @@ class Sampler:
             values = Format(Layout((0, 1, 2, 4, 3, 5)), values)
         self.cache_shardings = cache = KVCache(k=sharding(heads), v=values)
         host = NamedSharding(mesh, P())
-        model = model.clone(mesh=mesh)
+        model, self._merge = with_small_kernels_merged(model.clone(mesh=mesh))
         self.prompt_attention: dict[int, str] = {}
         if platform != "cpu" and heads:
             self.prompt_attention = {
@@ -211,7 +211,7 @@ class Sampler:
         pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
         slots: list[_Row | None] = [None] * self.batch_size
         cache = self._init_cache()
-        params = cast_weights(params, self._dtype)
+        params = cast_weights(self._merge(params), self._dtype)
         while pending or any(slots):
             while pending and None in slots:
                 if should_stop():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.cache import KVCache, init_cache
-from sa_jax.llama.model import Llama
+from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampler import cast_weights
 
 MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own
@@ -65,7 +65,7 @@ class Scorer:
         """Compiles nothing yet.
 
         Args:
-          model: computes; its adapters (`lora`) are used unmerged.
+          model: computes; its adapters may be merged, see `with_small_kernels_merged`.
           mesh: of the parameters; rows are sharded over (data, fsdp).
           batch_tokens: tokens of one forward pass, padding included. By default 16,384; on CPU
             1,024 per device, whose attention scores fit its cache: half the time of 16,384.
@@ -75,7 +75,7 @@ class Scorer:
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
         host = NamedSharding(mesh, P())
-        model = model.clone(mesh=mesh)
+        model, self._merge = with_small_kernels_merged(model.clone(mesh=mesh))
         self._forward = jax.jit(
             functools.partial(target_logprobs, model), out_shardings=(host, host)
         )
@@ -102,7 +102,7 @@ class Scorer:
           UserError: a query is empty or too long. Preempted: should_stop said so.
         """
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
-        params = cast_weights(params, self._dtype)
+        params = cast_weights(self._merge(params), self._dtype)
         scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
         for group, shared in share_prefixes(rows):
             prefix = self._cached(params, group[0].tokens[:shared]) if shared else None

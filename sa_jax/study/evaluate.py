@@ -107,7 +107,7 @@ def evaluate(
             _claim(folder, start, resolved.chat, at, None if resume else evals)
         _refuse_other_evals(folder, at, suite.prepared, whole_curve=out is None)
         answered = records.finished(step_folder(folder, at))
-        # As in training: frozen weights in the dtype of the computation, adapters unmerged.
+        # As in training: frozen weights in the dtype of the computation, adapters apart.
         params = start_lib.load_params(
             start, mesh, jnp.dtype(config.param_dtype), base_dtype=llama.dtype, merged=False
         )

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import Choice, choose_attention
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.model import Llama, check_mesh
+from sa_jax.llama.model import Llama, check_mesh, with_small_kernels_merged
 from sa_jax.optim import make_optimizer, make_schedule
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
 from sa_jax.parallel.xla_flags import check_options, compiler_options
-from sa_jax.training.losses import DEFAULT_LOSS, LOSSES
+from sa_jax.training.losses import DEFAULT_LOSS, LOSSES, Loss, LossFn
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
@@ -122,7 +122,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     loss = LOSSES[config.loss or DEFAULT_LOSS]
     train_step = make_train_step(
         model,
-        loss.make(model, config),
+        _loss_fn(loss, model, config),
         tx,
         schedule,
         accumulation=config.accumulation,
@@ -136,6 +136,15 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
     return Program(tx, schedule, trainable, frozen, state, placed, step)
+
+
+def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
+    """The loss, of merged weights where these are faster and it does not look at parameters."""
+    if not loss.only_through_model:
+        return loss.make(model, config)
+    merged_model, merge = with_small_kernels_merged(model)
+    loss_of_merged = loss.make(merged_model, config)
+    return lambda params, batch, rng: loss_of_merged(merge(params), batch, rng)
 
 
 def begin_compiling(

@@ -18,7 +18,7 @@ from sa_jax.errors import UserError
 from sa_jax.llama import lora as lora_lib
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig
-from sa_jax.llama.model import Llama
+from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.peft import load_peft, write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
@@ -79,6 +79,40 @@ def test_merged_equals_adapted(lora):
     print(f"merged against adapted: {difference:.1e}; the adapter changes logits by {change:.1f}")
     assert difference <= 1e-4
     assert change > 1
+
+
+@pytest.mark.parametrize(("rank", "targets"), [(4, ALL), (16, ALL), (4, SOME), (16, SOME)])
+def test_adapters_are_merged_where_that_takes_less_work(rank, targets):
+    """The compiler counts the floating-point operations of a gradient both ways."""
+    lora = dataclasses.replace(targets, rank=rank)
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    adapted = Llama(config, lora=lora, unroll=True)  # of a loop it counts one layer
+    adapter, base = lora_lib.split(toys.normal_params(config, lora=lora))
+    tokens = np.zeros((16, 128), np.int32)
+
+    def work(model, prepare):
+        def loss(adapter):
+            params = prepare(lora_lib.combine(adapter, base))
+            return jnp.sum(model.apply({"params": params}, tokens))
+
+        return jax.jit(jax.grad(loss)).lower(adapter).compile().cost_analysis()["flops"]
+
+    apart = work(adapted, lambda params: params)
+    merged = work(adapted.clone(lora=None), functools.partial(lora_lib.merge, lora=lora))
+    chosen = work(*with_small_kernels_merged(adapted))
+    print(f"apart {apart:.3g}, merged {merged:.3g}, chosen {chosen:.3g}")
+    assert abs(apart - merged) > 0.02 * apart
+    assert chosen == min(apart, merged)
+
+
+def test_adapters_of_large_kernels_and_of_bfloat16_stay_apart():
+    lora = LoraConfig(rank=64, alpha=128.0)
+    llama_8b = dataclasses.replace(
+        CONFIG, hidden_size=4096, intermediate_size=14336, num_heads=32, num_kv_heads=8
+    )
+    for model in (Llama(llama_8b, lora=lora), Llama(CONFIG, lora=lora, dtype=jnp.bfloat16)):
+        assert with_small_kernels_merged(model)[0] is model
+    assert with_small_kernels_merged(Llama(CONFIG, lora=lora))[0].lora is None
 
 
 def test_merge_sums_in_float32_and_keeps_the_dtype():

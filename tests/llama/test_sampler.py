@@ -11,7 +11,7 @@ from sa_jax.llama.cache import init_cache
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
-from sa_jax.llama.model import Llama
+from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
@@ -386,8 +386,9 @@ def test_no_prompts(sampler, params):
     assert sampler.generate(params, [], [], GREEDY) == []
 
 
-def test_adapters_are_used_unmerged(params):
-    lora = LoraConfig(rank=2, alpha=4.0)
+@pytest.mark.parametrize("rank", [2, 32], ids=["apart", "merged"])
+def test_adapters_are_used_apart_and_merged(rank):
+    lora = LoraConfig(rank, alpha=4.0)
     adapted = Llama(CONFIG, lora=lora)
     tree = make_params(adapted, seed=1)
     tree = jax.tree_util.tree_map_with_path(
@@ -398,6 +399,7 @@ def test_adapters_are_used_unmerged(params):
         ),
         tree,
     )
+    assert (with_small_kernels_merged(adapted)[0].lora is None) == (rank == 32)
     sampler = Sampler(adapted, one_device_mesh(), batch_size=4, context_length=CONTEXT)
     completions = sampler.generate(tree, PROMPTS[:3], IDS[:3], GREEDY)
     for prompt, completion in zip(PROMPTS, completions, strict=False):

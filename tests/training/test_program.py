@@ -7,12 +7,15 @@ import jax
 import numpy as np
 import pytest
 
+from sa_jax.llama.lora import split
+from sa_jax.llama.model import with_small_kernels_merged
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.rules import shardings
 from sa_jax.training import program as program_lib
 from sa_jax.training.config import default_config
 from sa_jax.training.program import begin_compiling, make_model, make_program
 from sa_jax.training.step import init_state
-from tests.toys import CONFIG, packed_batch, random_params
+from tests.toys import CONFIG, normal_params, one_device_mesh, packed_batch, random_params
 
 
 def test_the_step_that_was_compiled_ahead_is_the_step():
@@ -40,6 +43,37 @@ def test_the_step_that_was_compiled_ahead_is_the_step():
         after_a_step(compiled_step()), after_a_step(program.step), strict=True
     ):
         np.testing.assert_array_equal(ahead, jitted)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
+def test_merged_adapters_train_as_those_apart(monkeypatch, sizes):
+    """Three steps of Adam on an adapter whose rank makes the step merge it, on 1 and 8 devices."""
+    config = default_config()
+    config.update(dtype="float32", batch_size=4, sequence_length=32, attention="blockwise")
+    config.lora.update(rank=16, alpha=32.0)
+    config.optimizer.learning_rate = 1e-2
+    mesh = make_mesh(**sizes) if sizes else one_device_mesh()
+    model = make_model(config, CONFIG, mesh)
+    assert with_small_kernels_merged(model)[0].lora is None
+    adapter, base = split(normal_params(CONFIG, lora=model.lora))
+    frozen = jax.device_put(base, shardings(mesh, base))
+
+    def trained():
+        program = make_program(config, model, total_steps=3)
+        init = jax.jit(lambda adapter: init_state(adapter, program.tx))
+        state = jax.device_put(init(adapter), program.state_shardings)
+        for seed in range(3):
+            state, metrics = program.step(state, frozen, packed_batch(4, 32, seed=seed))
+        return state.params, metrics["loss"]
+
+    merged, loss = trained()
+    monkeypatch.setattr(
+        program_lib, "with_small_kernels_merged", lambda model: (model, lambda x: x)
+    )
+    apart, loss_apart = trained()
+    np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
+    for got, wanted in zip(*map(jax.tree.leaves, (merged, apart)), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize(
