@@ -115,21 +115,26 @@ def time_left(
     cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
 ) -> float:
     """Seconds until everything is done, from the mean time of each stage's finished cells; for a
-    stage without one, from all finished cells. Infinite before the first cell is done."""
+    stage without one, from all finished cells, or those that train if it trains. Infinite where
+    there is none."""
     took: dict[str, list[float]] = {}
+    trained: list[float] = []
     for cell in cells:
         outcome = latest[cell.name].outcome
         if states[cell.name] == "done" and outcome is not None:
-            took.setdefault(cell.stage.name, []).append(float(outcome.get("seconds", 0)))
+            seconds_taken = float(outcome.get("seconds", 0))
+            took.setdefault(cell.stage.name, []).append(seconds_taken)
+            if cell.is_training:
+                trained.append(seconds_taken)
     everything = [s for of_stage in took.values() for s in of_stage]
     left = [cell for cell in cells if states[cell.name] not in ENDED]
     if not left:
         return 0.0
-    if not everything:
-        return math.inf
     total = 0.0
     for cell in left:
-        times = took.get(cell.stage.name, everything)
+        times = took.get(cell.stage.name, trained if cell.is_training else everything)
+        if not times:
+            return math.inf
         total += sum(times) / len(times) * (0.5 if states[cell.name] == "running" else 1.0)
     return total / max(1, sum(state == "running" for state in states.values()))
 

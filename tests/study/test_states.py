@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import math
 
 import pytest
 from ml_collections import ConfigDict
@@ -202,10 +203,16 @@ def test_a_skipped_cell_runs_if_its_start_or_its_limit_has_changed(tmp_path):
 
 def test_the_time_left_is_what_the_stages_cells_took():
     latest = {c.name: LatestClaim() for c in cells()}
-    latest["data"], latest["insertion/a"] = ended("done", seconds=10), ended("done", seconds=100)
-    by_cell = states_of(cells(), latest, {})
-    # One more insertion, and three of stages that nothing is known of: the mean of all.
-    assert time_left(cells(), by_cell, latest) == 100 + 3 * 55
+
+    def left():
+        return time_left(cells(), states_of(cells(), latest, {}), latest)
+
+    assert left() == math.inf
+    latest["data"] = ended("done", seconds=10)
+    assert left() == math.inf  # how long data took says nothing of training
+    latest["insertion/a"] = ended("done", seconds=100)
+    # One more insertion, two of another stage that trains, and the report: the mean of all.
+    assert left() == 3 * 100 + 55
 
 
 def test_shards_are_all_cells_together_and_each_can_run_alone():
