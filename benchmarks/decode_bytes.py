@@ -1,9 +1,10 @@
 r"""Bytes that one decode step of 8B moves in a chip's memory, compiled for TPUs or GPUs.
 
-    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--batch=64] [--context=1024] \
-        [--unroll]
+    python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--mesh=1x1x4] [--batch=64] \
+        [--context=1024] [--unroll]
 
-The sampler's own program, tensor-parallel over the chips, with a full cache. Each instruction of
+The sampler's own program with a full cache, on a mesh of data x fsdp x tensor, by default
+tensor-parallel over the chips. Each instruction of
 the compiled text reads its operands and writes its result, except what lies in vector memory, what
 a fusion takes a slice of, and what it updates in place. Beside it: weights and cache, read once.
 """
@@ -19,6 +20,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings, noise_arguments
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract
+from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 from sa_jax.planning.memory import device_bytes
 from sa_jax.planning.topology import open_topology, parse_topology
@@ -115,14 +117,15 @@ def moved(module: Module, name: str, turns: int) -> dict[str, int]:
     return total
 
 
-def compile_decode(topology: str, batch: int, context: int, unroll: bool = False):
+def compile_decode(topology: str, mesh: str, batch: int, context: int, unroll: bool = False):
     """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row)."""
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     devices = open_topology(topology).devices
-    mesh = make_mesh(1, 1, len(devices), devices=devices)
+    sizes = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
+    on_mesh = make_mesh(*sizes, devices=devices)
     model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, unroll=unroll)
-    params = abstract(mesh, abstract_params(model))
-    sampler = Sampler(model, mesh, batch_size=batch, context_length=context)
+    params = abstract(on_mesh, abstract_params(model))
+    sampler = Sampler(model, on_mesh, batch_size=batch, context_length=context)
 
     cache = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -134,13 +137,14 @@ def compile_decode(topology: str, batch: int, context: int, unroll: bool = False
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
     lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
     text = lowered.compile().as_text()
-    local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, heads cut
+    local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, rows or heads cut
     return text, device_bytes(params), local, cache.k.shape[1]
 
 
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--topology", default="v5p:2x2x1", help="TPUs or GPUs to compile for")
+    parser.add_argument("--mesh", default="", help="data x fsdp x tensor, as 1x8x1")
     parser.add_argument("--batch", type=int, default=64, help="rows decoded together")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row's cache")
     parser.add_argument("--unroll", action="store_true", help="no loop over the layers")
@@ -154,14 +158,15 @@ def report(text, weights, cache, blocks, steps=16):
     module = parse_module(text)
     kinds = {kind: size / steps for kind, size in moved(module, module.entry, blocks).items()}
     total, least = sum(kinds.values()), weights + cache
-    print(
-        table_head(["GB a step and chip: weights, cache", "moved", "over both once", "most of it"])
-    )
+    sent = sum(traffic.bytes for traffic in read_collectives(text).values()) / steps
+    what = "GB a step and chip: weights, cache"
+    print(table_head([what, "moved", "over both once", "between chips", "most of it"]))
     most = ", ".join(
         f"{k} {v / 1e9:.2f}" for k, v in sorted(kinds.items(), key=lambda e: -e[1])[:4]
     )
     read = f"{weights / 1e9:.2f}, {cache / 1e9:.2f}"
-    print(table_row([read, f"{total / 1e9:.2f}", f"{total / least:.2f}", most]))
+    figures = f"{total / 1e9:.2f}", f"{total / least:.2f}", f"{sent / 1e9:.2f}"
+    print(table_row([read, *figures, most]))
 
 
 if __name__ == "__main__":

@@ -125,10 +125,9 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     t = work.mesh["tensor"]
     tokens = work.tokens / work.accumulation / (work.devices / t)  # of one device's rows
 
-    shards = work.mesh["fsdp"] * t  # `data` holds copies
-    gradients = work.trainable * size / shards
+    gradients = work.trainable * size / work.shards
     if work.accumulation > 1:
-        gradients += work.trainable * 4 / shards  # sums are float32
+        gradients += work.trainable * 4 / work.shards  # sums are float32
     stream = tokens * d * size / t
     # Of q, k, v, o, gate and up; down's is not asked for again. Kernels of ours keep their output,
     # which cuDNN's and tokamax's compute again.
@@ -150,7 +149,7 @@ def estimate_temporaries(work: Workload) -> tuple[float, float, float, float]:
     live = 2 * tokens * (2 * d + (2 * qo + 2 * kv + 3 * f) / t) * size
     if work.attention in ("reference", "unrolled"):  # scores, their exponentials and a gradient
         live += 3 * tokens * work.sequence_length * config.num_heads / t * 4
-    update = UPDATE_BYTES.get(work.optimizer, 0.0) * work.trainable / shards
+    update = UPDATE_BYTES.get(work.optimizer, 0.0) * work.trainable / work.shards
     return gradients, activations, max(gathered + live, update - gradients - activations), host
 
 
@@ -158,7 +157,7 @@ def estimated_bytes(work: Workload, chip: Chip) -> float:
     """All bytes that a step needs on one chip, by arithmetic."""
     part = work.of_one_slice()
     frozen = 0 if part.full_weights else part.architecture.num_parameters * part.item_bytes
-    state = (part.trainable * part.state_bytes + frozen) / part.devices
+    state = (part.trainable * part.state_bytes + frozen) / part.shards
     gradients, activations, rest, _ = estimate_temporaries(part)
     return chip.devices * (state + gradients + activations + rest)
 

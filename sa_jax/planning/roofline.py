@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import Chip
+from sa_jax.parallel.mesh import AXES
 
 ASSUMPTIONS = (
     "matrix units at peak; compute, HBM and interconnect fully overlapped: a lower bound on time",
@@ -71,6 +72,11 @@ class Workload:
         return math.prod(self.mesh.values())
 
     @property
+    def shards(self) -> int:
+        """Devices that together hold the weights once; `data` holds copies."""
+        return self.mesh["fsdp"] * self.mesh["tensor"]
+
+    @property
     def full_weights(self) -> bool:
         return self.trainable >= self.architecture.num_parameters
 
@@ -111,9 +117,9 @@ def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
     again = _RECOMPUTED[work.remat] * (forward + 2 * attention)
     compute = work.tokens * (work.flops_per_token() + again) / (chips * chip.flops)
     hbm = _hbm_bytes(work) / chip.hbm_bandwidth * chip.devices
-    fsdp, tensor = _sent_bytes(work)
-    interconnect = fsdp / _axis_bandwidth(work, chip, shape, "fsdp")
-    interconnect += tensor / _axis_bandwidth(work, chip, shape, "tensor")
+    interconnect = sum(
+        sent / _axis_bandwidth(work, chip, shape, axis) for axis, sent in _sent_bytes(work).items()
+    )
     return StepTime(compute, hbm, interconnect)
 
 
@@ -121,8 +127,8 @@ def _hbm_bytes(work: Workload) -> float:
     """Bytes that one device reads and writes: weights in each pass, activations, the update."""
     config, t = work.architecture, work.mesh["tensor"]
     passes = 2 + _RECOMPUTED[work.remat] + (1 if work.full_weights else 0)
-    gathered = config.num_parameters * work.item_bytes / t  # written by the gather, then read
-    weights = 2 * passes * gathered * work.accumulation
+    gathered = config.num_parameters * work.item_bytes / t  # read, after a gather writes them
+    weights = (2 if work.mesh["fsdp"] > 1 else 1) * passes * gathered * work.accumulation
     local_tokens = work.tokens / (work.devices / t)
     # A layer's activations: each product's input and output once a pass, cut over tensor but for
     # the stream.
@@ -135,12 +141,12 @@ def _hbm_bytes(work: Workload) -> float:
         / t
     )
     activations = 2 * passes * config.num_layers * local_tokens * features * work.item_bytes
-    update = 2 * work.trainable * work.state_bytes / work.devices
+    update = 2 * work.trainable * work.state_bytes / work.shards
     return weights + activations + update
 
 
-def _sent_bytes(work: Workload) -> tuple[float, float]:
-    """Bytes that one device receives over (fsdp, tensor)."""
+def _sent_bytes(work: Workload) -> dict[str, float]:
+    """Bytes that one device receives over each axis of a slice."""
     config, t, f = work.architecture, work.mesh["tensor"], work.mesh["fsdp"]
     weights = config.num_parameters * work.item_bytes / t
     gradients = weights if work.full_weights else 0
@@ -149,13 +155,18 @@ def _sent_bytes(work: Workload) -> tuple[float, float]:
     stream = local_tokens * config.hidden_size * work.item_bytes * (t - 1) / t
     # Gather and scatter around attention and around the MLP, in each pass.
     passes = 2 + _RECOMPUTED[work.remat]
-    return fsdp, 4 * passes * config.num_layers * stream
+    tensor = 4 * passes * config.num_layers * stream
+    return {"data": _summed_bytes(work, work.mesh["data"]), "fsdp": fsdp, "tensor": tensor}
+
+
+def _summed_bytes(work: Workload, copies: int) -> float:
+    """Bytes that one device receives to sum the gradients over copies: its part, twice."""
+    return 2 * work.trainable * work.item_bytes / work.shards * (copies - 1) / copies
 
 
 def _between_slices(work: Workload, chip: Chip) -> float:
-    """Seconds to sum the gradients over the slices: each device sends its part twice."""
-    part = work.trainable * work.item_bytes / (work.mesh["fsdp"] * work.mesh["tensor"])
-    sent = 2 * part * (work.slices - 1) / work.slices
+    """Seconds to sum the gradients over the slices."""
+    sent = _summed_bytes(work, work.slices)
     return sent / (chip.network_bandwidth / chip.devices) if chip.network_bandwidth else 0.0
 
 
@@ -164,7 +175,7 @@ def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: st
     size = work.mesh[axis]
     if not chip.torus:
         # The mesh's last axis is inside a node; an axis that spans nodes is as fast as the network.
-        span = size * (work.mesh["tensor"] if axis == "fsdp" else 1)
+        span = math.prod(work.mesh[name] for name in AXES[AXES.index(axis) :])
         return chip.link_bandwidth if span <= 8 else chip.network_bandwidth
     # Both directions of a ring where the torus closes, one chain of links where it does not.
     closes = 4 if chip.torus == 3 else 16

@@ -1,6 +1,7 @@
 """Which meshes, micro-batches and remat policies a step could use, and their estimated cost."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from sa_jax.errors import UsageError
@@ -57,17 +58,22 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
 def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
     config = work.architecture
     devices = topology.chips * topology.chip.devices // work.slices
-    for tensor in _divisors(config.num_kv_heads):
-        if devices % tensor or config.vocab_size % tensor or config.intermediate_size % tensor:
+    # Whole copies of frozen weights are never gathered; those that train would have copies of the
+    # optimizer's state too.
+    copies = [1] if work.full_weights else _divisors(devices)
+    for tensor, data in itertools.product(_divisors(config.num_kv_heads), copies):
+        if devices % (data * tensor) or config.vocab_size % tensor:
             continue
-        fsdp = devices // tensor
-        if config.hidden_size % fsdp or not topology.holds((fsdp, tensor)):
+        fsdp = devices // (data * tensor)
+        if config.intermediate_size % tensor or config.hidden_size % fsdp:
+            continue
+        if not topology.holds((data, fsdp, tensor)):
             continue
         for accumulation in _divisors(work.batch_size):
-            if work.batch_size // accumulation % (fsdp * work.slices):
+            if work.batch_size // accumulation % (data * fsdp * work.slices):
                 continue
             for remat in REMATS:
-                mesh = {"data": work.slices, "fsdp": fsdp, "tensor": tensor}
+                mesh = {"data": data * work.slices, "fsdp": fsdp, "tensor": tensor}
                 yield dataclasses.replace(work, mesh=mesh, accumulation=accumulation, remat=remat)
 
 

@@ -139,6 +139,24 @@ def test_the_search_cuts_heads_where_there_are_fewer_rows_than_chips():
     assert all(a <= b + 1e-3 for a, b in zip(times, times[1:], strict=False))
 
 
+def test_the_search_copies_frozen_weights_where_they_fit_and_none_that_train():
+    """LoRA of 8B on 8 H200: no weights are sent, only gradients of the adapters, in bfloat16."""
+    described, machine = work("8b_removal", "h200:8")
+    best = candidates(described, machine)[0]
+    assert best.work.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert best.time.interconnect == pytest.approx(2 * 2 * described.trainable * 7 / 8 / 450e9)
+    kept = 2 * 8_030_261_248 + described.trainable * (described.state_bytes + 2)
+    assert kept < best.bytes < kept + 50 * GIB  # and activations
+    for name, frozen in (("8b_removal", True), ("8b_insertion", False)):
+        described, machine = work(name, "v5e:4x4")  # 16 GB a chip: no whole copy of 8B
+        shards = {c.work.shards for c in candidates(described, machine)}
+        assert max(shards) == 16 and 1 not in shards
+        assert (min(shards) < 16) == frozen
+    # Gathers of 70B stay inside a node, and copies are on several nodes.
+    described, machine = work("70b_removal", "h200:16")
+    assert candidates(described, machine)[0].work.shards <= 8
+
+
 def test_more_chips_than_rows_times_heads_says_what_would_work():
     described, machine = work("70b_insertion", "v5p:8x8x8")
     with pytest.raises(UsageError, match="at most 128 devices.*batch_size to 64"):
