@@ -15,14 +15,12 @@ def visible(text: str) -> str:
     """
     if text.isprintable():  # most text, in no time
         return text
-    return "".join(char if _harmless(char) else _shown(char) for char in text)
-
-
-def _harmless(char: str) -> bool:
-    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return "".join(map(_shown, text))
 
 
 def _shown(char: str) -> str:
+    if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+        return char
     return _PICTURES.get(ord(char), f"⟨U+{ord(char):04X}⟩")
 
 
