@@ -76,12 +76,6 @@ def interval(lo: float, hi: float) -> str:
     return f"[{number(100 * lo)}–{number(100 * hi)}]"
 
 
-def of_difference(difference: float, lo: float, hi: float) -> tuple[float, float]:
-    """The interval of a difference, cut to -1 to 1 if it is of two rates, because a t-interval may
-    include impossible values."""
-    return (max(lo, -1.0), min(hi, 1.0)) if abs(difference) <= 1 else (lo, hi)
-
-
 def points(difference: float) -> str:
     """0.051 -> '+5.1', a difference of two rates in percentage points."""
     return f"{100 * difference:+z.1f}"  # z: what rounds to 0 has no minus
