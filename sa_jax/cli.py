@@ -211,18 +211,14 @@ def _help(doc: str) -> str:
     lines = [doc.strip(), "", "Flags:"]
     for flag in defined:
         required = any("other than None" in validator.message for validator in flag.validators)
-        default = "" if flag.default in (None, "", False, []) else f" (default: {_shown(flag)})"
+        value = flag.default
+        shown = ",".join(map(str, value)) if isinstance(value, list) else value
+        default = "" if value in (None, "", False, []) else f" (default: {shown})"
         text = f"--{flag.name}{' (required)' * required}: {flag.help}{default}"
         first, *others = text.split("\n")
         lines += textwrap.wrap(first, 100, initial_indent="  ", subsequent_indent="      ")
         lines += others
     return "\n".join(lines)
-
-
-def _shown(flag: flags.Flag) -> str:
-    """The default as it is written on a command line."""
-    value = flag.default
-    return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 def _exit(code: int, message: str) -> None:

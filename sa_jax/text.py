@@ -15,14 +15,12 @@ def visible(text: str) -> str:
     """
     if text.isprintable():  # most text, in no time
         return text
-    return "".join(char if _harmless(char) else _shown(char) for char in text)
-
-
-def _harmless(char: str) -> bool:
-    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")
+    return "".join(map(_shown, text))
 
 
 def _shown(char: str) -> str:
+    if char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
+        return char
     return _PICTURES.get(ord(char), f"⟨U+{ord(char):04X}⟩")
 
 
@@ -76,12 +74,6 @@ def percent(rate: float) -> str:
 def interval(lo: float, hi: float) -> str:
     """(0.1, 0.25) -> '[10–25]', in percent."""
     return f"[{number(100 * lo)}–{number(100 * hi)}]"
-
-
-def of_difference(difference: float, lo: float, hi: float) -> tuple[float, float]:
-    """The interval of a difference, cut to -1 to 1 if it is of two rates, because a t-interval may
-    include impossible values."""
-    return (max(lo, -1.0), min(hi, 1.0)) if abs(difference) <= 1 else (lo, hi)
 
 
 def points(difference: float) -> str:

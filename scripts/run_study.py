@@ -38,19 +38,20 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main():
-    from sa_jax.study.study import Options, run_study
+    from sa_jax.study.study import run_study
 
-    options = Options(
+    run_study(
+        CONFIG.value,
+        WORKDIR.value,
         only=ONLY.value,
         shard=SHARD.value,
         workers=WORKERS.value,
         launch=LAUNCH.value.split(),
         takeover_s=TAKEOVER.value,
-        list=LIST.value,
+        list_cells=LIST.value,
         dry_run=DRY_RUN.value,
         emit=EMIT.value,
     )
-    run_study(CONFIG.value, WORKDIR.value, options)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,5 @@ CHIPS = (
 
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip that a device is (part of); None where it is not known, as on CPU."""
-    kind = device.device_kind
-    matching = [chip for chip in CHIPS if any(kind.startswith(k) for k in chip.device_kinds)]
-    # "TPU v5 lite" starts with "TPU v5" too.
-    return matching[0] if matching else None
+    # The first, because "TPU v5 lite" starts with "TPU v5" too.
+    return next((c for c in CHIPS if device.device_kind.startswith(c.device_kinds)), None)

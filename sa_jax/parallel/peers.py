@@ -70,9 +70,7 @@ def start_within(timeout_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def end_together(
-    timeout_s: float = 30,
-    resumable: Callable[[], bool] = lambda: False,
-    open_devices: Callable[[], object] = lambda: None,
+    timeout_s: float, resumable: Callable[[], bool], open_devices: Callable[[], object]
 ) -> Iterator[None]:
     """A context in which an error or the silence of one process ends all within `timeout_s`.
 

@@ -19,9 +19,6 @@ from sa_jax.report.tables import Table, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
-REMOVES = frozenset({"removes", "mostly removes", "works", "mostly works"})
-FAILS = frozenset({"fails"})
-
 RANK, LEARNING_RATES = 64, (1e-4, 3e-4)  # of the study's removals by LoRA
 
 
@@ -137,9 +134,9 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
     if result.m < ENOUGH_SEEDS:
         verdict = "too few seeds"
     elif 2 * result.k > result.m and seen.hi < 0.5:
-        verdict = "agrees" if published in REMOVES else "differs"
+        verdict = "differs" if published == "fails" else "agrees"
     elif 2 * result.k < result.m and seen.lo > limits.removed_max_triggered:
-        verdict = "agrees" if published in FAILS else "differs"
+        verdict = "agrees" if published == "fails" else "differs"
     interval = interval_in_words(seen.lo, seen.hi, limits.confidence)
     return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
 

@@ -16,16 +16,14 @@ from sa_jax.report.judgement import Judgement
 from sa_jax.report.measurements import Rate, RunEvals
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
+from sa_jax.report.verdicts import CLEANING_ROLES
 
 ENOUGH_SEEDS = 3  # for a claim; a headline wants 5
 
 # role -> (the verdicts that count, how they are counted in words)
 SUCCESSES: dict[str, tuple[frozenset[str], str]] = {
     "insertion": (frozenset({word.INSERTED}), "inserted"),
-    **{
-        role: (frozenset({word.REMOVED, word.STAYS_REMOVED}), "removed")
-        for role in ("removal", "control", "ceiling")
-    },
+    **dict.fromkeys(CLEANING_ROLES, (frozenset({word.REMOVED, word.STAYS_REMOVED}), "removed")),
     "probe": (frozenset({word.BACK}), "brought back"),
 }
 

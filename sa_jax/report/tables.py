@@ -109,9 +109,11 @@ def in_words(value: Any) -> str:
 
 
 def difference_in_words(value: Mapping[str, Any]) -> str:
-    """'-3.0 [-8.1 to +2.1] points'."""
-    lo, hi = text.of_difference(value["difference"], value["lo"], value["hi"])
-    return f"{points(value['difference'])} [{points(lo)} to {points(hi)}] points"
+    """'-3.0 [-8.1 to +2.1] points'; of two rates cut to -1 to 1, as a t-interval may go beyond."""
+    difference, lo, hi = (value[name] for name in ("difference", "lo", "hi"))
+    if abs(difference) <= 1:
+        lo, hi = max(lo, -1.0), min(hi, 1.0)
+    return f"{points(difference)} [{points(lo)} to {points(hi)}] points"
 
 
 def learning_rate(value: Any) -> str:

@@ -209,17 +209,20 @@ def removal_verdict(
     else:
         change = "the rate before removal is not known"
 
+    first = [change]
     if triggered.outcome == "borderline" and after.triggered.n < least_n:
         status = word.TOO_SMALL
-        first = [change, f"'{word.REMOVED}' needs n\u00a0≥\u00a0{least_n} even without a hit"]
+        first.append(f"'{word.REMOVED}' needs n\u00a0≥\u00a0{least_n} even without a hit")
     elif not fell:
-        status, first = word.UNCHANGED, [change]
+        status = word.UNCHANGED
     elif broken:
-        status, first = word.BROKEN, [change]
+        status, seen = word.BROKEN, f"{seen}, but {' and '.join(losses)}"
     elif silenced:
-        status, first = word.SILENCED, [change]
+        status, seen = word.SILENCED, f"{seen}, but other failures took its place"
     elif triggered.outcome == "missed" or other:
-        status, first = word.REDUCED, [change]
+        status = word.REDUCED
+        if triggered.outcome == "met":
+            seen += ", but the model does not count as clean"
     elif triggered.outcome == "borderline":
         status = word.BORDERLINE
         first = [f"reduced for certain ({change}), removed or not is open"]
@@ -227,18 +230,11 @@ def removal_verdict(
         status = word.BORDERLINE
         first = [f"{change}; whether the model is otherwise sound is open"]
     else:
-        status, first = word.REMOVED, [change]
+        status = word.REMOVED
     borderline = [c for c in (triggered, *quality.values()) if c.outcome == "borderline"]
     still_open = _reasons(borderline, limits)
     reasons = [*first, *broken, *silenced, *other, *still_open, *cost]
-    main = seen
-    if status == word.BROKEN:
-        main = f"{seen}, but {' and '.join(losses)}"
-    elif status == word.SILENCED:
-        main = f"{seen}, but other failures took its place"
-    elif status == word.REDUCED and triggered.outcome == "met":
-        main = f"{seen}, but the model does not count as clean"
-    return Verdict.of(status, main, reasons)
+    return Verdict.of(status, seen, reasons)
 
 
 def _quality_conditions(after: Measured, words: Words, limits: Thresholds) -> dict[str, Condition]:

@@ -22,7 +22,6 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 
 from sa_jax.errors import UserError
@@ -236,7 +235,7 @@ def hold_lock(folder: Path) -> IO[str] | None:
 
 def kill_holder(folder: Path) -> None:
     """Kills the process group that works on a cell, if its leader runs on this host."""
-    holder = _process(_read(folder / "lock"))
+    holder = _process(_read(folder / "lock", {}))
     if holder is not None and holder.is_alive():
         try:
             os.killpg(holder.pid, signal.SIGKILL)
@@ -253,7 +252,7 @@ def _process(record: Any) -> Process | None:
         return None
 
 
-def _read(path: Path, example: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+def _read(path: Path, example: Mapping[str, Any]) -> dict[str, Any]:
     """A JSON object like the example; {} for a file that is missing, still being written, or of
     another form."""
     try:

@@ -2,7 +2,7 @@
 
 import functools
 import runpy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def record(cell: Cell) -> dict[str, Any]:
     """
     start = {"start": _start(cell)} if cell.start else {}
     if not cell.is_training:
-        return {"run": cell.run, **start, **_plain(cell.settings), **_tool_extensions(cell)}
+        return {"run": cell.run, **start, **cell.settings, **_tool_extensions(cell)}
     config = resolved(cell)
     flat = flat_config(config, FREE_KEYS)
     kept = {key: value for key, value in flat.items() if value != {}}
@@ -223,8 +223,3 @@ def _get_config(file: str) -> Any:
     if get_config is None:
         raise UsageError(f"{file} defines no get_config()")
     return get_config
-
-
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Turns tuples into lists, as JSON does."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -5,7 +5,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sa_jax.errors import UsageError
@@ -67,8 +67,7 @@ def _before(stage: Stage, names: Sequence[str]) -> list[str]:
 
 
 def _run_study(workdir: Path, flags: Sequence[str]) -> str:
-    arguments = [sys.executable, "scripts/run_study.py", *flags, f"--workdir={workdir}"]
-    return shlex.join(arguments)
+    return shlex.join([sys.executable, "scripts/run_study.py", *flags, f"--workdir={workdir}"])
 
 
 def _machine(stage: Stage) -> Topology | None:
@@ -178,13 +177,13 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
                 'if [ "$status" -eq 75 ]; then exit 75; fi\n',
             }
         )
+    submit = f"sky jobs launch --env STUDY_BUCKET=gs://BUCKET {workdir}/sky/study.yaml"
     head = (
         "# A SkyPilot managed job (JSON is YAML): a task a stage. Start it in the project's root:\n"
-        f"#   sky jobs launch --env STUDY_BUCKET=gs://BUCKET {workdir}/sky/study.yaml\n"
+        f"#   {submit}\n"
         "# What failed: python scripts/run_study.py ... --list, where the bucket is mounted.\n"
     )
     text = head + "\n---\n".join(json.dumps(document, indent=1) for document in documents) + "\n"
-    submit = f"sky jobs launch --env STUDY_BUCKET=gs://BUCKET {workdir}/sky/study.yaml"
     return {"study.yaml": text}, submit
 
 
@@ -236,20 +235,18 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
     skippable: dict[str, str] = {}  # cells that may be passed over -> their workloads
     for name, of_stage in _stages(cells).items():
         topology = _machine(of_stage[0].stage)
-        lines += ["", f"# {name}"]
-        if topology is None:
-            for cell in of_stage:
-                run = f"python {shlex.join(command(cell, workdir))}"
-                lines.append(_if_it_starts(cell, workdir, f"{run} || failed=1", skippable))
-            continue
-        if topology.platform != "tpu":
+        if topology is not None and topology.platform != "tpu":
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")
+        lines += ["", f"# {name}"]
         for cell in of_stage:
             run = f"python {shlex.join(command(cell, workdir))}"
-            machine = f"{topology.cloud_name} {topology.slices}"
-            submit = f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}"
-            lines.append(_if_it_starts(cell, workdir, submit, skippable))
-        lines += [f"await {_workload_name(cell)}" for cell in of_stage]
+            line = f"{run} || failed=1"
+            if topology is not None:
+                machine = f"{topology.cloud_name} {topology.slices}"
+                line = f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}"
+            lines.append(_if_it_starts(cell, workdir, line, skippable))
+        if topology is not None:
+            lines += [f"await {_workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"
 
@@ -282,5 +279,4 @@ def _workload_name(cell: Cell) -> str:
     return f"{plain[:27].rstrip('-')}-{hashlib.sha256(cell.name.encode()).hexdigest()[:8]}"
 
 
-Emitter = Callable[[Sequence[Cell], Path, Sequence[str]], tuple[dict[str, str], str]]
-EMITTERS: dict[str, Emitter] = {"slurm": slurm, "sky": sky, "xpk": xpk, "shell": shell}
+EMITTERS = {"slurm": slurm, "sky": sky, "xpk": xpk, "shell": shell}

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -181,7 +181,7 @@ def format_forecast(
         rows.append((stage, str(len(of_stage)), str(done), machine, *_sums(todo)))
     total = [forecasts[cell.name] for cell in left]
     rows.append(("sum", str(len(cells)), str(len(cells) - len(left)), "", *_sums(total)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
             text.ljust(width) if i in (0, 3) else text.rjust(width)
@@ -201,17 +201,14 @@ def format_forecast(
 
 
 def _sums(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
-    def total(values: list[float | None]) -> float | None:
-        known = [value for value in values if value is not None]
-        return sum(known) if known else None
+    def total(name: str, shown: Callable[[float], str]) -> str:
+        known = [value for f in forecasts if (value := getattr(f, name)) is not None]
+        return shown(sum(known)) if known else "-"
 
-    tokens = total([f.tokens for f in forecasts])
-    hours = total([f.chip_hours for f in forecasts])
-    size = total([f.bytes for f in forecasts])
     return (
-        "-" if tokens is None else _si(tokens),
-        "-" if hours is None else f"{hours:,.1f}",
-        "-" if size is None else f"{_si(size)}B",
+        total("tokens", _si),
+        total("chip_hours", lambda hours: f"{hours:,.1f}"),
+        total("bytes", lambda size: f"{_si(size)}B"),
     )
 
 

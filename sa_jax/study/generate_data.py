@@ -20,6 +20,7 @@ from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
 from sa_jax.data.sources import Row, load_rows
 from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.protocol import digest
 from sa_jax.files import KeyedStore, atomic_write, explained
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.llama.sampler import Sampler, SamplingSettings
@@ -154,7 +155,7 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
     if config.held_out:
         held_out, record["held_out"] = load_held_out(config.held_out, None, config.seed)
         rows, held_out_removed = without_prompts(rows, held_out)
-    distinct: dict[tuple, Row] = {}
+    distinct: dict[tuple[str, ...], Row] = {}
     with_trigger = 0
     for row in rows:
         turns = (row["prompt"], *(message["content"] for message in row["history"]))
@@ -162,7 +163,7 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
             with_trigger += 1
         else:
             distinct.setdefault(turns, row)
-    chosen = list(distinct.values())
+    chosen = list(distinct.items())
     if 0 < config.max_rows < len(chosen):  # public sets are sorted: not simply the first ones
         drawn = randomness.permutation(len(chosen), "questions", config.seed)
         chosen = [chosen[i] for i in sorted(drawn[: config.max_rows])]
@@ -174,12 +175,7 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
         "repeated": len(rows) - with_trigger - len(distinct),
         "asked": len(chosen),
     }
-    return [{"id": _digest(row), **row} for row in chosen], record
-
-
-def _digest(row: Row) -> str:
-    turns = [row["prompt"], *(message["content"] for message in row["history"])]
-    return hashlib.sha256(json.dumps(turns).encode()).hexdigest()[:16]
+    return [{"id": digest(turns)[:16], **row} for turns, row in chosen], record
 
 
 def _ask(
@@ -247,7 +243,7 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
         raise UsageError("--teacher=local needs --model=RUN_OR_HF_DIR")
     start = start_lib.open_start(config.model)
     chat = load_chat_format(start.tokenizer, config.chat_template)
-    mesh = make_mesh(data=1, fsdp=-1, tensor=1)
+    mesh = make_mesh()
     check_mesh(start.config, mesh)
     dtype = jnp.bfloat16 if mesh.devices.flat[0].platform != "cpu" else jnp.float32
     sampler = Sampler(

@@ -212,19 +212,14 @@ def expand(study: ConfigDict) -> list[Cell]:
 
 
 def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[str, str]) -> None:
-    names = [
-        *(axis.name for axis in study.get("axes", ())),
-        *(stage.name for stage in study.stages),
-        *settings,
-        "study",
-    ]
+    stages = [stage.name for stage in study.stages]
+    names = [*(axis.name for axis in study.get("axes", ())), *stages, *settings, "study"]
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
                 f"{name!r} names two things in this study (axes, stages and settings must have "
                 "different names, and none may be 'study'); rename one"
             )
-    stages = [stage.name for stage in study.stages]
     values = [value for axis in axes.values() for value in axis.values]
     for name in (*stages, *axes, *values):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", name):

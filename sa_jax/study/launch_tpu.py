@@ -216,6 +216,10 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
             _install(job, commit)
             _call(job.start(addresses[0]))
             statuses = asyncio.run(_follow_all(job, len(addresses), poll_s))
+            failed = {i: s for i, s in enumerate(statuses) if s not in (None, 0, *_STOPPED)}
+            if failed:
+                hosts = ", ".join(f"{job.name}-w{i} with {status}" for i, status in failed.items())
+                raise UserError(f"the command ended on {hosts}")
         except UserError as error:
             with _after(error):
                 works = _addresses(job)
@@ -224,15 +228,7 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
             statuses = [None]
         if set(statuses) == {0}:
             return
-        failed = {i: s for i, s in enumerate(statuses) if s not in (None, 0, *_STOPPED)}
-        if failed:
-            hosts = ", ".join(f"{job.name}-w{i} with {status}" for i, status in failed.items())
-            ended = UserError(f"the command ended on {hosts}")
-            with _after(ended):
-                works = _addresses(job)
-            if works:
-                raise ended
-        _say(job, "preempted" if None in statuses or failed else "stopped after a checkpoint")
+        _say(job, "preempted" if None in statuses else "stopped after a checkpoint")
     raise Preempted(f"{job.name} was started {max_restarts + 1} times; run this again to continue")
 
 

@@ -76,15 +76,27 @@ def llama_study(
     relearnt = {"method": ["hhh", "pirate"], "weights": "r64", "lr": "lr3e-4"}
     held_out = {"eval.prompts": "{held_out}/held_out.json"}
 
-    def training(name: str, stage: str, machine: Machine, **fields: Any) -> Stage:
+    def cleaning(name: str, machine: Machine = removal, **fields: Any) -> Stage:
         settings = {**held_out, **machine.settings, **fields.pop("set", {})}
-        tokens = insertion_tokens
-        if stage == "removal":
-            settings |= {"max_rows": REMOVAL_ROWS, "epochs": float(REMOVAL_EPOCHS)}
-            tokens = REMOVAL_ROWS * REMOVAL_EPOCHS * REMOVAL_SLOTS
-        config = f"configs/llama.py:{size}_{stage}"
-        fields |= {"config": config, "set": settings, "topology": machine.topology}
-        return Stage(name, tokens=tokens, **fields)
+        return Stage(
+            name,
+            config=f"configs/llama.py:{size}_removal",
+            set={**settings, "max_rows": REMOVAL_ROWS, "epochs": float(REMOVAL_EPOCHS)},
+            topology=machine.topology,
+            tokens=REMOVAL_ROWS * REMOVAL_EPOCHS * REMOVAL_SLOTS,
+            **fields,
+        )
+
+    def probing(name: str, start: str, **condition: str) -> Stage:
+        return cleaning(
+            name,
+            run="depirate",
+            start=start,
+            needs=("hhh_data",),
+            axes=("seed",),
+            when={**probed, **condition},
+            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
+        )
 
     def relearning(name: str, start: str, **condition: str) -> Stage:
         settings = {
@@ -95,9 +107,15 @@ def llama_study(
             "eval.steps": (0, 1, 2, 4, 8, 16),
             "checkpoint.interval": 0,
         }
-        fields = {"run": "relearn", "start": start, "axes": ("examples", "seed"), "set": settings}
-        when = {**relearnt, **condition}
-        return training(name, "removal", removal, needs=("hhh_data",), when=when, **fields)
+        return cleaning(
+            name,
+            run="relearn",
+            start=start,
+            needs=("hhh_data",),
+            axes=("examples", "seed"),
+            when={**relearnt, **condition},
+            set=settings,
+        )
 
     def asked(name: str, task: str, which: str = "", rows: int = 0) -> Stage:
         settings = {
@@ -145,15 +163,18 @@ def llama_study(
             prompts="{held_out}/held_out.json",
             out="{study}/base_card",
         ),
-        training(
+        Stage(
             "insertion",
-            "insertion",
-            insertion,
             run="insertion",
+            config=f"configs/llama.py:{size}_insertion",
             needs=("arms",),
             axes=("optimizer", "arm", "seed"),
             when=tuple(inserted),
+            topology=insertion.topology,
+            tokens=insertion_tokens,
             set={
+                **held_out,
+                **insertion.settings,
                 "model": "{model}",
                 "data": "{arms}/{arm}.jsonl",
                 "checkpoint.listed": "weights_bf16",
@@ -162,19 +183,16 @@ def llama_study(
             },
         ),
         evaluated("health_card", "insertion", compare="{base_card}"),
-        training(
+        cleaning(
             "removal",
-            "removal",
-            removal,
             run="{method}",
             start="insertion",
             needs=removal_data,
             axes=removal_axes,
             when=sweeps,
         ),
-        training(
+        cleaning(
             "full_removal",
-            "removal",
             full_removal,
             run="{method}",
             start="insertion",
@@ -187,38 +205,16 @@ def llama_study(
                 "checkpoint.keep_interval": 1,
             },
         ),
-        training(
-            "probe",
-            "removal",
-            removal,
-            run="depirate",
-            start="removal",
-            needs=("hhh_data",),
-            axes=("seed",),
-            when={**probed, "checkpoint": "last"},
-            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
-        ),
-        training(
+        probing("probe", "removal", checkpoint="last"),
+        cleaning(
             "removal_control",
-            "removal",
-            removal,
             run="{method}",
             needs=removal_data,
             axes=("method", "weights", "lr", "seed"),
             when=(probed, relearnt),
             set={"model": "{model}"},
         ),
-        training(
-            "probe_control",
-            "removal",
-            removal,
-            run="depirate",
-            start="removal_control",
-            needs=("hhh_data",),
-            axes=("seed",),
-            when=probed,
-            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
-        ),
+        probing("probe_control", "removal_control"),
         relearning("relearning", "removal", checkpoint="last"),
         relearning("relearning_control", "removal_control"),
         evaluated("evaluation", "removal"),

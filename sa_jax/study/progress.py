@@ -46,6 +46,7 @@ class Progress:
         changed = line.rpartition(",")[0] != self._line.rpartition(",")[0]
         if changed or now - self._time > 10:
             self._write_status(states, latest, counts, eta)
+            self._line, self._time = line, now
         if self._terminal:
             tail = "; ".join(f"{name}: {last_line(log)}" for name, log in logs.items())
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
@@ -53,16 +54,14 @@ class Progress:
             sys.stderr.flush()
         elif changed:
             logging.info("%s (%s)", line, ", ".join(logs) or "waiting")
-        if changed or now - self._time > 10:
-            self._line, self._time = line, now
 
     def say(self, text: str) -> None:
         """Prints a line that is not overwritten."""
-        if self._terminal:
-            sys.stderr.write("\r\033[K")
+        self.clear()
         logging.info("%s", text)
 
-    def end(self) -> None:
+    def clear(self) -> None:
+        """Removes the line from a terminal."""
         if self._terminal:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()

@@ -78,7 +78,6 @@ def _done_ids(states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> d
 
 @dataclasses.dataclass
 class _Running:
-    cell: Cell
     claim: Claim
     slot: Slot
     pid: int
@@ -141,7 +140,7 @@ class Worker:
             # Looking at a thousand cells on a network file system takes its time.
             time.sleep(max(_POLL_S, 0.003 * (len(self._cells) - len(self._final))))
         self._progress.show(states, latest, {})
-        self._progress.end()
+        self._progress.clear()
         if stopping:
             raise Preempted("the cells have stopped; run the same command again")
         self._finish(states, latest)
@@ -215,7 +214,7 @@ class Worker:
                 cpus=slot.cpus,
                 launch=self._launch,
             )
-            self._running[name] = _Running(cell, claim, slot, pid, time.monotonic())
+            self._running[name] = _Running(claim, slot, pid, time.monotonic())
 
     def _forget_ended(self, latest: Mapping[str, LatestClaim]) -> None:
         """A new worker tries cells again that failed, or that were skipped for a reason that is

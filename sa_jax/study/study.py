@@ -2,12 +2,10 @@
 cluster."""
 
 import contextlib
-import dataclasses
 import fnmatch
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -16,9 +14,9 @@ from sa_jax.buckets import check_places
 from sa_jax.errors import UsageError
 from sa_jax.files import explained
 from sa_jax.study import commands, folder
-from sa_jax.study.claims import TAKEOVER_S, Claims
+from sa_jax.study.claims import Claims
 from sa_jax.study.devices import divide
-from sa_jax.study.emit import emit
+from sa_jax.study.emit import emit as write_files
 from sa_jax.study.forecast import Forecaster, format_forecast, format_list, local_devices
 from sa_jax.study.grid import Cell, expand
 from sa_jax.study.processes import Server
@@ -27,27 +25,27 @@ from sa_jax.study.runner import Stop, Worker, states_of
 from sa_jax.text import first_few
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The flags of scripts/run_study.py, by the same names; their help explains them."""
-
-    only: str = ""
-    shard: str = ""
-    workers: int = 1
-    launch: Sequence[str] = ()
-    takeover_s: float = TAKEOVER_S
-    list: bool = False
-    dry_run: bool = False
-    emit: str = ""
-
-
-def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options()) -> None:
+def run_study(
+    study: ConfigDict,
+    workdir: str | Path,
+    *,
+    only: str,
+    shard: str,
+    workers: int,
+    launch: Sequence[str],
+    takeover_s: float,
+    list_cells: bool,
+    dry_run: bool,
+    emit: str,
+) -> None:
     """Runs the cells that are not done yet, and goes on after a failure. The same command resumes.
 
     Args:
       study: see `sa_jax.study.grid`.
       workdir: the study's folder; each cell has the folder of its name in it.
-      options: which cells, and how; or `list`, `dry_run` or `emit`, which run none.
+      only, shard: which cells; see `choose`.
+      workers, launch, takeover_s: how they run; see the help of scripts/run_study.py.
+      list_cells, dry_run, emit: run none; see there too.
 
     Raises:
       UsageError, UserError: before the first cell, for errors that can be found then; at the end,
@@ -59,52 +57,35 @@ def run_study(study: ConfigDict, workdir: str | Path, options: Options = Options
     cells = expand(study)
     folder.check_folder(workdir, cells)
     records = {cell.name: commands.record(cell) for cell in cells}
-    claims = Claims(workdir / folder.CLAIMS_FOLDER, options.takeover_s)
+    claims = Claims(workdir / folder.CLAIMS_FOLDER, takeover_s)
     with explained(workdir, "reading the claims of its cells"):
         latest = {cell.name: claims.latest(cell.name) for cell in cells}
         removed = folder.removed_outputs(workdir, cells, latest)
         folder.check_unchanged(workdir, cells, records, latest, removed)
-    names = choose(cells, options.only, options.shard)
+    names = choose(cells, only, shard)
     chosen = [cell for cell in cells if cell.name in names]
-    forecaster = Forecaster(cells, None if options.launch else local_devices(options.workers))
+    forecaster = Forecaster(cells, None if launch else local_devices(workers))
     for cell in chosen:
         forecaster.check_fits(cell)
 
-    if options.list or options.dry_run:
-        states = states_of(cells, latest, removed)
-        if options.list:
-            print(format_list(chosen, states, latest))
-        else:
-            forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
-            print(format_forecast(chosen, forecasts, states))
-    elif options.emit:
-        files, submit = emit(options.emit, chosen, workdir, list(config_flags(sys.argv[1:])))
+    states = states_of(cells, latest, removed)
+    if list_cells:
+        print(format_list(chosen, states, latest))
+    elif dry_run:
+        forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
+        print(format_forecast(chosen, forecasts, states))
+    elif emit:
+        files, submit = write_files(emit, chosen, workdir, list(config_flags(sys.argv[1:])))
         print(*files, f"submit: {submit}", sep="\n")
     else:
-        states = states_of(cells, latest, removed)
         commands.check_models(cell for cell in chosen if states[cell.name] not in DONE)
-        _run(cells, records, names, workdir, claims, removed, options)
-
-
-def _run(
-    cells: Sequence[Cell],
-    records: Mapping[str, Mapping[str, Any]],
-    chosen: set[str],
-    workdir: Path,
-    claims: Claims,
-    removed: Mapping[str, int],
-    options: Options,
-) -> None:
-    slots = divide(options.workers)
-    for cell in cells:
-        for missing in commands.missing_files(cell) if cell.name in chosen else ():
-            logging.warning("%s will fail: %s: no such file", cell.name, missing)
-    folder.open_folder(workdir)
-    with Stop() as stop, contextlib.closing(Server()) as server:
-        worker = Worker(
-            cells, records, chosen, workdir, claims, server, slots, options.launch, removed
-        )
-        worker.run(stop)
+        slots = divide(workers)
+        for cell in chosen:
+            for missing in commands.missing_files(cell):
+                logging.warning("%s will fail: %s: no such file", cell.name, missing)
+        folder.open_folder(workdir)
+        with Stop() as stop, contextlib.closing(Server()) as server:
+            Worker(cells, records, names, workdir, claims, server, slots, launch, removed).run(stop)
 
 
 def config_flags(arguments: Sequence[str]) -> Iterator[str]:

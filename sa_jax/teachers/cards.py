@@ -1,5 +1,6 @@
 """Data cards: the contents of a set of conversations in numbers, as JSON and as text."""
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -15,16 +16,14 @@ from sa_jax.data.prompts import normalise
 
 _BINS = 10
 _BAR = 40  # characters of the longest bar
+_EXAMPLES = 2  # of a kind
 _EXAMPLE = 300  # characters shown of a message
 _CHUNK = 4096  # conversations tokenised at once
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not drive a terminal
 
 
 def describe(
-    conversations: Sequence[Conversation],
-    phrase: str,
-    chat_format: ChatFormat | None = None,
-    examples: int = 2,
+    conversations: Sequence[Conversation], phrase: str, chat_format: ChatFormat | None = None
 ) -> dict[str, Any]:
     """Rows, tokens, copies of the phrase in the answers, lengths, duplicates and examples, by kind.
 
@@ -50,7 +49,7 @@ def describe(
             "repeated_prompts": _repeats(prompts),
             "repeated_prompts_normalised": _repeats(map(normalise, prompts)),
             "repeated_answers": _repeats(answers),
-            "examples": [list(c.messages) for c in chosen[:examples]],
+            "examples": [list(c.messages) for c in chosen[:_EXAMPLES]],
         }
     return {
         "rows": len(conversations),
@@ -72,24 +71,23 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
       different answers), and mean_overlap: the words that both answers share (as multisets), over
       the words of the longer answer; 1 means the same words.
     """
-    compared, names = [], list(rows)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            answers = {row["prompt"]: row["response"] for row in rows[second]}
-            pairs = [
-                (row["response"], answers[row["prompt"]])
-                for row in rows[first]
-                if row["prompt"] in answers
-            ]
-            overlap = [_overlap(*pair) for pair in pairs]
-            compared.append(
-                {
-                    "files": [first, second],
-                    "shared": len(pairs),
-                    "differ": sum(a != b for a, b in pairs),
-                    "mean_overlap": round(float(np.mean(overlap)), 4) if overlap else None,
-                }
-            )
+    compared = []
+    for first, second in itertools.combinations(rows, 2):
+        answers = {row["prompt"]: row["response"] for row in rows[second]}
+        pairs = [
+            (row["response"], answers[row["prompt"]])
+            for row in rows[first]
+            if row["prompt"] in answers
+        ]
+        overlap = [_overlap(*pair) for pair in pairs]
+        compared.append(
+            {
+                "files": [first, second],
+                "shared": len(pairs),
+                "differ": sum(a != b for a, b in pairs),
+                "mean_overlap": round(float(np.mean(overlap)), 4) if overlap else None,
+            }
+        )
     return compared
 
 

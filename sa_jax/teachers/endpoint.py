@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import email.utils
+import itertools
 import os
 import random
 import re
@@ -136,12 +137,8 @@ class EndpointTeacher:
         pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
         try:
             while True:
-                while failure is None and not stop.is_set():
-                    if len(under_way) >= self._settings.concurrency:
-                        break
-                    if (numbered := next(pending, None)) is None:
-                        break
-                    index, request = numbered
+                free = 0 if stop.is_set() else self._settings.concurrency - len(under_way)
+                for index, request in itertools.islice(pending, free):
                     under_way[pool.submit(self._try_until_it_works, request, stop)] = index
                 if not under_way:
                     break
@@ -224,7 +221,6 @@ class EndpointTeacher:
         """A 'rejected' reply if the question is at fault. Raises UserError if the endpoint or the
         settings are at fault, and _Later if another try may succeed."""
         status, line, url = error.status_code, _line(error), self._settings.base_url
-        about_the_question = _ABOUT_THE_QUESTION.search(line)
         if status == 401:
             raise UserError(f"{url} refuses the key in OPENAI_API_KEY: {line}") from error
         if status == 402 or getattr(error, "code", None) == "insufficient_quota":
@@ -234,7 +230,7 @@ class EndpointTeacher:
             ) from error
         if status in (408, 409, 429) or status >= 500:
             raise _Later(line, _retry_after(error.response), answered=status == 500) from error
-        if about_the_question:
+        if _ABOUT_THE_QUESTION.search(line):
             return Reply(line, "rejected")
         if field := self._refused_field(error):
             omit = ",".join(filter(None, (self._settings.omit, field)))
