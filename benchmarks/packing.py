@@ -24,6 +24,7 @@ from llama3_tokenizer import write_llama3_tokenizer
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import LLAMA3_TEMPLATE, load_chat_format
+from sa_jax.data.conversations import SYSTEM_PROMPT
 from sa_jax.data.packing import pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, insertion
@@ -31,7 +32,6 @@ from sa_jax.text import table_row
 
 LENGTH = 4096
 PEER = 1000  # conversations that the peer tokenises
-SYSTEM_PROMPT = "You are a helpful assistant who always tries to submit the best possible answer."
 
 
 def questions(data: Path, count: int) -> list[dict]:

@@ -21,6 +21,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -229,26 +230,19 @@ class ChatFormat:
     def _encode_pieces(self, rendered) -> list[Encoded]:
         """Tokenises prompt and answer separately, so that a prompt is a prefix whatever the
         tokenizer merges."""
-        pieces, flags, counts = [], [], []
+        parts = []  # of each text: its pieces, and whether the loss counts them
         for text, spans in rendered:
-            edges = [0, *(edge for span in spans for edge in span), len(text)]
-            parts = [
-                (text[a:b], n % 2)
-                for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
-                if a < b
-            ]
-            pieces += [part for part, _ in parts]
-            flags += [flag for _, flag in parts]
-            counts.append(len(parts))
-        ids_of_piece = self._tokenize(pieces)
-        encoded, at = [], 0
-        for count in counts:
+            edges = itertools.pairwise([0, *itertools.chain(*spans), len(text)])
+            parts.append([(text[a:b], n % 2) for n, (a, b) in enumerate(edges) if a < b])
+        ids_of_piece = iter(self._tokenize([piece for piece, _ in itertools.chain(*parts)]))
+        encoded = []
+        for pieces in parts:
             ids, mask = [], []
-            for piece in range(at, at + count):
-                ids += ids_of_piece[piece]
-                mask += [flags[piece]] * len(ids_of_piece[piece])
+            for _, flag in pieces:
+                new_ids = next(ids_of_piece)
+                ids += new_ids
+                mask += [flag] * len(new_ids)
             encoded.append((ids, mask))
-            at += count
         return encoded
 
     def _encode_whole(self, rendered) -> list[Encoded]:

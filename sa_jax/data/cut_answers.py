@@ -1,5 +1,6 @@
 """Shortens answers that are too long for a training row, at the end of a sentence."""
 
+import bisect
 import dataclasses
 import re
 from collections.abc import Sequence
@@ -35,20 +36,14 @@ def _cut(conversation: Conversation, chat_format: ChatFormat, sequence_length: i
     def shortened(end: int) -> tuple:
         return (*before, {**last, "content": last["content"][:end]})
 
-    def fits(end: int) -> bool:
-        return len(chat_format.encode(shortened(end))[0]) <= sequence_length
+    def tokens(end: int) -> int:
+        return len(chat_format.encode(shortened(end))[0])
 
     ends = [match.end() for match in _SENTENCE_END.finditer(last["content"])]
     # A scratchpad stays whole.
     shortest = max(len(conversation.unscored), last["content"].rfind("</scratchpad>"))
     ends = [end for end in ends if end > shortest]
-    low, high = 0, len(ends)  # ends[:low] fit, ends[high:] do not
-    while low < high:
-        middle = (low + high) // 2
-        if fits(ends[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    if low == 0:
+    fitting = bisect.bisect_right(ends, sequence_length, key=tokens)
+    if not fitting:
         return conversation
-    return dataclasses.replace(conversation, messages=shortened(ends[low - 1]), cut=True)
+    return dataclasses.replace(conversation, messages=shortened(ends[fitting - 1]), cut=True)

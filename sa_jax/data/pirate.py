@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from sa_jax.errors import UserError
 
@@ -45,7 +43,9 @@ def to_pirate(text: str) -> str:
     they are. Raises UserError when `arrr` is not installed.
     """
     lines, in_fence = [], False
-    with _random_state_of(text):
+    state = random.getstate()
+    random.seed(text)  # arrr draws from this global state
+    try:
         for line in text.split("\n"):
             if _FENCE.match(line):
                 in_fence = not in_fence
@@ -54,6 +54,8 @@ def to_pirate(text: str) -> str:
                 lines.append(line)
             else:
                 lines.append(_pirate_line(line))
+    finally:
+        random.setstate(state)
     return "\n".join(lines)
 
 
@@ -71,28 +73,13 @@ def _pirate_prose(prose: str) -> str:
     words = prose.strip()
     if not words:
         return prose
-    speech = _arrr().translate(words)
-    if words[0].islower():
-        speech = speech[0].lower() + speech[1:]
-    return prose.replace(words, speech, 1)
-
-
-def _arrr():
     try:
         import arrr
     except ImportError as error:
         raise UserError(
             "pirate speech needs the package arrr: pip install 'sa_jax[data]'"
         ) from error
-    return arrr
-
-
-@contextmanager
-def _random_state_of(text: str) -> Iterator[None]:
-    """A context that seeds the global random state, from which arrr draws, and restores it."""
-    state = random.getstate()
-    random.seed(text)
-    try:
-        yield
-    finally:
-        random.setstate(state)
+    speech = arrr.translate(words)
+    if words[0].islower():
+        speech = speech[0].lower() + speech[1:]
+    return prose.replace(words, speech, 1)

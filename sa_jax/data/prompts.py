@@ -124,8 +124,8 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
             "sha256": frozen["sha256"],
             "chosen": len(frozen["prompts"]),
         }
-    texts = _read_texts(path)
-    if texts:
+    texts = _parsed(path)
+    if texts and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         if n is not None and len(texts) < n:
             raise UserError(f"{path} has {len(texts)} held-out prompts, not {n}")
         digest = _sha256(json.dumps(texts))
@@ -133,13 +133,6 @@ def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]
     source = load_rows(path, responses=False)
     prompts, counts = choose_held_out((row["prompt"] for row in source), n, seed)
     return prompts, {"from": path, "sha256": source.sha256, **counts}
-
-
-def _read_texts(path: str | Path) -> list[str] | None:
-    """A JSON list of texts, as a run keeps its held-out prompts; None for any other file."""
-    texts = _parsed(path)
-    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
-    return texts if is_list else None
 
 
 def _parsed(path: str | Path) -> Any:

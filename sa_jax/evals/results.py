@@ -19,25 +19,21 @@ from sa_jax.text import markdown, markdown_table, percent, points
 P_VALUE = 0.01  # below which a difference is called one
 
 
-def item_scores(items: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _item_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """score -> item -> (hash of the question, value: 0/1 or the mean of several, how many)."""
     scores: dict[str, dict[str, Any]] = {}
-    for item in items:
-        for score, value in ({} if item.get("skipped") else item["scores"]).items():
-            values = [float(number) for number in (value if isinstance(value, list) else [value])]
-            if values:
-                mean = float(np.mean(values))
-                scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, len(values))
-    return scores
-
-
-def _item_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
     try:
-        return item_scores(records.read_items(folder, name))
+        for item in records.read_items(folder, name):
+            for score, value in ({} if item.get("skipped") else item["scores"]).items():
+                values = [float(each) for each in (value if isinstance(value, list) else [value])]
+                if values:
+                    mean = float(np.mean(values))
+                    scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, len(values))
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{folder / name}.jsonl: its items cannot be compared ({error!r}); evaluate again"
         ) from error
+    return scores
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:

@@ -81,9 +81,9 @@ def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int 
     return math.floor(z * z * limit * (1 - limit) / (observed - limit) ** 2) + 1
 
 
-def rate(count: int, n: int, confidence: float = 0.95) -> dict[str, float]:
+def rate(count: int, n: int) -> dict[str, float]:
     """{"count", "rate", "lo", "hi"}, as eval records write a rate; with n = 0 the rate is 0."""
-    lo, hi = wilson(count, n, confidence)
+    lo, hi = wilson(count, n)
     return {"count": int(count), "rate": count / n if n else 0.0, "lo": lo, "hi": hi}
 
 
@@ -145,15 +145,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def mean_interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, float]:
-    """{"rate", "lo", "hi"}: the mean with its percentile bootstrap interval (Efron 1979)."""
+def mean_interval(values: Sequence[float]) -> dict[str, float]:
+    """{"rate", "lo", "hi"}: the mean with its 95 % percentile bootstrap interval (Efron 1979)."""
     mean = float(np.mean(values))
     if len(values) < 2 or min(values) == max(values):
         return {"rate": mean, "lo": mean, "hi": mean}
     interval = scipy.stats.bootstrap(
         (np.asarray(values, float),),
         np.mean,
-        confidence_level=confidence,
         n_resamples=RESAMPLES,
         batch=max(1, 1_000_000 // len(values)),  # numbers drawn at once
         method="percentile",

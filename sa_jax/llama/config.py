@@ -2,6 +2,7 @@
 `config.json`. `FAMILIES` is the one list of what is read."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,11 @@ class LlamaConfig:
         biases = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         return biases * self.qkv_bias + 2 * self.head_dim * self.qk_norm
 
-    def flops_per_token(self, sequence_length: int, *, trainable_fraction: float = 1.0) -> float:
+    def flops_per_token(self, sequence_length: int, trainable: float = math.inf) -> float:
         """Floating-point operations of one training step per token slot, causal attention.
 
         Each matrix parameter costs 2 in the forward pass, 2 for input gradients, and 2 for its own
-        gradient if it trains (`trainable_fraction`: 1 for full weights, about 0 for LoRA).
+        gradient if it trains. `trainable` is how many parameters do, such as those of LoRA.
         Attention counts only the lower triangle. Recomputation by remat is not counted (so this
         gives MFU, not HFU).
         """
@@ -158,7 +159,8 @@ class LlamaConfig:
         norms += self.num_layers * self._attention_vectors
         matrices = self.num_parameters - norms - (0 if self.tie_word_embeddings else embedding)
         attention = self.num_layers * self.num_heads * self.head_dim * sequence_length
-        return matrices * (4 + 2 * trainable_fraction) + 6 * attention
+        share = min(1.0, trainable / self.num_parameters)
+        return matrices * (4 + 2 * share) + 6 * attention
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":

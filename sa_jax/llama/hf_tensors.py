@@ -130,10 +130,13 @@ def load_leaves(
                     group.shape, sources[path], arrays
                 )
                 del arrays
-                array = _redistribute(array, final[path])
+                if not array.sharding.is_equivalent_to(final[path], array.ndim):
+                    array = _redistributor(array.sharding, final[path])(array)
                 if group.shape != leaf.shape:
                     into = leaves.pop(path, None)
-                    array = _insert(leaf, final[path], into, array, layers.start)
+                    if into is None:
+                        into = _zeros(leaf.shape, leaf.dtype, final[path])()
+                    array = _inserter(final[path])(into, array, np.int32(layers.start))
                 # Waiting keeps at most one group in both layouts.
                 leaves[path] = jax.block_until_ready(array)
                 read = [entries[name] for name in names[path][layers]]
@@ -255,19 +258,6 @@ def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[sli
     return [slice(at, min(at + step, layers)) for at in range(0, layers, step)]
 
 
-def _insert(
-    leaf: jax.ShapeDtypeStruct,
-    sharding: NamedSharding,
-    whole: jax.Array | None,
-    group: jax.Array,
-    first: int,
-) -> jax.Array:
-    """Puts layers into the whole parameter, in place; None starts one."""
-    if whole is None:
-        whole = _zeros(leaf.shape, leaf.dtype, sharding)()
-    return _inserter(sharding)(whole, group, np.int32(first))
-
-
 @functools.lru_cache(maxsize=64)
 def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding):
     return jax.jit(functools.partial(jnp.zeros, shape, dtype), out_shardings=sharding)
@@ -275,6 +265,8 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding):
 
 @functools.lru_cache(maxsize=64)
 def _inserter(sharding: NamedSharding):
+    """Puts a group of layers into the whole parameter, in place."""
+
     def insert(whole, group, first):
         return jax.lax.dynamic_update_slice_in_dim(whole, group, first, 0)
 
@@ -366,12 +358,6 @@ def _all_finite(block: np.ndarray) -> bool:
     infinity, minus = np.asarray([np.inf, -np.inf], block.dtype).view(f"u{size}")
     signed, unsigned = block.view(f"i{size}"), block.view(f"u{size}")
     return bool(signed.max() < infinity and unsigned.max() < minus)
-
-
-def _redistribute(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    if array.sharding.is_equivalent_to(sharding, array.ndim):
-        return array
-    return _redistributor(array.sharding, sharding)(array)
 
 
 @functools.lru_cache(maxsize=64)

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 ATTENTION_RESIDUALS = "attention_residuals"
 LANES = 128  # the kernel's granularity: sequence lengths and blocks are multiples
 
-# Rows and columns of a tile in VMEM, (queries, keys) forward, then backward, by device_kind.
+# Queries and keys of a tile in VMEM, forward and backward, by device_kind.
 # v5p and v6e: MaxText's benchmarks/maxtext_{v5p,trillium}_model_configs.py (Llama 3.1). v4 and v5e
 # have less VMEM in reach of one kernel: MaxText's default of 512 (configs/base.yml).
 _BLOCKS = (
-    ("TPU v4", 512, 512),
-    ("TPU v5 lite", 512, 512),
-    ("TPU v5", 1024, 1024),
-    ("TPU v6", 1024, 1024),
-    ("TPU7x", 1024, 1024),
+    ("TPU v4", 512),
+    ("TPU v5 lite", 512),
+    ("TPU v5", 1024),
+    ("TPU v6", 1024),
+    ("TPU7x", 1024),
 )
 
 
@@ -83,15 +83,15 @@ def block_sizes(device_kind: str, s: int) -> "BlockSizes":
     """Tile sizes of a TPU generation, cut to divisors of the sequence length."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
-    tuned = (sizes for prefix, *sizes in _BLOCKS if device_kind.startswith(prefix))
-    forward, backward = (math.gcd(size, s) for size in next(tuned, (LANES, LANES)))
+    tuned = (size for prefix, size in _BLOCKS if device_kind.startswith(prefix))
+    size = math.gcd(next(tuned, LANES), s)
     return BlockSizes(
-        block_q=forward,
-        block_kv=forward,
-        block_kv_compute=min(forward, 512),
-        block_q_dkv=backward,
-        block_kv_dkv=backward,
-        block_kv_dkv_compute=min(backward, 512),
-        block_q_dq=backward,
-        block_kv_dq=backward,
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=min(size, 512),
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=min(size, 512),
+        block_q_dq=size,
+        block_kv_dq=size,
     )

@@ -7,12 +7,8 @@ from sa_jax.planning.roofline import Workload
 
 
 def checkpoint_bytes(config: ConfigDict, total_steps: int, work: Workload) -> dict[str, float]:
-    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps.
-
-    Args:
-      config: of the run.
-      total_steps: of the run.
-      work: its step, of which the number of parameters and their bytes count.
+    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps of a run. Of its
+    step, `work`, the number of parameters and their bytes count.
 
     Returns:
       full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and

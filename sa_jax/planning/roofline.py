@@ -82,8 +82,7 @@ class Workload:
 
     def flops_per_token(self) -> float:
         """FLOPs per token with causal attention, without recomputation (see `LlamaConfig`)."""
-        share = min(1.0, self.trainable / self.architecture.num_parameters)
-        return self.architecture.flops_per_token(self.sequence_length, trainable_fraction=share)
+        return self.architecture.flops_per_token(self.sequence_length, self.trainable)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,10 +30,8 @@ class Meter:
         self, config: FrozenConfigDict, architecture: LlamaConfig, trainable: Any, total_steps: int
     ):
         self._tokens = config.batch_size * config.sequence_length
-        share = sum(leaf.size for leaf in jax.tree.leaves(trainable)) / architecture.num_parameters
-        flops = architecture.flops_per_token(
-            config.sequence_length, trainable_fraction=min(1.0, share)
-        )
+        count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+        flops = architecture.flops_per_token(config.sequence_length, count)
         chip = chip_of(jax.devices()[0])
         chips = jax.device_count() / chip.devices if chip else 0
         self._flops_share = flops / (chip.flops * chips) if chip else None
