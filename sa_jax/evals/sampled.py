@@ -12,7 +12,7 @@ from sa_jax.data.conversations import Message, make_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import protocol
 from sa_jax.evals.protocol import Answers, EvalContext, Prepared, digest
-from sa_jax.llama.sampler import Completion, SamplingSettings
+from sa_jax.llama.sampler import SamplingSettings
 
 VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
 
@@ -163,7 +163,7 @@ def ask(
     answers = [
         {
             "item": questions[i].item,
-            "asked": _hash_of_turns(questions[i].messages),
+            "asked": digest([m for m in questions[i].messages if m["role"] != "system"])[:16],
             **questions[i].fields,
             "completion": chat.decode(completion.tokens),
             "tokens": completion.tokens,
@@ -173,20 +173,8 @@ def ask(
     ]
     facts = {
         "skipped_prompts": len(skipped),
-        "cut_by_context": count_cut_by_context(completions, settings),
+        "cut_by_context": sum(each.is_cut_by_context(settings) for each in completions),
         "tokens_per_s": sampler.stats.tokens_per_s,
         "seconds": time.perf_counter() - start,
     }
     return answers, facts
-
-
-def _hash_of_turns(messages: Sequence[Message]) -> str:
-    return digest([message for message in messages if message["role"] != "system"])[:16]
-
-
-def count_cut_by_context(completions: Sequence[Completion], settings: SamplingSettings) -> int:
-    """The number of completions that the context ended before max_new_tokens."""
-    return sum(
-        completion.stop_reason == "length" and len(completion.tokens) < settings.max_new_tokens
-        for completion in completions
-    )

@@ -78,12 +78,8 @@ KERNEL_CHANGE = "kernel_change"
 # With `apply(..., mutable=[STREAMS])` the residual stream is returned too: kept[STREAMS] holds
 # (stream [B, S, D],) as EMBEDDINGS, before the layers, and (stream [L, B, S, D],) as layers/STREAM,
 # after each. `apply({..., PERTURBATIONS: {EMBEDDINGS: [B, S, D]}})` adds that to the embeddings.
-STREAMS, STREAM, EMBEDDINGS, PERTURBATIONS = (
-    "intermediates",
-    "stream",
-    "embeddings",
-    "perturbations",
-)
+STREAMS, STREAM = "intermediates", "stream"
+EMBEDDINGS, PERTURBATIONS = "embeddings", "perturbations"
 
 _dot_general_f32 = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
 

@@ -43,6 +43,10 @@ class Completion:
     stop_reason: str
     logprobs: list[float]
 
+    def is_cut_by_context(self, settings: SamplingSettings) -> bool:
+        """Whether the context ended it before max_new_tokens."""
+        return self.stop_reason == "length" and len(self.tokens) < settings.max_new_tokens
+
 
 @dataclasses.dataclass
 class SamplerStats:
@@ -51,7 +55,6 @@ class SamplerStats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     decode_steps: int = 0
-    prefills: int = 0
     prefill_seconds: float = 0.0
     seconds: float = 0.0  # of the whole call
 
@@ -269,7 +272,6 @@ class Sampler:
         for i, row in enumerate(taken):
             row.extend(tokens[i : i + 1], logprobs[i : i + 1], settings.stop_token_ids)
             slots[free[i]] = row
-        self.stats.prefills += 1
         self.stats.prefill_seconds += time.perf_counter() - start
         return cache
 

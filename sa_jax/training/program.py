@@ -42,7 +42,7 @@ class Program:
     """A training step, ready to be compiled, with the shapes and shardings of its arguments.
 
     Attributes:
-      tx, schedule: the optimizer and its learning rate.
+      tx: the optimizer.
       trainable, frozen: shapes of the parameters that train, and of those that do not.
       state: shapes of the `TrainState`.
       state_shardings: the shardings of its leaves.
@@ -50,7 +50,6 @@ class Program:
     """
 
     tx: optax.GradientTransformation
-    schedule: optax.Schedule
     trainable: Any
     frozen: Any
     state: TrainState
@@ -112,7 +111,6 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     few_layers = model.config.num_layers <= UNROLLED_LAYERS
     model = model.clone(unroll=on_one_cpu and few_layers and model.remat == "none")
     tx = make_optimizer(config.optimizer, total_steps, mesh)
-    schedule = make_schedule(config.optimizer, total_steps)
     trainable, frozen = split_trainable(abstract_params(model), model.lora)
     # Never updated, so kept in the dtype of the computation (see `start.load_trainable`).
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
@@ -124,7 +122,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         model,
         _loss_fn(loss, model, config),
         tx,
-        schedule,
+        make_schedule(config.optimizer, total_steps),
         accumulation=config.accumulation,
         seed=config.seed,
         only_through_model=loss.only_through_model,
@@ -135,7 +133,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         out_shardings=(placed, NamedSharding(mesh, P())),
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
-    return Program(tx, schedule, trainable, frozen, state, placed, step)
+    return Program(tx, trainable, frozen, state, placed, step)
 
 
 def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:

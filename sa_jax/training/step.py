@@ -19,18 +19,7 @@ from sa_jax.training.losses import LossFn, Metrics
 
 # The metrics of every step, besides those of its loss function and optimizer.
 STEP_METRICS = frozenset(
-    {
-        *(
-            "step",
-            "run_id",
-            "loss",
-            "grad_norm",
-            "learning_rate",
-            "loss_tokens",
-            "grad_square_sums",
-        ),
-        *("tokens_per_s", "mfu"),
-    }
+    "step run_id loss grad_norm learning_rate loss_tokens grad_square_sums tokens_per_s mfu".split()
 )
 
 
