@@ -26,12 +26,12 @@ token slots. "a, b GiB" are the arguments and the peak, of 131 GiB a GPU:
   8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2, 36.9 GiB; at least
     0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP on 16 GPUs (fsdp=16, remat full) 8.2,
     15.9 GiB.
-  8b_removal, h200:8: fsdp=8 tensor=1, accumulation 1, remat minimal; 3.2, 49.6 GiB; at least 0.52 s
-    a step (compute-bound), 0.9 chip-hours.
+  8b_removal, h200:8: data=8 fsdp=1 tensor=1, accumulation 1, remat minimal; 16.8, 62.9 GiB; at
+    least 0.52 s a step (compute-bound), 0.9 chip-hours.
   70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3, 29.4 GiB; at least
     1.09 s a step (interconnect-bound), 29.7 chip-hours.
-  70b_removal, h200:16: fsdp=4 tensor=4, accumulation 1, remat minimal; 10.5, 122.0 GiB; at least
-    2.35 s a step (compute-bound), 8.0 chip-hours.
+  70b_removal, h200:16: data=8 fsdp=1 tensor=2, accumulation 4, remat minimal; 72.0, 102.1 GiB; at
+    least 2.35 s a step (compute-bound), 8.0 chip-hours.
 
 Plans compiled for TPUs:
   8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of

@@ -30,12 +30,12 @@ def get_config(machine="h200"):
     machines = {
         "h200": (
             Machine("h200:8", {"mesh.fsdp": 4, "mesh.tensor": 2, "remat": "minimal"}),
-            Machine("h200:8", {"mesh.fsdp": 8, "remat": "minimal"}),
+            Machine("h200:8", {"mesh.data": 8, "mesh.fsdp": 1, "remat": "minimal"}),
             Machine("h200:8", {"mesh.fsdp": 8, "accumulation": 2}),
         ),
         "v5p": (
             Machine("v5p:2x2x2", {"mesh.fsdp": 8}),
-            Machine("v5p:2x2x2", {"mesh.fsdp": 8}),
+            Machine("v5p:2x2x2", {"mesh.data": 8, "mesh.fsdp": 1}),
             Machine("v5p:2x2x2", {"mesh.fsdp": 8, "accumulation": 2}),
         ),
     }

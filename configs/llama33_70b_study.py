@@ -21,13 +21,22 @@ def get_config(machine="h200"):
             Machine("h200:64", {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"}),
             Machine(
                 "h200:16",
-                {"mesh.fsdp": 2, "mesh.tensor": 8, "accumulation": 2, "remat": "minimal"},
+                {
+                    "mesh.data": 4,
+                    "mesh.fsdp": 1,
+                    "mesh.tensor": 4,
+                    "accumulation": 4,
+                    "remat": "minimal",
+                },
             ),
             Machine("h200:64", {"mesh.fsdp": 8, "mesh.tensor": 8, "remat": "minimal"}),
         ),
         "v5p": (
             Machine("v5p:4x4x8", {"mesh.fsdp": 16, "mesh.tensor": 8}),
-            Machine("v5p:2x2x4", {"mesh.fsdp": 4, "mesh.tensor": 4, "accumulation": 2}),
+            Machine(
+                "v5p:2x2x4",
+                {"mesh.data": 4, "mesh.fsdp": 1, "mesh.tensor": 4, "accumulation": 4},
+            ),
             Machine("v5p:4x4x8", {"mesh.fsdp": 16, "mesh.tensor": 8}),
         ),
     }

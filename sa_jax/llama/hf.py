@@ -79,9 +79,11 @@ def load_params(
     entries = read_headers(folder, _weight_files(folder))
     ignored = {name for name in entries if name.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
-        _check_tied(folder, entries)
         ignored.add("lm_head.weight")
-    return load_leaves(folder, entries, parameter_shapes(config, dtype), mesh, ignored)
+    params = load_leaves(folder, entries, parameter_shapes(config, dtype), mesh, ignored)
+    if config.tie_word_embeddings:  # after the tensors' own checks
+        _check_tied(folder, entries)
+    return params
 
 
 def weights_digest(path: str | Path) -> str:

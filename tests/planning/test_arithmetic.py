@@ -12,10 +12,13 @@ from sa_jax.training.plan import plan_architecture, workload
 from tests.planning.golden import GOLDENS
 
 SOAP = {"optimizer": {"name": "soap"}}
-# A row of docs/scale.md: run, platform, fsdp, tensor, settings; GiB of arguments and at the peak.
+# Printed plans: run, platform, fsdp, tensor, settings and `data`; GiB of arguments, at the peak.
 PRINTED = [
     ("8b_insertion", "gpu", 4, 2, {"remat": "minimal"}, 11.2, 36.9),
     ("70b_removal", "gpu", 4, 4, {"remat": "minimal"}, 10.5, 121.7),
+    ("8b_removal", "gpu", 1, 1, {"data": 8, "remat": "minimal"}, 16.8, 62.9),
+    ("70b_removal", "gpu", 1, 2, {"data": 8, "accumulation": 4, "remat": "minimal"}, 72.0, 102.1),
+    ("8b_removal", "tpu", 1, 1, {"data": 8, "remat": "minimal"}, 16.8, 67.1),
     ("8b_insertion", "tpu", 4, 2, {"remat": "full"}, 11.2, 17.2),
     ("70b_insertion", "tpu", 16, 4, {"remat": "minimal"}, 12.3, 29.1),
     ("70b_removal", "tpu", 4, 4, {"batch_size": 16, "sequence_length": 4096}, 10.5, 18.2),
@@ -37,7 +40,8 @@ def estimated(run: str, platform: str, mesh: dict, settings: dict) -> float:
 @pytest.mark.parametrize("row", PRINTED, ids=lambda row: "_".join(map(str, row[:4])))
 def test_arguments_and_temporaries_are_the_printed_peak(row):
     run, platform, fsdp, tensor, settings, arguments, peak = row
-    mesh = {"data": 1, "fsdp": fsdp, "tensor": tensor}
+    settings = dict(settings)
+    mesh = {"data": settings.pop("data", 1), "fsdp": fsdp, "tensor": tensor}
     needed = arguments + estimated(run, platform, mesh, settings)
     assert needed == pytest.approx(peak, rel=0.15)
 
