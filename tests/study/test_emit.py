@@ -238,7 +238,8 @@ def test_the_studies_of_8b_and_70b_can_be_submitted(tmp_path):
 
 
 def test_the_config_reaches_the_files_however_it_was_written():
-    line = "--config a.py:grid --workdir=x -config.model m --config.seed=3 --config.fast --noconfig.slow --only y"
+    line = "--config a.py:grid --workdir=x -config.model m --config.seed=3 --config.fast"
+    line += " --noconfig.slow --only y"
     assert list(config_flags(line.split())) == [
         "--config=a.py:grid",
         "--config.model=m",
