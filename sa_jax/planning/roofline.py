@@ -19,7 +19,8 @@ ASSUMPTIONS = (
     "residual stream gathered and reduce-scattered over tensor twice a layer and pass",
     "each mesh axis has the ICI links of the torus dimensions that it fills, both directions",
     "GPUs: NVLink inside a node of 8, one 400 Gbit/s port a GPU between nodes",
-    "between slices: gradients once a step, in the dtype of the computation",
+    "between copies of the weights, and between slices: gradients once a step, in the dtype of the "
+    "computation",
 )
 # Forward passes' worth of products that the backward pass computes again.
 _RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.0, "full": 1.0, "offload": 1.0}
