@@ -425,13 +425,15 @@ class Llama(nn.Module):
 
 
 def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]]:
-    """The model without adapters, and the function that merges them into its parameters, where
-    x·(W + A·B) takes less work than x·W + (x·A)·B. Elsewhere the model, and its parameters as
-    they are.
+    """Merges the adapters (LoRA, arXiv 2106.09685) where x·(W + A·B) takes less work than
+    x·W + (x·A)·B: in models so small that their adapters are about as large as their kernels.
 
     A step takes three products with W, but two if W is frozen, and three with each of A and B.
-    Merging is for models so small that their adapters are about as large as their kernels. It is
-    for float32 alone: in bfloat16 the sum W + A·B would round small changes away.
+    Only for float32: in bfloat16 the sum W + A·B would round small changes away.
+
+    Returns:
+      A model without adapters, and the function from the parameters of `model`, kernels [L, in,
+      out], to its own. Where merging does not pay: `model` itself, and the identity.
     """
     config, lora = model.config, model.lora
     if lora is not None and model.dtype == jnp.float32:

@@ -3,6 +3,7 @@ workloads, or plain commands."""
 
 import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -243,10 +244,10 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
             line = f"{run} || failed=1"
             if topology is not None:
                 machine = f"{topology.cloud_name} {topology.slices}"
-                line = f"submit {_workload_name(cell)} {machine} {shlex.quote(run)}"
+                line = f"submit {workload_name(cell)} {machine} {shlex.quote(run)}"
             lines.append(_if_it_starts(cell, workdir, line, skippable))
         if topology is not None:
-            lines += [f"await {_workload_name(cell)}" for cell in of_stage]
+            lines += [f"await {workload_name(cell)}" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
     return {"submit.sh": "\n".join(lines)}, f"bash {shlex.quote(f'{workdir}/xpk/submit.sh')}"
 
@@ -258,7 +259,7 @@ def _if_it_starts(cell: Cell, workdir: Path, line: str, skippable: dict[str, str
     Args:
       skippable: cells so far that may be passed over, with their workloads; this one is added.
     """
-    conditions, name = [], _workload_name(cell)
+    conditions, name = [], workload_name(cell)
     if cell.run != "report" and (before := [skippable[p] for p in cell.parents if p in skippable]):
         conditions.append(" ".join(("follows", name, *before)))
     limit, step = cell.stage.start_rate_at_most, cell.start_step
@@ -271,10 +272,10 @@ def _if_it_starts(cell: Cell, workdir: Path, line: str, skippable: dict[str, str
     return f"if {' && '.join(conditions)}; then {line}; fi"
 
 
-def _workload_name(cell: Cell) -> str:
+def workload_name(cell: Cell) -> str:
     """A valid and unique name for Kubernetes: at most 40 small letters, digits and '-'."""
-    plain = "".join(char if char.isalnum() else "-" for char in cell.name.lower())
-    if len(plain) <= 36:
+    plain = re.sub("[^a-z0-9]", "-", cell.name.lower())
+    if re.fullmatch("[a-z0-9/]{1,36}", cell.name):  # no other such name reads the same
         return plain
     return f"{plain[:27].rstrip('-')}-{hashlib.sha256(cell.name.encode()).hexdigest()[:8]}"
 

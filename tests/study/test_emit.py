@@ -1,7 +1,9 @@
 """A study as files for Slurm, SkyPilot, xpk and a plain shell: what they say, and what they do."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +15,7 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.study import grid
 from sa_jax.study.commands import load_config
-from sa_jax.study.emit import EMITTERS, emit
+from sa_jax.study.emit import EMITTERS, emit, workload_name
 from sa_jax.study.grid import Axis, Stage
 from sa_jax.study.study import config_flags
 from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
@@ -226,6 +228,14 @@ def test_a_machine_that_the_tool_does_not_serve_is_refused(kind, machine, words,
     for word in words:
         assert word in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_of_workloads_are_valid_and_unique():
+    (cell, *_) = cells(**MACHINES["xpk"])
+    names = ["a/b", "a_b", "a-b", "A-b", "a.b", "a./b", "a+", f"{'a' * 26}/{'b' * 30}"]
+    found = [workload_name(dataclasses.replace(cell, name=name)) for name in names]
+    assert found[0] == "a-b" and len({*found}) == len(names)
+    assert all(re.fullmatch("[a-z0-9]([-a-z0-9]{0,38}[a-z0-9])?", name) for name in found)
 
 
 def test_the_studies_of_8b_and_70b_can_be_submitted(tmp_path):
