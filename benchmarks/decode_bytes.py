@@ -135,7 +135,9 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int, unroll: b
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     per_row = (row, row, row, jax.ShapeDtypeStruct((batch,), jnp.uint32), np.asarray([1], np.int32))
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
-    lowered = sampler._decode.lower(params, cache, *per_row, **noise_arguments(settings))
+    lowered = sampler._decode.lower(
+        params, cache, *per_row, np.int32(1), **noise_arguments(settings)
+    )
     text = lowered.compile().as_text()
     local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, rows or heads cut
     return text, device_bytes(params), local, cache.k.shape[1]

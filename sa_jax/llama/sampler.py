@@ -99,7 +99,7 @@ class Sampler:
           batch_size: number of slots.
           context_length: tokens; at most the model's max_position_embeddings.
           prefill_batch: number of prompts prefilled together, rounded up like batch_size.
-          steps_per_call: decode steps between two checks of which rows have finished.
+          steps_per_call: most decode steps between two checks of which rows have finished.
 
         Raises:
           UsageError: sizes below 1, or a context longer than the model's.
@@ -216,16 +216,16 @@ class Sampler:
         cache = self._init_cache()
         params = cast_weights(self._merge(params), self._dtype)
         while pending or any(slots):
-            while pending and None in slots:
-                if should_stop():
-                    raise Preempted("stopped while sampling")
-                cache = self._refill(params, cache, slots, pending, settings)
-                _free_finished(slots, on_done)
             if should_stop():
                 raise Preempted("stopped while sampling")
-            if any(slots):
-                cache = self._advance(params, cache, slots, settings)
-                _free_finished(slots, on_done)
+            # Slots wait for their refill until they make a whole prefill, or a quarter of all.
+            refill = min(len(pending), self._prefill_batch, -(-self.batch_size // 4))
+            if pending and slots.count(None) >= refill:
+                cache = self._refill(params, cache, slots, pending, settings)
+            else:
+                least = self.batch_size - refill + 1 if pending else 1
+                cache = self._advance(params, cache, slots, least, settings)
+            _free_finished(slots, on_done)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start
         logging.info(
@@ -275,8 +275,8 @@ class Sampler:
         self.stats.prefill_seconds += time.perf_counter() - start
         return cache
 
-    def _advance(self, params, cache, slots, settings) -> KVCache:
-        """Up to `steps_per_call` decode steps for all rows."""
+    def _advance(self, params, cache, slots, least, settings) -> KVCache:
+        """Up to `steps_per_call` decode steps for all rows, while at least `least` go on."""
         token_b = np.zeros(self.batch_size, np.int32)
         position_b = np.zeros(self.batch_size, np.int32)
         end_b = np.zeros(self.batch_size, np.int32)
@@ -293,6 +293,7 @@ class Sampler:
             end_b,
             ids_b,
             np.asarray(settings.stop_token_ids, np.int32),
+            np.int32(least),
             **noise_arguments(settings),
         )
         tokens_tb, logprobs_tb, steps = jax.device_get((tokens_tb, logprobs_tb, steps))
@@ -388,9 +389,19 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, pro
 
 
 def _decode(
-    model, steps, params, cache, token_b, position_b, end_b, prompt_ids_b, stop_tokens_k, **noise
+    model,
+    steps,
+    params,
+    cache,
+    token_b,
+    position_b,
+    end_b,
+    prompt_ids_b,
+    stop_tokens_k,
+    least,
+    **noise,
 ):
-    """Up to `steps` tokens for every row; ends early if all rows have ended.
+    """Up to `steps` tokens for every row; ends early if fewer than `least` rows are active.
 
     A row is active while its next position is before its end. Other rows compute without use: they
     write to their own slots, which the next prefill overwrites.
@@ -402,7 +413,7 @@ def _decode(
 
     def unfinished(carry):
         step, _, _, _, active_b, _, _ = carry
-        return (step < steps) & jnp.any(active_b)
+        return (step < steps) & (jnp.sum(active_b) >= least)
 
     def advance(carry):
         step, cache, token_b, position_b, active_b, tokens_tb, logprobs_tb = carry

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,18 @@ def test_tokens_do_not_depend_on_slot_neighbours_or_refill_order(sampler, params
     assert alone == expected
 
 
+def test_a_slot_is_refilled_at_the_step_after_its_row_has_ended(sampler, params):
+    """As many decode steps as when each prompt takes the slot that is free first."""
+    prompts = 3 * SHORT[0]
+    completions = sampler.generate(params, prompts, range(len(prompts)), SAMPLED)
+    ends = [0] * sampler.batch_size
+    for completion in completions:
+        # The prefill gives the first token; a stop token is not counted among them.
+        steps = len(completion.tokens) - (completion.stop_reason == "length")
+        heapq.heapreplace(ends, ends[0] + steps)
+    assert sampler.stats.decode_steps == max(ends)
+
+
 @pytest.mark.parametrize("batch_size,steps_per_call", [(1, 5), (16, 1)])
 def test_tokens_do_not_depend_on_the_sizes_in_fp32(
     model, params, sampler, batch_size, steps_per_call
@@ -219,7 +232,7 @@ def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
     zeros = np.zeros(4, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
     new, *_ = sampler._decode(
-        params, cache, zeros, zeros, zeros + 9, zeros, zeros, nucleus=False, **noise
+        params, cache, zeros, zeros, zeros + 9, zeros, zeros, np.int32(1), nucleus=False, **noise
     )
     assert all(leaf.is_deleted() for leaf in cache)
     for old, leaf in zip(cache, new, strict=True):
@@ -236,7 +249,7 @@ def test_decoding_updates_the_cache_in_place(model, params):
     row = np.zeros(16, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
     compiled = sampler._decode.lower(
-        params, cache, row, row, row, row, row, nucleus=False, **noise
+        params, cache, row, row, row, row, row, np.int32(1), nucleus=False, **noise
     ).compile()
     memory = compiled.memory_analysis()
     cache_bytes = sum(leaf.nbytes for leaf in cache)

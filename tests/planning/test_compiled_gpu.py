@@ -108,7 +108,7 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
     params = abstract(mesh, abstract_params(model))
     noise = noise_arguments(SamplingSettings(16, temperature=1.0))
     compiled = sampler._decode.lower(
-        params, cache, row, row, row, ids, np.asarray([1], np.int32), **noise
+        params, cache, row, row, row, ids, np.asarray([1], np.int32), np.int32(1), **noise
     ).compile()
     leaf = math.prod(cache.k.shape)
     block = leaf // (config.num_layers * cache.k.shape[1])
