@@ -124,9 +124,8 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int, unroll: b
     sizes = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
     on_mesh = make_mesh(*sizes, devices=devices)
     model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, unroll=unroll)
-    params = abstract(on_mesh, abstract_params(model))
     sampler = Sampler(model, on_mesh, batch_size=batch, context_length=context)
-
+    params = abstract(sampler.mesh, abstract_params(model))
     cache = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(sampler._init_cache),

@@ -39,7 +39,7 @@ run() {
 
 setup data
 export JAX_PLATFORMS=cpu
-run "$PYTHON_BIN" scripts/run_study.py --config=configs/toy_study.py --workdir="$out"
+run "$PYTHON_BIN" scripts/run_study.py --config=configs/toy_study.py --workdir="$out" --workers=2
 sed '/^## Thresholds/,$d' "$out/report/results.md"
 echo
 echo "report: $out/report/index.html"

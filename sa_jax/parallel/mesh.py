@@ -63,6 +63,25 @@ def make_mesh(
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def regroup(mesh: Mesh, tensor: int) -> Mesh | None:
+    """The devices of a mesh, in its order, as groups of `tensor` that each have all weights.
+
+    None if such groups would be in several of the groups that have all weights now, or would split
+    a dimension of a TPU's torus (see `make_mesh`).
+    """
+    copies, fsdp, inner = mesh.devices.shape
+    if fsdp * inner % tensor:
+        return None
+    devices = mesh.devices.reshape(copies * fsdp * inner // tensor, 1, tensor)
+    if devices.flat[0].device_kind.startswith("TPU"):
+        coords = np.array([[device.coords for device in group.flat] for group in devices])
+        lengths = coords.max((0, 1)) - coords.min((0, 1)) + 1
+        spans = coords.max(1) - coords.min(1) + 1
+        if ((spans > 1) & (spans < lengths)).any():
+            return None
+    return Mesh(devices, AXES, axis_types=mesh.axis_types)
+
+
 def mesh_sizes(
     devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1
 ) -> dict[str, int]:

@@ -23,6 +23,9 @@ class Slot:
 def divide(workers: int) -> list[Slot]:
     """One slot per worker, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
 
+    A worker has at least two CPUs, which others may have too: a cell that others wait for would
+    take 1.6 times as long on one.
+
     Raises:
       UsageError: the devices cannot be divided so.
     """
@@ -32,12 +35,16 @@ def divide(workers: int) -> list[Slot]:
         return [Slot()]
     kind, devices = visible_devices()
     share = len(devices) // workers
+    if kind == "CPU" and workers <= 2 * len(devices):
+        share = max(share, min(2, len(devices)))
     if not share or (len(devices) % workers and kind != "CPU"):
         raise UsageError(
             f"--workers={workers}: this machine has {len(devices)} {kind} devices, which "
             f"{workers} workers cannot share equally"
         )
-    shares = [devices[i * share : (i + 1) * share] for i in range(workers)]
+    ring = [*devices, *devices]
+    first = [i * share % len(devices) for i in range(workers)]
+    shares = [ring[at : at + share] for at in first]
     if kind == "CPU":
         return [Slot(cpus=tuple(map(int, chosen))) for chosen in shares]
     if kind == "GPU":
@@ -74,4 +81,5 @@ def visible_devices() -> tuple[str, list[str]]:
         chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
         if chips:
             return "TPU", [str(i) for i in range(len(chips))]
-    return "CPU", [str(i) for i in sorted(os.sched_getaffinity(0))]
+    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))  # macOS
+    return "CPU", [str(i) for i in sorted(affinity(0))]

@@ -163,7 +163,7 @@ def _run(order: dict[str, Any]) -> None:
     if lock is None:
         os._exit(BUSY)
     os.environ.update(order["env"])
-    if order["cpus"]:
+    if order["cpus"] and hasattr(os, "sched_setaffinity"):  # macOS has none
         os.sched_setaffinity(0, order["cpus"])
     if order["launch"]:
         command = [*order["launch"], sys.executable, *order["argv"]]

@@ -8,14 +8,20 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama import sampler as sampler_module
 from sa_jax.llama.cache import init_cache
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, with_small_kernels_merged
-from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights
+from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights, decoding_mesh
+from sa_jax.parallel.hardware import Chip
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
+from sa_jax.planning.collectives import read_collectives
+from sa_jax.planning.topology import open_topology
+from sa_jax.study.commands import load_config
+from sa_jax.training.plan import plan_architecture
 from tests.toys import doubled, one_device_mesh
 
 CONTEXT = 160  # two and a half blocks of the cache
@@ -221,6 +227,57 @@ def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
+def test_no_decoding_step_gathers_weights(model, params, monkeypatch):
+    """Sampling moves weights that are cut over fsdp once; its steps send activations only."""
+    mesh = make_mesh(1, 8, 1)
+    row = np.zeros(8, np.int32)
+    noise = {"seed": np.uint32(0), "temperature": np.float32(0), "top_p": np.float32(1)}
+
+    def bytes_sent(sampler):
+        placed = jax.device_put(params, shardings(sampler.mesh, params))
+        lowered = sampler._decode.lower(
+            placed, sampler._init_cache(), *[row] * 5, np.int32(1), nucleus=False, **noise
+        )
+        collectives = read_collectives(lowered.compile().as_text())
+        return sum(traffic.bytes for traffic in collectives.values())
+
+    ours = Sampler(model, mesh, batch_size=8, context_length=CONTEXT)
+    assert dict(ours.mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2}  # 2 kv heads
+    assert list(ours.mesh.devices.flat) == list(mesh.devices.flat)
+    monkeypatch.setattr(sampler_module, "decoding_mesh", lambda mesh, *_: mesh)
+    gathering = Sampler(model, mesh, batch_size=8, context_length=CONTEXT)
+    assert bytes_sent(gathering) > 4 * bytes_sent(ours)
+
+
+@pytest.mark.parametrize(
+    "topology,sizes,run,sampled_on",
+    [
+        ("v5p:2x2x2", (1, 8, 1), "8b", (1, 1, 8)),
+        ("v5p:2x2x4", (1, 16, 1), "8b", (2, 1, 8)),  # eight are two whole dimensions of three
+        ("v5p:4x4x4", (1, 16, 4), "8b", (16, 1, 4)),  # eight would split a dimension
+        ("v5p:4x4x4", (1, 16, 4), "70b", (1, 16, 4)),  # 33 GiB would not fit beside training
+        ("v5p:4x4x8", (1, 16, 8), "70b", (16, 1, 8)),
+        ("2xv5p:2x2x2", (1, 8, 1), "8b", (2, 1, 8)),
+        ("v5p:2x2x2", (8, 1, 1), "8b", (8, 1, 1)),
+    ],
+)
+def test_meshes_of_tpus_that_answers_are_sampled_on(topology, sizes, run, sampled_on):
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    machine = open_topology(topology)
+    mesh = make_mesh(*sizes, devices=machine.devices, slices=machine.slices)
+    config = plan_architecture(load_config(f"configs/llama.py:{run}_insertion"))
+    assert decoding_mesh(mesh, config, jnp.bfloat16).devices.shape == sampled_on
+
+
+def test_weights_stay_where_copies_would_not_fit(monkeypatch):
+    mesh = make_mesh(1, 8, 1)
+    size = CONFIG.num_parameters * 4 / 2
+    for gib, fsdp in ((4.1, 1), (3.9, 8)):  # times what the weights take, in groups of two devices
+        chip = Chip("v9", ("cpu",), 1.0, gib * size, 1.0, 1.0)
+        monkeypatch.setattr(sampler_module, "chip_of", lambda device, chip=chip: chip)
+        assert decoding_mesh(mesh, CONFIG, jnp.float32).shape["fsdp"] == fsdp
+
+
 def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
     mesh = make_mesh(2, 2, 2)
     sampler = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
@@ -228,7 +285,7 @@ def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
     # One slot of four, one kv head of two on each device.
     for leaf, local in ((cache.k, (2, 3, 1, 1, 8, 64)), (cache.v, (2, 3, 1, 64, 1, 8))):
         assert {shard.data.shape for shard in leaf.addressable_shards} == {local}
-    params = jax.device_put(params, shardings(mesh, params))
+    params = jax.device_put(params, shardings(sampler.mesh, params))
     zeros = np.zeros(4, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(1), "top_p": np.float32(1)}
     new, *_ = sampler._decode(

@@ -1,0 +1,36 @@
+import os
+
+import pytest
+
+from sa_jax.errors import UsageError
+from sa_jax.study.devices import Slot, divide
+
+
+@pytest.mark.parametrize(
+    "cpus,workers,shares",
+    [
+        (8, 1, [()]),
+        (1, 2, [(0,), (0,)]),
+        (2, 2, [(0, 1), (0, 1)]),
+        (3, 2, [(0, 1), (2, 0)]),
+        (4, 4, [(0, 1), (2, 3), (0, 1), (2, 3)]),
+        (9, 2, [(0, 1, 2, 3), (4, 5, 6, 7)]),
+    ],
+)
+@pytest.mark.parametrize("system", ["linux", "macos"])
+def test_workers_share_the_cpus_and_have_two_each(monkeypatch, system, cpus, workers, shares):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    if system == "linux":
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)))
+    else:
+        monkeypatch.delattr(os, "sched_getaffinity")
+        monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    assert divide(workers) == [Slot(cpus=share) for share in shares]
+
+
+def test_workers_divide_the_gpus(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in divide(2)] == ["4,5", "6,7"]
+    with pytest.raises(UsageError, match="4 GPU devices, which 3 workers cannot share"):
+        divide(3)
