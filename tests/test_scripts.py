@@ -110,7 +110,7 @@ def test_second_run_installs_nothing(checkout):
     assert calls == [
         "-m pip --version",
         install,
-        "scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo",
+        "scripts/run_study.py --config=configs/toy_study.py --workdir=runs/demo --workers=2",
     ]
     assert "1 packages" in first.stdout
     assert first.stdout.endswith("the table\n\nreport: runs/demo/report/index.html\n")
@@ -119,7 +119,7 @@ def test_second_run_installs_nothing(checkout):
     assert time.monotonic() - start < 1.0
     assert second.stdout == f"the table\n\nreport: {out}/report/index.html\n"
     assert checkout.calls() == [
-        f"scripts/run_study.py --config=configs/toy_study.py --workdir={out}",
+        f"scripts/run_study.py --config=configs/toy_study.py --workdir={out} --workers=2",
     ]
 
 

@@ -1,13 +1,17 @@
 """Keys and values of past tokens, and where new ones are written."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from sa_jax.llama.attention import CACHE_BLOCK
 from sa_jax.llama.config import LlamaConfig
+from sa_jax.parallel.rules import BATCH_SPEC
 
 
 class KVCache(NamedTuple):
@@ -33,18 +37,34 @@ def init_cache(config: LlamaConfig, batch: int, capacity: int, dtype=jnp.float32
     )
 
 
+def cache_specs(mesh: Mesh, kv_heads: int) -> Any:
+    """A `KVCache` of PartitionSpecs: rows over data and fsdp, heads over tensor if it divides."""
+    rows, heads = BATCH_SPEC[0], None if kv_heads % mesh.shape["tensor"] else "tensor"
+    specs: Any = P(None, None, rows, heads), P(None, None, rows, None, heads)
+    return KVCache(*specs)
+
+
 def write(
-    cache: KVCache, positions_bs: jax.Array, k_lbsgh: jax.Array, v_lbsgh: jax.Array
+    cache: KVCache,
+    positions_bs: jax.Array,
+    k_lbsgh: jax.Array,
+    v_lbsgh: jax.Array,
+    mesh: Mesh | None,
 ) -> KVCache:
     """Writes the new keys and values of all layers at their positions, in place, one write each.
 
-    The layer and row axes are batch axes of the scatters. So no index crosses devices, and XLA does
-    not move another axis to the front, which would copy the cache. On TPU the heads are a batch
-    axis too: one index must write contiguous memory, and attention's products need the tokens
-    inside the heads.
+    Each device of the mesh writes what it holds, or the compiler gathers the values of all heads.
+    The layer and row axes are batch axes of the scatters: XLA does not move another axis to the
+    front, which would copy the cache. On TPU the heads are a batch axis too: one index must write
+    contiguous memory, and attention's products need the tokens inside the heads.
     """
-    arguments = cache, positions_bs, k_lbsgh, v_lbsgh
-    return jax.lax.platform_dependent(*arguments, tpu=write_heads, default=write_tokens)
+    put = functools.partial(jax.lax.platform_dependent, tpu=write_heads, default=write_tokens)
+    if mesh is not None:
+        cache_spec = cache_specs(mesh, k_lbsgh.shape[3])
+        new_spec = P(None, BATCH_SPEC[0], None, cache_spec.k[3])
+        specs = (cache_spec, BATCH_SPEC, new_spec, new_spec)
+        put = jax.shard_map(put, mesh=mesh, in_specs=specs, out_specs=cache_spec)
+    return put(cache, positions_bs, k_lbsgh, v_lbsgh)
 
 
 def write_tokens(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:

@@ -378,16 +378,17 @@ class Llama(nn.Module):
         Returns:
           The stream after the final norm [B, S, D] (see `logits`) and the new cache.
         """
-        hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, None, cache)
-        return hidden_bsd, write(cache, positions_bs, *new_kv)
+        hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, None, cache)
+        return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
 
     def prefill(
         self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
         """`decode` for tokens without a past, with training's attention, whose memory grows
         linearly with the row."""
-        hidden_bsd, new_kv = self._run(tokens_bs, positions_bs, jnp.ones_like(tokens_bs), cache)
-        return hidden_bsd, write(cache, positions_bs, *new_kv)
+        one_bs = jnp.ones_like(tokens_bs)  # each row is one document
+        hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, one_bs, cache)
+        return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
         """Runs tokens after a past that all rows share; the cache does not keep them.

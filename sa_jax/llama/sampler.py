@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
-from sa_jax.llama.cache import KVCache, init_cache
+from sa_jax.llama.cache import KVCache, cache_specs, init_cache
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
@@ -159,21 +159,17 @@ class Sampler:
         self.stats = SamplerStats()
         self._dtype = jnp.dtype(model.dtype)
         self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
-        heads = "tensor" if config.num_kv_heads % mesh.shape["tensor"] == 0 else None
-        rows_axes = ("data", "fsdp")
-
-        def sharding(*axes) -> Any:
-            return NamedSharding(mesh, P(None, None, rows_axes, *axes))
-
+        specs = cache_specs(mesh, config.num_kv_heads)
+        keys: Any = NamedSharding(mesh, specs.k)
+        values: Any = NamedSharding(mesh, specs.v)
         platform = mesh.devices.flat[0].platform
-        values = sharding(None, heads)
         if platform in ("gpu", "tpu"):  # heads before tokens in memory, or all values are moved
             values = Format(Layout((0, 1, 2, 4, 3, 5)), values)
-        self.cache_shardings = cache = KVCache(k=sharding(heads), v=values)
+        self.cache_shardings = cache = KVCache(keys, values)
         host = NamedSharding(mesh, P())
         model, self._merge = with_small_kernels_merged(model.clone(mesh=mesh))
         self.prompt_attention: dict[int, str] = {}
-        if platform != "cpu" and heads:
+        if platform != "cpu" and specs.k[3]:
             self.prompt_attention = {
                 length: choose_prompt_attention(
                     mesh,

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import REMAT_POLICIES, Llama, swiglu
+from sa_jax.parallel.mesh import make_mesh
 from tests.toys import CONFIG, packed_batch, random_params
 
 
@@ -110,7 +112,17 @@ def test_cached_decoding_equals_the_full_forward(params):
         np.testing.assert_allclose(logits, full[:, start:stop], atol=5e-6)
 
 
-@pytest.mark.parametrize("put", [write, write_tokens, write_heads])
+@pytest.mark.parametrize(
+    "put",
+    [
+        functools.partial(write, mesh=None),
+        functools.partial(write, mesh=make_mesh(3, 1, 2, devices=jax.devices()[:6])),
+        functools.partial(write, mesh=make_mesh(1, 1, 4, devices=jax.devices()[:4])),
+        write_tokens,
+        write_heads,
+    ],
+    ids=["one_device", "rows_and_heads_cut", "heads_that_do_not_divide", "tokens", "heads"],
+)
 def test_new_tokens_land_at_their_positions_and_nowhere_else(put):
     layers, rows, capacity, heads, size, new = 2, 3, 16, 2, 4, 5
     rng = np.random.default_rng(0)

@@ -17,11 +17,12 @@ from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights, decoding_mesh
 from sa_jax.parallel.hardware import Chip
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.rules import shardings
+from sa_jax.parallel.rules import abstract, shardings, with_shardings
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.topology import open_topology
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
+from sa_jax.training.start import abstract_params
 from tests.toys import doubled, one_device_mesh
 
 CONTEXT = 160  # two and a half blocks of the cache
@@ -267,6 +268,26 @@ def test_meshes_of_tpus_that_answers_are_sampled_on(topology, sizes, run, sample
     mesh = make_mesh(*sizes, devices=machine.devices, slices=machine.slices)
     config = plan_architecture(load_config(f"configs/llama.py:{run}_insertion"))
     assert decoding_mesh(mesh, config, jnp.bfloat16).devices.shape == sampled_on
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 1, 4)])
+def test_a_decoding_step_on_tpus_gathers_no_cached_value(sizes):
+    """The compiler gathered the values of all heads, 4.3 GB a step for 8B, to write one token."""
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    mesh = make_mesh(*sizes, devices=open_topology("v5p:2x2x2").devices)
+    config = dataclasses.replace(
+        CONFIG, num_heads=8, num_kv_heads=8, head_dim=128, max_position_embeddings=256
+    )
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    sampler = Sampler(model, mesh, batch_size=16, context_length=256)
+    cache = with_shardings(jax.eval_shape(sampler._init_cache), sampler.cache_shardings)
+    weights = abstract(sampler.mesh, abstract_params(model))
+    row = jax.ShapeDtypeStruct((16,), jnp.int32)
+    noise = {"seed": np.uint32(0), "temperature": np.float32(0), "top_p": np.float32(1)}
+    lowered = sampler._decode.lower(weights, cache, *[row] * 5, np.int32(1), nucleus=False, **noise)
+    collectives = read_collectives(lowered.compile().as_text())
+    values = cache.v.size * 2 // mesh.size  # bytes of a device's part
+    assert sum(traffic.bytes for traffic in collectives.values()) < values
 
 
 def test_weights_stay_where_copies_would_not_fit(monkeypatch):
