@@ -1,7 +1,7 @@
 r"""Bytes that one decode step of 8B moves in a chip's memory, compiled for TPUs or GPUs.
 
     python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--mesh=1x1x4] [--batch=64] \
-        [--context=1024] [--unroll]
+        [--context=1024]
 
 The sampler's own program with a full cache, on a mesh of data x fsdp x tensor, by default
 tensor-parallel over the chips. Each instruction of
@@ -87,8 +87,9 @@ def written(module: Module, name: str, instruction: Instruction) -> int:
     return hbm(instruction.shape)
 
 
-def moved(module: Module, name: str, turns: int) -> dict[str, int]:
-    """Bytes by opcode of one execution; a loop of unknown length turns `turns` times."""
+def moved(module: Module, name: str, turns: tuple[int, ...]) -> dict[str, int]:
+    """Bytes by opcode of one execution. Loops of unknown length turn `turns[0]` times, those in
+    them `turns[1]` times."""
     total: dict[str, int] = {}
     shapes = {i.name: i.shape for i in module.computations[name]}
     for i in module.computations[name]:
@@ -96,8 +97,9 @@ def moved(module: Module, name: str, turns: int) -> dict[str, int]:
             continue
         if i.opcode == "while":
             known = module.trips(i)
-            body = moved(module, i.attribute("body"), turns)
-            parts = {kind: size * (known if known > 1 else turns) for kind, size in body.items()}
+            count, inside = (known, turns) if known > 1 else (turns[0], turns[1:])
+            body = moved(module, i.attribute("body"), inside)
+            parts = {kind: size * count for kind, size in body.items()}
         elif i.opcode == "conditional":  # its dearest branch
             branches = (moved(module, branch, turns) for branch in i.callees())
             parts = max(branches, key=lambda kinds: sum(kinds.values()))
@@ -117,13 +119,13 @@ def moved(module: Module, name: str, turns: int) -> dict[str, int]:
     return total
 
 
-def compile_decode(topology: str, mesh: str, batch: int, context: int, unroll: bool = False):
+def compile_decode(topology: str, mesh: str, batch: int, context: int):
     """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row)."""
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     devices = open_topology(topology).devices
     sizes = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
     on_mesh = make_mesh(*sizes, devices=devices)
-    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, unroll=unroll)
+    model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     sampler = Sampler(model, on_mesh, batch_size=batch, context_length=context)
     params = abstract(sampler.mesh, abstract_params(model))
     cache = jax.tree.map(
@@ -134,8 +136,9 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int, unroll: b
     row = jax.ShapeDtypeStruct((batch,), jnp.int32)
     per_row = (row, row, row, jax.ShapeDtypeStruct((batch,), jnp.uint32), np.asarray([1], np.int32))
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
+    decoding_params = abstract(sampler.mesh, jax.eval_shape(sampler._for_decoding, params))
     lowered = sampler._decode.lower(
-        params, cache, *per_row, np.int32(1), **noise_arguments(settings)
+        decoding_params, cache, *per_row, np.int32(1), **noise_arguments(settings)
     )
     text = lowered.compile().as_text()
     local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, rows or heads cut
@@ -148,7 +151,6 @@ def main():
     parser.add_argument("--mesh", default="", help="data x fsdp x tensor, as 1x8x1")
     parser.add_argument("--batch", type=int, default=64, help="rows decoded together")
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row's cache")
-    parser.add_argument("--unroll", action="store_true", help="no loop over the layers")
     arguments = parser.parse_args()
     reserve_fake_devices(parse_topology(arguments.topology))
     text, weights, cache, blocks = compile_decode(**vars(arguments))
@@ -157,7 +159,9 @@ def main():
 
 def report(text, weights, cache, blocks, steps=16):
     module = parse_module(text)
-    kinds = {kind: size / steps for kind, size in moved(module, module.entry, blocks).items()}
+    kinds = {
+        kind: size / steps for kind, size in moved(module, module.entry, (steps, blocks)).items()
+    }
     total, least = sum(kinds.values()), weights + cache
     sent = sum(traffic.bytes for traffic in read_collectives(text).values()) / steps
     what = "GB a step and chip: weights, cache"

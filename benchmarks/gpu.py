@@ -22,10 +22,7 @@ from typing import NamedTuple
 from sa_jax.text import table_head, table_row
 
 PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
-# Of the memory's, that decoding should reach: as compiled, a layer's weights are copied out of
-# their stack before they are read, so a third is the most.
-BANDWIDTH = 0.25
-LOGPROB_ERROR = 0.05  # nats, of one token after 32 layers in bfloat16
+BANDWIDTH = 0.5  # of the memory's, that decoding should reach
 
 # As published, with as many layers as 80 GB hold with Adam's state.
 WIDTHS = {
@@ -206,16 +203,8 @@ def insertion(folder: Path, smoke: bool) -> str:
     return told
 
 
-def decode(folder: Path, smoke: bool, unroll: bool = False) -> str:
-    """8B in bfloat16, 8 rows of 1,024 tokens and 128 new ones, the most likely token each time.
-
-    Args:
-      unroll: the layers unrolled and XLA's second gemm fusion, which together copy no weights as
-        compiled. The first token that is decoded must be as likely as with the loop over layers.
-    """
-    if unroll:
-        flags = os.environ.get("XLA_FLAGS", "")
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_experimental_gemm_fusion_v2=true"
+def decode(folder: Path, smoke: bool) -> str:
+    """8B in bfloat16, 8 rows of 1,024 tokens and 128 new ones, the most likely token each time."""
     import jax
     import jax.numpy as jnp
 
@@ -232,26 +221,13 @@ def decode(folder: Path, smoke: bool, unroll: bool = False) -> str:
     architecture = plan_architecture(config)
     rows, prompt, new = (2, 20, 8) if smoke else (8, 1024, 128)
     mesh = make_mesh(devices=jax.devices()[:1])
-    short = Llama(architecture, jnp.bfloat16, jnp.bfloat16, unroll=unroll)
+    short = Llama(architecture, jnp.bfloat16, jnp.bfloat16)
     params = jax.jit(short.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
     sampler = Sampler(short, mesh, batch_size=rows, context_length=prompt + new)
     prompts = [[1 + (row + i) % 500 for i in range(prompt)] for row in range(rows)]
     for _ in range(2):  # the first compiles
-        answers = sampler.generate(
-            params, prompts, range(rows), SamplingSettings(new, temperature=0)
-        )
+        sampler.generate(params, prompts, range(rows), SamplingSettings(new, temperature=0))
     seconds = sampler.stats.seconds_per_step
-    decoded = {row: (a.tokens[:2], a.logprobs[1]) for row, a in enumerate(answers)}
-    looped = folder / "decoded.json"
-    if not unroll:
-        looped.write_text(json.dumps(decoded))
-    elif not looped.exists():
-        raise Failed("nothing to compare with: the part decode has not run")
-    else:  # rounding may choose another token: then there is nothing to compare
-        before = {int(row): told for row, told in json.loads(looped.read_text()).items()}
-        errors = [abs(decoded[i][1] - p) for i, (t, p) in before.items() if decoded[i][0] == t]
-        if len(errors) < rows / 2 or not all(error <= LOGPROB_ERROR for error in errors):
-            raise Failed(f"not as with the loop: {len(errors)} of {rows} rows, errors {errors}")
     read = 2 * (architecture.num_parameters - architecture.vocab_size * architecture.hidden_size)
     token = 2 * 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
     read += rows * (prompt + new / 2) * token
@@ -288,9 +264,6 @@ PARTS = {
     "resume": Part(resume, 300, "the same bit for bit"),
     "insertion": Part(insertion, 400, "CPU's rate within the interval"),
     "decode": Part(decode, 160, f"at least {BANDWIDTH:.0%} of the memory's bandwidth"),
-    "decode_unrolled": Part(
-        lambda *at: decode(*at, unroll=True), 400, "equally likely tokens, in less time"
-    ),
     "training": Part(training, 200, "the losses of torch; its time or less"),
 }
 

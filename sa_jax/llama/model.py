@@ -287,6 +287,7 @@ class Llama(nn.Module):
       unroll: the layers are unrolled instead of run in a loop. On one CPU a training step is then a
         fifth faster (a loop copies each layer's weights out of their stack) and compiles as fast,
         but a decoding step takes half as long again.
+      layers_apart: the parameters of each layer are leaves of their own, see `layers_apart`.
 
     Example:
       config, params = load_hf("meta-llama/Llama-3.1-8B-Instruct", mesh)
@@ -301,6 +302,7 @@ class Llama(nn.Module):
     lora: LoraConfig | None = None
     mesh: Mesh | None = None
     unroll: bool = False
+    layers_apart: bool = False
 
     def setup(self):
         config = self.config
@@ -318,14 +320,18 @@ class Llama(nn.Module):
         if self.remat != "none":
             # prevent_cse guards against undoing remat outside a scan; inside one it only costs.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        self.layers = nn.scan(
-            block,
-            variable_axes={"params": 0, STREAMS: 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=config.num_layers,
-            unroll=config.num_layers if self.unroll else 1,
-        )(config, self.dtype, self.param_dtype, self.attention, self.lora, self.mesh)
+        fields = config, self.dtype, self.param_dtype, self.attention, self.lora, self.mesh
+        if self.layers_apart:
+            self.layer = [block(*fields) for _ in range(config.num_layers)]
+        else:
+            self.layers = nn.scan(
+                block,
+                variable_axes={"params": 0, STREAMS: 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=config.num_layers,
+                unroll=config.num_layers if self.unroll else 1,
+            )(*fields)
         self.final_norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
@@ -421,8 +427,28 @@ class Llama(nn.Module):
         self.sow(STREAMS, EMBEDDINGS, x_bsd)
         rope = rope_angles(self.config, positions_bs)
         carry = (x_bsd, jnp.zeros((), jnp.int32))
-        (x_bsd, _), new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)
+        if self.layers_apart:
+            each = []
+            for layer in self.layer:
+                carry, new_kv = layer(carry, rope, segment_ids_bs, positions_bs, cache)
+                each.append(new_kv)
+            new_kv = jax.tree.map(lambda *layers: jnp.stack(layers), *each)
+        else:
+            carry, new_kv = self.layers(carry, rope, segment_ids_bs, positions_bs, cache)
+        x_bsd, _ = carry
         return self.final_norm(x_bsd), new_kv
+
+
+def layers_apart(params: dict) -> dict:
+    """Parameters for a model with `layers_apart`: layer i, without the leading L, is `layer_i`.
+
+    A GPU reads them in place. Where XLA takes a layer out of a stack, it copies its kernels first,
+    and moves each weight three times.
+    """
+    rest = {name: leaves for name, leaves in params.items() if name != "layers"}
+    layers = params["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return rest | {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count)}
 
 
 def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]]:

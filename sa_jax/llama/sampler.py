@@ -25,7 +25,7 @@ from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.cache import KVCache, cache_specs, init_cache
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.model import Llama, with_small_kernels_merged
+from sa_jax.llama.model import Llama, layers_apart, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import regroup
@@ -73,6 +73,14 @@ class SamplerStats:
         return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
 
 
+def has_room(mesh: Mesh, config: LlamaConfig, dtype: Any, devices: int) -> bool:
+    """Whether another copy of the weights, cut over so many devices, takes at most a quarter of a
+    device's memory: it comes on top of what training keeps."""
+    chip = chip_of(mesh.devices.flat[0])
+    room = chip.hbm_bytes / chip.devices / 4 if chip else math.inf
+    return config.num_parameters * jnp.dtype(dtype).itemsize / devices <= room
+
+
 def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     """The mesh that answers are sampled on: the devices of `mesh`, and no weights cut over fsdp.
 
@@ -81,8 +89,7 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     takes 1 ms. So here they are cut by heads and features alone, over as many devices as these
     divide by, and each such group of devices has a copy.
 
-    It is `mesh` itself if its fsdp is 1, or if these weights, which come on top of what training
-    keeps, would take more than a quarter of a device's memory.
+    It is `mesh` itself if its fsdp is 1, or if there is no room for the copy, see `has_room`.
 
     Args:
       mesh: of the parameters.
@@ -91,14 +98,17 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     """
     if mesh.shape["fsdp"] == 1:
         return mesh
-    chip = chip_of(mesh.devices.flat[0])
-    room = chip.hbm_bytes / chip.devices / 4 if chip else math.inf
     heads = math.gcd(config.num_heads, config.num_kv_heads)
     most = math.gcd(heads, config.intermediate_size, config.vocab_size)
     sizes = (size for size in range(most, 0, -1) if most % size == 0)
     tensor, groups = next((n, groups) for n in sizes if (groups := regroup(mesh, n)) is not None)
-    fits = config.num_parameters * jnp.dtype(dtype).itemsize / tensor <= room
-    return groups if fits else mesh
+    return groups if has_room(mesh, config, dtype, tensor) else mesh
+
+
+def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any) -> bool:
+    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room."""
+    cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    return mesh.devices.flat[0].platform == "gpu" and has_room(mesh, config, dtype, cut)
 
 
 class Sampler:
@@ -192,8 +202,10 @@ class Sampler:
             donate_argnames="cache",
             out_shardings=(cache, host, host),
         )
+        apart = layers_apart_pay(mesh, config, model.dtype)
+        self._for_decoding = jax.jit(layers_apart) if apart else lambda params: params
         self._decode = jax.jit(
-            functools.partial(_decode, model, steps_per_call),
+            functools.partial(_decode, model.clone(layers_apart=apart), steps_per_call),
             static_argnames="nucleus",
             donate_argnames="cache",
             out_shardings=(cache, host, host, host),
@@ -248,6 +260,7 @@ class Sampler:
         cache = self._init_cache()
         params = cast_weights(self._merge(params), self._dtype)
         params = jax.device_put(params, shardings(self.mesh, params))
+        decoding_params = self._for_decoding(params)
         while pending or any(slots):
             if should_stop():
                 raise Preempted("stopped while sampling")
@@ -257,7 +270,7 @@ class Sampler:
                 cache = self._refill(params, cache, slots, pending, settings)
             else:
                 least = self.batch_size - refill + 1 if pending else 1
-                cache = self._advance(params, cache, slots, least, settings)
+                cache = self._advance(decoding_params, cache, slots, least, settings)
             _free_finished(slots, on_done)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start

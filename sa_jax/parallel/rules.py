@@ -36,14 +36,16 @@ def path_string(path: tuple) -> str:
 def partition_spec(path: str, ndim: int) -> P:
     """The spec of one leaf; optimizer moments match through the parameter path they end in.
 
-    Scalars (step counts) are replicated. Raises ValueError unless exactly one rule matches.
+    Scalars (step counts) are replicated, and a layer apart from its stack lacks the leading axis.
+    Raises ValueError unless exactly one rule matches.
     """
     if ndim == 0:
         return P()
     matches = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} partition rules match {path!r}; exactly one must")
-    return matches[0]
+    (spec,) = matches
+    return P(*spec[len(spec) - ndim :]) if len(spec) > ndim else spec
 
 
 def partition_specs(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import heapq
+import math
 
 import jax
 import jax.numpy as jnp
@@ -297,6 +298,24 @@ def test_weights_stay_where_copies_would_not_fit(monkeypatch):
         chip = Chip("v9", ("cpu",), 1.0, gib * size, 1.0, 1.0)
         monkeypatch.setattr(sampler_module, "chip_of", lambda device, chip=chip: chip)
         assert decoding_mesh(mesh, CONFIG, jnp.float32).shape["fsdp"] == fsdp
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
+def test_layers_apart_decode_the_same(model, params, sampler, monkeypatch, sizes):
+    """As on a GPU, which reads the weights of each layer in place."""
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    monkeypatch.setattr(sampler_module, "layers_apart_pay", lambda mesh, *_: True)
+    apart = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
+    on_mesh = jax.device_put(params, shardings(apart.mesh, params))
+    layers = apart._for_decoding(on_mesh)
+    assert {name.split("_")[0] for name in layers} == {"embed", "lm", "final", "layer"}
+    for leaf, wanted in zip(
+        jax.tree.leaves(layers), jax.tree.leaves(shardings(apart.mesh, layers)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    assert tokens_of(apart.generate(on_mesh, *SHORT, SAMPLED)) == tokens_of(
+        sampler.generate(params, *SHORT, SAMPLED)
+    )
 
 
 def test_the_cache_is_cut_over_the_mesh_and_donated(model, params):
