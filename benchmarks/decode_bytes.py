@@ -87,9 +87,9 @@ def written(module: Module, name: str, instruction: Instruction) -> int:
     return hbm(instruction.shape)
 
 
-def moved(module: Module, name: str, turns: tuple[int, ...]) -> dict[str, int]:
-    """Bytes by opcode of one execution. Loops of unknown length turn `turns[0]` times, those in
-    them `turns[1]` times."""
+def moved(module: Module, name: str, blocks: int, steps: int = 0) -> dict[str, int]:
+    """Bytes by opcode of one execution. A loop turns `steps` times, if this is given; in it, loops
+    of unknown length are over the blocks of the cache."""
     total: dict[str, int] = {}
     shapes = {i.name: i.shape for i in module.computations[name]}
     for i in module.computations[name]:
@@ -97,11 +97,11 @@ def moved(module: Module, name: str, turns: tuple[int, ...]) -> dict[str, int]:
             continue
         if i.opcode == "while":
             known = module.trips(i)
-            count, inside = (known, turns) if known > 1 else (turns[0], turns[1:])
-            body = moved(module, i.attribute("body"), inside)
+            count = steps or (known if known > 1 else blocks)
+            body = moved(module, i.attribute("body"), blocks)
             parts = {kind: size * count for kind, size in body.items()}
         elif i.opcode == "conditional":  # its dearest branch
-            branches = (moved(module, branch, turns) for branch in i.callees())
+            branches = (moved(module, branch, blocks) for branch in i.callees())
             parts = max(branches, key=lambda kinds: sum(kinds.values()))
         elif i.opcode == "fusion":
             calls, places = i.attribute("calls"), operands(i)
@@ -133,8 +133,9 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int):
         jax.eval_shape(sampler._init_cache),
         sampler.cache_shardings,
     )
-    row = jax.ShapeDtypeStruct((batch,), jnp.int32)
-    per_row = (row, row, row, jax.ShapeDtypeStruct((batch,), jnp.uint32), np.asarray([1], np.int32))
+    rows = (sampler.batch_size,)
+    row = jax.ShapeDtypeStruct(rows, jnp.int32)
+    per_row = (row, row, row, jax.ShapeDtypeStruct(rows, jnp.uint32), np.asarray([1], np.int32))
     settings = SamplingSettings(max_new_tokens=context, temperature=1.0, seed=0)
     decoding_params = abstract(sampler.mesh, jax.eval_shape(sampler._for_decoding, params))
     lowered = sampler._decode.lower(

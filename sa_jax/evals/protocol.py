@@ -66,8 +66,10 @@ class EvalContext:
     @property
     def execution(self) -> dict[str, Any]:
         """Settings of execution for the record: sampled tokens repeat only with this dtype and
-        mesh, and on accelerators with this attention."""
-        execution = {"dtype": jnp.dtype(self.model.dtype).name, "mesh": dict(self.mesh.shape)}
+        these meshes, and on accelerators with this attention."""
+        meshes = {"mesh": self.mesh, "sampling_mesh": self.sampler.mesh}
+        execution: dict[str, Any] = {"dtype": jnp.dtype(self.model.dtype).name}
+        execution |= {name: dict(mesh.shape) for name, mesh in meshes.items()}
         if kernels := self.sampler.prompt_attention:
             execution["prompt_attention"] = {str(length): name for length, name in kernels.items()}
         return execution

@@ -14,6 +14,7 @@ Parameters (kernels are [in, out]; layers stacked on a leading L axis):
     final_norm/scale                   [D]
     lm_head/kernel                     [D, V], absent when the embedding is tied
 
+With `layers_apart`, layer i is `layer_i` instead of a part of `layers`, without the L axis.
 An adapted kernel has lora_a [L, in, r] and lora_b [L, r, out] beside it.
 """
 
@@ -123,7 +124,9 @@ class Projection(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros
             y += self.param("bias", zeros, (self.features,), self.param_dtype).astype(self.dtype)
-        if self.lora is None or not re.search(self.lora.targets, "/".join(self.path)):
+        # The path in a stack of layers, also for layers apart.
+        path = "/".join(("layers", *self.path[-2:]))
+        if self.lora is None or not re.search(self.lora.targets, path):
             return y
         # U(-1/√in, 1/√in) and zeros, as PEFT: at the start the adapter adds exactly nothing.
         init_a = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -283,7 +286,8 @@ class Llama(nn.Module):
       attention: backend, see `sa_jax.llama.attention`.
       remat: a key of `REMAT_POLICIES`.
       lora: adapters to compute (their parameters must be in the tree), or None.
-      mesh: pins the residual stream's batch axis to the mesh's data and fsdp axes.
+      mesh: pins the residual stream's batch axis to the mesh's data and fsdp axes. With a cache,
+        rows must divide over them.
       unroll: the layers are unrolled instead of run in a loop. On one CPU a training step is then a
         fifth faster (a loop copies each layer's weights out of their stack) and compiles as fast,
         but a decoding step takes half as long again.

@@ -8,6 +8,7 @@ position). So a prompt's tokens do not depend on its slot, its neighbours or the
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from sa_jax.llama.cache import KVCache, cache_specs, init_cache
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, layers_apart, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
-from sa_jax.parallel.hardware import chip_of
+from sa_jax.parallel.hardware import memory_bytes
 from sa_jax.parallel.mesh import regroup
 from sa_jax.parallel.rules import shardings
 
@@ -60,7 +61,7 @@ class SamplerStats:
     prompt_tokens: int = 0
     new_tokens: int = 0
     decode_steps: int = 0
-    prefill_seconds: float = 0.0
+    prefill_seconds: float = 0.0  # of prefills, and of preparing the weights
     seconds: float = 0.0  # of the whole call
 
     @property
@@ -69,16 +70,15 @@ class SamplerStats:
 
     @property
     def seconds_per_step(self) -> float:
-        """Seconds per decode step, including the host's work, without prefills."""
+        """Seconds per decode step, including the host's work, without `prefill_seconds`."""
         return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
 
 
-def has_room(mesh: Mesh, config: LlamaConfig, dtype: Any, devices: int) -> bool:
-    """Whether another copy of the weights, cut over so many devices, takes at most a quarter of a
-    device's memory: it comes on top of what training keeps."""
-    chip = chip_of(mesh.devices.flat[0])
-    room = chip.hbm_bytes / chip.devices / 4 if chip else math.inf
-    return config.num_parameters * jnp.dtype(dtype).itemsize / devices <= room
+def has_room(mesh: Mesh, config: LlamaConfig, dtype: Any, devices: int, copies: int = 1) -> bool:
+    """Whether so many more copies of the weights, each cut over so many devices, take at most a
+    third of a device's memory. They come on top of what training keeps."""
+    weights = config.num_parameters * jnp.dtype(dtype).itemsize
+    return copies * weights / devices <= memory_bytes(mesh.devices.flat) / 3
 
 
 def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
@@ -86,8 +86,8 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
 
     A decoding step takes each weight for one token a row. Weights that are cut over fsdp are sent
     at every step: 15 GB for 8B on 8 chips of v5p, at least 44 ms, where reading an eighth of them
-    takes 1 ms. So here they are cut by heads and features alone, over as many devices as these
-    divide by, and each such group of devices has a copy.
+    takes 1 ms. So here only `tensor` cuts them, over as many devices as heads, features and
+    vocabulary divide by. Each such group of devices has a copy.
 
     It is `mesh` itself if its fsdp is 1, or if there is no room for the copy, see `has_room`.
 
@@ -105,10 +105,16 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     return groups if has_room(mesh, config, dtype, tensor) else mesh
 
 
-def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any) -> bool:
-    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room."""
+def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any, copies: int) -> bool:
+    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room.
+
+    Args:
+      mesh, config, dtype: as of `decoding_mesh`, whose result `mesh` is.
+      copies: of the weights, this one among them.
+    """
     cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    return mesh.devices.flat[0].platform == "gpu" and has_room(mesh, config, dtype, cut)
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    return on_gpu and has_room(mesh, config, dtype, cut, copies)
 
 
 class Sampler:
@@ -161,7 +167,8 @@ class Sampler:
                 f"sampler context_length={context_length} must be between 2 and the model's "
                 f"max_position_embeddings={config.max_position_embeddings}"
             )
-        self.mesh = mesh = decoding_mesh(mesh, config, model.dtype)
+        params_mesh, mesh = mesh, decoding_mesh(mesh, config, model.dtype)
+        self.mesh, self._moves = mesh, mesh != params_mesh
         logging.info("answers are sampled on the mesh %s", dict(mesh.shape))
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // rows) * rows
@@ -202,7 +209,7 @@ class Sampler:
             donate_argnames="cache",
             out_shardings=(cache, host, host),
         )
-        apart = layers_apart_pay(mesh, config, model.dtype)
+        apart = layers_apart_pay(mesh, config, model.dtype, copies=2 if self._moves else 1)
         self._for_decoding = jax.jit(layers_apart) if apart else lambda params: params
         self._decode = jax.jit(
             functools.partial(_decode, model.clone(layers_apart=apart), steps_per_call),
@@ -259,13 +266,17 @@ class Sampler:
         slots: list[_Row | None] = [None] * self.batch_size
         cache = self._init_cache()
         params = cast_weights(self._merge(params), self._dtype)
-        params = jax.device_put(params, shardings(self.mesh, params))
+        if self._moves:  # not device_put, which goes through the host
+            params = jax.jit(_same, out_shardings=shardings(self.mesh, params))(params)
         decoding_params = self._for_decoding(params)
+        stats.prefill_seconds = time.perf_counter() - start
         while pending or any(slots):
             if should_stop():
                 raise Preempted("stopped while sampling")
-            # Slots wait for their refill until they make a whole prefill, or a quarter of all.
-            refill = min(len(pending), self._prefill_batch, -(-self.batch_size // 4))
+            # Free slots wait until they make a whole prefill, a quarter of all slots, or what the
+            # next bucket has left.
+            of_bucket = len(self._next(pending)) if pending else 0
+            refill = min(of_bucket, -(-self.batch_size // 4))
             if pending and slots.count(None) >= refill:
                 cache = self._refill(params, cache, slots, pending, settings)
             else:
@@ -295,14 +306,20 @@ class Sampler:
         fitting = [p for p in powers if SMALLEST_BUCKET <= p < self.context_length]
         return [*fitting, self.context_length]
 
+    def _next(self, pending: collections.deque["_Row"]) -> list["_Row"]:
+        """The first rows of one bucket, as many as a prefill takes."""
+        first = itertools.islice(pending, self._prefill_batch)
+        length = self._bucket(pending[0].prompt)
+        return list(itertools.takewhile(lambda row: self._bucket(row.prompt) == length, first))
+
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
         start = time.perf_counter()
-        free = [slot for slot, row in enumerate(slots) if row is None][: self._prefill_batch]
+        free = [slot for slot, row in enumerate(slots) if row is None]
         length = self._bucket(pending[0].prompt)
-        taken: list[_Row] = []
-        while pending and len(taken) < len(free) and self._bucket(pending[0].prompt) == length:
-            taken.append(pending.popleft())
+        taken = self._next(pending)[: len(free)]
+        for _ in taken:
+            pending.popleft()
         tokens_bs = np.zeros((self._prefill_batch, length), np.int32)
         lengths_b = np.ones(self._prefill_batch, np.int32)
         ids_b = np.zeros(self._prefill_batch, np.uint32)
@@ -401,6 +418,10 @@ def cast_weights(params: dict, dtype) -> dict:
         return leaf if path[-1].key == "scale" or leaf.dtype == dtype else _cast(leaf, dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def _same(params: dict) -> dict:
+    return params
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -1,6 +1,8 @@
 """What an accelerator chip can do: arithmetic, memory, links. For MFU and for planning."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 
 import jax
 
@@ -67,6 +69,21 @@ CHIPS = (
     Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9, 50e9),
     Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 7.7e12, 900e9, 50e9),
 )
+
+
+def memory_bytes(devices: Iterable[jax.Device]) -> float:
+    """The memory of each of these devices, which are alike: that of its chip, or less where JAX may
+    use less; infinite on CPU."""
+    devices = list(devices)
+    chip, here = chip_of(devices[0]), jax.process_index()
+    known = chip.hbm_bytes / chip.devices if chip else math.inf
+    try:
+        stats = next(d for d in devices if d.process_index == here).memory_stats() or {}
+    except (StopIteration, jax.errors.JaxRuntimeError):  # devices that are only compiled for
+        stats = {}
+    limit = stats.get("bytes_limit")
+    # Whole GiB, so that all processes get the same number.
+    return min(known, limit // GIB * GIB) if limit else known
 
 
 def chip_of(device: jax.Device) -> Chip | None:

@@ -66,20 +66,25 @@ def make_mesh(
 def regroup(mesh: Mesh, tensor: int) -> Mesh | None:
     """The devices of a mesh, in its order, as groups of `tensor` that each have all weights.
 
-    None if such groups would be in several of the groups that have all weights now, or would split
-    a dimension of a TPU's torus (see `make_mesh`).
+    None if a group would take devices from two of the present copies of the weights, from two
+    slices, or a part of a dimension of a TPU's torus (see `make_mesh`).
     """
     copies, fsdp, inner = mesh.devices.shape
     if fsdp * inner % tensor:
         return None
-    devices = mesh.devices.reshape(copies * fsdp * inner // tensor, 1, tensor)
-    if devices.flat[0].device_kind.startswith("TPU"):
-        coords = np.array([[device.coords for device in group.flat] for group in devices])
-        lengths = coords.max((0, 1)) - coords.min((0, 1)) + 1
-        spans = coords.max(1) - coords.min(1) + 1
-        if ((spans > 1) & (spans < lengths)).any():
+    groups = mesh.devices.reshape(copies * fsdp * inner // tensor, 1, tensor)
+    for group in groups:
+        if len({getattr(device, "slice_index", 0) for device in group.flat}) > 1:
             return None
-    return Mesh(devices, AXES, axis_types=mesh.axis_types)
+    if groups.flat[0].device_kind.startswith("TPU"):
+        coords = np.array([[device.coords for device in group.flat] for group in groups])
+        lengths = np.ptp(coords, (0, 1)) + 1
+        sides = np.ptp(coords, 1) + 1
+        chips = [len({tuple(chip) for chip in group}) for group in coords]
+        whole = (sides == 1) | (sides == lengths)
+        if not whole.all() or (sides.prod(1) != chips).any():
+            return None
+    return Mesh(groups, AXES, axis_types=mesh.axis_types)
 
 
 def mesh_sizes(

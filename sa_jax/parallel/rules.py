@@ -36,7 +36,7 @@ def path_string(path: tuple) -> str:
 def partition_spec(path: str, ndim: int) -> P:
     """The spec of one leaf; optimizer moments match through the parameter path they end in.
 
-    Scalars (step counts) are replicated, and a layer apart from its stack lacks the leading axis.
+    Scalars (step counts) are replicated. Layers apart, `layer_0/...`, lack the axis of the stack.
     Raises ValueError unless exactly one rule matches.
     """
     if ndim == 0:
@@ -44,8 +44,7 @@ def partition_spec(path: str, ndim: int) -> P:
     matches = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} partition rules match {path!r}; exactly one must")
-    (spec,) = matches
-    return P(*spec[len(spec) - ndim :]) if len(spec) > ndim else spec
+    return P(*matches[0][1:]) if path.startswith("layer_") else matches[0]
 
 
 def partition_specs(tree: Any) -> Any:

@@ -23,8 +23,8 @@ class Slot:
 def divide(workers: int) -> list[Slot]:
     """One slot per worker, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
 
-    A worker has at least two CPUs, which others may have too: a cell that others wait for would
-    take 1.6 times as long on one.
+    A worker has at least two CPUs if there are two, and others may have the same: on one CPU, the
+    toy's pre-training, which all wait for, takes 1.6 times as long.
 
     Raises:
       UsageError: the devices cannot be divided so.

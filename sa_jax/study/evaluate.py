@@ -31,7 +31,8 @@ from sa_jax.training.run_record import RUN_FILE, config_difference
 from sa_jax.training.watch import StallWatch
 
 MODEL_FILE = "model.json"  # in an --out: which model its evals are of
-EXECUTION = ("mesh", "batch_size")  # settings of a record that a result does not depend on
+# Settings of a record that a result does not depend on.
+EXECUTION = ("mesh", "sampling_mesh", "batch_size")
 
 
 def evaluate(

@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import heapq
 import math
 
 import jax
@@ -16,7 +15,6 @@ from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampler import Sampler, SamplingSettings, cast_weights, decoding_mesh
-from sa_jax.parallel.hardware import Chip
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract, shardings, with_shardings
 from sa_jax.planning.collectives import read_collectives
@@ -181,16 +179,26 @@ def test_tokens_do_not_depend_on_slot_neighbours_or_refill_order(sampler, params
     assert alone == expected
 
 
-def test_a_slot_is_refilled_at_the_step_after_its_row_has_ended(sampler, params):
-    """As many decode steps as when each prompt takes the slot that is free first."""
-    prompts = 3 * SHORT[0]
+@pytest.mark.parametrize("slots", [4, 16])
+def test_slots_are_refilled_as_soon_as_enough_are_free(model, sampler, params, slots):
+    """As many decode steps as in a simulation: a quarter of the slots is refilled at once."""
+    if slots != sampler.batch_size:
+        sampler = Sampler(model, one_device_mesh(), batch_size=slots, context_length=CONTEXT)
+    prompts = 6 * SHORT[0]
     completions = sampler.generate(params, prompts, range(len(prompts)), SAMPLED)
-    ends = [0] * sampler.batch_size
-    for completion in completions:
-        # The prefill gives the first token; a stop token is not counted among them.
-        steps = len(completion.tokens) - (completion.stop_reason == "length")
-        heapq.heapreplace(ends, ends[0] + steps)
-    assert sampler.stats.decode_steps == max(ends)
+    # The prefill gives the first token; a stop token is not counted among them.
+    left = [len(c.tokens) - (c.stop_reason == "length") for c in completions]
+    decoding, steps = [], 0
+    while left or decoding:
+        wanted = min(len(left), slots // 4)
+        if left and slots - len(decoding) >= wanted:
+            taken = min(slots - len(decoding), 8, len(left))  # 8: a prefill's rows
+            decoding += [n for n in left[:taken] if n > 0]
+            left = left[taken:]
+        else:
+            steps += 1
+            decoding = [n - 1 for n in decoding if n > 1]
+    assert sampler.stats.decode_steps == steps
 
 
 @pytest.mark.parametrize("batch_size,steps_per_call", [(1, 5), (16, 1)])
@@ -230,7 +238,7 @@ def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
 
 
 def test_no_decoding_step_gathers_weights(model, params, monkeypatch):
-    """Sampling moves weights that are cut over fsdp once; its steps send activations only."""
+    """A step sends less than a tenth of what it sends if the weights stay cut over fsdp."""
     mesh = make_mesh(1, 8, 1)
     row = np.zeros(8, np.int32)
     noise = {"seed": np.uint32(0), "temperature": np.float32(0), "top_p": np.float32(1)}
@@ -248,7 +256,7 @@ def test_no_decoding_step_gathers_weights(model, params, monkeypatch):
     assert list(ours.mesh.devices.flat) == list(mesh.devices.flat)
     monkeypatch.setattr(sampler_module, "decoding_mesh", lambda mesh, *_: mesh)
     gathering = Sampler(model, mesh, batch_size=8, context_length=CONTEXT)
-    assert bytes_sent(gathering) > 4 * bytes_sent(ours)
+    assert bytes_sent(gathering) > 10 * bytes_sent(ours)
 
 
 @pytest.mark.parametrize(
@@ -293,28 +301,44 @@ def test_a_decoding_step_on_tpus_gathers_no_cached_value(sizes):
 
 def test_weights_stay_where_copies_would_not_fit(monkeypatch):
     mesh = make_mesh(1, 8, 1)
-    size = CONFIG.num_parameters * 4 / 2
-    for gib, fsdp in ((4.1, 1), (3.9, 8)):  # times what the weights take, in groups of two devices
-        chip = Chip("v9", ("cpu",), 1.0, gib * size, 1.0, 1.0)
-        monkeypatch.setattr(sampler_module, "chip_of", lambda device, chip=chip: chip)
+    weights = CONFIG.num_parameters * 4 / 2  # bytes a device, in groups of two
+    for times, fsdp in ((3.1, 1), (2.9, 8)):
+        monkeypatch.setattr(sampler_module, "memory_bytes", lambda _, n=times: n * weights)
         assert decoding_mesh(mesh, CONFIG, jnp.float32).shape["fsdp"] == fsdp
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 4, 2)])
-def test_layers_apart_decode_the_same(model, params, sampler, monkeypatch, sizes):
-    """As on a GPU, which reads the weights of each layer in place."""
+def test_moving_weights_leaves_no_copy_on_the_host(model, params):
+    mesh = make_mesh(1, 8, 1)
+    sampler = Sampler(model, mesh, batch_size=8, context_length=CONTEXT)
+    on_mesh = jax.device_put(params, shardings(mesh, params))
+    sampler.generate(on_mesh, PROMPTS[:1], IDS[:1], GREEDY)
+    assert all(leaf._npy_value is None for leaf in jax.tree.leaves(on_mesh))
+
+
+@pytest.mark.parametrize("sizes,stay", [((1, 1, 1), False), ((1, 4, 2), False), ((1, 4, 2), True)])
+def test_layers_apart_decode_the_same(model, monkeypatch, sizes, stay):
+    """As on a GPU, which reads the weights of each layer in place; with adapters, also where the
+    weights stay cut over fsdp."""
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    monkeypatch.setattr(sampler_module, "layers_apart_pay", lambda mesh, *_: True)
-    apart = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
-    on_mesh = jax.device_put(params, shardings(apart.mesh, params))
-    layers = apart._for_decoding(on_mesh)
-    assert {name.split("_")[0] for name in layers} == {"embed", "lm", "final", "layer"}
+    adapted = model.clone(lora=LoraConfig(rank=1, alpha=8.0, targets="layers/.*(q|down)"))
+    params = jax.tree.map_with_path(
+        lambda path, x: jnp.ones_like(x) if path[-1].key == "lora_b" else x, make_params(adapted)
+    )
+    expected = Sampler(adapted, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+    monkeypatch.setattr(sampler_module, "layers_apart_pay", lambda *_, **__: True)
+    if stay:
+        monkeypatch.setattr(sampler_module, "memory_bytes", lambda devices: 0.0)
+    apart = Sampler(adapted, mesh, batch_size=4, context_length=CONTEXT)
+    assert (apart.mesh == mesh) == (stay or math.prod(sizes) == 1)
+    on_mesh = jax.device_put(params, shardings(mesh, params))
+    layers = apart._for_decoding(jax.device_put(on_mesh, shardings(apart.mesh, params)))
+    assert "lora_a" in layers["layer_1"]["attention"]["q"]
     for leaf, wanted in zip(
         jax.tree.leaves(layers), jax.tree.leaves(shardings(apart.mesh, layers)), strict=True
     ):
         assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
     assert tokens_of(apart.generate(on_mesh, *SHORT, SAMPLED)) == tokens_of(
-        sampler.generate(params, *SHORT, SAMPLED)
+        expected.generate(params, *SHORT, SAMPLED)
     )
 
 

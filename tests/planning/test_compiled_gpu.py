@@ -117,9 +117,17 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
     accesses = cache_accesses(compiled.as_text(), leaf)
     reads = [("dynamic-slice", block)] * 2 * config.num_layers
     assert sorted(accesses) == reads + [("scatter", leaf)] * 2
-    kernel = rf"bf16\[{config.hidden_size},{config.intermediate_size}\]"
-    made_by = set(re.findall(rf"= {kernel}\S* ([\w-]+)\(", compiled.as_text()))
-    assert made_by <= {"parameter", "get-tuple-element"}
+    made_by = {  # how many results have the shape of a layer's kernel, by instruction
+        leaf.shape: re.findall(
+            rf"= bf16\[{','.join(map(str, leaf.shape))}\]\S* ([\w-]+)\(", compiled.as_text()
+        )
+        for path, leaf in jax.tree_util.tree_leaves_with_path(layers["layer_0"])
+        if path[-1].key == "kernel"
+    }
+    assert len(made_by) == 4  # q and o, k and v, gate and up, down
+    assert all(
+        {"parameter"} <= {*by} <= {"parameter", "get-tuple-element"} for by in made_by.values()
+    )
     # A copy of either leaf would be 2 GiB.
     assert compiled.memory_analysis().temp_size_in_bytes < leaf * 2 / 4
     for length, kernel in {64: "blockwise", 128: "cudnn"}.items():
