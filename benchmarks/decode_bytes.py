@@ -161,7 +161,7 @@ def main():
 def report(text, weights, cache, blocks, steps=16):
     module = parse_module(text)
     kinds = {
-        kind: size / steps for kind, size in moved(module, module.entry, (steps, blocks)).items()
+        kind: size / steps for kind, size in moved(module, module.entry, blocks, steps).items()
     }
     total, least = sum(kinds.values()), weights + cache
     sent = sum(traffic.bytes for traffic in read_collectives(text).values()) / steps

@@ -126,8 +126,12 @@ def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
     assert plan["fits"] and plan["tried"]
 
 
-def test_decoding_reads_weights_and_cache_once():
-    """8B, 64 rows with a full cache, on v5p: what a step moves over weights + cache."""
-    command = [sys.executable, "-m", "benchmarks.decode_bytes"]
+@pytest.mark.parametrize("flags", [(), ("--topology=v5p:2x2x2", "--mesh=1x8x1")])
+def test_decoding_reads_weights_and_cache_once(flags):
+    """8B, 64 rows with a full cache, on v5p: what a step moves over weights + cache, and the GB that
+    it sends, also where training cuts the weights over fsdp."""
+    command = [sys.executable, "-m", "benchmarks.decode_bytes", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert 1 <= float(done.stdout.splitlines()[-1].split(" | ")[2]) <= 1.15
+    _, _, over_once, sent, _ = done.stdout.splitlines()[-1].split(" | ")
+    assert 1 <= float(over_once) <= 1.15
+    assert float(sent) < 0.05
