@@ -128,8 +128,8 @@ def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
 
 @pytest.mark.parametrize("flags", [(), ("--topology=v5p:2x2x2", "--mesh=1x8x1")])
 def test_decoding_reads_weights_and_cache_once(flags):
-    """8B, 64 rows with a full cache, on v5p: what a step moves over weights + cache, and the GB that
-    it sends, also where training cuts the weights over fsdp."""
+    """8B, 64 rows with a full cache, on v5p: what a step moves over weights + cache, and the GB it
+    sends, also where training cuts the weights over fsdp."""
     command = [sys.executable, "-m", "benchmarks.decode_bytes", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     _, _, over_once, sent, _ = done.stdout.splitlines()[-1].split(" | ")
