@@ -6,7 +6,7 @@ or
 
 Studies, named after a colon (`--config=configs/toy_study.py:grid`):
 
-  chain       one run of each, the default: 5 to 8 minutes on 2 CPU cores
+  chain       one run of each, the default: 4 to 8 minutes on 2 CPU cores
   seeds       the same over 5 seeds, and for each probe a control on a model without a backdoor
   grid        Adam and SOAP x normal and CoT-distilled answers of the toy model itself x HHH SFT and
               Pirate Training x 2 learning rates x 3 seeds, with probes and their controls
