@@ -9,7 +9,6 @@ import collections
 import dataclasses
 import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,12 +24,9 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.cache import KVCache, cache_specs, init_cache
-from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, layers_apart, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
-from sa_jax.parallel.hardware import memory_bytes
-from sa_jax.parallel.mesh import regroup
-from sa_jax.parallel.rules import shardings
+from sa_jax.llama.weights import cast_weights, decoding_mesh, layers_apart_pay, move_weights
 
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
 
@@ -72,49 +68,6 @@ class SamplerStats:
     def seconds_per_step(self) -> float:
         """Seconds per decode step, including the host's work, without `prefill_seconds`."""
         return (self.seconds - self.prefill_seconds) / max(1, self.decode_steps)
-
-
-def has_room(mesh: Mesh, config: LlamaConfig, dtype: Any, devices: int, copies: int = 1) -> bool:
-    """Whether so many more copies of the weights, each cut over so many devices, take at most a
-    third of a device's memory. They come on top of what training keeps."""
-    weights = config.num_parameters * jnp.dtype(dtype).itemsize
-    return copies * weights / devices <= memory_bytes(mesh.devices.flat) / 3
-
-
-def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
-    """The mesh that answers are sampled on: the devices of `mesh`, and no weights cut over fsdp.
-
-    A decoding step takes each weight for one token a row. Weights that are cut over fsdp are sent
-    at every step: 15 GB for 8B on 8 chips of v5p, at least 44 ms, where reading an eighth of them
-    takes 1 ms. So here only `tensor` cuts them, over as many devices as heads, features and
-    vocabulary divide by. Each such group of devices has a copy.
-
-    It is `mesh` itself if its fsdp is 1, or if there is no room for the copy, see `has_room`.
-
-    Args:
-      mesh: of the parameters.
-      config: the model's.
-      dtype: of the weights in the computation.
-    """
-    if mesh.shape["fsdp"] == 1:
-        return mesh
-    heads = math.gcd(config.num_heads, config.num_kv_heads)
-    most = math.gcd(heads, config.intermediate_size, config.vocab_size)
-    sizes = (size for size in range(most, 0, -1) if most % size == 0)
-    tensor, groups = next((n, groups) for n in sizes if (groups := regroup(mesh, n)) is not None)
-    return groups if has_room(mesh, config, dtype, tensor) else mesh
-
-
-def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any, copies: int) -> bool:
-    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room.
-
-    Args:
-      mesh, config, dtype: as of `decoding_mesh`, whose result `mesh` is.
-      copies: of the weights, this one among them.
-    """
-    cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
-    return on_gpu and has_room(mesh, config, dtype, cut, copies)
 
 
 class Sampler:
@@ -169,7 +122,8 @@ class Sampler:
             )
         params_mesh, mesh = mesh, decoding_mesh(mesh, config, model.dtype)
         self.mesh, self._moves = mesh, mesh != params_mesh
-        logging.info("answers are sampled on the mesh %s", dict(mesh.shape))
+        if self._moves:
+            logging.info("answers are sampled on the mesh %s", dict(mesh.shape))
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // rows) * rows
         self.context_length = context_length
@@ -266,8 +220,8 @@ class Sampler:
         slots: list[_Row | None] = [None] * self.batch_size
         cache = self._init_cache()
         params = cast_weights(self._merge(params), self._dtype)
-        if self._moves:  # not device_put, which goes through the host
-            params = jax.jit(_same, out_shardings=shardings(self.mesh, params))(params)
+        if self._moves:
+            params = move_weights(params, self.mesh)
         decoding_params = self._for_decoding(params)
         stats.prefill_seconds = time.perf_counter() - start
         while pending or any(slots):
@@ -275,8 +229,7 @@ class Sampler:
                 raise Preempted("stopped while sampling")
             # Free slots wait until they make a whole prefill, a quarter of all slots, or what the
             # next bucket has left.
-            of_bucket = len(self._next(pending)) if pending else 0
-            refill = min(of_bucket, -(-self.batch_size // 4))
+            refill = min(len(self._next(pending)), -(-self.batch_size // 4))
             if pending and slots.count(None) >= refill:
                 cache = self._refill(params, cache, slots, pending, settings)
             else:
@@ -308,9 +261,9 @@ class Sampler:
 
     def _next(self, pending: collections.deque["_Row"]) -> list["_Row"]:
         """The first rows of one bucket, as many as a prefill takes."""
-        first = itertools.islice(pending, self._prefill_batch)
-        length = self._bucket(pending[0].prompt)
-        return list(itertools.takewhile(lambda row: self._bucket(row.prompt) == length, first))
+        rows = list(itertools.islice(pending, self._prefill_batch))
+        buckets = [self._bucket(row.prompt) for row in rows]
+        return rows[: buckets.count(buckets[0])] if rows else []  # sorted by their bucket
 
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
@@ -406,27 +359,6 @@ def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completio
         if row is not None and row.stop_reason:
             slots[slot] = None
             on_done(row.index, row.completion())
-
-
-def cast_weights(params: dict, dtype) -> dict:
-    """Weights in the dtype of the computation, cast once and not at every step, except norms.
-
-    Those that have it already are not copied.
-    """
-
-    def cast(path, leaf):
-        return leaf if path[-1].key == "scale" or leaf.dtype == dtype else _cast(leaf, dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def _same(params: dict) -> dict:
-    return params
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def _cast(leaf: jax.Array, dtype) -> jax.Array:
-    return leaf.astype(dtype)
 
 
 def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):

@@ -18,7 +18,7 @@ from sa_jax.errors import Preempted, UserError
 from sa_jax.llama.attention import choose_prompt_attention
 from sa_jax.llama.cache import KVCache, init_cache
 from sa_jax.llama.model import Llama, with_small_kernels_merged
-from sa_jax.llama.sampler import cast_weights
+from sa_jax.llama.weights import cast_weights
 
 MIN_SHARED = 64  # tokens: a shorter common beginning is not worth a program of its own
 MIN_SHARERS = 8  # rows
