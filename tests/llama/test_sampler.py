@@ -158,7 +158,9 @@ def test_slots_are_refilled_as_soon_as_enough_are_free(model, sampler, params, s
     if slots != sampler.batch_size:
         sampler = Sampler(model, one_device_mesh(), batch_size=slots, context_length=CONTEXT)
     prompts = 6 * SHORT[0]
-    completions = sampler.generate(params, prompts, range(len(prompts)), SAMPLED)
+    settings = dataclasses.replace(SAMPLED, stop_token_ids=tuple(range(20)))
+    completions = sampler.generate(params, prompts, range(len(prompts)), settings)
+    assert len({len(completion.tokens) for completion in completions}) > 8
     # The prefill gives the first token; a stop token is not counted among them.
     left = [len(c.tokens) - (c.stop_reason == "length") for c in completions]
     decoding, steps = [], 0
