@@ -3,10 +3,11 @@ r"""Bytes that one decode step of 8B moves in a chip's memory, compiled for TPUs
     python benchmarks/decode_bytes.py [--topology=v5p:2x2x1] [--mesh=1x1x4] [--batch=64] \
         [--context=1024]
 
-The sampler's own program with a full cache, on a mesh of data x fsdp x tensor, by default
-tensor-parallel over the chips. Each instruction of
-the compiled text reads its operands and writes its result, except what lies in vector memory, what
-a fusion takes a slice of, and what it updates in place. Beside it: weights and cache, read once.
+The sampler's own program with a full cache. `--mesh` is where the parameters are, data x fsdp x
+tensor, by default tensor-parallel over the chips; the sampler decodes on its `decoding_mesh`. Each
+instruction of the compiled text reads its operands and writes its result, except what lies in
+vector memory, what a fusion takes a slice of, and what it updates in place. Beside it: weights and
+cache, read once.
 """
 
 import argparse
@@ -120,7 +121,8 @@ def moved(module: Module, name: str, blocks: int, steps: int = 0) -> dict[str, i
 
 
 def compile_decode(topology: str, mesh: str, batch: int, context: int):
-    """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row)."""
+    """(text of the compiled decode loop, weights and cache in bytes a device, blocks of a row, the
+    mesh it runs on)."""
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     devices = open_topology(topology).devices
     sizes = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
@@ -143,7 +145,8 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int):
     )
     text = lowered.compile().as_text()
     local = sum(leaf.size for leaf in cache) * 2 // len(devices)  # bfloat16, rows or heads cut
-    return text, device_bytes(params), local, cache.k.shape[1]
+    sampled_on = "x".join(map(str, sampler.mesh.devices.shape))
+    return text, device_bytes(params), local, cache.k.shape[1], sampled_on
 
 
 def main():
@@ -154,11 +157,10 @@ def main():
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row's cache")
     arguments = parser.parse_args()
     reserve_fake_devices(parse_topology(arguments.topology))
-    text, weights, cache, blocks = compile_decode(**vars(arguments))
-    report(text, weights, cache, blocks)
+    report(*compile_decode(**vars(arguments)))
 
 
-def report(text, weights, cache, blocks, steps=16):
+def report(text, weights, cache, blocks, sampled_on, steps=16):
     module = parse_module(text)
     kinds = {
         kind: size / steps for kind, size in moved(module, module.entry, blocks, steps).items()
@@ -166,13 +168,15 @@ def report(text, weights, cache, blocks, steps=16):
     total, least = sum(kinds.values()), weights + cache
     sent = sum(traffic.bytes for traffic in read_collectives(text).values()) / steps
     what = "GB a step and chip: weights, cache"
-    print(table_head([what, "moved", "over both once", "between chips", "most of it"]))
+    print(
+        table_head(["decoded on", what, "moved", "over both once", "between chips", "most of it"])
+    )
     most = ", ".join(
         f"{k} {v / 1e9:.2f}" for k, v in sorted(kinds.items(), key=lambda e: -e[1])[:4]
     )
     read = f"{weights / 1e9:.2f}, {cache / 1e9:.2f}"
     figures = f"{total / 1e9:.2f}", f"{total / least:.2f}", f"{sent / 1e9:.2f}"
-    print(table_row([read, *figures, most]))
+    print(table_row([sampled_on, read, *figures, most]))
 
 
 if __name__ == "__main__":

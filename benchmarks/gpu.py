@@ -23,6 +23,7 @@ from sa_jax.text import table_head, table_row
 
 PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
 BANDWIDTH = 0.5  # of the memory's, that decoding should reach
+LOGPROB_ERROR = 0.05  # nats, of one token after 32 layers in bfloat16
 
 # As published, with as many layers as 80 GB hold with Adam's state.
 WIDTHS = {
@@ -204,12 +205,14 @@ def insertion(folder: Path, smoke: bool) -> str:
 
 
 def decode(folder: Path, smoke: bool) -> str:
-    """8B in bfloat16, 8 rows of 1,024 tokens and 128 new ones, the most likely token each time."""
+    """8B in bfloat16, 8 rows of 1,024 tokens and 128 new ones, the most likely token each time. The
+    first two new tokens must be as likely as in one forward pass over prompt and answer."""
     import jax
     import jax.numpy as jnp
 
     from sa_jax.llama.model import Llama
     from sa_jax.llama.sampler import Sampler, SamplingSettings
+    from sa_jax.llama.scorer import Query, Scorer
     from sa_jax.parallel.hardware import chip_of
     from sa_jax.parallel.mesh import make_mesh
     from sa_jax.study.commands import load_config
@@ -226,8 +229,21 @@ def decode(folder: Path, smoke: bool) -> str:
     sampler = Sampler(short, mesh, batch_size=rows, context_length=prompt + new)
     prompts = [[1 + (row + i) % 500 for i in range(prompt)] for row in range(rows)]
     for _ in range(2):  # the first compiles
-        sampler.generate(params, prompts, range(rows), SamplingSettings(new, temperature=0))
+        answers = sampler.generate(
+            params, prompts, range(rows), SamplingSettings(new, temperature=0)
+        )
     seconds = sampler.stats.seconds_per_step
+    queries = [
+        Query(prompt, [answer.tokens[:2]]) for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    errors = [
+        abs(score.logprob - sum(answer.logprobs[:2])) / 2
+        for answer, (score,) in zip(
+            answers, Scorer(short, mesh).score(params, queries), strict=True
+        )
+    ]
+    if not all(error <= LOGPROB_ERROR for error in errors):
+        raise Failed(f"log-probabilities differ from a forward pass by {errors}")
     read = 2 * (architecture.num_parameters - architecture.vocab_size * architecture.hidden_size)
     token = 2 * 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
     read += rows * (prompt + new / 2) * token
