@@ -88,15 +88,23 @@ def written(module: Module, name: str, instruction: Instruction) -> int:
     return hbm(instruction.shape)
 
 
+def layer_bytes(shape: str) -> int:
+    """Bytes that decoding's kernel reads of an operand: of the cache (six axes), one layer."""
+    axes = re.search(r"\[([\d,]*)\]", shape)[1].split(",")
+    return hbm(shape) // (int(axes[0]) if len(axes) == 6 else 1)
+
+
 def moved(module: Module, name: str, blocks: int, steps: int = 0) -> dict[str, int]:
     """Bytes by opcode of one execution. A loop turns `steps` times, if this is given; in it, loops
     of unknown length are over the blocks of the cache."""
     total: dict[str, int] = {}
     shapes = {i.name: i.shape for i in module.computations[name]}
     for i in module.computations[name]:
-        if i.opcode in _FREE or i.opcode.endswith("-done"):
+        if i.opcode == "custom-call" and "triton" in i.rest:  # it reads a layer of the cache
+            parts = {"kernel": hbm(i.shape) + sum(map(layer_bytes, map(shapes.get, operands(i))))}
+        elif i.opcode in _FREE or i.opcode.endswith("-done"):
             continue
-        if i.opcode == "while":
+        elif i.opcode == "while":
             known = module.trips(i)
             count = steps or (known if known > 1 else blocks)
             body = moved(module, i.attribute("body"), blocks)

@@ -11,7 +11,7 @@ import numpy as np
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cudnn import capability, offsets_are_right
-from sa_jax.llama.self_test import LENGTH, TOLERANCE, check_attention
+from sa_jax.llama.self_test import LENGTH, TOLERANCE, check_attention, decode_kernel_error
 from sa_jax.llama.tokamax_kernel import check_tokamax
 from sa_jax.parallel.mesh import make_mesh
 
@@ -44,6 +44,11 @@ def compare_kernels(lengths: Sequence[int]) -> None:
     choice = choose_attention("auto", device.platform, sequence_length=512, dtype="bfloat16")
     check_attention(choice.implementation, mesh, "bfloat16", HEAD_DIM)
     print(f"\nself-test of {choice.implementation}: right")
+    if device.platform == "gpu":
+        error = decode_kernel_error(mesh, "bfloat16", HEAD_DIM)
+        print(f"decoding's kernel: difference {error:.2e}")
+        if not error <= TOLERANCE:
+            wrong.append("decoding's kernel")
     if wrong:
         raise UserError(f"beyond {TOLERANCE}: {', '.join(wrong)}")
 

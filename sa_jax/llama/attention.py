@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from sa_jax.errors import UsageError
 from sa_jax.llama import cudnn
 from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
+from sa_jax.llama.cache import KVCache
+from sa_jax.llama.decode_kernel import attend_to_past, merge_softmaxes
 from sa_jax.llama.splash import LANES, splash_attention
 from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
 from sa_jax.llama.unrolled import unrolled_attention
@@ -18,7 +20,6 @@ from sa_jax.llama.unrolled import unrolled_attention
 # the time of `blockwise` at 128 to 1,024 tokens, but its memory grows with their square.
 SHORT_ON_CPU = 512
 
-CACHE_BLOCK = 64  # cached tokens that lie together and are read at a time
 FEW_QUERIES = 16  # a key/value head has in a step; up to so many, see `_weigh`
 
 
@@ -186,10 +187,10 @@ def cached_attention(
     q_bskh: jax.Array,
     k_bsgh: jax.Array,
     v_bsgh: jax.Array,
-    cache_k_lcbght: jax.Array,
-    cache_v_lcbtgh: jax.Array,
+    cache: KVCache,
     layer: jax.Array,
     start_b: jax.Array,
+    kernel_mesh: Mesh | None = None,
 ) -> jax.Array:
     """Causal attention of new tokens to the past in the cache and to each other.
 
@@ -201,16 +202,16 @@ def cached_attention(
     Args:
       q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
       k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
-      cache_k_lcbght, cache_v_lcbtgh: see `cache.KVCache`; the past is in 0..start_b-1. Their B may
-        be 1, if all rows share the past.
+      cache: the past is in 0..start_b-1. Its B may be 1, if all rows share the past.
       layer: index into L.
       start_b: int [B].
+      kernel_mesh: where the arrays are, to take `attend_to_past` for S = 1.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
     b, s, heads, h = q_bskh.shape
-    groups, block = cache_v_lcbtgh.shape[4], cache_v_lcbtgh.shape[3]
+    groups, block = k_bsgh.shape[2], cache.v.shape[3]
     q_bgrsh = q_bskh.reshape(b, s, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
     q_bgnh = q_bgrsh.reshape(b, groups, -1, h)
 
@@ -218,7 +219,7 @@ def cached_attention(
         top_bgn, total_bgn, out_bgnh = carry
         k_bght, v_btgh = (
             jax.lax.dynamic_slice(leaf, (layer, i, 0, 0, 0, 0), (1, 1, *leaf.shape[2:]))[0, 0]
-            for leaf in (cache_k_lcbght, cache_v_lcbtgh)
+            for leaf in cache
         )
         scores_bgnt = jnp.einsum(
             "bgnh,bght->bgnt", q_bgnh, k_bght, preferred_element_type=jnp.float32
@@ -234,9 +235,14 @@ def cached_attention(
             out_bgnh * shrink_bgn[..., None] + _weigh(weights_bgnt, v_btgh),
         )
 
-    blocks = (jnp.max(start_b) + block - 1) // block
-    carry = _attend_to_each_other(q_bgrsh, k_bsgh, v_bsgh)
-    _, total_bgn, out_bgnh = jax.lax.fori_loop(0, blocks, add_block, carry)
+    new = _attend_to_each_other(q_bgrsh, k_bsgh, v_bsgh)
+    if kernel_mesh is not None and s == 1:
+        past = attend_to_past(q_bgnh, cache, layer, start_b, kernel_mesh)
+        softmaxes = (jnp.stack(parts) for parts in zip(past, new, strict=True))
+        _, total_bgn, out_bgnh = merge_softmaxes(*softmaxes)
+    else:
+        blocks = (jnp.max(start_b) + block - 1) // block
+        _, total_bgn, out_bgnh = jax.lax.fori_loop(0, blocks, add_block, new)
     out_bgrsh = (out_bgnh / total_bgn[..., None]).astype(q_bskh.dtype).reshape(q_bgrsh.shape)
     return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)
 

@@ -9,9 +9,10 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.llama.attention import CACHE_BLOCK
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.rules import BATCH_SPEC
+
+CACHE_BLOCK = 64  # cached tokens that lie together and are read at a time
 
 
 class KVCache(NamedTuple):

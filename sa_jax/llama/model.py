@@ -146,6 +146,7 @@ class Attention(nn.Module):
     implementation: str
     lora: LoraConfig | None
     mesh: Mesh | None
+    decode_kernel: bool = False
 
     @nn.compact
     def __call__(self, x_bsd, rope, segment_ids_bs, cache, layer, positions_bs):
@@ -178,7 +179,13 @@ class Attention(nn.Module):
             )
         else:
             out_bskh = cached_attention(
-                q_bskh, k_bsgh, v_bsgh, cache.k, cache.v, layer, positions_bs[:, 0]
+                q_bskh,
+                k_bsgh,
+                v_bsgh,
+                cache,
+                layer,
+                positions_bs[:, 0],
+                kernel_mesh=self.mesh if self.decode_kernel else None,
             )
         out_nd = project(d, name="o")(out_bskh.reshape(b * s, -1))
         return out_nd.reshape(b, s, d), None if cache is None else (k_bsgh, v_bsgh)
@@ -232,6 +239,7 @@ class Block(nn.Module):
     implementation: str
     lora: LoraConfig | None
     mesh: Mesh | None
+    decode_kernel: bool = False
 
     @nn.compact
     def __call__(self, carry, rope, segment_ids_bs, positions_bs, cache):
@@ -248,6 +256,7 @@ class Block(nn.Module):
                 self.implementation,
                 self.lora,
                 self.mesh,
+                self.decode_kernel,
                 name="attention",
             )(norm(name="attention_norm")(x_bsd), rope, segment_ids_bs, cache, layer, positions_bs)
             x_bsd = x_bsd + out_bsd
@@ -292,6 +301,7 @@ class Llama(nn.Module):
         fifth faster (a loop copies each layer's weights out of their stack) and compiles as fast,
         but a decoding step takes half as long again.
       layers_apart: the parameters of each layer are leaves of their own, see `layers_apart`.
+      decode_kernel: on GPUs, `decode` of one token a row takes `attend_to_past`; needs `mesh`.
 
     Example:
       config, params = load_hf("meta-llama/Llama-3.1-8B-Instruct", mesh)
@@ -307,6 +317,7 @@ class Llama(nn.Module):
     mesh: Mesh | None = None
     unroll: bool = False
     layers_apart: bool = False
+    decode_kernel: bool = False
 
     def setup(self):
         config = self.config
@@ -324,7 +335,15 @@ class Llama(nn.Module):
         if self.remat != "none":
             # prevent_cse guards against undoing remat outside a scan; inside one it only costs.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        fields = config, self.dtype, self.param_dtype, self.attention, self.lora, self.mesh
+        fields = (
+            config,
+            self.dtype,
+            self.param_dtype,
+            self.attention,
+            self.lora,
+            self.mesh,
+            self.decode_kernel,
+        )
         if self.layers_apart:
             self.layer = [block(*fields) for _ in range(config.num_layers)]
         else:

@@ -23,9 +23,10 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.llama.attention import choose_prompt_attention
-from sa_jax.llama.cache import KVCache, cache_specs, init_cache
+from sa_jax.llama.cache import CACHE_BLOCK, KVCache, cache_specs, init_cache
 from sa_jax.llama.model import Llama, layers_apart, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
+from sa_jax.llama.self_test import decoding_takes_kernel
 from sa_jax.llama.weights import cast_weights, decoding_mesh, layers_apart_pay, move_weights
 
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
@@ -93,7 +94,7 @@ class Sampler:
         prefill_batch: int = 8,
         steps_per_call: int = 16,
     ):
-        """Compiles nothing yet.
+        """Compiles nothing yet, except that GPUs check the kernel that decoding takes.
 
         Args:
           model: computes; its adapters may be merged, see `with_small_kernels_merged`.
@@ -165,8 +166,13 @@ class Sampler:
         )
         apart = layers_apart_pay(mesh, config, model.dtype, copies=2 if self._moves else 1)
         self._for_decoding = jax.jit(layers_apart) if apart else lambda params: params
+        kernel = decoding_takes_kernel(
+            mesh, self._dtype, config.head_dim, min(CACHE_BLOCK, context_length)
+        )
         self._decode = jax.jit(
-            functools.partial(_decode, model.clone(layers_apart=apart), steps_per_call),
+            functools.partial(
+                _decode, model.clone(layers_apart=apart, decode_kernel=kernel), steps_per_call
+            ),
             static_argnames="nucleus",
             donate_argnames="cache",
             out_shardings=(cache, host, host, host),

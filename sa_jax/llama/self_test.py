@@ -1,5 +1,6 @@
 """Checks attention on the current devices, because a wrong kernel trains without an error."""
 
+import functools
 import os
 import re
 from typing import Any
@@ -7,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UserError
-from sa_jax.llama.attention import attention, masked_attention
+from sa_jax.llama.attention import attention, cached_attention, masked_attention
+from sa_jax.llama.cache import CACHE_BLOCK, KVCache
+from sa_jax.llama.decode_kernel import kernel_takes
 from sa_jax.parallel.rules import BATCH_SPEC
 
 LENGTH = 512  # every kernel takes it
@@ -82,6 +86,58 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
                 "config.self_test=False to train without this check"
             )
     return errors
+
+
+def decoding_takes_kernel(mesh: Mesh, dtype: Any, head_dim: int, block: int) -> bool:
+    """Whether `Sampler` takes `decode_kernel`: on GPUs, if its sizes are the kernel's, and if it is
+    right on these devices.
+
+    Where the kernel fails or is wrong, a warning says so, and decoding takes products instead: each
+    step then reads and writes the cache twice. Without these devices (plans), nothing is run.
+    """
+    if mesh.devices.flat[0].platform != "gpu" or not kernel_takes(head_dim, block):
+        return False
+    if jax.default_backend() != "gpu":
+        return True
+    try:
+        error = decode_kernel_error(mesh, dtype, head_dim)
+    except Exception as failure:  # whatever Triton's compiler raises on an unknown device
+        why = str(failure).partition("\n")[0]
+    else:
+        if error <= TOLERANCE:
+            return True
+        why = f"it differs by {error:.2g} of the largest number ({TOLERANCE} is allowed)"
+    logging.warning("decoding does not use its kernel on these GPUs, and is slower: %s", why)
+    return False
+
+
+@functools.cache
+def decode_kernel_error(mesh: Mesh, dtype: Any, head_dim: int) -> float:
+    """The largest difference of attention with `decode_kernel` from that without, in float32,
+    relative to the largest number; rows of several lengths on each device."""
+    starts = np.asarray([0, 1, CACHE_BLOCK, 5 * CACHE_BLOCK + 7], np.int32)
+    devices, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    rows, heads, layer = devices * len(starts), (groups, head_dim), jnp.int32(1)
+    placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
+
+    def compare(key):
+        keys, start_b = jax.random.split(key, 5), jnp.tile(starts, devices)
+        q, k, v = (
+            jax.lax.with_sharding_constraint(
+                jax.random.normal(each, (rows, 1, n, head_dim), dtype), placed
+            )
+            for each, n in zip(keys, (4 * groups, groups, groups), strict=False)
+        )
+        cache = KVCache(
+            jax.random.normal(keys[3], (2, 6, rows, *heads, CACHE_BLOCK), dtype),
+            jax.random.normal(keys[4], (2, 6, rows, CACHE_BLOCK, *heads), dtype),
+        )
+        ours = cached_attention(q, k, v, cache, layer, start_b, kernel_mesh=mesh)
+        q, k, v, cache = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, cache))
+        with jax.default_matmul_precision("highest"):
+            return _worst(ours, cached_attention(q, k, v, cache, layer, start_b))[0]
+
+    return float(jax.jit(compare, out_shardings=NamedSharding(mesh, P()))(jax.random.key(0)))
 
 
 def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

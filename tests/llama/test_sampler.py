@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.llama import sampler as sampler_module
 from sa_jax.llama.cache import init_cache
 from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
@@ -209,6 +210,20 @@ def test_sharded_sampling_equals_unsharded(model, params, sampler, sizes):
     assert tokens_of(got) == tokens_of(expected)
     for one, other in zip(got, expected, strict=True):
         assert one.stop_reason == other.stop_reason
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(4, 1, 2), (2, 1, 4)], ids=["heads_cut", "heads_whole"])
+def test_sampling_with_the_kernel_of_gpus_equals_that_without(
+    model, params, sampler, sizes, monkeypatch, interpreted_kernel
+):
+    monkeypatch.setattr(sampler_module, "decoding_takes_kernel", lambda *at: True)
+    mesh = make_mesh(*sizes)
+    with_kernel = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
+    got = with_kernel.generate(jax.device_put(params, shardings(mesh, params)), *SHORT, SAMPLED)
+    expected = sampler.generate(params, *SHORT, SAMPLED)
+    assert tokens_of(got) == tokens_of(expected)
+    for one, other in zip(got, expected, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 

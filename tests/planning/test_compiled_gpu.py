@@ -92,9 +92,8 @@ def cache_accesses(text: str, leaf: int) -> list[tuple[str, int]]:
 
 
 def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
-    """8B on an H200, 8 rows of up to 4,096 tokens: a layer reads each block of keys and of values
-    once, new tokens are scattered in place, nothing else touches the cache, and no weight is
-    copied."""
+    """8B on an H200, 8 rows of up to 4,096 tokens: each layer's kernel reads the cache, new tokens
+    are scattered in place, nothing else touches the cache, and no weight is copied."""
     mesh = make_mesh(devices=open_topology("h200:1").devices)
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -113,10 +112,9 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
         layers, cache, row, row, row, ids, np.asarray([1], np.int32), np.int32(1), **noise
     ).compile()
     leaf = math.prod(cache.k.shape)
-    block = leaf // (config.num_layers * cache.k.shape[1])
-    accesses = cache_accesses(compiled.as_text(), leaf)
-    reads = [("dynamic-slice", block)] * 2 * config.num_layers
-    assert sorted(accesses) == reads + [("scatter", leaf)] * 2
+    assert sorted(cache_accesses(compiled.as_text(), leaf)) == [("scatter", leaf)] * 2
+    kernels = re.findall(r'custom_call_target="(\S*triton\S*)"', compiled.as_text())
+    assert len(kernels) == config.num_layers
     made_by = {  # how many results have the shape of a layer's kernel, by instruction
         leaf.shape: re.findall(
             rf"= bf16\[{','.join(map(str, leaf.shape))}\]\S* ([\w-]+)\(", compiled.as_text()

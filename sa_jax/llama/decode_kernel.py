@@ -1,0 +1,145 @@
+"""Attention of one new token a row to its cached past: one kernel for GPUs (Pallas, Triton).
+
+XLA copies each block of the cache before a product reads it. This kernel reads each key and value
+once, in place, and only up to the end of their own row (flash-decoding, arXiv 2311.01282).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.pallas import triton as plgpu
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from sa_jax.llama.blockwise import MASKED_SCORE
+from sa_jax.llama.cache import KVCache, cache_specs
+
+SMALLEST_PRODUCT = 16  # rows and columns of a product in Triton
+PROGRAMS = 512  # at least; about four for each multiprocessor of an H100 or H200
+
+
+def kernel_takes(head_dim: int, block: int) -> bool:
+    """Whether the kernel takes heads and cache blocks of these sizes, which Triton wants to be
+    powers of two."""
+    return all(n >= SMALLEST_PRODUCT and n & (n - 1) == 0 for n in (head_dim, block))
+
+
+def attend_to_past(
+    q_bgrh: jax.Array, cache: KVCache, layer: jax.Array, start_b: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The softmax over the cached tokens 0..start_b-1, before its division.
+
+    Args:
+      q_bgrh: a query of each row [B, kv_heads, r, head_dim]; r query heads share a key/value head.
+      cache: with the values' heads before their tokens in memory, as `Sampler` lays them out.
+      layer: index into L.
+      start_b: int [B]; 0 for a row without a past.
+      mesh: of NVIDIA or AMD GPUs; each works on its own rows and heads.
+
+    Returns:
+      In float32, the largest score ([B, kv_heads, r], `MASKED_SCORE` without a past), the sum of
+      exp(score - largest), and the values' sum under these weights ([B, kv_heads, r, head_dim]).
+    """
+    specs = cache_specs(mesh, q_bgrh.shape[1])
+    rows, heads = specs.k[2:4]
+    by_head = P(rows, heads)
+    return jax.shard_map(
+        _on_device,
+        mesh=mesh,
+        in_specs=(by_head, specs, P(), P(rows)),
+        out_specs=(by_head, by_head, by_head),
+        check_vma=False,  # a kernel says nothing of axes
+    )(q_bgrh, cache, layer, start_b)
+
+
+def merge_softmaxes(
+    top_zbgr: jax.Array, total_zbgr: jax.Array, out_zbgrh: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """One softmax of those over the parts z of the tokens, each as `attend_to_past` returns it."""
+    top_bgr = jnp.max(top_zbgr, axis=0)
+    shrink_zbgr = jnp.exp(top_zbgr - top_bgr)
+    out_bgrh = jnp.sum(out_zbgrh * shrink_zbgr[..., None], axis=0)
+    return top_bgr, jnp.sum(total_zbgr * shrink_zbgr, axis=0), out_bgrh
+
+
+def _on_device(q_bgrh, cache, layer, start_b, interpret=False):
+    """`interpret` computes the kernel's operations one by one, on any platform."""
+    b, groups, r, h = q_bgrh.shape
+    blocks = cache.k.shape[1]
+    parts = min(blocks, -(-PROGRAMS // (b * groups)))  # of a row, each one program
+    v_lcbgth = with_layout_constraint(cache.v.swapaxes(3, 4), Layout(tuple(range(6))))
+    queries = max(SMALLEST_PRODUCT, 1 << (r - 1).bit_length())  # rows above r are masked
+    per_head = pl.BlockSpec((None, None, None, queries), lambda b, g, z: (z, b, g, 0))
+    per_feature = pl.BlockSpec((None, None, None, queries, h), lambda b, g, z: (z, b, g, 0, 0))
+    whole = pl.BlockSpec()
+    softmaxes = pl.pallas_call(
+        functools.partial(_kernel, r=r, blocks_a_part=-(-blocks // parts)),
+        grid=(b, groups, parts),
+        in_specs=[
+            pl.BlockSpec((None, None, queries, h), lambda b, g, z: (b, g, 0, 0)),
+            *(whole,) * 4,
+        ],
+        out_specs=[per_head, per_head, per_feature],
+        out_shape=[
+            jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
+            jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
+            jax.ShapeDtypeStruct((parts, b, groups, r, h), jnp.float32),
+        ],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+        name="attend_to_past",
+    )(q_bgrh, cache.k, v_lcbgth, layer.reshape(1), start_b)
+    return merge_softmaxes(*softmaxes)
+
+
+def _kernel(
+    q_ref: Any,  # [queries, head_dim]
+    k_ref: Any,  # [L, C, B, kv_heads, head_dim, T]
+    v_ref: Any,  # [L, C, B, kv_heads, T, head_dim]
+    layer_ref: Any,  # [1]
+    start_ref: Any,  # [B]
+    top_ref: Any,  # [queries]
+    total_ref: Any,  # [queries]
+    out_ref: Any,  # [queries, head_dim]
+    *,
+    r: int,
+    blocks_a_part: int,
+):
+    """One part of a row's past, for the queries of one key/value head."""
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    layer, start = layer_ref[0], start_ref[row]
+    queries, h = q_ref.shape
+    block = k_ref.shape[-1]
+    is_query_n = jnp.arange(queries) < r
+    q_nh = plgpu.load(q_ref, mask=is_query_n[:, None], other=0)
+
+    def add_block(i, carry):
+        top_n, total_n, out_nh = carry
+        scores_nt = plgpu.dot(q_nh, k_ref[layer, i, row, head]) * h**-0.5
+        is_past_t = i * block + jnp.arange(block) < start
+        scores_nt = jnp.where(is_past_t[None], scores_nt, MASKED_SCORE)
+        new_top_n = jnp.maximum(top_n, jnp.max(scores_nt, axis=-1))
+        weights_nt = jnp.exp(scores_nt - new_top_n[:, None])
+        shrink_n = jnp.exp(top_n - new_top_n)
+        v_th = v_ref[layer, i, row, head]
+        return (
+            new_top_n,
+            total_n * shrink_n + jnp.sum(weights_nt, axis=-1),
+            out_nh * shrink_n[:, None] + plgpu.dot(weights_nt.astype(v_th.dtype), v_th),
+        )
+
+    first = part * blocks_a_part
+    end = jnp.minimum(first + blocks_a_part, pl.cdiv(start, block))
+    empty = (
+        jnp.full(queries, MASKED_SCORE, jnp.float32),
+        jnp.zeros(queries, jnp.float32),
+        jnp.zeros((queries, h), jnp.float32),
+    )
+    top_n, total_n, out_nh = jax.lax.fori_loop(first, end, add_block, empty)
+    plgpu.store(top_ref, top_n, mask=is_query_n)
+    plgpu.store(total_ref, total_n, mask=is_query_n)
+    plgpu.store(out_ref, out_nh, mask=is_query_n[:, None])
