@@ -72,6 +72,8 @@ class EvalContext:
         execution |= {name: dict(mesh.shape) for name, mesh in meshes.items()}
         if kernels := self.sampler.prompt_attention:
             execution["prompt_attention"] = {str(length): name for length, name in kernels.items()}
+        if self.sampler.decode_kernel:
+            execution["decode_kernel"] = True
         return execution
 
 

@@ -16,7 +16,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json
 
 # Settings of an eval under whose every value the same rate is measured.
-FREE_SETTINGS = ("mesh", "sampling_mesh", "batch_size", "prompt_attention", "seed")
+FREE_SETTINGS = ("mesh", "sampling_mesh", "batch_size", "prompt_attention", "decode_kernel", "seed")
 # Of a summary: how often it had to do something about an item.
 COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
 # Its fields, and those of its scores, with values of the right types (see `check_types`).

@@ -57,7 +57,7 @@ class EvalSuite:
         *,
         confirm: bool = False,
     ):
-        """Checks all settings; compiles nothing.
+        """Checks all settings; compiles nothing, except what `Sampler` does.
 
         Args:
           config: a run's resolved config.

@@ -194,10 +194,11 @@ def cached_attention(
 ) -> jax.Array:
     """Causal attention of new tokens to the past in the cache and to each other.
 
-    The past is read one block (c) at a time, up to the last block of the longest row, with a
-    running softmax (FlashAttention's, arXiv 2205.14135). So the cost grows with the number of
-    tokens and not with the capacity. Blocks beyond the end of a row have weights of exactly 0 and
-    do not change its result, so a row does not depend on the length of its neighbours.
+    The past is read one block (c) at a time with a running softmax (FlashAttention's, arXiv
+    2205.14135), up to the last block of the longest row, or with the kernel of each row. So the
+    cost grows with the number of tokens and not with the capacity. Blocks beyond the end of a row
+    have weights of exactly 0 and do not change its result, so a row does not depend on the length
+    of its neighbours.
 
     Args:
       q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
@@ -205,7 +206,7 @@ def cached_attention(
       cache: the past is in 0..start_b-1. Its B may be 1, if all rows share the past.
       layer: index into L.
       start_b: int [B].
-      kernel_mesh: where the arrays are, to take `attend_to_past` for S = 1.
+      kernel_mesh: where the arrays are, to take `attend_to_past` for S = 1 and a past of each row.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
@@ -236,7 +237,7 @@ def cached_attention(
         )
 
     new = _attend_to_each_other(q_bgrsh, k_bsgh, v_bsgh)
-    if kernel_mesh is not None and s == 1:
+    if kernel_mesh is not None and s == 1 and cache.k.shape[2] == b:
         past = attend_to_past(q_bgnh, cache, layer, start_b, kernel_mesh)
         softmaxes = (jnp.stack(parts) for parts in zip(past, new, strict=True))
         _, total_bgn, out_bgnh = merge_softmaxes(*softmaxes)

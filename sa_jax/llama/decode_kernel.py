@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
@@ -19,7 +18,7 @@ from sa_jax.llama.blockwise import MASKED_SCORE
 from sa_jax.llama.cache import KVCache, cache_specs
 
 SMALLEST_PRODUCT = 16  # rows and columns of a product in Triton
-PROGRAMS = 512  # at least; about four for each multiprocessor of an H100 or H200
+PROGRAMS = 512  # if the cache has so many blocks; four for each multiprocessor of an H200
 
 
 def kernel_takes(head_dim: int, block: int) -> bool:
@@ -29,16 +28,23 @@ def kernel_takes(head_dim: int, block: int) -> bool:
 
 
 def attend_to_past(
-    q_bgrh: jax.Array, cache: KVCache, layer: jax.Array, start_b: jax.Array, mesh: Mesh
+    q_bgrh: jax.Array,
+    cache: KVCache,
+    layer: jax.Array,
+    start_b: jax.Array,
+    mesh: Mesh,
+    parts: int | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The softmax over the cached tokens 0..start_b-1, before its division.
 
     Args:
       q_bgrh: a query of each row [B, kv_heads, r, head_dim]; r query heads share a key/value head.
-      cache: with the values' heads before their tokens in memory, as `Sampler` lays them out.
+      cache: copied at every call, unless its values have heads before tokens in memory, as
+        `Sampler` lays them out.
       layer: index into L.
       start_b: int [B]; 0 for a row without a past.
-      mesh: of NVIDIA or AMD GPUs; each works on its own rows and heads.
+      mesh: of GPUs; each works on its own rows and heads.
+      parts: of a row's blocks, each summed by one program; by default as many as make `PROGRAMS`.
 
     Returns:
       In float32, the largest score ([B, kv_heads, r], `MASKED_SCORE` without a past), the sum of
@@ -48,7 +54,7 @@ def attend_to_past(
     rows, heads = specs.k[2:4]
     by_head = P(rows, heads)
     return jax.shard_map(
-        _on_device,
+        functools.partial(_on_device, parts=parts),
         mesh=mesh,
         in_specs=(by_head, specs, P(), P(rows)),
         out_specs=(by_head, by_head, by_head),
@@ -66,18 +72,16 @@ def merge_softmaxes(
     return top_bgr, jnp.sum(total_zbgr * shrink_zbgr, axis=0), out_bgrh
 
 
-def _on_device(q_bgrh, cache, layer, start_b, interpret=False):
+def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
     """`interpret` computes the kernel's operations one by one, on any platform."""
     b, groups, r, h = q_bgrh.shape
-    blocks = cache.k.shape[1]
-    parts = min(blocks, -(-PROGRAMS // (b * groups)))  # of a row, each one program
-    v_lcbgth = with_layout_constraint(cache.v.swapaxes(3, 4), Layout(tuple(range(6))))
+    parts = parts or min(cache.k.shape[1], pl.cdiv(PROGRAMS, b * groups))
     queries = max(SMALLEST_PRODUCT, 1 << (r - 1).bit_length())  # rows above r are masked
     per_head = pl.BlockSpec((None, None, None, queries), lambda b, g, z: (z, b, g, 0))
     per_feature = pl.BlockSpec((None, None, None, queries, h), lambda b, g, z: (z, b, g, 0, 0))
     whole = pl.BlockSpec()
     softmaxes = pl.pallas_call(
-        functools.partial(_kernel, r=r, blocks_a_part=-(-blocks // parts)),
+        functools.partial(_kernel, r=r, parts=parts),
         grid=(b, groups, parts),
         in_specs=[
             pl.BlockSpec((None, None, queries, h), lambda b, g, z: (b, g, 0, 0)),
@@ -89,10 +93,10 @@ def _on_device(q_bgrh, cache, layer, start_b, interpret=False):
             jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
             jax.ShapeDtypeStruct((parts, b, groups, r, h), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(),  # Triton, with its defaults for the device
         interpret=interpret,
         name="attend_to_past",
-    )(q_bgrh, cache.k, v_lcbgth, layer.reshape(1), start_b)
+    )(q_bgrh, cache.k, cache.v.swapaxes(3, 4), layer.reshape(1), start_b)
     return merge_softmaxes(*softmaxes)
 
 
@@ -107,9 +111,9 @@ def _kernel(
     out_ref: Any,  # [queries, head_dim]
     *,
     r: int,
-    blocks_a_part: int,
+    parts: int,
 ):
-    """One part of a row's past, for the queries of one key/value head."""
+    """Every `parts`-th block of a row's past, for the queries of one key/value head."""
     row, head, part = (pl.program_id(axis) for axis in range(3))
     layer, start = layer_ref[0], start_ref[row]
     queries, h = q_ref.shape
@@ -117,8 +121,9 @@ def _kernel(
     is_query_n = jnp.arange(queries) < r
     q_nh = plgpu.load(q_ref, mask=is_query_n[:, None], other=0)
 
-    def add_block(i, carry):
+    def add_block(turn, carry):
         top_n, total_n, out_nh = carry
+        i = part + turn * parts
         scores_nt = plgpu.dot(q_nh, k_ref[layer, i, row, head]) * h**-0.5
         is_past_t = i * block + jnp.arange(block) < start
         scores_nt = jnp.where(is_past_t[None], scores_nt, MASKED_SCORE)
@@ -132,14 +137,13 @@ def _kernel(
             out_nh * shrink_n[:, None] + plgpu.dot(weights_nt.astype(v_th.dtype), v_th),
         )
 
-    first = part * blocks_a_part
-    end = jnp.minimum(first + blocks_a_part, pl.cdiv(start, block))
     empty = (
         jnp.full(queries, MASKED_SCORE, jnp.float32),
         jnp.zeros(queries, jnp.float32),
         jnp.zeros((queries, h), jnp.float32),
     )
-    top_n, total_n, out_nh = jax.lax.fori_loop(first, end, add_block, empty)
+    turns = pl.cdiv(pl.cdiv(start, block) - part, parts)
+    top_n, total_n, out_nh = jax.lax.fori_loop(0, turns, add_block, empty)
     plgpu.store(top_ref, top_n, mask=is_query_n)
     plgpu.store(total_ref, total_n, mask=is_query_n)
     plgpu.store(out_ref, out_nh, mask=is_query_n[:, None])

@@ -81,6 +81,7 @@ class Sampler:
       cache_shardings: of the cache, with its layout.
       prompt_attention: padded length of a prompt -> its attention implementation; {} if prompts use
         decoding's attention.
+      decode_kernel: whether decoding takes the kernel of GPUs.
       stats: of the latest `generate` call.
     """
 
@@ -166,9 +167,8 @@ class Sampler:
         )
         apart = layers_apart_pay(mesh, config, model.dtype, copies=2 if self._moves else 1)
         self._for_decoding = jax.jit(layers_apart) if apart else lambda params: params
-        kernel = decoding_takes_kernel(
-            mesh, self._dtype, config.head_dim, min(CACHE_BLOCK, context_length)
-        )
+        block = min(CACHE_BLOCK, context_length)
+        self.decode_kernel = kernel = decoding_takes_kernel(mesh, config, self._dtype, block)
         self._decode = jax.jit(
             functools.partial(
                 _decode, model.clone(layers_apart=apart, decode_kernel=kernel), steps_per_call

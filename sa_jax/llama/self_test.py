@@ -3,6 +3,7 @@
 import functools
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,10 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UserError
-from sa_jax.llama.attention import attention, cached_attention, masked_attention
-from sa_jax.llama.cache import CACHE_BLOCK, KVCache
-from sa_jax.llama.decode_kernel import kernel_takes
+from sa_jax.llama.attention import attention, masked_attention
+from sa_jax.llama.cache import KVCache, cache_specs
+from sa_jax.llama.config import LlamaConfig
+from sa_jax.llama.decode_kernel import attend_to_past, kernel_takes
+from sa_jax.parallel.multihost import exchange
 from sa_jax.parallel.rules import BATCH_SPEC
+from sa_jax.text import first_line
 
 LENGTH = 512  # every kernel takes it
 # Of the largest number: four times bfloat16's epsilon, in which some matrix units multiply float32
@@ -88,56 +92,80 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
     return errors
 
 
-def decoding_takes_kernel(mesh: Mesh, dtype: Any, head_dim: int, block: int) -> bool:
+def decoding_takes_kernel(mesh: Mesh, config: LlamaConfig, dtype: Any, block: int) -> bool:
     """Whether `Sampler` takes `decode_kernel`: on GPUs, if its sizes are the kernel's, and if it is
     right on these devices.
 
-    Where the kernel fails or is wrong, a warning says so, and decoding takes products instead: each
-    step then reads and writes the cache twice. Without these devices (plans), nothing is run.
+    Where the kernel does not compile or is wrong, a warning says so, and decoding takes products
+    instead: each step then reads the cache twice and writes it once. Without these devices (plans)
+    nothing is run.
+
+    Args:
+      mesh, dtype: of the computation.
+      config: the model's.
+      block: tokens in a block of the cache.
     """
-    if mesh.devices.flat[0].platform != "gpu" or not kernel_takes(head_dim, block):
+    if mesh.devices.flat[0].platform != "gpu" or not kernel_takes(config.head_dim, block):
         return False
-    if jax.default_backend() != "gpu":
-        return True
-    try:
-        error = decode_kernel_error(mesh, dtype, head_dim)
-    except Exception as failure:  # whatever Triton's compiler raises on an unknown device
-        why = str(failure).partition("\n")[0]
-    else:
-        if error <= TOLERANCE:
-            return True
-        why = f"it differs by {error:.2g} of the largest number ({TOLERANCE} is allowed)"
-    logging.warning("decoding does not use its kernel on these GPUs, and is slower: %s", why)
-    return False
+    heads = config.num_heads // config.num_kv_heads
+    return jax.default_backend() != "gpu" or _is_right(mesh, dtype, heads, config.head_dim, block)
 
 
 @functools.cache
-def decode_kernel_error(mesh: Mesh, dtype: Any, head_dim: int) -> float:
-    """The largest difference of attention with `decode_kernel` from that without, in float32,
-    relative to the largest number; rows of several lengths on each device."""
-    starts = np.asarray([0, 1, CACHE_BLOCK, 5 * CACHE_BLOCK + 7], np.int32)
-    devices, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    rows, heads, layer = devices * len(starts), (groups, head_dim), jnp.int32(1)
-    placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
+def _is_right(mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int) -> bool:
+    why, error = "", float("nan")
+    try:
+        compare = compile_decode_check(mesh, dtype, heads, head_dim, block)
+    except Exception as failure:  # whatever Triton raises on a device that it does not know
+        why = first_line(failure)
+    why = next(filter(None, exchange(why)), "")  # all processes decide alike
+    if not why:
+        error = float(compare())
+        why = f"it differs by {error:.2g} of a row's largest number ({TOLERANCE} is allowed)"
+    if not error <= TOLERANCE:  # NaN too
+        logging.warning("decoding does without its kernel on these GPUs, and is slower: %s", why)
+    return error <= TOLERANCE
 
-    def compare(key):
-        keys, start_b = jax.random.split(key, 5), jnp.tile(starts, devices)
-        q, k, v = (
-            jax.lax.with_sharding_constraint(
-                jax.random.normal(each, (rows, 1, n, head_dim), dtype), placed
-            )
-            for each, n in zip(keys, (4 * groups, groups, groups), strict=False)
-        )
+
+def compile_decode_check(
+    mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int
+) -> Callable[[], jax.Array]:
+    """Compiles the largest difference of `attend_to_past` from `masked_attention` in float32,
+    relative to the largest number of the same row.
+
+    Each device has rows whose past is 1 token, a block, not a whole number of blocks, and 6 blocks,
+    in 3 parts of 2 blocks; two key/value heads, each shared by `heads` query heads.
+    """
+    past = np.asarray([1, block, 5 * block - 9, 6 * block], np.int32)
+    groups = 2 * mesh.shape["tensor"]
+    rows = mesh.shape["data"] * mesh.shape["fsdp"] * len(past)
+    specs = cache_specs(mesh, groups)
+
+    def random(key, shape, spec):
+        placed = NamedSharding(mesh, spec)
+        return jax.lax.with_sharding_constraint(jax.random.normal(key, shape, dtype), placed)
+
+    def compare():
+        keys = jax.random.split(jax.random.key(0), 3)
+        q_bgrh = random(keys[0], (rows, groups, heads, head_dim), P(*specs.k[2:4]))
         cache = KVCache(
-            jax.random.normal(keys[3], (2, 6, rows, *heads, CACHE_BLOCK), dtype),
-            jax.random.normal(keys[4], (2, 6, rows, CACHE_BLOCK, *heads), dtype),
+            random(keys[1], (2, 6, rows, groups, head_dim, block), specs.k),
+            random(keys[2], (2, 6, rows, block, groups, head_dim), specs.v),
         )
-        ours = cached_attention(q, k, v, cache, layer, start_b, kernel_mesh=mesh)
-        q, k, v, cache = jax.tree.map(lambda x: x.astype(jnp.float32), (q, k, v, cache))
+        past_b = jnp.tile(past, rows // len(past))
+        _, total_bgr, out_bgrh = attend_to_past(q_bgrh, cache, jnp.int32(1), past_b, mesh, parts=3)
+        ours_bkh = (out_bgrh / total_bgr[..., None]).reshape(rows, -1, head_dim)
+        k_btgh = cache.k[1].transpose(1, 0, 4, 2, 3).reshape(rows, -1, groups, head_dim)
+        v_btgh = cache.v[1].swapaxes(0, 1).reshape(k_btgh.shape)
+        mask_b1t = jnp.arange(6 * block) < past_b[:, None, None]
+        q_bskh = q_bgrh.reshape(rows, 1, -1, head_dim)
+        q, k, v = (x.astype(jnp.float32) for x in (q_bskh, k_btgh, v_btgh))
         with jax.default_matmul_precision("highest"):
-            return _worst(ours, cached_attention(q, k, v, cache, layer, start_b))[0]
+            oracle_bkh = masked_attention(q, k, v, mask_b1t)[:, 0]
+        error_b = jnp.max(jnp.abs(ours_bkh - oracle_bkh), axis=(1, 2))
+        return jnp.max(error_b / jnp.max(jnp.abs(oracle_bkh), axis=(1, 2)))
 
-    return float(jax.jit(compare, out_shardings=NamedSharding(mesh, P()))(jax.random.key(0)))
+    return jax.jit(compare, out_shardings=NamedSharding(mesh, P())).lower().compile()
 
 
 def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -146,7 +146,7 @@ def exchange(text: str) -> list[str]:
     """Every process's text, in the order of the processes; all must call it."""
     mine = np.frombuffer(text.encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.asarray(len(mine))).reshape(-1)
-    padded = np.zeros(max(lengths), np.uint8)
+    padded = np.zeros(max(*lengths, 1), np.uint8)
     padded[: len(mine)] = mine
     rows = multihost_utils.process_allgather(padded).reshape(len(lengths), -1)
     return [row[:length].tobytes().decode() for row, length in zip(rows, lengths, strict=True)]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import Preempted, UsageError, UserError
+from sa_jax.evals.protocol import EvalContext
+from sa_jax.evals.records import FREE_SETTINGS
 from sa_jax.llama import sampler as sampler_module
 from sa_jax.llama.cache import init_cache
 from sa_jax.llama.hf import load_hf
@@ -220,6 +222,8 @@ def test_sampling_with_the_kernel_of_gpus_equals_that_without(
     monkeypatch.setattr(sampler_module, "decoding_takes_kernel", lambda *at: True)
     mesh = make_mesh(*sizes)
     with_kernel = Sampler(model, mesh, batch_size=4, context_length=CONTEXT)
+    recorded = EvalContext(model, mesh, None, None, (), with_kernel).execution
+    assert recorded["decode_kernel"] and "decode_kernel" in FREE_SETTINGS
     got = with_kernel.generate(jax.device_put(params, shardings(mesh, params)), *SHORT, SAMPLED)
     expected = sampler.generate(params, *SHORT, SAMPLED)
     assert tokens_of(got) == tokens_of(expected)

@@ -1,3 +1,6 @@
+import dataclasses
+import functools
+import inspect
 import re
 from types import SimpleNamespace
 
@@ -11,11 +14,12 @@ from sa_jax.llama.attention import attention
 from sa_jax.llama.self_test import (
     TOLERANCE,
     check_attention,
-    decode_kernel_error,
+    compile_decode_check,
     decoding_takes_kernel,
     determinism,
 )
 from sa_jax.parallel.mesh import make_mesh
+from tests.llama.sampling_toys import CONFIG
 
 
 def sees_other_documents(q, k, v, ids, **how):
@@ -50,15 +54,48 @@ def test_what_a_run_says_of_repeating(implementation, flags, cudnn, words, monke
     assert re.search(words, determinism(implementation, cudnn))
 
 
-def test_the_error_of_decoding_s_kernel(interpreted_kernel):
-    assert 0 < decode_kernel_error(make_mesh(data=2, fsdp=2, tensor=2), "bfloat16", 16) < 0.01
+DECODING = {"heads": 4, "head_dim": 16, "block": 16}
 
 
-def test_a_wrong_kernel_of_decoding_shows(monkeypatch, interpreted_kernel):
-    right = decode_kernel._on_device
-    one_more = lambda q, cache, layer, start: right(q, cache, layer, start + 1)  # noqa: E731
-    monkeypatch.setattr(decode_kernel, "_on_device", one_more)
-    assert decode_kernel_error(make_mesh(data=4, tensor=2), "bfloat16", 16) > 10 * TOLERANCE
+def test_the_kernel_of_decoding_passes_its_check(interpreted_kernel):
+    for dtype, limit in (("float32", 1e-6), ("bfloat16", 0.01)):
+        mesh = make_mesh(data=2, fsdp=2, tensor=2)
+        assert 0 < compile_decode_check(mesh, dtype, **DECODING)() < limit
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("jnp.where(is_past_t[None], scores_nt, MASKED_SCORE)", "scores_nt"),
+        ("k_ref[layer, i, row, head]", "k_ref[0, i, row, head]"),
+        ("k_ref[layer, i, row, head]", "k_ref[layer, i, row, 0]"),
+        ("v_ref[layer, i, row, head]", "v_ref[layer, i, 0, head]"),
+        ("v_ref[layer, i, row, head]", "v_ref[layer, turn, row, head]"),
+        ("total_n * shrink_n +", "total_n +"),
+        ("out_nh * shrink_n[:, None] +", "out_nh +"),
+        ("out_nh * shrink_n[:, None] +", ""),
+        ("* h**-0.5", ""),
+        ("< start\n", "<= start\n"),
+        ("pl.cdiv(start, block)", "start // block"),
+        ("out_zbgrh * shrink_zbgr[..., None]", "out_zbgrh"),
+    ],
+)
+def test_a_wrong_kernel_of_decoding_does_not_pass(monkeypatch, right, wrong):
+    """The module with one place changed, compiled anew."""
+    source = inspect.getsource(decode_kernel)
+    assert source.count(right) == 1
+    broken: dict = {"__name__": decode_kernel.__name__}
+    exec(compile(source.replace(right, wrong), "broken", "exec"), broken)
+    broken["_on_device"] = functools.partial(broken["_on_device"], interpret=True)
+    monkeypatch.setattr(self_test, "attend_to_past", broken["attend_to_past"])
+    error = compile_decode_check(make_mesh(data=4, tensor=2), "bfloat16", **DECODING)()
+    assert not error <= 2 * TOLERANCE
+
+
+class Gpus:
+    """A mesh, as far as the decision looks at it."""
+
+    devices = np.asarray([SimpleNamespace(platform="gpu")])
 
 
 def fails(*arguments):
@@ -66,26 +103,31 @@ def fails(*arguments):
 
 
 @pytest.mark.parametrize(
-    ("error", "head_dim", "taken", "warning"),
+    ("compiled", "head_dim", "warning"),
     [
-        (lambda *at: 0.004, 128, True, None),
-        (lambda *at: 0.04, 128, False, r"slower: it differs by 0.04 of the largest"),
-        (lambda *at: float("nan"), 128, False, r"it differs by nan"),
-        (fails, 128, False, r"slower: PTX: sm_200 is unknown$"),
-        (fails, 96, False, None),  # not the kernel's sizes: not even tried
+        (lambda *at: lambda: 0.004, 128, ""),
+        (lambda *at: lambda: 0.04, 128, "slower: it differs by 0.04 of a row's largest"),
+        (lambda *at: lambda: float("nan"), 128, "it differs by nan"),
+        (fails, 128, "slower: PTX: sm_200 is unknown$"),
+        (fails, 96, None),  # not the kernel's sizes: not even tried
     ],
 )
-def test_decoding_without_its_kernel_says_why(monkeypatch, caplog, error, head_dim, taken, warning):
+def test_decoding_does_without_a_kernel_that_fails(
+    monkeypatch, warnings, compiled, head_dim, warning
+):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(self_test, "decode_kernel_error", error)
-    mesh = SimpleNamespace(devices=np.asarray([SimpleNamespace(platform="gpu")]))
-    assert decoding_takes_kernel(mesh, "bfloat16", head_dim, 64) == taken
-    (warned,) = [record.getMessage() for record in caplog.records] or [None]
-    assert (warned is None) == (warning is None)
-    assert warning is None or re.search(warning, warned)
+    monkeypatch.setattr(self_test, "compile_decode_check", compiled)
+    mesh = Gpus()
+    config = dataclasses.replace(CONFIG, head_dim=head_dim)
+    takes = [decoding_takes_kernel(mesh, config, "bfloat16", 64) for _ in range(2)]
+    assert takes == [warning == ""] * 2
+    assert len(warnings) == bool(warning)  # once, however many samplers ask
+    assert not warning or re.search(warning, warnings[0])
 
 
 def test_plans_take_the_kernel_and_other_devices_do_not():
-    gpu = SimpleNamespace(devices=np.asarray([SimpleNamespace(platform="gpu")]))
-    assert decoding_takes_kernel(gpu, "bfloat16", 128, 64)
-    assert not decoding_takes_kernel(make_mesh(), "bfloat16", 128, 64)
+    gpu = Gpus()
+    config = dataclasses.replace(CONFIG, head_dim=128)
+    assert decoding_takes_kernel(gpu, config, "bfloat16", 64)
+    assert not decoding_takes_kernel(gpu, config, "bfloat16", 40)
+    assert not decoding_takes_kernel(make_mesh(), config, "bfloat16", 64)

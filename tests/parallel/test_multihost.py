@@ -66,7 +66,8 @@ import json, jax
 from sa_jax.parallel import multihost
 with multihost.joined(60):
     print(json.dumps([jax.process_index(), jax.process_count(), multihost.is_primary(),
-        jax.distributed.is_initialized(), multihost.agree(jax.process_index() == 0)]))
+        jax.distributed.is_initialized(), multihost.agree(jax.process_index() == 0),
+        multihost.exchange(""), multihost.exchange("second" * jax.process_index())]))
 """
 
 
@@ -88,11 +89,15 @@ def answer(process: subprocess.Popen) -> list:
 
 
 def test_one_process_inside_an_allocation_starts_alone():
-    assert answer(start(SLURM)) == [0, 1, True, False, True]
+    assert answer(start(SLURM)) == [0, 1, True, False, True, [""], [""]]
 
 
-def test_two_processes_join_and_one_is_primary():
+def test_two_processes_join_exchange_texts_and_one_is_primary():
     address = f"localhost:{free_port()}"
     env = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     processes = [start({**env, "JAX_PROCESS_ID": str(index)}) for index in range(2)]
-    assert list(map(answer, processes)) == [[0, 2, True, True, True], [1, 2, False, True, True]]
+    exchanged = [["", ""], ["", "second"]]
+    assert list(map(answer, processes)) == [
+        [0, 2, True, True, True, *exchanged],
+        [1, 2, False, True, True, *exchanged],
+    ]
