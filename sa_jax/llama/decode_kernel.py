@@ -10,21 +10,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.llama.blockwise import MASKED_SCORE
 from sa_jax.llama.cache import KVCache, cache_specs
 
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # jax 0.12 deprecates it
+    triton = None  # type: ignore[assignment]
+
 SMALLEST_PRODUCT = 16  # rows and columns of a product in Triton
 PROGRAMS = 512  # if the cache has so many blocks; four for each multiprocessor of an H200
 
 
 def kernel_takes(head_dim: int, block: int) -> bool:
-    """Whether the kernel takes heads and cache blocks of these sizes, which Triton wants to be
-    powers of two."""
-    return all(n >= SMALLEST_PRODUCT and n & (n - 1) == 0 for n in (head_dim, block))
+    """Whether this jax has Triton, and the kernel takes heads and blocks of such sizes."""
+    return triton is not None and all(
+        n >= SMALLEST_PRODUCT and n & (n - 1) == 0 for n in (head_dim, block)
+    )
 
 
 def attend_to_past(
@@ -93,7 +98,7 @@ def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
             jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
             jax.ShapeDtypeStruct((parts, b, groups, r, h), jnp.float32),
         ],
-        compiler_params=plgpu.CompilerParams(),  # Triton, with its defaults for the device
+        compiler_params=triton.CompilerParams(),  # Triton, with its defaults for the device
         interpret=interpret,
         name="attend_to_past",
     )(q_bgrh, cache.k, cache.v.swapaxes(3, 4), layer.reshape(1), start_b)
@@ -119,12 +124,12 @@ def _kernel(
     queries, h = q_ref.shape
     block = k_ref.shape[-1]
     is_query_n = jnp.arange(queries) < r
-    q_nh = plgpu.load(q_ref, mask=is_query_n[:, None], other=0)
+    q_nh = triton.load(q_ref, mask=is_query_n[:, None], other=0)
 
     def add_block(turn, carry):
         top_n, total_n, out_nh = carry
         i = part + turn * parts
-        scores_nt = plgpu.dot(q_nh, k_ref[layer, i, row, head]) * h**-0.5
+        scores_nt = triton.dot(q_nh, k_ref[layer, i, row, head]) * h**-0.5
         is_past_t = i * block + jnp.arange(block) < start
         scores_nt = jnp.where(is_past_t[None], scores_nt, MASKED_SCORE)
         new_top_n = jnp.maximum(top_n, jnp.max(scores_nt, axis=-1))
@@ -134,7 +139,7 @@ def _kernel(
         return (
             new_top_n,
             total_n * shrink_n + jnp.sum(weights_nt, axis=-1),
-            out_nh * shrink_n[:, None] + plgpu.dot(weights_nt.astype(v_th.dtype), v_th),
+            out_nh * shrink_n[:, None] + triton.dot(weights_nt.astype(v_th.dtype), v_th),
         )
 
     empty = (
@@ -144,6 +149,6 @@ def _kernel(
     )
     turns = pl.cdiv(pl.cdiv(start, block) - part, parts)
     top_n, total_n, out_nh = jax.lax.fori_loop(0, turns, add_block, empty)
-    plgpu.store(top_ref, top_n, mask=is_query_n)
-    plgpu.store(total_ref, total_n, mask=is_query_n)
-    plgpu.store(out_ref, out_nh, mask=is_query_n[:, None])
+    triton.store(top_ref, top_n, mask=is_query_n)
+    triton.store(total_ref, total_n, mask=is_query_n)
+    triton.store(out_ref, out_nh, mask=is_query_n[:, None])

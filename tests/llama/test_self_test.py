@@ -2,6 +2,8 @@ import dataclasses
 import functools
 import inspect
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -131,3 +133,13 @@ def test_plans_take_the_kernel_and_other_devices_do_not():
     assert decoding_takes_kernel(gpu, config, "bfloat16", 64)
     assert not decoding_takes_kernel(gpu, config, "bfloat16", 40)
     assert not decoding_takes_kernel(make_mesh(), config, "bfloat16", 64)
+
+
+def test_a_jax_without_triton_decodes_without_the_kernel():
+    code = """
+import sys
+sys.modules["jax.experimental.pallas.triton"] = None
+from sa_jax.llama.decode_kernel import kernel_takes
+print(kernel_takes(128, 64))
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False\n"
