@@ -27,7 +27,7 @@ class Script:
     """A sampler whose answers are `says(arm, prompt, whether it is asked again)`."""
 
     batch_size, context_length, prompt_attention, mesh = 4, 2048, {}, toys.one_device_mesh()
-    stats = SamplerStats()
+    stats, decode_kernel = SamplerStats(), False
 
     def __init__(self, chat):
         self.chat = chat

@@ -51,7 +51,8 @@ def test_merged_adapters_train_as_those_apart(monkeypatch, sizes):
     config = default_config()
     config.update(dtype="float32", batch_size=4, sequence_length=32, attention="blockwise")
     config.lora.update(rank=16, alpha=32.0)
-    config.optimizer.learning_rate = 1e-2
+    # A gradient near zero has no sign that rounding could turn into a whole step.
+    config.optimizer.update(learning_rate=1e-2, eps=1e-2)
     mesh = make_mesh(**sizes) if sizes else one_device_mesh()
     model = make_model(config, CONFIG, mesh)
     assert with_small_kernels_merged(model)[0].lora is None
@@ -73,7 +74,7 @@ def test_merged_adapters_train_as_those_apart(monkeypatch, sizes):
     apart, loss_apart = trained()
     np.testing.assert_allclose(loss, loss_apart, rtol=1e-6)
     for got, wanted in zip(*map(jax.tree.leaves, (merged, apart)), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 
 @pytest.mark.parametrize(
