@@ -229,6 +229,9 @@ class Sampler:
         if self._moves:
             params = move_weights(params, self.mesh)
         decoding_params = self._for_decoding(params)
+        # Ready before the prefill, which has collectives too: two such programs at once may wait
+        # for each other for ever where a CPU has more devices than cores.
+        jax.block_until_ready((params, decoding_params))
         stats.prefill_seconds = time.perf_counter() - start
         while pending or any(slots):
             if should_stop():
