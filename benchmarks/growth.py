@@ -2,15 +2,16 @@ r"""Memory, predicted time and compile time of training steps, on paper: each ro
 
     python benchmarks/growth.py [--tables=published,growth] [--only=WORDS] [--out=FILE.json]
 
-published: steps whose speed others have published, with the predicted speed over theirs.
-windowed: with and without XLA's windowed einsum, which cuts products of gathered weights into
-  loops of one chunk a device and a permute. `sa_jax/parallel/xla_flags.py` has what training takes.
+published: steps whose speed others have published, with the predicted speed over theirs; as
+  training compiles them, and "whole".
+options: as training compiles them, and without two of its options: "whole" lets no SparseCore
+  gather weights and sum gradients, so that the matrix units wait; "loops" also lets XLA cut
+  products of gathered weights into loops of one chunk a device and a permute (windowed einsum).
 growth: 8B over sequence length, rows and layers; 70B over chips, 4,096 tokens each.
 optimizers: Adam and SOAP at the study's 65,536 tokens a step.
 
-A row is named by its run of configs/llama.py, topology, rows x tokens, fsdp x tensor and changes;
-"loops" is windowed einsum on, "whole" off, neither what training takes. One takes minutes; what
-FILE.json has is not compiled again, unless it failed.
+A row is named by its run of configs/llama.py, topology, rows x tokens, fsdp x tensor and changes.
+One takes minutes; what FILE.json has is not compiled again, unless it failed.
 """
 
 import argparse
@@ -26,23 +27,27 @@ from sa_jax.text import table_head, table_row
 from sa_jax.training.config import changed
 from sa_jax.training.plan import plan
 
+WAIT = " ".join(
+    f"xla_tpu_enable_sparse_core_collective_offload_{kind}=false"
+    for kind in ("all_gather", "reduce_scatter")
+)
 # The size in MiB from which XLA makes loops: of all weights, or of none.
-EINSUM = {
-    word: f"xla_jf_spmd_threshold_for_windowed_einsum_mib={mib}"
+OPTIONS = {
+    word: f"{WAIT} xla_jf_spmd_threshold_for_windowed_einsum_mib={mib}"
     for word, mib in (("loops", 0), ("whole", 1_000_000))
 }
-# Tokens/s/chip that MaxText prints for the same model, rows and chips, its collective matmul on or
-# off as here: https://github.com/AI-Hypercomputer/tpu-recipes, training/trillium/*-MaxText, and for
-# v5p its "Optimized models tiering" page. It keeps more between the passes than our full remat.
+# Tokens/s/chip that MaxText prints for the same model, rows and chips:
+# https://github.com/AI-Hypercomputer/tpu-recipes, training/trillium/*-MaxText, and for v5p its
+# "Optimized models tiering" page. It keeps more between the passes than our full remat.
 PUBLISHED = {
-    "8b_insertion v6e:2x4 24x8192 8x1 whole": 7139,
-    "70b_insertion v6e:4x8 64x8192 32x1 whole remat=offload param_dtype=bfloat16 "
+    "8b_insertion v6e:2x4 24x8192 8x1": 7139,
+    "70b_insertion v6e:4x8 64x8192 32x1 remat=offload param_dtype=bfloat16 "
     "optimizer.mu_dtype=bfloat16": 921,
-    "8b_insertion v6e:16x16 1024x8192 256x1 loops": 7207,
-    "70b_insertion v5p:4x8x8 1024x4096 256x1 loops architecture.vocab_size=32000": 692,
+    "8b_insertion v6e:16x16 1024x8192 256x1": 7207,
+    "70b_insertion v5p:4x8x8 1024x4096 256x1 architecture.vocab_size=32000": 692,
 }
 V5P = "8b_insertion v5p:2x2x2"
-WINDOWED = (
+STEPS = (
     f"{V5P} 16x2048 8x1",
     "70b_insertion v5p:4x4x4 64x2048 16x4",
     "8b_insertion v6e:2x4 16x4096 4x2",
@@ -53,8 +58,8 @@ WINDOWED = (
 BATCHES = "16x1024 16x2048 16x4096 16x8192 8x32768 8x2048 32x2048 64x2048".split()
 CHIPS = ("2x2x2 8x4096 2x4", "2x4x4 32x4096 8x4", "4x4x4 64x4096 16x4", "8x8x8 512x4096 64x8")
 TABLES = {
-    "published": list(PUBLISHED),
-    "windowed": [row + option for row in WINDOWED for option in (" loops", " whole")],
+    "published": [row + option for row in PUBLISHED for option in (" whole", "")],
+    "options": [row + option for row in STEPS for option in (" loops", " whole", "")],
     "growth": [f"{V5P} {batch} 8x1" for batch in BATCHES]
     + [f"{V5P} 16x2048 8x1 architecture.num_hidden_layers={n}" for n in (8, 16, 64)]
     + [f"70b_insertion v5p:{row}" for row in CHIPS],
@@ -74,7 +79,7 @@ def measure(name):
     for option in options:
         key, _, value = option.partition("=")
         changes[key] = int(value) if value.isdigit() else value
-    for word, option in EINSUM.items():
+    for word, option in OPTIONS.items():
         if changes.pop(word, None) is not None:
             changes["xla_options"] = option
     try:
@@ -101,8 +106,8 @@ def line(name, row):
         predicted, speed = f"{clock['step_s']:.3f}", f"{rate:,.0f} ({100 * clock['mfu']:.0f} %)"
         if clock["conditionals"]:
             predicted += f" (dearest {clock['dearest_step_s']:.3f})"
-        if name in PUBLISHED:
-            over = f"{rate / PUBLISHED[name]:.2f}"
+        if published := PUBLISHED.get(name.removesuffix(" whole")):
+            over = f"{rate / published:.2f}"
     times = f"{row['roofline_s']:.3f}", predicted
     return table_row([name, memory, *times, speed, over, f"{row['compile_s']:.0f}"])
 

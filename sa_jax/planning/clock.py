@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from sa_jax.parallel.hardware import Chip
-from sa_jax.planning.collectives import collective_kind, payload
+from sa_jax.planning.collectives import chain_of, collective_kind, payload
 from sa_jax.planning.hlo import Instruction, Module, parse_module
 
 # The assumed share of the matrix units' peak that a splash kernel reaches on the unmasked half of
@@ -79,6 +79,7 @@ def _replay(
     spent: dict[str, float] = collections.defaultdict(float)
     now = links_free = 0.0
     arrival: dict[str, float] = {}  # of asynchronous collectives, by the name of their start
+    named = {each.name: each for each in module.computations[name]}
     for instruction in module.computations[name]:
         opcode = instruction.opcode
         within: dict[str, float] = {}
@@ -91,12 +92,16 @@ def _replay(
             within = branches[totals.index(branch(totals))]
         elif opcode == "call":
             within = _replay(module, instruction.attribute("to_apply"), chip, branch)
-        elif sent := _sent(module, instruction):
-            links_free = max(now, links_free) + sent / link_bandwidth(chip)
-            if opcode.endswith("-start"):
-                arrival[instruction.name] = links_free
-            else:
-                within = {"collectives": links_free - now}
+        elif collectives := _collectives(module, instruction, named):
+            end = now
+            for collective in collectives:
+                transfer = chain_of(collective) or instruction.name
+                if transfer not in arrival:
+                    links_free = max(now, links_free) + _bytes(collective) / link_bandwidth(chip)
+                    arrival[transfer] = links_free
+                if _ends(instruction, collective):
+                    end = max(end, arrival.pop(transfer))
+            within = {"collectives": end - now}
         elif opcode.endswith("-done") and instruction.operand() in arrival:
             within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
         if kind := _kind(module, instruction):
@@ -115,17 +120,32 @@ def link_bandwidth(chip: Chip) -> float:
     return chip.torus * chip.link_bandwidth / chip.devices
 
 
-def _sent(module: Module, instruction: Instruction) -> float:
-    """Bytes that a device receives in a collective; 0 for other instructions, and for a -done."""
+def _collectives(
+    module: Module, instruction: Instruction, named: dict[str, Instruction]
+) -> list[Instruction]:
+    """The collectives that an instruction starts, continues or runs: itself, or those inside it."""
     inside = [instruction]
     if instruction.opcode in ("fusion", "async-start"):
         inside = module.computations.get(instruction.attribute("calls"), [])
-    total = 0.0
-    for each in inside:
-        if kind := collective_kind(each):
-            others = 1 - 1 / len(each.groups()[0]) if kind != "collective-permute" else 1
-            total += payload(each) * others * (2 if kind == "all-reduce" else 1)
-    return total
+    elif instruction.opcode == "call-start" and instruction.operand():  # on a SparseCore
+        inside = module.computations[instruction.attribute("to_apply")]
+    elif instruction.opcode == "call-update":  # what it sends was not known at its start
+        inside = module.computations[named[instruction.operand()].attribute("to_apply")]
+    return [each for each in inside if collective_kind(each)]
+
+
+def _ends(instruction: Instruction, collective: Instruction) -> bool:
+    """Whether a collective has to arrive before the next instruction."""
+    if chain_of(collective):
+        return instruction.name.startswith("async-collective-done")
+    return not instruction.opcode.endswith(("-start", "-update"))
+
+
+def _bytes(collective: Instruction) -> float:
+    """Bytes that a device receives in a collective."""
+    kind = collective_kind(collective)
+    others = 1 - 1 / len(collective.groups()[0]) if kind != "collective-permute" else 1
+    return payload(collective) * others * (2 if kind == "all-reduce" else 1)
 
 
 def _kind(module: Module, instruction: Instruction) -> str:

@@ -14,6 +14,8 @@ BETWEEN_SLICES = " between slices"
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 # What libtpu makes of a collective between slices: each host sends, and its network sums.
 _MEGASCALE = re.compile('_xla_megascale_transfer_type="([A-Z_]+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,12 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
+    first_parts: dict[str, str] = {}
     for instruction, times in _executed(module, module.entry):
         kind = collective_kind(instruction)
+        if kind and (chain := chain_of(instruction)):
+            if first_parts.setdefault(chain, instruction.name) != instruction.name:
+                continue
         if kind and devices_a_slice and _crosses(instruction, devices_a_slice):
             kind += BETWEEN_SLICES
         elif sent := _MEGASCALE.search(instruction.rest if instruction.opcode == "send" else ""):
@@ -57,6 +63,13 @@ def collective_kind(instruction: Instruction) -> str:
     """'all-gather' for an all-gather or all-gather-start; '' for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
     return kind if kind in KINDS else ""
+
+
+def chain_of(collective: Instruction) -> str:
+    """What the parts of one collective share that libtpu spreads over several fusions, each of
+    which has a copy of the instruction; '' for other collectives."""
+    channel, chain = _CHANNEL.search(collective.rest), _CHAIN.search(collective.rest)
+    return f"{channel[1]} {chain[1]}" if channel and chain else ""
 
 
 def _crosses(collective: Instruction, devices_a_slice: int) -> bool:

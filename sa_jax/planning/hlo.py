@@ -41,7 +41,7 @@ class Instruction:
 
     def operand(self) -> str:
         """The name of its first operand."""
-        match = re.match(r"(?:\S+ )?%?([\w.\-]+)", self.rest)
+        match = re.match(r"(?:[^%\s]\S* )?%([\w.\-]+)", self.rest)
         return match[1] if match else ""
 
     def groups(self) -> list[list[int]]:

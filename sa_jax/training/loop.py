@@ -36,6 +36,7 @@ from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
+from sa_jax.parallel.self_test import check_collectives
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
@@ -229,6 +230,9 @@ def train(
             begin = time.monotonic()
             errors = check_attention(model.attention, mesh, model.dtype, start.config.head_dim)
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
+            begin = time.monotonic()
+            check_collectives(mesh, options)
+            logging.info("collectives checked in %.0f s", time.monotonic() - begin)
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, installed_cudnn()))
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left

@@ -1,5 +1,7 @@
 """Every option is accepted by the compiler that it is for, and says where it is from."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, chip_of
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.xla_flags import TABLE, check_options, compiler_options
+from sa_jax.parallel.self_test import WRONG, lower_collectives_check
+from sa_jax.parallel.xla_flags import TABLE, check_options, compiler_options, parse_options
 from sa_jax.planning.topology import open_topology
 
 BY_NAME = {chip.name: chip for chip in CHIPS}
@@ -30,6 +33,20 @@ def test_libtpu_accepts_the_options_of_a_generation(chip):
     options = compiler_options(chip_of(devices[0]))
     assert options == compiler_options(BY_NAME[chip]) != {}
     compile_product(devices, options)
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_sparse_cores_gather_weights_and_sum_gradients_in_parts(chip):
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    topology = {"v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}[chip]
+    mesh = make_mesh(fsdp=4, tensor=2, devices=open_topology(topology).devices)
+    options = compiler_options(BY_NAME[chip])
+    text = lower_collectives_check(mesh, options).compile().as_text()
+    assert text.count('async_execution_thread="sparsecore"') == 2
+    assert text.count(" reduce-scatter(") == 1
+    off = re.search(r"xla_options='(.*?)'", WRONG)[1]
+    text = lower_collectives_check(mesh, options | parse_options(off)).compile().as_text()
+    assert "sparsecore" not in text and " reduce-scatter(" not in text
 
 
 def test_libtpu_refuses_what_it_does_not_know():

@@ -6,6 +6,7 @@ import pytest
 
 from sa_jax.parallel.hardware import CHIPS
 from sa_jax.planning.clock import ATTENTION_SHARE, read_clock
+from sa_jax.planning.collectives import Traffic, read_collectives
 
 # Round numbers: a thousand cycles are a microsecond, and a million bytes arrive in one.
 CHIP = dataclasses.replace(
@@ -57,7 +58,8 @@ collective-permute-start(%x), source_target_pairs={{0,1},{1,0}}
 replica_groups={{0,1}}, dimensions={1}
   %beside = bf16[8,8]{1,0} fusion(%x, %y), kind=kOutput, calls=%fused.1, \
 backend_config={"estimated_cycles":"2500"}
-  %permute-done = bf16[1000,1000]{1,0} collective-permute-done(%permute-start)
+  %permute-done = bf16[1000,1000]{1,0} collective-permute-done(%permute-start), \
+metadata={op_name="jit(step)/x"}
   %gather-done = bf16[1000,1000]{1,0} all-gather-done(%gather-start)
   %turned = bf16[8,8]{1,0} fusion(%x), kind=kLoop, calls=%fused.2, \
 backend_config={"window_config":{"estimated_cycles":"10"}}
@@ -91,6 +93,62 @@ backend_config={"estimated_cycles":"800"}
 branch_computations={%small, %large}
 }
 """
+
+# As libtpu writes them: on SparseCores with jax 0.10 (%one) and 0.12 (%two), and in parts that
+# are in several fusions (%three).
+BESIDE = """HloModule jit_step, is_scheduled=true
+
+%on_sparse_core (p: bf16[500,1000]) -> bf16[1000,1000] {
+  ROOT %gathered = bf16[1000,1000]{1,0} all-gather(%p), channel_id=1, \
+replica_groups={{0,1}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+%first (p: bf16[500,1000]) -> bf16[1000,1000] {
+  %part.1 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%second (p: bf16[500,1000], a: bf16[8,8]) -> bf16[8,8] {
+  %part.2 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+  ROOT %product.1 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
+}
+
+%third (p: bf16[500,1000]) -> bf16[1000,1000] {
+  %part.3 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+ENTRY %main.2 (p: bf16[500,1000]) -> bf16[1000,1000] {
+  %one.call-start = ((bf16[500,1000]{1,0}, token[]), bf16[1000,1000]{1,0}) \
+call-start(%p, %ready), async_execution_thread="sparsecore", to_apply=%on_sparse_core
+  %product.2 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
+backend_config={"estimated_cycles":"400"}
+  %one.call-done = bf16[1000,1000]{1,0} call-done(%one.call-start), metadata={op_name="x"}
+  %two.call-start = ((), (), (s32[1]{0})) call-start(), \
+async_execution_thread="sparsecore", to_apply=%on_sparse_core
+  %product.3 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
+backend_config={"estimated_cycles":"5000"}
+  %two.call-update = ((bf16[500,1000]{1,0}), bf16[1000,1000]{1,0}) \
+call-update(%two.call-start, %p)
+  %product.4 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
+backend_config={"estimated_cycles":"300"}
+  %two.call-done = bf16[1000,1000]{1,0} call-done(%two.call-update), metadata={op_name="x"}
+  %async-collective-start = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) fusion(%p), \
+kind=kCustom, calls=%first
+  %three = (bf16[8,8]{1,0}, bf16[1000,1000]{1,0}) fusion(%p, %a), kind=kOutput, \
+calls=%second, backend_config={"estimated_cycles":"200"}
+  ROOT %async-collective-done = bf16[1000,1000]{1,0} fusion(%p), kind=kCustom, calls=%third
+}
+"""
+
+
+def test_what_is_sent_beside_products_waits_for_what_is_left_of_it():
+    clock = read_clock(BESIDE, CHIP)
+    # Each gather brings 1 MB in 1 us, of which 0.4, 0.3 and 0.2 us of products are beside it.
+    assert clock.products == pytest.approx((0.4 + 5 + 0.3 + 0.2) * 1e-6)
+    assert clock.collectives == pytest.approx((0.6 + 0.7 + 0.8) * 1e-6)
+    assert read_collectives(BESIDE) == {"all-gather": Traffic(3, 3 * 2_000_000)}
 
 
 def test_every_kind_is_as_by_hand():
