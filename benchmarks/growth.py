@@ -22,18 +22,15 @@ from pathlib import Path
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
+from sa_jax.parallel.xla_flags import WITHOUT_SPARSE_CORES
 from sa_jax.study.commands import load_config
 from sa_jax.text import table_head, table_row
 from sa_jax.training.config import changed
 from sa_jax.training.plan import plan
 
-WAIT = " ".join(
-    f"xla_tpu_enable_sparse_core_collective_offload_{kind}=false"
-    for kind in ("all_gather", "reduce_scatter")
-)
 # The size in MiB from which XLA makes loops: of all weights, or of none.
 OPTIONS = {
-    word: f"{WAIT} xla_jf_spmd_threshold_for_windowed_einsum_mib={mib}"
+    word: f"{WITHOUT_SPARSE_CORES} xla_jf_spmd_threshold_for_windowed_einsum_mib={mib}"
     for word, mib in (("loops", 0), ("whole", 1_000_000))
 }
 # Tokens/s/chip that MaxText prints for the same model, rows and chips:

@@ -9,83 +9,98 @@ from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UserError
 from sa_jax.parallel.rules import BATCH_SPEC
-from sa_jax.parallel.xla_flags import Options
+from sa_jax.parallel.xla_flags import WITHOUT_SPARSE_CORES, Options
 
-SIZE = 4096  # at least, so 32 MiB of bfloat16: libtpu gives small matrices to no SparseCore
-WRONG = (
-    "collectives are wrong on these devices with the XLA options above: {} products of gathered "
-    "weights and {} summed gradients differ ({}, jax {}); on TPUs use config.xla_options="
-    "'xla_tpu_enable_sparse_core_collective_offload_all_gather=false "
-    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=false', or "
-    "config.self_test=False to train without this check"
-)
+SIZE = 4096  # at least; 32 MiB of bfloat16, as a matrix of 8B has
 _WEIGHTS = P("fsdp", "tensor")
 
 
 def check_collectives(mesh: Mesh, options: Options) -> None:
-    """Gathers a matrix over fsdp and sums its gradient as a step of training does, with the options
-    of the step, and compares both with the exact numbers.
+    """Gathers one matrix of weights over fsdp and sums its gradient, compiled with the options of
+    the training step, and compares products and gradients with the exact numbers.
 
     Raises:
-      UserError: an element differs.
+      UserError: a number differs.
     """
-    place = {name: x.sharding for name, x in _arguments(mesh).items()}
-    arguments = jax.jit(lambda: _patterns(mesh), out_shardings=place)()
+    placed = {name: x.sharding for name, x in _arguments(mesh).items()}
+    arguments = jax.jit(lambda: _numbers(mesh), out_shardings=placed)()
     compiled = lower_collectives_check(mesh, options).compile()
-    gathered, summed = jax.device_get(compiled(**arguments))
-    if gathered or summed:
-        kind = mesh.devices.flat[0].device_kind
-        raise UserError(WRONG.format(gathered, summed, kind, jax.__version__))
+    products, gradients = jax.device_get(compiled(**arguments))
+    if products or gradients:
+        device = mesh.devices.flat[0]
+        without = f"--config.xla_options='{WITHOUT_SPARSE_CORES}', or "
+        raise UserError(
+            f"these devices ({device.device_kind}, jax {jax.__version__}) gather or sum wrongly "
+            f"what they exchange: {products:,} products with gathered weights and {gradients:,} "
+            f"summed gradients are wrong; use {without if device.platform == 'tpu' else ''}"
+            "--config.self_test=False to train without this check"
+        )
 
 
 def lower_collectives_check(mesh: Mesh, options: Options) -> jax.stages.Lowered:
-    """The program of `check_collectives`, which returns how many products of gathered weights and
+    """The program of `check_collectives`. It returns how many products with gathered weights and
     how many summed gradients are wrong (int32 [] each)."""
 
     def compare(w_dn, x_bd, g_bn):
-        def place(x, spec):
-            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
-
-        ours = _product(x_bd, place(w_dn, P(None, "tensor"))), _gradient(x_bd, g_bn)
-        specs = P(BATCH_SPEC[0], "tensor"), _WEIGHTS
-        # Each device computes all that its part needs.
-        everywhere = {name: place(x, P()) for name, x in _patterns(mesh).items()}
+        ours = _products(x_bd, _gathered(w_dn, mesh)), _summed(_gradient(x_bd, g_bn), mesh)
+        # Each device computes all that its part of the exact numbers needs.
+        everywhere = {name: _placed(x, mesh, P()) for name, x in _numbers(mesh).items()}
         w_dn, x_bd, g_bn = (everywhere[name] for name in ("w_dn", "x_bd", "g_bn"))
-        exact = _product(x_bd, w_dn), _gradient(x_bd, g_bn)
-        return [
-            jnp.sum(place(x, spec) != place(y, spec), dtype=jnp.int32)
-            for x, y, spec in zip(ours, exact, specs, strict=True)
-        ]
+        exact = (
+            _placed(_products(x_bd, w_dn), mesh, P(BATCH_SPEC[0], "tensor")),
+            _placed(_gradient(x_bd, g_bn), mesh, _WEIGHTS),
+        )
+        return [jnp.sum(x != y, dtype=jnp.int32) for x, y in zip(ours, exact, strict=True)]
 
-    arguments = _arguments(mesh)
-    everywhere = NamedSharding(mesh, P())
-    return jax.jit(compare, out_shardings=everywhere, compiler_options=options).lower(**arguments)
+    replicated = NamedSharding(mesh, P())
+    step = jax.jit(compare, out_shardings=replicated, compiler_options=options or None)
+    return step.lower(**_arguments(mesh))
 
 
-def _product(x_bd: jax.Array, w_dn: jax.Array) -> jax.Array:
+def _placed(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def _gathered(w_dn: jax.Array, mesh: Mesh) -> jax.Array:
+    return _placed(w_dn, mesh, P(None, "tensor"))
+
+
+def _summed(g_dn: jax.Array, mesh: Mesh) -> jax.Array:
+    return _placed(g_dn, mesh, _WEIGHTS)
+
+
+def _products(x_bd: jax.Array, w_dn: jax.Array) -> jax.Array:
     return jnp.einsum("bd,dn->bn", x_bd, w_dn, preferred_element_type=jnp.float32)
 
 
 def _gradient(x_bd: jax.Array, g_bn: jax.Array) -> jax.Array:
-    """In bfloat16, so that it is summed over devices in bfloat16, as in training."""
+    """In bfloat16, in which it is then summed over devices, as in training."""
     return jnp.einsum("bd,bn->dn", x_bd, g_bn, preferred_element_type=jnp.bfloat16)
 
 
-def _patterns(mesh: Mesh) -> dict[str, jax.Array]:
-    """Small integers, of which no gradient adds up to more than 256, so that bfloat16 is exact."""
-    rows, size = _sizes(mesh)
-    b, d = jnp.arange(rows)[:, None], jnp.arange(size)
-    apart = max(16, rows // 128)
-    patterns = {
-        "w_dn": (d[:, None] + 5 * d) % 7 - 3,
-        "x_bd": jnp.where((b + d) % apart == 0, (b + 3 * d) % 2 + 1, 0),
-        "g_bn": (2 * b + d) % 3 - 1,
+def _numbers(mesh: Mesh) -> dict[str, jax.Array]:
+    """Random small integers. Gradients add up to far less than 256, so that bfloat16 is exact."""
+    arguments = _arguments(mesh)
+    keys = dict(zip(("zero", *arguments), jax.random.split(jax.random.key(0), 4), strict=True))
+    largest = {"w_dn": 3, "x_bd": 1, "g_bn": 1}
+    numbers = {
+        name: jax.random.randint(
+            keys[name], arguments[name].shape, -largest[name], largest[name] + 1
+        )
+        for name in arguments
     }
-    return {name: x.astype(jnp.bfloat16) for name, x in patterns.items()}
+    rows, _ = numbers["x_bd"].shape
+    kept_bd = jax.random.bernoulli(keys["zero"], min(1.0, 1024 / rows), numbers["x_bd"].shape)
+    numbers["x_bd"] *= kept_bd
+    return {name: x.astype(jnp.bfloat16) for name, x in numbers.items()}
 
 
 def _arguments(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    rows, size = _sizes(mesh)
+    """Shapes and shardings, with 8 rows of a batch a device, and a size that the mesh divides."""
+    axes = mesh.shape
+    rows = 8 * axes["data"] * axes["fsdp"]
+    multiple = math.lcm(axes["fsdp"], axes["tensor"], 128)
+    size = -(-SIZE // multiple) * multiple
     placed = {
         "w_dn": ((size, size), _WEIGHTS),
         "x_bd": ((rows, size), P(BATCH_SPEC[0])),
@@ -95,10 +110,3 @@ def _arguments(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for name, (shape, spec) in placed.items()
     }
-
-
-def _sizes(mesh: Mesh) -> tuple[int, int]:
-    """Rows of the batch; the side of the square matrix, which the mesh divides."""
-    axes = mesh.shape
-    multiple = math.lcm(axes["fsdp"], axes["tensor"], 128)
-    return 8 * axes["data"] * axes["fsdp"], -(-SIZE // multiple) * multiple

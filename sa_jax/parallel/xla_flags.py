@@ -26,15 +26,20 @@ _OURS = "measured here by compiling"
 _JAX_GPU = "JAX documentation, GPU performance tips"
 
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-_SPARSE_CORES = ("v5p", "v6e", "tpu7x")
 _GPUS = ("a100", "h100", "h200", "b200")
+
+# What lets SparseCores gather weights and sum gradients, and the options that turn it off.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
+_OFFLOADED = ("all_gather", "2d_all_gather", "3d_all_gather", "reduce_scatter", "nd_reduce_scatter")
+WITHOUT_SPARSE_CORES = f"{_OFFLOAD}_all_gather=false {_OFFLOAD}_reduce_scatter=false"
 
 # MaxText also sets xla_tpu_scoped_vmem_limit_kib=98304; it is left out, because libtpu 0.0.42 then
 # aborts on the 70B step for v5p:4x4x4.
 # (chips, option, value, source)
 TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
-    # All-gathers of weights overlap with products (CF_FOR_ALL_GATHER). MaxText sets the two of v5e
-    # on all; libtpu 0.0.50 refuses them on the others: "might lead to … incorrect results, hang".
+    # All-gathers of weights overlap with products on v4 and v5e (CF_FOR_ALL_GATHER). MaxText sets
+    # the two of v5e on all; libtpu 0.0.50 refuses them on the others: "might lead to … incorrect
+    # results, hang".
     (_TPUS, "xla_tpu_enable_async_collective_fusion", True, _MAXTEXT),
     (("v5e",), "xla_tpu_enable_async_collective_fusion_fuse_all_gather", True, _MAXTEXT),
     (("v5e",), "xla_tpu_enable_async_collective_fusion_multiple_steps", True, _MAXTEXT),
@@ -46,24 +51,19 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
     # tensor=2, but not with fsdp=16. So it stays on for v4, where the copy fits.
     (("v5e", "v5p", "v6e", "tpu7x"), "xla_jf_bf16_propagation", False, _OURS),
     # No windowed einsum: whole products of gathered weights instead of loops that multiply a chunk
-    # and permute. libtpu expects the loops to take 2.0 times as long for 8B on v5p, 1.3 times on
-    # v6e and 1.0 times on v5e (docs/scale.md); MaxText turns them off for Llamas on v6e. The
+    # and permute (docs/scale.md compares them); MaxText turns the loops off for Llamas on v6e. The
     # value is a size in MiB that no weight has.
-    (_SPARSE_CORES, "xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000, _OURS),
-    # SparseCores gather weights and sum gradients while the matrix units compute. Without them
-    # libtpu sums a gradient whole and keeps a slice, and everything waits. tpu7x does so by itself.
+    (("v5p", "v6e", "tpu7x"), "xla_jf_spmd_threshold_for_windowed_einsum_mib", 1_000_000, _OURS),
+    # SparseCores gather weights and sum gradients while the matrix units compute, which otherwise
+    # wait. tpu7x does so by default. MaxText calls four base options needed: three are below, and
+    # xla_sc_disjoint_spmem=false can only be set in LIBTPU_INIT_ARGS. No TPU has run this here, so
+    # a run first checks what SparseCores gather and sum (parallel/self_test.py).
+    *((("v5p", "v6e"), f"{_OFFLOAD}_{kind}", True, _OURS) for kind in _OFFLOADED),
     (("v5p", "v6e"), "xla_tpu_use_tc_device_shape_on_sc", True, _MAXTEXT),
     (("v5p", "v6e"), "xla_sc_disable_megacore_partitioning", True, _MAXTEXT),
-    *(
-        (("v5p", "v6e"), f"xla_tpu_enable_sparse_core_collective_offload_{kind}", True, _OURS)
-        for kind in (
-            "all_gather",
-            "2d_all_gather",
-            "3d_all_gather",
-            "reduce_scatter",
-            "nd_reduce_scatter",
-        )
-    ),
+    (("v5p", "v6e"), "xla_sc_enable_instruction_fusion", False, _MAXTEXT),
+    # Where fsdp is 64 or more on v5p, libtpu would gather by summing matrices padded with zeros.
+    (("v5p", "v6e"), "xla_tpu_prefer_async_allgather_to_allreduce", True, _OURS),
     # The scheduler moves collectives away from the operations that wait for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
     (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),

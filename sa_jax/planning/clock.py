@@ -95,13 +95,15 @@ def _replay(
         elif collectives := _collectives(module, instruction, named):
             end = now
             for collective in collectives:
-                transfer = chain_of(collective) or instruction.name
-                if transfer not in arrival:
+                chain = chain_of(collective)
+                if chain not in arrival:
                     links_free = max(now, links_free) + _bytes(collective) / link_bandwidth(chip)
-                    arrival[transfer] = links_free
+                    arrival[chain or instruction.name] = links_free
                 if _ends(instruction, collective):
-                    end = max(end, arrival.pop(transfer))
+                    end = max(end, arrival.pop(chain or instruction.name))
             within = {"collectives": end - now}
+        elif opcode == "call-update" and instruction.operand() in arrival:
+            arrival[instruction.name] = arrival.pop(instruction.operand())
         elif opcode.endswith("-done") and instruction.operand() in arrival:
             within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
         if kind := _kind(module, instruction):
@@ -128,9 +130,10 @@ def _collectives(
     if instruction.opcode in ("fusion", "async-start"):
         inside = module.computations.get(instruction.attribute("calls"), [])
     elif instruction.opcode == "call-start" and instruction.operand():  # on a SparseCore
-        inside = module.computations[instruction.attribute("to_apply")]
+        inside = module.computations.get(instruction.attribute("to_apply"), [])
     elif instruction.opcode == "call-update":  # what it sends was not known at its start
-        inside = module.computations[named[instruction.operand()].attribute("to_apply")]
+        start = named.get(instruction.operand())
+        inside = module.computations.get(start.attribute("to_apply"), []) if start else []
     return [each for each in inside if collective_kind(each)]
 
 

@@ -62,6 +62,8 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
 def collective_kind(instruction: Instruction) -> str:
     """'all-gather' for an all-gather or all-gather-start; '' for other instructions."""
     kind = instruction.opcode.removesuffix("-start")
+    if kind == "all-reduce" and instruction.computation.startswith("all-reduce-scatter"):
+        return "reduce-scatter"  # libtpu's fusion of an all-reduce and the slice that is kept
     return kind if kind in KINDS else ""
 
 

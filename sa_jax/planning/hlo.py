@@ -22,12 +22,16 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(rest`; `rest` holds the operands and the attributes."""
+    """`name = shape opcode(rest`; `rest` holds the operands and the attributes.
+
+    `computation` is the name of the one that it is part of.
+    """
 
     name: str
     shape: str
     opcode: str
     rest: str
+    computation: str
 
     def attribute(self, key: str) -> str:
         """The computation that an attribute names, `body=%body.1`; '' where there is none."""
@@ -101,13 +105,14 @@ class Module:
 def parse_module(hlo: str) -> Module:
     """The module that a text describes; of a partitioned one, what one device runs."""
     computations: dict[str, list[Instruction]] = {}
-    entry, lines = "", []
+    entry = name = ""
     for line in hlo.splitlines():
         if head := _COMPUTATION.match(line):
-            lines = computations.setdefault(head[2], [])
-            entry = head[2] if head[1] else entry
-        elif match := _INSTRUCTION.match(line):
-            lines.append(Instruction(*match.groups()))
+            name = head[2]
+            computations.setdefault(name, [])
+            entry = name if head[1] else entry
+        elif name and (match := _INSTRUCTION.match(line)):
+            computations[name].append(Instruction(match[1], match[2], match[3], match[4], name))
     return Module(computations, entry)
 
 

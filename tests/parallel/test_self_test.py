@@ -1,6 +1,9 @@
+"""The check of collectives passes on any mesh, and sees each way in which they may be wrong."""
+
 import math
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from sa_jax.errors import UserError
@@ -8,29 +11,56 @@ from sa_jax.parallel import self_test
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.self_test import check_collectives
 
-
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3, "tensor": 2}]
-)
-def test_right_collectives_pass_on_any_mesh(sizes):
-    check_collectives(make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())]), {})
+MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3, "tensor": 2}, {"fsdp": 6})
 
 
-@pytest.mark.parametrize(
-    ("name", "words"), [("w_dn", ": 4 products.* and 0 "), ("g_bn", ": 0 products.* and 256 ")]
-)
-def test_one_wrong_number_stops_the_run(name, words, monkeypatch):
-    """Of the 64 rows, 4 meet a row of the weights; a row meets 256 of the 4,096 weights' rows."""
-    calls = []
+def mesh_of(sizes):
+    return make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
 
-    def patterns(mesh):
-        right = exact(mesh)
-        calls.append(name)
-        if len(calls) == 1:
-            return right
-        return right | {name: right[name].at[16, 0].add(1)}
 
-    exact = self_test._patterns
-    monkeypatch.setattr(self_test, "_patterns", patterns)
+@pytest.mark.parametrize("sizes", MESHES)
+def test_right_collectives_pass_on_any_mesh(sizes, monkeypatch):
+    monkeypatch.setattr(self_test, "SIZE", 512)
+    check_collectives(mesh_of(sizes), {})
+
+
+# What arrives, given what is right and the number of rows in a shard.
+BREAKS = {
+    "one number": lambda x_dn, shard: x_dn.at[16, 0].add(1),
+    "a neighbour's shard": lambda x_dn, shard: jnp.roll(x_dn, shard, axis=0),
+    "the first shard everywhere": lambda x_dn, shard: jnp.tile(
+        x_dn[:shard], (len(x_dn) // shard, 1)
+    ),
+    "tiles of 16 rows in another order": lambda x_dn, shard: jnp.roll(x_dn, 16, axis=0),
+    "zeros": lambda x_dn, shard: jnp.zeros_like(x_dn),
+}
+
+
+@pytest.mark.parametrize("how", BREAKS)
+@pytest.mark.parametrize("name", ["_gathered", "_summed"])
+def test_wrong_collectives_stop_the_run(name, how, monkeypatch):
+    def broken(x_dn, mesh):
+        return BREAKS[how](right(x_dn, mesh), len(x_dn) // mesh.shape["fsdp"])
+
+    right = getattr(self_test, name)
+    monkeypatch.setattr(self_test, name, broken)
+    monkeypatch.setattr(self_test, "SIZE", 512)
+    wrong, fine = "[1-9][0-9,]* ", "0 "
+    products, gradients = (wrong, fine) if name == "_gathered" else (fine, wrong)
+    words = f"exchange: {products}products.* and {gradients}summed.*; use --config.self_test=False"
     with pytest.raises(UserError, match=words):
-        check_collectives(make_mesh(fsdp=8), {})
+        check_collectives(make_mesh(fsdp=4, tensor=2), {})
+
+
+def test_no_gradient_is_too_large_for_bfloat16(monkeypatch):
+    """Every integer up to 256 is exact."""
+    rows = 8 * 4096
+    shapes = {"w_dn": (256, 256), "x_bd": (rows, 256), "g_bn": (rows, 256)}
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    monkeypatch.setattr(self_test, "_arguments", lambda mesh: shapes)
+    numbers = self_test._numbers(None)
+    x_bd, g_bn = (numbers[name].astype(jnp.float32) for name in ("x_bd", "g_bn"))
+    partial = jnp.cumsum(
+        jnp.einsum("bxd,bxn->bdn", *(z.reshape(64, -1, 256) for z in (x_bd, g_bn))), 0
+    )
+    assert 80 < jnp.max(jnp.abs(partial)) <= 256

@@ -12,8 +12,14 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, chip_of
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.self_test import WRONG, lower_collectives_check
-from sa_jax.parallel.xla_flags import TABLE, check_options, compiler_options, parse_options
+from sa_jax.parallel.self_test import lower_collectives_check
+from sa_jax.parallel.xla_flags import (
+    TABLE,
+    WITHOUT_SPARSE_CORES,
+    check_options,
+    compiler_options,
+    parse_options,
+)
 from sa_jax.planning.topology import open_topology
 
 BY_NAME = {chip.name: chip for chip in CHIPS}
@@ -35,18 +41,28 @@ def test_libtpu_accepts_the_options_of_a_generation(chip):
     compile_product(devices, options)
 
 
-@pytest.mark.parametrize("chip", ["v5p", "v6e"])
-def test_sparse_cores_gather_weights_and_sum_gradients_in_parts(chip):
+@pytest.mark.parametrize(
+    ("topology", "sizes"),
+    [
+        ("v5p:2x2x2", {"fsdp": 8}),
+        ("v5p:4x4x4", {"fsdp": 64}),
+        ("v5p:2x2x2", {"fsdp": 4, "tensor": 2}),
+        ("v6e:2x4", {"fsdp": 8}),
+    ],
+)
+def test_sparse_cores_gather_weights_and_sum_gradients_in_parts(topology, sizes):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
-    topology = {"v5p": "v5p:2x2x2", "v6e": "v6e:2x4"}[chip]
-    mesh = make_mesh(fsdp=4, tensor=2, devices=open_topology(topology).devices)
-    options = compiler_options(BY_NAME[chip])
-    text = lower_collectives_check(mesh, options).compile().as_text()
+    mesh = make_mesh(**sizes, devices=open_topology(topology).devices)
+    table = compiler_options(chip_of(mesh.devices.flat[0]))
+
+    def compiled(options):
+        return lower_collectives_check(mesh, options).compile().as_text()
+
+    text = compiled(table)
     assert text.count('async_execution_thread="sparsecore"') == 2
-    assert text.count(" reduce-scatter(") == 1
-    off = re.search(r"xla_options='(.*?)'", WRONG)[1]
-    text = lower_collectives_check(mesh, options | parse_options(off)).compile().as_text()
-    assert "sparsecore" not in text and " reduce-scatter(" not in text
+    assert len(re.findall(r" = bf16\[\S+ all-gather\(", text)) == 1
+    assert len(re.findall(r" = bf16\[\S+ reduce-scatter\(", text)) == 1
+    assert "sparsecore" not in compiled(table | parse_options(WITHOUT_SPARSE_CORES))
 
 
 def test_libtpu_refuses_what_it_does_not_know():

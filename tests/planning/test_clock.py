@@ -94,17 +94,24 @@ branch_computations={%small, %large}
 }
 """
 
-# As libtpu writes them: on SparseCores with jax 0.10 (%one) and 0.12 (%two), and in parts that
-# are in several fusions (%three).
+# As libtpu writes them: on SparseCores with jax 0.10 (%one) and 0.12 (%two); in parts that are in
+# several fusions (%three); an all-reduce of which one half is kept (%four).
 BESIDE = """HloModule jit_step, is_scheduled=true
 
-%on_sparse_core (p: bf16[500,1000]) -> bf16[1000,1000] {
-  ROOT %gathered = bf16[1000,1000]{1,0} all-gather(%p), channel_id=1, \
+%on_sparse_core (p: bf16[500,1000], q: bf16[250,1000]) -> (bf16[1000,1000], bf16[500,1000]) {
+  %gathered = bf16[1000,1000]{1,0} all-gather(%p), channel_id=1, \
 replica_groups={{0,1}}, dimensions={0}
+  %half = bf16[500,1000]{1,0} all-gather(%q), channel_id=1, replica_groups={{0,1}}, dimensions={0}
+  ROOT %both = (bf16[1000,1000]{1,0}, bf16[500,1000]{1,0}) tuple(%gathered, %half)
 }, execution_thread="sparsecore"
 
 %first (p: bf16[500,1000]) -> bf16[1000,1000] {
   %part.1 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%first_of_other (p: bf16[500,1000]) -> bf16[1000,1000] {
+  %part.4 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1}}, \
 dimensions={0}, frontend_attributes={chain_id="0"}
 }
 
@@ -114,9 +121,19 @@ dimensions={0}, frontend_attributes={chain_id="0"}
   ROOT %product.1 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf
 }
 
-%third (p: bf16[500,1000]) -> bf16[1000,1000] {
+%last (p: bf16[500,1000]) -> bf16[1000,1000] {
   %part.3 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=4, replica_groups={{0,1}}, \
 dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%last_of_other (p: bf16[500,1000]) -> bf16[1000,1000] {
+  %part.5 = bf16[1000,1000]{1,0} all-gather(%p), channel_id=5, replica_groups={{0,1}}, \
+dimensions={0}, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.1.clone (z: bf16[1000,1000]) -> bf16[500,1000] {
+  %sum = bf16[1000,1000]{1,0} all-reduce(%z), channel_id=6, replica_groups={{0,1}}, to_apply=%add
+  ROOT %kept = bf16[500,1000]{1,0} dynamic-slice(%sum, %i, %j), dynamic_slice_sizes={500,1000}
 }
 
 ENTRY %main.2 (p: bf16[500,1000]) -> bf16[1000,1000] {
@@ -128,27 +145,40 @@ backend_config={"estimated_cycles":"400"}
   %two.call-start = ((), (), (s32[1]{0})) call-start(), \
 async_execution_thread="sparsecore", to_apply=%on_sparse_core
   %product.3 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
-backend_config={"estimated_cycles":"5000"}
+backend_config={"estimated_cycles":"500"}
   %two.call-update = ((bf16[500,1000]{1,0}), bf16[1000,1000]{1,0}) \
 call-update(%two.call-start, %p)
+  %two.call-update.1 = ((bf16[500,1000]{1,0}), bf16[1000,1000]{1,0}) \
+call-update(%two.call-update, %p)
   %product.4 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
 backend_config={"estimated_cycles":"300"}
-  %two.call-done = bf16[1000,1000]{1,0} call-done(%two.call-update), metadata={op_name="x"}
+  %two.call-done = bf16[1000,1000]{1,0} call-done(%two.call-update.1), metadata={op_name="x"}
   %async-collective-start = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) fusion(%p), \
 kind=kCustom, calls=%first
+  %async-collective-start.1 = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) fusion(%p), \
+kind=kCustom, calls=%first_of_other
   %three = (bf16[8,8]{1,0}, bf16[1000,1000]{1,0}) fusion(%p, %a), kind=kOutput, \
 calls=%second, backend_config={"estimated_cycles":"200"}
-  ROOT %async-collective-done = bf16[1000,1000]{1,0} fusion(%p), kind=kCustom, calls=%third
+  %async-collective-done = bf16[1000,1000]{1,0} fusion(%p), kind=kCustom, calls=%last
+  %product.5 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
+backend_config={"estimated_cycles":"100"}
+  %async-collective-done.1 = bf16[1000,1000]{1,0} fusion(%p), kind=kCustom, calls=%last_of_other
+  ROOT %four = bf16[500,1000]{1,0} fusion(%z), kind=kCustom, calls=%all-reduce-scatter.1.clone
 }
 """
 
 
 def test_what_is_sent_beside_products_waits_for_what_is_left_of_it():
     clock = read_clock(BESIDE, CHIP)
-    # Each gather brings 1 MB in 1 us, of which 0.4, 0.3 and 0.2 us of products are beside it.
-    assert clock.products == pytest.approx((0.4 + 5 + 0.3 + 0.2) * 1e-6)
-    assert clock.collectives == pytest.approx((0.6 + 0.7 + 0.8) * 1e-6)
-    assert read_collectives(BESIDE) == {"all-gather": Traffic(3, 3 * 2_000_000)}
+    assert clock.products == pytest.approx((0.4 + 0.5 + 0.3 + 0.2 + 0.1) * 1e-6)
+    # One and two bring 1.5 MB each in 1.5 us, 0.4 and 0.3 us of products beside them. The two in
+    # parts bring 1 MB each, one after the other, with 0.2 and then 0.1 us beside them. Of the sum a
+    # device receives 1 MB.
+    assert clock.collectives == pytest.approx((1.1 + 1.2 + 0.8 + 0.9 + 1) * 1e-6)
+    assert read_collectives(BESIDE) == {
+        "all-gather": Traffic(6, 2 * 3_000_000 + 2 * 2_000_000),
+        "reduce-scatter": Traffic(1, 2_000_000),
+    }
 
 
 def test_every_kind_is_as_by_hand():
