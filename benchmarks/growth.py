@@ -61,7 +61,8 @@ TABLES = {
     + [f"{V5P} 16x2048 8x1 architecture.num_hidden_layers={n}" for n in (8, 16, 64)]
     + [f"70b_insertion v5p:{row}" for row in CHIPS],
     "optimizers": [
-        f"8b_insertion v5p:2x2x4 16x4096 16x1 optimizer.name={name}" for name in ("adam", "soap")
+        f"8b_insertion v5p:2x2x4 16x4096 16x1 optimizer.name={name}"
+        for name in ("adam", "soap", "soap optimizer.soap.refresh_slots=10")
     ],
 }
 

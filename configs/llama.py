@@ -35,14 +35,14 @@ token slots. "a, b GiB" are the arguments and the peak, of 131 GiB a GPU:
 
 Plans compiled for TPUs:
   8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of
-    arguments, 8.9 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
-    (`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.2 of 32 GiB, 0.57 s, 1.9 chip-hours.
+    arguments, 8.8 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
+    (`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.4 of 32 GiB, 0.57 s, 1.9 chip-hours.
   70b_insertion: on 64 chips of v5p (`--topology=v5p:4x4x4 --search`) fsdp=16 tensor=4, remat
     minimal; 12.3 GiB of arguments, 29.1 of 95 GiB a chip at the peak; at least 0.97 s a step, 26.2
     chip-hours. With SOAP on 128 (`v5p:4x4x8`, fsdp=16 tensor=8, remat full) 9.0, 16.8 GiB; 0.64 s,
     35.0 chip-hours.
   70b_removal with 16 rows of 4,096 tokens: on 16 chips of v5p (`--topology=v5p:2x2x4`, fsdp=4
-    tensor=4, remat full) 10.5 GiB of arguments, 18.2 of 95 GiB a chip at the peak; at least 3.93 s
+    tensor=4, remat full) 10.5 GiB of arguments, 18.5 of 95 GiB a chip at the peak; at least 3.93 s
     a step, 26.7 chip-hours.
 """
 
