@@ -98,7 +98,7 @@ def line(name, row):
         return f"| {name} | {row['error'][:90]} | | | | | |"
     clock, gib = row["clock"], row["gib"]
     memory = ", ".join(f"{gib[key]:.1f}" for key in ("arguments", "temporaries", "needed"))
-    predicted, speed, over = "text not readable", "", ""
+    predicted, speed, over = "no executable", "", ""
     if clock:
         rate = clock["tokens_per_s_per_chip"]
         predicted, speed = f"{clock['step_s']:.3f}", f"{rate:,.0f} ({100 * clock['mfu']:.0f} %)"
