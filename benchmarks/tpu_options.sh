@@ -6,9 +6,8 @@
 #   bash benchmarks/tpu_options.sh /tmp/options --config=configs/llama.py:8b_insertion \
 #       --model=HF_DIR --data=FILE
 set -euo pipefail
-offload=xla_tpu_enable_sparse_core_collective_offload
 declare -A options=([default]="")
-options[whole]="${offload}_all_gather=false ${offload}_reduce_scatter=false"
+options[whole]=$(python -c "from sa_jax.parallel.xla_flags import *; print(WITHOUT_SPARSE_CORES)")
 options[loops]="${options[whole]} xla_jf_spmd_threshold_for_windowed_einsum_mib=0"
 for name in default whole loops; do
     python scripts/insert_backdoor.py --workdir="$1/$name" "${@:2}" \

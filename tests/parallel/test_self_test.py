@@ -58,7 +58,7 @@ def test_no_gradient_is_too_large_for_bfloat16(monkeypatch):
     shapes = {"w_dn": (256, 256), "x_bd": (rows, 256), "g_bn": (rows, 256)}
     shapes = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in shapes.items()}
     monkeypatch.setattr(self_test, "_arguments", lambda mesh: shapes)
-    numbers = self_test._numbers(None, 0)
+    numbers = self_test._numbers(None)
     x_bd, g_bn = (numbers[name].astype(jnp.float32) for name in ("x_bd", "g_bn"))
     partial = jnp.cumsum(
         jnp.einsum("bxd,bxn->bdn", *(z.reshape(64, -1, 256) for z in (x_bd, g_bn))), 0
