@@ -102,8 +102,6 @@ def _replay(
                 if _ends(instruction, collective):
                     end = max(end, arrival.pop(chain or instruction.name))
             within = {"collectives": end - now}
-        elif opcode == "call-update" and instruction.operand() in arrival:
-            arrival[instruction.name] = arrival.pop(instruction.operand())
         elif opcode.endswith("-done") and instruction.operand() in arrival:
             within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
         if kind := _kind(module, instruction):

@@ -148,11 +148,9 @@ async_execution_thread="sparsecore", to_apply=%on_sparse_core
 backend_config={"estimated_cycles":"500"}
   %two.call-update = ((bf16[500,1000]{1,0}), bf16[1000,1000]{1,0}) \
 call-update(%two.call-start, %p)
-  %two.call-update.1 = ((bf16[500,1000]{1,0}), bf16[1000,1000]{1,0}) \
-call-update(%two.call-update, %p)
   %product.4 = bf16[8,8]{1,0} convolution(%a, %a), dim_labels=bf_io->bf, \
 backend_config={"estimated_cycles":"300"}
-  %two.call-done = bf16[1000,1000]{1,0} call-done(%two.call-update.1), metadata={op_name="x"}
+  %two.call-done = bf16[1000,1000]{1,0} call-done(%two.call-update), metadata={op_name="x"}
   %async-collective-start = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) fusion(%p), \
 kind=kCustom, calls=%first
   %async-collective-start.1 = (bf16[500,1000]{1,0}, bf16[1000,1000]{1,0}) fusion(%p), \
