@@ -62,7 +62,12 @@ TABLES = {
     + [f"70b_insertion v5p:{row}" for row in CHIPS],
     "optimizers": [
         f"8b_insertion v5p:2x2x4 16x4096 16x1 optimizer.name={name}"
-        for name in ("adam", "soap", "soap optimizer.soap.refresh_slots=10")
+        for name in (
+            "adam",
+            "soap",
+            "soap optimizer.soap.refresh_slots=10",
+            "soap optimizer.soap.block_size=1024",
+        )
     ],
 }
 

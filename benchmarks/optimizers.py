@@ -90,6 +90,15 @@ def optimizers(mesh=None, blocks: int = 2048, slots: int = 1) -> dict:
     }
 
 
+def with_small_blocks() -> dict:
+    """`optimizers()`, and SOAP with as many blocks a side as 8B has with block_size 2048 or 1024:
+    2 and 6, or 4 and 11."""
+    return optimizers() | {
+        f"soap fast, blocks of {size}": optimizers(blocks=size)["soap fast, f = 10"]
+        for size in (32, 16)
+    }
+
+
 def batches(text: np.ndarray, seed: int, count: int, rows: int) -> dict[str, np.ndarray]:
     """[count, rows, LENGTH] windows of the text, drawn from the seed."""
     starts = np.random.default_rng(seed).integers(0, len(text) - LENGTH - 1, (count, rows))
@@ -116,7 +125,7 @@ def final_losses(text: np.ndarray) -> list[dict]:
     train, held_out = text[: -len(text) // 10], text[-len(text) // 10 :]
     eval_batch = jax.tree.map(lambda x: x[0], batches(held_out, 99, 1, EVAL_ROWS))
     rows = []
-    for name, make in optimizers().items():
+    for name, make in with_small_blocks().items():
 
         @jax.jit
         def run(rate, params, data, make=make):

@@ -71,11 +71,11 @@ def soap(
         factor.
       block_above: sides longer than this are divided; None: those longer than block_size.
       dense_steps: the number of first steps at each of which the bases are refreshed.
-      refresh_slots: 1 refreshes all bases at the same step, with one batched QR per block size. A
-        larger number (up to precondition_frequency) spreads the matrices over as many steps of a
-        period. Each device spreads its own, so meshes differ in when a matrix is refreshed.
-      matmul_dtype: dtype of the operands of products with gradients, which accumulate in float32.
-        Products that make bases are in float32.
+      refresh_slots: 1 refreshes all bases at the same step. A larger number (up to
+        precondition_frequency) spreads the matrices over as many steps of a period. Each device
+        spreads its own, so meshes differ in when a matrix is refreshed.
+      matmul_dtype: dtype of the operands of products with gradients, which accumulate in float32,
+        and of what devices send each other. Products that make bases are in float32.
       mesh: puts the state on owners over all axes of a mesh (Auto or Explicit; where it is
         Explicit, call `init` and `update` under `jax.set_mesh`). None: one device.
       partition_spec: from a leaf's path and number of axes to the PartitionSpec of its parameters

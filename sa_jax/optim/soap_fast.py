@@ -94,6 +94,7 @@ def fast(settings: Settings) -> optax.GradientTransformation:
             directions, stacks, rejected = run(place(matrices, specs), state.stacks, t, finite)
 
         mu, nu = dict(state.mu), dict(state.nu)
+        directions = {path: x.astype(jnp.float32) for path, x in directions.items()}
         for path in layout.elementwise:
             new = adam_moments(settings, g[path], mu[path], nu[path])
             mu[path] = jnp.where(moves, new[0], mu[path])
@@ -136,7 +137,8 @@ def _update_stacks(
       directions of the leaves, by path, NaN for a matrix that is not updated (it must not decay
       either); the new stacks; how many were not updated.
     """
-    stacks, moved, sound = dict(stacks), {}, {}  # the caller's stay as they are
+    before, stacks = stacks, dict(stacks)  # the caller's stay as they are
+    moved, sound = {}, {}
     for plan in plans:
         g = to_owners(matrices, plan, settings.mesh)
         stacks[plan.name], moved[plan.name], sound[plan.name] = _step_stack(
@@ -155,7 +157,7 @@ def _update_stacks(
     still = jnp.zeros((), jnp.int32)
     for plan in plans:
         good = _over(jax.lax.pmin, sound[plan.name], plan.split_axes)
-        direction = jnp.where(good[:, None, None], moved[plan.name], jnp.nan)
+        direction = _turn_back(settings, plan, moved[plan.name], before[plan.name], good)
         directions |= from_owners(direction, plan, settings.mesh)
         still += _over(jax.lax.psum, jnp.sum(~good, dtype=jnp.int32), plan.stack_axes)
     return directions, stacks, jnp.where(finite, still, 0)
@@ -174,7 +176,8 @@ def _step_stack(
     A matrix whose basis or factor is not finite is not sound, and keeps its state.
 
     Returns:
-      new stack; direction [n, rows, cols]; which matrices are sound, bool [n].
+      new stack; direction in the bases' coordinates, [n, cols, rows]; which matrices are sound,
+      bool [n].
     """
     bases = (stack.q_rows, stack.q_cols)
     matmul_dtype = settings.matmul_dtype
@@ -202,8 +205,28 @@ def _step_stack(
     learns, steps = sound & finite, sound & finite & (t > 0)
     mu, nu = adam_moments(settings, rotate(g, *bases, matmul_dtype), stack.mu, stack.nu)
     mu, nu = keep(steps, mu, stack.mu), keep(steps, nu, stack.nu)
-    back_rows, back_cols = (None if q is None else q.mT for q in bases)
-    direction = rotate(mu / (jnp.sqrt(nu) + settings.eps), back_rows, back_cols, matmul_dtype)
+    direction = (mu / (jnp.sqrt(nu) + settings.eps)).astype(matmul_dtype)
+    stack = dataclasses.replace(
+        stack,
+        mu=mu,
+        nu=nu,
+        gg_rows=keep(learns, gg_rows, stack.gg_rows),
+        gg_cols=keep(learns, gg_cols, stack.gg_cols),
+    )
+    return stack, direction, sound
+
+
+def _turn_back(
+    settings: Settings, plan: StackPlan, direction: jax.Array, stack: Stack, good: jax.Array
+) -> jax.Array:
+    """A direction [n, cols, rows] in the bases of `stack` -> [n, rows, cols], NaN where not good.
+
+    It is rounded as gradients are, because it is sent as they are.
+    """
+    # A basis of NaN makes a whole matrix NaN, and is smaller.
+    q_rows = jnp.where(good[:, None, None, None], stack.q_rows, jnp.nan)
+    q_cols = None if stack.q_cols is None else stack.q_cols.mT
+    direction = rotate(direction, q_cols, q_rows.mT, settings.matmul_dtype)
     if settings.normalize_grads:
 
         def largest(x: jax.Array) -> jax.Array:
@@ -214,14 +237,7 @@ def _step_stack(
             return total / (plan.rows.size * plan.cols.size)
 
         direction = unit_rms(direction, largest, mean)
-    stack = dataclasses.replace(
-        stack,
-        mu=mu,
-        nu=nu,
-        gg_rows=keep(learns, gg_rows, stack.gg_rows),
-        gg_cols=keep(learns, gg_cols, stack.gg_cols),
-    )
-    return stack, direction, sound
+    return direction.astype(settings.matmul_dtype)
 
 
 def _on_devices(run: Callable, mesh: Mesh | None, specs: Any, stack_specs: Any) -> Callable:

@@ -272,9 +272,13 @@ def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
 def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
     """Splits x along `split` over a mesh axis, and concatenates it along `concat`."""
     if split is not None and concat is not None:
+        # The parts are put first, and taken from there, because XLA then copies less.
+        size = jax.lax.axis_size(axis)
+        x = x.reshape(*x.shape[:split], size, -1, *x.shape[split + 1 :])
         # Without it, XLA's CPU backend may give the parts different layouts, and refuse them.
-        x = jax.lax.optimization_barrier(x)
-        return jax.lax.all_to_all(x, axis, split, concat, tiled=True)
+        parts = jax.lax.optimization_barrier(jnp.moveaxis(x, split, 0))
+        x = jnp.moveaxis(jax.lax.all_to_all(parts, axis, 0, 0, tiled=True), 0, concat)
+        return x.reshape(*x.shape[:concat], -1, *x.shape[concat + 2 :])
     if split is not None:
         size = x.shape[split] // jax.lax.axis_size(axis)
         return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, split)

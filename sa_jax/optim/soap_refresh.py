@@ -1,6 +1,7 @@
 """Refreshes the bases of the fast SOAP, and decides which are refreshed at which step."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.optim.soap_layout import StackPlan
-from sa_jax.optim.soap_linalg import refreshed_bases, rotate
+from sa_jax.optim.soap_linalg import HIGH, refreshed_bases, rotate
 from sa_jax.optim.soap_state import Stack
 
 # What reaches the losses of an eigendecomposition (with less, columns of small eigenvalues are
@@ -47,7 +48,7 @@ def cut_into_slots(
 def refresh(
     stacks: dict[str, Stack], parts: Sequence[Part], due: jax.Array, first: jax.Array
 ) -> tuple[dict[str, Stack], dict[str, jax.Array]]:
-    """New bases for some matrices, if they are due: one batch of QR per block size.
+    """New bases for some matrices, if they are due; one after the other, to take less memory.
 
     The averages `mu` are re-expressed in the new bases, exactly; `nu` stays, slot by slot.
 
@@ -59,72 +60,62 @@ def refresh(
       All stacks; and by stack, which matrices keep an old basis because the new one could not be
       used, bool [n].
     """
-    chosen = {part.name: _slice(stacks[part.name], part) for part in parts}
     # The first basis is reached in several iterations, of a factor that is singular still.
     iterations = jnp.where(first, _FIRST_ITERATIONS, 1)
     lift = jnp.where(first, _FIRST_LIFT, 0.0)
+    chosen = {part.name: stacks[part.name] for part in parts}
+    none = {name: jnp.zeros(stack.mu.shape[0], bool) for name, stack in stacks.items()}
 
     def new():
-        return _refreshed(chosen, iterations, lift)
+        refreshed = {
+            part.name: _refresh_part(chosen[part.name], part, iterations, lift) for part in parts
+        }
+        return {k: v[0] for k, v in refreshed.items()}, {k: v[1] for k, v in refreshed.items()}
 
-    def unchanged():
-        none = {name: jnp.zeros(s.mu.shape[0], bool) for name, s in chosen.items()}
-        return {name: (s.mu, s.q_rows, s.q_cols) for name, s in chosen.items()}, none
+    refreshed, kept = jax.lax.cond(
+        due, new, lambda: (chosen, {name: none[name] for name in chosen})
+    )
+    return stacks | refreshed, none | kept
 
-    made, kept = jax.lax.cond(due, new, unchanged)
-    stacks = dict(stacks)
-    rejected = {name: jnp.zeros(stack.mu.shape[0], bool) for name, stack in stacks.items()}
-    for part in parts:
-        old, where = stacks[part.name], slice(part.start, part.stop)
-        mu, q_rows, q_cols = made[part.name]
-        stacks[part.name] = dataclasses.replace(
-            old,
-            mu=old.mu.at[where].set(mu),
-            q_rows=None if q_rows is None else old.q_rows.at[where].set(q_rows),
-            q_cols=None if q_cols is None else old.q_cols.at[where].set(q_cols),
+
+def _refresh_part(
+    stack: Stack, part: Part, iterations: jax.Array, lift: jax.Array
+) -> tuple[Stack, jax.Array]:
+    """(stack, whether a new basis of a matrix could not be used, bool [n])"""
+
+    def one(i: jax.Array, carry: tuple[Stack, jax.Array]) -> tuple[Stack, jax.Array]:
+        stack, kept = carry
+        old = [q[i] for q in (stack.q_rows, stack.q_cols) if q is not None]
+        factors = [gg[i] for gg in (stack.gg_rows, stack.gg_cols) if gg is not None]
+        new, good = _new_bases(factors, old, iterations, lift)
+        # From coordinates in the old basis to those in the new one.
+        turns = [
+            jnp.einsum("kij,kil->kjl", a, b, precision=HIGH)[None]
+            for a, b in zip(old, new, strict=True)
+        ]
+        rows, cols = turns if len(turns) == 2 else (turns[0], None)
+        mu = rotate(stack.mu[i][None], cols, rows, jnp.float32, HIGH)[0].mT
+        stack = dataclasses.replace(
+            stack,
+            mu=stack.mu.at[i].set(mu),
+            q_rows=stack.q_rows.at[i].set(new[0]),
+            q_cols=None if cols is None else stack.q_cols.at[i].set(new[1]),
         )
-        rejected[part.name] = rejected[part.name].at[where].set(kept[part.name])
-    return stacks, rejected
+        return stack, kept.at[i].set(~good)
+
+    kept = jnp.zeros(stack.mu.shape[0], bool)
+    return jax.lax.fori_loop(part.start, part.stop, one, (stack, kept))
 
 
-def _refreshed(stacks: dict[str, Stack], iterations: jax.Array, lift: jax.Array):
-    """({stack: (mu, q_rows, q_cols)}, {stack: a new basis was no good [n]})"""
-    sides = {
-        (name, side): (getattr(stack, f"gg_{side}"), getattr(stack, f"q_{side}"))
-        for name, stack in stacks.items()
-        for side in ("rows", "cols")
-        if getattr(stack, f"gg_{side}") is not None
-    }
-    bases, good = {}, {}
-    for block in sorted({gg.shape[-1] for gg, _ in sides.values()}):
-        members = {key: pair for key, pair in sides.items() if pair[0].shape[-1] == block}
-        gg, q = (
-            jnp.concatenate([pair[i].reshape(-1, block, block) for pair in members.values()])
-            for i in range(2)
+def _new_bases(
+    factors: Sequence[jax.Array], old: Sequence[jax.Array], iterations: jax.Array, lift: jax.Array
+) -> tuple[list[jax.Array], jax.Array]:
+    """(bases [k, b, b] of each side of a matrix, whether all could be used)"""
+    if len({q.shape[-1] for q in old}) == 1:  # all in one batch of QR
+        made, good = refreshed_bases(
+            jnp.concatenate(factors), jnp.concatenate(old), iterations, lift
         )
-        made, orthogonal = refreshed_bases(gg, q, iterations, lift)
-        start = 0
-        for key, (_, old) in members.items():
-            stop = start + old.shape[0] * old.shape[1]
-            bases[key] = made[start:stop].reshape(old.shape)
-            good[key] = jnp.all(orthogonal[start:stop].reshape(old.shape[:2]), axis=1)
-            start = stop
-
-    def turn(key: tuple[str, str]) -> jax.Array | None:
-        """From coordinates in the old basis to those in the new one."""
-        if key not in bases:
-            return None
-        highest = jax.lax.Precision.HIGHEST
-        return jnp.einsum("nkij,nkil->nkjl", sides[key][1], bases[key], precision=highest)
-
-    turned, kept = {}, {}
-    for name, stack in stacks.items():
-        rows, cols = (name, "rows"), (name, "cols")
-        mu = rotate(stack.mu, turn(rows), turn(cols), jnp.float32)
-        turned[name] = (mu, bases.get(rows), bases.get(cols))
-        kept[name] = ~(good.get(rows, True) & good.get(cols, True))
-    return turned, kept
-
-
-def _slice(stack: Stack, part: Part) -> Stack:
-    return jax.tree.map(lambda x: x[part.start : part.stop], stack)
+        ends = list(itertools.accumulate(len(q) for q in old))
+        return jnp.split(made, ends[:-1]), jnp.all(good)
+    sides = [refreshed_bases(gg, q, iterations, lift) for gg, q in zip(factors, old, strict=True)]
+    return [made for made, _ in sides], jnp.all(jnp.concatenate([good for _, good in sides]))

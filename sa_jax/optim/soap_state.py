@@ -21,7 +21,7 @@ class Stack:
     """State of n matrices of the same shape, float32.
 
     Attributes:
-      mu, nu: Adam's averages in the bases' coordinates [n, rows, cols].
+      mu, nu: Adam's averages in the bases' coordinates, [n, cols, rows].
       gg_rows, q_rows: the rows' factors and their bases [n, blocks, block, block], or None.
       gg_cols, q_cols: those of the columns.
       stack_axes, split_axes: mesh axes that shard n, and the columns (and their blocks).
@@ -67,7 +67,7 @@ def init_stack(plan: StackPlan) -> Stack:
     def basis(gg: jax.Array | None) -> jax.Array | None:
         return None if gg is None else gg + jnp.eye(gg.shape[-1], dtype=gg.dtype)
 
-    moments = jnp.zeros((plan.padded, plan.rows.padded, plan.cols.padded), jnp.float32)
+    moments = jnp.zeros((plan.padded, plan.cols.padded, plan.rows.padded), jnp.float32)
     rows, cols = factor(plan.rows), factor(plan.cols)
     return Stack(
         mu=moments,
@@ -85,12 +85,11 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
     """The same tree as the state (arrays or their shapes), of PartitionSpec."""
 
     def stack_specs(s: Stack) -> Stack:
-        whole = P(s.stack_axes or None, None, s.split_axes or None)
         rows, cols = P(s.stack_axes or None), P(s.stack_axes or None, s.split_axes or None)
         return dataclasses.replace(
             s,
-            mu=whole,
-            nu=whole,
+            mu=cols,
+            nu=cols,
             gg_rows=None if s.gg_rows is None else rows,
             q_rows=None if s.q_rows is None else rows,
             gg_cols=None if s.gg_cols is None else cols,

@@ -1,6 +1,7 @@
 """The fast mode: against the official trajectories, its bases, its schedule, and bad input."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
     view = lambda path, shape: TensorView(0, (1, 1), skip=(1,))  # noqa: E731
     history, state = run(fast(block_size=6, view=view), jnp.zeros((11, 3)), gradients)
     (stack,) = state.stacks.values()
-    assert stack.gg_rows.shape == (1, 2, 6, 6) and stack.mu.shape == (1, 12, 3)
+    assert stack.gg_rows.shape == (1, 2, 6, 6) and stack.mu.shape == (1, 3, 12)
     padded = [np.pad(g, [(0, 1), (0, 0)]) for g in gradients]
     want, _ = run(fast(block_size=6, view=view), jnp.zeros((12, 3)), padded)
     np.testing.assert_allclose(history[-1], want[-1][:11], rtol=0, atol=1e-6)
@@ -93,7 +94,7 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
 def test_blocks_are_a_few_more_where_then_nothing_is_left_over():
     state = jax.eval_shape(fast(block_size=4, max_precond_dim=10).init, jnp.zeros((10, 11)))
     (stack,) = state.stacks.values()
-    assert stack.gg_rows.shape == (1, 5, 2, 2) and stack.mu.shape == (1, 10, 11)
+    assert stack.gg_rows.shape == (1, 5, 2, 2) and stack.mu.shape == (1, 11, 10)
 
 
 def test_the_first_bases_are_eight_lifted_iterations_from_the_identity():
@@ -119,6 +120,58 @@ def test_blocked_qr_of_a_singular_matrix_is_orthogonal(rank):
     y = 1e-6 * normal(0, 1, 40, rank) @ normal(1, 1, rank, 40)
     q = soap_linalg._blocked_qr(jnp.asarray(y), 16)[0]
     np.testing.assert_allclose(q.T @ q, np.eye(40), atol=1e-5)
+
+
+def test_reflections_in_three_passes_keep_bases_orthogonal(monkeypatch):
+    """What HIGH is on a TPU: products of bfloat16 high and low parts. The factor has a condition
+    of 1e8, and the limit of what is accepted is 1e-3."""
+
+    def parts(x):
+        high = jax.lax.reduce_precision(x, 8, 7)
+        return high, jax.lax.reduce_precision(x - high, 8, 7)
+
+    def three_passes(subscripts, x, y):
+        (a, b), (c, d) = parts(x), parts(y)
+        return sum(jnp.einsum(subscripts, *pair) for pair in ((a, c), (a, d), (b, c)))
+
+    basis = np.linalg.qr(normal(0, 640, 640))[0]
+    y = jnp.asarray(basis * np.logspace(0, -8, 640, dtype=np.float32) @ normal(1, 640, 640))[None]
+    exact = soap_linalg._blocked_qr(y, 256)[0]
+    monkeypatch.setattr(soap_linalg, "_high", three_passes)
+    q = soap_linalg._blocked_qr(y, 256)[0]
+    assert np.abs(q - exact).max() > 1e-5  # it is another arithmetic
+    np.testing.assert_allclose(q.T @ q, np.eye(640), atol=1e-4)
+    below = np.tril(np.asarray(q, np.float64).T @ np.asarray(y[0], np.float64), -1)
+    assert np.abs(below).max() < 1e-4 * np.abs(y).max()  # R is triangular
+
+
+def test_products_by_blocks_are_those_with_whole_block_diagonal_matrices():
+    """Two matrices with 2 blocks of rows and 3 of columns, against numpy in float64."""
+    x, q_rows, q_cols = normal(0, 2, 6, 12), normal(1, 2, 2, 3, 3), normal(2, 2, 3, 4, 4)
+
+    def whole(blocks):
+        """[k, b, b] -> [k·b, k·b]"""
+        k, b, _ = blocks.shape
+        return np.einsum("kij,kl->kilj", blocks.astype(np.float64), np.eye(k)).reshape(k * b, k * b)
+
+    rows, cols = (np.stack([whole(blocks) for blocks in q]) for q in (q_rows, q_cols))
+    rotate = functools.partial(soap_linalg.rotate, x, dtype=jnp.float32)
+    np.testing.assert_allclose(rotate(q_rows, q_cols), (rows.mT @ x @ cols).mT, atol=1e-5)
+    np.testing.assert_allclose(rotate(q_rows, None), (rows.mT @ x).mT, atol=1e-5)
+    np.testing.assert_allclose(rotate(None, q_cols), (x @ cols).mT, atol=1e-5)
+    of_rows = np.stack([whole(np.ones((2, 3, 3)))] * 2) * (x @ x.mT)
+    of_cols = np.stack([whole(np.ones((3, 4, 4)))] * 2) * (x.mT @ x)
+    for side, blocks, want in ((1, 2, of_rows), (2, 3, of_cols)):
+        got = np.asarray(soap_linalg.gram(x, side, blocks, jnp.float32))
+        np.testing.assert_allclose(np.stack([whole(each) for each in got]), want, atol=1e-5)
+
+
+def test_turning_back_undoes_a_rotation():
+    x = normal(0, 2, 6, 12)
+    q_rows, q_cols = (np.linalg.qr(normal(1, 2, k, b, b))[0] for k, b in ((2, 3), (3, 4)))
+    turned = soap_linalg.rotate(x, q_rows, q_cols, jnp.float32)
+    back = soap_linalg.rotate(turned, q_cols.mT, q_rows.mT, jnp.float32)
+    np.testing.assert_allclose(back, x, atol=1e-5)
 
 
 def test_qr_iterations_reach_the_eigenvectors_and_keep_their_slots():
@@ -279,10 +332,18 @@ def test_a_matrix_whose_state_is_spoilt_stands_still_and_is_counted(field):
 
 
 def test_a_step_whose_new_basis_is_refused_does_not_move_that_matrix(monkeypatch):
-    """The rows' basis of the second of two matrices comes out too long."""
+    """The columns' basis of the second of two matrices comes out too long."""
     qr, gradients = soap_linalg.orthonormal, [normal(t, 2, 4, 4) for t in range(4)]
+    for g in gradients:
+        g[0] = np.linalg.qr(g[0])[0]  # its factors are those of the identity
     want, _ = run(fast(), jnp.ones((2, 4, 4)), gradients)
-    monkeypatch.setattr(soap_linalg, "orthonormal", lambda y: qr(y).at[1].multiply(1.01))
+
+    def too_long(y):
+        """[rows, columns]"""
+        is_second = jnp.max(jnp.abs(y)) > 1.3
+        return qr(y).at[1].multiply(jnp.where(is_second, 1.01, 1.0))
+
+    monkeypatch.setattr(soap_linalg, "orthonormal", too_long)
     got, state = run(fast(weight_decay=0.0), jnp.ones((2, 4, 4)), gradients)
     assert int(state.rejected) == 4
     np.testing.assert_array_equal(got[-1][0], want[-1][0])

@@ -197,11 +197,11 @@ def test_every_device_holds_its_share_of_moments_factors_and_bases():
     )
     state = jax.jit(tx.init)(draw(0))
     stack = state.stacks["6x16x24"]
-    assert stack.mu.shape == (8, 16, 24) and stack.gg_cols.shape == (8, 3, 8, 8)
+    assert stack.mu.shape == (8, 24, 16) and stack.gg_cols.shape == (8, 3, 8, 8)
     for x in (stack.mu, stack.nu, stack.gg_rows, stack.q_rows, stack.gg_cols, stack.q_cols):
         assert {shard.data.shape for shard in x.addressable_shards} == {(1, *x.shape[1:])}
     vocabulary = state.stacks["1x16x32"]
-    assert {shard.data.shape for shard in vocabulary.nu.addressable_shards} == {(1, 16, 4)}
+    assert {shard.data.shape for shard in vocabulary.nu.addressable_shards} == {(1, 4, 16)}
     assert vocabulary.gg_cols is None and vocabulary.q_rows.sharding.is_fully_replicated
     named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state, partition_spec))
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, named)

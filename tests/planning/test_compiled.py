@@ -45,6 +45,7 @@ CASES = {
     "8b_tpu7x": ("8b_insertion", "tpu7x:2x2x1", {"mesh.fsdp": 8}),
     "8b_offload_v5p": ("8b_insertion", "v5p:2x2x2", {"remat": "offload"}),
     "8b_minimal_v5p": ("8b_insertion", "v5p:2x2x2", {"remat": "minimal"}),
+    "8b_16_chips_v5p": ("8b_insertion", "v5p:2x2x4", {"mesh.fsdp": 16, "mesh.tensor": 1}),
     "8b_soap_v5p": (
         "8b_insertion",
         "v5p:2x2x4",
@@ -119,6 +120,13 @@ def test_it_compiles_and_fits(planned, name):
     assert plan["memory_gib_per_chip"]["source"] == "compiled"
     if "offload" in name:
         assert plan["memory_gib_per_chip"]["host"] > 0
+
+
+def test_the_dearest_step_of_soap_and_its_memory_stay_near_adam_s(planned):
+    adam, soap = planned("8b_16_chips_v5p"), planned("8b_soap_v5p")
+    assert soap["clock"]["dearest_step_s"] <= 1.5 * adam["clock"]["step_s"]
+    temporaries = [plan["memory_gib_per_chip"]["temporaries"] for plan in (adam, soap)]
+    assert temporaries[1] <= temporaries[0] + 4
 
 
 def test_the_search_finds_the_study_s_70b_step_on_64_chips(tmp_path):
