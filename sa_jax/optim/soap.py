@@ -75,7 +75,8 @@ def soap(
         precondition_frequency) spreads the matrices over as many steps of a period. Each device
         spreads its own, so meshes differ in when a matrix is refreshed.
       matmul_dtype: dtype of the operands of products with gradients, which accumulate in float32,
-        and of what devices send each other. Products that make bases are in float32.
+        and of the directions that go back to the parameters. Products that make bases have float32
+        operands.
       mesh: puts the state on owners over all axes of a mesh (Auto or Explicit; where it is
         Explicit, call `init` and `update` under `jax.set_mesh`). None: one device.
       partition_spec: from a leaf's path and number of axes to the PartitionSpec of its parameters

@@ -2,8 +2,8 @@
 
 It differs from the official mode in four things. Bases come from QR iterations that start at the
 identity, at every step at first and rarely later. Long sides have block-diagonal factors. Products
-with gradients may have bfloat16 operands. Values that are not finite, and bases that are not
-orthogonal, are never used.
+with gradients, and the directions that come of them, may be rounded to bfloat16. Values that are
+not finite, and bases that are not orthogonal, are never used.
 """
 
 import dataclasses
@@ -94,7 +94,6 @@ def fast(settings: Settings) -> optax.GradientTransformation:
             directions, stacks, rejected = run(place(matrices, specs), state.stacks, t, finite)
 
         mu, nu = dict(state.mu), dict(state.nu)
-        directions = {path: x.astype(jnp.float32) for path, x in directions.items()}
         for path in layout.elementwise:
             new = adam_moments(settings, g[path], mu[path], nu[path])
             mu[path] = jnp.where(moves, new[0], mu[path])
@@ -203,13 +202,13 @@ def _step_stack(
         return jnp.where(jnp.expand_dims(learns, range(1, old.ndim)), new, old)
 
     learns, steps = sound & finite, sound & finite & (t > 0)
-    mu, nu = adam_moments(settings, rotate(g, *bases, matmul_dtype), stack.mu, stack.nu)
-    mu, nu = keep(steps, mu, stack.mu), keep(steps, nu, stack.nu)
+    mu, nu = adam_moments(settings, rotate(g, *bases, matmul_dtype), stack.mu_ncr, stack.nu_ncr)
+    mu, nu = keep(steps, mu, stack.mu_ncr), keep(steps, nu, stack.nu_ncr)
     direction = (mu / (jnp.sqrt(nu) + settings.eps)).astype(matmul_dtype)
     stack = dataclasses.replace(
         stack,
-        mu=mu,
-        nu=nu,
+        mu_ncr=mu,
+        nu_ncr=nu,
         gg_rows=keep(learns, gg_rows, stack.gg_rows),
         gg_cols=keep(learns, gg_cols, stack.gg_cols),
     )
@@ -221,9 +220,9 @@ def _turn_back(
 ) -> jax.Array:
     """A direction [n, cols, rows] in the bases of `stack` -> [n, rows, cols], NaN where not good.
 
-    It is rounded as gradients are, because it is sent as they are.
+    The result is rounded to `matmul_dtype`, so that as few bytes are sent as for gradients.
     """
-    # A basis of NaN makes a whole matrix NaN, and is smaller.
+    # A basis of NaN makes its whole matrix NaN. To fill the matrix itself would take longer.
     q_rows = jnp.where(good[:, None, None, None], stack.q_rows, jnp.nan)
     q_cols = None if stack.q_cols is None else stack.q_cols.mT
     direction = rotate(direction, q_cols, q_rows.mT, settings.matmul_dtype)

@@ -272,7 +272,7 @@ def _hop(plan: StackPlan, axis: str) -> tuple[int | None, int | None]:
 def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax.Array:
     """Splits x along `split` over a mesh axis, and concatenates it along `concat`."""
     if split is not None and concat is not None:
-        # The parts are put first, and taken from there, because XLA then copies less.
+        # The axis of parts is the first one when they are sent: XLA copies less than for others.
         size = jax.lax.axis_size(axis)
         x = x.reshape(*x.shape[:split], size, -1, *x.shape[split + 1 :])
         # Without it, XLA's CPU backend may give the parts different layouts, and refuse them.

@@ -5,16 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+Precision = jax.lax.Precision | jax.lax.DotAlgorithmPreset
+
 _HIGHEST = jax.lax.Precision.HIGHEST
-# On a TPU three products of bfloat16 numbers, half as many as HIGHEST: to about 1e-5.
-HIGH = jax.lax.Precision.HIGH
+# Half the work of HIGHEST on a TPU, to about 1e-5 (on a CPU it is float32). Precision.HIGH is the
+# same on a TPU, but TF32 on a GPU, which would leave bases orthogonal to 1e-3 only.
+THREE_PASSES = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
 # XLA unrolls its QR over column panels: compiling n = 2048 takes a minute for TPU. Above this size
 # the loop over panels is ours, and compiled once.
 _LARGEST_DIRECT = 256
 _PANEL = 256
 
-# Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6.
+# A side in more blocks has one product for all: the compiler would take minutes for so many.
+_MOST_PRODUCTS = 32
+
+# Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6, three passes up to 1e-4.
 _ORTHOGONALITY = 1e-3
 
 
@@ -23,7 +29,7 @@ def einsum(
     x: jax.Array,
     y: jax.Array,
     dtype: Any,
-    precision: jax.lax.Precision = _HIGHEST,
+    precision: Precision = _HIGHEST,
 ) -> jax.Array:
     """Operands rounded to `dtype`, accumulation in float32; `precision` is that of float32 ones."""
     if dtype == jnp.float32:
@@ -49,12 +55,12 @@ def rotate(
     q_rows: jax.Array | None,
     q_cols: jax.Array | None,
     dtype: Any,
-    precision: jax.lax.Precision = _HIGHEST,
+    precision: Precision = _HIGHEST,
 ) -> jax.Array:
     """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows].
 
-    Transposed, because a TPU then copies nothing: a product over the columns leaves them as rows.
-    The inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ).
+    The result is transposed, because a TPU's product over columns leaves them as rows, and would
+    copy them to turn them back. The inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ).
     """
     n, rows, cols = x.shape
     if q_rows is not None:
@@ -63,9 +69,13 @@ def rotate(
         x = einsum("nkrc,nkrs->nksc", x, q_rows, dtype, precision).reshape(n, rows, cols)
     if q_cols is None:
         return x.mT
+    blocks = q_cols.shape[1]
+    if blocks > _MOST_PRODUCTS:
+        x = x.reshape(n, rows, blocks, -1)
+        return einsum("nrkc,nkcd->nkdr", x, q_cols, dtype, precision).reshape(n, cols, rows)
     parts = [
         einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype, precision)
-        for k, part in enumerate(_column_blocks(x, q_cols.shape[1]))
+        for k, part in enumerate(jnp.split(x, blocks, 2))
     ]
     return jnp.concatenate(parts, 1)
 
@@ -79,14 +89,12 @@ def gram(x: jax.Array, side: int, blocks: int, dtype: Any) -> jax.Array:
     if side == 1:
         x = x.reshape(n, blocks, rows // blocks, cols)
         return einsum("nkrc,nksc->nkrs", x, x, dtype)
-    parts = [einsum("nrc,nrd->ncd", part, part, dtype) for part in _column_blocks(x, blocks)]
+    if blocks > _MOST_PRODUCTS:
+        x = x.reshape(n, rows, blocks, cols // blocks)
+        return einsum("nrkc,nrkd->nkcd", x, x, dtype)
+    # A TPU would copy x for one product with the axis of blocks between rows and columns.
+    parts = [einsum("nrc,nrd->ncd", part, part, dtype) for part in jnp.split(x, blocks, 2)]
     return jnp.stack(parts, 1)
-
-
-def _column_blocks(x: jax.Array, blocks: int) -> list[jax.Array]:
-    """Views [n, rows, block] for products block by block, because a TPU would copy x for one
-    product with a batch axis between rows and columns."""
-    return jnp.split(x, blocks, axis=2)
 
 
 def refreshed_bases(
@@ -120,15 +128,15 @@ def refreshed_bases(
         return jnp.take_along_axis(sorted_q.mT, jnp.argsort(order, axis=1), axis=1).mT
 
     new = jax.lax.fori_loop(0, iterations, iterate, q)
-    overlaps = _high("bij,bik->bjk", new, new)
+    overlaps = _three_passes("bij,bik->bjk", new, new)
     good = jnp.max(jnp.abs(overlaps - eye), axis=(1, 2)) < _ORTHOGONALITY  # False for NaN
     # What is expressed in a spoilt basis could not be expressed in another.
     good &= jnp.all(jnp.isfinite(q) & jnp.isfinite(gg), axis=(1, 2))
     return jnp.where(good[:, None, None], new, q), good
 
 
-def _high(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, precision=HIGH)
+def _three_passes(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.einsum(subscripts, x, y, precision=THREE_PASSES)
 
 
 def orthonormal(y: jax.Array) -> jax.Array:
@@ -178,7 +186,7 @@ def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
         # Reflections past the last row (and those of the padding) have tau = 0: they do nothing.
         v = jnp.roll(v, start, axis=1)
         vt = jnp.matmul(v, _triangular_factor(v, tau), precision=_HIGHEST)
-        return both - _high("bip,bjp->bij", _high("bij,bjp->bip", both, vt), v)
+        return both - _three_passes("bip,bjp->bij", _three_passes("bij,bjp->bip", both, vt), v)
 
     return jax.lax.fori_loop(0, (n + extra) // panel, reflect, both)[:, -n:]
 

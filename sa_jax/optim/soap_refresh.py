@@ -1,6 +1,7 @@
 """Refreshes the bases of the fast SOAP, and decides which are refreshed at which step."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,12 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.optim.soap_layout import StackPlan
-from sa_jax.optim.soap_linalg import HIGH, refreshed_bases, rotate
+from sa_jax.optim.soap_linalg import THREE_PASSES, refreshed_bases, rotate
 from sa_jax.optim.soap_state import Stack
 
 # What reaches the losses of an eigendecomposition (with less, columns of small eigenvalues are
 # still those of the identity).
 _FIRST_ITERATIONS, _FIRST_LIFT = 8, 1e-2
+
+# Numbers in the matrices and bases that are refreshed at once: 0.25 GiB in float32.
+_AT_ONCE = 2**26
 
 
 class Part(NamedTuple):
@@ -48,9 +52,9 @@ def cut_into_slots(
 def refresh(
     stacks: dict[str, Stack], parts: Sequence[Part], due: jax.Array, first: jax.Array
 ) -> tuple[dict[str, Stack], dict[str, jax.Array]]:
-    """New bases for some matrices, if they are due; one after the other, to take less memory.
+    """New bases for some matrices, if they are due; a few at a time, to take less memory.
 
-    The averages `mu` are re-expressed in the new bases, exactly; `nu` stays, slot by slot.
+    The averages `mu` are turned from the old bases to the new ones; `nu` stays, slot by slot.
 
     Args:
       due: bool scalar.
@@ -64,7 +68,7 @@ def refresh(
     iterations = jnp.where(first, _FIRST_ITERATIONS, 1)
     lift = jnp.where(first, _FIRST_LIFT, 0.0)
     chosen = {part.name: stacks[part.name] for part in parts}
-    none = {name: jnp.zeros(stack.mu.shape[0], bool) for name, stack in stacks.items()}
+    none = {name: jnp.zeros(stack.mu_ncr.shape[0], bool) for name, stack in stacks.items()}
 
     def new():
         refreshed = {
@@ -82,40 +86,64 @@ def _refresh_part(
     stack: Stack, part: Part, iterations: jax.Array, lift: jax.Array
 ) -> tuple[Stack, jax.Array]:
     """(stack, whether a new basis of a matrix could not be used, bool [n])"""
+    together = _matrices_together(stack, part.stop - part.start)
 
-    def one(i: jax.Array, carry: tuple[Stack, jax.Array]) -> tuple[Stack, jax.Array]:
+    def some(turn: jax.Array, carry: tuple[Stack, jax.Array]) -> tuple[Stack, jax.Array]:
         stack, kept = carry
-        old = [q[i] for q in (stack.q_rows, stack.q_cols) if q is not None]
-        factors = [gg[i] for gg in (stack.gg_rows, stack.gg_cols) if gg is not None]
+        first = part.start + turn * together
+
+        def read(x: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice_in_dim(x, first, together)
+
+        def write(x: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(x, new, first, 0)
+
+        factors = [read(gg) for gg in (stack.gg_rows, stack.gg_cols) if gg is not None]
+        old = [read(q) for q in (stack.q_rows, stack.q_cols) if q is not None]
         new, good = _new_bases(factors, old, iterations, lift)
         # From coordinates in the old basis to those in the new one.
-        turns = [
-            jnp.einsum("kij,kil->kjl", a, b, precision=HIGH)[None]
+        rows, cols = [
+            jnp.einsum("nkij,nkil->nkjl", a, b, precision=THREE_PASSES)
             for a, b in zip(old, new, strict=True)
-        ]
-        rows, cols = turns if len(turns) == 2 else (turns[0], None)
-        mu = rotate(stack.mu[i][None], cols, rows, jnp.float32, HIGH)[0].mT
+        ] + [None] * (2 - len(new))
+        mu = rotate(read(stack.mu_ncr), cols, rows, jnp.float32, THREE_PASSES).mT
         stack = dataclasses.replace(
             stack,
-            mu=stack.mu.at[i].set(mu),
-            q_rows=stack.q_rows.at[i].set(new[0]),
-            q_cols=None if cols is None else stack.q_cols.at[i].set(new[1]),
+            mu_ncr=write(stack.mu_ncr, mu),
+            q_rows=write(stack.q_rows, new[0]),
+            q_cols=None if cols is None else write(stack.q_cols, new[1]),
         )
-        return stack, kept.at[i].set(~good)
+        return stack, write(kept, ~good)
 
-    kept = jnp.zeros(stack.mu.shape[0], bool)
-    return jax.lax.fori_loop(part.start, part.stop, one, (stack, kept))
+    kept = jnp.zeros(stack.mu_ncr.shape[0], bool)
+    turns = (part.stop - part.start) // together
+    return jax.lax.fori_loop(0, turns, some, (stack, kept))
+
+
+def _matrices_together(stack: Stack, count: int) -> int:
+    """The most of `count` matrices, in equal parts, whose arrays have `_AT_ONCE` numbers: small
+    matrices share a QR, and large ones do not all have their temporaries at once."""
+    sides = [q for q in (stack.q_rows, stack.q_cols) if q is not None]
+    each = sum(x.size // x.shape[0] for x in (stack.mu_ncr, *sides))
+    return max(
+        n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * each <= _AT_ONCE)
+    )
 
 
 def _new_bases(
     factors: Sequence[jax.Array], old: Sequence[jax.Array], iterations: jax.Array, lift: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
-    """(bases [k, b, b] of each side of a matrix, whether all could be used)"""
-    if len({q.shape[-1] for q in old}) == 1:  # all in one batch of QR
-        made, good = refreshed_bases(
-            jnp.concatenate(factors), jnp.concatenate(old), iterations, lift
-        )
-        ends = list(itertools.accumulate(len(q) for q in old))
-        return jnp.split(made, ends[:-1]), jnp.all(good)
-    sides = [refreshed_bases(gg, q, iterations, lift) for gg, q in zip(factors, old, strict=True)]
-    return [made for made, _ in sides], jnp.all(jnp.concatenate([good for _, good in sides]))
+    """(bases [n, k, b, b] of each side, whether both of a matrix could be used [n])"""
+    made: list[jax.Array] = []
+    good: list[jax.Array] = []
+    # Sides with blocks of one size share a batch of QR.
+    shared = len({q.shape[-1] for q in old}) == 1
+    for sides in [range(len(old))] if shared else [[side] for side in range(len(old))]:
+        blocks = [old[side].shape[1] for side in sides]
+        gg, q = (jnp.concatenate([x[side] for side in sides], 1) for x in (factors, old))
+        n, k, b, _ = q.shape
+        q, fine = refreshed_bases(gg.reshape(n * k, b, b), q.reshape(n * k, b, b), iterations, lift)
+        ends = list(itertools.accumulate(blocks))[:-1]
+        made += jnp.split(q.reshape(n, k, b, b), ends, 1)
+        good.append(jnp.all(fine.reshape(n, k), 1))
+    return made, functools.reduce(jnp.logical_and, good)

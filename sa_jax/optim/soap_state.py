@@ -13,7 +13,7 @@ from sa_jax.optim.soap_layout import Side, SpecRule, StackPlan
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("mu", "nu", "gg_rows", "q_rows", "gg_cols", "q_cols"),
+    data_fields=("mu_ncr", "nu_ncr", "gg_rows", "q_rows", "gg_cols", "q_cols"),
     meta_fields=("stack_axes", "split_axes"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Stack:
     """State of n matrices of the same shape, float32.
 
     Attributes:
-      mu, nu: Adam's averages in the bases' coordinates, [n, cols, rows].
+      mu_ncr, nu_ncr: Adam's averages in the bases' coordinates [n, cols, rows].
       gg_rows, q_rows: the rows' factors and their bases [n, blocks, block, block], or None.
       gg_cols, q_cols: those of the columns.
       stack_axes, split_axes: mesh axes that shard n, and the columns (and their blocks).
     """
 
-    mu: Any
-    nu: Any
+    mu_ncr: Any
+    nu_ncr: Any
     gg_rows: Any
     q_rows: Any
     gg_cols: Any
@@ -70,8 +70,8 @@ def init_stack(plan: StackPlan) -> Stack:
     moments = jnp.zeros((plan.padded, plan.cols.padded, plan.rows.padded), jnp.float32)
     rows, cols = factor(plan.rows), factor(plan.cols)
     return Stack(
-        mu=moments,
-        nu=moments,
+        mu_ncr=moments,
+        nu_ncr=moments,
         gg_rows=rows,
         q_rows=basis(rows),
         gg_cols=cols,
@@ -88,8 +88,8 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
         rows, cols = P(s.stack_axes or None), P(s.stack_axes or None, s.split_axes or None)
         return dataclasses.replace(
             s,
-            mu=cols,
-            nu=cols,
+            mu_ncr=cols,
+            nu_ncr=cols,
             gg_rows=None if s.gg_rows is None else rows,
             q_rows=None if s.q_rows is None else rows,
             gg_cols=None if s.gg_cols is None else cols,

@@ -12,8 +12,9 @@ from sa_jax.parallel.hardware import GIB, Chip
 from sa_jax.planning.roofline import Workload
 
 # Bytes a trainable parameter that an optimizer's update takes at once, after the backward pass: of
-# SOAP gradients, what goes to their owners, directions, and what comes back, all in float32.
-UPDATE_BYTES = {"soap": 16.0}
+# SOAP gradients, what goes to their owners, directions, and what comes back, all in bfloat16, and
+# about 2 bytes for float32 numbers of the matrices at hand.
+UPDATE_BYTES = {"soap": 10.0}
 
 # What the runtime and the compiler's program take of a chip's memory, kept free by the search.
 RESERVED = 0.05

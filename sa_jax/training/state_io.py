@@ -160,5 +160,5 @@ def _check_leaves(
     if different:
         raise UserError(
             f"{folder}: does not fit: {first_few(different, 1)}; use the model, optimizer and LoRA "
-            "settings it was saved with"
+            "settings, and the commit of sa_jax, that it was saved with"
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import optax
 import pytest
 
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.optim import decay_mask, llama_view, soap, soap_linalg
+from sa_jax.optim import decay_mask, llama_view, soap, soap_linalg, soap_refresh
 from sa_jax.optim.soap_layout import make_layout
 from sa_jax.optim.soap_views import TensorView
 from tests.toys import random_params
@@ -84,7 +85,7 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
     view = lambda path, shape: TensorView(0, (1, 1), skip=(1,))  # noqa: E731
     history, state = run(fast(block_size=6, view=view), jnp.zeros((11, 3)), gradients)
     (stack,) = state.stacks.values()
-    assert stack.gg_rows.shape == (1, 2, 6, 6) and stack.mu.shape == (1, 3, 12)
+    assert stack.gg_rows.shape == (1, 2, 6, 6) and stack.mu_ncr.shape == (1, 3, 12)
     padded = [np.pad(g, [(0, 1), (0, 0)]) for g in gradients]
     want, _ = run(fast(block_size=6, view=view), jnp.zeros((12, 3)), padded)
     np.testing.assert_allclose(history[-1], want[-1][:11], rtol=0, atol=1e-6)
@@ -94,7 +95,7 @@ def test_a_side_that_blocks_do_not_divide_is_filled_up():
 def test_blocks_are_a_few_more_where_then_nothing_is_left_over():
     state = jax.eval_shape(fast(block_size=4, max_precond_dim=10).init, jnp.zeros((10, 11)))
     (stack,) = state.stacks.values()
-    assert stack.gg_rows.shape == (1, 5, 2, 2) and stack.mu.shape == (1, 11, 10)
+    assert stack.gg_rows.shape == (1, 5, 2, 2) and stack.mu_ncr.shape == (1, 11, 10)
 
 
 def test_the_first_bases_are_eight_lifted_iterations_from_the_identity():
@@ -123,7 +124,7 @@ def test_blocked_qr_of_a_singular_matrix_is_orthogonal(rank):
 
 
 def test_reflections_in_three_passes_keep_bases_orthogonal(monkeypatch):
-    """What HIGH is on a TPU: products of bfloat16 high and low parts. The factor has a condition
+    """What a TPU does: products of bfloat16 high and low parts. The factor has a condition
     of 1e8, and the limit of what is accepted is 1e-3."""
 
     def parts(x):
@@ -137,7 +138,7 @@ def test_reflections_in_three_passes_keep_bases_orthogonal(monkeypatch):
     basis = np.linalg.qr(normal(0, 640, 640))[0]
     y = jnp.asarray(basis * np.logspace(0, -8, 640, dtype=np.float32) @ normal(1, 640, 640))[None]
     exact = soap_linalg._blocked_qr(y, 256)[0]
-    monkeypatch.setattr(soap_linalg, "_high", three_passes)
+    monkeypatch.setattr(soap_linalg, "_three_passes", three_passes)
     q = soap_linalg._blocked_qr(y, 256)[0]
     assert np.abs(q - exact).max() > 1e-5  # it is another arithmetic
     np.testing.assert_allclose(q.T @ q, np.eye(640), atol=1e-4)
@@ -172,6 +173,12 @@ def test_turning_back_undoes_a_rotation():
     turned = soap_linalg.rotate(x, q_rows, q_cols, jnp.float32)
     back = soap_linalg.rotate(turned, q_cols.mT, q_rows.mT, jnp.float32)
     np.testing.assert_allclose(back, x, atol=1e-5)
+
+
+@pytest.mark.parametrize("n", [256, 257, 300, 520])
+def test_long_and_short_bases_are_orthogonal(n):
+    q = soap_linalg.orthonormal(jnp.asarray(normal(0, 1, n, n)))[0]
+    np.testing.assert_allclose(q.T @ q, np.eye(n), atol=1e-5)
 
 
 def test_qr_iterations_reach_the_eigenvectors_and_keep_their_slots():
@@ -327,27 +334,56 @@ def test_a_matrix_whose_state_is_spoilt_stands_still_and_is_counted(field):
     np.testing.assert_array_equal(got[-1][0], want[-1][0])
     np.testing.assert_array_equal(got[-1][1], got[2][1])
     (stack,) = state.stacks.values()
-    np.testing.assert_array_equal(stack.nu[1], spoilt[-1].nu[1])
+    np.testing.assert_array_equal(stack.nu_ncr[1], spoilt[-1].nu_ncr[1])
     np.testing.assert_array_equal(stack.gg_rows[1], spoilt[-1].gg_rows[1])
 
 
-def test_a_step_whose_new_basis_is_refused_does_not_move_that_matrix(monkeypatch):
+@pytest.mark.parametrize(
+    "cols, index", [(4, 3), (6, 1)], ids=["both sides in one batch", "a batch for each side"]
+)
+def test_a_step_whose_new_basis_is_refused_does_not_move_that_matrix(monkeypatch, cols, index):
     """The columns' basis of the second of two matrices comes out too long."""
-    qr, gradients = soap_linalg.orthonormal, [normal(t, 2, 4, 4) for t in range(4)]
-    for g in gradients:
-        g[0] = np.linalg.qr(g[0])[0]  # its factors are those of the identity
-    want, _ = run(fast(), jnp.ones((2, 4, 4)), gradients)
+    qr, gradients = soap_linalg.orthonormal, [normal(t, 2, 4, cols) for t in range(4)]
+    want, _ = run(fast(), jnp.ones((2, 4, cols)), gradients)
 
     def too_long(y):
-        """[rows, columns]"""
-        is_second = jnp.max(jnp.abs(y)) > 1.3
-        return qr(y).at[1].multiply(jnp.where(is_second, 1.01, 1.0))
+        return qr(y).at[index].multiply(1.01) if y.shape[-1] == cols else qr(y)
 
     monkeypatch.setattr(soap_linalg, "orthonormal", too_long)
-    got, state = run(fast(weight_decay=0.0), jnp.ones((2, 4, 4)), gradients)
+    got, state = run(fast(weight_decay=0.0), jnp.ones((2, 4, cols)), gradients)
     assert int(state.rejected) == 4
     np.testing.assert_array_equal(got[-1][0], want[-1][0])
     np.testing.assert_array_equal(got[-1][1], 1)
+
+
+@pytest.mark.parametrize("at_once, matrices", [(1, 1), (200, 2), (2**26, 6)])
+def test_how_many_matrices_are_refreshed_at_once_changes_nothing(monkeypatch, at_once, matrices):
+    """6 matrices of 24 numbers with bases of 52: one, two, or all at once."""
+    gradients = [normal(t, 6, 4, 6) for t in range(5)]
+    want, _ = run(fast(), jnp.ones((6, 4, 6)), gradients)
+    monkeypatch.setattr(soap_refresh, "_AT_ONCE", at_once)
+    got, state = run(fast(), jnp.ones((6, 4, 6)), gradients)
+    (stack,) = state.stacks.values()
+    assert soap_refresh._matrices_together(stack, 6) == matrices
+    np.testing.assert_allclose(got[-1], want[-1], rtol=0, atol=1e-6)
+
+
+def test_the_mean_of_a_normalised_update_counts_no_padding():
+    """11 rows in two blocks of 6."""
+    tx = fast(normalize_grads=True, block_size=6, correct_bias=False)
+    history, _ = run(tx, jnp.zeros((11, 10)), [normal(t, 11, 10) for t in range(3)])
+    update = np.float64(history[2] - history[1])
+    np.testing.assert_allclose(np.sqrt(np.mean(update**2)), 1e-2, rtol=1e-5)
+
+
+def test_no_float32_product_is_left_to_a_tpu_s_default():
+    """By default a TPU would round its operands to bfloat16."""
+    params = {"w": jnp.ones((2, 4, 300)), "v": jnp.ones((8, 12))}
+    tx = fast(block_size=300)
+    text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+    precisions = re.findall(r"\bprecision=(.*?)\n", text)  # not printed where it is the default
+    assert len(precisions) == text.count("dot_general[") > 10
+    assert set(precisions) == {"(Precision.HIGHEST, Precision.HIGHEST)", "BF16_BF16_F32_X3"}
 
 
 def test_gradients_of_zeros_and_of_rank_one_keep_bases_orthogonal():

@@ -133,7 +133,12 @@ def embedding_stays(sizes):
     return sizes[2] > 1
 
 
-def test_columns_that_are_cut_are_normalised_and_guarded_as_a_whole():
+@pytest.mark.parametrize(
+    "block",
+    [np.full((8, 8), np.nan), np.where(np.eye(8), 1, 3e38)],
+    ids=["a factor that is not finite", "a new basis that is refused"],
+)
+def test_columns_that_are_cut_are_normalised_and_guarded_as_a_whole(block):
     """Two matrices on eight devices: the columns of each are cut over four. Of the second, one
     block, on one device, is spoilt: the whole matrix stands still, and counts once a step."""
     shapes = {
@@ -166,7 +171,7 @@ def test_columns_that_are_cut_are_normalised_and_guarded_as_a_whole():
             params = optax.apply_updates(params, updates)
             if number == 4:
                 (stack,) = state.stacks.values()
-                broken = stack.gg_cols.at[1, 3, 0, 0].set(jnp.nan)
+                broken = stack.gg_cols.at[1, 3].set(block)
                 broken = dataclasses.replace(stack, gg_cols=broken)
                 state = state._replace(stacks={"2x16x64": broken})
         return params, state
@@ -177,8 +182,16 @@ def test_columns_that_are_cut_are_normalised_and_guarded_as_a_whole():
     assert furthest(*jax.device_get((got, want))) <= 1e-5
     assert int(state.rejected) == int(alone.rejected) == 3
     np.testing.assert_allclose(
-        state.stacks["2x16x64"].mu, alone.stacks["2x16x64"].mu, rtol=0, atol=1e-5
+        state.stacks["2x16x64"].mu_ncr, alone.stacks["2x16x64"].mu_ncr, rtol=0, atol=1e-5
     )
+
+
+def test_gradients_and_directions_are_sent_as_bfloat16():
+    mesh = jax.make_mesh((1, 4, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    tx = soap(1e-3, mode="fast", view=llama_view, mesh=mesh, partition_spec=partition_spec)
+    text = str(jax.make_jaxpr(tx.update)(draw(0), tx.init(draw(0)), draw(0)))
+    sent = re.findall(r":(\w+)\[[^\]]*\] = all_to_all\[", text)
+    assert sent and set(sent) == {"bf16"}
 
 
 def test_bfloat16_operands_change_a_sharded_run_by_less_than_a_hundredth(unsharded):
@@ -197,11 +210,11 @@ def test_every_device_holds_its_share_of_moments_factors_and_bases():
     )
     state = jax.jit(tx.init)(draw(0))
     stack = state.stacks["6x16x24"]
-    assert stack.mu.shape == (8, 24, 16) and stack.gg_cols.shape == (8, 3, 8, 8)
-    for x in (stack.mu, stack.nu, stack.gg_rows, stack.q_rows, stack.gg_cols, stack.q_cols):
+    assert stack.mu_ncr.shape == (8, 24, 16) and stack.gg_cols.shape == (8, 3, 8, 8)
+    for x in (stack.mu_ncr, stack.nu_ncr, stack.gg_rows, stack.q_rows, stack.gg_cols, stack.q_cols):
         assert {shard.data.shape for shard in x.addressable_shards} == {(1, *x.shape[1:])}
     vocabulary = state.stacks["1x16x32"]
-    assert {shard.data.shape for shard in vocabulary.nu.addressable_shards} == {(1, 4, 16)}
+    assert {shard.data.shape for shard in vocabulary.nu_ncr.addressable_shards} == {(1, 4, 16)}
     assert vocabulary.gg_cols is None and vocabulary.q_rows.sharding.is_fully_replicated
     named = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(state, partition_spec))
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, named)

@@ -108,7 +108,7 @@ def test_checkpoints_resume_bit_for_bit_and_on_another_mesh(tmp_path):
     for sizes, filled in (((1, 2, 1), 6), ((2, 2, 2), 8)):
         other = Prescribed(*sizes)
         restored = other.restore(tmp_path)
-        assert restored.opt_state[1].stacks["6x16x24"].mu.shape[0] == filled
+        assert restored.opt_state[1].stacks["6x16x24"].mu_ncr.shape[0] == filled
         assert_close(other.run(restored, range(6, 9)).params, end.params, 1e-5)
 
 
