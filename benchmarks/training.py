@@ -7,8 +7,8 @@ to 1e-5, relative. Then all take turns, a step each, and the median of each coun
     python benchmarks/training.py [--sizes=toy,25M] [--lora_rank=64] [--rounds=10] [--parts] \
         [--out=FILE.json]
 
-By default all weights are trained. --lora_rank trains LoRA adapters on all projections, against the
-package peft.
+--sizes=toy:8x512 takes 8 rows of 512 tokens instead of the size's own. By default all weights are
+trained. --lora_rank trains LoRA adapters on all projections, against the package peft.
 
 torch runs as it is ("eager") and through torch.compile, both with SDPA attention. --parts prints
 where our step spends its time, by JAX's profiler.
@@ -214,8 +214,11 @@ def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callabl
     return step
 
 
-def measure(name: str, lora_rank: int, rounds: int, with_parts: bool) -> dict:
+def measure(size: str, lora_rank: int, rounds: int, with_parts: bool) -> dict:
+    name, _, own_batch = size.partition(":")
     shape, rows, length = SIZES[name]
+    if own_batch:
+        rows, length = map(int, own_batch.split("x"))
     config = architecture(*shape)
     batch = packed_rows(config.vocab_size, rows, length)
     with tempfile.TemporaryDirectory() as folder:
@@ -260,7 +263,9 @@ def measure(name: str, lora_rank: int, rounds: int, with_parts: bool) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sizes", default=",".join(ON_CPU), help="of: " + ", ".join(SIZES))
+    parser.add_argument(
+        "--sizes", default=",".join(ON_CPU), help="NAME[:ROWSxTOKENS]: " + ", ".join(SIZES)
+    )
     parser.add_argument("--lora_rank", type=int, default=0, help="0 (default): all weights train")
     parser.add_argument("--rounds", type=int, default=10, help="steps of each that are timed")
     parser.add_argument("--parts", action="store_true", help="print where our step's time goes")
@@ -272,11 +277,11 @@ def main():
     peers = "sa_jax", "torch eager", "torch.compile"
     print(table_head(["size", "rows x tokens", *peers, "sa_jax / compiled"]))
     results = []
-    for name in args.sizes.split(","):
-        row = measure(name, args.lora_rank, args.rounds, args.parts)
+    for size in args.sizes.split(","):
+        row = measure(size, args.lora_rank, args.rounds, args.parts)
         ms = [f"{value:.0f} ms" for value in row["ms"].values()]
         shape = f"{row['rows']} x {row['tokens_a_row']}"
-        print(table_row([name, shape, *ms, f"{row['over_compiled_torch']:.2f}"]), flush=True)
+        print(table_row([row["size"], shape, *ms, f"{row['over_compiled_torch']:.2f}"]), flush=True)
         results.append(row)
     if args.parts:
         print(f"\n{table_head(['size', *PARTS])}")
