@@ -18,16 +18,17 @@ from sa_jax.parallel.hardware import CHIPS, Chip
 from sa_jax.planning.gpu_target import target_config
 from sa_jax.text import first_line
 
-# Slices that Google Cloud names (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x), up to
-# 512 chips; larger ones that follow the same rule work too.
+# Common slices of Google Cloud (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x).
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS_A_NODE = 8
 _MOST_CHIPS = 16_384
-_LARGE = tuple(  # solid slices of more than 512 chips are made of cubes of 4x4x4
+# All solid slices of cubes of 4x4x4, the most cube-like first: that is the one which a cloud name
+# means, such as 4x8x12 for v5p-768, not 4x4x24 (google/xpk, system_characteristics.py).
+_CUBES = tuple(
     "x".join(map(str, shape))
-    for shape in itertools.combinations_with_replacement(range(4, 129, 4), 3)
-    if 512 < math.prod(shape) <= _MOST_CHIPS
+    for shape in sorted(itertools.combinations_with_replacement(range(4, 1025, 4), 3), key=sum)
+    if math.prod(shape) <= _MOST_CHIPS
 )
 _NUMBER = "[1-9][0-9]{0,5}"
 
@@ -106,11 +107,10 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
 
 @functools.cache  # a study asks for every cell, and a cloud name is looked for among all shapes
 def parse_topology(name: str) -> Topology:
-    """The machine of a name, without devices; of a cloud name it has the documented shape.
+    """The machine of a name, without devices; of a cloud name it has the shape of such a slice.
 
     Raises:
-      UsageError: an unknown name; the message lists the known ones. A cloud name that may be of
-        several shapes; the message lists these.
+      UsageError: an unknown name; the message lists the known ones.
     """
     name = _of_cloud_name(name)
     kind, _, size = name.partition(":")
@@ -121,14 +121,14 @@ def parse_topology(name: str) -> Topology:
         shape = tuple(map(int, size.split("x")))
         if slices * math.prod(shape) > _MOST_CHIPS:
             raise UsageError(f"--topology={name!r}: more than {_MOST_CHIPS:,} chips")
-        is_large = len(shape) == chip.torus and math.prod(shape) > 512
         are_gpus = not chip.torus and len(shape) == 1 and slices == 1
-        if size in known_shapes(chip) or is_large or are_gpus:
+        if size in _shapes(chip) or are_gpus:
             return Topology(name, chip, shape, slices=slices)
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
     raise UsageError(
         f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}; several slices of a "
-        "TPU, as in 2xv5p:4x4x4; and the cloud's name of a slice, as v5p-128"
+        "TPU, as in 2xv5p:4x4x4; more cubes of 4x4x4, as v5p:4x4x12; and the cloud's name of a "
+        "slice, as v5p-128"
     )
 
 
@@ -137,20 +137,22 @@ def _of_cloud_name(name: str) -> str:
     several = re.match("[1-9][0-9]{0,3}x", name)
     slices = several[0] if several else ""
     cloud = name.removeprefix(slices)
-    shapes = [
+    shapes = (
         f"{slices}{chip.name}:{size}"
         for chip in CHIPS
-        for size in (*known_shapes(chip), *(_LARGE if chip.torus == 3 else ()))
+        for size in _shapes(chip)
         if Topology("", chip, tuple(map(int, size.split("x")))).cloud_name == cloud
-    ]
-    if len(shapes) > 1:
-        raise UsageError(f"--topology={name} has several shapes; name one: {', '.join(shapes)}")
-    return shapes[0] if shapes else name
+    )
+    return next(shapes, name)
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:
-    """Shapes of the slices of a TPU; () for GPUs, of which any number is possible."""
+    """Common shapes of the slices of a TPU; () for GPUs, of which any number is possible."""
     return {0: (), 2: _FLAT, 3: _SOLID}[chip.torus]
+
+
+def _shapes(chip: Chip) -> tuple[str, ...]:
+    return (*known_shapes(chip), *(_CUBES if chip.torus == 3 else ()))
 
 
 def open_topology(name: str) -> Topology:

@@ -31,6 +31,7 @@ def test_a_topology_says_its_number_of_chips_and_its_cloud_name(name, described)
 @pytest.mark.parametrize(
     "name",
     ["v5p:3x3x3", "v5p:4x4", "v7:2x2", "v5p-129", "v5e-16", "h200-8", "v6e-512", "x\ny"]
+    + ["v5p-192", "v5p:5x7x20", "v5p:12x4x4"]
     + ["", "h100:", "h100:0", "v6e:x", "2xh200:8"],
 )
 def test_an_unknown_topology_lists_the_known(name):
@@ -44,7 +45,11 @@ def test_an_unknown_topology_lists_the_known(name):
         *[("v4-8", "v4:2x2x1"), ("v4-1024", "v4:8x8x8"), ("tpu7x-16", "tpu7x:2x2x2")],
         *[("v5p-8", "v5p:2x2x1"), ("v5p-16", "v5p:2x2x2"), ("v5p-256", "v5p:4x4x8")],
         *[("v5litepod-1", "v5e:1x1"), ("v5litepod-8", "v5e:2x4"), ("v6e-256", "v6e:16x16")],
-        *[("2xv5p-128", "2xv5p:4x4x4"), ("v5p-1408", "v5p:4x4x44")],
+        *[("2xv5p-128", "2xv5p:4x4x4"), ("v5p-1408", "v5p:4x4x44"), ("v5p-384", "v5p:4x4x12")],
+        # of several shapes, that of google/xpk's table
+        *[("v5p-512", "v5p:4x8x8"), ("v5p-768", "v5p:4x8x12"), ("v5p-1152", "v5p:4x12x12")],
+        *[("v5p-2048", "v5p:8x8x16"), ("v5p-6912", "v5p:12x12x24"), ("v5p-8320", "v5p:4x20x52")],
+        *[("v5p-9216", "v5p:12x16x24"), ("v5p-17920", "v5p:16x20x28")],
     ],
 )
 def test_a_cloud_name_is_the_slice_of_the_documented_shape(cloud, name):
@@ -52,11 +57,6 @@ def test_a_cloud_name_is_the_slice_of_the_documented_shape(cloud, name):
     assert machine == parse_topology(name) and machine.name == name
     assert cloud.endswith(machine.cloud_name)
     assert parse_topology(cloud) is machine  # not looked for again
-
-
-def test_a_cloud_name_of_several_shapes_lists_them():
-    with pytest.raises(UsageError, match=r"v5p-2048 has several shapes; .*, v5p:8x8x16$"):
-        parse_topology("v5p-2048")
 
 
 def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_no_gpus(monkeypatch):
