@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
 from sa_jax.parallel.peers import end_together, start_within
+from sa_jax.text import first_line
 
 
 @contextlib.contextmanager
@@ -35,12 +36,22 @@ def joined(
 
     Raises:
       UserError: the address of the others is wrong; or this TPU is part of a pod, and the process
-        was started without that address.
+        was started without that address; or what ran inside needs more memory than a device has.
     """
     _join(start_timeout_s, peer_timeout_s)
     # Watched already while devices are opened, because those of the others are waited for.
     with end_together(peer_timeout_s, resumable, _open_devices):
-        yield
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"a device has not enough memory: {first_line(error)} Training needs less with "
+                "config.remat='full', a larger config.accumulation or config.mesh.fsdp, and evals "
+                "need less with a smaller config.eval.batch_size; scripts/plan.py --search finds "
+                "settings that fit"
+            ) from error
 
 
 def _join(start_timeout_s: float, peer_timeout_s: float) -> None:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -181,7 +182,9 @@ def open_topology(name: str) -> Topology:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.cloud_name)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
-    options = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    if topology.chips == 1:  # libtpu expects four chips a host
+        options["chips_per_host_bounds"] = (1, 1, 1)
     slice_name = topology.name.removeprefix(f"{topology.slices}x")
     try:
         described = topologies.get_topology_desc(

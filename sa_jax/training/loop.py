@@ -111,6 +111,7 @@ def train(
 
         def should_stop() -> bool:
             stall.beat()
+            compiled_step(wait=False)  # raises at once if the step cannot be compiled
             return guard.should_stop(step)
 
         # All processes get through this alike, or all end here.

@@ -3,8 +3,7 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +54,12 @@ class Program:
     state: TrainState
     state_shardings: Any
     step: Any  # a jitted function
+
+
+class CompiledStep(Protocol):
+    """See `begin_compiling`."""
+
+    def __call__(self, wait: bool = True) -> Any: ...
 
 
 def attention_of(config: ConfigDict, platform: str) -> Choice:
@@ -147,7 +152,7 @@ def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
 
 def begin_compiling(
     config: ConfigDict, program: Program, mesh: Mesh, *, at_once: bool = True
-) -> Callable[[], jax.stages.Compiled]:
+) -> CompiledStep:
     """Begins to compile the step in a thread, and returns a function that waits for it.
 
     On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
@@ -159,16 +164,18 @@ def begin_compiling(
         times kernels on the device, which must be idle.
 
     Returns:
-      A function that returns the executable, called as `program.step`. It raises what compiling
-      raises.
+      A function that returns the executable, called as `program.step`. With `wait=False` it returns
+      at once. It raises what compiling has raised.
     """
 
     def compile_step() -> jax.stages.Compiled:
         return program.step.lower(*abstract_arguments(config, program, mesh)).compile()
 
     if not at_once or mesh.devices.flat[0].platform == "gpu":
-        return functools.cache(compile_step)
-    return concurrent.futures.ThreadPoolExecutor(1).submit(compile_step).result
+        compile_once = functools.cache(compile_step)
+        return lambda wait=True: compile_once() if wait else None
+    future = concurrent.futures.ThreadPoolExecutor(1).submit(compile_step)
+    return lambda wait=True: future.result() if wait or future.done() else None
 
 
 def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

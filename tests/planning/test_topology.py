@@ -70,13 +70,23 @@ def test_without_libtpu_the_extra_is_named_and_without_a_cuda_plugin_there_are_n
     assert open_topology("h200:8").devices == ()
 
 
-def test_libtpu_prints_nothing_where_there_is_no_tpu():
+PROGRAM = """
+import sys
+from sa_jax.planning.topology import open_topology
+for name in sys.argv[1:]:
+    machine = open_topology(name)
+    assert len(machine.devices) == machine.chips * machine.chip.devices, name
+"""
+
+
+def test_libtpu_knows_all_shapes_and_prints_nothing_where_there_is_no_tpu():
     pytest.importorskip("libtpu", reason="needs the extra tpu")
-    program = "from sa_jax.planning.topology import open_topology as o; print(len(o('{}').devices))"
+    names = [f"{chip.name}:{shape}" for chip in CHIPS for shape in known_shapes(chip)]
+    names += ["v5p:4x4x12", "2xv5p:2x2x2"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TPU_")}
-    command = [sys.executable, "-c", program.format("v5p:2x2x2")]
+    command = [sys.executable, "-c", PROGRAM, *names]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("8\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 class Device:

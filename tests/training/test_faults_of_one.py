@@ -43,7 +43,7 @@ def compile_with_a_fault(*arguments):
             state = dataclasses.replace(state, params=jax.tree.map(nan, state.params))
         return compiled_step()(state, *rest)
 
-    return lambda: step
+    return lambda wait=True: step
 
 loop.load_batch, loop.begin_compiling = failing_batch, compile_with_a_fault
 sys.path.insert(1, "{path}")

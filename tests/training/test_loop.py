@@ -421,3 +421,24 @@ def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
     with pytest.raises(UsageError, match="up to 1 documents.*a packed row has [2-9].*'cudnn'"):
         loop.train(config, tmp_path, "insertion")
     assert not (tmp_path / "run.json").exists()
+
+
+def test_a_step_that_does_not_fit_ends_the_run_before_the_evals_are_done(
+    toy_world, tmp_path, monkeypatch
+):
+    import jax.numpy as jnp
+
+    from sa_jax.errors import UserError
+    from sa_jax.study.commands import load_config
+    from sa_jax.training import loop
+
+    config = load_config("tests/configs/tiny.py:insertion")
+    config.update(model=str(toy_world / "model"), data=str(toy_world / "insertion.jsonl"))
+    config.mesh.update(fsdp=4, tensor=2)
+    # The error of 16 TiB on a CPU; libtpu's, of compiling, has the same type and word.
+    monkeypatch.setattr(
+        loop, "begin_compiling", lambda *_, **__: lambda wait=True: jnp.zeros(1 << 42)
+    )
+    with pytest.raises(UserError, match="not enough memory: .*17592186044416 .*--search finds"):
+        loop.train(config, tmp_path, "insertion")
+    assert not list((tmp_path / "evals").rglob("*.json"))

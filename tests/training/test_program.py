@@ -99,6 +99,8 @@ def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(
     program = types.SimpleNamespace(step=step)
     compiled_step = begin_compiling(None, program, mesh, at_once=at_once)
     assert begun.wait(60 if beside else 0.1) == beside
+    assert beside or compiled_step(wait=False) is None
     assert [compiled_step(), compiled_step()] == ["compiled"] * 2
+    assert compiled_step(wait=False) == "compiled" or not beside
     assert len(count) == 1
     assert (count[0] is threading.current_thread()) == (not beside)
