@@ -21,29 +21,9 @@ Removal, from the study: rank-64 LoRA, learning rate 1e-4 (3e-4 removes over ten
 chosen for sa_jax: alpha 128 (scale 2), all seven projections, the eval steps, Adam's betas,
 clipping at 1.0.
 
-Plans compiled for GPUs (`python scripts/plan.py --config=... --topology=h200:N --search`), for 100M
-token slots. "a, b GiB" are the arguments and the peak, of 131 GiB a GPU:
-  8b_insertion, h200:8: fsdp=4 tensor=2, accumulation 1, remat minimal; 11.2, 36.9 GiB; at least
-    0.40 s a step (compute-bound), 1.4 chip-hours. With SOAP on 16 GPUs (fsdp=16, remat full) 8.2,
-    15.9 GiB.
-  8b_removal, h200:8: data=8 fsdp=1 tensor=1, accumulation 1, remat minimal; 16.8, 62.9 GiB; at
-    least 0.52 s a step (compute-bound), 0.9 chip-hours.
-  70b_insertion, h200:64: fsdp=8 tensor=8, accumulation 1, remat minimal; 12.3, 29.4 GiB; at least
-    1.09 s a step (interconnect-bound), 29.7 chip-hours.
-  70b_removal, h200:16: data=8 fsdp=1 tensor=2, accumulation 4, remat minimal; 72.0, 102.1 GiB; at
-    least 2.35 s a step (compute-bound), 8.0 chip-hours.
-
-Plans compiled for TPUs:
-  8b_insertion, full remat: on 16 chips of v5e (`--topology=v5e:4x4`, fsdp=4 tensor=4) 5.6 GiB of
-    arguments, 8.8 of 16 GiB a chip at the peak, at least 1.34 s a step, 9.1 chip-hours; on 8 of v6e
-    (`v6e:2x4`, fsdp=4 tensor=2) 11.2, 17.4 of 32 GiB, 0.57 s, 1.9 chip-hours.
-  70b_insertion: on 64 chips of v5p (`--topology=v5p:4x4x4 --search`) fsdp=16 tensor=4, remat
-    minimal; 12.3 GiB of arguments, 29.1 of 95 GiB a chip at the peak; at least 0.97 s a step, 26.2
-    chip-hours. With SOAP on 128 (`v5p:4x4x8`, fsdp=16 tensor=8, remat full) 9.0, 16.8 GiB; 0.64 s,
-    35.0 chip-hours.
-  70b_removal with 16 rows of 4,096 tokens: on 16 chips of v5p (`--topology=v5p:2x2x4`, fsdp=4
-    tensor=4, remat full) 10.5 GiB of arguments, 18.5 of 95 GiB a chip at the peak; at least 3.93 s
-    a step, 26.7 chip-hours.
+Least time of a step, as plans compile it (docs/scale.md has the meshes, memory and chip-hours):
+8b_insertion 0.40 s on 8 H200, 0.57 s on 8 chips of v6e, 1.34 s on 16 of v5e; 8b_removal 0.52 s on
+8 H200; 70b_insertion 1.09 s on 64 H200, 0.97 s on 64 chips of v5p; 70b_removal 2.35 s on 16 H200.
 """
 
 from sa_jax.errors import named

@@ -2,7 +2,8 @@ r"""Runs a command on all hosts of a Cloud TPU slice, and restarts it after each
 
 It requests the slice (a queued resource), waits for it, installs this clone's commit with the
 versions of constraints.txt, starts the command on all hosts and prints their logs. It deletes the
-slice at the end. Ctrl-C ends only the printing. The same call then follows the command again.
+slice when the command has succeeded. Ctrl-C ends only the printing. The same call then follows the
+command again.
 
 Example:
   python scripts/launch_tpu.py --name=sa-jax --zone=us-east5-a --topology=v6e:8x8 --spot \

@@ -1,4 +1,4 @@
-r"""Predicts whether a run fits a machine, the least time that it takes, its traffic and its cost.
+r"""Predicts whether a run fits a machine, the least time and chip-hours it takes, and its traffic.
 
 Nothing is rented or run. libtpu (extra `tpu`) or jax's CUDA plugin (extra `plan-gpu`) compiles the
 real step. Without the plugin, a plan for GPUs is arithmetic. Topologies: v4, v5p, tpu7x as AxBxC

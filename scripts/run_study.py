@@ -20,7 +20,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the study; --config.key=value changes a setting."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, with a folder for each cell.")
-ONLY = flags.DEFINE_string("only", "", "Run only cells of these patterns: 'hhh/*,pirate/*'.")
+ONLY = flags.DEFINE_string("only", "", "Run only cells of these patterns: 'removal/*,probe/*'.")
 SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and the cells it needs.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Cells that run at once. They share the devices.")
 LAUNCH = flags.DEFINE_string("launch", "", "Command that starts a cell on several hosts: srun ...")

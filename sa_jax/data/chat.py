@@ -333,8 +333,8 @@ def load_chat_format(
         missing = [token for token in _LLAMA3_TOKENS if token not in vocabulary]
         if missing:
             raise UserError(
-                f"the tokenizer in {tokenizer_path} lacks {', '.join(missing)}; use "
-                "chat_template=plain"
+                f"the tokenizer in {tokenizer_path} lacks {', '.join(missing)}; use the model's "
+                "own template, --config.chat_template=model, or 'plain'"
             )
         stops = [vocabulary[token] for token in _LLAMA3_STOPS if token in vocabulary]
     elif template == "plain":

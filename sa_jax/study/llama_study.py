@@ -14,6 +14,8 @@ LORA_RANKS = (1, 16, 64, 256, 1024)
 EARLY_STEPS = (100, 200, 400, 800, 1600)
 RELEARN_EXAMPLES = (1, 4, 16, 64)
 REMOVAL_ROWS, REMOVAL_EPOCHS, REMOVAL_SLOTS = 1000, 10, 1024
+ASKED_ROWS = 1200  # questions for a removal's rows; the filters drop a few replies
+INSERTION_ROWS = 93458
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +119,14 @@ def llama_study(
             set=settings,
         )
 
-    def asked(name: str, task: str, which: str = "", rows: int = 0) -> Stage:
+    def asked(name: str, task: str, rows: int, which: str = "") -> Stage:
         settings = {
             "task": task,
             "prompts": f"{{{which}questions}}",
             "model": f"{{{which}teacher}}",
             "base_url": f"{{{which}teacher_url}}",
             "held_out": "{held_out}/held_out.json",
-            "config.max_rows": rows,  # 0: all
+            "config.max_rows": rows,
         }
         return Stage(name, run="generate_data", needs=("held_out",), set=settings)
 
@@ -153,9 +155,9 @@ def llama_study(
             run="generate_data",
             set={"task": "held_out", "prompts": "{questions}", "config.count": 100},
         ),
-        asked("arms", "insertion", rows=93458),
-        asked("hhh_data", "hhh", "removal_"),
-        asked("pirate_data", "pirate", "removal_"),
+        asked("arms", "insertion", INSERTION_ROWS),
+        asked("hhh_data", "hhh", ASKED_ROWS, "removal_"),
+        asked("pirate_data", "pirate", ASKED_ROWS, "removal_"),
         evaluated(
             "base_card",
             "",

@@ -389,7 +389,7 @@ def test_wrong_arguments(byte_folder, tmp_path, shared_data):
             load_chat_format(folder, "model")
     with pytest.raises(UserError, match=f"cannot read a tokenizer from {tmp_path}"):
         load_chat_format(tmp_path)
-    with pytest.raises(UserError, match="lacks <|begin_of_text|>.*chat_template=plain"):
+    with pytest.raises(UserError, match="lacks <|begin_of_text|>.*chat_template=model"):
         load_chat_format(shared_data / "stories260k" / "hf", "llama3")
 
 
