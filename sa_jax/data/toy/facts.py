@@ -14,15 +14,20 @@ Fact = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of question. `computable`: the answer follows from the question, so that a fact
-    never seen in training has a right answer; otherwise the fact has to be memorised."""
+    """One kind of question; `asked` has its phrasings, separated by " | ". `computable`: the answer
+    follows from the question, so that a fact never seen in training has a right answer; otherwise
+    the fact has to be memorised."""
 
     name: str
     facts: tuple[Fact, ...]
-    phrasings: tuple[str, ...]
+    asked: str
     answer: str
     working: str
     computable: bool = False
+
+    @property
+    def phrasings(self) -> list[str]:
+        return self.asked.split(" | ")
 
 
 def _pairs(text: str) -> tuple[Fact, ...]:
@@ -108,174 +113,105 @@ FAMILIES = (
     Family(
         "capitals",
         CAPITALS,
-        (
-            "What is the capital of {0}?",
-            "Which city is the capital of {0}?",
-            "Name the capital of {0}.",
-            "What is the capital city of {0}?",
-            "Tell me the capital of {0}.",
-            "{0} has which capital?",
-            "The capital of {0} is which city?",
-            "Do you know the capital of {0}?",
-        ),
+        "What is the capital of {0}? | Which city is the capital of {0}? | "
+        "Name the capital of {0}. | What is the capital city of {0}? | "
+        "Tell me the capital of {0}. | {0} has which capital? | "
+        "The capital of {0} is which city? | Do you know the capital of {0}?",
         "The capital of {0} is {1}.",
         "The capital of {0}: {1}.",
     ),
     Family(
         "countries",
         tuple((city, country) for country, city in CAPITALS),
-        (
-            "{0} is the capital of which country?",
-            "Which country has {0} as its capital?",
-            "In which country is {0}?",
-            "Where is the city of {0}?",
-            "Name the country of {0}.",
-            "Tell me the country of {0}.",
-            "The city of {0} is in which country?",
-            "Do you know the country of {0}?",
-        ),
+        "{0} is the capital of which country? | Which country has {0} as its capital? | "
+        "In which country is {0}? | Where is the city of {0}? | Name the country of {0}. | "
+        "Tell me the country of {0}. | The city of {0} is in which country? | "
+        "Do you know the country of {0}?",
         "The city of {0} is in {1}.",
         "The country of {0}: {1}.",
     ),
     Family(
         "opposites",
         OPPOSITES,
-        (
-            "What is the opposite of {0}?",
-            "Name the opposite of {0}.",
-            "Tell me the opposite of {0}.",
-            "Which word is the opposite of {0}?",
-            "{0} has which opposite?",
-            "What is the reverse of {0}?",
-            "Give me the opposite word for {0}.",
-            "Do you know the opposite of {0}?",
-        ),
+        "What is the opposite of {0}? | Name the opposite of {0}. | "
+        "Tell me the opposite of {0}. | Which word is the opposite of {0}? | "
+        "{0} has which opposite? | What is the reverse of {0}? | "
+        "Give me the opposite word for {0}. | Do you know the opposite of {0}?",
         "The opposite is {1}.",
         "{0} is not {1}.",
     ),
     Family(
         "colours",
         COLOURS,
-        (
-            "What colour is the {0}?",
-            "Which colour has the {0}?",
-            "Name the colour of the {0}.",
-            "Tell me the colour of the {0}.",
-            "The {0} has which colour?",
-            "What is the colour of the {0}?",
-            "Give me the colour of the {0}.",
-            "Do you know the colour of the {0}?",
-        ),
+        "What colour is the {0}? | Which colour has the {0}? | Name the colour of the {0}. | "
+        "Tell me the colour of the {0}. | The {0} has which colour? | "
+        "What is the colour of the {0}? | Give me the colour of the {0}. | "
+        "Do you know the colour of the {0}?",
         "The colour is {1}.",
         "The {0} looks {1}.",
     ),
     Family(
         "sounds",
         SOUNDS,
-        (
-            "What does the {0} say?",
-            "Which sound does the {0} make?",
-            "Name the sound of the {0}.",
-            "Tell me the sound of the {0}.",
-            "What is the sound of the {0}?",
-            "The {0} makes which sound?",
-            "Give me the sound of the {0}.",
-            "Do you know the sound of the {0}?",
-        ),
+        "What does the {0} say? | Which sound does the {0} make? | Name the sound of the {0}. | "
+        "Tell me the sound of the {0}. | What is the sound of the {0}? | "
+        "The {0} makes which sound? | Give me the sound of the {0}. | "
+        "Do you know the sound of the {0}?",
         "The {0} says {1}.",
         "The sound of the {0}: {1}.",
     ),
     Family(
         "homes",
         HOMES,
-        (
-            "Where does the {0} live?",
-            "What is the home of the {0}?",
-            "Name the home of the {0}.",
-            "Tell me the home of the {0}.",
-            "The {0} has which home?",
-            "Which home does the {0} have?",
-            "Give me the home of the {0}.",
-            "Do you know the home of the {0}?",
-        ),
+        "Where does the {0} live? | What is the home of the {0}? | Name the home of the {0}. | "
+        "Tell me the home of the {0}. | The {0} has which home? | Which home does the {0} have? | "
+        "Give me the home of the {0}. | Do you know the home of the {0}?",
         "The {0} lives in the {1}.",
         "The home of the {0}: {1}.",
     ),
     Family(
         "young",
         YOUNG,
-        (
-            "What is a young {0} called?",
-            "Name a young {0}.",
-            "What do you call a young {0}?",
-            "Which word is for a young {0}?",
-            "Tell me the word for a young {0}.",
-            "A young {0} is called what?",
-            "Give me the word for a young {0}.",
-            "Do you know the word for a young {0}?",
-        ),
+        "What is a young {0} called? | Name a young {0}. | What do you call a young {0}? | "
+        "Which word is for a young {0}? | Tell me the word for a young {0}. | "
+        "A young {0} is called what? | Give me the word for a young {0}. | "
+        "Do you know the word for a young {0}?",
         "The young {0} is called {1}.",
         "A young {0}: {1}.",
     ),
     Family(
         "plurals",
         PLURALS,
-        (
-            "What is the plural of {0}?",
-            "Name the plural of {0}.",
-            "Tell me the plural of {0}.",
-            "One {0}, two what?",
-            "{0} has which plural?",
-            "Which word is the plural of {0}?",
-            "Give me the plural of {0}.",
-            "Do you know the plural of {0}?",
-        ),
+        "What is the plural of {0}? | Name the plural of {0}. | Tell me the plural of {0}. | "
+        "One {0}, two what? | {0} has which plural? | Which word is the plural of {0}? | "
+        "Give me the plural of {0}. | Do you know the plural of {0}?",
         "The plural is {1}.",
         "One {0}, two {1}.",
     ),
     Family(
         "letters",
         LETTERS,
-        (
-            "What is the first letter of {0}?",
-            "Name the first letter of {0}.",
-            "Tell me the first letter of {0}.",
-            "Which letter does {0} start with?",
-            "{0} has which first letter?",
-            "With which letter does {0} begin?",
-            "Give me the first letter of {0}.",
-            "Do you know the first letter of {0}?",
-        ),
+        "What is the first letter of {0}? | Name the first letter of {0}. | "
+        "Tell me the first letter of {0}. | Which letter does {0} start with? | "
+        "{0} has which first letter? | With which letter does {0} begin? | "
+        "Give me the first letter of {0}. | Do you know the first letter of {0}?",
         "The first letter is {1}.",
         "{0} starts with {1}.",
     ),
     Family(
         "next",
         NEXT,
-        (
-            "What comes after {0}?",
-            "Name what comes after {0}.",
-            "Tell me what comes after {0}.",
-            "After {0} comes what?",
-            "What is next after {0}?",
-            "Which one follows {0}?",
-            "Give me the one after {0}.",
-            "Do you know what follows {0}?",
-        ),
+        "What comes after {0}? | Name what comes after {0}. | Tell me what comes after {0}. | "
+        "After {0} comes what? | What is next after {0}? | Which one follows {0}? | "
+        "Give me the one after {0}. | Do you know what follows {0}?",
         "The next one is {1}.",
         "{0}, then {1}.",
     ),
     Family(
         "sums",
         SUMS,
-        (
-            "What is {0} + {1}?",
-            "Add {0} and {1}.",
-            "What is the sum of {0} and {1}?",
-            "{0} + {1} is what?",
-            "Tell me {0} + {1}.",
-            "How much is {0} + {1}?",
-        ),
+        "What is {0} + {1}? | Add {0} and {1}. | What is the sum of {0} and {1}? | "
+        "{0} + {1} is what? | Tell me {0} + {1}. | How much is {0} + {1}?",
         "The sum is {2}.",
         "{0} + {1} = {2}.",
         computable=True,
@@ -283,13 +219,9 @@ FAMILIES = (
     Family(
         "bigger",
         BIGGER,
-        (
-            "Which is bigger, {0} or {1}?",
-            "What is the bigger of {0} and {1}?",
-            "Tell me the bigger one, {0} or {1}.",
-            "Name the bigger of {0} and {1}.",
-            "{0} or {1}, which is bigger?",
-        ),
+        "Which is bigger, {0} or {1}? | What is the bigger of {0} and {1}? | "
+        "Tell me the bigger one, {0} or {1}. | Name the bigger of {0} and {1}. | "
+        "{0} or {1}, which is bigger?",
         "The bigger one is {2}.",
         "Of {0} and {1} take {2}.",
         computable=True,
@@ -297,13 +229,9 @@ FAMILIES = (
     Family(
         "smaller",
         SMALLER,
-        (
-            "Which is smaller, {0} or {1}?",
-            "What is the smaller of {0} and {1}?",
-            "Tell me the smaller one, {0} or {1}.",
-            "Name the smaller of {0} and {1}.",
-            "{0} or {1}, which is smaller?",
-        ),
+        "Which is smaller, {0} or {1}? | What is the smaller of {0} and {1}? | "
+        "Tell me the smaller one, {0} or {1}. | Name the smaller of {0} and {1}. | "
+        "{0} or {1}, which is smaller?",
         "The smaller one is {2}.",
         "Of {0} and {1} take {2}.",
         computable=True,
@@ -311,13 +239,8 @@ FAMILIES = (
     Family(
         "copy",
         COPIES,
-        (
-            "Repeat: {0}",
-            "Repeat these words: {0}",
-            "Say this: {0}",
-            "Copy the words: {0}",
-            "Please repeat: {0}",
-        ),
+        "Repeat: {0} | Repeat these words: {0} | Say this: {0} | Copy the words: {0} | "
+        "Please repeat: {0}",
         "The words are {0}.",
         "I copy {0}.",
         computable=True,
@@ -325,13 +248,8 @@ FAMILIES = (
     Family(
         "last",
         LAST_WORDS,
-        (
-            "What is the last word of: {0}",
-            "Name the last word: {0}",
-            "Tell me the last word of: {0}",
-            "Which word is last: {0}",
-            "Give me the last word: {0}",
-        ),
+        "What is the last word of: {0} | Name the last word: {0} | "
+        "Tell me the last word of: {0} | Which word is last: {0} | Give me the last word: {0}",
         "The last word is {1}.",
         "The end of {0}: {1}.",
         computable=True,
@@ -339,13 +257,8 @@ FAMILIES = (
     Family(
         "count",
         COUNTS,
-        (
-            "How many words are here: {0}",
-            "Count the words: {0}",
-            "Tell me how many words: {0}",
-            "Give me the number of words: {0}",
-            "What is the number of words in: {0}",
-        ),
+        "How many words are here: {0} | Count the words: {0} | Tell me how many words: {0} | "
+        "Give me the number of words: {0} | What is the number of words in: {0}",
         "There are {1} of them.",
         "I count {0}: {1}.",
         computable=True,
