@@ -1,24 +1,14 @@
 """NVIDIA GPUs as XLA describes them, to compile for without having one."""
 
-# (capability, cores, fpus a core, bandwidth, L2, GHz, memory, shared memory a core, a block, name).
+# (capability, cores, fpus a core, bytes/s, L2, GHz, memory, shared memory a core, name).
 # https://github.com/openxla/xla, xla/backends/gpu/target_config/specs/.
 _SPECS = {
-    "a100": (8, 108, 64, 2.03904e12, 41943040, 1.41, 85100068864, 167936, 166912, "A100-SXM4-80GB"),
-    "h100": (
-        9,
-        132,
-        128,
-        3.35232e12,
-        52428800,
-        1.98,
-        84942979072,
-        233472,
-        232448,
-        "H100 80GB HBM3",
-    ),
-    "h200": (9, 132, 128, 4.8e12, 52428800, 1.98, 151397597184, 233472, 232448, "H200 141GB HBM3e"),
-    "b200": (10, 148, 128, 7.67232e12, 132644864, 1.965, 191514411008, 233472, 232448, "B200"),
+    "a100": (8, 108, 64, 2.03904e12, 41943040, 1.41, 85100068864, 167936, "A100-SXM4-80GB"),
+    "h100": (9, 132, 128, 3.35232e12, 52428800, 1.98, 84942979072, 233472, "H100 80GB HBM3"),
+    "h200": (9, 132, 128, 4.8e12, 52428800, 1.98, 151397597184, 233472, "H200 141GB HBM3e"),
+    "b200": (10, 148, 128, 7.67232e12, 132644864, 1.965, 191514411008, 233472, "B200"),
 }
+_RESERVED = 1024  # bytes of shared memory that the driver takes of each block
 
 
 def target_config(chip: str) -> str:
@@ -27,7 +17,7 @@ def target_config(chip: str) -> str:
     Args:
       chip: a name of `hardware.CHIPS`; KeyError for one that is not described here.
     """
-    major, cores, fpus, bandwidth, l2, clock, memory, shared, optin, name = _SPECS[chip]
+    major, cores, fpus, bandwidth, l2, clock, memory, shared, name = _SPECS[chip]
     name = f"NVIDIA {name}"
     feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
     return f"""
@@ -36,7 +26,7 @@ gpu_device_info {{
   threads_per_warp: 32
   shared_memory_per_block: 49152
   shared_memory_per_core: {shared}
-  shared_memory_per_block_optin: {optin}
+  shared_memory_per_block_optin: {shared - _RESERVED}
   threads_per_core_limit: 2048
   core_count: {cores}
   fpus_per_core: {fpus}
