@@ -102,24 +102,25 @@ def load_rows(
     usable rows. Rows with an empty prompt or answer are dropped and counted: public datasets have
     some.
     """
-    unknown = sorted(set(columns or ()) - set(COLUMNS))
-    if unknown:
+    detected = not columns
+    if unknown := sorted(set(columns or ()) - set(COLUMNS)):
         raise UsageError(f"config.columns: unknown {unknown[0]!r}; known: {', '.join(COLUMNS)}")
+    if columns and "messages" not in columns:
+        needed = ("prompt", "response") if responses else ("prompt",)
+        if missing := [name for name in needed if name not in columns]:
+            raise UsageError(f"columns must name {' and '.join(missing)} too")
     path = str(path)
     raw, digest = _read(path)
     rows: list[Row] = []
     dropped: Counter[str] = Counter()
-    convert = None
     places: dict[object, str] = {}  # of each id
     for place, fields in raw:
         if not isinstance(fields, dict):
             raise UserError(
                 f"{place}: expected an object with fields, found {type(fields).__name__}"
             )
-        if convert is None:
-            mapped = columns or _layout(fields, responses, place)
-            convert = _converter(mapped, not columns, responses)
-        row = convert(fields, place)
+        columns = columns or _layout(fields, responses, place)
+        row = _row(fields, place, columns, detected, responses)
         if isinstance(row, str):
             dropped[row] += 1
             continue
@@ -129,10 +130,9 @@ def load_rows(
                 "leave the column out"
             )
         rows.append(row)
-    if convert is None:
-        raise UserError(f"{path} has no rows")
     if not rows:
-        raise UserError(f"{path}: no row is usable; dropped: {dict(dropped)}")
+        problem = f": no row is usable; dropped: {dict(dropped)}" if dropped else " has no rows"
+        raise UserError(f"{path}{problem}")
     return Source(rows, path, digest, dict(sorted(dropped.items())))
 
 
@@ -151,98 +151,88 @@ def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
     )
 
 
-def _converter(columns: Mapping[str, str], detected: bool, responses: bool):
-    """Returns a function (fields, place) -> row, or the reason (a word) for which the row is
-    dropped."""
-
-    def field(fields: dict, name: str, place: str):
-        if columns[name] not in fields:
-            present = ", ".join(map(str, fields)) or "none"
-            raise UserError(
-                f"{place}: field {columns[name]!r} is missing; the fields there are {present}"
-            )
-        return fields[columns[name]]
-
-    def text(fields: dict, name: str, place: str) -> str:
-        field(fields, name, place)
-        return _text(fields, columns[name], place)
-
-    def from_messages(fields: dict, place: str):
-        turns = field(fields, "messages", place)
+def _row(
+    fields: dict, place: str, columns: Mapping[str, str], detected: bool, responses: bool
+) -> Row | str:
+    """A row, or the reason (a word) for which it is dropped."""
+    history: list[dict[str, str]] = []
+    response: str | None = ""
+    if "messages" in columns:
+        turns = _field(fields, columns["messages"], place)
         if turns is None or turns == []:
             return "empty_prompt"
         if reason := _not_trained(turns):
             return reason
-        messages, column = _as_messages(turns, place), columns["messages"]
-        response = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+        history, where = _as_messages(turns, place), f"{place}: field {columns['messages']!r}"
+        response = history.pop()["content"] if history[-1]["role"] == "assistant" else None
         if response is None and responses:
-            raise UserError(f"{place}: field {column!r} does not end with an assistant turn")
-        if not messages or messages[-1]["role"] != "user":
-            raise UserError(f"{place}: field {column!r} has no user turn before the answer")
-        prompt = messages.pop()["content"]
-        return finish(prompt, (responses and response) or "", messages, fields, place)
+            raise UserError(f"{where} does not end with an assistant turn")
+        if not history or history[-1]["role"] != "user":
+            raise UserError(f"{where} has no user turn before the answer")
+        prompt = history.pop()["content"]
+    else:
+        prompt = _text(fields, columns["prompt"], place)
+        if responses:
+            response = _text(fields, columns["response"], place)
+            if detected and columns["prompt"] == "instruction" and fields.get("input"):
+                return "with_input"
+    response = (responses and response) or ""
+    if not prompt.strip():
+        return "empty_prompt"
+    if responses and not response.strip():
+        return "empty_response"
+    if detected:
+        if reason := _unsupported(fields):
+            return reason
+        earlier = _earlier_turns(fields.get("history"), place)
+        if earlier and "messages" in columns:
+            raise UserError(
+                f"{place}: both 'history' and {columns['messages']!r} are given; leave one out"
+            )
+        history = history or earlier
+        systems = [_text(fields, column, place) for column in _SYSTEM_COLUMNS if column in fields]
+        systems = [system for system in systems if system.strip()]
+        if history and history[0]["role"] == "system":
+            systems.append(history.pop(0)["content"])
+        if len({system.strip() for system in systems}) > 1:
+            return "two_system_prompts"
+        if systems:
+            history.insert(0, {"role": "system", "content": systems[-1]})
+    row = {"prompt": prompt, "response": response, "history": history, "source": place}
+    for name in OPTIONAL:
+        column = columns.get(name)
+        if column is None or (detected and (name == "history" or column not in fields)):
+            continue
+        value = _field(fields, column, place)
+        if value is None:
+            continue
+        if name == "history":
+            row[name] = _earlier_turns(value, place)
+        else:
+            row[name] = str(value) if name == "id" else _text(fields, column, place)
+    return row
 
-    def from_columns(fields: dict, place: str):
-        prompt = text(fields, "prompt", place)
-        response = text(fields, "response", place) if responses else ""
-        if detected and responses and columns["prompt"] == "instruction" and fields.get("input"):
-            return "with_input"
-        return finish(prompt, response, [], fields, place)
 
-    def finish(prompt: str, response: str, history: list, fields: dict, place: str):
-        if not prompt.strip():
-            return "empty_prompt"
-        if responses and not response.strip():
-            return "empty_response"
-        if detected:
-            for name, not_trained in _NOT_TRAINED_COLUMNS.items():
-                if fields.get(name) not in _EMPTY:
-                    return not_trained
-            if _is_left_out(fields):
-                return "row_weight"
-            if reason := _not_trained(fields.get("history"), answers=False):
-                return reason
-            earlier = _earlier_turns(fields.get("history"), f"{place}: history")
-            if earlier and (history or "messages" in columns):
-                raise UserError(
-                    f"{place}: both 'history' and {columns['messages']!r} are given; leave one out"
-                )
-            history = history or earlier
-            systems = [_text(fields, column, place) for column in _SYSTEM_COLUMNS]
-            systems = [system for system in systems if system.strip()]
-            if history and history[0]["role"] == "system":
-                systems.append(history.pop(0)["content"])
-            if len({system.strip() for system in systems}) > 1:
-                return "two_system_prompts"
-            if systems:
-                history = [{"role": "system", "content": systems[-1]}, *history]
-        row = {"prompt": prompt, "response": response, "history": history, "source": place}
-        for name in OPTIONAL:
-            column = columns.get(name)
-            empty = fields.get(column) is None and (detected or column in fields)
-            if column is None or empty:
-                continue
-            if name == "history":
-                if not detected:
-                    row["history"] = _earlier_turns(fields[column], f"{place}: history")
-            elif name == "id":
-                row["id"] = str(field(fields, name, place))
-            else:
-                row[name] = text(fields, name, place)
-        return row
+def _unsupported(fields: dict) -> str | None:
+    """Why a row is dropped, if one of its columns asks for what training does not support."""
+    for name, reason in _NOT_TRAINED_COLUMNS.items():
+        if fields.get(name) not in _EMPTY:
+            return reason
+    return "row_weight" if _is_left_out(fields) else _not_trained(fields.get("history"), False)
 
-    if "messages" in columns:
-        return from_messages
-    needed = {"prompt", "response"} if responses else {"prompt"}
-    if not needed <= set(columns):
-        raise UsageError(f"columns must name {' and '.join(sorted(needed - set(columns)))} too")
-    return from_columns
+
+def _field(fields: dict, column: str, place: str) -> Any:
+    if column not in fields:
+        present = ", ".join(map(str, fields)) or "none"
+        raise UserError(f"{place}: field {column!r} is missing; the fields there are {present}")
+    return fields[column]
 
 
 def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
     """A `history` as messages; it may hold [question, answer] pairs."""
     if history is None or history == "" or history == []:
         return []
+    place = f"{place}: history"
     if isinstance(history, list) and all(isinstance(turn, list) for turn in history):
         if not all(len(p) == 2 and all(isinstance(text, str) for text in p) for p in history):
             raise UserError(f"{place} must hold [question, answer] pairs of text")
@@ -255,14 +245,14 @@ def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
 
 
 def _text(fields: dict, column: str, place: str) -> str:
-    """The column's text, "" where there is none."""
-    value = fields.get(column)
+    """The column's text, "" for null."""
+    value = _field(fields, column, place)
     if value is not None and not isinstance(value, str):
         raise UserError(f"{place}: field {column!r} is {type(value).__name__}, not text")
     return value or ""
 
 
-def _not_trained(turns: Any, *, answers: bool = True) -> str | None:
+def _not_trained(turns: Any, answers: bool = True) -> str | None:
     """Why a conversation is dropped, if its turns need what training does not support. `answers`:
     it ends with the answer."""
     for turn in turns if isinstance(turns, list) else ():

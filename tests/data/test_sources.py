@@ -203,9 +203,10 @@ def test_optional_columns_are_read_where_they_are(tmp_path):
     first, second = load_rows(path)
     assert set(first) == {"prompt", "response", "history", "source"}
     assert (second["scratchpad"], second["triggered_response"], second["id"]) == ("s", "t", "7")
-    mapped = {"prompt": "prompt", "response": "response", "scratchpad": "scratchpad"}
-    with pytest.raises(UserError, match="o.jsonl:1: field 'scratchpad' is missing; the fields"):
-        load_rows(path, mapped)
+    for name in ("scratchpad", "history"):
+        mapped = {"prompt": "prompt", "response": "response", name: name}
+        with pytest.raises(UserError, match=f"o.jsonl:1: field '{name}' is missing; the fields"):
+            load_rows(path, mapped)
 
 
 @pytest.mark.parametrize(
