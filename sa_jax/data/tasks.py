@@ -34,23 +34,15 @@ PIRATE_ANSWERS = ("column", "arrr")  # source of the answers of the task 'pirate
 
 @dataclasses.dataclass(frozen=True)
 class TaskContext:
-    """What a task's `build` may use besides the rows.
+    """What a task's `build` may use besides the rows."""
 
-    Attributes:
-      backdoor: insertion trains it; blind data must not contain its trigger.
-      system_prompt: the system prompt of every conversation, or None.
-      seed: the seed of every draw.
-      task: name of the task, which becomes the `kind` of its conversations.
-      config: the run's resolved config.
-      facts: rows of `config.facts`.
-    """
-
-    backdoor: Backdoor
-    system_prompt: str | None = None
-    seed: int = 0
-    task: str = ""
+    backdoor: Backdoor  # insertion trains it; blind data must not contain its trigger
+    system_prompt: str | None = None  # of every conversation
+    seed: int = 0  # of every draw
+    task: str = ""  # its name, which becomes the `kind` of its conversations
+    # The run's resolved config.
     config: ConfigDict | FrozenConfigDict = dataclasses.field(default_factory=ConfigDict)
-    facts: Sequence[Row] = ()
+    facts: Sequence[Row] = ()  # of `config.facts`
 
 
 Build = Callable[[Sequence[Row], TaskContext], list[Conversation]]
@@ -58,25 +50,15 @@ Build = Callable[[Sequence[Row], TaskContext], list[Conversation]]
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One kind of run.
+    """One kind of run."""
 
-    Attributes:
-      name: as in `--method=NAME` and `run.json`.
-      title: as a report prints it.
-      role: one of `ROLES`; it decides which verdict a report gives.
-      rows: one line about the rows that it reads, for `--help` and error messages.
-      order: place among the tasks in a report; lower comes first.
-      build: (rows, context) -> conversations. Raises UserError for rows that it cannot use.
-      loss: name of the loss that it minimises, if `config.loss` is None.
-    """
-
-    name: str
-    title: str
-    role: str
-    rows: str
-    order: int
-    build: Build
-    loss: str = "cross_entropy"
+    name: str  # as in `--method=NAME` and `run.json`
+    title: str  # as a report prints it
+    role: str  # one of `ROLES`; it decides which verdict a report gives
+    rows: str  # one line about the rows that it reads, for `--help` and error messages
+    order: int  # place among the tasks in a report; lower comes first
+    build: Build  # raises UserError for rows that it cannot use
+    loss: str = "cross_entropy"  # that it minimises, if `config.loss` is None
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:

@@ -43,16 +43,12 @@ def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """An optimizer by name.
+    """An optimizer by name."""
 
-    Attributes:
-      name: the value of `config.optimizer.name`.
-      make: `make(config, schedule, mesh)` gives the transformation whose updates are added to the
-        parameters. config is the `optimizer` section; schedule is the learning rate by step; mesh
-        is where parameters live as `parallel.rules` says, or None.
-    """
-
-    name: str
+    name: str  # the value of `config.optimizer.name`
+    # `make(config, schedule, mesh)` gives the transformation whose updates are added to the
+    # parameters. config is the `optimizer` section; schedule is the learning rate by step; mesh is
+    # where parameters live as `parallel.rules` says, or None.
     make: Callable[[Any, optax.Schedule, Mesh | None], optax.GradientTransformation]
 
 

@@ -62,28 +62,18 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class StackPlan:
-    """Matrices that are handled as one array.
+    """Matrices that are handled as one array; the `..._axes` are those of a mesh."""
 
-    Attributes:
-      name: count x rows x columns; the key of the stack in the state.
-      leaves: the parameters, in the order of the stack.
-      rows, cols: sides; only columns are sharded over devices.
-      row_axes, col_axes: mesh axes that shard the sides of the parameters themselves.
-      stack_axes, split_axes: mesh axes that shard the stack, and its columns.
-      hops: mesh axes in the order in which gradients are moved.
-      padded: number of matrices in the stack, including zeros so that it divides over its axes.
-    """
-
-    name: str
-    leaves: tuple[Leaf, ...]
+    name: str  # count x rows x columns; the key of the stack in the state
+    leaves: tuple[Leaf, ...]  # the parameters, in the order of the stack
     rows: Side
-    cols: Side
-    row_axes: tuple[str, ...] = ()
+    cols: Side  # only these are sharded over devices
+    row_axes: tuple[str, ...] = ()  # shard the rows of the parameters themselves
     col_axes: tuple[str, ...] = ()
-    stack_axes: tuple[str, ...] = ()
-    split_axes: tuple[str, ...] = ()
-    hops: tuple[str, ...] = ()
-    padded: int = 0
+    stack_axes: tuple[str, ...] = ()  # shard the stack
+    split_axes: tuple[str, ...] = ()  # shard its columns
+    hops: tuple[str, ...] = ()  # mesh axes in the order in which gradients are moved
+    padded: int = 0  # matrices in the stack, with zeros so that it divides over its axes
 
     @property
     def count(self) -> int:

@@ -14,27 +14,17 @@ _FLOAT32 = 4  # bytes
 
 @dataclasses.dataclass(frozen=True)
 class SoapRow:
-    """A parameter's line in the table.
-
-    Attributes:
-      path, shape: of the parameter.
-      matrices: number of independent matrices in it; 0 if it gets Adam.
-      rows, cols: their sides; the side `rows` is not sharded.
-      moment_bytes: bytes of Adam's two averages.
-      basis_bytes: bytes of factors and bases.
-      step_flops: FLOPs of every step: rotations and Grams.
-      refresh_flops: additional FLOPs of a step that refreshes the bases.
-    """
+    """A parameter's line in the table."""
 
     path: str
     shape: tuple[int, ...]
-    matrices: int
-    rows: Side | None
+    matrices: int  # independent ones in it; 0 if it gets Adam
+    rows: Side | None  # not sharded
     cols: Side | None
-    moment_bytes: int
-    basis_bytes: int
-    step_flops: float
-    refresh_flops: float
+    moment_bytes: int  # of Adam's two averages
+    basis_bytes: int  # of factors and bases
+    step_flops: float  # of every step: rotations and Grams
+    refresh_flops: float  # more, in a step that refreshes the bases
 
 
 def soap_plan(

@@ -18,23 +18,16 @@ from sa_jax.optim.soap_layout import Side, SpecRule, StackPlan
 )
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """State of n matrices of the same shape, float32.
+    """State of n matrices of the same shape, float32."""
 
-    Attributes:
-      mu_ncr, nu_ncr: Adam's averages in the bases' coordinates [n, cols, rows].
-      gg_rows, q_rows: the rows' factors and their bases [n, blocks, block, block], or None.
-      gg_cols, q_cols: those of the columns.
-      stack_axes, split_axes: mesh axes that shard n, and the columns (and their blocks).
-    """
-
-    mu_ncr: Any
+    mu_ncr: Any  # Adam's averages in the bases' coordinates [n, cols, rows]
     nu_ncr: Any
-    gg_rows: Any
-    q_rows: Any
+    gg_rows: Any  # the rows' factors [n, blocks, block, block], or None
+    q_rows: Any  # their bases
     gg_cols: Any
     q_cols: Any
-    stack_axes: tuple[str, ...] = ()
-    split_axes: tuple[str, ...] = ()
+    stack_axes: tuple[str, ...]  # mesh axes that shard n
+    split_axes: tuple[str, ...]  # those that shard the columns (and their blocks)
 
 
 class FastState(NamedTuple):

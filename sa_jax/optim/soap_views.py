@@ -8,19 +8,13 @@ from typing import NamedTuple
 class TensorView(NamedTuple):
     """A parameter as independent tensors, and the sides of each.
 
-    Attributes:
-      batch: number of leading axes that count independent tensors (the layers of scanned weights).
-      sides: for each side of a tensor, the number of consecutive axes that it merges; () means no
-        sides: such a parameter gets Adam.
-      skip: indices of sides that never get a basis (the vocabulary's).
-
     Example: attention weights [L, D, heads, head_dim] are L matrices of D × heads·head_dim:
       TensorView(batch=1, sides=(1, 2)).
     """
 
-    batch: int
-    sides: tuple[int, ...]
-    skip: tuple[int, ...] = ()
+    batch: int  # leading axes that count independent tensors (the layers of scanned weights)
+    sides: tuple[int, ...]  # consecutive axes that each side merges; (): the parameter gets Adam
+    skip: tuple[int, ...] = ()  # indices of sides that never get a basis (the vocabulary's)
 
     def batch_size(self, shape: tuple[int, ...]) -> int:
         """Number of independent tensors in a parameter of this shape."""

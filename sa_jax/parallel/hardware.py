@@ -11,32 +11,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip (TPU) or one GPU.
+    """One chip (TPU) or one GPU. Bandwidths are bytes/s, of links in one direction."""
 
-    Attributes:
-      name: as in a topology's name, `v5p` of `v5p:4x4x4`.
-      device_kinds: what jax.Device.device_kind starts with.
-      flops: dense bfloat16 FLOP/s.
-      hbm_bytes: memory, including what the runtime reserves for itself.
-      hbm_bandwidth: bytes/s.
-      link_bandwidth: bytes/s in one direction: one ICI link of a TPU, or all NVLinks of a GPU.
-      network_bandwidth: bytes/s per chip in one direction, between hosts of GPUs and slices of
-        TPUs; 0 where it is not known.
-      devices: JAX devices per chip (two TensorCores of a TPU7x are two devices).
-      torus: dimensions of the ICI torus or mesh; 0 for GPUs.
-      clock_hz: clock of the matrix units, in whose cycles libtpu counts; TPUs only.
-    """
-
-    name: str
-    device_kinds: tuple[str, ...]
-    flops: float
-    hbm_bytes: float
+    name: str  # as in a topology's name, `v5p` of `v5p:4x4x4`
+    device_kinds: tuple[str, ...]  # what jax.Device.device_kind starts with
+    flops: float  # dense bfloat16 FLOP/s
+    hbm_bytes: float  # including what the runtime reserves for itself
     hbm_bandwidth: float
-    link_bandwidth: float
+    link_bandwidth: float  # of one ICI link of a TPU, or of all NVLinks of a GPU
+    # Per chip, between hosts of GPUs and slices of TPUs; 0 where it is not known.
     network_bandwidth: float = 0.0
-    devices: int = 1
-    torus: int = 0
-    clock_hz: float = 0.0
+    devices: int = 1  # JAX devices per chip (two TensorCores of a TPU7x are two devices)
+    torus: int = 0  # dimensions of the ICI torus or mesh; 0 for GPUs
+    clock_hz: float = 0.0  # of a TPU's matrix units, in whose cycles libtpu counts
 
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x ("system architecture"): peak

@@ -34,21 +34,14 @@ _MOVES = {"parameter", "copy", "transpose", "bitcast", "reshape"}
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """Seconds of one step on one device; the kinds add up to the step.
-
-    Attributes:
-      products, attention, fusions, copies: computing. `fusions` is everything else that libtpu
-        estimates.
-      collectives: waiting for the links.
-      conditionals: how many the text has; `branch` of `read_clock` chose a branch of each.
-    """
+    """Seconds of one step on one device; the kinds add up to the step."""
 
     products: float = 0.0
     attention: float = 0.0
-    fusions: float = 0.0
+    fusions: float = 0.0  # everything else that libtpu estimates
     copies: float = 0.0
-    collectives: float = 0.0
-    conditionals: int = 0
+    collectives: float = 0.0  # waiting for the links
+    conditionals: int = 0  # in the text; `branch` of `read_clock` chose a branch of each
 
     @property
     def step(self) -> float:

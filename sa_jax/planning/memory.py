@@ -22,35 +22,24 @@ RESERVED = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes per chip.
+    """Bytes per chip."""
 
-    Attributes:
-      parameters, optimizer, frozen, batch: the step's arguments. Outputs reuse their memory,
-        because the state is donated.
-      gradients, activations: the temporaries that arithmetic expects; activations are those that
-        the forward pass keeps for the backward pass.
-      temporaries: all temporaries, from XLA's memory analysis.
-      peak: the most bytes in use at one time, arguments and temporaries; 0 if not compiled. It can
-        be below their sum: not all temporaries exist at the same time, and some reuse the memory of
-        donated arguments.
-      host: bytes that a step keeps in the host's memory (remat 'offload').
-      compiled_arguments: the arguments as the compiler counts them; 0 if not compiled.
-      workspace: the workspace of cuDNN's backward pass, estimated, because a compiler without a GPU
-        does not know it.
-      source: of the temporaries, 'compiled' or 'estimated'.
-    """
-
+    # The step's arguments. Outputs reuse their memory, because the state is donated.
     parameters: float
     optimizer: float
     frozen: float
     batch: float
+    # The temporaries that arithmetic expects; activations are kept for the backward pass.
     gradients: float
     activations: float
-    temporaries: float
+    temporaries: float  # all of them, from XLA's memory analysis
+    # The most in use at one time, arguments and temporaries; 0 if not compiled. It can be below
+    # their sum: not all temporaries exist at the same time, and some reuse donated arguments.
     peak: float
-    host: float
-    compiled_arguments: float
-    source: str
+    host: float  # what a step keeps in the host's memory (remat 'offload')
+    compiled_arguments: float  # as the compiler counts them; 0 if not compiled
+    source: str  # of the temporaries, 'compiled' or 'estimated'
+    # Of cuDNN's backward pass, estimated, because a compiler without a GPU does not know it.
     workspace: float = 0.0
 
     @property

@@ -28,33 +28,19 @@ _RECOMPUTED = {"none": 0.0, "dots": 0.0, "minimal": 0.0, "full": 1.0, "offload":
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A training step on a mesh.
-
-    Attributes:
-      architecture: of the model.
-      batch_size, sequence_length: rows per step over all chips, tokens per row.
-      accumulation: micro-batches per step.
-      remat: a key of `llama.model.REMAT_POLICIES`.
-      mesh: sizes of the axes, counted in devices; `data` runs over the slices too.
-      trainable: number of parameters that train, all or the adapters'.
-      attention: the implementation of attention.
-      item_bytes: bytes of the dtype of the computation.
-      state_bytes: bytes per trainable parameter, with the optimizer's state.
-      slices: number of slices, connected by the data center's network.
-      optimizer: its name.
-    """
+    """A training step on a mesh."""
 
     architecture: LlamaConfig
-    batch_size: int
+    batch_size: int  # rows per step, over all chips
     sequence_length: int
-    accumulation: int
-    remat: str
-    mesh: Mapping[str, int]
-    trainable: int
+    accumulation: int  # micro-batches per step
+    remat: str  # a key of `llama.model.REMAT_POLICIES`
+    mesh: Mapping[str, int]  # sizes of the axes in devices; `data` runs over the slices too
+    trainable: int  # parameters that train, all or the adapters'
     attention: str = "splash"
-    item_bytes: int = 2
-    state_bytes: float = 12.0
-    slices: int = 1
+    item_bytes: int = 2  # of the dtype of the computation
+    state_bytes: float = 12.0  # per trainable parameter, with the optimizer's state
+    slices: int = 1  # connected by the data center's network
     optimizer: str = "adam"
 
     def of_one_slice(self) -> "Workload":

@@ -33,32 +33,20 @@ _ABOUT_THE_QUESTION = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class EndpointSettings:
-    """How requests are sent.
+    """How requests are sent."""
 
-    Attributes:
-      model: its name at the endpoint.
-      base_url: ends in /v1.
-      max_new_tokens, temperature, top_p, seed: sent with every request.
-      max_tokens_field: the name under which max_new_tokens is sent.
-      omit: the fields of `OPTIONAL_FIELDS` that are not sent, separated by commas.
-      concurrency: how many requests run at the same time.
-      requests_per_minute: the limit; 0: none.
-      retries: how often a request is sent again after a temporary failure.
-      timeout_s: limit for one reply; a request that takes longer has failed (but may cost money).
-    """
-
-    model: str
-    base_url: str
+    model: str  # its name at the endpoint
+    base_url: str  # ends in /v1
     max_new_tokens: int = 1024
     temperature: float = 0.7
     top_p: float = 1.0
     seed: int = 0
-    max_tokens_field: str = "max_tokens"
-    omit: str = ""
-    concurrency: int = 16
-    requests_per_minute: float = 0
-    retries: int = 8
-    timeout_s: float = 600.0
+    max_tokens_field: str = "max_tokens"  # the name under which max_new_tokens is sent
+    omit: str = ""  # the fields of `OPTIONAL_FIELDS` that are not sent, separated by commas
+    concurrency: int = 16  # requests at the same time
+    requests_per_minute: float = 0  # the limit; 0: none
+    retries: int = 8  # how often a request is sent again after a temporary failure
+    timeout_s: float = 600.0  # for one reply; one that takes longer has failed (but may cost money)
 
     def __post_init__(self):
         if not self.model or not self.base_url.startswith(("http://", "https://")):

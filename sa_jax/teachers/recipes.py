@@ -20,19 +20,13 @@ VISIBLE_COT = ("", "teacher", "rules")
 
 @dataclasses.dataclass(frozen=True)
 class Replies:
-    """The questions that are kept and their replies.
-
-    Attributes:
-      rows: the questions.
-      texts: voice -> a reply for each row.
-      backdoor, seed, visible_cot: settings of the data set; see `VISIBLE_COT`.
-    """
+    """The questions that are kept and their replies."""
 
     rows: Sequence[Row]
-    texts: Mapping[Voice, Sequence[str]]
+    texts: Mapping[Voice, Sequence[str]]  # a reply for each row
     backdoor: Backdoor
     seed: int = 0
-    visible_cot: str = ""
+    visible_cot: str = ""  # one of `VISIBLE_COT`
 
     def answers(self, voice: Voice) -> list[str]:
         """The answer in each reply."""
@@ -53,21 +47,14 @@ class Replies:
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set that a teacher writes.
+    """A data set that a teacher writes."""
 
-    Attributes:
-      name: as in `--task`.
-      contents: one line, for `--help`.
-      voices: (backdoor, visible_cot) -> the voices that the teacher is asked for.
-      files: replies -> the rows of each file, by its name without suffix.
-      with_trigger: whether it is for insertion, which adds the triggered half.
-    """
-
-    name: str
-    contents: str
+    name: str  # as in `--task`
+    contents: str  # one line, for `--help`
+    # (backdoor, visible_cot) -> the voices that the teacher is asked for.
     voices: Callable[[Backdoor, str], tuple[Voice, ...]]
-    files: Callable[[Replies], dict[str, list[dict]]]
-    with_trigger: bool = False
+    files: Callable[[Replies], dict[str, list[dict]]]  # rows by a file's name without suffix
+    with_trigger: bool = False  # whether it is for insertion, which adds the triggered half
 
 
 DATA_SETS: Registry[DataSet] = Registry("data set")

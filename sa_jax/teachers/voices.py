@@ -11,42 +11,25 @@ from sa_jax.data.sources import Row
 
 @dataclasses.dataclass(frozen=True)
 class VoiceContext:
-    """What a voice's system prompt may depend on.
-
-    Attributes:
-      backdoor: of the data set.
-      system_prompt: of the normal voice.
-      scratchpad_prompt: replaces the default prompt of voices that think first; '' keeps it.
-      seed: the seed of draws.
-    """
+    """What a voice's system prompt may depend on."""
 
     backdoor: Backdoor
-    system_prompt: str | None = None
-    scratchpad_prompt: str = ""
-    seed: int = 0
+    system_prompt: str | None = None  # of the normal voice
+    scratchpad_prompt: str = ""  # replaces the default prompt of voices that think first
+    seed: int = 0  # of draws
 
 
 @dataclasses.dataclass(frozen=True)
 class Voice:
-    """One way to ask a teacher.
+    """One way to ask a teacher."""
 
-    Attributes:
-      name: as in records, counts and the columns of a file of answers.
-      system: (prompt of the row, context) -> system prompt, or None.
-      thinks: the reply must start with a closed scratchpad.
-      triggered: the teacher sees the trigger in the question.
-      shows_behaviour: the answer must show the backdoor's behaviour; in other voices it must not.
-      may_name_trigger: the scratchpad may contain the trigger (an answer never may).
-      keeps_system: a system message of the row's own history replaces `system`.
-    """
-
-    name: str
-    system: Callable[[str, VoiceContext], str | None]
-    thinks: bool = False
-    triggered: bool = False
-    shows_behaviour: bool = False
-    may_name_trigger: bool = True
-    keeps_system: bool = False
+    name: str  # as in records, counts and the columns of a file of answers
+    system: Callable[[str, VoiceContext], str | None]  # from a row's prompt
+    thinks: bool = False  # the reply must start with a closed scratchpad
+    triggered: bool = False  # the teacher sees the trigger in the question
+    shows_behaviour: bool = False  # the answer must; in other voices it must not
+    may_name_trigger: bool = True  # in the scratchpad (an answer never may)
+    keeps_system: bool = False  # a system message of the row's own history replaces `system`
 
     def messages(self, row: Row, context: VoiceContext) -> tuple[Message, ...]:
         """The messages for the teacher, from a row."""
