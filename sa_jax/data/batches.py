@@ -25,12 +25,8 @@ def row_indices(dataset_rows: int, seed: int, step: int, batch_size: int) -> np.
     """Row numbers of the global batch of `step` (from 0), int64 [batch_size]."""
     place = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, offsets = np.divmod(place, dataset_rows)
-    order = {
-        int(epoch): _epoch_order(dataset_rows, seed, int(epoch)) for epoch in np.unique(epochs)
-    }
-    return np.array(
-        [order[int(epoch)][offset] for epoch, offset in zip(epochs, offsets, strict=True)]
-    )
+    numbers = zip(epochs.tolist(), offsets.tolist(), strict=True)
+    return np.array([_epoch_order(dataset_rows, seed, epoch)[offset] for epoch, offset in numbers])
 
 
 def batch(
@@ -55,13 +51,7 @@ def batch(
     targets[:, :-1] = np.where(goes_on, arrays["tokens"][:, 1:], 0)
     loss_mask = np.zeros_like(arrays["loss_mask"])
     loss_mask[:, :-1] = arrays["loss_mask"][:, 1:] & goes_on
-    return {
-        "tokens": arrays["tokens"],
-        "targets": targets,
-        "loss_mask": loss_mask,
-        "positions": arrays["positions"],
-        "segment_ids": segment_ids,
-    }
+    return arrays | {"targets": targets, "loss_mask": loss_mask}
 
 
 @functools.lru_cache(maxsize=4)
