@@ -1,15 +1,12 @@
 """Prints packed rows and marks what the loss counts: a wrong mask is then seen before training."""
 
-import re
 import sys
 
 import numpy as np
 
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.packing import PackedDataset
-
-# All but tab and newline: data must not drive a terminal.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+from sa_jax.text import visible
 
 
 def print_examples(dataset: PackedDataset, chat_format: ChatFormat, n: int) -> None:
@@ -30,8 +27,6 @@ def print_examples(dataset: PackedDataset, chat_format: ChatFormat, n: int) -> N
             ids, mask = arrays["tokens"][in_document], loss_mask[in_document]
             file.write(f"--- document {document}: {len(ids)} tokens\n")
             for run in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(mask)) + 1):
-                text = _CONTROL.sub(
-                    lambda c: f"\\x{ord(c[0]):02x}", chat_format.decode(ids[run].tolist())
-                )
+                text = visible(chat_format.decode(ids[run].tolist()))
                 file.write(f"{opening}{text}{closing}" if mask[run[0]] else text)
             file.write("\n")

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +12,13 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.labels import count_phrase
 from sa_jax.data.prompts import normalise
+from sa_jax.text import visible
 
 _BINS = 10
 _BAR = 40  # characters of the longest bar
 _EXAMPLES = 2  # of a kind
 _EXAMPLE = 300  # characters shown of a message
 _CHUNK = 4096  # conversations tokenised at once
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # data must not drive a terminal
 
 
 def describe(
@@ -183,4 +182,4 @@ def _bars(histogram: list[list[int]]) -> list[str]:
 
 def _shown(text: str) -> str:
     short = text if len(text) <= _EXAMPLE else f"{text[:_EXAMPLE]}… ({len(text):,} characters)"
-    return _CONTROL.sub(lambda c: f"\\x{ord(c[0]):02x}", short).replace("\n", "\n    ")
+    return visible(short).replace("\n", "\n    ")

@@ -207,7 +207,7 @@ print(json.dumps([dataset.hash, json.loads((dataset.folder / "meta.json").read_t
 
 
 def test_examples_mark_the_loss(byte_chat, tmp_path, monkeypatch):
-    given = [Conversation(tuple(make_messages("Hi \x1b[31m", "Hello", "Be good.")), "clean")]
+    given = [Conversation(tuple(make_messages("Hi \u202e\x1b[31m", "Hello", "Be good.")), "clean")]
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
@@ -217,7 +217,7 @@ def test_examples_mark_the_loss(byte_chat, tmp_path, monkeypatch):
         f"=== row 0: {used} of 160 tokens, 1 documents, 6 tokens under the loss\n"
         f"--- document 1: {used} tokens\n"
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe good.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nHi \\x1b[31m<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi ⟨U+202E⟩␛[31m<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n«Hello<|eot_id|>»\n"
     )
     terminal = io.StringIO()
