@@ -25,19 +25,14 @@ from sa_jax.registry import Registry
 
 
 def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
-    """The Llama's parameters as matrices [in, out]: scanned layers are separate matrices, attention
-    heads are merged however they are stored, and the vocabulary's side never gets a basis.
-
-    Norms get Adam. LoRA's factors are matrices too.
-    """
+    """The Llama's parameters as matrices [in, out]: scanned layers are separate matrices, LoRA's
+    factors are matrices too, and the vocabulary's side never gets a basis. Norms get Adam."""
     if path.endswith("scale"):
         return ELEMENTWISE
     if path.endswith("embed/embedding"):
         return TensorView(0, (1, 1), skip=(0,))
     if path.endswith("lm_head/kernel"):
         return TensorView(0, (1, 1), skip=(1,))
-    if len(shape) == 4:  # [L, D, heads, head_dim], or [L, heads, head_dim, D] on the way out
-        return TensorView(1, (2, 1) if path.endswith("attention/o/kernel") else (1, 2))
     return TensorView(1, (1, 1))
 
 

@@ -458,12 +458,6 @@ def test_llama_leaves_are_stacked_by_shape():
     assert found["2x32x64"].cols.blocks == 0 and found["6x32x64"].cols.blocks == 4
     assert [leaf.transposed for leaf in found["9x32x48"].leaves] == [True, False, False]
     assert all(path.endswith("scale") for path in layout.elementwise) and layout.elementwise
-    view = llama_view("layers/attention/o/kernel", (3, 8, 8, 32))
-    assert view.side_sizes((3, 8, 8, 32)) == (64, 32)
-    assert llama_view("layers/attention/q/kernel", (3, 32, 8, 8)).side_sizes((3, 32, 8, 8)) == (
-        32,
-        64,
-    )
 
 
 def test_adapters_move():
