@@ -53,14 +53,11 @@ def soap_plan(
         block_above=block_size if block_above is None else block_above,
         max_precond_dim=max_precond_dim,
     )
-    rows = {path: _adam_row(path, shapes[path]) for path in layout.elementwise}
-    for plan in layout.stacks:
-        rows |= {leaf.path: _matrix_row(leaf, plan) for leaf in plan.leaves}
+    rows = {leaf.path: _matrix_row(leaf, plan) for plan in layout.stacks for leaf in plan.leaves}
+    for path in layout.elementwise:
+        moments = 2 * _FLOAT32 * math.prod(shapes[path])
+        rows[path] = SoapRow(path, shapes[path], 0, None, None, moments, 0, 0.0, 0.0)
     return [rows[path] for path in paths]
-
-
-def _adam_row(path: str, shape: tuple[int, ...]) -> SoapRow:
-    return SoapRow(path, shape, 0, None, None, 2 * _FLOAT32 * math.prod(shape), 0, 0.0, 0.0)
 
 
 def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:
