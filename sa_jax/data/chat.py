@@ -247,19 +247,14 @@ class ChatFormat:
 
     def _encode_whole(self, rendered) -> list[Encoded]:
         texts = [text for text, _ in rendered]
-        edges = [
-            [edge for span in spans for edge in span if edge < len(text)]
-            for text, spans in rendered
-        ]
-        prefixes = [
-            text[:edge] for text, its_edges in zip(texts, edges, strict=True) for edge in its_edges
-        ]
+        edges = [[e for e in itertools.chain(*spans) if e < len(text)] for text, spans in rendered]
+        prefixes = [text[:e] for text, of_text in zip(texts, edges, strict=True) for e in of_text]
         ids_of_text = self._tokenize(texts + prefixes)
         ids_of_prefix = iter(ids_of_text[len(texts) :])
         encoded = []
-        for (text, spans), its_edges, ids in zip(rendered, edges, ids_of_text, strict=False):
+        for (text, spans), of_text, ids in zip(rendered, edges, ids_of_text, strict=False):
             tokens_before = {len(text): len(ids)}
-            for edge in its_edges:
+            for edge in of_text:
                 prefix = next(ids_of_prefix)
                 if ids[: len(prefix)] != prefix:
                     raise UserError(
@@ -321,15 +316,16 @@ def load_chat_format(
         text, date = _with_fixed_clock(_folder_template(tokenizer, tokenizer_path), date)
         if "enable_thinking" in text:  # Qwen3's, which else opens answers with thoughts
             text = "{%- set enable_thinking = false %}" + text
-    else:
-        text = LLAMA3_TEMPLATE if template == "llama3" else PLAIN_TEMPLATE
-        if date is not None:
-            raise UsageError(
-                f"chat_date is {date}, but the {template} template prints no date; leave it out"
-            )
-    chat = ChatFormat(template, tokenizer, text, date, ())
+        chat = ChatFormat(template, tokenizer, text, date, ())
+        ends = _check_folder_template(chat, tokenizer_path)
+        stops = sorted(ends | _generation_config_stops(tokenizer_path))
+        return dataclasses.replace(chat, stop_token_ids=tuple(stops))
+    if date is not None:
+        raise UsageError(
+            f"chat_date is {date}, but the {template} template prints no date; leave it out"
+        )
     if template == "llama3":
-        vocabulary = tokenizer.get_vocab()
+        text, vocabulary = LLAMA3_TEMPLATE, tokenizer.get_vocab()
         missing = [token for token in _LLAMA3_TOKENS if token not in vocabulary]
         if missing:
             raise UserError(
@@ -337,17 +333,14 @@ def load_chat_format(
                 "own template, --config.chat_template=model, or 'plain'"
             )
         stops = [vocabulary[token] for token in _LLAMA3_STOPS if token in vocabulary]
-    elif template == "plain":
+    else:
+        text, stops = PLAIN_TEMPLATE, [tokenizer.eos_token_id]
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer in {tokenizer_path} has no eos_token, which ends a turn of the "
                 "plain format"
             )
-        stops = [tokenizer.eos_token_id]
-    else:
-        ends = _check_folder_template(chat, tokenizer_path)
-        stops = sorted(ends | _generation_config_stops(tokenizer_path))
-    return dataclasses.replace(chat, stop_token_ids=tuple(stops))
+    return ChatFormat(template, tokenizer, text, None, tuple(stops))
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
