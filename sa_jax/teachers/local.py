@@ -1,5 +1,6 @@
 """A teacher that is a checkpoint, sampled by sa_jax's sampler on the mesh."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -14,61 +15,50 @@ from sa_jax.teachers.replies import Reply, Request
 _ROUND = 4  # batches of the sampler between two times that replies are handed over (and kept)
 
 
+@dataclasses.dataclass(frozen=True)
 class LocalTeacher:
     """Samples a checkpoint. A reply depends only on model, settings and messages: not on the other
     requests, nor on the replies that an earlier launch has saved."""
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        params: Any,
-        chat_format: ChatFormat,
-        settings: SamplingSettings,
-        model: dict,
-    ):
-        """`model` names the weights on record (folder, run, step); `settings` holds the chat
-        format's stop tokens."""
-        self._sampler = sampler
-        self._params = params
-        self._chat = chat_format
-        self._settings = settings
-        self._identity = {
-            "teacher": "local",
-            "model": model,
-            "chat": [chat_format.name, chat_format.date],
-            "context_length": sampler.context_length,
-            "max_new_tokens": settings.max_new_tokens,
-            "temperature": settings.temperature,
-            "top_p": settings.top_p,
-            "seed": settings.seed,
-        }
+    sampler: Sampler
+    params: Any
+    chat: ChatFormat
+    settings: SamplingSettings  # with the chat format's stop tokens
+    model: dict  # names the weights on record (folder, run, step)
 
     def identity(self) -> dict:
-        return self._identity
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        return {
+            "teacher": "local",
+            "model": self.model,
+            "chat": [self.chat.name, self.chat.date],
+            "context_length": self.sampler.context_length,
+            **{name: getattr(self.settings, name) for name in names},
+        }
 
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
         """See `Teacher`. A prompt that leaves no room in the context gets 'prompt_too_long'."""
-        tokens = [self._chat.prompt_ids(request.messages) for request in requests]
-        fitting = [i for i, prompt in enumerate(tokens) if self._sampler.fits(prompt)]
+        tokens = [self.chat.prompt_ids(request.messages) for request in requests]
+        fitting = [i for i, prompt in enumerate(tokens) if self.sampler.fits(prompt)]
         for i in sorted(set(range(len(requests))) - set(fitting)):
             yield i, Reply("", "prompt_too_long")
-        size = _ROUND * self._sampler.batch_size
+        size = _ROUND * self.sampler.batch_size
         for begin in range(0, len(fitting), size):
             chosen = fitting[begin : begin + size]
             try:
-                completions = self._sampler.generate(
-                    self._params,
+                completions = self.sampler.generate(
+                    self.params,
                     [tokens[i] for i in chosen],
                     [_noise_id(requests[i]) for i in chosen],
-                    self._settings,
+                    self.settings,
                     should_stop,
                 )
             except Preempted:
                 return
             for i, completion in zip(chosen, completions, strict=True):
-                yield i, Reply(self._chat.decode(completion.tokens), completion.stop_reason)
+                yield i, Reply(self.chat.decode(completion.tokens), completion.stop_reason)
 
 
 def _noise_id(request: Request) -> int:
