@@ -33,19 +33,10 @@ class Chip:
 # FLOP/s = 2 x clock x multipliers (v4, v5p: 2 x 4 units of 128 x 128; v5e: 4 of those; v6e: 4 of
 # 256 x 256; tpu7x: 2 x 4 of those; https://jax-ml.github.io/scaling-book/tpus). GPUs: NVIDIA's data
 # sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
+_V5E = ("TPU v5 lite", "TPU v5e")
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3, clock_hz=1.05e9),
-    Chip(
-        "v5e",
-        ("TPU v5 lite", "TPU v5e"),
-        197e12,
-        16 * GIB,
-        0.819e12,
-        50e9,
-        3.125e9,
-        torus=2,
-        clock_hz=1.5e9,
-    ),
+    Chip("v5e", _V5E, 197e12, 16 * GIB, 0.819e12, 50e9, 3.125e9, torus=2, clock_hz=1.5e9),
     Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, 6.25e9, torus=3, clock_hz=1.75e9),
     Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, 12.5e9, torus=2, clock_hz=1.75e9),
     Chip(
