@@ -95,9 +95,15 @@ class EndpointTeacher:
 
     def __init__(self, settings: EndpointSettings):
         """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need."""
-        self._openai = _openai()
+        try:
+            import openai
+        except ImportError as error:
+            raise UserError(
+                "a teacher behind an endpoint needs the package openai: pip install 'sa_jax[data]'"
+            ) from error
+        self._openai = openai
         self._settings = settings
-        self._client = self._openai.OpenAI(
+        self._client = openai.OpenAI(
             base_url=settings.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,
@@ -358,13 +364,3 @@ def _line(error: BaseException) -> str:
     response = getattr(error, "response", None)
     text = str(error) if response is None else f"{response.status_code} {response.text}"
     return " ".join(text.split())[:200] or type(error).__name__
-
-
-def _openai():
-    try:
-        import openai
-    except ImportError as error:
-        raise UserError(
-            "a teacher behind an endpoint needs the package openai: pip install 'sa_jax[data]'"
-        ) from error
-    return openai
