@@ -74,24 +74,19 @@ def _with_decay(
     return optax.GradientTransformation(init, update)
 
 
-def optax_names() -> list[str]:
-    """The names that `optax_optimizer` takes."""
-    places = (("", optax), ("contrib.", contrib))
-    return sorted(
-        prefix + name
-        for prefix, module in places
+def _find(name: str) -> Callable[..., optax.GradientTransformation]:
+    known = {
+        prefix + name: value
+        for prefix, module in (("", optax), ("contrib.", contrib))
         for name, value in vars(module).items()
         if _is_optimizer(name, value)
-    )
-
-
-def _find(name: str) -> Callable[..., optax.GradientTransformation]:
-    if name not in optax_names():
+    }
+    if name not in known:
         raise UsageError(
             f"config.optimizer.name={name!r} is unknown; use adam, soap, one that a config file "
-            f"registers, or one of optax: {', '.join(optax_names())}"
+            f"registers, or one of optax: {', '.join(sorted(known))}"
         )
-    return getattr(contrib if name.startswith("contrib.") else optax, name.rpartition(".")[2])
+    return known[name]
 
 
 def _is_optimizer(name: str, value: Any) -> bool:
