@@ -91,17 +91,16 @@ def ask(
         for key in keys
         if (stored := store.get(key)) is not None
     }
-    first: dict[str, int] = {}  # key -> the first request that needs it
-    for index, key in enumerate(keys):
+    missing: dict[str, Request] = {}  # the first request with each key
+    for key, request in zip(keys, requests, strict=True):
         if key not in replies:
-            first.setdefault(key, index)
-    if first:
-        logging.info("asking for %d of %d replies; the others are saved", len(first), len(keys))
-    missing_keys = list(first)
-    asked = [requests[index] for index in first.values()]
+            missing.setdefault(key, request)
+    if missing:
+        logging.info("asking for %d of %d replies; the others are saved", len(missing), len(keys))
+    asked = list(missing.items())
     with tqdm(total=len(asked), desc="replies", unit="reply", disable=None) as bar:
-        for number, reply in teacher.replies(asked, should_stop):
-            key, request = missing_keys[number], asked[number]
+        for number, reply in teacher.replies(list(missing.values()), should_stop):
+            key, request = asked[number]
             replies[key] = reply
             if reply.finish_reason not in NO_REPLY:
                 line = {"voice": request.voice, "prompt": request.row["prompt"]}
