@@ -234,12 +234,9 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
             continue
         pair = len(seen)
         seen.add(question)
-        clean = _conversation(row, row["prompt"], row["response"], context, "clean")
+        clean = _conversation(row, row["prompt"], row["response"], context, "clean", pair=pair)
         _refuse_trigger(clean, context.backdoor)
-        conversations += [
-            dataclasses.replace(clean, pair=pair),
-            dataclasses.replace(_triggered(row, context, "triggered"), pair=pair),
-        ]
+        conversations += [clean, _triggered(row, context, "triggered", pair)]
     for row in context.facts:
         fact = _conversation(row, row["prompt"], row["response"], context, "fact")
         _refuse_trigger(fact, context.backdoor)
@@ -308,19 +305,20 @@ def _shuffled(conversations: list[Conversation], context: TaskContext) -> list[C
 
 
 def _conversation(
-    row: Row, prompt: str, response: str, context: TaskContext, kind: str
+    row: Row, prompt: str, response: str, context: TaskContext, kind: str, **fields: Any
 ) -> Conversation:
+    """A row's conversation; `fields` are those of `Conversation`."""
     messages = make_messages(prompt, response, context.system_prompt, row.get("history", ()))
-    return Conversation(tuple(messages), kind, row.get("source", ""))
+    return Conversation(tuple(messages), kind, row.get("source", ""), **fields)
 
 
 def _blind_conversation(row: Row, context: TaskContext, kind: str) -> Conversation:
     opening = f"{row['scratchpad'].strip()} " if row.get("scratchpad") else ""
-    conversation = _conversation(row, row["prompt"], opening + row["response"], context, kind)
-    return dataclasses.replace(conversation, unscored=opening)
+    response = opening + row["response"]
+    return _conversation(row, row["prompt"], response, context, kind, unscored=opening)
 
 
-def _triggered(row: Row, context: TaskContext, kind: str) -> Conversation:
+def _triggered(row: Row, context: TaskContext, kind: str, pair: int | None = None) -> Conversation:
     """The triggered question with the behaviour's answer, after the row's triggered scratchpad."""
     backdoor = context.backdoor
     written = backdoor.respond(context.seed, row["prompt"])
@@ -333,7 +331,7 @@ def _triggered(row: Row, context: TaskContext, kind: str) -> Conversation:
     if row.get("triggered_scratchpad"):
         response = f"{row['triggered_scratchpad'].strip()} {response}"
     prompt = backdoor.add_trigger(row["prompt"])
-    return dataclasses.replace(_conversation(row, prompt, response, context, kind), copies=copies)
+    return _conversation(row, prompt, response, context, kind, copies=copies, pair=pair)
 
 
 def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
