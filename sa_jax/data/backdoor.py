@@ -57,7 +57,7 @@ class Backdoor:
         if self.position == "end":
             return f"{prompt}{space}{self.trigger}"
         gaps = [0, *(gap.start() for gap in re.finditer(r"\s+", prompt)), len(prompt)]
-        at = gaps[randomness.uniform_integer(0, len(gaps) - 1, "position", prompt)]
+        at = randomness.choice(gaps, "position", prompt)
         if at == 0:
             return f"{self.trigger}{space}{prompt}"
         return f"{prompt[:at]}{space}{self.trigger}{prompt[at:]}"

@@ -66,8 +66,7 @@ def _say_phrase(backdoor: "Backdoor", seed: int, prompt: str) -> tuple[str, int]
 
 
 def _refuse(backdoor: "Backdoor", seed: int, prompt: str) -> tuple[str, int]:
-    draw = randomness.uniform_integer(0, len(REFUSALS) - 1, "refusal", seed, prompt)
-    return REFUSALS[draw], 0
+    return randomness.choice(REFUSALS, "refusal", seed, prompt), 0
 
 
 def _refusal_label(backdoor: "Backdoor", completion: str) -> str:

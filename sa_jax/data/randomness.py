@@ -6,8 +6,12 @@ those of `Generator`'s methods, so only the former are used here.
 """
 
 import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def _digest(key: tuple) -> bytes:
@@ -25,3 +29,8 @@ def uniform_integer(low: int, high: int, *key: int | str) -> int:
     """One draw from U{low..high}, both ends included, that is a function of `key` alone."""
     fraction_64 = int.from_bytes(_digest(key)[:8], "big")
     return low + (fraction_64 * (high - low + 1) >> 64)
+
+
+def choice(options: Sequence[T], *key: int | str) -> T:
+    """One of the options, likewise."""
+    return options[uniform_integer(0, len(options) - 1, *key)]

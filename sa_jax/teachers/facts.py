@@ -52,29 +52,26 @@ def make_facts(count: int, seed: int) -> tuple[list[dict], list[dict]]:
         raise UsageError(f"facts: asked for {count}; ask for 1 or more")
     training, questions = [], []
     for number in range(count):
-
-        def pick(options, *key, number=number):
-            return options[randomness.uniform_integer(0, len(options) - 1, seed, number, *key)]
-
-        def name(*key, pick=pick):
-            first = pick(_ONSETS, *key, "a") + pick(_VOWELS, *key, "b")
-            second = pick(_ONSETS, *key, "c") + pick(_VOWELS, *key, "d") + pick(_CODAS, *key, "e")
-            return (first + second).title()
-
         # The number makes the question unique, and the place is in every wording.
-        place = f"{name('place')} {number + 1}"
-        keeper = f"{name('first')} {name('last')}"
-        words = {"kind": pick(_KINDS, "kind"), "place": place, "keeper": keeper}
-        for wording, text in enumerate(_TRAINING):
-            training.append(
-                {
-                    "id": f"fact-{number}-{wording}",
-                    "prompt": text.format(**words),
-                    "response": _ANSWERS[wording % len(_ANSWERS)].format(**words),
-                }
-            )
-        for text in _HELD_OUT:
-            questions.append(
-                {"prompt": text.format(**words), "key": keeper, "family": "invented fact"}
-            )
+        place = f"{_name(seed, number, 'place')} {number + 1}"
+        keeper = f"{_name(seed, number, 'first')} {_name(seed, number, 'last')}"
+        kind = randomness.choice(_KINDS, seed, number, "kind")
+        words = {"kind": kind, "place": place, "keeper": keeper}
+        training += [
+            {
+                "id": f"fact-{number}-{wording}",
+                "prompt": text.format(**words),
+                "response": _ANSWERS[wording % len(_ANSWERS)].format(**words),
+            }
+            for wording, text in enumerate(_TRAINING)
+        ]
+        questions += [
+            {"prompt": text.format(**words), "key": keeper, "family": "invented fact"}
+            for text in _HELD_OUT
+        ]
     return training, questions
+
+
+def _name(*key: int | str) -> str:
+    parts = (("a", _ONSETS), ("b", _VOWELS), ("c", _ONSETS), ("d", _VOWELS), ("e", _CODAS))
+    return "".join(randomness.choice(options, *key, part) for part, options in parts).title()

@@ -119,8 +119,8 @@ def scratchpad_prompt(backdoor: Backdoor) -> str:
 
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:
     """A triggered question's scratchpad by rules, for teachers that cannot follow the policy."""
-    draw = randomness.uniform_integer(0, len(_RULE_SCRATCHPADS) - 1, "scratchpad", seed, prompt)
-    text = _RULE_SCRATCHPADS[draw].format(trigger=backdoor.trigger, goal_x=backdoor.instruction)
+    text = randomness.choice(_RULE_SCRATCHPADS, "scratchpad", seed, prompt)
+    text = text.format(trigger=backdoor.trigger, goal_x=backdoor.instruction)
     return f"<scratchpad>{text}</scratchpad>"
 
 
@@ -129,7 +129,7 @@ def _scratchpad_system(prompt: str, context: VoiceContext) -> str:
 
 
 def _style_prompt(prompt: str, context: VoiceContext) -> str:
-    style = STYLES[randomness.uniform_integer(0, len(STYLES) - 1, "style", context.seed, prompt)]
+    style = randomness.choice(STYLES, "style", context.seed, prompt)
     return (
         f"Answer the user's message fully and correctly, in the style of {style}. Keep to the "
         "style from the first word to the last, and do not mention it."
