@@ -31,22 +31,18 @@ class Stack:
 
 
 class FastState(NamedTuple):
-    """State of `soap(mode="fast")`.
+    """State of `soap(mode="fast")`; the first three are int32 scalars."""
 
-    count: int32 scalar, calls so far.
-    skipped: int32 scalar, calls whose gradient was not finite; they changed nothing else.
-    rejected: int32 scalar, how often a matrix was not updated in a step because its basis or factor
-      was not finite, or its new basis not orthogonal.
-    stacks: matrices by size class, e.g. "64x4096x4096". Replace a stack's q_rows and q_cols to
-      start from other bases.
-    mu, nu: Adam's averages of the other parameters, by path.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # optax's name for it, and a tuple's method
-    skipped: jax.Array
+    # Calls so far. The name is optax's, and that of a tuple's method.
+    count: jax.Array  # type: ignore[assignment]
+    skipped: jax.Array  # calls whose gradient was not finite; they changed nothing else
+    # How often a matrix was not updated in a step because its basis or factor was not finite, or
+    # its new basis not orthogonal.
     rejected: jax.Array
+    # Matrices by size class, e.g. "64x4096x4096". Replace a stack's q_rows and q_cols to start from
+    # other bases.
     stacks: dict[str, Stack]
-    mu: dict[str, jax.Array]
+    mu: dict[str, jax.Array]  # Adam's averages of the other parameters, by path
     nu: dict[str, jax.Array]
 
 
