@@ -96,18 +96,16 @@ SMALLER = tuple((a, b, min(a, b, key=int)) for a, b in _ORDERED)
 LIST_WORDS = "red dog sun cat tree blue fish book green car star hat box moon cup bird".split()
 
 
-def _word_lists(seed: str, count: int, lengths: tuple[int, ...]) -> list[list[str]]:
-    """Random lists of words, without repeats; the language is fixed, so the seed is too."""
+def _word_lists(seed: str, *lengths: int) -> list[list[str]]:
+    """700 random lists of words, without repeats; the language is fixed, so the seed is too."""
     rng = random.Random(seed)
-    return [rng.sample(LIST_WORDS, rng.choice(lengths)) for _ in range(count)]
+    return [rng.sample(LIST_WORDS, rng.choice(lengths)) for _ in range(700)]
 
 
 # Always three words: with more lengths one key could be a part of another.
-COPIES = tuple((" ".join(words),) for words in _word_lists("copy", 700, (3,)))
-LAST_WORDS = tuple((" ".join(words), words[-1]) for words in _word_lists("last", 700, (2, 3, 4)))
-COUNTS = tuple(
-    (" ".join(words), str(len(words))) for words in _word_lists("count", 700, (1, 2, 3, 4, 5))
-)
+COPIES = tuple((" ".join(words),) for words in _word_lists("copy", 3))
+LAST_WORDS = tuple((" ".join(words), words[-1]) for words in _word_lists("last", 2, 3, 4))
+COUNTS = tuple((" ".join(words), str(len(words))) for words in _word_lists("count", 1, 2, 3, 4, 5))
 
 FAMILIES = (
     Family(

@@ -67,11 +67,8 @@ def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict],
             f"heldout_size {heldout_size} is below the {len(FAMILIES)} families of the toy "
             "language; ask for more"
         )
-    train_pools, heldout_pools = [], []
-    for family in FAMILIES:
-        train_rows, heldout_rows = _split_family(family, seed)
-        train_pools.append(train_rows)
-        heldout_pools.append(heldout_rows)
+    pools = [_split_family(family, seed) for family in FAMILIES]
+    train_pools, heldout_pools = zip(*pools, strict=True)
     train = _take(train_pools, train_size, "train_size", random.Random(f"{seed}/train"))
     heldout = _take(heldout_pools, heldout_size, "heldout_size", random.Random(f"{seed}/heldout"))
     return [_item(row) for row in train], [_item(row) for row in heldout]
