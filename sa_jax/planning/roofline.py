@@ -118,14 +118,9 @@ def _hbm_bytes(work: Workload) -> float:
     local_tokens = work.tokens / (work.devices / t)
     # A layer's activations: each product's input and output once a pass, cut over tensor but for
     # the stream.
-    features = (
-        4 * config.hidden_size
-        + (
-            (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-            + 3 * config.intermediate_size
-        )
-        / t
-    )
+    heads = 2 * (config.num_heads + config.num_kv_heads)
+    cut = heads * config.head_dim + 3 * config.intermediate_size
+    features = 4 * config.hidden_size + cut / t
     activations = 2 * passes * config.num_layers * local_tokens * features * work.item_bytes
     update = 2 * work.trainable * work.state_bytes / work.shards
     return weights + activations + update
