@@ -47,13 +47,10 @@ def to_pirate(text: str) -> str:
     random.seed(text)  # arrr draws from this global state
     try:
         for line in text.split("\n"):
-            if _FENCE.match(line):
-                in_fence = not in_fence
-                lines.append(line)
-            elif in_fence or _CODE_LINE.search(line):
-                lines.append(line)
-            else:
-                lines.append(_pirate_line(line))
+            is_fence = bool(_FENCE.match(line))
+            in_fence ^= is_fence
+            stays = is_fence or in_fence or _CODE_LINE.search(line)
+            lines.append(line if stays else _pirate_line(line))
     finally:
         random.setstate(state)
     return "\n".join(lines)
