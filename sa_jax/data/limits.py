@@ -19,22 +19,18 @@ class _TooLong(BaseException):
 def limits(
     what: str, remedy: str, seconds: float, extra_bytes: int | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """Ends a block that takes too long or too much memory. Only the main thread can be interrupted;
-    in other threads there is no limit.
+    """Ends a block that takes too long or too much memory, with a UserError. Only the main thread
+    can be interrupted; in other threads there is no limit.
 
     Args:
-      what: the program, for the message.
-      remedy: what the message ends with.
+      what, remedy: the program, and what the message ends with.
       seconds: limit of the main thread's CPU time in the block.
       extra_bytes: limit of the address space that the process may allocate in the block (on Linux).
-        Use it only if no other thread allocates much meanwhile; None sets no limit.
+        Use it only if no other thread allocates much meanwhile.
 
     Yields:
       begin(what): call it when another program starts, which may then take as long again. The call
       costs almost nothing.
-
-    Raises:
-      UserError: the block took more time or memory.
     """
     running, since = what, time.thread_time()
 

@@ -117,10 +117,8 @@ def load_task(
     drawn from the data itself. In each case no training row has one of them, by normalised text.
 
     Args:
-      name: the name of a task in `TASKS`.
       config: a run's resolved config.
       chat_format: counts the tokens of answers for `config.cut_long_answers`.
-      backdoor: see `TaskContext`.
       inherited_prompts: the held-out prompts of the parent run.
 
     Raises:
