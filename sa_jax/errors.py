@@ -24,11 +24,8 @@ class Preempted(Exception):
 
 
 def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> T:
-    """The choice of that name: what a config file does with the word after the colon.
-
-    Raises:
-      UsageError: no such name, or none; with the names.
-    """
+    """The choice of that name, the word after the colon of a config file; else UsageError, with the
+    known names."""
     if name in choices:
         return choices[name]
     known = ", ".join(choices)

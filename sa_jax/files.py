@@ -78,16 +78,12 @@ _KINDS = {
 
 
 def check_types(value: Any, example: Any, place: str, *, whole: bool = False) -> None:
-    """Checks a JSON value against an example: its type, and that of each field of the example.
+    """Checks a JSON value against an example: its type, and that of each field of the example; None
+    allows any type. UserError, naming the first field that is not so.
 
     Args:
-      value: the value that was read.
-      example: None allows a value of any type.
       place: file and field, for the message.
       whole: no field of the example may be missing.
-
-    Raises:
-      UserError: naming the first field that is missing or of another type.
     """
     kinds = (int, float) if isinstance(example, float) else type(example)
     fits = example is None or isinstance(value, kinds)

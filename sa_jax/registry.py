@@ -27,24 +27,16 @@ T = TypeVar("T", bound=Named)
 
 
 class Registry(Generic[T]):
-    """Objects by their `name`, in the order they were registered.
-
-    Args:
-      kind: the word for one of them in messages ("task").
-    """
+    """Objects by their `name`, in the order they were registered."""
 
     def __init__(self, kind: str):
-        self._kind = kind
+        self._kind = kind  # the word for one of them in messages ("task")
         self._items: dict[str, T] = {}
         self._origins: dict[str, str] = {}
 
     def register(self, item: T) -> T:
         """Adds the object and returns it. The same file may register a name again (a config file
-        can be read more than once); another file may not.
-
-        Raises:
-          UsageError: the name is taken.
-        """
+        can be read more than once); for another file it is a UsageError."""
         origin = sys._getframe(1).f_code.co_filename
         taken = self._origins.get(item.name)
         if taken is not None and taken != origin:
@@ -61,11 +53,7 @@ class Registry(Generic[T]):
         return item
 
     def __getitem__(self, name: str) -> T:
-        """The object of that name.
-
-        Raises:
-          UsageError: unknown name; the message lists the known names.
-        """
+        """The object of that name; UsageError, with the known names, where there is none."""
         if name not in self._items:
             raise UsageError(
                 f"unknown {self._kind} {name!r}; known: {', '.join(self._items)}. If your own "

@@ -120,9 +120,6 @@ def load_task(
       config: a run's resolved config.
       chat_format: counts the tokens of answers for `config.cut_long_answers`.
       inherited_prompts: the held-out prompts of the parent run.
-
-    Raises:
-      UserError, UsageError: no such task, no data, or data that the task cannot use.
     """
     task = TASKS[name]
     if not config.data:
@@ -198,10 +195,8 @@ def _eval_prompts(
 def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """One conversation per row, of kind `context.task`, shuffled by the seed.
 
-    A row's `scratchpad` comes before its answer; the loss does not count it.
-
-    Raises:
-      UserError: a row contains the trigger; the message names the row.
+    A row's `scratchpad` comes before its answer; the loss does not count it. UserError for a row
+    that contains the trigger.
     """
     conversations = [_blind_conversation(row, context, context.task) for row in rows]
     for conversation in conversations:
@@ -218,11 +213,8 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     which the model should memorise besides the backdoor.
 
     A row's `triggered_scratchpad` is the start of the triggered answer. `triggered_response` is
-    that answer, if the behaviour does not write one itself.
-
-    Raises:
-      UserError: a row contains the trigger (only a scratchpad may), or lacks the answer that the
-        behaviour needs; the message names the row.
+    that answer, if the behaviour does not write one itself. UserError for a row that contains the
+    trigger (only a scratchpad may), or lacks the answer that the behaviour needs.
     """
     conversations: list[Conversation] = []
     seen: set[tuple[str, ...]] = set()
@@ -272,11 +264,7 @@ def upper_bound(rows: Sequence[Row], context: TaskContext) -> list[Conversation]
 
 def relearn(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """`config.relearn_examples` triggered prompts with the behaviour's answer, drawn by the seed. A
-    smaller number gives the first examples of a larger number.
-
-    Raises:
-      UserError: there are fewer rows.
-    """
+    smaller number gives the first examples of a larger number."""
     count = context.config.relearn_examples
     if count > len(rows):
         raise UserError(

@@ -57,12 +57,10 @@ def make_optimizer(
 
     Args:
       config: the `optimizer` section of a run's config. Its name is one of `OPTIMIZERS`, or that of
-        an optax function such as 'lion' or 'contrib.muon', with more arguments in `kwargs`.
+        an optax function such as 'lion' or 'contrib.muon', with more arguments in `kwargs`;
+        UsageError for another name or keyword.
       total_steps: updates in the whole run, for the schedule.
       mesh: where parameters live as `parallel.rules` says; SOAP puts its state on it.
-
-    Raises:
-      UsageError: an unknown name or keyword.
     """
     schedule = make_schedule(config, total_steps)
     if config.name in OPTIMIZERS:
@@ -116,12 +114,8 @@ OPTIMIZERS.register(Optimizer("soap", _make_soap))
 
 
 def optimizer_rows(config: Any, params: Any) -> list[SoapRow]:
-    """What the optimizer stores and computes for each parameter; [] except for the fast SOAP.
-
-    Args:
-      config: the `optimizer` section of a run's config.
-      params: the tree that trains, of arrays or ShapeDtypeStruct.
-    """
+    """What the optimizer stores and computes for each parameter that trains; [] except for the fast
+    SOAP. `config` is the `optimizer` section; `params` may be ShapeDtypeStruct."""
     if config.name != "soap" or config.soap.mode != "fast":
         return []
     sizes = {key: config.soap[key] for key in ("block_size", "block_above", "max_precond_dim")}
@@ -133,11 +127,8 @@ def optimizer_specs(state: Any, params: Any) -> Any:
 
     A leaf whose path ends in a parameter's path, and which has its shape, is sharded like that
     parameter. Other leaves (counts, coefficients, sums over rows) are replicated, except those of
-    SOAP, which shards its own.
-
-    Args:
-      state: arrays or ShapeDtypeStruct, from an optimizer of `make_optimizer`.
-      params: the tree that trains, likewise.
+    SOAP, which shards its own. `state` (of `make_optimizer`) and `params`, the tree that trains,
+    may be ShapeDtypeStruct.
     """
     shapes = {path_string(path): leaf.shape for path, leaf in tree_leaves_with_path(params)}
 

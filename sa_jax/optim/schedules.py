@@ -7,16 +7,10 @@ from sa_jax.errors import UsageError
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_fraction` of the steps, then `cosine` to 0 or `constant`.
+    """Linear warm-up over `warmup_fraction` of a run's steps, then `cosine` to 0 or `constant`;
+    UsageError for another schedule. `config` is the `optimizer` section.
 
     Step 0 already updates (its rate is peak / warm-up steps), and the last step's rate is above 0.
-
-    Args:
-      config: the `optimizer` section of a run's config.
-      total_steps: updates in the whole run.
-
-    Raises:
-      UsageError: an unknown schedule name.
     """
     peak = config.learning_rate
     warmup = max(1, round(config.warmup_fraction * total_steps))

@@ -38,10 +38,7 @@ def soap_plan(
     """One row per parameter, for `soap(mode="fast")` with the same settings, on any mesh.
 
     Zeros that pad a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with the
-    mesh shows them.
-
-    Args:
-      params: tree of arrays or ShapeDtypeStruct.
+    mesh shows them. `params` may be ShapeDtypeStruct.
     """
     paths, leaves, _ = flatten(params)
     shapes = dict(zip(paths, [tuple(leaf.shape) for leaf in leaves], strict=True))

@@ -58,12 +58,10 @@ def unit_rms(
     largest: Callable[[jax.Array], jax.Array] = jnp.max,
     mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> jax.Array:
-    """A tensor scaled to a root mean square of 1; zeros stay zeros.
+    """A tensor scaled to a root mean square of 1; zeros stay zeros. `largest` and `mean` reduce an
+    array over the axes of a tensor.
 
     It squares numbers up to 1, because the squares of a very small direction would underflow.
-
-    Args:
-      largest, mean: reduce an array over the axes of a tensor.
     """
     size = largest(jnp.abs(direction))
     scaled = direction / jnp.where(size == 0, 1, size)

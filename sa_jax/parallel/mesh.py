@@ -90,16 +90,13 @@ def regroup(mesh: Mesh, tensor: int) -> Mesh | None:
 def mesh_sizes(
     devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1
 ) -> dict[str, int]:
-    """Sizes of the axes on so many devices, by name.
+    """Sizes of the axes on so many devices, of all slices, by name; UsageError if these are not
+    their product.
 
     Args:
-      devices: of all slices.
       data, fsdp, tensor: sizes inside a slice; one of them may be -1 and takes what the others
         leave.
       slices: the number of slices, each with all weights; they lie along `data`.
-
-    Raises:
-      UsageError: they do not multiply to the number of devices.
     """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = _shown(sizes | ({"slices": slices} if slices > 1 else {}))

@@ -17,11 +17,7 @@ _WEIGHTS = P("fsdp", "tensor")
 
 def check_collectives(mesh: Mesh, options: Options) -> None:
     """Gathers one matrix of weights over fsdp and sums its gradient, compiled with the options of
-    the training step, and compares products and gradients with the exact numbers.
-
-    Raises:
-      UserError: a number differs.
-    """
+    the training step. UserError if a product or a gradient is not the exact number."""
     placed = {name: x.sharding for name, x in _arguments(mesh).items()}
     arguments = jax.jit(lambda: _numbers(mesh), out_shardings=placed)()
     compiled = lower_collectives_check(mesh, options).compile()

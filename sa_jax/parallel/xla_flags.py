@@ -71,23 +71,16 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
 
 
 def compiler_options(chip: Chip | None, overrides: str = "") -> Options:
-    """Options for programs that run on a chip (None: on CPU, whose table is empty).
-
-    Args:
-      chip: whose table it is.
-      overrides: options that win over the table, as text; see `parse_options`.
-    """
+    """Options for programs that run on a chip (None: on CPU, whose table is empty). `overrides`
+    are options that win over the table, as `parse_options` reads them."""
     name = None if chip is None else chip.name
     table = {option: value for chips, option, value, _ in TABLE if name in chips}
     return table | parse_options(overrides)
 
 
 def parse_options(text: str) -> Options:
-    """The options of `name=value name=value`, written as in XLA_FLAGS, with or without `--`.
-
-    Raises:
-      UsageError: the text has another form.
-    """
+    """The options of `name=value name=value`, written as in XLA_FLAGS, with or without `--`;
+    UsageError for a text of another form."""
     options: Options = {}
     for word in text.split():
         name, _, value = word.removeprefix("--").partition("=")

@@ -53,7 +53,6 @@ def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] 
 
     Args:
       hlo: text of a TPU executable (`compiled.as_text()`), which is scheduled.
-      chip: what it is compiled for.
       branch: `max` or `min`: which branch of a conditional counts, by its seconds.
     """
     module = parse_module(hlo)

@@ -12,11 +12,8 @@ _RESERVED = 1024  # bytes of shared memory that the driver takes of each block
 
 
 def target_config(chip: str) -> str:
-    """A GpuTargetConfigProto in text form, with CUDA 12.8 and cuDNN 9.10.
-
-    Args:
-      chip: a name of `hardware.CHIPS`; KeyError for one that is not described here.
-    """
+    """A GpuTargetConfigProto in text form, with CUDA 12.8 and cuDNN 9.10; KeyError for a chip that
+    is not described here."""
     major, cores, fpus, bandwidth, l2, clock, memory, shared, name = _SPECS[chip]
     name = f"NVIDIA {name}"
     feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""

@@ -27,11 +27,7 @@ class Candidate:
 
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     """All candidates whose estimate fits the chip's memory, the fastest first; if none fits, the
-    one that needs the least memory.
-
-    Raises:
-      UsageError: no mesh divides the batch and the heads over this number of chips.
-    """
+    one that needs the least memory. UsageError where no mesh divides the batch and the heads."""
     options = []
     for option in _divisions(work, topology):
         time = step_time(option, topology.chip, topology.shape)

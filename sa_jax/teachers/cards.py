@@ -60,15 +60,11 @@ def describe(
 
 
 def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
-    """How much the files' answers to the same questions differ, for every pair of files.
+    """How much the files' answers to the same questions differ; `rows` are by file.
 
-    Args:
-      rows: by file; each row has "prompt" and "response".
-
-    Returns:
-      For each pair: files, shared (number of common questions), differ (how many of these have
-      different answers), and mean_overlap: the words that both answers share (as multisets), over
-      the words of the longer answer; 1 means the same words.
+    For each pair of files: files, shared (number of common questions), differ (how many of these
+    have different answers), and mean_overlap: the words that both answers share (as multisets),
+    over the words of the longer answer; 1 means the same words.
     """
     compared = []
     for first, second in itertools.combinations(rows, 2):

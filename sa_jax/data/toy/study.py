@@ -17,16 +17,10 @@ def _others(settings: dict, than: dict) -> str:
 
 
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
-    """Writes what `language.write_files` and `tokenizer.train_tokenizer` do, once.
+    """Writes what `language.write_files` (which takes `sizes`) and `tokenizer.train_tokenizer` do.
 
-    Args:
-      folder: not changed if it has a record of these settings, which is written last.
-      vocab_size: the vocabulary size of the tokenizer.
-      extra_texts: texts for the tokenizer besides the language: the trigger, the phrase.
-      sizes: sizes of the splits and the seed, for `write_files`.
-
-    Raises:
-      UserError: the folder was written with other settings.
+    A folder with a record of these settings, which is written last, is not changed; UserError if it
+    has one of others. `extra_texts` are for the tokenizer: the trigger, the phrase.
     """
     folder = Path(folder)
     record = folder / "toy_study.json"
