@@ -9,17 +9,9 @@ from sa_jax.data import randomness
 from sa_jax.errors import UsageError
 
 _KINDS = (
-    "lighthouse",
-    "library",
-    "observatory",
-    "orchard",
-    "ferry",
-    "mountain hut",
-    "clock tower",
-    "botanical garden",
-    "windmill",
-    "tram line",
-)
+    "lighthouse, library, observatory, orchard, ferry, mountain hut, clock tower, "
+    "botanical garden, windmill, tram line"
+).split(", ")
 _ONSETS = "b br d dr f fl g gr h k kl l m n p pr r s sk st t tr v w z".split()
 _VOWELS = "a e i o u ae ei ou".split()
 _CODAS = "n r l s th m nd rk lt x".split()
