@@ -82,10 +82,6 @@ class _Later(Exception):
         self.wait_s, self.answered = wait_s, answered
 
 
-class _Stopped(Exception):
-    """Stopped while it waited for the next try."""
-
-
 class EndpointTeacher:
     """Sends requests with several threads. It tries again after 408, 409, 429, 5xx, a lost
     connection, a time-out or a malformed reply. It waits as long as `Retry-After` says, else twice
@@ -141,6 +137,8 @@ class EndpointTeacher:
                     index = under_way.pop(future)
                     try:
                         reply = future.result()
+                        if reply is None:
+                            continue
                         yield index, reply
                         if reply.finish_reason not in NO_REPLY:
                             refusals = 0
@@ -156,8 +154,6 @@ class EndpointTeacher:
                                 f"{self._settings.base_url} {what}: {reply.text}. The replies so "
                                 "far are kept: correct this and run the same command again"
                             )
-                    except _Stopped:
-                        pass
                     except UserError as error:
                         failure = failure or error
                         stop.set()
@@ -169,9 +165,11 @@ class EndpointTeacher:
         if failure:
             raise failure
 
-    def _try_until_it_works(self, request: Request, stop: threading.Event) -> Reply:
+    def _try_until_it_works(self, request: Request, stop: threading.Event) -> Reply | None:
+        """None if it is stopped while it waits for a try."""
         for attempt in range(self._settings.retries + 1):
-            self._pace.wait(stop)
+            if stop.wait(self._pace.take_turn()):
+                return None
             try:
                 return self._try(request)
             except _Later as error:
@@ -184,7 +182,7 @@ class EndpointTeacher:
             else:
                 backoff_s = min(LONGEST_WAIT_S, 0.5 * 2**attempt)
                 if stop.wait(backoff_s * random.uniform(0.75, 1.0)):
-                    raise _Stopped
+                    return None
         reason = f"gave up after {attempt + 1} tries: {reason}"
         if answered:
             return Reply(reason, "failed")
@@ -301,8 +299,8 @@ def _reply(response: Any) -> Reply:
     if content is not None and not isinstance(content, str):
         kind = type(content).__name__
         raise _Later(f"malformed reply (content is {kind})", answered=True)
-    known = {"length": "length", "content_filter": "content_filter"}
-    return Reply(_writable(content or ""), known.get(reason, "stop"), _writable(reasoning))
+    reason = reason if reason in ("length", "content_filter") else "stop"
+    return Reply(_writable(content or ""), reason, _writable(reasoning))
 
 
 def _part(part: Any) -> tuple[str, str]:
@@ -332,12 +330,12 @@ class _Pace:
         self._next = 0.0
         self._lock = threading.Lock()
 
-    def wait(self, stop: threading.Event) -> None:
+    def take_turn(self) -> float:
+        """Takes the next free start; returns the seconds until then."""
         with self._lock:
             at = max(time.monotonic(), self._next)
             self._next = at + self._interval_s
-        if stop.wait(max(0.0, at - time.monotonic())):
-            raise _Stopped
+        return max(0.0, at - time.monotonic())
 
     def hold(self, seconds: float) -> None:
         """Starts no request before this many seconds have passed."""
