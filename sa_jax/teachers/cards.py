@@ -88,10 +88,8 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
 
 def render(card: Mapping[str, Any]) -> str:
     """A card as text: {"files": {name: describe()}, "arms": compare(), and other records}."""
-    lines = []
-    for key, value in card.items():
-        if key not in ("files", "arms"):
-            lines.append(f"{key}: {_shown(json.dumps(value, ensure_ascii=False))}")
+    others = {key: value for key, value in card.items() if key not in ("files", "arms")}
+    lines = [f"{k}: {_shown(json.dumps(v, ensure_ascii=False))}" for k, v in others.items()]
     for name, file in card["files"].items():
         unit = file["unit"]
         lines += ["", f"## {name}: {file['rows']:,} rows, {file['output']:,} output {unit}", ""]
