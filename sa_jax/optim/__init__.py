@@ -10,8 +10,7 @@ from sa_jax.optim.build import (
     optimizer_rows,
     optimizer_specs,
 )
-from sa_jax.optim.decay import decay_mask
-from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.schedules import decay_mask, make_schedule
 from sa_jax.optim.soap import soap
 
 __all__ = [

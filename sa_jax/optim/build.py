@@ -12,9 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import tree_leaves_with_path
 
 from sa_jax.errors import UsageError
-from sa_jax.optim.decay import decay_mask
 from sa_jax.optim.from_optax import optax_optimizer
-from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.schedules import decay_mask, make_schedule
 from sa_jax.optim.soap import soap
 from sa_jax.optim.soap_official import OfficialState
 from sa_jax.optim.soap_plan import SoapRow, soap_plan

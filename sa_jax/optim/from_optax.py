@@ -10,7 +10,7 @@ import optax
 from optax import contrib
 
 from sa_jax.errors import UsageError
-from sa_jax.optim.decay import decay_mask
+from sa_jax.optim.schedules import decay_mask
 
 _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # optax's names for it
 

@@ -1,5 +1,8 @@
-"""Learning-rate schedules by name."""
+"""What every optimizer gets: a schedule of learning rates, and which parameters decay."""
 
+from typing import Any
+
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -26,3 +29,10 @@ def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
     if rising is None:
         return falling
     return optax.join_schedules([rising, falling], [warmup - 1])
+
+
+def decay_mask(params: Any) -> Any:
+    """True on leaves that weight decay applies to: all but the norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) != "scale", params
+    )
