@@ -43,11 +43,6 @@ class Side:
     def padded(self) -> int:
         return self.block * self.blocks or self.size
 
-    @property
-    def factor_size(self) -> int:
-        """Numbers in the factor of this side (and as many in its basis), for one matrix."""
-        return self.blocks * self.block**2
-
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
@@ -108,8 +103,8 @@ def make_layout(
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
     for path, shape in zip(paths, shapes, strict=True):
-        leaf_view = checked_view(view, path, tuple(shape))
-        sides = _sides(leaf_view, tuple(shape), block_size, block_above, max_precond_dim)
+        leaf_view = checked_view(view, path, shape)
+        sides = _sides(leaf_view, shape, block_size, block_above, max_precond_dim)
         if sides is None:
             elementwise.append(path)
             continue
@@ -120,7 +115,7 @@ def make_layout(
         ranks = [(not s.blocks, s.size, names) for s, names in zip(sides, axes, strict=True)]
         transposed = ranks[0] > ranks[1]
         key = (*sides[::-1], *axes[::-1]) if transposed else (*sides, *axes)
-        leaf = Leaf(path, tuple(shape), leaf_view.batch_size(shape), transposed, spec)
+        leaf = Leaf(path, shape, leaf_view.batch_size(shape), transposed, spec)
         grouped.setdefault(key, []).append(leaf)
     stacks: list[StackPlan] = []
     for (rows, cols, row_axes, col_axes), leaves in grouped.items():

@@ -41,7 +41,7 @@ def soap_plan(
     mesh shows them. `params` may be ShapeDtypeStruct.
     """
     paths, leaves, _ = flatten(params)
-    shapes = dict(zip(paths, [tuple(leaf.shape) for leaf in leaves], strict=True))
+    shapes = {path: leaf.shape for path, leaf in zip(paths, leaves, strict=True)}
     layout = make_layout(
         paths,
         list(shapes.values()),
@@ -71,7 +71,7 @@ def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:
         rows=plan.rows,
         cols=plan.cols,
         moment_bytes=2 * _FLOAT32 * leaf.count * elements,
-        basis_bytes=2 * _FLOAT32 * leaf.count * sum(side.factor_size for side in sides),
+        basis_bytes=2 * _FLOAT32 * leaf.count * sum(s.blocks * s.block**2 for s in sides),
         step_flops=leaf.count * 3 * product,  # the gradient there, the step back, the Gram
         refresh_flops=leaf.count * (refresh + product),
     )

@@ -1,5 +1,6 @@
 """SOAP's view of each parameter: a stack of tensors whose sides may have a basis."""
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,11 +23,8 @@ class TensorView(NamedTuple):
 
     def side_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Lengths of a tensor's sides."""
-        sizes, axis = [], self.batch
-        for merged in self.sides:
-            sizes.append(math.prod(shape[axis : axis + merged]))
-            axis += merged
-        return tuple(sizes)
+        edges = itertools.accumulate((self.batch, *self.sides))
+        return tuple(math.prod(shape[start:end]) for start, end in itertools.pairwise(edges))
 
 
 # From a leaf's path ("layers/attention/q/kernel") and shape to its view.
@@ -37,13 +35,11 @@ ELEMENTWISE = TensorView(0, ())
 
 def every_axis(path: str, shape: tuple[int, ...]) -> TensorView:
     """Every axis is a side, as in the official code; vectors and scalars get Adam."""
-    del path
     return TensorView(0, (1,) * len(shape)) if len(shape) > 1 else ELEMENTWISE
 
 
 def trailing_matrix(path: str, shape: tuple[int, ...]) -> TensorView:
     """The last two axes are a matrix, the axes before count matrices; vectors get Adam."""
-    del path
     return TensorView(len(shape) - 2, (1, 1)) if len(shape) > 1 else ELEMENTWISE
 
 
