@@ -109,18 +109,16 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
         rest = flags.FLAGS(argv)
         if "config" in flags.FLAGS:
             _ = flags.FLAGS.config.is_locked  # a file that cannot be loaded raises at first use
-    except flags.Error as error:
-        if problem := _problem_of_config(argv, error):
-            raise UsageError(problem) from None
-        missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
-        problem = f"--{missing[1]} is required" if missing else _one_line(error)
-        raise UsageError(f"{problem}; --help lists the flags") from None
     except UserError:
         raise
     except Exception as error:
         if problem := _problem_of_config(argv, error):
             raise UsageError(problem) from None
-        raise
+        if not isinstance(error, flags.Error):
+            raise
+        missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
+        problem = f"--{missing[1]} is required" if missing else _one_line(error)
+        raise UsageError(f"{problem}; --help lists the flags") from None
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
