@@ -127,27 +127,20 @@ def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:
             return "-"
         return f"{basis['blocks']} x {basis['block']}" if basis["blocks"] else "no basis"
 
-    def line(name: str, matrices: str, sides: tuple[str, str], row: dict[str, Any]) -> str:
-        sizes = [row[key] / 1e9 for key in ("moment_bytes", "basis_bytes")]
-        work = [row[key] / 1e12 for key in ("step_flops", "refresh_flops")]
-        numbers = [f"{size:9.2f}" for size in sizes] + [f"{flops:9.2f}" for flops in work]
-        return f"  {name:28}{matrices:>9}{sides[0]:>11}{sides[1]:>11}" + "".join(numbers)
+    def line(path: str, matrices: str, rows: str, cols: str, row: dict[str, Any]) -> str:
+        numbers = "".join(f"{row[key] / unit:9.2f}" for key, unit in units.items())
+        return f"  {path:28}{matrices:>9}{rows:>11}{cols:>11}{numbers}"
 
-    summed = ("moment_bytes", "basis_bytes", "step_flops", "refresh_flops")
-    sums = {key: sum(row[key] for row in rows) for key in summed}
-    head = ("moments", "bases", "step", "refresh")
+    units = {"moment_bytes": 1e9, "basis_bytes": 1e9, "step_flops": 1e12, "refresh_flops": 1e12}
+    sums = {key: sum(row[key] for row in rows) for key in units}
+    lines = [
+        line(row["path"], str(row["matrices"] or "-"), side(row["rows"]), side(row["cols"]), row)
+        for row in rows
+    ]
     return [
         "",
         "SOAP by parameter, over all devices: GB of averages, and of factors and bases; TFLOPs",
-        f"  {'':28}{'matrices':>9}{'rows':>11}{'columns':>11}" + "".join(f"{h:>9}" for h in head),
-        *(
-            line(
-                row["path"],
-                str(row["matrices"] or "-"),
-                (side(row["rows"]), side(row["cols"])),
-                row,
-            )
-            for row in rows
-        ),
-        line("sum", "", ("", ""), sums),
+        f"  {'':28} matrices       rows    columns  moments    bases     step  refresh",
+        *lines,
+        line("sum", "", "", "", sums),
     ]
