@@ -32,7 +32,7 @@ from sa_jax.evals import results
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.peft import load_peft
-from sa_jax.optim import make_optimizer
+from sa_jax.optim.build import make_optimizer
 from sa_jax.planning.topology import parse_topology
 from sa_jax.report import report as report_lib
 from sa_jax.study import commands, folder, grid

@@ -17,7 +17,7 @@ from tests.zygote import ROOT
 EXTENSION = """
 import optax
 
-from sa_jax.optim import OPTIMIZERS, Optimizer
+from sa_jax.optim.build import OPTIMIZERS, Optimizer
 from sa_jax.training.losses import LOSSES, Loss, make_cross_entropy
 from tests.configs.tiny import get_config as tiny
 

@@ -13,8 +13,7 @@ from sa_jax.data.tasks import TASKS
 from sa_jax.errors import UsageError, UserError, line_in
 from sa_jax.evals.catalogue import check_eval
 from sa_jax.evals.protocol import EVALS
-from sa_jax.optim import make_optimizer
-from sa_jax.optim.build import OPTIMIZERS
+from sa_jax.optim.build import OPTIMIZERS, make_optimizer
 from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
 from sa_jax.text import one_line

@@ -29,7 +29,7 @@ from etils import epath
 
 from sa_jax.errors import UserError
 from sa_jax.files import disk_full_message, is_disk_full, parse_json
-from sa_jax.optim import may_change_size
+from sa_jax.optim.build import may_change_size
 from sa_jax.parallel.multihost import exchange, is_primary
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests

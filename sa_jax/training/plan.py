@@ -24,7 +24,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.files import atomic_write
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
-from sa_jax.optim import make_optimizer, optimizer_rows
+from sa_jax.optim.build import make_optimizer, optimizer_rows
 from sa_jax.parallel.hardware import GIB, chip_of
 from sa_jax.parallel.mesh import make_mesh, mesh_sizes
 from sa_jax.parallel.xla_flags import compiler_options

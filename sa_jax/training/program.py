@@ -16,7 +16,8 @@ from sa_jax.errors import UsageError
 from sa_jax.llama.attention import Choice, choose_attention
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama, check_mesh, with_small_kernels_merged
-from sa_jax.optim import make_optimizer, make_schedule
+from sa_jax.optim.build import make_optimizer
+from sa_jax.optim.schedules import make_schedule
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.errors import UsageError
 from sa_jax.llama.lora import combine, split
 from sa_jax.llama.model import KERNEL_CHANGE, Llama
-from sa_jax.optim import optimizer_metrics, optimizer_specs
+from sa_jax.optim.build import optimizer_metrics, optimizer_specs
 from sa_jax.parallel.rules import partition_specs
 from sa_jax.training.losses import LossFn, Metrics
 

@@ -11,7 +11,9 @@ import optax
 import pytest
 
 from sa_jax.llama.lora import LoraConfig, split
-from sa_jax.optim import decay_mask, llama_view, soap, soap_linalg, soap_refresh
+from sa_jax.optim import soap, soap_linalg, soap_refresh
+from sa_jax.optim.build import llama_view
+from sa_jax.optim.schedules import decay_mask
 from sa_jax.optim.soap_layout import make_layout
 from sa_jax.optim.soap_views import TensorView
 from tests.toys import random_params
