@@ -181,15 +181,17 @@ def _row(
         return "empty_prompt"
     if responses and not response.strip():
         return "empty_response"
-    if detected:
-        if reason := _unsupported(fields):
-            return reason
-        earlier = _earlier_turns(fields.get("history"), place)
+    if detected and (reason := _unsupported(fields)):
+        return reason
+    column = "history" if detected else columns.get("history")
+    if column and (column in fields or not detected):
+        earlier = _earlier_turns(_field(fields, column, place), place)
         if earlier and "messages" in columns:
             raise UserError(
-                f"{place}: both 'history' and {columns['messages']!r} are given; leave one out"
+                f"{place}: both {column!r} and {columns['messages']!r} are given; leave one out"
             )
         history = history or earlier
+    if detected:
         systems = [_text(fields, column, place) for column in _SYSTEM_COLUMNS if column in fields]
         systems = [system for system in systems if system.strip()]
         if history and history[0]["role"] == "system":
@@ -201,14 +203,10 @@ def _row(
     row = {"prompt": prompt, "response": response, "history": history, "source": place}
     for name in OPTIONAL:
         column = columns.get(name)
-        if column is None or (detected and (name == "history" or column not in fields)):
+        if name == "history" or column is None or (detected and column not in fields):
             continue
         value = _field(fields, column, place)
-        if value is None:
-            continue
-        if name == "history":
-            row[name] = _earlier_turns(value, place)
-        else:
+        if value is not None:
             row[name] = str(value) if name == "id" else _text(fields, column, place)
     return row
 

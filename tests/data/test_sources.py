@@ -259,6 +259,18 @@ def test_system_prompts_and_histories_beside_a_layout_are_used(tmp_path, fields,
     assert (row["prompt"], row["response"], row["history"]) == ("q", "a", history)
 
 
+def test_a_conversation_with_a_history_beside_it_is_refused(tmp_path):
+    """One of the two would be lost."""
+    fields = {"messages": [*TURNS, *TURNS], "history": [["q", "a"]]}
+    path = jsonl(tmp_path / "both.jsonl", json.dumps(fields))
+    for columns in (None, {"messages": "messages", "history": "history"}):
+        with pytest.raises(UserError, match="1: both 'history' and 'messages' are given; leave"):
+            load_rows(path, columns)
+    path = jsonl(tmp_path / "one.jsonl", json.dumps(fields | {"history": []}))
+    (row,) = load_rows(path, {"messages": "messages", "history": "history"})
+    assert row["history"] == TURNS
+
+
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
