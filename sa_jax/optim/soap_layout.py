@@ -137,11 +137,13 @@ def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) 
 
     Inside shard_map (or with mesh None, where nothing moves).
     """
-    parts = []
-    for leaf in plan.leaves:
-        x = leaves[leaf.path]
-        x = x.reshape(_local_matrix_shape(leaf, plan, mesh))
-        parts.append(x.swapaxes(1, 2) if leaf.transposed else x)
+    rows = plan.rows.size // _size(mesh, plan.row_axes)  # on this device
+    parts = [
+        leaves[leaf.path].reshape(leaf.count, -1, rows).swapaxes(1, 2)
+        if leaf.transposed
+        else leaves[leaf.path].reshape(leaf.count, rows, -1)
+        for leaf in plan.leaves
+    ]
     x = jnp.concatenate(parts)
     x = jnp.pad(x, [(0, plan.padded - x.shape[0]), (0, 0), (0, 0)])
     for axis in plan.hops:
@@ -276,12 +278,6 @@ def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
     """Shape of one device's part of a leaf."""
     entries = _entries(leaf.spec, len(leaf.shape))
     return tuple(n // _size(mesh, names) for n, names in zip(leaf.shape, entries, strict=True))
-
-
-def _local_matrix_shape(leaf: Leaf, plan: StackPlan, mesh: Mesh | None) -> tuple[int, int, int]:
-    rows = plan.rows.size // _size(mesh, plan.row_axes)
-    cols = plan.cols.size // _size(mesh, plan.col_axes)
-    return (leaf.count, cols, rows) if leaf.transposed else (leaf.count, rows, cols)
 
 
 def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:
