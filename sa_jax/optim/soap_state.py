@@ -1,7 +1,6 @@
 """The state of the fast SOAP, and how it is sharded."""
 
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +10,7 @@ from jax.sharding import PartitionSpec as P
 from sa_jax.optim.soap_layout import Side, SpecRule, StackPlan
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("mu_ncr", "nu_ncr", "gg_rows", "q_rows", "gg_cols", "q_cols"),
-    meta_fields=("stack_axes", "split_axes"),
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stack:
     """State of n matrices of the same shape, float32."""
@@ -26,8 +21,9 @@ class Stack:
     q_rows: Any  # their bases
     gg_cols: Any
     q_cols: Any
-    stack_axes: tuple[str, ...]  # mesh axes that shard n
-    split_axes: tuple[str, ...]  # those that shard the columns (and their blocks)
+    # Mesh axes that shard n, and those that shard the columns (and their blocks).
+    stack_axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    split_axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
 
 class FastState(NamedTuple):
