@@ -20,10 +20,8 @@ def optax_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTran
 
     The function gets no decay, unless `config.kwargs` has one, which then is the only one: some
     (adafactor, cocob, madgrad) do not scale theirs by the learning rate, and muon's leaves out what
-    its Adam trains. Everything else is the function's default, or in `config.kwargs`.
-
-    Raises:
-      UsageError: no such function, a function that is not an optimizer, or a wrong keyword.
+    its Adam trains. Everything else is the function's default, or in `config.kwargs`. UsageError
+    for a name that is no optimizer's, or a wrong keyword.
     """
     function = _find(config.name)
     parameters = inspect.signature(function).parameters

@@ -94,12 +94,8 @@ def make_layout(
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
 ) -> Layout:
-    """Decides sides, blocks, stacks and owners, only from shapes.
-
-    Raises:
-      ValueError: a view that does not fit; a batch axis, or the inner part of a merged side, that
-        is sharded.
-    """
+    """Decides sides, blocks, stacks and owners, only from shapes. ValueError for a view that does
+    not fit, and for a batch axis, or the inner part of a merged side, that is sharded."""
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
     for path, shape in zip(paths, shapes, strict=True):

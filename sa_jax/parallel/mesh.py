@@ -25,12 +25,9 @@ def make_mesh(
     The outermost part of its axis `data` runs over the slices, so that only gradients use the slow
     links between slices. Slices of GPUs are groups of nodes.
 
-    Axes are Auto: the partitioner propagates shardings (an Explicit mesh, jax.make_mesh's
-    default, refuses linen's FSDP-sharded contractions).
-
-    Raises:
-      UsageError: the sizes do not multiply to the number of devices, or split a dimension of a
-        TPU's torus; the TPU has another number of slices.
+    Axes are Auto: the partitioner propagates shardings (an Explicit mesh, jax.make_mesh's default,
+    refuses linen's FSDP-sharded contractions). UsageError for sizes that do not multiply to the
+    number of devices, or split a dimension of a TPU's torus, and for another number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, slices=slices)

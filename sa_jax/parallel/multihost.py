@@ -108,10 +108,8 @@ def several_processes(env: Mapping[str, str]) -> bool:
     several ranks, and for a TPU pod that names its workers or slices. JAX_NUM_PROCESSES=1 always
     means a single process. So does a Slurm allocation (salloc, sbatch) without srun. jax itself
     finds the other processes and the index of this one
-    (https://docs.jax.dev/en/latest/multi_process.html).
-
-    Raises:
-      UserError: a variable that should be a number is not.
+    (https://docs.jax.dev/en/latest/multi_process.html). UserError for a variable that should be a
+    number and is not.
     """
     if _count(env, "JAX_NUM_PROCESSES") in (0, 1):
         return False
