@@ -17,14 +17,7 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.optim.soap_layout import (
-    Layout,
-    StackPlan,
-    from_owners,
-    local_count,
-    make_layout,
-    to_owners,
-)
+from sa_jax.optim.soap_layout import StackPlan, from_owners, local_count, make_layout, to_owners
 from sa_jax.optim.soap_linalg import gram, rotate
 from sa_jax.optim.soap_refresh import cut_into_slots, refresh
 from sa_jax.optim.soap_shared import (
@@ -42,10 +35,9 @@ def fast(settings: Settings) -> optax.GradientTransformation:
     """See `sa_jax.optim.soap.soap`."""
     place = _placer(settings.mesh)
 
-    def layout_of(paths: Sequence[str], leaves: Sequence[jax.Array]) -> Layout:
+    def layout_of(leaves: dict[str, jax.Array]) -> tuple[list[StackPlan], list[str]]:
         return make_layout(
-            paths,
-            [leaf.shape for leaf in leaves],
+            {path: leaf.shape for path, leaf in leaves.items()},
             view=settings.view,
             block_size=settings.block_size,
             block_above=settings.block_above,
@@ -56,15 +48,15 @@ def fast(settings: Settings) -> optax.GradientTransformation:
 
     def init(params: optax.Params) -> FastState:
         paths, leaves, _ = flatten(params)
-        layout = layout_of(paths, leaves)
-        shapes = {path: leaf.shape for path, leaf in zip(paths, leaves, strict=True)}
-        moments = {path: jnp.zeros(shapes[path], jnp.float32) for path in layout.elementwise}
+        by_path = dict(zip(paths, leaves, strict=True))
+        plans, elementwise = layout_of(by_path)
+        moments = {path: jnp.zeros(by_path[path].shape, jnp.float32) for path in elementwise}
         zero = jnp.zeros((), jnp.int32)
         state = FastState(
             count=zero,
             skipped=zero,
             rejected=zero,
-            stacks={plan.name: init_stack(plan) for plan in layout.stacks},
+            stacks={plan.name: init_stack(plan) for plan in plans},
             mu=moments,
             nu=moments,
         )
@@ -72,8 +64,8 @@ def fast(settings: Settings) -> optax.GradientTransformation:
 
     def update(grads: optax.Updates, state: FastState, params: optax.Params | None = None):
         paths, leaves, treedef = flatten(grads)
-        layout = layout_of(paths, leaves)
         g = {path: x.astype(jnp.float32) for path, x in zip(paths, leaves, strict=True)}
+        plans, elementwise = layout_of(g)
         finite = functools.reduce(
             jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in g.values()], jnp.array(True)
         )
@@ -81,12 +73,12 @@ def fast(settings: Settings) -> optax.GradientTransformation:
         moves = finite & (t > 0)
 
         directions, stacks, rejected = {}, {}, jnp.zeros((), jnp.int32)
-        if layout.stacks:
-            specs = {leaf.path: leaf.spec for plan in layout.stacks for leaf in plan.leaves}
+        if plans:
+            specs = {leaf.path: leaf.spec for plan in plans for leaf in plan.leaves}
             # Products round their operands in any case: rounded before, they are sent as such.
             matrices = {path: g[path].astype(settings.matmul_dtype) for path in specs}
             run = _on_devices(
-                functools.partial(_update_stacks, settings, layout.stacks),
+                functools.partial(_update_stacks, settings, plans),
                 settings.mesh,
                 specs,
                 state_specs(state, None).stacks,
@@ -94,7 +86,7 @@ def fast(settings: Settings) -> optax.GradientTransformation:
             directions, stacks, rejected = run(place(matrices, specs), state.stacks, t, finite)
 
         mu, nu = dict(state.mu), dict(state.nu)
-        for path in layout.elementwise:
+        for path in elementwise:
             new = adam_moments(settings, g[path], mu[path], nu[path])
             mu[path] = jnp.where(moves, new[0], mu[path])
             nu[path] = jnp.where(moves, new[1], nu[path])

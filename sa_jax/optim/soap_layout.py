@@ -10,7 +10,7 @@ devices than a stack has matrices, the columns are sharded as well.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +75,8 @@ class StackPlan:
         return sum(leaf.count for leaf in self.leaves)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The stacks, and the paths of the leaves that get Adam."""
-
-    stacks: tuple[StackPlan, ...]
-    elementwise: tuple[str, ...]
-
-
 def make_layout(
-    paths: Sequence[str],
-    shapes: Sequence[tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     *,
     view: ViewRule,
     block_size: int,
@@ -93,12 +84,17 @@ def make_layout(
     max_precond_dim: int,
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
-) -> Layout:
-    """Decides sides, blocks, stacks and owners, only from shapes. ValueError for a view that does
-    not fit, and for a batch axis, or the inner part of a merged side, that is sharded."""
+) -> tuple[list[StackPlan], list[str]]:
+    """Decides sides, blocks, stacks and owners, from the leaves' shapes by path. ValueError for a
+    view that does not fit, and for a batch axis, or the inner part of a merged side, that is
+    sharded.
+
+    Returns:
+      The stacks, and the paths of the leaves that get Adam.
+    """
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
-    for path, shape in zip(paths, shapes, strict=True):
+    for path, shape in shapes.items():
         leaf_view = checked_view(view, path, shape)
         sides = _sides(leaf_view, shape, block_size, block_above, max_precond_dim)
         if sides is None:
@@ -120,7 +116,7 @@ def make_layout(
         name += f"_{namesakes + 1}" if namesakes else ""
         plan = StackPlan(name, tuple(leaves), rows, cols, row_axes, col_axes)
         stacks.append(_with_owners(plan, mesh))
-    return Layout(tuple(stacks), tuple(elementwise))
+    return stacks, elementwise
 
 
 def local_count(plan: StackPlan, mesh: Mesh | None) -> int:

@@ -42,16 +42,15 @@ def soap_plan(
     """
     paths, leaves, _ = flatten(params)
     shapes = {path: leaf.shape for path, leaf in zip(paths, leaves, strict=True)}
-    layout = make_layout(
-        paths,
-        list(shapes.values()),
+    plans, elementwise = make_layout(
+        shapes,
         view=view,
         block_size=block_size,
         block_above=block_size if block_above is None else block_above,
         max_precond_dim=max_precond_dim,
     )
-    rows = {leaf.path: _matrix_row(leaf, plan) for plan in layout.stacks for leaf in plan.leaves}
-    for path in layout.elementwise:
+    rows = {leaf.path: _matrix_row(leaf, plan) for plan in plans for leaf in plan.leaves}
+    for path in elementwise:
         moments = 2 * _FLOAT32 * math.prod(shapes[path])
         rows[path] = SoapRow(path, shapes[path], 0, None, None, moments, 0, 0.0, 0.0)
     return [rows[path] for path in paths]

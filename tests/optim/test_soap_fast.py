@@ -452,14 +452,18 @@ def test_llama_leaves_are_stacked_by_shape():
     with_paths, _ = jax.tree_util.tree_flatten_with_path(params)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
     shapes = [leaf.shape for _, leaf in with_paths]
-    layout = make_layout(
-        paths, shapes, view=llama_view, block_size=16, block_above=16, max_precond_dim=1000
+    plans, elementwise = make_layout(
+        dict(zip(paths, shapes, strict=True)),
+        view=llama_view,
+        block_size=16,
+        block_above=16,
+        max_precond_dim=1000,
     )
-    found = {plan.name: plan for plan in layout.stacks}
+    found = {plan.name: plan for plan in plans}
     assert set(found) == {"2x32x64", "6x32x32", "6x32x64", "9x32x48"}
     assert found["2x32x64"].cols.blocks == 0 and found["6x32x64"].cols.blocks == 4
     assert [leaf.transposed for leaf in found["9x32x48"].leaves] == [True, False, False]
-    assert all(path.endswith("scale") for path in layout.elementwise) and layout.elementwise
+    assert all(path.endswith("scale") for path in elementwise) and elementwise
 
 
 def test_adapters_move():

@@ -234,9 +234,8 @@ def test_every_device_holds_its_share_of_moments_factors_and_bases():
 )
 def test_columns_are_cut_where_devices_outnumber_matrices(sizes, stack_axes, split_axes):
     mesh = jax.sharding.AbstractMesh(sizes, AXES)
-    layout = make_layout(
-        ["layers/mlp/gate/kernel"],
-        [(16, 64, 512)],
+    (plan,), _ = make_layout(
+        {"layers/mlp/gate/kernel": (16, 64, 512)},
         view=llama_view,
         block_size=64,
         block_above=64,
@@ -244,7 +243,6 @@ def test_columns_are_cut_where_devices_outnumber_matrices(sizes, stack_axes, spl
         mesh=mesh,
         partition_spec=partition_spec,
     )
-    (plan,) = layout.stacks
     assert plan.cols.blocks == 8 and plan.padded == 16
     assert (set(plan.stack_axes), plan.split_axes) == (set(stack_axes), split_axes)
 
