@@ -114,7 +114,7 @@ OPTIMIZERS.register(Optimizer("soap", _make_soap))
 
 def optimizer_rows(config: Any, params: Any) -> list[SoapRow]:
     """What the optimizer stores and computes for each parameter that trains; [] except for the fast
-    SOAP. `config` is the `optimizer` section; `params` may be ShapeDtypeStruct."""
+    SOAP. `config` is the `optimizer` section; `params` may be of ShapeDtypeStruct."""
     if config.name != "soap" or config.soap.mode != "fast":
         return []
     sizes = {key: config.soap[key] for key in ("block_size", "block_above", "max_precond_dim")}
@@ -127,7 +127,7 @@ def optimizer_specs(state: Any, params: Any) -> Any:
     A leaf whose path ends in a parameter's path, and which has its shape, is sharded like that
     parameter. Other leaves (counts, coefficients, sums over rows) are replicated, except those of
     SOAP, which shards its own. `state` (of `make_optimizer`) and `params`, the tree that trains,
-    may be ShapeDtypeStruct.
+    may be of ShapeDtypeStruct.
     """
     shapes = {path_string(path): leaf.shape for path, leaf in tree_leaves_with_path(params)}
 

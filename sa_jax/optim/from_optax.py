@@ -100,13 +100,11 @@ def _is_optimizer(name: str, value: Any) -> bool:
 
 
 def _signature(parameters: Any) -> str:
-    shown = []
-    for name, parameter in parameters.items():
-        plain = parameter.default is None or isinstance(
-            parameter.default, bool | int | float | str | tuple
-        )
-        shown.append(f"{name}={parameter.default}" if plain else name)
-    return ", ".join(shown)
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    return ", ".join(
+        f"{name}={default}" if isinstance(default, int | float | str | tuple | None) else name
+        for name, default in defaults.items()
+    )
 
 
 def _muon_dimensions(params: Any) -> Any:

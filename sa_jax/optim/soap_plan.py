@@ -38,7 +38,7 @@ def soap_plan(
     """One row per parameter, for `soap(mode="fast")` with the same settings, on any mesh.
 
     Zeros that pad a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with the
-    mesh shows them. `params` may be ShapeDtypeStruct.
+    mesh shows them. `params` may be of ShapeDtypeStruct.
     """
     paths, leaves, _ = flatten(params)
     shapes = {path: leaf.shape for path, leaf in zip(paths, leaves, strict=True)}
