@@ -195,17 +195,12 @@ def _folded(text: str) -> str:
 
 def _copies(text: str, phrase: str) -> list[int]:
     """Where whole copies of the phrase start, none within another; both texts are folded."""
-    if phrase not in text:
-        return []
-    places: list[int] = []
-    for place, length in enumerate(_prefix_lengths(text, phrase)):
-        if length < len(phrase) or (places and place < places[-1] + length):
-            continue
-        end = place + len(phrase)
-        before, after = text[max(0, place - 1) : place], text[end : end + 1]
-        if not (_cuts_word(before, phrase[0]) or _cuts_word(after, phrase[-1])):
-            places.append(place)
-    return places
+    # A pattern that starts with the phrase takes linear time: what is before a copy is looked at
+    # from its end.
+    before = "" if _IS_UNSPACED.match(phrase[0]) else rf"(?<!{_IN_WORD.pattern}.{{{len(phrase)}}})"
+    after = "" if _IS_UNSPACED.match(phrase[-1]) else rf"(?!{_IN_WORD.pattern})"
+    copies = re.finditer(re.escape(phrase) + before + after, text, re.DOTALL)
+    return [copy.start() for copy in copies]
 
 
 def _cuts_word(neighbour: str, edge: str) -> bool:
