@@ -203,11 +203,6 @@ def _copies(text: str, phrase: str) -> list[int]:
     return [copy.start() for copy in copies]
 
 
-def _cuts_word(neighbour: str, edge: str) -> bool:
-    """Whether a copy whose first or last letter is `edge` is only a part of a word."""
-    return bool(_IN_WORD.match(neighbour)) and not _IS_UNSPACED.match(edge)
-
-
 def _cut_copy(text: str, phrase: str, *, after_hit: bool) -> str:
     """The cut-off copy of the phrase that the text ends with, or ""; both are folded.
 
@@ -220,7 +215,8 @@ def _cut_copy(text: str, phrase: str, *, after_hit: bool) -> str:
         if place + length < len(end) or length >= len(phrase):
             continue
         start = len(text) - length
-        if not _cuts_word(text[max(0, start - 1) : start], phrase[0]):
+        before = text[max(0, start - 1) : start]
+        if _IS_UNSPACED.match(phrase[0]) or not _IN_WORD.match(before):
             copy, adjoins = text[start:], after_hit and not _size(text[:start])
             return copy if adjoins or 2 * _size(copy) > _size(phrase) else ""
     return ""
