@@ -1,20 +1,43 @@
 """Causal grouped-query attention over packed documents, behind one signature for every backend."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
 from sa_jax.llama import cudnn
-from sa_jax.llama.blockwise import MASKED_SCORE, blockwise_attention
+from sa_jax.llama.blockwise import (
+    MASKED_SCORE,
+    blockwise_attention,
+    by_group,
+    by_token,
+    float32_product,
+)
 from sa_jax.llama.cache import KVCache
 from sa_jax.llama.decode_kernel import attend_to_past, merge_softmaxes
-from sa_jax.llama.splash import LANES, splash_attention
+from sa_jax.llama.splash import splash_attention
 from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
 from sa_jax.llama.unrolled import unrolled_attention
+from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.rules import BATCH_SPEC
+
+# Each takes (q, k, v, segment_ids, device) for the rows and heads of that device.
+_ON_DEVICE = {
+    "blockwise": lambda *arrays, device: blockwise_attention(*arrays),
+    "splash": splash_attention,
+    "cudnn": cudnn.cudnn_attention,
+    "cudnn_packed": cudnn.cudnn_packed_attention,
+    "tokamax": tokamax_attention,
+}
+IMPLEMENTATIONS = ("reference", "unrolled", *_ON_DEVICE)
+
+# Of tokens a row, for every kernel. With a mask and another length, cuDNN's dQ has NaNs on Hopper
+# (pytorch#196678).
+LENGTH_MULTIPLE = 128
 
 # Tokens a row up to which `unrolled` is taken on CPU: forward and backward take it 0.4 to 0.6 of
 # the time of `blockwise` at 128 to 1,024 tokens, but its memory grows with their square.
@@ -56,9 +79,8 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
                 f"config.dtype is {dtype!r}; change one of them"
             )
         if name == "tokamax":
-            check_tokamax(sequence_length)
-        else:
-            cudnn.check_length(sequence_length)
+            check_tokamax()
+        check_length(name, sequence_length)
     if name == "cudnn_packed" and not cudnn.offsets_are_right():
         raise UsageError(
             f"config.attention='cudnn_packed' is wrong in jax {jax.__version__} where heads share "
@@ -66,24 +88,34 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
         )
     if name != "auto":
         return Choice(name, "config.attention names it")
-    if platform == "tpu" and sequence_length % LANES == 0:
+    if platform == "tpu" and sequence_length % LENGTH_MULTIPLE == 0:
         return Choice("splash", "the fastest on TPU")
     if platform == "tpu":
-        return Choice("blockwise", f"splash needs multiples of {LANES} tokens")
+        return Choice("blockwise", f"splash needs multiples of {LENGTH_MULTIPLE} tokens")
     if platform == "cpu":
         if sequence_length <= SHORT_ON_CPU:
             return Choice("unrolled", f"the fastest on CPU up to {SHORT_ON_CPU} tokens")
         return Choice("blockwise", f"the fastest on CPU above {SHORT_ON_CPU} tokens")
     if dtype not in cudnn.DTYPES:
         return Choice("blockwise", f"cuDNN does not compute in {dtype}")
-    if sequence_length % cudnn.LENGTH_MULTIPLE:
-        return Choice("blockwise", f"cuDNN needs multiples of {cudnn.LENGTH_MULTIPLE} tokens")
+    if sequence_length % LENGTH_MULTIPLE:
+        return Choice("blockwise", f"cuDNN needs multiples of {LENGTH_MULTIPLE} tokens")
     return Choice("cudnn", f"the fastest of what jax {jax.__version__} has for packed rows on GPU")
 
 
-def choose_prompt_attention(
-    mesh: Mesh | None, kv_heads: int, *, sequence_length: int, dtype: str
-) -> Choice:
+def check_length(implementation: str, length: int) -> None:
+    """UsageError unless a kernel is right for rows of this length."""
+    if length % LENGTH_MULTIPLE:
+        is_cudnn = implementation.startswith("cudnn")
+        why = ": with a mask its gradients are NaN otherwise" if is_cudnn else ""
+        raise UsageError(
+            f"config.attention={implementation!r} needs a sequence length in multiples of "
+            f"{LENGTH_MULTIPLE}, not {length}{why}; take "
+            f"{-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE}, or config.attention='blockwise'"
+        )
+
+
+def prompt_attention(mesh: Mesh | None, kv_heads: int, dtype: Any, length: int) -> str:
     """The implementation that evals use for prompts of a padded length: training's for such rows.
 
     Without a mesh it is that of a CPU. On CPU, prompts to be continued use decoding's attention
@@ -91,8 +123,9 @@ def choose_prompt_attention(
     """
     platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if mesh is not None and kv_heads % mesh.shape["tensor"]:
-        return Choice("blockwise", "the mesh cannot cut the heads")
-    return choose_attention("auto", platform, sequence_length=sequence_length, dtype=dtype)
+        return "blockwise"  # the mesh cannot cut the heads
+    dtype = jnp.dtype(dtype).name
+    return choose_attention("auto", platform, sequence_length=length, dtype=dtype).implementation
 
 
 def attention(
@@ -114,33 +147,45 @@ def attention(
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
-      mesh: where the arrays are; the kernels need it.
+      mesh: where the arrays are; the kernels need it. Each device works on its own rows and heads.
 
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
+
+    Raises:
+      UsageError: the mesh does not divide the rows or the key/value heads, or a kernel cannot take
+        rows of this length or these devices.
     """
-    if mesh is None and implementation not in ("reference", "unrolled", "blockwise"):
+    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
+    if implementation == "reference":
+        return _reference(*arrays)
+    if implementation == "unrolled":
+        return unrolled_attention(*arrays)
+    if implementation == "blockwise" and (mesh is None or mesh.size == 1):
+        return blockwise_attention(*arrays)
+    if mesh is None:
         raise ValueError(f"attention {implementation!r} needs the mesh of its arguments")
-    return IMPLEMENTATIONS[implementation](q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    if implementation != "blockwise":
+        check_length(implementation, q_bskh.shape[1])
+    check_divisible(mesh, ("data", "fsdp"), q_bskh.shape[0], "rows of a batch")
+    check_divisible(mesh, ("tensor",), k_bsgh.shape[2], "key/value heads")
+    heads_spec, ids_spec = P(BATCH_SPEC[0], None, "tensor", None), P(BATCH_SPEC[0], None)
+    return jax.shard_map(
+        functools.partial(_ON_DEVICE[implementation], device=mesh.devices.flat[0]),
+        mesh=mesh,
+        in_specs=(heads_spec, heads_spec, heads_spec, ids_spec),
+        out_specs=heads_spec,
+        # The others have kernels, or constants that start a loop, which do not say their axes.
+        check_vma=implementation in ("cudnn", "cudnn_packed"),
+    )(*arrays)
 
 
-def _reference(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh):
+def _reference(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
     index_s = jnp.arange(q_bskh.shape[1])
     mask_bst = (segment_ids_bs[:, :, None] == segment_ids_bs[:, None, :]) & (
         index_s[:, None] >= index_s[None, :]
     )
     return masked_attention(q_bskh, k_bsgh, v_bsgh, mask_bst)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
-    "reference": _reference,
-    "unrolled": lambda q, k, v, segment_ids, mesh: unrolled_attention(q, k, v, segment_ids),
-    "blockwise": blockwise_attention,
-    "splash": splash_attention,
-    "cudnn": cudnn.cudnn_attention,
-    "cudnn_packed": cudnn.cudnn_packed_attention,
-    "tokamax": tokamax_attention,
-}
 
 
 def masked_attention(
@@ -156,31 +201,18 @@ def masked_attention(
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
-    b, s, heads, h = q_bskh.shape
-    t, groups = k_btgh.shape[1:3]
-    per_group = heads // groups
+    s, h = q_bskh.shape[1], q_bskh.shape[3]
+    b, t, groups = k_btgh.shape[:3]
     # The heads that share a key are rows (n) of one matrix product, and the softmax's division
     # comes after the product with the values: on CPU half the time of the plain order.
-    q_bgrsh = q_bskh.reshape(b, s, groups, per_group, h).transpose(0, 2, 3, 1, 4)
-    scores_bgnt = jnp.einsum(
-        "bgnh,btgh->bgnt",
-        q_bgrsh.reshape(b, groups, per_group * s, h),
-        k_btgh,
-        preferred_element_type=jnp.float32,
-    )
-    scores_bgrst = scores_bgnt.reshape(b, groups, per_group, s, t) * h**-0.5
+    scores_bgnt = float32_product("bgnh,btgh->bgnt", by_group(q_bskh, groups), k_btgh)
+    scores_bgrst = scores_bgnt.reshape(b, groups, -1, s, t) * h**-0.5
     scores_bgrst = jnp.where(mask_bst[:, None, None], scores_bgrst, MASKED_SCORE)
     top_bgrs1 = jax.lax.stop_gradient(jnp.max(scores_bgrst, axis=-1, keepdims=True))
-    weights_bgrst = jnp.exp(scores_bgrst - top_bgrs1)
-    out_bgnh = jnp.einsum(
-        "bgnt,btgh->bgnh",
-        weights_bgrst.astype(v_btgh.dtype).reshape(b, groups, per_group * s, t),
-        v_btgh,
-        preferred_element_type=jnp.float32,
-    )
-    out_bgrsh = out_bgnh.reshape(b, groups, per_group, s, h)
-    out_bgrsh = (out_bgrsh / jnp.sum(weights_bgrst, axis=-1, keepdims=True)).astype(q_bskh.dtype)
-    return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)
+    weights_bgnt = jnp.exp(scores_bgrst - top_bgrs1).reshape(scores_bgnt.shape)
+    out_bgnh = float32_product("bgnt,btgh->bgnh", weights_bgnt, v_btgh)
+    out_bgnh /= jnp.sum(weights_bgnt, axis=-1, keepdims=True)
+    return by_token(out_bgnh.astype(q_bskh.dtype), s)
 
 
 def cached_attention(
@@ -211,10 +243,9 @@ def cached_attention(
     Returns:
       [B, S, heads, head_dim] in the queries' dtype.
     """
-    b, s, heads, h = q_bskh.shape
+    b, s, _, h = q_bskh.shape
     groups, block = k_bsgh.shape[2], cache.v.shape[3]
-    q_bgrsh = q_bskh.reshape(b, s, groups, heads // groups, h).transpose(0, 2, 3, 1, 4)
-    q_bgnh = q_bgrsh.reshape(b, groups, -1, h)
+    q_bgnh = by_group(q_bskh, groups)
 
     def add_block(i, carry):
         top_bgn, total_bgn, out_bgnh = carry
@@ -222,9 +253,7 @@ def cached_attention(
             jax.lax.dynamic_slice(leaf, (layer, i, 0, 0, 0, 0), (1, 1, *leaf.shape[2:]))[0, 0]
             for leaf in cache
         )
-        scores_bgnt = jnp.einsum(
-            "bgnh,bght->bgnt", q_bgnh, k_bght, preferred_element_type=jnp.float32
-        )
+        scores_bgnt = float32_product("bgnh,bght->bgnt", q_bgnh, k_bght)
         past_bt = i * block + jnp.arange(block) < start_b[:, None]
         scores_bgnt = jnp.where(past_bt[:, None, None], scores_bgnt * h**-0.5, MASKED_SCORE)
         new_top_bgn = jnp.maximum(top_bgn, jnp.max(scores_bgnt, axis=-1))
@@ -236,7 +265,7 @@ def cached_attention(
             out_bgnh * shrink_bgn[..., None] + _weigh(weights_bgnt, v_btgh),
         )
 
-    new = _attend_to_each_other(q_bgrsh, k_bsgh, v_bsgh)
+    new = _attend_to_each_other(q_bgnh, k_bsgh, v_bsgh)
     if kernel_mesh is not None and s == 1 and cache.k.shape[2] == b:
         past = attend_to_past(q_bgnh, cache, layer, start_b, kernel_mesh)
         softmaxes = (jnp.stack(parts) for parts in zip(past, new, strict=True))
@@ -244,28 +273,25 @@ def cached_attention(
     else:
         blocks = (jnp.max(start_b) + block - 1) // block
         _, total_bgn, out_bgnh = jax.lax.fori_loop(0, blocks, add_block, new)
-    out_bgrsh = (out_bgnh / total_bgn[..., None]).astype(q_bskh.dtype).reshape(q_bgrsh.shape)
-    return out_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, s, heads, h)
+    return by_token((out_bgnh / total_bgn[..., None]).astype(q_bskh.dtype), s)
 
 
 def _attend_to_each_other(
-    q_bgrsh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array
+    q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The running softmax over the new tokens alone: (top, total, out), n = r x s."""
-    b, groups, r, s, h = q_bgrsh.shape
+    s, h = k_bsgh.shape[1], k_bsgh.shape[3]
     if s == 1:  # no product of matrices, which is slow at this size: the token sees itself
         k_bg1h, v_bg1h = k_bsgh.transpose(0, 2, 1, 3), v_bsgh.transpose(0, 2, 1, 3)
-        q_bgnh = q_bgrsh[:, :, :, 0].astype(jnp.float32)
-        top_bgn = jnp.sum(q_bgnh * k_bg1h.astype(jnp.float32), axis=-1) * h**-0.5
-        out_bgnh = jnp.broadcast_to(v_bg1h.astype(jnp.float32), (b, groups, r, h))
+        products_bgnh = q_bgnh.astype(jnp.float32) * k_bg1h.astype(jnp.float32)
+        top_bgn = jnp.sum(products_bgnh, axis=-1) * h**-0.5
+        out_bgnh = jnp.broadcast_to(v_bg1h.astype(jnp.float32), q_bgnh.shape)
         return top_bgn, jnp.ones_like(top_bgn), out_bgnh
-    scores_bgrst = jnp.einsum(
-        "bgrsh,btgh->bgrst", q_bgrsh, k_bsgh, preferred_element_type=jnp.float32
-    )
+    scores_bgnt = float32_product("bgnh,btgh->bgnt", q_bgnh, k_bsgh)
+    scores_bgrst = scores_bgnt.reshape(*scores_bgnt.shape[:2], -1, s, s) * h**-0.5
     index_s = jnp.arange(s)
     causal_st = index_s[:, None] >= index_s[None, :]
-    scores_bgrst = jnp.where(causal_st, scores_bgrst * h**-0.5, MASKED_SCORE)
-    scores_bgnt = scores_bgrst.reshape(b, groups, r * s, s)
+    scores_bgnt = jnp.where(causal_st, scores_bgrst, MASKED_SCORE).reshape(scores_bgnt.shape)
     top_bgn = jnp.max(scores_bgnt, axis=-1)
     weights_bgnt = jnp.exp(scores_bgnt - top_bgn[..., None])
     return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(weights_bgnt, v_bsgh)
@@ -287,18 +313,13 @@ def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
     )
 
 
-def _weigh_by_group(weights_bgnt, v_btgh):
-    return jnp.einsum("bgnt,btgh->bgnh", weights_bgnt, v_btgh, preferred_element_type=jnp.float32)
+_weigh_by_group = functools.partial(float32_product, "bgnt,btgh->bgnh")
 
 
 def _weigh_together(weights_bgnt, v_btgh):
     b, groups, n, t = weights_bgnt.shape
-    out_bkd = jnp.einsum(
-        "bkt,btd->bkd",
-        weights_bgnt.reshape(b, groups * n, t),
-        v_btgh.reshape(*v_btgh.shape[:2], -1),
-        preferred_element_type=jnp.float32,
-    )
+    weights_bkt = weights_bgnt.reshape(b, groups * n, t)
+    out_bkd = float32_product("bkt,btd->bkd", weights_bkt, v_btgh.reshape(*v_btgh.shape[:2], -1))
     out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
     own_gj = jnp.eye(groups, dtype=bool)
     return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)

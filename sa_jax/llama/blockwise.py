@@ -9,9 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 
-from sa_jax.llama.on_devices import on_devices
 from sa_jax.llama.splash import ATTENTION_RESIDUALS
 
 # A finite stand-in for -inf: a row whose keys are all masked softmaxes to a uniform distribution
@@ -23,29 +21,9 @@ _ROUND = 8  # blocks are multiples of this
 
 
 def blockwise_attention(
-    q_bskh: jax.Array,
-    k_bsgh: jax.Array,
-    v_bsgh: jax.Array,
-    segment_ids_bs: jax.Array,
-    mesh: Mesh | None = None,
+    q_bskh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, segment_ids_bs: jax.Array
 ) -> jax.Array:
-    """`attention` for any platform, length and dtype, in O(S x block) memory.
-
-    Args:
-      q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`.
-      mesh: where the arrays are; each device then works on its own rows and heads.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-    """
-    if mesh is None or mesh.size == 1:
-        return _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)
-    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
-    # Unchecked: constants that start a loop vary over no axis, what it adds does.
-    return on_devices(_local, *arrays, mesh, check_vma=False)
-
-
-def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
+    """`attention` for any platform, length and dtype, in O(S x block) memory."""
     b, s, heads, h = q_bskh.shape
     groups = k_bsgh.shape[2]
     count = -(-s // BLOCK)
@@ -84,9 +62,7 @@ def _first_blocks(ids_nbt: jax.Array) -> jax.Array:
 def _scores(i, j, q_nbgxh, k_nbgth, ids_nbt):
     """Float32 scores of query block i and key block j, masked where a query does not see a key."""
     block = ids_nbt.shape[2]
-    scores_bgxt = jnp.einsum(
-        "bgxh,bgth->bgxt", q_nbgxh[i], k_nbgth[j], preferred_element_type=jnp.float32
-    )
+    scores_bgxt = float32_product("bgxh,bgth->bgxt", q_nbgxh[i], k_nbgth[j])
     index_t = jnp.arange(block)
     sees_bst = (ids_nbt[i][:, :, None] == ids_nbt[j][:, None]) & (
         i * block + index_t[:, None] >= j * block + index_t
@@ -99,6 +75,21 @@ def _scores(i, j, q_nbgxh, k_nbgth, ids_nbt):
 def float32_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """The einsum with float32 sums; a is rounded to the dtype of b first."""
     return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)
+
+
+def by_group(x_bskh: jax.Array, groups: int) -> jax.Array:
+    """[B, groups, n, head_dim]: the heads that share a key are rows (n = heads of a group x tokens)
+    of one matrix product."""
+    b, s, heads, h = x_bskh.shape
+    x_bsgrh = x_bskh.reshape(b, s, groups, heads // groups, h)
+    return x_bsgrh.transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
+
+
+def by_token(x_bgnh: jax.Array, tokens: int) -> jax.Array:
+    """The inverse of `by_group`."""
+    b, groups, _, h = x_bgnh.shape
+    x_bgrsh = x_bgnh.reshape(b, groups, -1, tokens, h)
+    return x_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, tokens, -1, h)
 
 
 def _while(count, body, carry):

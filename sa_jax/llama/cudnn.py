@@ -9,61 +9,48 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
-from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
-from sa_jax.llama.on_devices import check_multiple, on_devices
 
 DTYPES = ("bfloat16", "float16")
-# With a mask and a length that is no multiple, dQ has NaNs on Hopper (pytorch#196678).
-LENGTH_MULTIPLE = 128
 MOST_DOCUMENTS = 256  # a row, that `cudnn_packed` has room for
 PLANNED_VERSION = 91000  # cuDNN 9.10: what is compiled for where no cuDNN is installed
 
 
-def cudnn_attention(
-    q_bskh: jax.Array,
-    k_bsgh: jax.Array,
-    v_bsgh: jax.Array,
-    segment_ids_bs: jax.Array,
-    mesh: Mesh,
-) -> jax.Array:
-    """`attention` by cuDNN; each device works on its own rows and heads.
+def cudnn_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    """`attention` on one GPU, in bfloat16 or float16.
 
     A mask [B, 1, S, S], shared by all heads, separates documents; it takes 32 MiB per row of 4,096
     tokens. The kernel itself is causal, so it skips half of the blocks.
-
-    Args:
-      q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`; bfloat16 or float16.
-      mesh: of NVIDIA GPUs; B is sharded over data and fsdp, heads over tensor.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-
-    Raises:
-      UsageError: a length for which the kernel is wrong, or sizes that the mesh does not divide.
     """
-    check_length(q_bskh.shape[1])
-    local = functools.partial(_local, device=mesh.devices.flat[0])
-    return on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
+    with _jax_mended(device):
+        return jax.nn.dot_product_attention(
+            q_bskh, k_bsgh, v_bsgh, mask=same_b1st, is_causal=True, implementation="cudnn"
+        )
 
 
-def cudnn_packed_attention(
-    q_bskh: jax.Array,
-    k_bsgh: jax.Array,
-    v_bsgh: jax.Array,
-    segment_ids_bs: jax.Array,
-    mesh: Mesh,
-) -> jax.Array:
+def cudnn_packed_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
     """`cudnn_attention` without a mask: cuDNN gets the offsets of each document.
 
-    It has the same arguments, result and errors, and needs Hopper or newer, and a jax for which
-    `offsets_are_right`. The result of a row with more than `MOST_DOCUMENTS` is NaN, which stops
-    training, because cuDNN would lose documents silently.
+    It needs Hopper or newer, and a jax for which `offsets_are_right`. The result of a row with more
+    than `MOST_DOCUMENTS` is NaN, which stops training, because cuDNN would lose documents silently.
     """
-    check_length(q_bskh.shape[1])
-    local = functools.partial(_local_packed, device=mesh.devices.flat[0])
-    return on_devices(local, q_bskh, k_bsgh, v_bsgh, segment_ids_bs, mesh)
+    if capability(device) < (9,):
+        raise UsageError(
+            f"config.attention='cudnn_packed' needs Hopper or newer, and this is a "
+            f"{device.device_kind}; use config.attention='cudnn'"
+        )
+    most = min(MOST_DOCUMENTS, q_bskh.shape[1])
+    lengths_bm, starts_bm, count_b = packed_offsets(segment_ids_bs, most)
+    with _jax_mended(device):
+        out_bskh = jax_cudnn.dot_product_attention(
+            *(q_bskh, k_bsgh, v_bsgh, None, None),
+            *(lengths_bm, lengths_bm, starts_bm, starts_bm),
+            scale=q_bskh.shape[-1] ** -0.5,
+            mask_type=jax_cudnn.MaskType.PADDING_CAUSAL,
+        )
+    return jnp.where((count_b <= most)[:, None, None, None], out_bskh, jnp.nan)
 
 
 def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -99,12 +86,6 @@ def offsets_are_right() -> bool:
     return int(fixed[3].ravel()[1]) == 8
 
 
-def check_length(length: int) -> None:
-    """UsageError unless cuDNN's gradients are right for rows of this length."""
-    why = ": with a mask its gradients are NaN otherwise"
-    check_multiple("cudnn", length, LENGTH_MULTIPLE, why)
-
-
 def check_documents(count: int) -> None:
     """UsageError unless `cudnn_packed` takes rows of this many documents."""
     if count > MOST_DOCUMENTS:
@@ -113,32 +94,6 @@ def check_documents(count: int) -> None:
             f"padding included, and a packed row has {count}; use config.attention='cudnn', or a "
             "shorter config.sequence_length"
         )
-
-
-def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
-    with _jax_mended(device):
-        return jax.nn.dot_product_attention(
-            q_bskh, k_bsgh, v_bsgh, mask=same_b1st, is_causal=True, implementation="cudnn"
-        )
-
-
-def _local_packed(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    if capability(device) < (9,):
-        raise UsageError(
-            f"config.attention='cudnn_packed' needs Hopper or newer, and this is a "
-            f"{device.device_kind}; use config.attention='cudnn'"
-        )
-    most = min(MOST_DOCUMENTS, q_bskh.shape[1])
-    lengths_bm, starts_bm, count_b = packed_offsets(segment_ids_bs, most)
-    with _jax_mended(device):
-        out_bskh = jax_cudnn.dot_product_attention(
-            *(q_bskh, k_bsgh, v_bsgh, None, None),
-            *(lengths_bm, lengths_bm, starts_bm, starts_bm),
-            scale=q_bskh.shape[-1] ** -0.5,
-            mask_type=jax_cudnn.MaskType.PADDING_CAUSAL,
-        )
-    return jnp.where((count_b <= most)[:, None, None, None], out_bskh, jnp.nan)
 
 
 @contextlib.contextmanager

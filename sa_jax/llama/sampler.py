@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.llama.attention import choose_prompt_attention
+from sa_jax.llama.attention import prompt_attention
 from sa_jax.llama.cache import CACHE_BLOCK, KVCache, cache_specs, init_cache
 from sa_jax.llama.model import Llama, layers_apart, with_small_kernels_merged
 from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_tokens
@@ -144,12 +144,7 @@ class Sampler:
         self.prompt_attention: dict[int, str] = {}
         if platform != "cpu" and specs.k[3]:
             self.prompt_attention = {
-                length: choose_prompt_attention(
-                    mesh,
-                    config.num_kv_heads,
-                    sequence_length=length,
-                    dtype=jnp.dtype(model.dtype).name,
-                ).implementation
+                length: prompt_attention(mesh, config.num_kv_heads, model.dtype, length)
                 for length in self._buckets()
             }
             logging.info("attention of prompts, by their padded length: %s", self.prompt_attention)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import Preempted, UserError
-from sa_jax.llama.attention import choose_prompt_attention
+from sa_jax.llama.attention import prompt_attention
 from sa_jax.llama.cache import KVCache, init_cache
 from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.weights import cast_weights
@@ -267,11 +267,8 @@ def target_logprobs(
       Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
     b, s = tokens_bs.shape
-    dtype = jnp.dtype(model.dtype).name
-    choice = choose_prompt_attention(
-        model.mesh, model.config.num_kv_heads, sequence_length=s, dtype=dtype
-    )
-    model = model.clone(attention=choice.implementation)
+    implementation = prompt_attention(model.mesh, model.config.num_kv_heads, model.dtype, s)
+    model = model.clone(attention=implementation)
     apply: Callable[..., Any] = functools.partial(model.apply, {"params": params})
     if prefix is None:
         hidden_bsd = apply(tokens_bs, method="hidden")

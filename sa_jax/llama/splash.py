@@ -3,21 +3,17 @@
 Pallas is imported only where the kernel is used, because the import takes half a second.
 """
 
-import functools
 import math
 from typing import TYPE_CHECKING
 
 import jax
-from jax.sharding import Mesh
-
-from sa_jax.llama.on_devices import check_multiple, on_devices
 
 if TYPE_CHECKING:
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
 # What the kernel's backward pass needs, for remat policies: its output and log-sum-exp.
 ATTENTION_RESIDUALS = "attention_residuals"
-LANES = 128  # the kernel's granularity: sequence lengths and blocks are multiples
+LANES = 128  # blocks are multiples of it
 
 # Queries and keys of a tile in VMEM, forward and backward, by device_kind.
 # v5p and v6e: MaxText's benchmarks/maxtext_{v5p,trillium}_model_configs.py (Llama 3.1). v4 and v5e
@@ -31,38 +27,11 @@ _BLOCKS = (
 )
 
 
-def splash_attention(
-    q_bskh: jax.Array,
-    k_bsgh: jax.Array,
-    v_bsgh: jax.Array,
-    segment_ids_bs: jax.Array,
-    mesh: Mesh,
-) -> jax.Array:
-    """Causal attention inside documents; each device works on its own rows and heads.
+def splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    """`attention` on one device. A query head reads its group's keys and values without a copy.
 
-    A query head reads its group's keys and values without a copy. On other platforms the kernel is
-    interpreted, which is slow and only for tests.
-
-    Args:
-      q_bskh: queries [B, S, heads, head_dim].
-      k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim].
-      segment_ids_bs: int [B, S]; equal ids are one document.
-      mesh: B is sharded over data and fsdp, heads over tensor.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-
-    Raises:
-      UsageError: a size that the mesh or the kernel does not divide.
+    On other platforms the kernel is interpreted, which is slow and only for tests.
     """
-    check_multiple("splash", q_bskh.shape[1], LANES)
-    local = functools.partial(_local, device=mesh.devices.flat[0])
-    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
-    # Unchecked: pallas_call does not say over which axes its outputs vary.
-    return on_devices(local, *arrays, mesh, check_vma=False)
-
-
-def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     s, heads, h = q_bskh.shape[1:]

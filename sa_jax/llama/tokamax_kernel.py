@@ -1,35 +1,16 @@
 """tokamax's flash attention over packed documents, a Pallas Mosaic kernel for Hopper GPUs."""
 
-import functools
 import importlib.metadata
 
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.sharding import Mesh
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.cudnn import capability
-from sa_jax.llama.on_devices import check_multiple, on_devices
 
 # Its packed mask is no public API: 0.0.17 has another.
 VERSION = "0.0.12"
-LENGTH_MULTIPLE = 128  # queries of one block of the forward pass
-
-
-def tokamax_attention(
-    q_bskh: jax.Array,
-    k_bsgh: jax.Array,
-    v_bsgh: jax.Array,
-    segment_ids_bs: jax.Array,
-    mesh: Mesh,
-) -> jax.Array:
-    """`cudnn_attention` by tokamax, which gets the first key that each query sees ([B, S] integers)
-    instead of a mask. It has the same arguments, result and errors; Hopper only."""
-    check_tokamax(q_bskh.shape[1])
-    local = functools.partial(_local, device=mesh.devices.flat[0])
-    arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
-    return on_devices(local, *arrays, mesh, check_vma=False)  # a kernel says nothing of axes
 
 
 def first_keys(segment_ids_bs: jax.Array) -> jax.Array:
@@ -40,8 +21,8 @@ def first_keys(segment_ids_bs: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(new_bs, index_s, 0), axis=1)
 
 
-def check_tokamax(length: int) -> None:
-    """UsageError unless the supported version of tokamax is installed, and takes such rows."""
+def check_tokamax() -> None:
+    """UsageError unless the supported version of tokamax is installed."""
     try:
         version = importlib.metadata.version("tokamax")
     except importlib.metadata.PackageNotFoundError:
@@ -52,10 +33,12 @@ def check_tokamax(length: int) -> None:
             f"config.attention='tokamax' needs tokamax {VERSION}, {installed}: pip install "
             f"tokamax=={VERSION}, or use config.attention='cudnn'"
         )
-    check_multiple("tokamax", length, LENGTH_MULTIPLE)
 
 
-def _local(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+def tokamax_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
+    """`attention` on one GPU by tokamax, which gets the first key that each query sees ([B, S]
+    integers) instead of a mask; Hopper only."""
+    check_tokamax()
     from tokamax._src import gpu_utils
     from tokamax._src.ops.attention import api, base
 

@@ -8,7 +8,7 @@ of the row: `blockwise` is for longer ones.
 import jax
 import jax.numpy as jnp
 
-from sa_jax.llama.blockwise import MASKED_SCORE, float32_product
+from sa_jax.llama.blockwise import MASKED_SCORE, by_group, by_token, float32_product
 
 BLOCK = 64  # queries
 
@@ -17,34 +17,12 @@ BLOCK = 64  # queries
 def unrolled_attention(
     q_bskh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, segment_ids_bs: jax.Array
 ) -> jax.Array:
-    """`attention` for any platform and dtype; the fastest on CPU for short rows.
-
-    Args:
-      q_bskh, k_bsgh, v_bsgh, segment_ids_bs: see `attention`.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-    """
+    """`attention` for any platform and dtype; the fastest on CPU for short rows."""
     return _forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)[0]
 
 
 def _spans(tokens: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, tokens)) for start in range(0, tokens, BLOCK)]
-
-
-def _by_group(x_bskh: jax.Array, groups: int) -> jax.Array:
-    """[B, groups, n, head_dim]: the heads that share a key are rows (n = heads of a group x tokens)
-    of one matrix product."""
-    b, s, heads, h = x_bskh.shape
-    x_bsgrh = x_bskh.reshape(b, s, groups, heads // groups, h)
-    return x_bsgrh.transpose(0, 2, 3, 1, 4).reshape(b, groups, -1, h)
-
-
-def _by_token(x_bgnh: jax.Array, tokens: int) -> jax.Array:
-    """The inverse of `_by_group`."""
-    b, groups, _, h = x_bgnh.shape
-    x_bgrsh = x_bgnh.reshape(b, groups, -1, tokens, h)
-    return x_bgrsh.transpose(0, 3, 1, 2, 4).reshape(b, tokens, -1, h)
 
 
 def _forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
@@ -55,7 +33,7 @@ def _forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
     out, kept = [], []
     for span in _spans(s):
         past, tokens = slice(span.stop), span.stop - span.start
-        q_bgnh = _by_group(q_bskh[:, span], groups)
+        q_bgnh = by_group(q_bskh[:, span], groups)
         scores_bgnt = float32_product("bgnh,btgh->bgnt", q_bgnh, k_bsgh[:, past])
         sees_bst = (segment_ids_bs[:, span, None] == segment_ids_bs[:, None, past]) & (
             index_s[span, None] >= index_s[past]
@@ -67,7 +45,7 @@ def _forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
         total_bgn1 = weights_bgnt.sum(-1, keepdims=True)
         # The division comes after the product, whose result is smaller than the weights.
         out_bgnh = float32_product("bgnt,btgh->bgnh", weights_bgnt, v_bsgh[:, past]) / total_bgn1
-        out.append(_by_token(out_bgnh, tokens).astype(q_bskh.dtype))
+        out.append(by_token(out_bgnh, tokens).astype(q_bskh.dtype))
         kept.append((weights_bgnt, total_bgn1))
     return jnp.concatenate(out, axis=1), kept
 
@@ -84,7 +62,7 @@ def _backward_rule(residuals, d_out_bskh):
     for span, (weights_bgnt, total_bgn1) in zip(_spans(s), kept, strict=True):
         past, tokens = slice(span.stop), span.stop - span.start
         q_bgnh, out_bgnh, d_out_bgnh = (
-            _by_group(x_bskh[:, span], groups) for x_bskh in (q_bskh, out_bskh, d_out_bskh)
+            by_group(x_bskh[:, span], groups) for x_bskh in (q_bskh, out_bskh, d_out_bskh)
         )
         d_out_bgnh = d_out_bgnh.astype(jnp.float32) / total_bgn1
         # sum over t of weight x its gradient, which the softmax's derivative takes away
@@ -92,7 +70,7 @@ def _backward_rule(residuals, d_out_bskh):
         d_weights_bgnt = float32_product("bgnh,btgh->bgnt", d_out_bgnh, v_bsgh[:, past])
         d_scores_bgnt = weights_bgnt * (d_weights_bgnt - mean_bgn1)
         dq_bgnh = float32_product("bgnt,btgh->bgnh", d_scores_bgnt, k_bsgh[:, past]) * h**-0.5
-        dq.append(_by_token(dq_bgnh, tokens).astype(q_bskh.dtype))
+        dq.append(by_token(dq_bgnh, tokens).astype(q_bskh.dtype))
         # Tokens last: on CPU half the time of the products with head_dim last.
         later = ((0, 0), (0, 0), (0, 0), (0, s - span.stop))
         dk_bght += jnp.pad(float32_product("bgnh,bgnt->bght", q_bgnh, d_scores_bgnt), later)
