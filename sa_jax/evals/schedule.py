@@ -2,19 +2,12 @@
 
 from collections.abc import Sequence
 
+# 'every': at each of `config.eval.steps` and at the last step; 'first+last': before training and at
+# the last step.
 SCHEDULES = ("every", "last", "first+last")
 
 
 def is_due(schedule: str, step: int, steps: Sequence[int], last: int) -> bool:
-    """Whether an eval runs at a step.
-
-    Args:
-      schedule: 'every' (each of `steps`, and the last), 'last', or 'first+last' (before training,
-        and the last).
-      step: updates so far.
-      steps: `config.eval.steps`.
-      last: updates in all.
-    """
-    if schedule == "every" and step in steps or schedule == "first+last" and step == 0:
-        return True
-    return step == last
+    """Whether an eval runs after `step` of `last` updates; `steps` is `config.eval.steps`."""
+    first = schedule == "first+last" and step == 0
+    return step == last or first or (schedule == "every" and step in steps)

