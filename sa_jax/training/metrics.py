@@ -24,7 +24,7 @@ from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, disk_full_message, is_disk_full, parse_json
 from sa_jax.training.sinks import Sink
 
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+_NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class MetricsWriter:
@@ -73,9 +73,8 @@ class MetricsWriter:
         """
         if self._file is None:
             return None
-        for value in metrics.values():
-            if isinstance(value, jax.Array):
-                value.copy_to_host_async()
+        for array in (value for value in metrics.values() if isinstance(value, jax.Array)):
+            array.copy_to_host_async()
         written = self._write_pending()
         self._pending = (step, dict(metrics))
         return written
@@ -104,9 +103,7 @@ class MetricsWriter:
             return None
         step, metrics = self._pending
         self._pending = None
-        values: dict[str, float | None] = {
-            name: _number(name, value) for name, value in metrics.items()
-        }
+        values: dict[str, float | None] = {k: _number(k, v) for k, v in metrics.items()}
         values |= self._rates(step if done is None else done)
         line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
         try:
@@ -144,19 +141,13 @@ def _number(name: str, value: Any) -> float | int:
     array = np.asarray(value)
     if array.size != 1:
         raise ValueError(f"metric {name} must be one number, not an array of shape {array.shape}")
-    if isinstance(value, int | float):
-        return value
-    if np.issubdtype(array.dtype, np.integer):
-        return int(array.item())
-    if array.dtype == np.float64:
-        return float(array.item())
+    if array.dtype == np.float64 or np.issubdtype(array.dtype, np.integer):
+        return array.item()
     return float(str(np.float32(array.item())))
 
 
 def _to_json(value: float | None) -> float | str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    return value
+    return value if value is None or math.isfinite(value) else json.dumps(value)
 
 
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -189,10 +180,7 @@ def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
     """The logged lines in order, non-finite numbers restored; an absent file reads as no lines."""
     return [
-        {
-            k: _NON_FINITE.get(v, v) if isinstance(v, str) and k != "run_id" else v
-            for k, v in row.items()
-        }
+        {k: float(v) if v in _NON_FINITE and k != "run_id" else v for k, v in row.items()}
         for _, row in _parse(as_path(path))
     ]
 
@@ -223,19 +211,14 @@ def progress_line(
 ) -> str:
     """One line for the log: 'step 120/1000  loss 2.3456  12.3k tokens/s  MFU 41.2%  ETA 3m20s'.
 
-    Args:
-      tokens_per_s: over all devices.
-      mfu: model FLOPs utilisation in 0..1, None when the device's peak is not known.
-      seconds_per_step: for the time that is left.
+    mfu, in 0..1, is None where the device's peak is not known.
     """
-    parts = [
-        f"step {step:>{len(str(total_steps))}}/{total_steps}",
-        f"loss {loss:.4f}",
-        f"{_short(tokens_per_s)} tokens/s",
-        *([] if mfu is None else [f"MFU {mfu:.1%}"]),
-        f"ETA {_duration((total_steps - step) * seconds_per_step)}",
-    ]
-    return "  ".join(parts)
+    shown_mfu = "" if mfu is None else f"  MFU {mfu:.1%}"
+    return (
+        f"step {step:>{len(str(total_steps))}}/{total_steps}  loss {loss:.4f}  "
+        f"{_short(tokens_per_s)} tokens/s{shown_mfu}  "
+        f"ETA {_duration((total_steps - step) * seconds_per_step)}"
+    )
 
 
 def _short(value: float) -> str:
