@@ -26,12 +26,9 @@ def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]
 
     The arrays have been copied when this returns. An existing `folder` is replaced.
     """
-    folder = _absolute(folder)
-    leaves = {
-        name: jax.random.key_data(x) if _is_key(x) else x for name, x in _flatten(state).items()
-    }
+    tree = unflatten_dict(_flatten(state), sep="/")
     with _context():
-        return ocp.save_async(folder, unflatten_dict(leaves, sep="/"), overwrite=True)
+        return ocp.save_async(_absolute(folder), tree, overwrite=True)
 
 
 def load(
@@ -56,7 +53,10 @@ def load(
     """
     quiet_orbax()
     folder = _absolute(folder)
-    wanted = {"/".join(filter(None, (part, n))): x for n, x in _flat_abstract(abstract).items()}
+    wanted = {"/".join(filter(None, (part, n))): x for n, x in _flatten(abstract).items()}
+    for name, leaf in wanted.items():
+        if getattr(leaf, "sharding", None) is None:
+            raise ValueError(f"{name}: the abstract state needs a sharding on every leaf")
     try:
         stored = _flatten(ocp.metadata(folder).metadata)
     except Exception as error:
@@ -71,16 +71,7 @@ def load(
             loaded = _flatten(ocp.load(folder, unflatten_dict(wanted, sep="/")))
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded ({one_line(error)[:300]})") from error
-    leaves, structure = jax.tree.flatten(abstract)
-    return jax.tree.unflatten(
-        structure,
-        [
-            jax.random.wrap_key_data(loaded[name], impl=_key_impl(leaf))
-            if _is_key(leaf)
-            else loaded[name]
-            for name, leaf in zip(wanted, leaves, strict=True)
-        ],
-    )
+    return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 
 def quiet_orbax() -> None:
@@ -113,30 +104,6 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _flat_abstract(abstract: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """The flat abstract tree as it is stored: typed keys as their uint32 data."""
-    flat = _flatten(abstract)
-    for name, x in flat.items():
-        if getattr(x, "sharding", None) is None:
-            raise ValueError(f"{name}: the abstract state needs a sharding on every leaf")
-        if _is_key(x):
-            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(x.shape, x.dtype))
-            flat[name] = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=x.sharding)
-    return flat
-
-
-def _is_key(x: Any) -> bool:
-    return jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _key_impl(x: jax.ShapeDtypeStruct) -> Any:
-    """The generator of an abstract key; JAX gives it only for arrays and their tracers."""
-    implementations: list[Any] = []
-    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    jax.eval_shape(lambda key: implementations.append(jax.random.key_impl(key)), shape)
-    return implementations[0]
-
-
 def _check_leaves(
     folder: epath.Path,
     stored: dict[str, Any],
@@ -148,8 +115,11 @@ def _check_leaves(
     def show(leaves: dict[str, Any], name: str) -> str:
         if name not in leaves:
             return "absent"
-        dtype = f"{np.dtype(leaves[name].dtype).name} " if dtypes else ""
-        shape = list(leaves[name].shape)
+        leaf = leaves[name]
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its uint32 data
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        dtype = f"{np.dtype(leaf.dtype).name} " if dtypes else ""
+        shape = list(leaf.shape)
         return f"{dtype}{['any', *shape[1:]] if resizable(name) else shape}"
 
     different = [
