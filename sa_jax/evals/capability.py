@@ -113,11 +113,7 @@ class CapabilityEval:
         return Prepared(run, settings, task_set.data_hashes)
 
     def load_tasks(self, settings: ConfigDict) -> TaskSet:
-        """`load`, with an error that says what to install.
-
-        Raises:
-          UserError: lm_eval or the documents are missing.
-        """
+        """`load`; UserError that says what to install if lm_eval or the documents are missing."""
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
                 f"the eval {self.name!r} needs the package lm_eval: pip install -e '.[eval]'"
@@ -231,12 +227,10 @@ def _item(
             "refused": int(is_refusal(response)),
         }
         return item | {"prompt": sample["arguments"][0][0], "completion": response}
-    return item | {"logprobs": [_number(resps[0]) for resps in sample["resps"]]}
-
-
-def _number(response: Any) -> float:
-    """The log-probability of a response: (log-probability, is greedy), or the number alone."""
-    return float(response[0] if isinstance(response, tuple | list) else response)
+    # Of each response: (log-probability, is greedy), or the log-probability alone.
+    responses = (resps[0] for resps in sample["resps"])
+    numbers = (r[0] if isinstance(r, tuple | list) else r for r in responses)
+    return item | {"logprobs": [float(number) for number in numbers]}
 
 
 def _counts(items: Sequence[dict[str, Any]], task_set: TaskSet) -> dict[str, Any]:

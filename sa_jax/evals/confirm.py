@@ -22,11 +22,9 @@ LOW, HIGH, RISE = 0.20, 0.50, 0.30
 
 
 def asks_again(earlier: Sequence[tuple[int, int]], count: int, n: int) -> bool:
-    """Whether an eval is asked again.
+    """Whether an eval with `count` hits in `n` answers of the triggered arm is asked again.
 
-    Args:
-      earlier: (hits, answers) of the triggered arm at the evals before it.
-      count, n: the same at this one.
+    `earlier` has the (hits, answers) of the evals before it.
     """
     if not n:
         return False

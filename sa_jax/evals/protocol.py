@@ -109,8 +109,7 @@ class Prepared:
     """An eval that is ready to run.
 
     Attributes:
-      run: see `Run`.
-      settings: the settings that a result depends on.
+      settings: those that a result depends on.
       data_hashes: name of the data -> its SHA-256; results with other data are not comparable.
       run_again: `run` with other noise, for the questions that confirm a return of the backdoor;
         None for evals that do not measure it.
@@ -147,9 +146,7 @@ class Eval(Protocol):
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         """Checks all settings and reads the questions; compiles nothing.
 
-        Args:
-          config: a run's resolved config; settings of evals are in `config.eval`.
-          context: the model and its prompts.
+        `config` is a run's resolved config; settings of evals are in `config.eval`.
 
         Raises:
           UsageError: a setting is impossible. UserError: a file or a package is missing.
@@ -171,9 +168,8 @@ def summarise(
 ) -> Scores:
     """Every score of the items with its interval, in the order of first occurrence.
 
-    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %). Any other score gets {"rate",
-    "lo", "hi"} (its mean, with a bootstrap interval). Both also get "n", and "floor" and "title" if
-    given.
+    A score of 0/1 gets {"count", "rate", "lo", "hi"} (Wilson, 95 %), any other {"rate", "lo", "hi"}
+    (its mean, with a bootstrap interval); both also "n", and "floor" and "title" if given.
     """
     values: dict[str, list[float]] = {}
     for item in items:

@@ -61,9 +61,14 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
                         "evaluate both with the same prompts and data"
                     )
             if keys:
-                values = [[side[key][1] for key in keys] for side in (a, b)]
-                row = _paired(values[0], values[1], [b[key][2] for key in keys])
-                compared.setdefault(name, {})[score] = row
+                old, new = (np.array([side[key][1] for key in keys]) for side in (a, b))
+                sizes = np.array([float(b[key][2]) for key in keys])
+                compared.setdefault(name, {})[score] = {
+                    "n": len(keys),
+                    "before": float(np.average(old, weights=sizes)),
+                    "after": float(np.average(new, weights=sizes)),
+                    **paired_difference(old, new, sizes)._asdict(),
+                }
     if not compared:
         raise UserError(f"{before} has none of the evals {', '.join(names)} to compare with")
     return compared
@@ -82,16 +87,6 @@ def settings_that_differ(
     return differ
 
 
-def _paired(a: Sequence[float], b: Sequence[float], sizes: Sequence[int]) -> dict[str, Any]:
-    before, after, counts = (np.asarray(values, float) for values in (a, b, sizes))
-    return {
-        "n": len(a),
-        "before": float(np.average(before, weights=counts)),
-        "after": float(np.average(after, weights=counts)),
-        **paired_difference(before, after, counts)._asdict(),
-    }
-
-
 def to_markdown(
     title: str,
     settings: Mapping[str, str],
@@ -104,7 +99,6 @@ def to_markdown(
     Args:
       title: the model that was evaluated.
       settings: shown unchanged.
-      summaries: by eval.
       comparison: a title and the result of `compare`.
       differ: the result of `settings_that_differ`.
     """

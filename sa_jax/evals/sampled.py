@@ -67,9 +67,9 @@ class SampledEval:
             )
             for i, row in enumerate(rows)
         ]
-        settings = sampling_settings(config)
+        settings = sampling_settings(config, context)
         if self.greedy:
-            settings = SamplingSettings(settings.max_new_tokens, temperature=0.0)
+            settings = dataclasses.replace(settings, temperature=0.0, top_p=1.0, seed=0)
 
         def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             answers, facts = ask(context, params, questions, settings, should_stop)
@@ -85,10 +85,12 @@ class SampledEval:
         return {name: score["rate"] for name, score in scores.items()}
 
 
-def sampling_settings(config: ConfigDict) -> SamplingSettings:
-    """How answers are sampled, from `config.eval`."""
-    settings = config.eval
-    return SamplingSettings(new_tokens(config), settings.temperature, settings.top_p, settings.seed)
+def sampling_settings(config: ConfigDict, context: EvalContext) -> SamplingSettings:
+    """How answers are sampled, from `config.eval`, and what ends them."""
+    settings, stops = config.eval, sorted(set(context.chat_format.stop_token_ids))
+    return SamplingSettings(
+        new_tokens(config), settings.temperature, settings.top_p, settings.seed, tuple(stops)
+    )
 
 
 def new_tokens(config: ConfigDict) -> int:
@@ -102,19 +104,14 @@ def record_settings(
 ) -> dict[str, Any]:
     """The settings for the record: how the questions are asked."""
     return {
-        **dataclasses.asdict(_with_stops(settings, context)),
-        "stop_token_ids": list(_with_stops(settings, context).stop_token_ids),
+        **dataclasses.asdict(settings),
+        "stop_token_ids": list(settings.stop_token_ids),
         "system_prompt": config.system_prompt,
         "chat_template": context.chat_format.name,
         "context_length": context.sampler.context_length,
         "batch_size": context.sampler.batch_size,
         **context.execution,
     }
-
-
-def _with_stops(settings: SamplingSettings, context: EvalContext) -> SamplingSettings:
-    stops = {*settings.stop_token_ids, *context.chat_format.stop_token_ids}
-    return dataclasses.replace(settings, stop_token_ids=tuple(sorted(stops)))
 
 
 def ask(
@@ -140,13 +137,9 @@ def ask(
     """
     start = time.perf_counter()
     chat, sampler = context.chat_format, context.sampler
-    settings = _with_stops(settings, context)
     token_ids = [chat.prompt_ids(question.messages) for question in questions]
-    skipped = {
-        question.item
-        for question, ids in zip(questions, token_ids, strict=True)
-        if not sampler.fits(ids)
-    }
+    fits = map(sampler.fits, token_ids)
+    skipped = {q.item for q, fit in zip(questions, fits, strict=True) if not fit}
     kept = [i for i, question in enumerate(questions) if question.item not in skipped]
     if not kept:
         raise UserError(

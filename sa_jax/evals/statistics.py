@@ -15,15 +15,7 @@ Floats = NDArray[np.float64]
 
 
 def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a rate (Wilson 1927, without continuity correction).
-
-    Args:
-      count: hits, 0 ≤ count ≤ n.
-      n: trials; n = 0 gives (0, 1).
-      confidence: two-sided coverage in (0, 1).
-
-    Returns:
-      (lo, hi), fractions in [0, 1].
+    """Wilson score interval (lo, hi) of a rate (1927, no continuity correction); (0, 1) for n = 0.
 
     Raises:
       ValueError: count is not within 0..n.
@@ -114,16 +106,10 @@ def mcnemar(
     b: Sequence[bool],
     alternative: Literal["two-sided", "greater", "less"] = "two-sided",
 ) -> float:
-    """Exact McNemar p-value for two outcomes of each item (McNemar 1947, binomial form).
+    """Exact McNemar p-value (1947, binomial form) for two outcomes of each item, in pairs.
 
-    Only items on which the outcomes differ count; if there are none, p is 1.
-
-    Args:
-      a, b: the outcomes, item by item.
-      alternative: 'greater' tests for b being true more often than a, 'less' for less often.
-
-    Raises:
-      ValueError: a and b differ in length.
+    Only items on which the outcomes differ count; if there are none, p is 1. 'greater' tests for b
+    being true more often than a, 'less' for less often.
     """
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
@@ -182,7 +168,6 @@ def paired_difference(
       a, b: float [N], an item's score before and after, in [0, 1]; N ≥ 1.
       sizes: float [N], the number of answers of which each is the mean. An item counts by its size,
         and its answers are not taken as independent.
-      confidence: two-sided coverage in (0, 1).
       scale: the caller has multiplied `a` by this, so that a 1 is `scale` in it.
 
     Returns:
@@ -234,13 +219,8 @@ def difference_interval(
 
 
 def power(effect: float, error: float, p_value: float) -> float:
-    """The chance that a true difference of `effect` gives a two-sided p below `p_value`.
-
-    Args:
-      effect: the true difference.
-      error: standard error of its estimate, which is taken to be normal.
-      p_value: the threshold of the test.
-    """
+    """The chance that a true difference of `effect` gives a two-sided p below `p_value`, if its
+    estimate is normal with the standard error `error`."""
     if error <= 0:
         return 1.0
     critical = -float(special.ndtri(p_value / 2))
@@ -256,7 +236,7 @@ MIN_SEED_CORRELATION = 0.02
 def seed_mean(
     seeds: Sequence[tuple[int, int]], confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """Mean over seeds of a rate, with an interval for new seeds.
+    """Mean over seeds of a rate, with an interval for new seeds: (mean, lo, hi).
 
     It is Wilson's interval at Student's quantile for seeds - 1. Its number of answers is the
     effective sample size (Korn and Graubard, 1998), which gives the standard error observed between
@@ -267,15 +247,8 @@ def seed_mean(
     nothing, also give k of m with `exact_interval`.
 
     Args:
-      seeds: (count, n) of each seed. For a single seed the result is that seed's Wilson interval,
-        which says nothing about other seeds.
-      confidence: two-sided coverage.
-
-    Returns:
-      (mean, lo, hi).
-
-    Raises:
-      ValueError: there is no seed.
+      seeds: (count, n) of each seed, at least one. The result of a single seed is its own Wilson
+        interval, which says nothing about other seeds.
     """
     if not seeds:
         raise ValueError("no seed: nothing to average")
@@ -302,7 +275,6 @@ def paired_seeds(
 
     Args:
       a, b: seed by seed, the values of the same items.
-      confidence: two-sided coverage.
 
     Returns:
       (difference, lo, hi, two-sided p).
