@@ -141,12 +141,9 @@ def writer(name: str) -> int:
 
 def _hash_file(path: epath.Path) -> tuple[int, str]:
     """(size in bytes, SHA-256 hex)."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return size, digest.hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), digest
 
 
 def _digest_of(files: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import (
+    BATCH_DTYPES,
     abstract_arguments,
     attention_of,
     begin_compiling,
@@ -380,18 +382,15 @@ def load_batch(
     """The global batch of a step on the mesh: each host reads the rows of its own devices."""
     sharding = NamedSharding(mesh, BATCH_SPEC)
     shape = (config.batch_size, config.sequence_length)
-    parts: dict[tuple[int, int], dict[str, np.ndarray]] = {}  # (first row, last + 1) -> arrays
 
-    def rows_of(index: tuple[slice, ...] | None) -> tuple[int, int]:
-        return (index[0] if index else slice(None)).indices(config.batch_size)[:2]
+    @functools.cache  # devices share rows, and all arrays of a batch are read together
+    def rows(first: int, end: int) -> dict[str, np.ndarray]:
+        return batch(dataset, config.seed, step, config.batch_size, slice(first, end))
 
-    for index in sharding.addressable_devices_indices_map(shape).values():
-        rows = rows_of(index)
-        if rows not in parts:
-            parts[rows] = batch(dataset, config.seed, step, config.batch_size, slice(*rows))
+    def read(name: str, index: Any) -> np.ndarray:
+        return rows(*index[0].indices(config.batch_size)[:2])[name]
 
-    def part(name: str) -> Callable[[tuple[slice, ...] | None], np.ndarray]:
-        return lambda index: parts[rows_of(index)][name]
-
-    names = next(iter(parts.values()))
-    return {name: jax.make_array_from_callback(shape, sharding, part(name)) for name in names}
+    return {
+        name: jax.make_array_from_callback(shape, sharding, functools.partial(read, name))
+        for name in BATCH_DTYPES
+    }

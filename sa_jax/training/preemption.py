@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 import urllib.request
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -24,7 +23,6 @@ from jax.experimental import multihost_utils
 # would then wait for a step that the evaluation never reaches. The count is per process, not per
 # guard, so that a second guard continues it.
 _QUESTIONS = itertools.count(1)
-
 
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -59,12 +57,15 @@ class PreemptionGuard:
 
     def __enter__(self) -> "PreemptionGuard":
         self._several = jax.process_count() > 1
-        self._install(signal.SIGINT, self._on_interrupt)
-        for number in (signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-                self._install(number, self._on_terminate)
-        if not self._several:
-            self._install(signal.SIGTERM, self._on_terminate)
+        numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
+        # nohup sets SIGHUP to be ignored
+        numbers += [
+            number
+            for number in (signal.SIGUSR1, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        ]
+        for number in numbers:
+            self._previous[number] = signal.signal(number, self._on_signal)
         if self._aws_spot:
             threading.Thread(target=self._poll, daemon=True).start()
         return self
@@ -77,11 +78,7 @@ class PreemptionGuard:
         self._previous.clear()
 
     def should_stop(self, step: int) -> bool:
-        """Whether to save and stop now; once True, always True.
-
-        Args:
-          step: the training step, for the log line only.
-        """
+        """Whether to save and stop now; once True, always True. `step` is for the log line only."""
         if self._stopping:
             return True
         if self._several:
@@ -99,21 +96,11 @@ class PreemptionGuard:
                 logging.info("AWS will interrupt this spot instance")
                 return os.kill(os.getpid(), signal.SIGTERM)
 
-    def _install(self, number: int, handler: Callable[[int, FrameType | None], Any]) -> None:
-        self._previous[number] = signal.signal(number, handler)
-
-    def _on_terminate(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
-        self._pass_on()
-
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal is not None:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self._signal = number
-        self._pass_on()
-
-    def _pass_on(self) -> None:
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 
