@@ -20,7 +20,7 @@ HERE = Path("/proc/self/cwd")  # files of a host: one name, another content
 
 # Runs as insert_backdoor.py, with a fault in step 8: {fault}.
 FAULTY = """
-import dataclasses, runpy, sys
+import runpy, sys
 import jax
 from sa_jax.training import loop
 
@@ -31,8 +31,8 @@ def failing_batch(dataset, config, step, mesh):
         raise KeyError("q_proj")
     return load_batch(dataset, config, step, mesh)
 
-def compile_with_a_fault(*arguments):
-    compiled_step = begin_compiling(*arguments)
+def compile_with_a_fault(*arguments, **options):
+    compiled_step = begin_compiling(*arguments, **options)
     calls = []
 
     def step(state, *rest):
@@ -40,7 +40,7 @@ def compile_with_a_fault(*arguments):
         if len(calls) == 8 and "{fault}" == "NaN":
             nan = lambda x: jax.make_array_from_callback(
                 x.shape, x.sharding, lambda index: x.addressable_data(0) * float("nan"))
-            state = dataclasses.replace(state, params=jax.tree.map(nan, state.params))
+            state = state._replace(params=jax.tree.map(nan, state.params))
         return compiled_step()(state, *rest)
 
     return lambda wait=True: step
