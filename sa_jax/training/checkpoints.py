@@ -129,7 +129,6 @@ class RunCheckpointer:
         return saved
 
     def _save(self, step: int, name: str, tree: Any) -> None:
-        self.wait()
         begin = time.monotonic()
         folder = self._directory / name
         try:
@@ -171,16 +170,13 @@ class RunCheckpointer:
             logging.error("%s", error)  # must not hide the error that ended the block
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
-        """Restores the newest intact checkpoint.
+        """(step, state) of the newest intact checkpoint; None if there is no checkpoint.
 
         If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
 
         Args:
           abstract_state: tree of jax.ShapeDtypeStruct with shardings, on any mesh; the structure,
             shapes and dtypes must be those that were saved.
-
-        Returns:
-          (step, state), the state with the requested shardings; None if there is no checkpoint.
 
         Raises:
           UserError: all checkpoints are corrupt, or the newest intact one holds other leaves,
@@ -294,7 +290,7 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
 def load_subtree(
     directory: os.PathLike | str, step: int | None, key: str, abstract: Any
 ) -> tuple[int, Any]:
-    """Loads one part of a checkpoint, such as the weights alone, on any mesh.
+    """(step, subtree): one part of a checkpoint, such as the weights alone, on any mesh.
 
     Args:
       directory: `checkpoints/` of the run folder.
@@ -302,9 +298,6 @@ def load_subtree(
       key: path of the part in the state, "params" or "opt_state/0/mu".
       abstract: that part as jax.ShapeDtypeStruct with shardings; may lack leaves that the part
         has, and its dtypes may differ (values are cast on loading).
-
-    Returns:
-      (step, subtree).
 
     Raises:
       UserError: no such step, a corrupt checkpoint, leaves or shapes that are not in it.
@@ -336,13 +329,9 @@ def _warn_of_incomplete(directory: epath.Path) -> None:
     for kind in ("step", "weights"):
         for step, complete in _scan(directory, kind):
             if not complete:
-                logging.warning(
-                    "%s/%s_%06d has no %s (its save was cut off) and is ignored",
-                    directory,
-                    kind,
-                    step,
-                    DIGEST_FILE,
-                )
+                folder = directory / f"{kind}_{step:06d}"
+                cut_off = "%s has no %s (its save was cut off) and is ignored"
+                logging.warning(cut_off, folder, DIGEST_FILE)
 
 
 @jax.jit

@@ -296,7 +296,8 @@ def check_config(config: ConfigDict) -> None:
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
-    require("crow.alpha", 0 <= config.crow.alpha < math.inf, "0 or more, and finite")
+    for key, value in config.crow.items():
+        require(f"crow.{key}", 0 <= value < math.inf, "0 or more, and finite")
     require("lora.alpha", 0 < config.lora.alpha < math.inf, "above 0, and finite")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")

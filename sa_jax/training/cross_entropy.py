@@ -120,12 +120,7 @@ def _backward(per_shard, residuals, gradient):
     dhidden_nd, dkernel_ndtc = _scan(visit, start, kernel_dtnc.shape[2])
     dkernel_dtnc = jnp.moveaxis(dkernel_ndtc, 0, 2)
     dweights_n = (log_sum_exp_n - target_n) * gradient
-    return (
-        dhidden_nd.astype(hidden_nd.dtype),
-        dkernel_dtnc,
-        None,
-        dweights_n,
-    )
+    return dhidden_nd.astype(hidden_nd.dtype), dkernel_dtnc, None, dweights_n
 
 
 def _scan(visit, start, length):

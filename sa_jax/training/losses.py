@@ -20,7 +20,6 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from sa_jax.errors import UsageError
 from sa_jax.llama.model import EMBEDDINGS, PERTURBATIONS, STREAM, STREAMS, Llama, head_kernel
 from sa_jax.registry import Registry
 from sa_jax.training.cross_entropy import cross_entropy_sum
@@ -73,11 +72,7 @@ def _hidden(
     model: Llama, params: Any, batch: Batch, perturbation_bsd: jax.Array | None = None
 ) -> tuple[jax.Array, list[jax.Array]]:
     """The final hidden states [B, S, D], and the residual stream: [B, S, D] before the first layer
-    and [L, B, S, D] after each layer.
-
-    Args:
-      perturbation_bsd: added to the token embeddings.
-    """
+    and [L, B, S, D] after each layer. `perturbation_bsd` is added to the token embeddings."""
     variables = {"params": params}
     if perturbation_bsd is not None:
         variables[PERTURBATIONS] = {EMBEDDINGS: perturbation_bsd}
@@ -136,10 +131,6 @@ def make_crow(model: Llama, config: Any) -> LossFn:
     before the final norm.
     """
     alpha, epsilon = config.crow.alpha, config.crow.epsilon
-    if alpha < 0 or epsilon < 0:
-        raise UsageError(
-            f"config.crow.alpha={alpha} and config.crow.epsilon={epsilon} must be 0 or more"
-        )
 
     def inconsistency(params: Any, batch: Batch, perturbation_bsd: jax.Array) -> jax.Array:
         """Sum over loss-bearing tokens of 1 - cosine, averaged over layers; float32 scalar."""

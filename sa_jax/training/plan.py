@@ -101,7 +101,7 @@ def plan_machine(
     """`make_plan` for another machine, in a new process, because its compiler may crash.
 
     Raises:
-      CompilerCrash: the compiler crashed.
+      CompilerCrash: it crashed.
     """
     files = list(extension_digests())
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
@@ -183,18 +183,16 @@ def search_plan(
     """
     everything = mesh_sizes(topology.chips * topology.chip.devices, slices=config.mesh.slices)
     work = workload(config, architecture, everything, topology.platform)
-    ranked = candidates(work, topology)
     tried: list[str] = []
     plans: list[dict[str, Any]] = []
     crashes = 0
-    for candidate in ranked:
+    for candidate in candidates(work, topology):
         if max(len(plans), crashes) == TRIES:
             break
         work = candidate.work
         mesh = {**work.of_one_slice().mesh, "slices": work.slices}
-        option = changed(
-            config, {"mesh": mesh, "accumulation": work.accumulation, "remat": work.remat}
-        )
+        values = {"mesh": mesh, "accumulation": work.accumulation, "remat": work.remat}
+        option = changed(config, values)
         step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
         try:
             candidate_plan = plan_machine(option, architecture, topology, tokens)
@@ -349,11 +347,7 @@ def reserve_fake_devices(topology: Topology) -> None:
 
 
 def fake_devices(count: int) -> tuple[jax.Device, ...]:
-    """This many fake CPU devices.
-
-    Raises:
-      UserError: this process has fewer.
-    """
+    """This many fake CPU devices; UserError if this process has fewer."""
     devices = jax.devices("cpu")
     if len(devices) < count:
         raise UserError(
@@ -394,29 +388,25 @@ def needed_bytes(message: str) -> float | None:
 
 
 def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
-    tokens = steps * work.tokens
+    run: dict[str, Any] = {"tokens": steps * work.tokens, "steps": steps}
     if machine.chip is None:
-        return {"time": {}, "run": {"tokens": tokens, "steps": steps}}
+        return {"time": {}, "run": run}
     bound = step_time(work, machine.chip, machine.shape)
     rate = work.tokens / bound.step / machine.chips
     hours = steps * bound.step / 3600
-    time_ = {
-        "compute_s": bound.compute,
-        "hbm_s": bound.hbm,
-        "interconnect_s": bound.interconnect,
-        "between_slices_s": bound.network,
-        "step_s": bound.step,
-        "bound": bound.bound,
-        "tokens_per_s_per_chip": rate,
-        "mfu": rate * work.flops_per_token() / machine.chip.flops,
+    return {
+        "time": {
+            "compute_s": bound.compute,
+            "hbm_s": bound.hbm,
+            "interconnect_s": bound.interconnect,
+            "between_slices_s": bound.network,
+            "step_s": bound.step,
+            "bound": bound.bound,
+            "tokens_per_s_per_chip": rate,
+            "mfu": rate * work.flops_per_token() / machine.chip.flops,
+        },
+        "run": {**run, "hours": hours, "chip_hours": hours * machine.chips},
     }
-    run = {
-        "tokens": tokens,
-        "steps": steps,
-        "hours": hours,
-        "chip_hours": hours * machine.chips,
-    }
-    return {"time": time_, "run": run}
 
 
 def _text(compiled: Any) -> str:
@@ -456,8 +446,5 @@ def _collectives(
         program = make_program(option, make_model(option, architecture, twin), 1)
         text = _text(_compile(option, program, twin)[0])
     a_slice = mesh.size // config.mesh.slices if config.mesh.slices > 1 else 0
-    kinds = read_collectives(text, a_slice)
-    return {
-        "source": source,
-        "kinds": {kind: dataclasses.asdict(each) for kind, each in kinds.items()},
-    }
+    kinds = read_collectives(text, a_slice).items()
+    return {"source": source, "kinds": {kind: dataclasses.asdict(each) for kind, each in kinds}}

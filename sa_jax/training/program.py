@@ -64,13 +64,9 @@ class CompiledStep(Protocol):
 
 
 def attention_of(config: ConfigDict, platform: str) -> Choice:
-    """The attention implementation of a config on a platform; see `choose_attention`."""
-    return choose_attention(
-        config.attention,
-        platform,
-        sequence_length=config.sequence_length,
-        dtype=config.dtype,
-    )
+    """The attention implementation of a config on a platform."""
+    length = config.sequence_length
+    return choose_attention(config.attention, platform, sequence_length=length, dtype=config.dtype)
 
 
 def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Llama:
@@ -159,7 +155,6 @@ def begin_compiling(
     On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
 
     Args:
-      config, program, mesh: of the run, as for `abstract_arguments`.
       at_once: False compiles when the function is first called, for a run that has no step left:
         its process could not end before the thread. On GPUs it is always so, because their compiler
         times kernels on the device, which must be idle.

@@ -96,7 +96,7 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """Dotted key -> value, without the ignored keys (dotted; a key covers all below it)."""
+    """Dotted key -> value, without the ignored keys (a key covers all below it)."""
     return {
         key: value
         for key, value in _flatten(plain_record(config)).items()
@@ -107,9 +107,7 @@ def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
     """SHA-256 (first 16 hex digits) of the canonical JSON of the keys that define a run.
 
-    Args:
-      config: ml_collections ConfigDict or mapping.
-      ignore: dotted keys that may change between two launches of one run ("log_every").
+    The ignored ones may change between two launches of one run.
     """
     text = json.dumps(flat_config(config, ignore), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

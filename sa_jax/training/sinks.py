@@ -24,7 +24,7 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
-def check_sinks(names: Sequence[str], workdir: str | os.PathLike = "") -> None:
+def check_sinks(names: Sequence[str], workdir: str | os.PathLike) -> None:
     """UserError, before anything is loaded, if the package of a sink is not installed, or the sink
     cannot write to the run folder."""
     for name in names:
@@ -48,7 +48,7 @@ def make_sinks(
     config: Mapping[str, Any],
     step: int = 0,
 ) -> list[Sink]:
-    """The sinks named in a config ('tensorboard', 'wandb'); process 0 only.
+    """The sinks named in a config, which `check_sinks` has let pass; process 0 only.
 
     Args:
       workdir: the run folder. Its name is the run's name, and its parent's name that of the group;
@@ -57,11 +57,8 @@ def make_sinks(
       config: what the sink shows as the run's config.
       step: the restored step.
     """
-    check_sinks(names, workdir)
-    return [
-        _Guarded(name, functools.partial(SINKS[name][1], as_path(workdir), run_id, config, step))
-        for name in names
-    ]
+    arguments = as_path(workdir), run_id, config, step
+    return [_Guarded(name, functools.partial(SINKS[name][1], *arguments)) for name in names]
 
 
 class _Guarded:

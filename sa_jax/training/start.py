@@ -156,15 +156,15 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
     steps = checkpoints.saved_steps(as_path(path, run_record.CHECKPOINT_FOLDER))
     if not steps:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
-    if step is not None and step not in steps:
-        raise UserError(
-            f"{path}: no checkpoint of step {step}; there are {checkpoints.listed(steps)}"
-        )
-    check_types(record, _RUN, str(as_path(path, run_record.RUN_FILE)), whole=True)
-    check_types(record, _INHERITED, str(as_path(path, run_record.RUN_FILE)))
-    config = LlamaConfig.from_hf(record["architecture"], str(as_path(path, run_record.RUN_FILE)))
-    tokenizer = tokenizer or str(as_path(path, TOKENIZER_FOLDER))
     step = steps[-1] if step is None else step
+    if step not in steps:
+        there_are = checkpoints.listed(steps)
+        raise UserError(f"{path}: no checkpoint of step {step}; there are {there_are}")
+    run_file = str(as_path(path, run_record.RUN_FILE))
+    check_types(record, _RUN, run_file, whole=True)
+    check_types(record, _INHERITED, run_file)
+    config = LlamaConfig.from_hf(record["architecture"], run_file)
+    tokenizer = tokenizer or str(as_path(path, TOKENIZER_FOLDER))
     return Start(path, "run", config, tokenizer, step=step, record=record, base=base)
 
 
@@ -274,11 +274,9 @@ def abstract_params(model: Llama) -> Any:
 def load_params(
     start: Start, mesh: Mesh, dtype: Any, *, base_dtype: Any = None, merged: bool = True
 ) -> Any:
-    """The whole parameter tree on the mesh.
+    """The whole parameter tree on the mesh, laid out by `parallel.rules`.
 
     Args:
-      start: what to load.
-      mesh: shardings follow `parallel.rules`.
       dtype: of the parameters.
       base_dtype: of the weights under the adapters; by default `dtype`.
       merged: add a LoRA run's adapters into the weights; else keep them as leaves beside these.
@@ -319,10 +317,8 @@ def open_base(start: Start) -> Start:
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:
     """The start that a run's record names; it must still exist, and be the same model.
 
-    Args:
-      lineage: `Start.lineage` of it.
-      tokenizer: as for `open_start`.
-      base: the new Hugging Face folder of the model itself, or of the model under its adapters.
+    `lineage` is that of `Start.lineage`; `base` the new Hugging Face folder of the model itself, or
+    of the model under its adapters; `tokenizer` as for `open_start`.
     """
     path = lineage["path"]
     if base and lineage["kind"] == "hf" and not as_path(path, "adapter_config.json").exists():
@@ -354,8 +350,8 @@ def check_continued(start: Start, lora: LoraConfig | None) -> None:
         adapters = "none" if start.lora is None else start.lora
         raise UsageError(
             f"config.lora.continued: the adapters of {start.path or 'fresh weights'} are "
-            f"{adapters}; "
-            "set config.lora's rank, alpha and targets to theirs, or continued=False to merge them"
+            f"{adapters}; set config.lora's rank, alpha and targets to theirs, or continued=False "
+            "to merge them"
         )
 
 

@@ -16,6 +16,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from sa_jax.buckets import absolute
 from sa_jax.errors import UserError
 from sa_jax.parallel.rules import path_string
 from sa_jax.text import first_few, one_line
@@ -28,7 +29,7 @@ def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]
     """
     tree = unflatten_dict(_flatten(state), sep="/")
     with _context():
-        return ocp.save_async(_absolute(folder), tree, overwrite=True)
+        return ocp.save_async(epath.Path(absolute(folder)), tree, overwrite=True)
 
 
 def load(
@@ -52,7 +53,7 @@ def load(
       UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
     """
     quiet_orbax()
-    folder = _absolute(folder)
+    folder = epath.Path(absolute(folder))
     wanted = {"/".join(filter(None, (part, n))): x for n, x in _flatten(abstract).items()}
     for name, leaf in wanted.items():
         if getattr(leaf, "sharding", None) is None:
@@ -81,12 +82,6 @@ def quiet_orbax() -> None:
 
 def _not_orbax_info(record: python_logging.LogRecord) -> bool:
     return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
-
-
-def _absolute(folder: os.PathLike | str) -> epath.Path:
-    """An absolute path: Orbax cannot save to or load from a relative one."""
-    folder = os.fspath(folder)
-    return epath.Path(folder if "://" in folder else os.path.abspath(folder))
 
 
 def _context(partial_load: bool = False) -> ocp.Context:

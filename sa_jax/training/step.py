@@ -62,8 +62,6 @@ def make_train_step(
     over devices, and divided once, so neither count changes the result.
 
     Args:
-      model: what the loss function applies.
-      loss_fn: see `training.losses`.
       tx: takes and returns float32 trees.
       schedule: learning rate by step, for the metric only.
       accumulation: number of micro-batches per batch; must divide its rows.

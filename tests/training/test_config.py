@@ -18,6 +18,7 @@ from sa_jax.training.config import check_config, default_config
         ("optimizer.clip_norm", float("inf"), "0 (no clipping) or more, and finite"),
         ("optimizer.soap.shampoo_beta", 5.0, "below 1"),
         ("crow.alpha", float("nan"), "0 or more, and finite"),
+        ("crow.epsilon", -1.0, "0 or more, and finite"),
         ("lora.alpha", 0.0, "above 0"),
         ("lora.alpha", float("inf"), "above 0, and finite"),
         ("checkpoint.steps", (-1,), "steps from 1 on"),
