@@ -18,6 +18,7 @@ With `layers_apart`, layer i is `layer_i` instead of a part of `layers`, without
 An adapted kernel has lora_a [L, in, r] and lora_b [L, r, out] beside it.
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -137,57 +138,54 @@ class Projection(nn.Module):
         return y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * self.lora.scale
 
 
-class Attention(nn.Module):
-    """Rotary grouped-query attention, with or without a cache of past keys and values."""
+@dataclasses.dataclass(frozen=True)
+class _Shared:
+    """The fields of `Llama` that the modules of a layer need, and the parts that they build."""
 
     config: LlamaConfig
     dtype: Any
     param_dtype: Any
-    implementation: str
+    attention: str
     lora: LoraConfig | None
     mesh: Mesh | None
-    decode_kernel: bool = False
+    decode_kernel: bool
+
+    def projection(self, features: int, name: str, use_bias: bool = False) -> Projection:
+        return Projection(features, self.dtype, self.param_dtype, self.lora, use_bias, name=name)
+
+    def norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.config.rms_norm_eps, self.dtype, self.param_dtype, name=name)
+
+
+class Attention(nn.Module):
+    """Rotary grouped-query attention, with or without a cache of past keys and values."""
+
+    shared: _Shared
 
     @nn.compact
     def __call__(self, x_bsd, rope, segment_ids_bs, cache, layer, positions_bs):
-        config = self.config
+        shared, config = self.shared, self.shared.config
         b, s, d = x_bsd.shape
-        project = functools.partial(
-            Projection, dtype=self.dtype, param_dtype=self.param_dtype, lora=self.lora
-        )
         x_nd = x_bsd.reshape(b * s, d)
-        kv_features = config.num_kv_heads * config.head_dim
-        project_in = functools.partial(project, use_bias=config.qkv_bias)
-        q_nd = project_in(config.num_heads * config.head_dim, name="q")(x_nd)
-        k_nd = project_in(kv_features, name="k")(x_nd)
-        v_nd = project_in(kv_features, name="v")(x_nd)
-        q_bskh = q_nd.reshape(b, s, config.num_heads, config.head_dim)
-        k_bsgh = k_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
+
+        def heads(name: str, count: int) -> jax.Array:
+            project = shared.projection(count * config.head_dim, name, config.qkv_bias)
+            return project(x_nd).reshape(b, s, count, config.head_dim)
+
+        q_bskh = heads("q", config.num_heads)
+        k_bsgh, v_bsgh = heads("k", config.num_kv_heads), heads("v", config.num_kv_heads)
         if config.qk_norm:
-            norm = functools.partial(RMSNorm, config.rms_norm_eps, self.dtype, self.param_dtype)
-            q_bskh, k_bsgh = norm(name="q_norm")(q_bskh), norm(name="k_norm")(k_bsgh)
+            q_bskh, k_bsgh = shared.norm("q_norm")(q_bskh), shared.norm("k_norm")(k_bsgh)
         q_bskh, k_bsgh = apply_rope(q_bskh, *rope), apply_rope(k_bsgh, *rope)
-        v_bsgh = v_nd.reshape(b, s, config.num_kv_heads, config.head_dim)
+        arrays = q_bskh, k_bsgh, v_bsgh
         if segment_ids_bs is not None:  # all that a token may see is here
             out_bskh = attention(
-                q_bskh,
-                k_bsgh,
-                v_bsgh,
-                segment_ids_bs,
-                implementation=self.implementation,
-                mesh=self.mesh,
+                *arrays, segment_ids_bs, implementation=shared.attention, mesh=shared.mesh
             )
         else:
-            out_bskh = cached_attention(
-                q_bskh,
-                k_bsgh,
-                v_bsgh,
-                cache,
-                layer,
-                positions_bs[:, 0],
-                kernel_mesh=self.mesh if self.decode_kernel else None,
-            )
-        out_nd = project(d, name="o")(out_bskh.reshape(b * s, -1))
+            kernel_mesh = shared.mesh if shared.decode_kernel else None
+            out_bskh = cached_attention(*arrays, cache, layer, positions_bs[:, 0], kernel_mesh)
+        out_nd = shared.projection(d, "o")(out_bskh.reshape(b * s, -1))
         return out_nd.reshape(b, s, d), None if cache is None else (k_bsgh, v_bsgh)
 
 
@@ -213,57 +211,34 @@ swiglu.defvjp(lambda gate, up: (swiglu(gate, up), (gate, up)), _swiglu_backward)
 class MLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202)."""
 
-    config: LlamaConfig
-    dtype: Any
-    param_dtype: Any
-    lora: LoraConfig | None
+    shared: _Shared
 
     @nn.compact
     def __call__(self, x_bsd: jax.Array) -> jax.Array:
-        project = functools.partial(
-            Projection, dtype=self.dtype, param_dtype=self.param_dtype, lora=self.lora
-        )
+        shared, features = self.shared, self.shared.config.intermediate_size
         x_nd = x_bsd.reshape(-1, x_bsd.shape[-1])
-        gate_nf = project(self.config.intermediate_size, name="gate")(x_nd)
-        up_nf = project(self.config.intermediate_size, name="up")(x_nd)
-        down_nd = project(self.config.hidden_size, name="down")(swiglu(gate_nf, up_nf))
+        gate_nf, up_nf = (shared.projection(features, name)(x_nd) for name in ("gate", "up"))
+        down_nd = shared.projection(x_bsd.shape[-1], "down")(swiglu(gate_nf, up_nf))
         return down_nd.reshape(x_bsd.shape)
 
 
 class Block(nn.Module):
     """One pre-norm layer; its signature is that of a scan body."""
 
-    config: LlamaConfig
-    dtype: Any
-    param_dtype: Any
-    implementation: str
-    lora: LoraConfig | None
-    mesh: Mesh | None
-    decode_kernel: bool = False
+    shared: _Shared
 
     @nn.compact
     def __call__(self, carry, rope, segment_ids_bs, positions_bs, cache):
         x_bsd, layer = carry
         x_bsd = checkpoint_name(x_bsd, "layer_input")
-        norm = functools.partial(
-            RMSNorm, self.config.rms_norm_eps, dtype=self.dtype, param_dtype=self.param_dtype
-        )
         with jax.named_scope("attention"):
-            out_bsd, new_kv = Attention(
-                self.config,
-                self.dtype,
-                self.param_dtype,
-                self.implementation,
-                self.lora,
-                self.mesh,
-                self.decode_kernel,
-                name="attention",
-            )(norm(name="attention_norm")(x_bsd), rope, segment_ids_bs, cache, layer, positions_bs)
+            normed_bsd = self.shared.norm("attention_norm")(x_bsd)
+            attend = Attention(self.shared, name="attention")
+            out_bsd, new_kv = attend(normed_bsd, rope, segment_ids_bs, cache, layer, positions_bs)
             x_bsd = x_bsd + out_bsd
         with jax.named_scope("mlp"):
-            mlp = MLP(self.config, self.dtype, self.param_dtype, self.lora, name="mlp")
-            x_bsd = x_bsd + mlp(norm(name="mlp_norm")(x_bsd))
-        x_bsd = _shard_residual(x_bsd, self.mesh, cache)
+            x_bsd = x_bsd + MLP(self.shared, name="mlp")(self.shared.norm("mlp_norm")(x_bsd))
+        x_bsd = _shard_residual(x_bsd, self.shared.mesh, cache)
         self.sow(STREAMS, STREAM, x_bsd)
         return (x_bsd, layer + 1), new_kv
 
@@ -335,17 +310,12 @@ class Llama(nn.Module):
         if self.remat != "none":
             # prevent_cse guards against undoing remat outside a scan; inside one it only costs.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        fields = (
-            config,
-            self.dtype,
-            self.param_dtype,
-            self.attention,
-            self.lora,
-            self.mesh,
-            self.decode_kernel,
+        shared = _Shared(
+            *(config, self.dtype, self.param_dtype, self.attention, self.lora),
+            *(self.mesh, self.decode_kernel),
         )
         if self.layers_apart:
-            self.layer = [block(*fields) for _ in range(config.num_layers)]
+            self.layer = [block(shared) for _ in range(config.num_layers)]
         else:
             self.layers = nn.scan(
                 block,
@@ -354,7 +324,7 @@ class Llama(nn.Module):
                 in_axes=nn.broadcast,
                 length=config.num_layers,
                 unroll=config.num_layers if self.unroll else 1,
-            )(*fields)
+            )(shared)
         self.final_norm = RMSNorm(config.rms_norm_eps, self.dtype, self.param_dtype)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Dense(
