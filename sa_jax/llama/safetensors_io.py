@@ -6,7 +6,6 @@ offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#fo
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -204,13 +203,29 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Consecutive rows of a tensor; `fetch` returns them, and may raise UserError.
+    """`count` rows of a tensor, from byte `start` of its file on."""
 
-    The returned buffer is valid until the same thread fetches again.
-    """
-
+    folder: Folder
+    entry: TensorEntry
     count: int
-    fetch: Callable[[], np.ndarray]
+    start: int
+    nbytes: int
+    content: bytes | None = None  # None: not read yet
+
+    def fetch(self) -> np.ndarray:
+        """The rows, in a buffer that is valid until the same thread fetches again.
+
+        Raises:
+          UserError: the file cannot be read, or has changed.
+        """
+        content: bytes | memoryview | None = self.content
+        if content is None:
+            if len(getattr(_threads_own, "buffer", b"")) < self.nbytes:
+                _threads_own.buffer = bytearray(self.nbytes)
+            content = memoryview(_threads_own.buffer)[: self.nbytes]
+            self.folder.read_into(content, self.entry.file, self.start)
+        rows = np.frombuffer(content, DTYPES[self.entry.dtype])
+        return rows.reshape(self.count, *self.entry.shape[1:])
 
 
 def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
@@ -228,58 +243,35 @@ def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) 
       Consecutive whole rows; none crosses the end of a request.
     """
     if not folder.remote:
-        for piece in _pieces(requests):
-            yield Rows(piece.count, functools.partial(_read_here, folder, piece))
+        yield from _pieces(folder, requests)
         return
-    under_way: deque[tuple[_Piece, ts.Future]] = deque()
+    under_way: deque[tuple[Rows, ts.Future]] = deque()
     in_flight = 0
-    for piece in _pieces(requests):
-        bytes_ = slice(piece.start, piece.start + piece.nbytes)
-        under_way.append((piece, folder.start_read(piece.entry.file, bytes_)))
+    for piece in _pieces(folder, requests):
+        byte_range = slice(piece.start, piece.start + piece.nbytes)
+        under_way.append((piece, folder.start_read(piece.entry.file, byte_range)))
         in_flight += piece.nbytes
         while in_flight > _WINDOW_BYTES:
             in_flight -= under_way[0][0].nbytes
-            yield _arrived(folder, *under_way.popleft())
+            yield _arrived(*under_way.popleft())
     while under_way:
-        yield _arrived(folder, *under_way.popleft())
+        yield _arrived(*under_way.popleft())
 
 
-@dataclasses.dataclass(frozen=True)
-class _Piece:
-    """`count` rows of a tensor, from byte `start` of its file on."""
-
-    entry: TensorEntry
-    count: int
-    start: int
-    nbytes: int
-
-    def array(self, content: bytes | memoryview) -> np.ndarray:
-        rows = np.frombuffer(content, DTYPES[self.entry.dtype])
-        return rows.reshape(self.count, *self.entry.shape[1:])
-
-
-def _pieces(requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[_Piece]:
+def _pieces(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
     for entry, first, last in requests:
         row_bytes = (entry.stop - entry.start) // entry.shape[0]
         step = max(1, _PIECE_BYTES // row_bytes)
         for row in range(first, last, step):
             count = min(step, last - row)
-            yield _Piece(entry, count, entry.start + row * row_bytes, count * row_bytes)
+            yield Rows(folder, entry, count, entry.start + row * row_bytes, count * row_bytes)
 
 
-def _arrived(folder: Folder, piece: _Piece, future: ts.Future) -> Rows:
-    content = folder.finish_read(piece.entry.file, future)
+def _arrived(piece: Rows, future: ts.Future) -> Rows:
+    content = piece.folder.finish_read(piece.entry.file, future)
     if content is None or len(content) != piece.nbytes:
-        raise folder.changed(piece.entry.file)
-    return Rows(piece.count, functools.partial(piece.array, content))
-
-
-def _read_here(folder: Folder, piece: _Piece) -> np.ndarray:
-    if len(getattr(_threads_own, "buffer", b"")) < piece.nbytes:
-        _threads_own.buffer = bytearray(piece.nbytes)
-    content = memoryview(_threads_own.buffer)[: piece.nbytes]
-    folder.read_into(content, piece.entry.file, piece.start)
-    return piece.array(content)
+        raise piece.folder.changed(piece.entry.file)
+    return dataclasses.replace(piece, content=content)
 
 
 class OutputTensor(NamedTuple):
@@ -363,15 +355,14 @@ def write_tensors(
 
 def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
     """Each tensor, while the next one is already being copied from the devices."""
-    pending = None
+    pending: deque[jax.Array] = deque()
     for tensor in tensors:
         array = tensor.fetch()
         array.copy_to_host_async()
-        if pending is not None:
-            yield pending
-        pending = array
-    if pending is not None:
-        yield pending
+        pending.append(array)
+        if len(pending) > 1:
+            yield pending.popleft()
+    yield from pending
 
 
 def _begin_file(path: Path, tensors: list[OutputTensor]) -> tuple[BinaryIO, list[int]]:
