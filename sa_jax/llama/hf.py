@@ -169,7 +169,6 @@ def save_hf(
 
     Args:
       path: a folder that does not exist, or is empty.
-      config: the architecture.
       params: the parameters, adapters merged (see `lora.merge`).
       dtype: of the tensors written; by default that of the parameters.
       extra_config: further fields of config.json, such as a run id.

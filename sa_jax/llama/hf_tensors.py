@@ -85,7 +85,6 @@ def load_leaves(
     Args:
       folder, entries: the tensors at hand, as `read_headers` gives them.
       shapes: path to shape and dtype of every parameter wanted.
-      mesh: where they go.
       ignored: names that may be there and are not read.
       prefix: what every name in the files starts with.
 

@@ -310,10 +310,8 @@ class Llama(nn.Module):
         if self.remat != "none":
             # prevent_cse guards against undoing remat outside a scan; inside one it only costs.
             block = nn.remat(block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        shared = _Shared(
-            *(config, self.dtype, self.param_dtype, self.attention, self.lora),
-            *(self.mesh, self.decode_kernel),
-        )
+        fields = dataclasses.fields(_Shared)
+        shared = _Shared(**{field.name: getattr(self, field.name) for field in fields})
         if self.layers_apart:
             self.layer = [block(shared) for _ in range(config.num_layers)]
         else:

@@ -44,7 +44,6 @@ def write_peft(
 
     Args:
       folder: as `safetensors_io.new_folder` gives it: None in all processes but the first.
-      lora: rank and alpha of the adapter.
       adapter: its parameters, as `lora.split` gives them.
       base_model: folder or Hub name of the base model, for `base_model_name_or_path`; peft resolves
         a relative folder from its own working directory.
@@ -80,13 +79,8 @@ def write_peft(
 def load_peft(
     path: str | Path, config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[LoraConfig, dict]:
-    """Reads an adapter folder onto a mesh, as `load_hf` reads a model.
-
-    Args:
-      path: a folder with adapter_config.json and adapter_model.safetensors, local or `gs://`.
-      config: the architecture of the model under it.
-      mesh: by default the first device.
-      dtype: of the adapter's parameters, whatever the file's.
+    """Reads an adapter folder onto a mesh, as `load_hf` reads a model: adapter_config.json and
+    adapter_model.safetensors, for the model of `config`.
 
     Returns:
       Its configuration, and its parameters for `lora.combine`.

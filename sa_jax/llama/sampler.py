@@ -110,11 +110,8 @@ class Sampler:
           UsageError: sizes below 1, or a context longer than the model's.
         """
         config = model.config
-        for name, value in (
-            ("batch_size", batch_size),
-            ("prefill_batch", prefill_batch),
-            ("steps_per_call", steps_per_call),
-        ):
+        sizes = {"batch_size": batch_size, "prefill_batch": prefill_batch}
+        for name, value in (sizes | {"steps_per_call": steps_per_call}).items():
             if value < 1:
                 raise UsageError(f"sampler {name}={value} must be at least 1")
         if not 2 <= context_length <= config.max_position_embeddings:
@@ -148,12 +145,8 @@ class Sampler:
                 for length in self._buckets()
             }
             logging.info("attention of prompts, by their padded length: %s", self.prompt_attention)
-        self._init_cache = jax.jit(
-            functools.partial(
-                init_cache, config, self.batch_size, context_length, dtype=model.dtype
-            ),
-            out_shardings=cache,
-        )
+        empty = functools.partial(init_cache, config, self.batch_size, context_length, self._dtype)
+        self._init_cache = jax.jit(empty, out_shardings=cache)
         self._prefill = jax.jit(
             functools.partial(_prefill, model, self.prompt_attention),
             static_argnames="nucleus",
@@ -164,10 +157,9 @@ class Sampler:
         self._for_decoding = jax.jit(layers_apart) if apart else lambda params: params
         block = min(CACHE_BLOCK, context_length)
         self.decode_kernel = kernel = decoding_takes_kernel(mesh, config, self._dtype, block)
+        decoding = model.clone(layers_apart=apart, decode_kernel=kernel)
         self._decode = jax.jit(
-            functools.partial(
-                _decode, model.clone(layers_apart=apart, decode_kernel=kernel), steps_per_call
-            ),
+            functools.partial(_decode, decoding, steps_per_call),
             static_argnames="nucleus",
             donate_argnames="cache",
             out_shardings=(cache, host, host, host),
@@ -186,18 +178,14 @@ class Sampler:
         should_stop: Callable[[], bool] = lambda: False,
         on_done: Callable[[int, Completion], None] = lambda index, completion: None,
     ) -> list[Completion]:
-        """Completes every prompt; `self.stats` then has tokens and time.
+        """Completes every prompt, in order; `self.stats` then has tokens and time.
 
         Args:
           params: the model's parameters, which are copied if they are on another mesh.
           prompts: token ids of everything before the answer.
           prompt_ids: an id for each prompt, 0 ≤ id < 2^32, for the noise.
-          settings: how to sample.
           should_stop: asked between device calls; must answer alike in every process.
           on_done: called with a prompt's index and its completion as soon as it is complete.
-
-        Returns:
-          One completion per prompt, in the order of `prompts`.
 
         Raises:
           UserError: a prompt is empty or too long for the context (see `fits`).
@@ -212,10 +200,10 @@ class Sampler:
                     f"{self.context_length} needs 1 to {self.context_length - 1}; raise the "
                     "context length or drop the prompt"
                 )
-        rows = [
-            _Row(index, list(prompt), prompt_id, self._end(prompt, settings))
-            for index, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
+        rows: list[_Row] = []
+        for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
+            end = min(len(prompt) + settings.max_new_tokens, self.context_length)
+            rows.append(_Row(len(rows), list(prompt), prompt_id, end))
         # Rows of one bucket come together, so prefill batches are full.
         pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
         slots: list[_Row | None] = [None] * self.batch_size
@@ -242,17 +230,9 @@ class Sampler:
             _free_finished(slots, on_done)
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start
-        logging.info(
-            "sampled %d tokens for %d prompts in %.1f s: %.0f tokens/s",
-            stats.new_tokens,
-            len(rows),
-            stats.seconds,
-            stats.tokens_per_s,
-        )
+        line = "sampled %d tokens for %d prompts in %.1f s: %.0f tokens/s"
+        logging.info(line, stats.new_tokens, len(rows), stats.seconds, stats.tokens_per_s)
         return [row.completion() for row in rows]
-
-    def _end(self, prompt: Sequence[int], settings: SamplingSettings) -> int:
-        return min(len(prompt) + settings.max_new_tokens, self.context_length)
 
     def _bucket(self, prompt: Sequence[int]) -> int:
         """The padded length of a prompt: a power of two that depends only on its length."""
@@ -306,18 +286,10 @@ class Sampler:
             if row is not None:
                 token_b[slot], position_b[slot] = row.tokens[-1], row.length - 1
                 end_b[slot], ids_b[slot] = row.end, row.prompt_id
-        cache, tokens_tb, logprobs_tb, steps = self._decode(
-            params,
-            cache,
-            token_b,
-            position_b,
-            end_b,
-            ids_b,
-            np.asarray(settings.stop_token_ids, np.int32),
-            np.int32(least),
-            **noise_arguments(settings),
-        )
-        tokens_tb, logprobs_tb, steps = jax.device_get((tokens_tb, logprobs_tb, steps))
+        stops_k = np.asarray(settings.stop_token_ids, np.int32)
+        arguments = params, cache, token_b, position_b, end_b, ids_b, stops_k, np.int32(least)
+        cache, *decoded = self._decode(*arguments, **noise_arguments(settings))
+        tokens_tb, logprobs_tb, steps = jax.device_get(decoded)
         is_stop_tb = np.isin(tokens_tb[:steps], settings.stop_token_ids)
         for slot, row in enumerate(slots):
             if row is not None:

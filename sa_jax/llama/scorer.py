@@ -256,7 +256,6 @@ def target_logprobs(
     """Log-probabilities of alternatives for the tokens after given places.
 
     Args:
-      model, params: the model.
       tokens_bs: int [B, S], padded on the right.
       first_b: int [B]; place n of row b is first_b[b] + n, and predicts the token after it.
       targets_bnc: int [B, N, C], the alternatives after each of the N places.

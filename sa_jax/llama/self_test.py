@@ -32,11 +32,7 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
     """Compares attention, forward and backward, with `masked_attention` in float32.
 
     Each device has one row, with padding and documents of 1, 200 and 290 tokens; four query heads
-    share a key/value head.
-
-    Args:
-      implementation, dtype, head_dim: as the model uses them.
-      mesh: of the run; a row for each of data x fsdp, a key/value head for each of tensor.
+    share a key/value head. The other arguments are those of the model.
 
     Returns:
       The largest differences of "output" and of the gradients of "queries", "keys" and "values",
@@ -94,16 +90,11 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
 
 def decoding_takes_kernel(mesh: Mesh, config: LlamaConfig, dtype: Any, block: int) -> bool:
     """Whether `Sampler` takes `decode_kernel`: on GPUs, if its sizes are the kernel's, and if it is
-    right on these devices.
+    right on these devices. `block` is the number of tokens in a block of the cache.
 
     Where the kernel does not compile or is wrong, a warning says so, and decoding takes products
     instead: each step then reads the cache twice and writes it once. Without these devices (plans)
     nothing is run.
-
-    Args:
-      mesh, dtype: of the computation.
-      config: the model's.
-      block: tokens in a block of the cache.
     """
     if mesh.devices.flat[0].platform != "gpu" or not kernel_takes(config.head_dim, block):
         return False
@@ -133,13 +124,7 @@ def compile_decode_check(
     """Compiles a comparison of `attend_to_past` with `masked_attention` in float32.
 
     Each device has rows whose past is 1 token, a block, not a whole number of blocks, and 6 blocks,
-    in 3 parts of 2 blocks; and two key/value heads.
-
-    Args:
-      mesh, dtype: of the computation.
-      heads: query heads that share a key/value head.
-      head_dim: features of a head.
-      block: tokens in a block of the cache.
+    in 3 parts of 2 blocks; and two key/value heads, each shared by so many query heads.
 
     Returns:
       Computes the largest difference, relative to the largest number of the same row (float32 []).
@@ -188,9 +173,7 @@ def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, ja
 def determinism(implementation: str, cudnn_version: int | None) -> str:
     """Whether a GPU run repeats bit for bit, also after a kill, in words.
 
-    Args:
-      implementation: the implementation of attention.
-      cudnn_version: 92500 for 9.25; None if not known.
+    `cudnn_version` is 92500 for 9.25, None if not known.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if not re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", flags):

@@ -29,12 +29,8 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     takes 1 ms. So here only `tensor` cuts them, over as many devices as heads, features and
     vocabulary divide by. Each such group of devices has a copy.
 
-    It is `mesh` itself if its fsdp is 1, or if there is no room for the copy, see `has_room`.
-
-    Args:
-      mesh: of the parameters.
-      config: the model's.
-      dtype: of the weights in the computation.
+    It is `mesh` itself, that of the parameters, if its fsdp is 1, or if there is no room for the
+    copy, see `has_room`.
     """
     if mesh.shape["fsdp"] == 1:
         return mesh
@@ -48,9 +44,7 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
 def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any, copies: int) -> bool:
     """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room.
 
-    Args:
-      mesh, config, dtype: as of `decoding_mesh`, whose result `mesh` is.
-      copies: of the weights, this one among them.
+    `mesh` is the result of `decoding_mesh`; `copies` of the weights are made, this one among them.
     """
     cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
     on_gpu = mesh.devices.flat[0].platform == "gpu"
