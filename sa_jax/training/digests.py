@@ -15,12 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from sa_jax.files import atomic_write, parse_json
+from sa_jax.parallel.multihost import exchange
 
 DIGEST_FILE = "digests.json"
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
@@ -98,16 +97,8 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
     Reads every file once; the processes share the work, and all return the same file.
     """
     root = epath.Path(folder)
-    try:
-        manifest = parse_json((root / DIGEST_FILE).read_text())
-        files = manifest["files"]
-        if manifest["self"] != _digest_of(files) or manifest["step"] != step:
-            raise ValueError("it does not match its own digest")
-        names = sorted(files)
-        untrusted = None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        # Another process may read the same file without an error: all must return the same.
-        names, untrusted = [], f"{root / DIGEST_FILE} cannot be trusted ({error})"
+    process, count = jax.process_index(), jax.process_count()
+    files: dict[str, Any] = {}
 
     def problem(name: str) -> str | None:
         try:
@@ -118,19 +109,23 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
             return f"it has {size} bytes, not {files[name]['bytes']}"
         return None if digest == files[name]["sha256"] else "its bytes are not those saved"
 
-    count = jax.process_count()
-    mine = range(jax.process_index(), len(names), count)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        problems = dict(zip(mine, pool.map(problem, (names[i] for i in mine)), strict=True))
-    unharmed = np.iinfo(np.int32).max
-    first = -1 if untrusted else min((i for i, text in problems.items() if text), default=unharmed)
-    if count > 1:
-        first = int(multihost_utils.process_allgather(np.int32(first)).min())
-    if first == -1:
-        return untrusted or f"{root / DIGEST_FILE} cannot be trusted (seen by another process)"
-    if first == unharmed:
+    try:
+        manifest = parse_json((root / DIGEST_FILE).read_text())
+        files = manifest["files"]
+        if manifest["self"] != _digest_of(files) or manifest["step"] != step:
+            raise ValueError("it does not match its own digest")
+        mine = sorted(files)[process::count]
+        with ThreadPoolExecutor(_THREADS) as pool:
+            problems = zip(mine, pool.map(problem, mine), strict=True)
+            found = min(((name, why) for name, why in problems if why), default=None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = "", f"{DIGEST_FILE} cannot be trusted ({error})"  # before all names
+    every = [parse_json(text) for text in exchange(json.dumps(found))]
+    first = min((each for each in every if each), default=None)
+    if first is None:
         return None
-    return f"{root / names[first]} ({problems.get(first) or 'seen by another process'})"
+    name, why = first
+    return f"{root / name} ({why})" if name else f"{root}/{why}"
 
 
 def writer(name: str) -> int:
