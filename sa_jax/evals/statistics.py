@@ -48,16 +48,10 @@ def _score_bounds(counts: Floats, n: Floats, z: float) -> tuple[Floats, Floats]:
 
 
 def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a rate (1934): its coverage is at least `confidence`, for any n.
-
-    Raises:
-      ValueError: n is 0, or count is not within 0..n.
-    """
+    """Clopper-Pearson interval of a rate (1934): it covers at least `confidence`, for any n ≥ 1."""
     if not 0 <= count <= n or n == 0:
         raise ValueError(f"count {count} of n = {n}: needs n ≥ 1 and 0 ≤ count ≤ n")
-    tail = (1 - confidence) / 2
-    lo = special.betaincinv(count, n - count + 1, tail) if count else 0.0
-    hi = special.betaincinv(count + 1, n - count, 1 - tail) if count < n else 1.0
+    lo, hi = scipy.stats.binomtest(count, n).proportion_ci(confidence, "exact")
     return float(lo), float(hi)
 
 
@@ -113,10 +107,9 @@ def mcnemar(
     """
     only_a = sum(bool(x) and not y for x, y in zip(a, b, strict=True))
     only_b = sum(bool(y) and not x for x, y in zip(a, b, strict=True))
-    # At one half the binomial is symmetric: k or more hits of n are as likely as n - k or fewer.
-    fewest = {"less": only_b, "greater": only_a, "two-sided": min(only_a, only_b)}[alternative]
-    tail = float(special.bdtr(fewest, only_a + only_b, 0.5))
-    return min(1.0, 2 * tail) if alternative == "two-sided" else tail
+    if not only_a + only_b:
+        return 1.0
+    return float(scipy.stats.binomtest(only_b, only_a + only_b, 0.5, alternative).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
