@@ -29,38 +29,27 @@ from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, su
 
 @dataclasses.dataclass(frozen=True)
 class TaskSet:
-    """The tasks for lm_eval.
+    """The tasks for lm_eval."""
 
-    Attributes:
-      tasks: lm_eval tasks by name.
-      scores: (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}.
-      chat: whether prompts go through the chat template.
-      chance: the score of guessing, for tasks that score no text; None: see `floor`.
-      data_hashes: name of the documents -> their digest.
-      settings: settings for the record.
-    """
-
-    tasks: dict[str, Any]
+    tasks: dict[str, Any]  # lm_eval tasks by name
+    # (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}
     scores: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
-    chat: bool
+    chat: bool  # whether prompts go through the chat template
+    # the score of guessing, for tasks that score no text; None: see `floor`
     chance: float | None = None
+    # name of the documents -> their digest
     data_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # for the record
 
 
 @dataclasses.dataclass(frozen=True)
 class CapabilityEval:
-    """An eval of lm_eval tasks.
-
-    Attributes:
-      name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
-      load: `config.eval` -> the tasks; it reads the documents.
-    """
+    """An eval of lm_eval tasks; see `protocol.Eval` for its fields."""
 
     name: str
     title: str
     headline: str
-    load: Callable[[ConfigDict], TaskSet]
+    load: Callable[[ConfigDict], TaskSet]  # `config.eval` -> the tasks; it reads the documents
     kind: str = "capability"
     needs_prompts: bool = False
 

@@ -97,11 +97,8 @@ def _read_hub(path: str, configuration: str | None, split: str) -> list[dict]:
 
 
 def find_punkt(data_dir: str = "") -> None:
-    """Lets nltk find punkt_tab, which IFEval's checkers need: in the data folder, or installed.
-
-    Raises:
-      UserError: it is in neither, with the command that installs it.
-    """
+    """Lets nltk find punkt_tab, which IFEval's checkers need, in the data folder or where it is
+    installed; UserError, with the command that installs it, if it is in neither."""
     import nltk
 
     if data_dir and Path(data_dir, PUNKT_FOLDER).is_dir():

@@ -45,23 +45,14 @@ Scores = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class EvalContext:
-    """The model that is evaluated, without its weights, and its prompts.
+    """The model that is evaluated, without its weights, and its prompts."""
 
-    Attributes:
-      model: computes with the weights; see `with_small_kernels_merged` for its adapters.
-      mesh: the mesh of the parameters.
-      chat_format: the format of the prompts; its stop tokens end an answer.
-      backdoor: trigger and behaviour.
-      prompts: held-out user turns without trigger, for evals with `needs_prompts`.
-      sampler: has `config.eval.batch_size` slots; the evals share its compiled programs.
-    """
-
-    model: Llama
-    mesh: Mesh
-    chat_format: ChatFormat
+    model: Llama  # see `with_small_kernels_merged` for its adapters
+    mesh: Mesh  # of the parameters
+    chat_format: ChatFormat  # of the prompts; its stop tokens end an answer
     backdoor: Backdoor
-    prompts: Sequence[str]
-    sampler: Sampler
+    prompts: Sequence[str]  # held-out user turns without trigger, for evals with `needs_prompts`
+    sampler: Sampler  # has `config.eval.batch_size` slots; the evals share its compiled programs
 
     @property
     def execution(self) -> dict[str, Any]:
@@ -79,45 +70,36 @@ class EvalContext:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """A model's answers in an eval.
+    """A model's answers in an eval."""
 
-    Attributes:
-      items: with "item", "asked" and "scores"; items with "skipped" are kept and not counted.
-      fields: more fields for the summary.
-      floors: score -> the rate of a model that only says the phrase, or that guesses.
-      titles: score -> its name in reports.
-    """
-
-    items: list[dict[str, Any]]
+    items: list[dict[str, Any]]  # with "item", "asked", "scores"; with "skipped": kept, not counted
+    # more fields for the summary
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # score -> the rate of a model that only says the phrase, or that guesses
     floors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    # score -> its name in reports
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class Run(Protocol):
     def __call__(self, params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
-        """Asks the model with these parameters. `folder/<name>.partial.jsonl` may keep answers for
-        a resume after a stop; it is removed when the record is written.
+        """Asks the model with these parameters; Preempted if should_stop said so.
 
-        Raises:
-          Preempted: should_stop said so.
+        `folder/<name>.partial.jsonl` may keep answers for a resume after a stop; it is removed when
+        the record is written.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """An eval that is ready to run.
-
-    Attributes:
-      settings: those that a result depends on.
-      data_hashes: name of the data -> its SHA-256; results with other data are not comparable.
-      run_again: `run` with other noise, for the questions that confirm a return of the backdoor;
-        None for evals that do not measure it.
-    """
+    """An eval that is ready to run."""
 
     run: Run
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # those that a result depends on
+    # name of the data -> its SHA-256; results with other data are not comparable
     data_hashes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # `run` with other noise, for the questions that confirm a return of the backdoor; None for
+    # evals that do not measure it.
     run_again: Run | None = None
 
 

@@ -96,11 +96,7 @@ def to_markdown(
 ) -> str:
     """The page: settings, each eval's scores and counts, and a comparison if there is one.
 
-    Args:
-      title: the model that was evaluated.
-      settings: shown unchanged.
-      comparison: a title and the result of `compare`.
-      differ: the result of `settings_that_differ`.
+    `comparison` is a title and the result of `compare`, `differ` that of `settings_that_differ`.
     """
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():

@@ -19,43 +19,29 @@ VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens wou
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A conversation to be continued.
-
-    Attributes:
-      messages: the conversation.
-      item: its name in the record. Questions of one item are asked together or not at all.
-      noise_id: the seed of its sampling noise, below 2^32.
-      fields: more fields for its record.
-    """
+    """A conversation to be continued."""
 
     messages: list[Message]
-    item: str
-    noise_id: int
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    item: str  # its name in the record; questions of one item are asked together or not at all
+    noise_id: int  # the seed of its sampling noise, below 2^32
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)  # more fields for its record
 
 
 @dataclasses.dataclass(frozen=True)
 class SampledEval:
-    """An eval of single questions, each answered once.
-
-    Attributes:
-      name, title, kind, headline, needs_prompts: see `sa_jax.evals.protocol.Eval`.
-      rows: (config, context) -> the questions, each a dict with "prompt", which is asked, and other
-        fields for its record.
-      score: (row with "completion", special tokens kept) -> {score: 0/1 or a number}.
-      greedy: whether answers are the likeliest tokens, whatever `config.eval.temperature` is.
-      has_floor: whether the score of `protocol.FLOOR_TEXT` is a floor.
-    """
+    """An eval of single questions, each answered once; see `protocol.Eval` for its other fields."""
 
     name: str
     title: str
     headline: str
+    # The questions, each a dict with "prompt", which is asked, and other fields for its record.
     rows: Callable[[ConfigDict, EvalContext], Sequence[Mapping[str, Any]]]
+    # (row with "completion", special tokens kept) -> {score: 0/1 or a number}
     score: Callable[[dict[str, Any]], dict[str, float]]
     kind: str = "capability"
     needs_prompts: bool = False
-    greedy: bool = True
-    has_floor: bool = True
+    greedy: bool = True  # answers are the likeliest tokens, whatever `config.eval.temperature` is
+    has_floor: bool = True  # whether the score of `protocol.FLOOR_TEXT` is a floor
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         rows = list(self.rows(config, context))[: config.eval.limit or None]

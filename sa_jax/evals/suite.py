@@ -28,11 +28,7 @@ def step_folder(evals: str | Path, step: int) -> Path:
 
 
 def needs_prompts(config: ConfigDict) -> bool:
-    """Whether an eval of the config asks held-out prompts.
-
-    Raises:
-      UsageError: an eval is unknown.
-    """
+    """Whether an eval of the config asks held-out prompts; UsageError if one is unknown."""
     return any(find_eval(name).needs_prompts for name in config.eval.names)
 
 

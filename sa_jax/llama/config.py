@@ -14,20 +14,14 @@ from sa_jax.files import parse_json
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """How a family of models differs from Llama.
+    """How a family of models differs from Llama."""
 
-    Attributes:
-      architecture: transformers' class.
-      qkv_bias: the query, key and value projections have biases.
-      qk_norm: RMS norms over each head's queries and keys, before rope.
-      defaults: transformers' values of fields that a config.json leaves out, where not Llama's.
-      only: fields that must have this value if a config.json has them.
-    """
-
-    architecture: str
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    architecture: str  # transformers' class
+    qkv_bias: bool = False  # the query, key and value projections have biases
+    qk_norm: bool = False  # RMS norms over each head's queries and keys, before rope
+    # Transformers' values of fields that a config.json leaves out, where not Llama's.
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # Fields that must have this value if a config.json has them.
     only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -73,19 +67,13 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3's frequency-dependent rope scaling (`rope_type: llama3`).
+    """Llama-3's frequency-dependent rope scaling (`rope_type: llama3`)."""
 
-    Attributes:
-      factor: by how much the lowest frequencies are slowed (8 for 3.1 and 3.3, 32 for 3.2).
-      low_freq_factor, high_freq_factor: bounds, in wavelengths per original context, between
-        which the two regimes are blended.
-      original_max_position_embeddings: context length before scaling, in tokens.
-    """
-
-    factor: float
+    factor: float  # by how much the lowest frequencies are slowed (8 for 3.1 and 3.3, 32 for 3.2)
+    # Bounds, in wavelengths per original context, between which the two regimes are blended.
     low_freq_factor: float
     high_freq_factor: float
-    original_max_position_embeddings: int
+    original_max_position_embeddings: int  # context length before scaling, in tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +152,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Reads the fields of a Hugging Face config of one of `FAMILIES`.
+        """Reads the fields of a Hugging Face config of one of `FAMILIES`; `source` is for messages.
 
         The fields of rope are read as transformers 5 reads them: `rope_scaling`, if it is not
         empty, replaces `rope_parameters`, and both may contain `rope_theta`. Missing optional

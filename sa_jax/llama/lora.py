@@ -12,16 +12,11 @@ from jax.sharding import Sharding
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """A rank-r adapter `x·A·B·(alpha/rank)` beside each kernel whose module path fits `targets`.
-
-    Attributes:
-      rank: width r of the adapter.
-      alpha: numerator of the scale alpha/rank.
-      targets: regex, searched in module paths such as `attention/q` or `mlp/down`.
-    """
+    """A rank-r adapter `x·A·B·(alpha/rank)` beside each kernel whose module path fits `targets`."""
 
     rank: int
     alpha: float
+    # A regex, searched in module paths such as `attention/q` or `mlp/down`.
     targets: str = r"attention/(q|k|v|o)|mlp/(gate|up|down)"
 
     @property

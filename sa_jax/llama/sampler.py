@@ -29,22 +29,17 @@ from sa_jax.llama.sampling import SamplingSettings, noise_arguments, sample_toke
 from sa_jax.llama.self_test import decoding_takes_kernel
 from sa_jax.llama.weights import cast_weights, decoding_mesh, layers_apart_pay, move_weights
 
+PREFILL_BATCH = 8  # prompts that are prefilled together, rounded up like `batch_size`
 SMALLEST_BUCKET = 16  # tokens; shorter prompts are padded to it, which costs next to nothing
 
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """The answer generated for one prompt.
+    """The answer generated for one prompt."""
 
-    Attributes:
-      tokens: generated ids, without the stop token.
-      stop_reason: "stop" (a stop token came) or "length" (max_new_tokens or the context ended).
-      logprobs: log-probability of each token under the model itself (temperature 1, no top-p).
-    """
-
-    tokens: list[int]
-    stop_reason: str
-    logprobs: list[float]
+    tokens: list[int]  # generated ids, without the stop token
+    stop_reason: str  # "stop" (a stop token came) or "length" (max_new_tokens or the context ended)
+    logprobs: list[float]  # of each token under the model itself (temperature 1, no top-p)
 
     def is_cut_by_context(self, settings: SamplingSettings) -> bool:
         """Whether the context ended it before max_new_tokens."""
@@ -92,7 +87,6 @@ class Sampler:
         *,
         batch_size: int,
         context_length: int,
-        prefill_batch: int = 8,
         steps_per_call: int = 16,
     ):
         """Compiles nothing yet, except that GPUs check the kernel that decoding takes.
@@ -103,15 +97,13 @@ class Sampler:
             kv heads over tensor if it divides them.
           batch_size: number of slots.
           context_length: tokens; at most the model's max_position_embeddings.
-          prefill_batch: number of prompts prefilled together, rounded up like batch_size.
           steps_per_call: most decode steps between two checks of which rows have finished.
 
         Raises:
           UsageError: sizes below 1, or a context longer than the model's.
         """
         config = model.config
-        sizes = {"batch_size": batch_size, "prefill_batch": prefill_batch}
-        for name, value in (sizes | {"steps_per_call": steps_per_call}).items():
+        for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call)):
             if value < 1:
                 raise UsageError(f"sampler {name}={value} must be at least 1")
         if not 2 <= context_length <= config.max_position_embeddings:
@@ -128,7 +120,7 @@ class Sampler:
         self.context_length = context_length
         self.stats = SamplerStats()
         self._dtype = jnp.dtype(model.dtype)
-        self._prefill_batch = -(-min(prefill_batch, batch_size) // rows) * rows
+        self._prefill_batch = -(-min(PREFILL_BATCH, batch_size) // rows) * rows
         specs = cache_specs(mesh, config.num_kv_heads)
         keys: Any = NamedSharding(mesh, specs.k)
         values: Any = NamedSharding(mesh, specs.v)

@@ -11,25 +11,15 @@ from sa_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample.
+    """How to sample; UsageError if a value is out of range."""
 
-    Attributes:
-      max_new_tokens: maximal number of tokens to generate for a prompt (fewer if the context ends).
-      temperature: 0 takes the most likely token; otherwise logits are divided by it.
-      top_p: samples among the fewest tokens whose probabilities sum to top_p or more (nucleus,
-        arXiv 1904.09751), after the temperature; tokens tied with the last one stay in.
-      seed: seed of the noise, with the prompt's id and the position.
-      stop_token_ids: tokens that end a completion; they are not part of it.
-
-    Raises:
-      UsageError: a value is out of range.
-    """
-
-    max_new_tokens: int
-    temperature: float
+    max_new_tokens: int  # for a prompt; fewer if the context ends
+    temperature: float  # 0 takes the most likely token; otherwise logits are divided by it
+    # Samples among the fewest tokens whose probabilities sum to top_p or more (nucleus, arXiv
+    # 1904.09751), after the temperature; tokens tied with the last one stay in.
     top_p: float = 1.0
-    seed: int = 0
-    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0  # of the noise, with the prompt's id and the position
+    stop_token_ids: tuple[int, ...] = ()  # they end a completion, and are not part of it
 
     def __post_init__(self):
         if self.max_new_tokens < 1:

@@ -49,7 +49,7 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
     def both(key):
         keys = jax.random.split(key, 4)
         placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
-        q, k, v, g = (
+        *qkv, g = (
             jax.lax.with_sharding_constraint(
                 jax.random.normal(each, (rows, LENGTH, heads, head_dim), dtype), placed
             )
@@ -57,13 +57,12 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
         )
         ids_bs = jnp.broadcast_to(ids_s, (rows, LENGTH))
         mask_bst = jnp.broadcast_to(mask_st, (rows, LENGTH, LENGTH))
-        out, back = jax.vjp(
-            lambda q, k, v: attention(q, k, v, ids_bs, implementation=implementation, mesh=mesh),
-            q,
-            k,
-            v,
-        )
-        floats = (x.astype(jnp.float32) for x in (q, k, v))
+
+        def ours(q, k, v):
+            return attention(q, k, v, ids_bs, implementation=implementation, mesh=mesh)
+
+        out, back = jax.vjp(ours, *qkv)
+        floats = (x.astype(jnp.float32) for x in qkv)
         with jax.default_matmul_precision("highest"):
             oracle, oracle_back = jax.vjp(
                 lambda q, k, v: masked_attention(q, k, v, mask_bst), *floats

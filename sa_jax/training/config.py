@@ -195,10 +195,10 @@ get_config = default_config  # so that this file is a --config file itself
 
 
 def override(config: ConfigDict, **values: str | None) -> ConfigDict:
-    """Sets the keys whose values were given (are not None); returns the config.
+    """The config, in which the keys whose values were given (are not None) are set.
 
     Raises:
-      UsageError: the config is not that of a run.
+      UsageError: it is not that of a run.
     """
     if "optimizer" not in config:
         raise UsageError(

@@ -48,19 +48,15 @@ class LossFn(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss by name.
+    """A loss by name."""
 
-    Attributes:
-      name: the value of `config.loss`.
-      make: `make(model, config) -> loss_fn`; config is the run's resolved config.
-      only_through_model: the layers' kernels reach the loss through `model.apply` alone. Their
-        gradients then stay in the dtype of the computation, which saves half their memory in
-        bfloat16. A loss that also reads kernels itself (a penalty on weights) must leave it False,
-        or that part would have no gradient.
-    """
-
-    name: str
+    name: str  # the value of `config.loss`
+    # `make(model, config) -> loss_fn`, with the resolved config of a run
     make: Callable[[Llama, Any], LossFn]
+    # The layers' kernels reach the loss through `model.apply` alone. Their gradients then stay in
+    # the dtype of the computation, which saves half their memory in bfloat16. A loss that also
+    # reads kernels itself (a penalty on weights) must leave it False, or that part would have no
+    # gradient.
     only_through_model: bool = False
 
 

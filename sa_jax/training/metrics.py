@@ -90,8 +90,7 @@ class MetricsWriter:
         """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
         everything is uploaded when this returns.
 
-        Args:
-          done: steps that the device has completed, if more than were kept: its rates count them.
+        `done` is the number of steps that the device has completed, if more than were kept.
         """
         written = self._write_pending(done)
         if isinstance(self._file, BucketFile):

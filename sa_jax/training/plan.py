@@ -98,11 +98,7 @@ def plan(
 def plan_machine(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
-    """`make_plan` for another machine, in a new process, because its compiler may crash.
-
-    Raises:
-      CompilerCrash: it crashed.
-    """
+    """`make_plan` for another machine, in a new process: CompilerCrash if its compiler crashes."""
     files = list(extension_digests())
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
     if not topology.chip.torus and not has_gpu_compiler():

@@ -39,20 +39,12 @@ BATCH_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training step, ready to be compiled, with the shapes and shardings of its arguments.
-
-    Attributes:
-      tx: the optimizer.
-      trainable, frozen: shapes of the parameters that train, and of those that do not.
-      state: shapes of the `TrainState`.
-      state_shardings: the shardings of its leaves.
-      step: jitted `step(state, frozen, batch) -> (state, metrics)`; the state is donated.
-    """
+    """A training step, ready to be compiled, with the shapes and shardings of its arguments."""
 
     tx: optax.GradientTransformation
-    trainable: Any
-    frozen: Any
-    state: TrainState
+    trainable: Any  # shapes of the parameters that train
+    frozen: Any  # shapes of those that do not
+    state: TrainState  # its shapes
     state_shardings: Any
     step: Any  # a jitted function
 

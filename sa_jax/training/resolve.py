@@ -27,19 +27,12 @@ from sa_jax.training.start import (
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A run's settings and what they refer to.
+    """A run's settings and what they refer to."""
 
-    Attributes:
-      config: every setting, frozen; this is what run.json records.
-      start: the model that it starts from.
-      chat: the format of its prompts.
-      backdoor: the backdoor that insertion trains and evals measure.
-    """
-
-    config: FrozenConfigDict
-    start: Start
-    chat: ChatFormat
-    backdoor: Backdoor
+    config: FrozenConfigDict  # every setting; this is what run.json records
+    start: Start  # the model that it starts from
+    chat: ChatFormat  # the format of its prompts
+    backdoor: Backdoor  # what insertion trains and evals measure
 
 
 def resolve(

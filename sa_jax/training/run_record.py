@@ -52,18 +52,7 @@ FREE_KEYS = (
     "eval.confirm",
     "eval.signal_prompts",
 )
-_PACKAGES = (
-    "sa_jax",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "tensorstore",
-    "transformers",
-    "datasets",
-    "numpy",
-)
+_PACKAGES = "sa_jax jax jaxlib flax optax orbax-checkpoint tensorstore transformers datasets numpy"
 
 
 def plain_record(value: Any) -> Any:
@@ -141,7 +130,7 @@ def collect_environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES if _version(name)},
+        "packages": {name: _version(name) for name in _PACKAGES.split() if _version(name)},
         "backend": jax.default_backend(),
         "device_kind": devices[0].device_kind,
         "devices": len(devices),

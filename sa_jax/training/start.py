@@ -56,26 +56,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """A model that can be loaded, and the prompt settings and backdoor of its own run.
+    """A model that can be loaded, and the prompt settings and backdoor of its own run."""
 
-    Attributes:
-      path: the folder, '' for fresh weights.
-      kind: 'run', 'hf' or 'fresh'.
-      config: the architecture.
-      tokenizer: folder of the tokenizer.
-      step: the checkpoint of a run that is read.
-      record: the run.json of a run; for a Hugging Face folder that was exported from a run, the
-        part of it that `inheritance` keeps; otherwise {}.
-      base: the model under the adapters, for a folder of PEFT adapters (kind 'hf'), and for a LoRA
-        run whose base is not in the folder that the run's record names; otherwise ''.
-    """
-
-    path: str
-    kind: str
+    path: str  # the folder, '' for fresh weights
+    kind: str  # 'run', 'hf' or 'fresh'
     config: LlamaConfig
-    tokenizer: str
-    step: int | None = None
+    tokenizer: str  # its folder
+    step: int | None = None  # the checkpoint of a run that is read
+    # The run.json of a run; for a Hugging Face folder that was exported from a run, the part of it
+    # that `inheritance` keeps; otherwise {}.
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # The model under the adapters, for a folder of PEFT adapters (kind 'hf'), and for a LoRA run
+    # whose base is not in the folder that the run's record names; otherwise ''.
     base: str = ""
 
     @property
