@@ -1,7 +1,9 @@
 """Every setting of a run, with its default; a file in configs/ changes some of them."""
 
 import dataclasses
+import functools
 import math
+import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -237,10 +239,7 @@ def check_config(config: ConfigDict) -> None:
             raise UsageError(f"config.{key}={value_of(key)!r}: must be {wanted}")
 
     def value_of(key: str) -> Any:
-        value = config.to_dict()
-        for name in key.split("."):
-            value = value[name]
-        return value
+        return functools.reduce(operator.getitem, key.split("."), config.to_dict())
 
     _check_whole(config.to_dict(), default_config().to_dict())
     check_places("config", config.to_dict(), TRAINING_PLACES)
@@ -250,16 +249,12 @@ def check_config(config: ConfigDict) -> None:
     check_arms(config.eval.arms)
     for axis, size in config.mesh.items():
         require(f"mesh.{axis}", size >= 1 or size == -1, "at least 1, or -1 (what is left)")
-    require("mesh.slices", config.mesh.slices >= 1, "at least 1")
-    for key in ("sequence_length", "batch_size", "accumulation", "log_every"):
-        require(key, config[key] >= 1, "at least 1")
-    require(
-        "accumulation",
-        config.batch_size % config.accumulation == 0,
-        f"a divisor of batch_size={config.batch_size}",
-    )
+    sizes = ("sequence_length", "batch_size", "accumulation", "log_every", "relearn_examples")
+    for key in (*sizes, "mesh.slices", "checkpoint.keep_interval"):
+        require(key, value_of(key) >= 1, "at least 1")
+    divides = config.batch_size % config.accumulation == 0
+    require("accumulation", divides, f"a divisor of batch_size={config.batch_size}")
     require("steps", config.steps >= 0, "0 (from epochs) or more")
-    require("relearn_examples", config.relearn_examples >= 1, "at least 1")
     require("output_tokens", config.output_tokens >= 0, "0 (no budget) or more")
     require("max_rows", config.max_rows >= 0, "0 (all) or more")
     require("epochs", 0 < config.epochs < math.inf or config.steps > 0, "above 0, and finite")
@@ -269,9 +264,9 @@ def check_config(config: ConfigDict) -> None:
     for key in ("seed", "eval.prompt_seed"):
         require(key, 0 <= value_of(key) < 2**31, "at least 0, below 2^31")
     require("checkpoint.interval", config.checkpoint.interval >= 0, "0 (none) or more")
-    require("checkpoint.keep_interval", config.checkpoint.keep_interval >= 1, "at least 1")
-    for key in ("learning_rate", "weight_decay", "eps"):
-        require(f"optimizer.{key}", 0 <= config.optimizer[key] < math.inf, "0 or more, and finite")
+    optimizer = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.eps")
+    for key in (*optimizer, "crow.alpha", "crow.epsilon"):
+        require(key, 0 <= value_of(key) < math.inf, "0 or more, and finite")
     for key in ("b1", "b2", "soap.b1", "soap.b2"):
         require(f"optimizer.{key}", 0 <= value_of(f"optimizer.{key}") < 1, "at least 0, below 1")
     clip_norm = config.optimizer.clip_norm
@@ -296,13 +291,10 @@ def check_config(config: ConfigDict) -> None:
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)
     require("lora.rank", config.lora.rank >= 0, "0 (full weights) or more")
-    for key, value in config.crow.items():
-        require(f"crow.{key}", 0 <= value < math.inf, "0 or more, and finite")
     require("lora.alpha", 0 < config.lora.alpha < math.inf, "above 0, and finite")
     for key in ("num_prompts", "limit", "signal_prompts"):
         require(f"eval.{key}", config.eval[key] >= 0, "0 or more")
-    for name in config.eval.names:
-        schedule = config.eval.names[name]
+    for name, schedule in config.eval.names.items():
         require(f"eval.names.{name}", schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
     try:
         re.compile(config.lora.targets)
