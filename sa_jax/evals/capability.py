@@ -149,12 +149,7 @@ def metric(name: str, aggregation: Any = "mean") -> dict[str, Any]:
 
 
 def greedy(max_new_tokens: int) -> dict[str, Any]:
-    return {
-        "until": [],
-        "do_sample": False,
-        "temperature": 0.0,
-        "max_gen_toks": max_new_tokens,
-    }
+    return {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_new_tokens}
 
 
 def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:

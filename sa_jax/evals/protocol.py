@@ -203,12 +203,7 @@ def again(name: str) -> str:
 
 
 def write(
-    eval_: Eval,
-    answers: Answers,
-    *,
-    folder: str | Path,
-    step: int,
-    name: str,
+    eval_: Eval, answers: Answers, *, folder: str | Path, step: int, name: str
 ) -> dict[str, Any]:
     """Writes `name.json` and `name.jsonl` to the step folder (in the primary process) and returns
     the summary. The answers' fields have "settings", those that a result depends on.

@@ -15,12 +15,7 @@ from sa_jax.llama.hf import one_device_mesh, parameter_shapes
 from sa_jax.llama.hf_tensors import MODULES, load_leaves, output_tensors
 from sa_jax.llama.lora import LoraConfig, is_adapter_path
 from sa_jax.llama.model import check_mesh
-from sa_jax.llama.safetensors_io import (
-    Folder,
-    read_headers,
-    write_json,
-    write_tensors,
-)
+from sa_jax.llama.safetensors_io import Folder, read_headers, write_json, write_tensors
 
 _PREFIX = "base_model.model."
 _STEM = "adapter_model"

@@ -218,10 +218,7 @@ def search_plan(
 
 
 def make_plan(
-    config: ConfigDict,
-    architecture: LlamaConfig,
-    machine: Machine,
-    tokens: float = RUN_TOKENS,
+    config: ConfigDict, architecture: LlamaConfig, machine: Machine, tokens: float = RUN_TOKENS
 ) -> dict[str, Any]:
     """Compiles the step of a config for a machine, and adds the results of arithmetic.
 
