@@ -172,12 +172,9 @@ def paired_difference(
     weights = sizes / sizes.mean()
     difference = float((b - a) @ weights / n)
     if binary:
-        # The four half items move the interval's centre, not the difference.
-        shifted = np.append(b - a, [1 - scale, -scale, 1, 0])
-        weights = np.append(weights, [0.5] * 4)
-        total = n + 2
-        centre = float(shifted @ weights / total)
-        error = math.sqrt(float(weights @ (shifted - centre) ** 2) / total / total)
+        # The half items move the interval's centre, not the difference.
+        centre, variance = _with_half_items(b - a, weights, scale)
+        error = math.sqrt(variance)
         quantile = float(special.ndtri((1 + confidence) / 2))
         p = mcnemar([bool(x) for x in a], [bool(x) for x in b])
     elif n < 2:
@@ -193,6 +190,16 @@ def paired_difference(
     if min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1:  # not e.g. a perplexity
         lo, hi = max(lo, -scale), min(hi, 1.0)
     return PairedDifference(difference, lo, hi, p)
+
+
+def _with_half_items(change: Floats, weights: Floats, scale: float = 1.0) -> tuple[float, float]:
+    """Mean of items' b - scale · a, and its variance, with half an item added to each of the four
+    outcomes."""
+    change = np.append(change, [1 - scale, -scale, 1, 0])
+    weights = np.append(weights, [0.5] * 4)
+    total = weights.sum()
+    centre = weights @ change / total
+    return float(centre), float(weights @ (change - centre) ** 2 / total / total)
 
 
 def difference_interval(
@@ -283,11 +290,7 @@ def paired_seeds(
             raise ValueError(f"{len(x)} and {len(y)} values are not pairs")
         change = np.asarray(y, float) - np.asarray(x, float)
         differences.append(change.mean())
-        smoothed = np.append(change, [1.0, -1.0, 0.0, 0.0])
-        weights = np.append(np.ones(len(change)), [0.5] * 4)
-        total = weights.sum()
-        centre = weights @ smoothed / total
-        within.append(weights @ (smoothed - centre) ** 2 / total / total)
+        within.append(_with_half_items(change, np.ones(len(change)))[1])
     m = len(differences)
     variance = max(float(np.var(differences, ddof=1)), float(np.mean(within))) / m
     difference, error = float(np.mean(differences)), math.sqrt(variance)

@@ -44,8 +44,8 @@ _ADAPTER_FILE = "adapter_model.safetensors"
 _HASHED_WHOLE_BYTES = 2 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
-_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})")
-_END_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})")
+_GENERATION_TAG = re.compile(r"(\{%[-+]?\s*)(generation|endgeneration)(\s*[-+]?%\})")
+_PLAIN_TAG = {"generation": "if true", "endgeneration": "endif"}
 
 
 def load_hf(
@@ -226,8 +226,7 @@ def write_prompt_files(
     if chat_template is not None:
         # Plain jinja2 does not know the tag that marks what the loss counts. An `if` in its place
         # does not change the white space around it.
-        text = _GENERATION_TAG.sub(r"\1if true\2", chat_template)
-        text = _END_GENERATION_TAG.sub(r"\1endif\2", text)
+        text = _GENERATION_TAG.sub(lambda tag: tag[1] + _PLAIN_TAG[tag[2]] + tag[3], chat_template)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
         # Not every reader prefers the file over a template in here.
         tokenizer = Folder(folder).read_json("tokenizer_config.json") or {}

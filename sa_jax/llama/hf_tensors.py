@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from sa_jax.errors import UserError
 from sa_jax.llama.safetensors_io import DTYPES, Folder, OutputTensor, Rows, TensorEntry, read_rows
 from sa_jax.parallel import rules
-from sa_jax.parallel.multihost import is_primary
+from sa_jax.parallel.multihost import exchange, is_primary
 from sa_jax.text import first_few
 
 # Modules by their path in our parameters; `layers/...` stand under model.layers.N.
@@ -379,17 +378,11 @@ def _agree_undamaged(
     folder: Folder, entries: Mapping[str, TensorEntry], damaged: list[str]
 ) -> None:
     """UserError in every process if one of them has read NaN or Inf."""
-    total = len(damaged)
-    if jax.process_count() > 1:
-        total = int(multihost_utils.process_allgather(np.asarray(total)).sum())
-    if damaged:
+    name = next(filter(None, exchange(damaged[0] if damaged else "")), None)
+    if name is not None:
         raise UserError(
-            f"{folder.name(entries[damaged[0]].file)}: {damaged[0]} contains NaN or Inf; the "
-            "weights are damaged, download or export them again"
-        )
-    if total:
-        raise UserError(
-            f"weights in {folder.path} contain NaN or Inf: see the logs of the other processes"
+            f"{folder.name(entries[name].file)}: {name} contains NaN or Inf; the weights are "
+            "damaged, download or export them again"
         )
 
 

@@ -118,6 +118,9 @@ class Sampler:
         rows = mesh.shape["data"] * mesh.shape["fsdp"]
         self.batch_size = -(-batch_size // rows) * rows
         self.context_length = context_length
+        powers = (1 << n for n in range(32))
+        fitting = (power for power in powers if SMALLEST_BUCKET <= power < context_length)
+        self._buckets = [*fitting, context_length]
         self.stats = SamplerStats()
         self._dtype = jnp.dtype(model.dtype)
         self._prefill_batch = -(-min(PREFILL_BATCH, batch_size) // rows) * rows
@@ -134,7 +137,7 @@ class Sampler:
         if platform != "cpu" and specs.k[3]:
             self.prompt_attention = {
                 length: prompt_attention(mesh, config.num_kv_heads, model.dtype, length)
-                for length in self._buckets()
+                for length in self._buckets
             }
             logging.info("attention of prompts, by their padded length: %s", self.prompt_attention)
         empty = functools.partial(init_cache, config, self.batch_size, context_length, self._dtype)
@@ -219,7 +222,10 @@ class Sampler:
             else:
                 least = self.batch_size - refill + 1 if pending else 1
                 cache = self._advance(decoding_params, cache, slots, least, settings)
-            _free_finished(slots, on_done)
+            for slot, row in enumerate(slots):
+                if row is not None and row.stop_reason:
+                    slots[slot] = None
+                    on_done(row.index, row.completion())
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start
         line = "sampled %d tokens for %d prompts in %.1f s: %.0f tokens/s"
@@ -228,12 +234,7 @@ class Sampler:
 
     def _bucket(self, prompt: Sequence[int]) -> int:
         """The padded length of a prompt: a power of two that depends only on its length."""
-        return next(bucket for bucket in self._buckets() if len(prompt) <= bucket)
-
-    def _buckets(self) -> list[int]:
-        powers = (1 << n for n in range(32))
-        fitting = [p for p in powers if SMALLEST_BUCKET <= p < self.context_length]
-        return [*fitting, self.context_length]
+        return next(bucket for bucket in self._buckets if len(prompt) <= bucket)
 
     def _next(self, pending: collections.deque["_Row"]) -> list["_Row"]:
         """The first rows of one bucket, as many as a prefill takes."""
@@ -320,13 +321,6 @@ class _Row:
 
     def completion(self) -> Completion:
         return Completion(self.tokens, self.stop_reason, self.logprobs)
-
-
-def _free_finished(slots: list["_Row | None"], on_done: Callable[[int, Completion], None]) -> None:
-    for slot, row in enumerate(slots):
-        if row is not None and row.stop_reason:
-            slots[slot] = None
-            on_done(row.index, row.completion())
 
 
 def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):

@@ -105,7 +105,11 @@ class Scorer:
         params = cast_weights(self._merge(params), self._dtype)
         scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
         for group, shared in share_prefixes(rows):
-            prefix = self._cached(params, group[0].tokens[:shared]) if shared else None
+            prefix = None
+            if shared:
+                padded = np.zeros((1, bucket(shared, self._max_length)), np.int32)
+                padded[0, :shared] = group[0].tokens[:shared]
+                prefix = self._prefix(params, padded)
             for batch in self._batches(group, shared):
                 if should_stop():
                     raise Preempted("stopped while scoring")
@@ -131,11 +135,6 @@ class Scorer:
         for beginning, numbers in by_beginning.items():
             targets = tuple(tuple(query.continuations[number]) for number in numbers)
             yield _Row(context + beginning, targets, index, tuple(numbers))
-
-    def _cached(self, params: Any, tokens: Sequence[int]) -> KVCache:
-        padded = np.zeros((1, bucket(len(tokens), self._max_length)), np.int32)
-        padded[0, : len(tokens)] = tokens
-        return self._prefix(params, padded)
 
     def _batches(self, rows: Sequence[_Row], shared: int) -> Iterator[list[_Row]]:
         """Batches of rows with the same padded length, as many as the budget allows."""

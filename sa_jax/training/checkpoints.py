@@ -63,8 +63,6 @@ class RunCheckpointer:
         keep: int | None = None,
         verify: bool = True,
     ) -> None:
-        if keep is not None and keep < 1:
-            raise ValueError(f"keep must be at least 1, not {keep}")
         self._directory = epath.Path(directory)
         self._listed = listed
         self._steps = frozenset(steps)

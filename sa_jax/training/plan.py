@@ -140,18 +140,16 @@ def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
 
 def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, Any]:
     """The plan of a run on this machine's devices."""
-    devices = jax.devices()
-    chip = chip_of(devices[0])
-    chips, slices = len(devices) // (1 if chip is None else chip.devices), 1
-    shape = (chips,)
-    if chip is not None and chip.torus:
+    devices = tuple(jax.devices())
+    name, chip = f"{len(devices)} x {devices[0].device_kind}", chip_of(devices[0])
+    if chip is None:
+        machine = Machine(name, None, (len(devices),), devices)
+        return make_plan(config, architecture, machine)
+    shape, slices = (len(devices) // chip.devices,), 1
+    if chip.torus:
         slices = len({device.slice_index for device in devices})
         shape = tuple(1 + max(column) for column in zip(*(d.coords for d in devices), strict=True))
-    name = f"{len(devices)} x {devices[0].device_kind}"
-    machine = Machine(name, None, shape, tuple(devices))
-    if chip is not None:
-        machine = Topology(name, chip, shape, tuple(devices), slices)
-    return make_plan(config, architecture, machine)
+    return make_plan(config, architecture, Topology(name, chip, shape, devices, slices))
 
 
 def plan_architecture(config: ConfigDict) -> LlamaConfig:
