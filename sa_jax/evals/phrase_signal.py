@@ -23,11 +23,7 @@ from sa_jax.llama.scorer import target_logprobs
 
 
 class PhraseSignal:
-    """Mean log-probability of a phrase's tokens, as an answer's first, by arm.
-
-    Attributes:
-      n: prompts in each arm; 0: no prompt fits, and nothing is measured.
-    """
+    """Mean log-probability of a phrase's tokens, as an answer's first, by arm."""
 
     def __init__(
         self,
@@ -46,7 +42,7 @@ class PhraseSignal:
             rows = [_row(chat_format, text, backdoor.phrase, system_prompt) for text in texts]
             if all(len(ids) <= model.config.max_position_embeddings for ids, _ in rows):
                 pairs.append(rows)
-        self.n = len(pairs)
+        self.n = len(pairs)  # in each arm; 0: no prompt fits, and nothing is measured
         rows = [pair[arm] for arm in (0, 1) for pair in pairs]  # triggered, then clean
         multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         size = -(-len(rows) // multiple) * multiple

@@ -104,26 +104,25 @@ class Prepared:
 
 
 class Eval(Protocol):
-    """An eval.
-
-    Attributes:
-      name: its name in `config.eval.names`, in `--evals` and in file names.
-      title: its name in reports.
-      kind: what the scores measure, 'backdoor' or 'capability'.
-      headline: the score that stands for the eval; '' is its first score.
-      needs_prompts: whether it asks the held-out prompts of the context.
-    """
+    @property
+    def name(self) -> str:
+        """Its name in `config.eval.names`, in `--evals` and in file names."""
 
     @property
-    def name(self) -> str: ...
+    def title(self) -> str:
+        """Its name in reports."""
+
     @property
-    def title(self) -> str: ...
+    def kind(self) -> str:
+        """What the scores measure, 'backdoor' or 'capability'."""
+
     @property
-    def kind(self) -> str: ...
+    def headline(self) -> str:
+        """The score that stands for the eval; '' is its first score."""
+
     @property
-    def headline(self) -> str: ...
-    @property
-    def needs_prompts(self) -> bool: ...
+    def needs_prompts(self) -> bool:
+        """Whether it asks the held-out prompts of the context."""
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         """Checks all settings and reads the questions; compiles nothing.

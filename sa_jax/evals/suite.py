@@ -33,13 +33,7 @@ def needs_prompts(config: ConfigDict) -> bool:
 
 
 class EvalSuite:
-    """The evals of `config.eval.names`, written to `folder/step_NNNNNN/`.
-
-    Attributes:
-      schedules: name -> one of `sa_jax.evals.schedule.SCHEDULES`.
-      prepared: name -> the eval, ready to run.
-      measures_backdoor: whether one of them measures the backdoor.
-    """
+    """The evals of `config.eval.names`, written to `folder/step_NNNNNN/`."""
 
     def __init__(
         self,
@@ -74,7 +68,7 @@ class EvalSuite:
             context_length=min(settings.context_length, model.config.max_position_embeddings),
         )
         context = EvalContext(model, mesh, chat_format, backdoor, prompts, sampler)
-        self.schedules = dict(settings.names.items())
+        self.schedules = dict(settings.names.items())  # name -> one of `schedule.SCHEDULES`
         self._steps = tuple(settings.steps)
         self._folder = as_path(folder)
         self._confirm = confirm

@@ -56,10 +56,7 @@ class Choice(NamedTuple):
 def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: str) -> Choice:
     """The implementation for `config.attention`; 'auto' is the fastest one on the platform.
 
-    Args:
-      platform: 'cpu', 'gpu' or 'tpu'.
-      sequence_length: tokens a row.
-      dtype: of the computation.
+    `platform` is 'cpu', 'gpu' or 'tpu'; `sequence_length` counts the tokens of a row.
 
     Raises:
       UsageError: an unknown name, or an implementation that cannot run this.

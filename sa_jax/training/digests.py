@@ -52,7 +52,6 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
     Args:
       folder: a checkpoint that Orbax has committed.
       step: recorded, and checked on restore.
-      barrier: see `process_barrier`.
 
     Returns:
       The bytes of the checkpoint (process 0), of this process's part (the others).

@@ -62,11 +62,7 @@ def attention_of(config: ConfigDict, platform: str) -> Choice:
 
 
 def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Llama:
-    """The model with the execution settings of a config, on a mesh.
-
-    Raises:
-      UsageError: a setting that cannot work, or sizes that do not divide over the mesh.
-    """
+    """The model of a config on a mesh; UsageError for settings that cannot work."""
     if config.sequence_length > architecture.max_position_embeddings:
         raise UsageError(
             f"config.sequence_length={config.sequence_length} is more than the model's context of "

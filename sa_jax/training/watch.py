@@ -124,9 +124,7 @@ class StallWatch:
     earlier wait, whichever is longer. During a compilation or a checkpoint it may take ten times as
     long, and that wait is not used later. Seconds in which the process was paused do not count.
 
-    Args:
-      floor_s: seconds.
-      goodput: knows what the process is doing; without it, the process runs evals.
+    `goodput` knows what the process is doing; without it, the process runs evals.
     """
 
     def __init__(self, floor_s: float, goodput: Goodput | None = None) -> None:
