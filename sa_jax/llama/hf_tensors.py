@@ -151,17 +151,15 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
         shape = leaf.shape[1:] if _is_stacked(path) else leaf.shape
         shape = shape[::-1] if _is_transposed(path) else shape
         for name in names[path]:
-            entry = entries.get(name)
-            if entry is None:
+            if name not in entries:
                 missing.append(name)
-            elif entry.shape != shape:
-                wrong.append(
-                    f"{name} in {folder.name(entry.file)} is {list(entry.shape)}, not {list(shape)}"
-                )
+                continue
+            entry = entries[name]
+            place = f"{name} in {folder.name(entry.file)}"
+            if entry.shape != shape:
+                wrong.append(f"{place} is {list(entry.shape)}, not {list(shape)}")
             elif entry.dtype not in DTYPES:
-                wrong.append(
-                    f"{name} in {folder.name(entry.file)} is {entry.dtype}, not {', '.join(DTYPES)}"
-                )
+                wrong.append(f"{place} is {entry.dtype}, not {', '.join(DTYPES)}")
     extra = sorted(entries.keys() - set(itertools.chain(*names.values())) - set(ignored))
     surplus = [f"{name} in {folder.name(entries[name].file)}" for name in extra]
     for problem, tensors in (

@@ -162,17 +162,12 @@ def begin_compiling(
     return lambda wait=True: future.result() if wait or future.done() else None
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The global batch of a step as shapes with shardings."""
-    shape = (config.batch_size, config.sequence_length)
-    sharding = NamedSharding(mesh, BATCH_SPEC)
-    return {
+def abstract_arguments(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """(state, frozen, batch) as shapes with shardings: what `program.step` is lowered with."""
+    shape, sharding = (config.batch_size, config.sequence_length), NamedSharding(mesh, BATCH_SPEC)
+    batch = {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, dtype in BATCH_DTYPES.items()
     }
-
-
-def abstract_arguments(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """(state, frozen, batch) as shapes with shardings: what `program.step` is lowered with."""
     state = with_shardings(program.state, program.state_shardings)
-    return state, abstract(mesh, program.frozen), abstract_batch(config, mesh)
+    return state, abstract(mesh, program.frozen), batch

@@ -28,8 +28,9 @@ def test_the_step_that_was_compiled_ahead_is_the_step():
     program = make_program(config, make_model(config, CONFIG, mesh), total_steps=10)
     compiled_step = begin_compiling(config, program, mesh)
     params = random_params(CONFIG)
+    shapes = program_lib.abstract_arguments(config, program, mesh)[2]
     batch = {
-        name: jax.device_put(array, program_lib.abstract_batch(config, mesh)[name].sharding)
+        name: jax.device_put(array, shapes[name].sharding)
         for name, array in packed_batch(4, 32).items()
     }
 
