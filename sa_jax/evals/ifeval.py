@@ -86,10 +86,8 @@ def ifeval_scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[st
         scores[f"prompt_{kind}"] = int(all(followed))
         scores[f"inst_{kind}"] = followed
     plain = [
-        int(value)
-        for value, name in zip(
-            metrics["inst_level_strict_acc"], doc["instruction_id_list"], strict=True
-        )
+        value
+        for value, name in zip(scores["inst_strict"], doc["instruction_id_list"], strict=True)
         if name not in STYLE_CONSTRAINTS
     ]
     if plain:

@@ -115,7 +115,7 @@ class RunCheckpointer:
                 params = state.params
                 if self._listed == "weights_bf16":
                     params = _bfloat16(params)
-                self._save(step, weights_name(step), {"params": params})
+                self._save(step, step_name(step, "weights"), {"params": params})
                 saved = True
         if wait or not self.should_save(step) or self._should_save_full(step):
             self.wait()
@@ -260,14 +260,9 @@ class RunCheckpointer:
         return UserError(f"{message} ({good})")
 
 
-def step_name(step: int) -> str:
-    """Name of a step's folder: 'step_000100'."""
-    return f"step_{step:06d}"
-
-
-def weights_name(step: int) -> str:
-    """Name of the folder of a step's weights, saved without the rest: 'weights_000100'."""
-    return f"weights_{step:06d}"
+def step_name(step: int, kind: str = "step") -> str:
+    """Name of a step's folder: 'step_000100' with its state, 'weights_000100' with its weights."""
+    return f"{kind}_{step:06d}"
 
 
 def saved_steps(directory: os.PathLike | str) -> list[int]:
@@ -307,7 +302,7 @@ def load_subtree(
     if step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")
     full = step in full_steps(directory)
-    folder = epath.Path(directory) / (step_name(step) if full else weights_name(step))
+    folder = epath.Path(directory) / (step_name(step) if full else step_name(step, "weights"))
     if problem := find_corruption(folder, step):
         others = listed([s for s in steps if s != step])
         raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
@@ -327,7 +322,7 @@ def _warn_of_incomplete(directory: epath.Path) -> None:
     for kind in ("step", "weights"):
         for step, complete in _scan(directory, kind):
             if not complete:
-                folder = directory / f"{kind}_{step:06d}"
+                folder = directory / step_name(step, kind)
                 cut_off = "%s has no %s (its save was cut off) and is ignored"
                 logging.warning(cut_off, folder, DIGEST_FILE)
 
