@@ -240,26 +240,21 @@ def floor(task_set: TaskSet, samples: dict[str, list[dict]]) -> dict[str, float]
     chance of guessing if answers are not texts."""
     if task_set.chance is not None:
         return {"accuracy": task_set.chance}
+    from lm_eval.api.instance import Instance
+
     items = []
     for name, task in task_set.tasks.items():
         if task.OUTPUT_TYPE != "generate_until":
             return {}
-        responses = _filtered(task, FLOOR_TEXT)
+        instance = Instance("generate_until", {}, ("",), 0, resps=[FLOOR_TEXT])
+        for each in task._filters:
+            each.apply([instance])
+        responses = instance.filtered_resps
         for sample, *_ in _by_document(samples[name]).values():
             doc = sample["doc"]
             metrics = {key: task.process_results(doc, [text]) for key, text in responses.items()}
             items.append({"scores": _scores(task_set, doc, metrics)})
     return {name: score["rate"] for name, score in summarise(items).items()}
-
-
-def _filtered(task: Any, text: str) -> dict[str, str]:
-    """The result of each of the task's filters for a response."""
-    from lm_eval.api.instance import Instance
-
-    instance = Instance("generate_until", {}, ("",), 0, resps=[text])
-    for each in task._filters:
-        each.apply([instance])
-    return instance.filtered_resps
 
 
 def peak_memory_mb() -> float:

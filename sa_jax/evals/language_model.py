@@ -143,8 +143,11 @@ def language_model(
             todo: list[int] = []
             fitted: list[Query] = []
             for number, (query, note) in enumerate(zip(queries, notes, strict=True)):
-                if (fit := self._fit(query, note)) is None:
+                longest = max(map(len, query.continuations))
+                ids = self._shorten(list(query.context), limit + 1 - longest, note)
+                if ids is None:
                     continue
+                fit = Query(ids, query.continuations)
                 if known := known_answers.get(_score_key(fit, dtype)):
                     scores_of[number] = [Score(*pair) for pair in known["value"]]
                 else:
@@ -162,11 +165,6 @@ def language_model(
                 scores_of.get(number, [skipped] * len(query.continuations))
                 for number, query in enumerate(queries)
             ]
-
-        def _fit(self, query: Query, note: dict) -> Query | None:
-            longest = max(map(len, query.continuations))
-            context = self._shorten(list(query.context), limit + 1 - longest, note)
-            return None if context is None else Query(context, query.continuations)
 
         def _shorten(self, ids: list[int], room: int, note: dict) -> list[int] | None:
             """At most `room` tokens; None for a prompt that is skipped. The note says so."""
