@@ -36,13 +36,9 @@ _OUTCOME = {"state": "", "seconds": 0.0}
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process that can be recognised: `started` distinguishes it from a later one of its number.
+    """A process that can be recognised: `started` tells it from a later one of its number."""
 
-    Attributes:
-      host: machine, its boot, and the process namespace, in which `pid` means something.
-    """
-
-    host: str
+    host: str  # machine, its boot, and the process namespace, in which `pid` means something
     pid: int
     started: str
 
@@ -78,25 +74,16 @@ def _started(pid: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LatestClaim:
-    """The newest claim of a cell.
+    """The newest claim of a cell."""
 
-    Attributes:
-      number: 0 for a cell that nobody has claimed.
-      id: unique to the claim; '' for none.
-      owner: the process that holds it; None if that cannot be read (yet).
-      record: the settings that determined the cell's result when it was claimed.
-      parents: parent cell -> id of the claim under which that cell was done.
-      outcome: what the owner wrote at the end; None while it works.
-      is_free: nobody works on it: there is no claim, or its owner has ended, is dead or is silent.
-    """
-
-    number: int = 0
-    id: str = ""
-    owner: Process | None = None
-    record: Mapping[str, Any] | None = None
+    number: int = 0  # 0 for a cell that nobody has claimed
+    id: str = ""  # unique to the claim
+    owner: Process | None = None  # None if it cannot be read (yet)
+    record: Mapping[str, Any] | None = None  # what determined the cell's result at the claim
+    # Parent cell -> id of the claim under which that cell was done.
     parents: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    outcome: Mapping[str, Any] | None = None
-    is_free: bool = True
+    outcome: Mapping[str, Any] | None = None  # what the owner wrote at the end
+    is_free: bool = True  # there is no claim, or its owner has ended, is dead or is silent
 
     @property
     def state(self) -> str:
@@ -109,16 +96,11 @@ class LatestClaim:
 
 
 class Claims:
-    """The claims of a study's cells, for one process.
-
-    Args:
-      folder: the folder of all claims, with a folder for each cell.
-      takeover_s: an owner that is silent for this long has lost its cell.
-    """
+    """The claims of a study's cells, for one process. An owner that is silent for `takeover_s` has
+    lost its cell."""
 
     def __init__(self, folder: Path, takeover_s: float):
-        self._folder = folder
-        self.takeover_s = takeover_s
+        self._folder, self.takeover_s = folder, takeover_s
         self._me = Process.of(os.getpid())
         self._last_beats: dict[str, tuple[tuple[int, int], float]] = {}  # (number, beat), our clock
 

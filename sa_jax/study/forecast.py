@@ -35,29 +35,18 @@ _COSTLY = (
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """The forecast for one cell. A field is None if it is not known, as for the data of a teacher.
+    """The forecast for one cell; None is what is not known, as for the data of a teacher."""
 
-    Attributes:
-      tokens: token slots that it trains on.
-      chip_hours: lower bound for training (a roofline), without evals and data.
-      bytes: bytes of its checkpoints.
-    """
-
-    tokens: float | None = None
-    chip_hours: float | None = None
-    bytes: float | None = None
+    tokens: float | None = None  # token slots that it trains on
+    chip_hours: float | None = None  # lower bound for training (a roofline), without evals and data
+    bytes: float | None = None  # of its checkpoints
 
 
 class Forecaster:
-    """Forecasts the cells of a study, once for each shape.
-
-    Args:
-      cells: parents first.
-      devices: devices of this machine for one cell, if a stage names no topology; None: not
-        checked.
-    """
+    """Forecasts the cells of a study, once for each shape."""
 
     def __init__(self, cells: Sequence[Cell], devices: int | None = None):
+        """`devices` of this machine are for a cell without a topology; None: not checked."""
         self._cells = {cell.name: cell for cell in cells}
         self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
         self._devices = devices

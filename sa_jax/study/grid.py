@@ -59,15 +59,10 @@ def _fits(value: Any, hint: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Axis(_Checked):
-    """Something that varies in a study, and the settings of each of its values.
+    """Something that varies in a study, and the settings of each of its values."""
 
-    Attributes:
-      name: its name in stages and their texts.
-      values: short name -> settings by dotted key. The short name is part of folder names.
-    """
-
-    name: str
-    values: Mapping[str, Overrides]
+    name: str  # in stages and their texts
+    values: Mapping[str, Overrides]  # name, a part of folder names -> settings by dotted key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,60 +73,34 @@ class Stage(_Checked):
     In texts (`run`, `config` and the values of `set`), `{study}` is the study's folder, `{axis}`
     the name of the cell's value on an axis, `{stage}` the folder of the cell of an earlier stage,
     and `{setting}` a setting of the study.
-
-    Attributes:
-      name: the folder of the stage's cells.
-      run: a training task, or one of `TOOLS`.
-      config: for a training task, "file.py:argument".
-      start: the stage whose run it trains from or evaluates; '' for none.
-      needs: other stages that must be done before.
-      axes: the axes whose values apply their settings in this stage.
-      when: {axis: value or values}; a tuple of these is a union.
-      set: settings of the config, or flags of a tool.
-      start_rate_at_most: skips a cell if the last triggered rate of its start is above this. None:
-        skips none.
-      topology: the machine of a cell, as `scripts/plan.py` names it; '' for this machine.
-      tokens: token slots of a run, if neither its config nor `set` sets the steps.
     """
 
-    name: str
-    run: str
-    config: str = ""
-    start: str = ""
-    needs: Sequence[str] = ()
-    axes: Sequence[str] = ()
-    when: Condition | Sequence[Condition] = ()
-    set: Overrides = dataclasses.field(default_factory=dict)
-    start_rate_at_most: float | None = None
-    topology: str = ""
-    tokens: float = 0.0
+    name: str  # the folder of the stage's cells
+    run: str  # a training task, or one of `TOOLS`
+    config: str = ""  # for a training task, "file.py:argument"
+    start: str = ""  # the stage whose run it trains from or evaluates; '' for none
+    needs: Sequence[str] = ()  # other stages that must be done before
+    axes: Sequence[str] = ()  # those whose values apply their settings in this stage
+    when: Condition | Sequence[Condition] = ()  # {axis: value or values}; a tuple is a union
+    set: Overrides = dataclasses.field(default_factory=dict)  # of the config, or flags of a tool
+    start_rate_at_most: float | None = None  # of the start, triggered; else it is skipped
+    topology: str = ""  # the machine of a cell, as `scripts/plan.py` names it; '' for this one
+    tokens: float = 0.0  # token slots of a run, if neither its config nor `set` sets the steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run, evaluation or data set of a study. In its texts `STUDY` is the study's folder.
+    """One run, evaluation or data set of a study. In its texts `STUDY` is the study's folder."""
 
-    Attributes:
-      name: its folder below the study's, and its name in lists.
-      stage: its stage.
-      run: the training task or tool.
-      values: axis -> name of its value.
-      config: for a training task, its config file with argument.
-      settings: the changes of the config, or the flags of a tool.
-      start: the folder that it trains from or evaluates, of a cell or another; '' for none.
-      start_step: the start's checkpoint; None for its newest.
-      parents: names of the cells that must be done before.
-    """
-
-    name: str
+    name: str  # its folder below the study's, and its name in lists
     stage: Stage
-    run: str
-    values: Mapping[str, str]
-    config: str
-    settings: Overrides
-    start: str
-    start_step: int | None
-    parents: tuple[str, ...]
+    run: str  # the training task or tool
+    values: Mapping[str, str]  # axis -> name of its value
+    config: str  # for a training task, its config file with argument
+    settings: Overrides  # the changes of the config, or the flags of a tool
+    start: str  # the folder that it trains from or evaluates, of a cell or another; '' for none
+    start_step: int | None  # the start's checkpoint; None for its newest
+    parents: tuple[str, ...]  # names of the cells that must be done before
 
     @property
     def is_training(self) -> bool:

@@ -80,25 +80,15 @@ echo "launch_tpu: ended with $(cat launch.status || echo 137)\""""
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """A TPU slice and the command for its hosts, with the calls of gcloud for both.
+    """A TPU slice and the command for its hosts, with the calls of gcloud for both."""
 
-    Attributes:
-      name: name of the queued resource and of its node.
-      zone: zone of Google Cloud.
-      topology: a TPU, as `parse_topology` names it.
-      command: a bash command, run in the project's root with its environment active.
-      spot: use capacity that may be preempted.
-      create_flags: more flags for `queued-resources create`.
-      setup: a bash command, run before the installation.
-    """
-
-    name: str
-    zone: str
-    topology: str
-    command: str
-    spot: bool = False
-    create_flags: tuple[str, ...] = ()
-    setup: str = ""
+    name: str  # of the queued resource and of its node
+    zone: str  # of Google Cloud
+    topology: str  # as `parse_topology` names it
+    command: str  # for bash, in the project's root with its environment active
+    spot: bool = False  # use capacity that may be preempted
+    create_flags: tuple[str, ...] = ()  # more of `queued-resources create`
+    setup: str = ""  # a bash command, run before the installation
 
     def create(self) -> list[str]:
         machine = parse_topology(self.topology)
@@ -159,11 +149,9 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
     If the slice already exists it is used; if the command already runs on it, it is followed.
 
     Args:
-      job: slice and command.
       dry_run: prints the commands, as lines for a shell, and runs none.
       delete: when the slice is deleted: "done" after the command has exited with 0, "always" also
         after an error or the last restart, "never", or "now", which does nothing else.
-      max_restarts: how often the command is started again.
       poll_s: seconds between two checks of the slice.
 
     Raises:
