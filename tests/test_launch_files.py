@@ -9,11 +9,12 @@ from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
 from tests.zygote import ROOT
 
 LAUNCH = ROOT / "launch"
+SHELL_FILES = ("slurm.sh", "srun.sh", "slurm.sbatch", "xpk.sh")
 
 
 def test_shellcheck_has_nothing_to_say():
     task = yaml.safe_load((LAUNCH / "sky.yaml").read_text())
-    texts = [(LAUNCH / name).read_text() for name in ("slurm.sh", "srun.sh", "slurm.sbatch")]
+    texts = [(LAUNCH / name).read_text() for name in SHELL_FILES]
     given = "#!/bin/bash\nSKYPILOT_NUM_NODES=1 SKYPILOT_NODE_RANK=0 SKYPILOT_NODE_IPS=a COMMAND=b\n"
     for text in (*texts, given + task["setup"] + task["run"]):
         check_shell(text, "--exclude=SC1091")  # files that are not there

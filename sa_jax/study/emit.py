@@ -17,12 +17,6 @@ from sa_jax.study.grid import Cell, Stage
 
 _GPUS_A_NODE = 8
 _PROJECT = Path(__file__).resolve().parents[2]
-# Exits with 3 if the triggered rate of a run (at a step, if one is given) is above a limit.
-_RATE_ABOVE = (
-    "import pathlib, sys; from sa_jax.study.runner import last_triggered_rate as last; "
-    "rate = last(pathlib.Path(sys.argv[2]), *map(int, sys.argv[3:])); "
-    "sys.exit(3 * (rate is not None and rate > float(sys.argv[1])))"
-)
 
 
 def emit(
@@ -201,37 +195,8 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         "set -uo pipefail",
         ': "${CLUSTER:?name of the cluster}" "${IMAGE:?image of this project}"',
         f"cd {shlex.quote(str(_PROJECT))} || exit 1",
-        "failed=0",
-        'passed_over=" "',
-        "follows() { # name, workloads that must not have been passed over",
-        "    local before",
-        '    for before in "${@:2}"; do',
-        '        if [[ "$passed_over" == *" $before "* ]]; then',
-        '            echo "$1 is skipped: $before was"',
-        '            passed_over+="$1 "',
-        "            return 1",
-        "        fi",
-        "    done",
-        "}",
-        "starts() { # name, highest triggered rate of its start, the start's folder, its step",
-        "    local status=0",
-        f"    python -c {shlex.quote(_RATE_ABOVE)} " + '"${@:2}" || status=$?',
-        '    if [ "$status" -eq 0 ]; then return; fi',
-        '    if [ "$status" -eq 3 ]; then echo "$1 is skipped: its start is triggered above $2"',
-        "    else failed=1; fi",
-        '    passed_over+="$1 "',
-        "    return 1",
-        "}",
-        "submit() { # name, type of the slice, slices, command",
-        '    xpk workload create --cluster "$CLUSTER" --docker-image "$IMAGE" --workload "$1" \\',
-        '        --tpu-type "$2" --num-slices "$3" --command "$4" \\',
-        "        --max-restarts 100 --restart-on-exit-codes 75 ||",
-        '        echo "$1 was not submitted" >&2',
-        "}",
-        "await() {",
-        '    [[ "$passed_over" == *" $1 "* ]] ||',
-        '        xpk workload list --cluster "$CLUSTER" --wait-for-job-completion "$1" || failed=1',
-        "}",
+        "# shellcheck source=/dev/null",
+        ". launch/xpk.sh",
     ]
     skippable: dict[str, str] = {}  # cells that may be passed over -> their workloads
     for name, of_stage in _stages(cells).items():
