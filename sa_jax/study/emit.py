@@ -2,6 +2,7 @@
 workloads, or plain commands."""
 
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -22,16 +23,12 @@ _PROJECT = Path(__file__).resolve().parents[2]
 def emit(
     kind: str, cells: Sequence[Cell], workdir: Path, flags: Sequence[str]
 ) -> tuple[list[Path], str]:
-    """Writes the files of `EMITTERS[kind]` into `workdir/kind`.
+    """Writes the files of `EMITTERS[kind]` into `workdir/kind`; returns them, and the command that
+    submits them.
 
     Args:
-      kind: a key of `EMITTERS`.
       cells: the cells to run, parents first.
-      workdir: the study's folder.
       flags: the --config flags that made these cells.
-
-    Returns:
-      (files, the command that submits them).
 
     Raises:
       UsageError: an unknown kind, or a machine that this kind does not support.
@@ -48,10 +45,7 @@ def emit(
 
 
 def _stages(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    stages: dict[str, list[Cell]] = {}
-    for cell in cells:
-        stages.setdefault(cell.stage.name, []).append(cell)
-    return stages
+    return {name: [*of] for name, of in itertools.groupby(cells, lambda cell: cell.stage.name)}
 
 
 def _before(stage: Stage, names: Sequence[str]) -> list[str]:

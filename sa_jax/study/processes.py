@@ -7,6 +7,7 @@ too. The server itself ends with the process that started it.
 
 import contextlib
 import ctypes
+import dataclasses
 import json
 import os
 import signal
@@ -14,7 +15,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TextIO
 
 from sa_jax.errors import UserError
@@ -23,6 +23,19 @@ from sa_jax.study.claims import hold_lock
 
 BUSY = 76  # exit status: another process, perhaps on another host, works in the cell's folder
 _PR_SET_PDEATHSIG = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What the server shall start."""
+
+    argv: Sequence[str]  # a script and its flags
+    log: str  # file for what it prints
+    lock: str  # the cell's folder of claims, whose lock it holds; if it cannot, it ends with `BUSY`
+    # Added to the environment, too late for what jax reads when it is imported.
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cpus: Sequence[int] = ()  # those it may use; (): all
+    launch: Sequence[str] = ()  # starts the interpreter, such as srun; without it is a fork
 
 
 class Server:
@@ -37,36 +50,9 @@ class Server:
             start_new_session=True,  # a terminal's Ctrl-C is the runner's to pass on
         )
 
-    def start(
-        self,
-        argv: Sequence[str],
-        *,
-        log: Path,
-        lock: Path,
-        env: Mapping[str, str] = MappingProxyType({}),
-        cpus: Sequence[int] = (),
-        launch: Sequence[str] = (),
-    ) -> int:
-        """Starts a script; returns the number of its process and process group.
-
-        Args:
-          argv: the script and its flags.
-          log: file for what it prints.
-          lock: the cell's folder of claims, whose lock it holds; if it cannot, it ends with `BUSY`.
-          env: added to the environment, too late for what jax reads when it is imported.
-          cpus: those it may use; (): all.
-          launch: a command that starts the interpreter, such as srun; without one it is a fork.
-        """
-        return self._ask(
-            {
-                "argv": list(argv),
-                "log": str(log),
-                "lock": str(lock),
-                "env": dict(env),
-                "cpus": list(cpus),
-                "launch": list(launch),
-            }
-        )
+    def start(self, order: Order) -> int:
+        """Starts a script; returns the number of its process and process group."""
+        return self._ask(dataclasses.asdict(order))
 
     def poll(self, pid: int) -> int | None:
         """The exit status (negative: the signal that killed it), or None while it runs."""
@@ -126,7 +112,7 @@ def _answer(answers: TextIO, statuses: dict[int, int | None]) -> None:
         pid = os.fork()
         if pid == 0:
             answers.close()
-            _run(order)
+            _run(Order(**order))
         with contextlib.suppress(OSError):  # the child does it too: whichever comes first
             os.setpgid(pid, pid)
         statuses[pid] = None  # the system gives a number again, after some 30,000 others
@@ -148,25 +134,25 @@ def import_for_forks() -> None:
     import sa_jax.training.loop  # noqa: F401
 
 
-def _run(order: dict[str, Any]) -> None:
+def _run(order: Order) -> None:
     """Runs a cell in a forked process; never returns."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     _end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    log = os.open(order["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    lock = hold_lock(Path(order["lock"]))
+    lock = hold_lock(Path(order.lock))
     if lock is None:
         os._exit(BUSY)
-    os.environ.update(order["env"])
-    if order["cpus"] and hasattr(os, "sched_setaffinity"):  # macOS has none
-        os.sched_setaffinity(0, order["cpus"])
-    if order["launch"]:
-        command = [*order["launch"], sys.executable, *order["argv"]]
+    os.environ.update(order.env)
+    if order.cpus and hasattr(os, "sched_setaffinity"):  # macOS has none
+        os.sched_setaffinity(0, order.cpus)
+    if order.launch:
+        command = [*order.launch, sys.executable, *order.argv]
         try:
             os.execvp(command[0], command)
         except OSError as error:
@@ -174,8 +160,8 @@ def _run(order: dict[str, Any]) -> None:
             os._exit(1)
     import runpy
 
-    sys.argv = order["argv"]
-    sys.path[0] = str(Path(order["argv"][0]).resolve().parent)
+    sys.argv = [*order.argv]
+    sys.path[0] = str(Path(order.argv[0]).resolve().parent)
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except BrokenPipeError as error:  # which would tell `_serve` that the runner has ended

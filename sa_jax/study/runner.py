@@ -18,7 +18,7 @@ from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claim, Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Cell
-from sa_jax.study.processes import BUSY, Server
+from sa_jax.study.processes import BUSY, Order, Server
 from sa_jax.study.progress import DONE, ENDED, Progress, why_failed
 from sa_jax.text import one_line, percent
 
@@ -206,15 +206,9 @@ class Worker:
                 self._progress.say(f"skipped  {name}: {reason}")
                 continue
             slot = self._free.pop()
-            pid = self._server.start(
-                commands.command(cell, self._workdir),
-                log=claim.log,
-                lock=claim.folder,
-                env=slot.env,
-                cpus=slot.cpus,
-                launch=self._launch,
-            )
-            self._running[name] = _Running(claim, slot, pid, time.monotonic())
+            argv, log, lock = commands.command(cell, self._workdir), claim.log, claim.folder
+            order = Order(argv, str(log), str(lock), slot.env, slot.cpus, self._launch)
+            self._running[name] = _Running(claim, slot, self._server.start(order), time.monotonic())
 
     def _forget_ended(self, latest: Mapping[str, LatestClaim]) -> None:
         """A new worker tries cells again that failed, or that were skipped for a reason that is

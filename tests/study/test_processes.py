@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_jax.study.processes import Server
+from sa_jax.study.processes import Order, Server
 from tests.test_script_start import CLEARED_PAGES
 
 
@@ -21,8 +21,8 @@ def test_a_closed_pipe_in_one_cell_fails_that_cell_alone(tmp_path):
     with contextlib.closing(Server()) as server:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-        stays = server.start([str(other)], log=tmp_path / "a/log", lock=tmp_path / "a")
-        fails = server.start([str(broken)], log=tmp_path / "b/log", lock=tmp_path / "b")
+        stays = server.start(Order([str(other)], str(tmp_path / "a/log"), str(tmp_path / "a")))
+        fails = server.start(Order([str(broken)], str(tmp_path / "b/log"), str(tmp_path / "b")))
         deadline = time.monotonic() + 120
         while (status := server.poll(fails)) is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -40,7 +40,7 @@ def test_a_process_number_that_comes_again_is_another_cell(tmp_path):
 
     def start(name):
         lock = tempfile.mkdtemp(dir=tmp_path)
-        return server.start([str(tmp_path / name)], log=tmp_path / "log", lock=Path(lock))
+        return server.start(Order([str(tmp_path / name)], str(tmp_path / "log"), lock))
 
     with contextlib.closing(Server()) as server:
         first = start("ends.py")
@@ -59,7 +59,9 @@ def test_a_process_number_that_comes_again_is_another_cell(tmp_path):
 def test_a_cell_on_cpu_keeps_freed_memory(tmp_path):
     (tmp_path / "cell.py").write_text(CLEARED_PAGES)
     with contextlib.closing(Server()) as server:
-        cell = server.start([str(tmp_path / "cell.py")], log=tmp_path / "log", lock=tmp_path)
+        cell = server.start(
+            Order([str(tmp_path / "cell.py")], str(tmp_path / "log"), str(tmp_path))
+        )
         while server.poll(cell) is None:
             time.sleep(0.05)
     blocks = 3 * 10 * 64 * 1024 // 4  # pages
