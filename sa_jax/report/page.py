@@ -59,7 +59,7 @@ def index_page(
         problems=all_problems(results),
         definitions=definitions(limits),
         counts=sorted({at["triggered"]["n"] for at in evals if at}),
-        seeds_sentence=_seeds_sentence(cells),
+        most_seeds=max((len(cell.replicates) for cell in cells), default=1),
         rate_noun=rate_noun(results["runs"]),
         few=few,
         runs=views,
@@ -165,14 +165,13 @@ def _row(result: Mapping[str, Any], capabilities: Iterable[tuple[str, str]]) -> 
     }
 
 
-def data_attributes(values: Mapping[str, Any]) -> Markup:
+def data_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     """`data-*` attributes for the page's script; a value that was not measured has none."""
-    parts = []
-    for key, value in values.items():
-        if value is not None and value != "":
-            shown = f"{value:.6g}" if isinstance(value, float) else value
-            parts.append(Markup(' data-{}="{}"').format(key, shown))
-    return Markup("").join(parts)
+    return {
+        f"data-{key}": f"{value:.6g}" if isinstance(value, float) else value
+        for key, value in values.items()
+        if value not in (None, "")
+    }
 
 
 def axis_value(result: Mapping[str, Any], key: str) -> str:
@@ -197,13 +196,6 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str
         if len(choices) > 1:
             axes.append((key, heading, choices))
     return axes
-
-
-def _seeds_sentence(cells: Sequence[Cell]) -> str:
-    most = max((len(cell.replicates) for cell in cells), default=1)
-    if most <= 1:
-        return "one training seed a cell: a demonstration, not a result over seeds"
-    return f"up to {most} training seeds a cell"
 
 
 # ---- Plots and details of a run.
