@@ -136,8 +136,6 @@ class Judgement:
     verdict: Verdict
     capabilities: tuple[CapabilityChange, ...] = ()
     returned: Return | None = None  # for a removal: the return of the backdoor during it
-    clean_alarm: Measured | None = (
-        None  # the highest clean rate, if its interval is above the limit
-    )
+    clean_alarm: Measured | None = None  # the highest clean rate that is above the limit for sure
     recovery: float | None = None  # for a probe: triggered rate at its end / before the removal
     controls: tuple[str, ...] = ()  # for a probe: the names of its matched controls

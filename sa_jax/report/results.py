@@ -124,14 +124,11 @@ def _score_rows(
     interval, paired if items are kept.
     """
     before, after = run.first_evals(parent), run.last_evals()
-    rows = []
-    for name in dict.fromkeys([*after, *before]):
-        if name == AGAIN_EVAL:  # of other steps; the verdict says what it confirms
-            continue
-        rows += _rows(before.get(name), after.get(name), limits)
-    for record in run.more_records:
-        rows += _rows(None, record, limits)
-    return rows
+    names = dict.fromkeys([*after, *before])
+    names.pop(AGAIN_EVAL, None)  # of other steps; the verdict says what it confirms
+    pairs = [(before.get(name), after.get(name)) for name in names]
+    pairs += [(None, record) for record in run.more_records]
+    return [row for pair in pairs for row in _rows(*pair, limits)]
 
 
 def _rows(
@@ -143,27 +140,27 @@ def _rows(
         Eval(record.step, capabilities={record.name: scores_of(record)}) if record else None
         for record in (before, after)
     ]
-    changes = {change.score: change for change in capability_changes(sides[0], sides[1], limits)}
-    rows = []
-    for score, values in newest.scores.items():
-        change = changes.get(score)
-        rows.append(
-            {
-                "eval": text.one_line(newest.name),
-                "title": text.one_line(newest.title),
-                "kind": text.one_line(newest.kind),
-                "score": text.one_line(score),
-                "score_title": text.one_line(values.get("title", score)),
-                "headline": score == newest.headline,
-                "step": newest.step if after else None,
-                "before": _values(before, score),
-                "after": _values(after, score),
-                "floor": values.get("floor"),
-                "difference": change and {key: getattr(change, key) for key in _OF_A_DIFFERENCE},
-                "source": text.one_line(newest.source),
-            }
-        )
-    return rows
+    differences = {
+        change.score: {key: getattr(change, key) for key in _OF_A_DIFFERENCE}
+        for change in capability_changes(sides[0], sides[1], limits)
+    }
+    return [
+        {
+            "eval": text.one_line(newest.name),
+            "title": text.one_line(newest.title),
+            "kind": text.one_line(newest.kind),
+            "score": text.one_line(score),
+            "score_title": text.one_line(values.get("title", score)),
+            "headline": score == newest.headline,
+            "step": newest.step if after else None,
+            "before": _values(before, score),
+            "after": _values(after, score),
+            "floor": values.get("floor"),
+            "difference": differences.get(score),
+            "source": text.one_line(newest.source),
+        }
+        for score, values in newest.scores.items()
+    ]
 
 
 def _values(record: EvalRecord | None, score: str) -> dict[str, Any] | None:
