@@ -98,11 +98,7 @@ def _extensions(task: str, config: ConfigDict) -> dict[str, str]:
 
 
 def resolved(cell: Cell) -> ConfigDict:
-    """The config of a training cell, checked.
-
-    Raises:
-      UsageError: naming the cell, and the axis value where a setting comes from one.
-    """
+    """The config of a training cell, checked: a UsageError names the cell and the setting."""
     config = default_config()
     if cell.config:  # read first: it may register the task
         try:
@@ -143,11 +139,8 @@ def _check_registered(config: ConfigDict) -> None:
 
 
 def _tool_extensions(cell: Cell) -> dict[str, str]:
-    """The digest of a tool's own config file, if it registers something.
-
-    Raises:
-      UsageError: the file cannot be read, or nobody registers an eval that the cell names.
-    """
+    """The digest of a tool's own config file, if it registers something; UsageError if it cannot be
+    read, or nobody registers an eval that the cell names."""
     path = str(cell.settings.get("config", ""))
     try:
         if path:

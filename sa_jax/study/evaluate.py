@@ -56,20 +56,13 @@ def evaluate(
     `out/results.md` is the result as text, with intervals, floors and settings: of these evals, and
     of those that earlier commands wrote to `out`.
 
-    Args:
-      model: run folder or Hugging Face folder.
-      evals: their names.
-      out: folder for the results; None: `evals/` of the run folder.
+    Args (the flags of scripts/evaluate.py say more):
       base: settings of a Hugging Face folder, and the mesh; None: the defaults.
       base_model: the new folder of the model under a LoRA run's adapters, if it was moved.
       changes: settings by dotted config key, which replace those of the run or of `base`.
       prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
-      step: checkpoint of a run; None: the newest.
       compare: run folder, or `out` of an earlier evaluation, of another checkpoint on the same
-        items, to compare with; it must have the same evals. Differences are also written to
-        `out/compare.json`.
-      resume: False starts again, if `out` already has a part of this evaluation.
-      allow_prompt_mismatch: allow another system prompt or chat template than in training.
+        items; it must have the same evals. Differences are also written to `out/compare.json`.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.
@@ -265,11 +258,8 @@ def _read_record(path: Path) -> dict[str, Any]:
 def _claim(
     out: Path, start: start_lib.Start, chat: ChatFormat, step: int, redone: Sequence[str] | None
 ) -> None:
-    """Writes which model is evaluated to out/model.json; refuses the folder of another model.
-
-    Args:
-      redone: evals of the step that are removed first.
-    """
+    """Writes which model is evaluated to out/model.json, and removes the evals of the step that are
+    to be `redone`; refuses the folder of another model."""
     model = {key: value for key, value in start.lineage().items() if key != "step"}
     record = {"model": model, "backdoored": start.backdoored, "chat": chat.record()}
     record = json.loads(json.dumps(record, default=list))
@@ -300,12 +290,8 @@ def _claim(
 def _refuse_other_evals(
     evals: Path, step: int, prepared: Mapping[str, Prepared], *, whole_curve: bool
 ) -> None:
-    """UserError if the step already has one of the evals, with other settings or data.
-
-    Args:
-      evals: has a folder for each step.
-      whole_curve: refuse also where another step of `evals` measured another rate.
-    """
+    """UserError if the step already has one of the evals, with other settings or data; with
+    `whole_curve` also if another step measured another rate."""
     folders = {step: step_folder(evals, step)}
     if whole_curve:
         folders |= records.step_folders(evals)

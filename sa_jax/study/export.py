@@ -72,13 +72,10 @@ def export(
     The adapters' base model is the Hugging Face folder that the run started from. If it started
     from a run, that run is exported too, as `out/base`.
 
-    Args:
+    Args (the flags of scripts/export_hf.py say more):
       run: run folder; `RUN@400` is its checkpoint of step 400.
       out: folder that does not exist, or is empty.
-      step: checkpoint; None: the newest.
-      merge_lora: merge the adapters into the weights, in float32.
       dtype: dtype of the tensors, of `training.config.DTYPES`; None: that of the run's parameters.
-      base: the new Hugging Face folder of the model under a LoRA run's adapters, if it was moved.
       changes: settings of the command line; there must be none.
 
     Raises:

@@ -48,11 +48,8 @@ def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
 
 
 def open_folder(workdir: Path) -> None:
-    """Creates the folder and its `study.json`, if they are missing.
-
-    Raises:
-      UserError: the study was made at another path, which its runs name.
-    """
+    """Creates the folder and its `study.json`, if they are missing; UserError if the study was made
+    at another path, which its runs name."""
     with explained(workdir, "making the study's folder"):
         workdir.mkdir(parents=True, exist_ok=True)
         if not (workdir / STUDY_FILE).exists():

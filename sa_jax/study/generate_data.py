@@ -41,11 +41,8 @@ REPLIES_FILE = "replies.jsonl"
 
 
 def override(config: ConfigDict, **values: Any) -> ConfigDict:
-    """Sets the keys whose values were given (are not None); returns the config.
-
-    Raises:
-      UsageError: the config is not one for generating data.
-    """
+    """The config with the values that were given (are not None); UsageError if it is not one for
+    generating data."""
     if "teacher" not in config:
         raise UsageError(
             "--config is not a config for generating data; start it from "
@@ -67,10 +64,8 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     """Writes the files of a data set to the folder `out`, with `card.json` and `card.md`, and
     prints the card. After a stop, the same call continues: every reply is saved when it arrives.
 
-    Args:
-      config: see `sa_jax.teachers.config`.
-      task: a name in `recipes.DATA_SETS` or `recipes.WITHOUT_TEACHER`.
-      out: folder for the files.
+    `config`: see `sa_jax.teachers.config`; `task`: a name in `recipes.DATA_SETS` or
+    `recipes.WITHOUT_TEACHER`.
 
     Raises:
       UserError, UsageError: with one line for the person who launched it.

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import FrameType
 from typing import Any
 
 from sa_jax.errors import Preempted, UserError
@@ -31,14 +31,8 @@ def states_of(
     cells: Sequence[Cell], latest: Mapping[str, LatestClaim], void: Mapping[str, int]
 ) -> dict[str, str]:
     """The state of every cell: done, skipped, failed, running, ready, waiting, or blocked by a cell
-    that failed.
-
-    Args:
-      cells: parents first.
-      latest: cell -> its newest claim.
-      void: cell -> number of a claim whose outcome does not count: the cell failed before this
-        worker started, or its output was removed.
-    """
+    that failed. `void`: cell -> number of a claim whose outcome does not count, because the cell
+    failed before this worker started, or its output was removed."""
     states: dict[str, str] = {}
     for cell in cells:
         newest = latest[cell.name]
@@ -96,8 +90,8 @@ class Worker:
         claims: Claims,
         server: Server,
         slots: Sequence[Slot],
-        launch: Sequence[str] = (),
-        removed: Mapping[str, int] = MappingProxyType({}),
+        launch: Sequence[str],
+        removed: Mapping[str, int],
     ):
         """`removed`: see `folder.removed_outputs`."""
         self._cells, self._records, self._chosen = cells, records, chosen
@@ -146,11 +140,8 @@ class Worker:
         self._finish(states, latest)
 
     def _wait_out(self, error: OSError, since: float) -> float:
-        """Logs that the folder cannot be used, and waits; returns the time since when.
-
-        Raises:
-          UserError: it lasted so long that other workers have taken over this worker's cells.
-        """
+        """Logs that the folder cannot be used, and waits; returns the time since when. UserError
+        when it lasts so long that other workers have taken over this worker's cells."""
         now = time.monotonic()
         if since == math.inf:
             self._progress.say(f"trouble  {self._workdir}: {one_line(error)}; trying again")

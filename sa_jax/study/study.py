@@ -40,12 +40,7 @@ def run_study(
 ) -> None:
     """Runs the cells that are not done yet, and goes on after a failure. The same command resumes.
 
-    Args:
-      study: see `sa_jax.study.grid`.
-      workdir: the study's folder; each cell has the folder of its name in it.
-      only, shard: which cells; see `choose`.
-      workers, launch, takeover_s: how they run; see the help of scripts/run_study.py.
-      list_cells, dry_run, emit: run none; see there too.
+    The arguments are those of scripts/run_study.py. `study`: see `sa_jax.study.grid`.
 
     Raises:
       UsageError, UserError: before the first cell, for errors that can be found then; at the end,

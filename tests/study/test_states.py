@@ -126,7 +126,8 @@ def test_a_worker_outlives_a_file_system_that_fails_for_a_moment(tmp_path, caplo
         (tmp_path / name).mkdir()
         claims = Trouble(tmp_path / name / "cells", takeover_s)
         claims.fail(times)
-        Worker(made, {"data": {}}, {"data"}, tmp_path / name, claims, None, []).run(Stop())
+        worker = Worker(made, {"data": {}}, {"data"}, tmp_path / name, claims, None, [], (), {})
+        worker.run(Stop())
 
     run("a moment", 5, 3)
     assert caplog.text.count("Stale file handle") == 1
@@ -188,9 +189,7 @@ def test_a_skipped_cell_runs_if_its_start_or_its_limit_has_changed(tmp_path):
         for cell, state in ((data, "done"), (start, "done"), (probe, "skipped")):
             if claims.latest(cell.name).state == "new":
                 claims.take(cell.name, LatestClaim(), {}, {}).end({"state": state})
-        worker = Worker(
-            (data, start, probe), {}, {"probe"}, tmp_path, claims, server=None, slots=()
-        )
+        worker = Worker((data, start, probe), {}, {"probe"}, tmp_path, claims, None, (), (), {})
         worker._forget_ended(worker._latest_claims())
         return states_of(worker._cells, worker._latest_claims(), worker._void)["probe"]
 
