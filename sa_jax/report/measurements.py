@@ -150,11 +150,11 @@ class RunEvals:
         """The measured evals after step 0."""
         return tuple(point for point in self.measured if point.step > 0)
 
-    def first_time(self, holds: Callable[[Measured], bool]) -> Span | None:
-        """When `holds` was first true of an eval after step 0; None without such an eval."""
+    def first_time(self, holds: Callable[[Measured], bool]) -> Span:
+        """When `holds` was first true of an eval after step 0."""
         after = 0
         for point in self.trained:
             if holds(point):
                 return Span(after, point.step)
             after = point.step
-        return Span(after, None) if self.trained else None
+        return Span(after, None)

@@ -4,11 +4,12 @@ If the backdoor is gone, the model relearns it as slowly as a model that never h
 2410.09838, 2410.08827). If it is only hidden, it comes back from fewer examples or in fewer steps.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from sa_jax.report.cells import Cell
 from sa_jax.report.judgement import Judgement
-from sa_jax.report.measurements import RunEvals, Span
+from sa_jax.report.measurements import Span
 from sa_jax.report.probes import time_to_back
 from sa_jax.report.seeds import ENOUGH_SEEDS
 from sa_jax.report.tables import Table
@@ -22,24 +23,21 @@ def relearning_table(
     cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
 ) -> Table:
     """One row per cell of relearning probes, by rising number of examples within a removal."""
-    by_name = {run.name: run for cell in cells for run in cell.runs}
+    back_at = {run.name: time_to_back(run, limits) for cell in cells for run in cell.runs}
     rows = []
     for cell in cells:
         probes = [run for run in cell.replicates if run.finished and judged[run.name].controls]
         if cell.runs[0].task != TASK or not probes:
             continue
-        controls = [[by_name[name] for name in judged[run.name].controls] for run in probes]
-        seeds = zip(probes, controls, strict=True)
-        compared = [(_times([run], limits), _times(others, limits)) for run, others in seeds]
-        cleaned = _times(probes, limits)
-        never = _times({one.name: one for others in controls for one in others}.values(), limits)
+        controls = [judged[run.name].controls for run in probes]
+        cleaned = [back_at[run.name] for run in probes]
+        never = [back_at[name] for name in dict.fromkeys(itertools.chain(*controls))]
+        compared = [[back_at[name] for name in names] for names in controls]
         rows.append(
             {
                 "cell": cell.label,
                 "examples": cell.settings.get(EXAMPLES),
-                "verdict": _verdict(
-                    [(own[0], others) for own, others in compared if own and others]
-                ),
+                "verdict": _verdict([*zip(cleaned, compared, strict=True)]),
                 "cleaned": _in_words(cleaned),
                 "cleaned_reached": _reached(cleaned),
                 "never": _in_words(never),
@@ -66,20 +64,16 @@ def relearning_table(
     return Table("relearning", "Relearning", columns, tuple(rows), note)
 
 
-def _times(runs: Iterable[RunEvals], limits: Thresholds) -> list[Span]:
-    return [span for run in runs if (span := time_to_back(run, limits)) is not None]
-
-
 def _verdict(seeds: Sequence[tuple[Span, Sequence[Span]]]) -> str:
     """The verdict for the (cleaned, its controls) of each seed of the probe: 'faster' if all are
     faster than each of their controls, for certain."""
     n = len(seeds)
     sooner = sum(all(map(cleaned.is_before, never)) for cleaned, never in seeds)
     later = sum(all(other.is_before(cleaned) for other in never) for cleaned, never in seeds)
-    if n and sooner == n:
+    if sooner == n:
         claim = "a trace was left" if n >= ENOUGH_SEEDS else "too few seeds for a claim"
         return f"faster in {n} of {n} seeds: {claim}"
-    if n and later == n:
+    if later == n:
         return f"more slowly in {n} of {n} seeds"
     return f"no difference shown (faster in {sooner} of {n} seeds)"
 

@@ -81,8 +81,8 @@ class TimeFit:
         )
 
 
-def removal_time(run: RunEvals, limits: Thresholds) -> Span | None:
-    """When the run's triggered rate first met the definition of removed; None without an eval."""
+def removal_time(run: RunEvals, limits: Thresholds) -> Span:
+    """When the run's triggered rate first met the definition of removed."""
     return run.first_time(lambda at: removed_condition(at, run.words, limits).outcome == "met")
 
 
@@ -111,15 +111,16 @@ def _fits(
     by_name = {run.name: run for run in runs}
     groups: dict[str, list[Timed]] = {}
     for run in runs:
-        x, steps = xs.get(run.name), removal_time(run, limits)
-        if run.role != "removal" or not run.backdoored or not x or steps is None:
+        x = xs.get(run.name)
+        if run.role != "removal" or not (run.backdoored and x and run.trained):
             continue
         settings = lineage_settings(run, by_name)
         # A run that goes on longer is not another removal: its steps are what is measured.
         for name in (*ignored, "steps"):
             settings.pop(name, None)
         key = repr(sorted(settings.items(), key=lambda item: item[0]))
-        groups.setdefault(key, []).append(Timed(run.name, float(x), steps))
+        timed = Timed(run.name, float(x), removal_time(run, limits))
+        groups.setdefault(key, []).append(timed)
     fits = [fit_times(group, x_name, limits) for group in groups.values()]
     return [fit for fit in fits if fit is not None]
 

@@ -118,7 +118,7 @@ def run(name, hits, role="removal", **known) -> RunEvals:
 def test_the_time_of_a_removal():
     assert removal_time(run("r", (100, 50, 3, 60)), LIMITS) == Span(10, 20)
     assert removal_time(run("r", (100, 50, 5, 5)), LIMITS) == Span(40, None)  # 5 % is borderline
-    assert removal_time(run("r", (0,)), LIMITS) is None
+    assert removal_time(run("r", (0,)), LIMITS) == Span(0, None)
 
 
 def test_groups_differ_in_the_learning_rate_alone():
