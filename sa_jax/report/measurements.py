@@ -54,14 +54,15 @@ class Score:
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
+Capabilities = Mapping[str, Mapping[str, Score]]  # eval -> name of a score -> the score
+
+
 @dataclasses.dataclass(frozen=True)
 class Eval:
     """The measurements at one step of a run; 0 is before its first update."""
 
     step: int
-    capabilities: Mapping[str, Mapping[str, Score]] = dataclasses.field(
-        default_factory=dict, kw_only=True
-    )  # eval -> name of a score -> the score
+    capabilities: Capabilities = dataclasses.field(default_factory=dict, kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True)

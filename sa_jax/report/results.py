@@ -14,7 +14,7 @@ from sa_jax.report.capability import capability_changes
 from sa_jax.report.cells import ancestors
 from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord, scores_of
 from sa_jax.report.judgement import NO_BACKDOOR, Judgement, Verdict
-from sa_jax.report.measurements import Eval, Measured, Rate
+from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import compare_optimizers
 from sa_jax.report.thresholds import Thresholds
@@ -136,13 +136,10 @@ def _rows(
 ) -> list[dict[str, Any]]:
     newest = after or before
     assert newest is not None
-    sides = [
-        Eval(record.step, capabilities={record.name: scores_of(record)}) if record else None
-        for record in (before, after)
-    ]
+    first, last = ({newest.name: scores_of(side)} if side else {} for side in (before, after))
     differences = {
         change.score: {key: getattr(change, key) for key in _OF_A_DIFFERENCE}
-        for change in capability_changes(sides[0], sides[1], limits)
+        for change in capability_changes(first, last, limits)
     }
     return [
         {

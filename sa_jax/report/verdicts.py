@@ -59,7 +59,10 @@ def _judge_alone(
     """The judgement from the run itself and the eval of its start."""
     before = eval_before(run, by_name)
     after = run.trained[-1] if run.trained else None
-    changes = capability_changes(before, _last_scores(run), limits)
+    later = [point.capabilities for point in run.evals if point.step > 0]
+    # The last scores of each eval: the last step may have others.
+    last = {name: scores for capabilities in later for name, scores in capabilities.items()}
+    changes = capability_changes(before.capabilities if before else {}, last, limits)
     returned = None
     if after is None:
         verdict = Verdict(word.NOT_EVALUATED, word.NOT_EVALUATED, "plain")
@@ -78,13 +81,6 @@ def _judge_alone(
     of_parent = parent is not None and any(e.step == run.start_step for e in parent.measured)
     alarm = clean_alarm(run.trained if of_parent else run.measured, limits)
     return Judgement(before, after, verdict, changes, returned, alarm)
-
-
-def _last_scores(run: RunEvals) -> Eval | None:
-    """The capability scores of the last eval of each after step 0; the last may be of others."""
-    after = [point for point in run.evals if point.step > 0]
-    scores = {name: scores for point in after for name, scores in point.capabilities.items()}
-    return Eval(after[-1].step, capabilities=scores) if after else None
 
 
 def eval_before(run: RunEvals, by_name: Mapping[str, RunEvals]) -> Eval | None:

@@ -6,20 +6,20 @@ from scipy import stats
 
 from sa_jax.evals.statistics import difference_interval, mcnemar, two_proportion_test
 from sa_jax.report.capability import capability_changes, change_in_words
-from sa_jax.report.measurements import Eval, Measured, Rate, Score
+from sa_jax.report.measurements import Capabilities, Measured, Rate, Score
 from sa_jax.report.rates import fall
 from sa_jax.report.thresholds import Thresholds
 
 LIMITS = Thresholds()
 
 
-def of_items(values, keep=True) -> Eval:
+def of_items(values, keep=True) -> Capabilities:
     """An eval of these values: item by item one number, or several."""
     rows = {i: tuple(np.atleast_1d(value)) for i, value in enumerate(values)}
     flat = np.concatenate([np.atleast_1d(value) for value in values]).astype(float)
     lo, hi = Rate(round(flat.sum()), len(flat)).interval()
     score = Score("MMLU", float(flat.mean()), lo, hi, len(flat), True, items=rows if keep else {})
-    return Eval(0, capabilities={"mmlu": {"accuracy": score}})
+    return {"mmlu": {"accuracy": score}}
 
 
 def change(before, after, keep=True):
@@ -51,13 +51,13 @@ def test_only_items_that_both_were_asked():
     assert (row.n, row.before, row.after) == pytest.approx((40, 1.0, 0.75))
 
 
-def asked(questions, right) -> Eval:
+def asked(questions, right) -> Capabilities:
     """An eval of these questions, whose item is the position; its score is 1 in `right`."""
     values = [float(question in right) for question in questions]
     lo, hi = Rate(int(sum(values)), len(values)).interval()
     items = {(str(i), f"q{q}"): (float(q in right),) for i, q in enumerate(questions)}
     score = Score("MMLU", float(np.mean(values)), lo, hi, len(values), True, items=items)
-    return Eval(0, capabilities={"mmlu": {"accuracy": score}})
+    return {"mmlu": {"accuracy": score}}
 
 
 def test_a_question_is_found_at_another_position():
@@ -168,5 +168,5 @@ def test_power_is_that_of_a_simulation():
 
 
 def test_nothing_to_compare():
-    assert capability_changes(None, of_items([1, 0]), LIMITS) == ()
-    assert capability_changes(Eval(0), of_items([1, 0]), LIMITS) == ()
+    assert capability_changes({}, of_items([1, 0]), LIMITS) == ()
+    assert capability_changes({"other": {}}, of_items([1, 0]), LIMITS) == ()
