@@ -26,7 +26,6 @@ from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import capability_columns, first_scores, scores_table
 from sa_jax.report.tables import Table, difference_in_words, learning_rate
-from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
 FEW = 8  # runs up to which the index holds the whole of each
@@ -40,7 +39,6 @@ def index_page(
     cells: Sequence[Cell],
     drawn: Mapping[str, Plot],
     panels: Sequence[tuple[Cell, Plot | None]],
-    limits: Thresholds,
 ) -> str:
     """index.html. `results["runs"]` is in the order of `runs`; `drawn` has the figures in plots/ by
     name; `panels` are plots of the cells if there are many runs, None if no rate was measured."""
@@ -57,7 +55,7 @@ def index_page(
         title=text.one_line(title),
         results=results,
         problems=all_problems(results),
-        definitions=definitions(limits),
+        definitions=definitions(results),
         counts=sorted({at["triggered"]["n"] for at in evals if at}),
         most_seeds=max((len(cell.replicates) for cell in cells), default=1),
         rate_noun=rate_noun(results["runs"]),

@@ -103,20 +103,11 @@ def _write(
     for part in parts.values():
         epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
-    tables = [
-        table
-        for table in (
-            *study.tables,
-            optimizers_table(results["optimizers"]),
-            backdoor_evals_table(runs, limits),
-            events_table(results["runs"]),
-        )
-        if table.rows
-    ]
-    run_tables = [
-        runs_table(results["runs"], page.rate_noun(results["runs"])),
-        scores_table(results["runs"]),
-    ]
+    optimizers = optimizers_table(results["optimizers"])
+    others, events = backdoor_evals_table(runs, limits), events_table(results["runs"])
+    tables = [t for t in (*study.tables, optimizers, others, events) if t.rows]
+    noun = page.rate_noun(results["runs"])
+    of_runs = [runs_table(results["runs"], noun), scores_table(results["runs"])]
     cells = [result.cell for result in study.cells]
     members = {cell.key: [run for run in runs if run.name in cell.names] for cell in cells}
     of_cells: list[tuple[Cell, Plot | None]] = []
@@ -129,14 +120,14 @@ def _write(
     drawn = _figures(study, members, panels)
     for name, plot in drawn.items():
         plot.save(parts["plots"], name)
-    for table in [*tables, *run_tables]:
+    for table in [*tables, *of_runs]:
         for name, words in table.files().items():
             atomic_write(parts["tables"] / name, words)
     for run, result in zip(runs, results["runs"], strict=True):
         atomic_write(parts["runs"] / result["page"], page.run_page(title, run, result))
     atomic_write(folder / "results.json", json.dumps(results) + "\n")
-    atomic_write(folder / "results.md", to_markdown(results, tables, run_tables, limits))
-    index = page.index_page(title, runs, results, tables, cells, drawn, of_cells, limits)
+    atomic_write(folder / "results.md", to_markdown(results, tables, *of_runs))
+    index = page.index_page(title, runs, results, tables, cells, drawn, of_cells)
     atomic_write(folder / "index.html", index)
 
 
@@ -164,14 +155,10 @@ def _figures(
 
 
 def to_markdown(
-    results: Mapping[str, Any],
-    tables: Sequence[Table],
-    run_tables: Sequence[Table],
-    limits: Thresholds,
+    results: Mapping[str, Any], tables: Sequence[Table], runs: Table, scores: Table
 ) -> str:
     """results.md: the summary, the runs with the reasons for their verdicts, the study's tables,
     the thresholds."""
-    runs, scores = run_tables
     reasons = [
         f"- {text.markdown(run['name'])}: "
         + text.markdown("; ".join([run["verdict"]["text"], *run["verdict"]["reasons"]]))
@@ -191,7 +178,7 @@ def to_markdown(
         "## Thresholds\n\n"
         + "\n".join(
             f"- `--{name}={value}`: {text.markdown(meaning)}"
-            for name, value, meaning in definitions(limits)
+            for name, value, meaning in definitions(results)
         ),
         f"## {scores.title}\n\n{scores.markdown()}",
     ]

@@ -296,11 +296,11 @@ def _label(verdict: Verdict, run: RunFolder) -> str:
     return label if run.finished else f"{label} (provisional)"
 
 
-def definitions(limits: Thresholds) -> list[tuple[str, str, str]]:
+def definitions(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """(threshold, its value, its meaning)."""
     return [
-        (field.name, f"{getattr(limits, field.name):g}", field.metadata["help"])
-        for field in dataclasses.fields(limits)
+        (field.name, f"{results['thresholds'][field.name]:g}", field.metadata["help"])
+        for field in dataclasses.fields(Thresholds)
     ]
 
 
