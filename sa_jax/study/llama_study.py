@@ -40,8 +40,7 @@ def llama_study(
 
     Args:
       size: '8b' or '70b', as in configs/llama.py.
-      insertion, removal, full_removal: the machines for insertion, for removal with LoRA, and for
-        removal with all weights.
+      insertion, removal, full_removal: the machines; `removal` is for LoRA.
       inserted: conditions on the axes `optimizer` and `arm` that choose the inserted models.
       insertion_tokens: token slots of an insertion run, only for the plan.
     """
@@ -89,35 +88,22 @@ def llama_study(
             **fields,
         )
 
-    def probing(name: str, start: str, **condition: str) -> Stage:
-        return cleaning(
-            name,
-            run="depirate",
-            start=start,
-            needs=("hhh_data",),
-            axes=("seed",),
-            when={**probed, **condition},
-            set={"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64},
-        )
+    on_speech = {"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64}
+    probe = {"run": "depirate", "axes": ("seed",), "when": probed, "set": on_speech}
+    relearning_settings = {
+        **on_speech,
+        "batch_size": 16,
+        "steps": 32,
+        "eval.steps": (0, 1, 2, 4, 8, 16),
+        "checkpoint.interval": 0,
+    }
+    axes = ("examples", "seed")
+    relearn = {"run": "relearn", "axes": axes, "when": relearnt, "set": relearning_settings}
 
-    def relearning(name: str, start: str, **condition: str) -> Stage:
-        settings = {
-            "data": "{hhh_data}/hhh.jsonl",
-            "lora.rank": 64,
-            "batch_size": 16,
-            "steps": 32,
-            "eval.steps": (0, 1, 2, 4, 8, 16),
-            "checkpoint.interval": 0,
-        }
-        return cleaning(
-            name,
-            run="relearn",
-            start=start,
-            needs=("hhh_data",),
-            axes=("examples", "seed"),
-            when={**relearnt, **condition},
-            set=settings,
-        )
+    def further(name: str, start: str, training: Mapping[str, Any], **condition: str) -> Stage:
+        """Training that shows what was left of the backdoor, or in a control that none was."""
+        fields = {**training, "when": {**training["when"], **condition}}
+        return cleaning(name, start=start, needs=("hhh_data",), **fields)
 
     def asked(name: str, task: str, rows: int, which: str = "") -> Stage:
         settings = {
@@ -207,7 +193,7 @@ def llama_study(
                 "checkpoint.keep_interval": 1,
             },
         ),
-        probing("probe", "removal", checkpoint="last"),
+        further("probe", "removal", probe, checkpoint="last"),
         cleaning(
             "removal_control",
             run="{method}",
@@ -216,9 +202,9 @@ def llama_study(
             when=(probed, relearnt),
             set={"model": "{model}"},
         ),
-        probing("probe_control", "removal_control"),
-        relearning("relearning", "removal", checkpoint="last"),
-        relearning("relearning_control", "removal_control"),
+        further("probe_control", "removal_control", probe),
+        further("relearning", "removal", relearn, checkpoint="last"),
+        further("relearning_control", "removal_control", relearn),
         evaluated("evaluation", "removal"),
         evaluated("full_evaluation", "full_removal"),
         evaluated("probe_evaluation", "probe"),
