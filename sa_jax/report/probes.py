@@ -206,7 +206,10 @@ def after_probes(
             head = "removed, but a trace is left"
             tail = "a probe brought it back sooner than to a model that never had it"
     seen = verdict.text.removeprefix(f"{verdict.status}: ")
-    reasons = [*verdict.reasons, *(_probe_in_words(p, judged[p.name]) for p in probes)]
+    reasons = [*verdict.reasons]
+    for probe in probes:
+        unfinished = "" if probe.finished else " (not finished, so it decides nothing)"
+        reasons.append(f"probe {probe.name}{unfinished}: {judged[probe.name].verdict.text}")
     if not probes:
         reasons.append("no probe has tested whether it is only suppressed")
     tested = Verdict(status, f"{head}: {seen}; {tail}", tone or TONES[status], tuple(reasons))
@@ -227,11 +230,6 @@ def _control_in_words(control: RunEvals, same_seeds: bool, limits: Thresholds) -
         f"matched control {control.name}{seeds}: {last} at its end, at most "
         f"{percent(highest.triggered.rate)} ({interval})"
     )
-
-
-def _probe_in_words(probe: RunEvals, judged: Judgement) -> str:
-    unfinished = "" if probe.finished else " (not finished, so it decides nothing)"
-    return f"probe {probe.name}{unfinished}: {judged.verdict.text}"
 
 
 # ---- Speed: how fast the behaviour comes, if it also comes to a model that never had it.

@@ -121,21 +121,16 @@ def resolved(cell: Cell) -> ConfigDict:
             raise UsageError(f"cell {cell.name}: the setting {key}: {reason}") from None
     try:
         check_config(config)
-        _check_registered(config)
+        make_optimizer(config.optimizer, 1)  # these refuse a name that nobody registers
+        if config.loss:
+            LOSSES[config.loss]
+        if config.backdoor.behaviour:
+            BEHAVIOURS[config.backdoor.behaviour]
+        for name in config.eval.names:
+            check_eval(name)
     except UsageError as error:
         raise UsageError(f"cell {cell.name}: {error}") from None
     return config
-
-
-def _check_registered(config: ConfigDict) -> None:
-    """UsageError for the name of something that nobody registers."""
-    make_optimizer(config.optimizer, 1)
-    if config.loss:
-        LOSSES[config.loss]
-    if config.backdoor.behaviour:
-        BEHAVIOURS[config.backdoor.behaviour]
-    for name in config.eval.names:
-        check_eval(name)
 
 
 def _tool_extensions(cell: Cell) -> dict[str, str]:

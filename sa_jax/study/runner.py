@@ -112,7 +112,9 @@ class Worker:
         stopping, trouble_since = False, math.inf
         while True:
             if stop.requested and not stopping:
-                self._ask_to_stop()
+                for running in self._running.values():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(running.pid, signal.SIGTERM)
                 stopping = True
             if stop.repeated:
                 raise KeyboardInterrupt
@@ -260,11 +262,6 @@ class Worker:
 
     def _drop(self, name: str) -> None:
         self._free.append(self._running.pop(name).slot)
-
-    def _ask_to_stop(self) -> None:
-        for running in self._running.values():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(running.pid, signal.SIGTERM)
 
     def _finish(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
         """Prints the failed cells, and raises the error for exit status 1."""
