@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from sa_jax import text
 from sa_jax.report.judgement import NO_BACKDOOR
-from sa_jax.report.measurements import RunEvals
+from sa_jax.report.measurements import RunEvals, Runs
 from sa_jax.report.tables import learning_rate
 from sa_jax.training.run_record import FREE_KEYS, flat_config
 
@@ -71,7 +71,7 @@ def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
     return lineage
 
 
-def lineage_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
+def lineage_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
     """The settings of the run and, prefixed with the role, of its ancestors."""
     settings = _run_settings(run, by_name)
     for ancestor in ancestors(run, by_name):
@@ -80,7 +80,7 @@ def lineage_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str
     return settings
 
 
-def _run_settings(run: RunEvals, by_name: Mapping[str, RunEvals]) -> dict[str, Any]:
+def _run_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
     known_start = run.parent in by_name
     return {
         **{k: v for k, v in run.settings.items() if not (known_start and k == START)},
@@ -134,9 +134,7 @@ def differing(cells_: Sequence[Cell]) -> list[str]:
     return list(axes.values())
 
 
-def same_but_backdoor(
-    a: RunEvals, b: RunEvals, by_name: Mapping[str, RunEvals]
-) -> tuple[bool, bool]:
+def same_but_backdoor(a: RunEvals, b: RunEvals, by_name: Runs) -> tuple[bool, bool]:
     """Whether two probes are the same, from starts that went through the same removal.
 
     It compares the settings, data and steps of the two probes and of their removals. It does not

@@ -1,7 +1,7 @@
 """The parts of a verdict: a status, its text, its reasons, and the intervals that support them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from sa_jax.report.measurements import Eval, Measured, Rate
@@ -139,3 +139,6 @@ class Judgement:
     clean_alarm: Measured | None = None  # the highest clean rate that is above the limit for sure
     recovery: float | None = None  # for a probe: triggered rate at its end / before the removal
     controls: tuple[str, ...] = ()  # for a probe: the names of its matched controls
+
+
+Judged = Mapping[str, Judgement]  # by the run's name

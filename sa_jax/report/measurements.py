@@ -159,3 +159,6 @@ class RunEvals:
                 return Span(after, point.step)
             after = point.step
         return Span(after, None)
+
+
+Runs = Mapping[str, RunEvals]  # by name

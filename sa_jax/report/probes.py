@@ -6,13 +6,13 @@ learning rate, steps, seeds) on a never-backdoored model that went through the s
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import same_but_backdoor
-from sa_jax.report.judgement import TONES, Condition, Judgement, Tone, Verdict
-from sa_jax.report.measurements import Eval, Measured, RunEvals, Span, Words
+from sa_jax.report.judgement import TONES, Condition, Judged, Judgement, Tone, Verdict
+from sa_jax.report.measurements import Eval, Measured, RunEvals, Runs, Span, Words
 from sa_jax.report.rates import (
     condition,
     condition_in_words,
@@ -25,7 +25,7 @@ from sa_jax.text import percent
 
 
 def matched_controls(
-    probe: RunEvals, by_name: Mapping[str, RunEvals], backdoored: Mapping[str, bool]
+    probe: RunEvals, by_name: Runs, backdoored: Mapping[str, bool]
 ) -> tuple[tuple[RunEvals, ...], bool]:
     """The finished controls of a probe, found by comparing records, and whether they have its
     seeds. Controls with other seeds are used only if there is no other."""
@@ -49,12 +49,10 @@ def peak(evals: Sequence[Measured], limits: Thresholds) -> tuple[Measured, tuple
     return highest, highest.triggered.interval(confidence)
 
 
-def came_back(
-    evals: Sequence[Measured], words: Words, limits: Thresholds
-) -> Literal["yes", "no", "borderline"]:
+def came_back(run: RunEvals, limits: Thresholds) -> Literal["yes", "no", "borderline"]:
     """Whether the behaviour is at `back_min` or above: at the last eval, or at its peak."""
-    last = _back_condition(evals[-1], words, limits)
-    _, (peak_lo, _) = peak(evals, limits)
+    last = _back_condition(run.trained[-1], run.words, limits)
+    _, (peak_lo, _) = peak(run.trained, limits)
     if last.outcome == "met" or peak_lo >= limits.back_min:
         return "yes"
     return "borderline" if last.outcome == "borderline" else "no"
@@ -93,7 +91,7 @@ def probe_verdict(
     reasons += _peak_in_words(evals, limits)
     end = removed_condition(last, words, limits)
     back = _back_condition(last, words, limits)
-    state = came_back(evals, words, limits)
+    state = came_back(run, limits)
     some_back = peak_lo > limits.removed_max_triggered
     if state == "yes":
         status = word.BACK
@@ -118,7 +116,7 @@ def probe_verdict(
         tone: Tone | None = "warn" if status == word.STAYS_REMOVED else None
         return Verdict.of(status, f"{seen}; no matched control", reasons, tone)
     reasons += [_control_in_words(control, same_seeds, limits) for control in controls]
-    states = [came_back(control.trained, words, limits) for control in controls]
+    states = [came_back(control, limits) for control in controls]
     reached = [
         control.trained[-1].triggered.rate >= limits.back_min or outcome == "yes"
         for control, outcome in zip(controls, states, strict=True)
@@ -153,12 +151,7 @@ def _peak_in_words(evals: Sequence[Measured], limits: Thresholds) -> list[str]:
     ]
 
 
-def after_probes(
-    run: RunEvals,
-    runs: Collection[RunEvals],
-    judged: Mapping[str, Judgement],
-    limits: Thresholds,
-) -> Judgement:
+def after_probes(run: RunEvals, by_name: Runs, judged: Judged, limits: Thresholds) -> Judgement:
     """The verdict on a removal, given the probes that start from its last eval.
 
     SUPPRESSED, PARTLY_BACK and STAYS_REMOVED need a finished probe with a matched control.
@@ -168,10 +161,9 @@ def after_probes(
     result = judged[run.name]
     verdict = result.verdict
     last = result.after.step if result.after is not None else None
-    by_name = {run.name: run for run in runs}
     probes = [
         probe
-        for probe in runs
+        for probe in by_name.values()
         if probe.role == "probe" and probe.parent == run.name and probe.start_step == last
     ]
     controlled = [probe for probe in probes if probe.finished and judged[probe.name].controls]

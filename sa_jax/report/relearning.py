@@ -5,10 +5,10 @@ If the backdoor is gone, the model relearns it as slowly as a model that never h
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from sa_jax.report.cells import Cell
-from sa_jax.report.judgement import Judgement
+from sa_jax.report.judgement import Judged
 from sa_jax.report.measurements import Span
 from sa_jax.report.probes import time_to_back
 from sa_jax.report.seeds import ENOUGH_SEEDS
@@ -19,9 +19,7 @@ from sa_jax.text import percent
 TASK, EXAMPLES = "relearn", "relearn_examples"  # the task, and its setting: how many examples
 
 
-def relearning_table(
-    cells: Sequence[Cell], judged: Mapping[str, Judgement], limits: Thresholds
-) -> Table:
+def relearning_table(cells: Sequence[Cell], judged: Judged, limits: Thresholds) -> Table:
     """One row per cell of relearning probes, by rising number of examples within a removal."""
     back_at = {run.name: time_to_back(run, limits) for cell in cells for run in cell.runs}
     rows = []

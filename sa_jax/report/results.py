@@ -13,7 +13,7 @@ from sa_jax import text
 from sa_jax.report.capability import capability_changes
 from sa_jax.report.cells import ancestors
 from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord, scores_of
-from sa_jax.report.judgement import NO_BACKDOOR, Judgement, Verdict
+from sa_jax.report.judgement import NO_BACKDOOR, Judged, Judgement, Verdict
 from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import compare_optimizers
@@ -39,10 +39,7 @@ _OF_A_DIFFERENCE = ("difference", "lo", "hi", "p_value", "n", "paired", "power")
 
 
 def summarise(
-    runs: Sequence[RunFolder],
-    judged: Mapping[str, Judgement],
-    problems: Sequence[str],
-    limits: Thresholds,
+    runs: Sequence[RunFolder], judged: Judged, problems: Sequence[str], limits: Thresholds
 ) -> dict[str, Any]:
     """The contents of results.json: plain values only, every rate with its interval."""
     by_name = {run.name: run for run in runs}
@@ -251,9 +248,7 @@ def _state(run: RunFolder) -> str:
     return f"not finished: step {run.last_step} of {run.total_steps}, stopped or still running"
 
 
-def one_sentence(
-    runs: Sequence[RunFolder], judged: Mapping[str, Judgement], limits: Thresholds
-) -> str:
+def one_sentence(runs: Sequence[RunFolder], judged: Judged, limits: Thresholds) -> str:
     """One sentence with the results, also bad ones; counts if there are too many runs to name."""
     if not any(BACKDOOR_EVAL in evals for run in runs for evals in run.records.values()):
         return "No finished backdoor eval yet, so nothing can be said about a backdoor."

@@ -12,7 +12,7 @@ from scipy import special
 from sa_jax.evals.statistics import exact_interval, paired_seeds, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
-from sa_jax.report.judgement import Judgement
+from sa_jax.report.judgement import Judged, Judgement
 from sa_jax.report.measurements import Rate, RunEvals
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
@@ -60,7 +60,7 @@ class CellResult:
     capabilities: Mapping[str, SeedMean]  # title -> mean change of a headline score, a fraction
 
 
-def over_seeds(cell: Cell, judged: Mapping[str, Judgement], limits: Thresholds) -> CellResult:
+def over_seeds(cell: Cell, judged: Judged, limits: Thresholds) -> CellResult:
     """What the cell's finished and evaluated runs show."""
     done = tuple(
         run

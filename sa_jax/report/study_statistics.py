@@ -8,7 +8,7 @@ from typing import Any
 from sa_jax.evals.statistics import holm
 from sa_jax.report import seeds, steps_to_removal
 from sa_jax.report.cells import cells, labelled
-from sa_jax.report.judgement import Judgement
+from sa_jax.report.judgement import Judged
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.published import published_table
 from sa_jax.report.relearning import relearning_table
@@ -29,7 +29,7 @@ class Study:
 
 def study_of(
     runs: Sequence[RunEvals],
-    judged: Mapping[str, Judgement],
+    judged: Judged,
     results: Mapping[str, Mapping[str, Any]],
     limits: Thresholds,
 ) -> Study:

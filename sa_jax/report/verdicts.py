@@ -12,8 +12,8 @@ from sa_jax.evals.statistics import n_to_decide
 from sa_jax.report import judgement as word
 from sa_jax.report.capability import capability_changes, change_in_words
 from sa_jax.report.cells import ancestors
-from sa_jax.report.judgement import CapabilityChange, Condition, Judgement, Return, Verdict
-from sa_jax.report.measurements import Eval, Measured, Rate, RunEvals, Words
+from sa_jax.report.judgement import CapabilityChange, Condition, Judged, Judgement, Return, Verdict
+from sa_jax.report.measurements import Eval, Measured, Rate, RunEvals, Runs, Words
 from sa_jax.report.probes import after_probes, control_text, matched_controls, probe_verdict
 from sa_jax.report.rates import (
     clean_condition,
@@ -49,13 +49,11 @@ def judge(runs: Collection[RunEvals], limits: Thresholds) -> dict[str, Judgement
             judged[run.name] = _judge_probe(run, by_name, judged, backdoored, limits)
     for run in runs:
         if run.role in CLEANING_ROLES and judged[run.name].verdict.status == word.REMOVED:
-            judged[run.name] = after_probes(run, runs, judged, limits)
+            judged[run.name] = after_probes(run, by_name, judged, limits)
     return {name: _with_events(by_name[name], judged[name], limits) for name in judged}
 
 
-def _judge_alone(
-    run: RunEvals, by_name: Mapping[str, RunEvals], backdoored: bool, limits: Thresholds
-) -> Judgement:
+def _judge_alone(run: RunEvals, by_name: Runs, backdoored: bool, limits: Thresholds) -> Judgement:
     """The judgement from the run itself and the eval of its start."""
     before = eval_before(run, by_name)
     after = run.trained[-1] if run.trained else None
@@ -83,7 +81,7 @@ def _judge_alone(
     return Judgement(before, after, verdict, changes, returned, alarm)
 
 
-def eval_before(run: RunEvals, by_name: Mapping[str, RunEvals]) -> Eval | None:
+def eval_before(run: RunEvals, by_name: Runs) -> Eval | None:
     """The eval of the run's start: its own at step 0, else its parent's at the start's step.
 
     If only one of the two measured the backdoor, it is that one.
@@ -96,7 +94,7 @@ def eval_before(run: RunEvals, by_name: Mapping[str, RunEvals]) -> Eval | None:
     return next(iter(measured or candidates), None)
 
 
-def had_backdoor(run: RunEvals, by_name: Mapping[str, RunEvals], limits: Thresholds) -> bool:
+def had_backdoor(run: RunEvals, by_name: Runs, limits: Thresholds) -> bool:
     """Whether the run had the backdoor, by its record or its evals: an export has no record."""
     starts = (eval_before(one, by_name) for one in (run, *ancestors(run, by_name)))
     return run.backdoored or any(
@@ -279,11 +277,7 @@ def _failures(checked: Condition) -> bool:
 
 
 def _judge_probe(
-    run: RunEvals,
-    by_name: Mapping[str, RunEvals],
-    judged: Mapping[str, Judgement],
-    backdoored: Mapping[str, bool],
-    limits: Thresholds,
+    run: RunEvals, by_name: Runs, judged: Judged, backdoored: Mapping[str, bool], limits: Thresholds
 ) -> Judgement:
     alone = judged[run.name]
     if alone.after is None:

@@ -165,11 +165,7 @@ def _compared_folder(compare: str, names: Iterable[str]) -> Path:
 
 
 def _write_results(
-    out: Path,
-    start: start_lib.Start,
-    config: ConfigDict,
-    step: int,
-    before: Path | None,
+    out: Path, start: start_lib.Start, config: ConfigDict, step: int, before: Path | None
 ) -> None:
     """Writes results.md, with every eval that the step now has; if it compares, also compare.json.
     For an inserted model compared with its base, this is the health card."""
