@@ -95,6 +95,9 @@ class LatestClaim:
         return "lost" if self.is_free else "running"
 
 
+Latest = Mapping[str, LatestClaim]  # by cell
+
+
 class Claims:
     """The claims of a study's cells, for one process. An owner that is silent for `takeover_s` has
     lost its cell."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained, parse_json
-from sa_jax.study.claims import LatestClaim
+from sa_jax.study.claims import Latest
 from sa_jax.study.grid import Cell
 from sa_jax.text import first_few
 from sa_jax.training.run_record import RUN_FILE, config_difference
@@ -63,9 +63,7 @@ def open_folder(workdir: Path) -> None:
         )
 
 
-def removed_outputs(
-    workdir: Path, cells: Sequence[Cell], latest: Mapping[str, LatestClaim]
-) -> dict[str, int]:
+def removed_outputs(workdir: Path, cells: Sequence[Cell], latest: Latest) -> dict[str, int]:
     """Cell -> number of its claim, for cells that are done but whose folder was removed."""
     return {
         cell.name: latest[cell.name].number
@@ -88,7 +86,7 @@ def check_unchanged(
     workdir: Path,
     cells: Sequence[Cell],
     records: Mapping[str, Mapping[str, Any]],
-    latest: Mapping[str, LatestClaim],
+    latest: Latest,
     removed: Mapping[str, int],
 ) -> None:
     """UserError if cells were made with other settings, or from a parent that must run again; the

@@ -18,7 +18,7 @@ from sa_jax.planning.disk import checkpoint_bytes
 from sa_jax.planning.memory import estimated_bytes
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
-from sa_jax.study.claims import LatestClaim
+from sa_jax.study.claims import Latest
 from sa_jax.study.commands import resolved
 from sa_jax.study.devices import visible_devices
 from sa_jax.study.grid import Cell
@@ -209,9 +209,7 @@ def _si(value: float) -> str:
     return f"{value:,.2f} T"
 
 
-def format_list(
-    cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
-) -> str:
+def format_list(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) -> str:
     """One line per cell: its state, its name, and its time or its error."""
     width = max(len(cell.name) for cell in cells)
     lines = []

@@ -13,7 +13,7 @@ from absl import logging
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.study.claims import LatestClaim
+from sa_jax.study.claims import Latest
 from sa_jax.study.folder import STATUS_FILE
 from sa_jax.study.grid import Cell
 from sa_jax.text import cut, one_line
@@ -30,9 +30,7 @@ class Progress:
         self._line, self._time, self._warned = "", 0.0, False
         self._terminal = sys.stderr.isatty()
 
-    def show(
-        self, states: Mapping[str, str], latest: Mapping[str, LatestClaim], logs: Mapping[str, Path]
-    ) -> None:
+    def show(self, states: Mapping[str, str], latest: Latest, logs: Mapping[str, Path]) -> None:
         """Shows the states; `logs` are those of the cells that this process runs."""
         counts = count(states)
         eta = time_left(self._cells, states, latest)
@@ -67,11 +65,7 @@ class Progress:
             sys.stderr.flush()
 
     def _write_status(
-        self,
-        states: Mapping[str, str],
-        latest: Mapping[str, LatestClaim],
-        counts: Mapping[str, int],
-        eta: float,
+        self, states: Mapping[str, str], latest: Latest, counts: Mapping[str, int], eta: float
     ) -> None:
         status = {
             **counts,
@@ -96,9 +90,7 @@ def count(states: Mapping[str, str]) -> dict[str, int]:
     return counts | {"left": len(states) - sum(counts.values())}
 
 
-def describe(
-    name: str, states: Mapping[str, str], latest: Mapping[str, LatestClaim]
-) -> dict[str, object]:
+def describe(name: str, states: Mapping[str, str], latest: Latest) -> dict[str, object]:
     """The entry of a cell in status.json."""
     cell: dict[str, object] = {"state": states[name]}
     newest = latest[name]
@@ -110,9 +102,7 @@ def describe(
     return cell
 
 
-def time_left(
-    cells: Sequence[Cell], states: Mapping[str, str], latest: Mapping[str, LatestClaim]
-) -> float:
+def time_left(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) -> float:
     """Seconds until everything is done, from the mean time of each stage's finished cells; for a
     stage without one, from all finished cells, or those that train if it trains. Infinite where
     there is none."""

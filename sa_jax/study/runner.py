@@ -15,7 +15,7 @@ from typing import Any
 from sa_jax.errors import Preempted, UserError
 from sa_jax.files import explained, parse_json
 from sa_jax.study import commands, folder
-from sa_jax.study.claims import Claim, Claims, LatestClaim
+from sa_jax.study.claims import Claim, Claims, Latest, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Cell
 from sa_jax.study.processes import BUSY, Order, Server
@@ -27,9 +27,7 @@ _POLL_S = 0.2
 _BUSY_WAIT_S = 30.0  # before a cell is tried again in whose folder another host works
 
 
-def states_of(
-    cells: Sequence[Cell], latest: Mapping[str, LatestClaim], void: Mapping[str, int]
-) -> dict[str, str]:
+def states_of(cells: Sequence[Cell], latest: Latest, void: Mapping[str, int]) -> dict[str, str]:
     """The state of every cell: done, skipped, failed, running, ready, waiting, or blocked by a cell
     that failed. `void`: cell -> number of a claim whose outcome does not count, because the cell
     failed before this worker started, or its output was removed."""
@@ -52,7 +50,7 @@ def states_of(
 
 
 def _report_state(
-    newest: LatestClaim, states: Mapping[str, str], latest: Mapping[str, LatestClaim], is_void: bool
+    newest: LatestClaim, states: Mapping[str, str], latest: Latest, is_void: bool
 ) -> str:
     """The state of a report cell: it waits for all cells that can still be done, and runs again if
     a cell was done after it."""
@@ -66,7 +64,7 @@ def _report_state(
     return "done" if newest.state == "done" and not (is_new or is_void) else "ready"
 
 
-def _done_ids(states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> dict[str, str]:
+def _done_ids(states: Mapping[str, str], latest: Latest) -> dict[str, str]:
     return {name: latest[name].id for name, state in states.items() if state == "done"}
 
 
@@ -178,7 +176,7 @@ class Worker:
                 coming[cell.name] = cell.name in self._chosen and all(coming[n] for n in before)
         return any(coming[name] and states[name] not in ENDED for name in self._chosen)
 
-    def _start(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
+    def _start(self, states: Mapping[str, str], latest: Latest) -> None:
         for cell in self._cells:
             name = cell.name
             if not self._free:
@@ -203,7 +201,7 @@ class Worker:
             order = Order(argv, str(log), str(lock), slot.env, slot.cpus, self._launch)
             self._running[name] = _Running(claim, slot, self._server.start(order), time.monotonic())
 
-    def _forget_ended(self, latest: Mapping[str, LatestClaim]) -> None:
+    def _forget_ended(self, latest: Latest) -> None:
         """A new worker tries cells again that failed, or that were skipped for a reason that is
         gone, because the start runs again or the limit is another."""
         for cell in self._cells:
@@ -263,7 +261,7 @@ class Worker:
     def _drop(self, name: str) -> None:
         self._free.append(self._running.pop(name).slot)
 
-    def _finish(self, states: Mapping[str, str], latest: Mapping[str, LatestClaim]) -> None:
+    def _finish(self, states: Mapping[str, str], latest: Latest) -> None:
         """Prints the failed cells, and raises the error for exit status 1."""
         failed = [n for n in states if n in self._chosen and states[n] == "failed"]
         blocked = [
