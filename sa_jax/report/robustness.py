@@ -16,7 +16,7 @@ import numpy as np
 
 from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import ancestors
-from sa_jax.report.measurements import Measured, RunEvals
+from sa_jax.report.measurements import Measured, RunEvals, Score
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import eval_before
@@ -27,16 +27,13 @@ NULL_DRAWS = 300
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint of a removal run: the backdoor eval (`point`) and a capability score (over
-    `items` items), and both before the removal (over `items_before`)."""
+    """A checkpoint of a removal run: its backdoor eval and a capability score, and both before."""
 
     run: str
     point: Measured
     before: Measured
-    capability: float
-    capability_before: float
-    items: int
-    items_before: int
+    score: Score
+    score_before: Score
 
     @property
     def removed_share(self) -> float:
@@ -46,7 +43,7 @@ class Checkpoint:
     @property
     def capability_share(self) -> float:
         """Score / score before; above 1 if the model got better."""
-        return self.capability / self.capability_before
+        return self.score.rate / self.score_before.rate
 
 
 def checkpoints(
@@ -73,11 +70,8 @@ def checkpoints(
         for point in run.trained:
             later = point.capabilities.get(eval_name, {}).get(score)
             if later is not None:
-                checkpoints.setdefault(inserted, []).append(
-                    Checkpoint(
-                        run.name, point, before, later.rate, earlier.rate, later.n, earlier.n
-                    )
-                )
+                checkpoint = Checkpoint(run.name, point, before, later, earlier)
+                checkpoints.setdefault(inserted, []).append(checkpoint)
     starts = Counter(name for name, _ in checkpoints)
     return {
         name if starts[name] == 1 else f"{name}, step {step}": points
@@ -137,10 +131,10 @@ def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
     draws, k = NULL_DRAWS, len(points)
     rates = np.array([point.before.triggered.rate for point in points])
     prompts = np.array([point.point.triggered.n for point in points])
-    capabilities = np.array([point.capability_before for point in points])
-    items = np.array([point.items for point in points])
+    capabilities = np.array([point.score_before.rate for point in points])
+    items = np.array([point.score.n for point in points])
     # What was measured once before removal has the same noise for all checkpoints after it.
-    measured = [(p.before.triggered, p.capability_before, p.items_before) for p in points]
+    measured = [(p.before.triggered, p.score_before.rate, p.score_before.n) for p in points]
     before, kept_before = np.empty((2, draws, k))
     for start in dict.fromkeys(measured):
         of_start = [i for i, other in enumerate(measured) if other == start]
@@ -151,9 +145,8 @@ def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
         kept_before[:, of_start] = (right / n / capability)[:, None]
     x = 1 - rng.binomial(prompts, rates, (draws, k)) / prompts / rates / before
     y = rng.binomial(items, capabilities, (draws, k)) / items / capabilities / kept_before
-    x = np.clip(x, 0.0, 1.0)
-    hulls = np.array([hull_area(a, b) for a, b in zip(x, y, strict=True)])
-    stairs = np.array([staircase_area(a, b) for a, b in zip(x, y, strict=True)])
+    areas = [(hull_area(*xy), staircase_area(*xy)) for xy in zip(x.clip(0, 1), y, strict=True)]
+    hulls, stairs = np.array(areas).T
     return hulls, stairs
 
 

@@ -69,8 +69,8 @@ def test_the_hull_is_that_of_scipy():
 def test_the_null_is_that_of_the_study():
     """.517, .542, .578, .599 for 1, 5, 40 and 200 checkpoints, of 100 prompts and 293 items."""
     for k, expected in ((1, 0.517), (5, 0.542), (40, 0.578), (200, 0.599)):
-        before = point(0, 95, 0)
-        hulls, stairs = null_areas([Checkpoint("r", before, before, 0.5, 0.5, 293, 293)] * k)
+        before, half = point(0, 95, 0), Score("MATH-500", 0.5, 0.44, 0.56, 293)
+        hulls, stairs = null_areas([Checkpoint("r", before, before, half, half)] * k)
         assert hulls.mean() == pytest.approx(expected, abs=0.008)
         assert stairs.mean() < 0.12
 
@@ -112,9 +112,9 @@ def test_removals_from_other_steps_of_an_insertion_are_other_backdoors():
 
 def test_the_null_has_each_starts_own_rate_and_n():
     """Two starts, one without noise: all that seems removed is the noise of the other, n = 10."""
-    many = point(40, 50_000, 293, 100_000)
-    sure = Checkpoint("a", point(40, 100, 293), point(0, 100, 293), 1.0, 1.0, 293, 293)
-    noisy = Checkpoint("b", many, point(0, 5, 293, 10), 1.0, 1.0, 293, 293)
+    many, all_right = point(40, 50_000, 293, 100_000), Score("MATH-500", 1.0, 0.98, 1.0, 293)
+    sure = Checkpoint("a", point(40, 100, 293), point(0, 100, 293), all_right, all_right)
+    noisy = Checkpoint("b", many, point(0, 5, 293, 10), all_right, all_right)
     k = np.arange(1, 11)
     seems_removed = np.clip(1 - 5 / k, 0, 1) @ stats.binom.pmf(k, 10, 0.5)
     for points in ([noisy], [sure, noisy], [noisy, sure]):
