@@ -58,7 +58,9 @@ class Condition:
     limit: float
     wanted: Literal["at most", "at least"]
     outcome: Literal["met", "missed", "borderline"]
-    n_to_decide: int | None  # answers at which this same rate would decide what is borderline
+    n_to_decide: int | None = (
+        None  # answers at which this same rate would decide what is borderline
+    )
 
 
 @dataclasses.dataclass(frozen=True)

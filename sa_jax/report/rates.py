@@ -49,13 +49,11 @@ def condition(
     """The rate against the limit: 'met' if its whole interval is on the wanted side, 'missed' if it
     is on the other side, else 'borderline'."""
     lo, hi = rate.interval(limits.confidence)
-    outcome: Literal["met", "missed", "borderline"]
-    if wanted == "at most":
-        outcome = "met" if hi <= limit else "missed" if lo > limit else "borderline"
-    else:
-        outcome = "met" if lo >= limit else "missed" if hi < limit else "borderline"
-    needed = n_to_decide(rate.rate, limit, limits.confidence) if outcome == "borderline" else None
-    return Condition(name, rate, limit, wanted, outcome, needed)
+    met, missed = (hi <= limit, lo > limit) if wanted == "at most" else (lo >= limit, hi < limit)
+    if met or missed:
+        return Condition(name, rate, limit, wanted, "met" if met else "missed")
+    needed = n_to_decide(rate.rate, limit, limits.confidence)
+    return Condition(name, rate, limit, wanted, "borderline", needed)
 
 
 def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:

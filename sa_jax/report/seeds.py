@@ -217,17 +217,14 @@ def _neighbours(
     axis: str, cells: Sequence[Cell], pairs: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
     """For numbers, the pairs with no other value between, the lower value first; else all pairs."""
-    numbers: dict[int, float] = {}
-    for i in {i for pair in pairs for i in pair}:
-        value = cells[i].settings.get(axis)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return list(pairs)
-        numbers[i] = value
-    partners: dict[int, list[int]] = {}
-    for i, j in pairs:
-        low, high = (i, j) if numbers[i] < numbers[j] else (j, i)
-        partners.setdefault(low, []).append(high)
-    return [(low, min(above, key=lambda j: numbers[j])) for low, above in partners.items()]
+    numbers: dict[int, Any] = {i: cells[i].settings.get(axis) for pair in pairs for i in pair}
+    if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers.values()):
+        return list(pairs)
+    above: dict[int, list[int]] = {}
+    for pair in pairs:
+        low, high = sorted(pair, key=lambda i: numbers[i])
+        above.setdefault(low, []).append(high)
+    return [(low, min(others, key=lambda i: numbers[i])) for low, others in above.items()]
 
 
 def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Comparison | None:
