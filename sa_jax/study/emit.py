@@ -2,7 +2,6 @@
 workloads, or plain commands."""
 
 import hashlib
-import itertools
 import json
 import re
 import shlex
@@ -14,7 +13,7 @@ from sa_jax.errors import UsageError
 from sa_jax.files import atomic_write, explained
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.commands import command
-from sa_jax.study.grid import Cell, Stage
+from sa_jax.study.grid import Cell, Stage, by_stage
 
 _GPUS_A_NODE = 8
 _PROJECT = Path(__file__).resolve().parents[2]
@@ -44,10 +43,6 @@ def emit(
     return [workdir / kind / name for name in texts], submit
 
 
-def _stages(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    return {name: [*of] for name, of in itertools.groupby(cells, lambda cell: cell.stage.name)}
-
-
 def _before(stage: Stage, names: Sequence[str]) -> list[str]:
     """The emitted stages that a stage waits for; a report waits for all."""
     if stage.run == "report":
@@ -74,7 +69,7 @@ def shell(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
         "failed=0",
         'note() { if [ "$1" -eq 75 ]; then exit 75; fi; failed=1; }  # 75: stopped, run it again',
     ]
-    for name, of_stage in _stages(cells).items():
+    for name, of_stage in by_stage(cells).items():
         lines += ["", f"# {name}"]
         lines += [f"{run} --only={shlex.quote(cell.name)} || note $?" for cell in of_stage]
     lines += ["", 'exit "$failed"', ""]
@@ -84,7 +79,7 @@ def shell(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
 def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dict, str]:
     """One array per stage, after those of the stages that it needs; requeued on exit status 75."""
     folder = workdir / "slurm"
-    texts, stages = {}, _stages(cells)
+    texts, stages = {}, by_stage(cells)
     submit = [
         "#!/usr/bin/env bash",
         "# Submits the study: an array of jobs a stage, each after those that it needs have ended.",
@@ -136,7 +131,7 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
     """A SkyPilot managed job whose tasks are the stages, one after the other; the nodes of a task
     divide its cells."""
     documents: list[dict] = [{"name": "study"}]
-    for name, of_stage in _stages(cells).items():
+    for name, of_stage in by_stage(cells).items():
         topology = _machine(of_stage[0].stage)
         resources: dict = {"job_recovery": {"recover_on_exit_codes": [75, 130, 143]}}
         extras = "data,eval"
@@ -193,7 +188,7 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         ". launch/xpk.sh",
     ]
     skippable: dict[str, str] = {}  # cells that may be passed over -> their workloads
-    for name, of_stage in _stages(cells).items():
+    for name, of_stage in by_stage(cells).items():
         topology = _machine(of_stage[0].stage)
         if topology is not None and topology.platform != "tpu":
             raise UsageError(f"--emit=xpk is for TPUs: stage {name!r} is for {topology.name}")

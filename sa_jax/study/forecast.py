@@ -21,8 +21,8 @@ from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.claims import Latest
 from sa_jax.study.commands import resolved
 from sa_jax.study.devices import visible_devices
-from sa_jax.study.grid import Cell
-from sa_jax.study.progress import seconds
+from sa_jax.study.grid import Cell, by_stage
+from sa_jax.study.progress import DONE, seconds
 from sa_jax.training.plan import workload
 from sa_jax.training.start import fresh_architecture, open_start, split_step
 
@@ -159,17 +159,16 @@ def format_forecast(
     cells: Sequence[Cell], forecasts: Mapping[str, Forecast], states: Mapping[str, str]
 ) -> str:
     """A table of the stages and their sums; finished cells are listed separately."""
-    head = ("stage", "cells", "done", "machine", "tokens", "chip-hours", "disk")
-    rows = [head]
-    left = [cell for cell in cells if states[cell.name] not in ("done", "skipped")]
-    for stage in dict.fromkeys(cell.stage.name for cell in cells):
-        of_stage = [cell for cell in cells if cell.stage.name == stage]
-        done = len([cell for cell in of_stage if cell not in left])
-        todo = [forecasts[cell.name] for cell in of_stage if cell in left]
-        machine = of_stage[0].stage.topology or "here"
-        rows.append((stage, str(len(of_stage)), str(done), machine, *_sums(todo)))
-    total = [forecasts[cell.name] for cell in left]
-    rows.append(("sum", str(len(cells)), str(len(cells) - len(left)), "", *_sums(total)))
+
+    def row(name: str, machine: str, of: Sequence[Cell]) -> tuple[str, ...]:
+        left = [forecasts[cell.name] for cell in of if states[cell.name] not in DONE]
+        return name, str(len(of)), str(len(of) - len(left)), machine, *_sums(left)
+
+    rows = [
+        ("stage", "cells", "done", "machine", "tokens", "chip-hours", "disk"),
+        *(row(name, of[0].stage.topology or "here", of) for name, of in by_stage(cells).items()),
+        row("sum", "", cells),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -180,6 +180,11 @@ def expand(study: ConfigDict) -> list[Cell]:
     return list(cells.values())
 
 
+def by_stage(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells of each stage; `expand` has them stage by stage."""
+    return {name: [*of] for name, of in itertools.groupby(cells, lambda cell: cell.stage.name)}
+
+
 def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[str, str]) -> None:
     stages = [stage.name for stage in study.stages]
     names = [*(axis.name for axis in study.get("axes", ())), *stages, *settings, "study"]
