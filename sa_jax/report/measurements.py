@@ -15,11 +15,7 @@ ARMS = ("triggered", "clean")
 
 @dataclasses.dataclass(frozen=True)
 class Rate:
-    """`count` of `n` answers.
-
-    Raises:
-      ValueError: n is 0 (that is no measurement), or count is not within 0..n.
-    """
+    """`count` of `n` answers; ValueError if n is 0 (no measurement) or count is not within 0..n."""
 
     count: int
     n: int

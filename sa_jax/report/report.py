@@ -37,17 +37,9 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         tables/NAME.*       every table as CSV, JSON and LaTeX
         plots/NAME.*        every figure as SVG and PNG
 
-    The same run folders give the same bytes. The page says what is missing (evals, a finished run).
-
-    Args:
-      workdir: a run folder, or a folder with run folders at most two levels below.
-      limits: the thresholds of the verdicts.
-
-    Returns:
-      The path of index.html.
-
-    Raises:
-      UserError: there is no run, or the report cannot be written.
+    and returns the path of index.html. `workdir`: a run folder, or a folder with run folders at
+    most two levels below. The same run folders give the same bytes. The page says what is missing
+    (evals, a finished run). UserError if there is no run, or the report cannot be written.
     """
     workdir = as_path(workdir)
     limits = limits or Thresholds()

@@ -52,13 +52,8 @@ def corrected_p(z: NDArray[np.float64], evals: int) -> NDArray[np.float64]:
 
 
 def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
-    """The most significant rise, if it is a return; else None.
-
-    Each eval is compared with the lowest before it. The low eval's lower bound is at most
-    `return_low`, the high eval's upper bound at least `return_high`, the rise at least
-    `return_rise`, and p times the number of pairs below `return_p_value`. `evals` are by rising
-    step.
-    """
+    """The most significant rise, if it is a return; else None. Each eval is compared with the
+    lowest before it; `evals` are by rising step."""
     if len(evals) < 2:
         return None
     counts, n = (np.array([getattr(p.triggered, name) for p in evals]) for name in ("count", "n"))

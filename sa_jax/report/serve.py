@@ -37,11 +37,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, workdir: str | Path, limits: Thresholds, port: int = 0) -> None:
-        """`workdir` has a report already; port 0 is any that is free.
-
-        Raises:
-          UsageError: the port is taken.
-        """
+        """`workdir` has a report already; port 0 is any that is free. UsageError if it is taken."""
         self._workdir, self._limits = Path(workdir), limits
         self.version = fingerprint(self._workdir)
         self._stop = threading.Event()

@@ -72,10 +72,8 @@ def record(cell: Cell) -> dict[str, Any]:
     are the same.
 
     For a training cell it is the whole resolved config, without the settings that a resume may
-    change, and the digests of the files that registered what the cell uses.
-
-    Raises:
-      UsageError: a task, config file or setting that does not exist, or an impossible value.
+    change, and the digests of the files that registered what the cell uses. UsageError for a task,
+    config file or setting that does not exist, or an impossible value.
     """
     start = {"start": _start(cell)} if cell.start else {}
     if not cell.is_training:
@@ -179,11 +177,8 @@ def check_models(cells: Iterable[Cell]) -> None:
 
 
 def load_config(path: str) -> ConfigDict:
-    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument".
-
-    Raises:
-      UsageError: no such file, no `get_config` in it, or an unknown argument.
-    """
+    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument"; UsageError
+    without such a file or function, or for an unknown argument."""
     file, _, argument = path.partition(":")
     get_config = _get_config(file)
     try:

@@ -24,10 +24,8 @@ def divide(workers: int) -> list[Slot]:
     """One slot per worker, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
 
     A worker has at least two CPUs if there are two, and others may have the same: on one CPU, the
-    toy's pre-training, which all wait for, takes 1.6 times as long.
-
-    Raises:
-      UsageError: the devices cannot be divided so.
+    toy's pre-training, which all wait for, takes 1.6 times as long. UsageError if the devices
+    cannot be divided so.
     """
     if workers < 1:
         raise UsageError(f"--workers={workers}: must be at least 1")

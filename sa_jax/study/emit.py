@@ -23,15 +23,8 @@ def emit(
     kind: str, cells: Sequence[Cell], workdir: Path, flags: Sequence[str]
 ) -> tuple[list[Path], str]:
     """Writes the files of `EMITTERS[kind]` into `workdir/kind`; returns them, and the command that
-    submits them.
-
-    Args:
-      cells: the cells to run, parents first.
-      flags: the --config flags that made these cells.
-
-    Raises:
-      UsageError: an unknown kind, or a machine that this kind does not support.
-    """
+    submits them. `flags` are the --config flags that made these cells. UsageError for an unknown
+    kind, or a machine that it does not support."""
     if kind not in EMITTERS:
         raise UsageError(f"--emit={kind}: use one of {', '.join(EMITTERS)}")
     workdir = workdir.absolute()
@@ -208,11 +201,8 @@ def xpk(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
 
 def _if_it_starts(cell: Cell, workdir: Path, line: str, skippable: dict[str, str]) -> str:
     """The line of a cell, passed over where the triggered rate of its start is above the limit, or
-    where a cell before it was passed over. (A report is of what there is.)
-
-    Args:
-      skippable: cells so far that may be passed over, with their workloads; this one is added.
-    """
+    where a cell before it was passed over. (A report is of what there is.) `skippable`: the cells
+    so far that may be passed over, with their workloads; this one is added."""
     conditions, name = [], workload_name(cell)
     if cell.run != "report" and (before := [skippable[p] for p in cell.parents if p in skippable]):
         conditions.append(" ".join(("follows", name, *before)))

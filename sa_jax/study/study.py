@@ -97,11 +97,8 @@ def config_flags(arguments: Sequence[str]) -> Iterator[str]:
 
 def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:
     """Names of the cells that a worker may run: those that match a pattern of `only` ('a/*,b'), and
-    of these every n-th (`shard` 'i/n', i from 1), with the cells that they need.
-
-    Raises:
-      UsageError: a pattern that matches no cell; a wrong shard.
-    """
+    of these every n-th (`shard` 'i/n', i from 1), with the cells that they need. UsageError for a
+    pattern that matches no cell, or a wrong shard."""
     names = [cell.name for cell in cells]
     if only:
         patterns = only.split(",")
