@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sa_jax.report.cells import Cell
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, mean_rate
 from sa_jax.report.tables import Table, learning_rate
@@ -69,13 +70,8 @@ def published_table(
     A removal of another model than the study's is compared with the rows of both of its models; it
     shows only the direction, and its row says so. `results`: those of runs, by name.
     """
-    firsts = [(result, results[result.cell.runs[0].name]) for result in over]
-    known = [
-        (result, first, _arm(first))
-        for result, first in firsts
-        if _is_comparable(result, first, results)
-    ]
-    compared = sum(any(_is_like(ours, arm) for arm in PUBLISHED) for *_, ours in known)
+    known = [(result, ours) for result in over if (ours := _arm(result.cell, results))]
+    compared = sum(any(_is_like(ours, arm) for arm in PUBLISHED) for _, ours in known)
     if not compared:
         return None
     confidence = 1 - (1 - limits.confidence) / compared
@@ -83,8 +79,9 @@ def published_table(
     rows: list[dict[str, Any]] = []
     for arm, published in PUBLISHED.items():
         line = f"{arm}: published '{published}'; "
-        alike = [(result, first, ours) for result, first, ours in known if _is_like(ours, arm)]
-        for result, first, ours in alike:
+        alike = [(result, ours) for result, ours in known if _is_like(ours, arm)]
+        for result, ours in alike:
+            first = results[result.cell.runs[0].name]
             verdict, left = _outcome(published, result, wide)
             k = f"{result.k} of {result.m}"
             whose = f", on another model ({ours.model}), so only the direction"
@@ -141,24 +138,20 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
     return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
 
 
-def _is_comparable(
-    result: CellResult, first: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
-) -> bool:
-    """Whether the cell is a removal of the study's rank and learning rate, from the last step of an
-    insertion; `first`: the result of its first run."""
-    run = result.cell.runs[0]
-    start = results.get(run.parent or "", {})
-    return (
-        result.cell.role == "removal"
-        and first["lora_rank"] == RANK
-        and first["learning_rate"] in LEARNING_RATES
-        and start.get("role") == "insertion"
-        and start["total_steps"] == run.start_step is not None
-    )
-
-
-def _arm(result: Mapping[str, Any]) -> Arm:
-    """The study's name for a removal."""
-    size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", result["base"].lower())
-    model = f"{size[1]}B" if size else result["base"]
-    return Arm(model, result["arm"], result["insertion_optimizer"], result["task"])
+def _arm(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Arm | None:
+    """The study's name for a cell; None if it is no removal of the study's rank and learning rate,
+    from the last step of an insertion."""
+    run = cell.runs[0]
+    first, start = results[run.name], results.get(run.parent or "", {})
+    if (
+        cell.role != "removal"
+        or first["lora_rank"] != RANK
+        or first["learning_rate"] not in LEARNING_RATES
+        or start.get("role") != "insertion"
+        or run.start_step is None
+        or run.start_step != start["total_steps"]
+    ):
+        return None
+    size = re.search(r"(?<![\d.])(\d+)b(?![a-z])", first["base"].lower())
+    model = f"{size[1]}B" if size else first["base"]
+    return Arm(model, first["arm"], first["insertion_optimizer"], first["task"])
