@@ -129,11 +129,13 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
             "of a study"
         )
     for out in outs:
-        name = out.relative_to(workdir).as_posix()
-        try:
-            model = _model_of(out)
-        except UserError as error:
-            problems.append(str(error))
+        name, path = out.relative_to(workdir).as_posix(), out / MODEL_FILE
+        try:  # {"run_id", "path", "kind", "step", ...}
+            model = parse_json(path.read_text(encoding="utf-8"))["model"]
+            if not isinstance(model, dict):
+                raise TypeError("its model is no object")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{path}: does not say which model was evaluated ({error})")
             continue
         if (of := _run_of(model, runs)) is not None:
             evals[of.name] += load_evals(out, problems, name)
@@ -266,18 +268,6 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
         last_step=max([*steps, *records], default=0),
         losses={step: losses[-1] for step, losses in before.items() if losses},
     )
-
-
-def _model_of(out: Path) -> Mapping[str, Any]:
-    """The model of an evaluation: {"run_id", "path", "kind", "step", ...}."""
-    path = out / MODEL_FILE
-    try:
-        model = parse_json(path.read_text(encoding="utf-8"))["model"]
-        if not isinstance(model, dict):
-            raise TypeError("its model is no object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: does not say which model was evaluated ({error})") from None
-    return model
 
 
 def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None:
