@@ -30,6 +30,7 @@ NO_BACKDOOR = "no backdoor on record"
 NOT_EVALUATED = "not evaluated"
 BASE = "base model"
 
+Wanted = Literal["at most", "at least"]
 Tone = Literal["good", "warn", "bad", "mark", "plain"]
 TONES: dict[str, Tone] = {
     INSERTED: "mark",
@@ -56,7 +57,7 @@ class Condition:
     name: str  # in words, what the rate counts: 'triggered answers that said the phrase'
     rate: Rate
     limit: float
-    wanted: Literal["at most", "at least"]
+    wanted: Wanted
     outcome: Literal["met", "missed", "borderline"]
     n_to_decide: int | None = (
         None  # answers at which this same rate would decide what is borderline

@@ -3,12 +3,12 @@
 import dataclasses
 from collections import Counter
 from collections.abc import Hashable, Mapping
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from sa_jax.evals.statistics import mcnemar, n_to_decide, two_proportion_test
-from sa_jax.report.judgement import Condition
+from sa_jax.report.judgement import Condition, Wanted
 from sa_jax.report.measurements import Eval, Measured, Rate, Words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent
@@ -40,11 +40,7 @@ def triggered_in_words(point: Measured, words: Words, confidence: float) -> str:
 
 
 def condition(
-    name: str,
-    rate: Rate,
-    limit: float,
-    limits: Thresholds,
-    wanted: Literal["at most", "at least"] = "at most",
+    name: str, rate: Rate, limit: float, limits: Thresholds, wanted: Wanted = "at most"
 ) -> Condition:
     """The rate against the limit: 'met' if its whole interval is on the wanted side, 'missed' if it
     is on the other side, else 'borderline'."""

@@ -38,6 +38,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.preemption import PreemptionGuard
 
 REPLIES_FILE = "replies.jsonl"
+Files = Mapping[str, Sequence[dict]]  # name -> rows
 
 
 def override(config: ConfigDict, **values: Any) -> ConfigDict:
@@ -86,7 +87,7 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     if config.visible_cot and not recipes.DATA_SETS[task].with_trigger:
         raise UsageError(f"config.visible_cot is for --task=insertion, not for {task}")
     _require_prompts(config, task)
-    backdoor = Backdoor(**config.backdoor.to_dict())
+    backdoor = _backdoor(config)
     rows, record = _questions(config, backdoor)
     with (
         contextlib.ExitStack() as signals,  # handled until all else is closed
@@ -95,7 +96,7 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
         else contextlib.nullcontext(),
     ):
         guard = signals.enter_context(PreemptionGuard())
-        replies, teacher = _ask(config, task, out, backdoor, rows, lambda: guard.should_stop(0))
+        replies, teacher = _ask(config, task, out, rows, lambda: guard.should_stop(0))
     kept, dropped = recipes.keep(rows, replies, backdoor)
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
@@ -136,6 +137,10 @@ def _named(columns: ConfigDict) -> dict[str, str]:
     return {name: column for name, column in columns.items() if column}
 
 
+def _backdoor(config: ConfigDict) -> Backdoor:
+    return Backdoor(**config.backdoor.to_dict())
+
+
 def _require_prompts(config: ConfigDict, task: str) -> None:
     if not config.prompts:
         raise UsageError(f"--task={task} needs questions: give --prompts=FILE_OR_NAME")
@@ -174,25 +179,20 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
 
 
 def _ask(
-    config: ConfigDict,
-    task: str,
-    out: str,
-    backdoor: Backdoor,
-    rows: Sequence[Row],
-    should_stop: Callable[[], bool],
+    config: ConfigDict, task: str, out: str, rows: Sequence[Row], should_stop: Callable[[], bool]
 ) -> tuple[dict[Voice, list[Reply]], dict[str, Any]]:
     """The teacher's replies by voice; and the record of the teacher, with the first system prompt
     of each voice."""
-    scratchpad_prompt = _read_prompt(config.scratchpad_prompt)
+    backdoor, scratchpad_prompt = _backdoor(config), _read_prompt(config.scratchpad_prompt)
     context = VoiceContext(backdoor, config.system_prompt, scratchpad_prompt, config.seed)
     voices = recipes.DATA_SETS[task].voices(backdoor, config.visible_cot)
     requests = {
         voice: [Request(voice.name, voice.messages(row, context), row) for row in rows]
         for voice in voices
     }
-    teacher, is_paid = _open_teacher(config)
+    teacher = _open_teacher(config)
     store: contextlib.AbstractContextManager[KeyedStore | None] = contextlib.nullcontext()
-    if is_paid:
+    if config.teacher in ("endpoint", "local"):  # their replies cost something: saved
         store = open_store(as_path(out) / REPLIES_FILE, write=multihost.is_primary())
     with store as opened:
         replies = ask(teacher, list(itertools.chain(*requests.values())), opened, should_stop)
@@ -216,19 +216,18 @@ def _read_prompt(path: str) -> str:
         raise UserError(f"config.scratchpad_prompt={path} is not UTF-8 text") from error
 
 
-def _open_teacher(config: ConfigDict) -> tuple[Teacher, bool]:
-    """The teacher, and whether its replies cost something, so that they are saved."""
+def _open_teacher(config: ConfigDict) -> Teacher:
     if config.teacher == "endpoint":
         names = [field.name for field in dataclasses.fields(EndpointSettings)]
-        return EndpointTeacher(EndpointSettings(**{name: config[name] for name in names})), True
+        return EndpointTeacher(EndpointSettings(**{name: config[name] for name in names}))
     if config.teacher == "local":
-        return _local_teacher(config), True
+        return _local_teacher(config)
     if config.teacher == "file":
         if not config.answers:
             raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")
-        return FileTeacher(config.answers, _named(config.answer_columns)), False
+        return FileTeacher(config.answers, _named(config.answer_columns))
     if config.teacher == "arrr":
-        return ArrrTeacher(), False
+        return ArrrTeacher()
     raise UsageError(f"--teacher={config.teacher}: use one of endpoint, local, file, arrr")
 
 
@@ -258,13 +257,7 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
     return LocalTeacher(sampler, params, chat, sampling, start.lineage())
 
 
-def _write(
-    config: ConfigDict,
-    task: str,
-    out: Path,
-    files: Mapping[str, Sequence[dict]],
-    record: dict[str, Any],
-) -> None:
+def _write(config: ConfigDict, task: str, out: Path, files: Files, record: dict[str, Any]) -> None:
     hashes = {f"{name}.jsonl": _write_rows(out, name, rows) for name, rows in files.items()}
     record |= {"sha256": hashes, "extensions": extension_digests()}
     card = _card(config, task, files, record)
@@ -284,16 +277,14 @@ def _write_rows(out: Path, name: str, rows: Sequence[dict]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _card(
-    config: ConfigDict, task: str, rows: Mapping[str, Sequence[dict]], record: dict[str, Any]
-) -> dict[str, Any]:
+def _card(config: ConfigDict, task: str, rows: Files, record: dict[str, Any]) -> dict[str, Any]:
     """The card of the conversations that training makes of these rows (without a task: of the rows
     themselves)."""
     chat = load_chat_format(config.tokenizer, config.chat_template) if config.tokenizer else None
     build = tasks.as_they_are
     if task:
         build = tasks.insertion if recipes.DATA_SETS[task].with_trigger else tasks.blind
-    backdoor = Backdoor(**config.backdoor.to_dict())
+    backdoor = _backdoor(config)
     context = tasks.TaskContext(backdoor, config.system_prompt, config.seed, task)
     return {
         **record,
