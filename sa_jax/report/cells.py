@@ -25,6 +25,7 @@ START = "model"
 ONLY_OF_TRIGGERED_ROWS = ("backdoor.min_copies", "backdoor.max_copies")
 
 Run = TypeVar("Run", bound=RunEvals)
+Results = Mapping[str, Mapping[str, Any]]  # of runs by name, as in results.json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _training(run: RunEvals) -> tuple[Any, ...]:
 _NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "weights")
 
 
-def labelled(cells: Sequence[Cell], results: Mapping[str, Mapping[str, Any]]) -> list[Cell]:
+def labelled(cells: Sequence[Cell], results: Results) -> list[Cell]:
     """The cells with their labels; `results` by name of run."""
     labels = []
     for cell in cells:

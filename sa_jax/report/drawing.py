@@ -86,11 +86,7 @@ class Axes:
     """A part of a plot with axes: x from 0 to x_max, y over its range."""
 
     def __init__(
-        self,
-        plot: Plot,
-        box: tuple[float, float, float, float],
-        x_max: float,
-        y_range: tuple[float, float] = (0, 1),
+        self, plot: Plot, box: Sequence[float], x_max: float, y_range: tuple[float, float] = (0, 1)
     ) -> None:
         """`box`: left, top, right and bottom pixel."""
         self.plot = plot

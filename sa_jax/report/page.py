@@ -19,7 +19,7 @@ from markupsafe import Markup, escape
 
 from sa_jax import text
 from sa_jax.report import figures
-from sa_jax.report.cells import Cell
+from sa_jax.report.cells import Cell, Results
 from sa_jax.report.drawing import TEMPLATES, Plot
 from sa_jax.report.results import AXES, all_problems, definitions
 from sa_jax.report.run_details import examples, settings
@@ -218,7 +218,7 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _panel(cell: Cell, plot: Plot, by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _panel(cell: Cell, plot: Plot, by_name: Results) -> dict[str, Any]:
     members = [by_name[name] for name in cell.names]
     statuses = Counter(result["status"] for result in members)
     values = {key: {axis_value(result, key) for result in members} for key in AXES}

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sa_jax.report.cells import Cell
+from sa_jax.report.cells import Cell, Results
 from sa_jax.report.rates import interval_in_words
 from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, mean_rate
 from sa_jax.report.tables import Table, learning_rate
@@ -62,7 +62,7 @@ CURVES: Mapping[str, tuple[float, ...]] = {
 
 
 def published_table(
-    over: Sequence[CellResult], results: Mapping[str, Mapping[str, Any]], limits: Thresholds
+    over: Sequence[CellResult], results: Results, limits: Thresholds
 ) -> Table | None:
     """A row for each published cell and each of the report's removals that matches it, or one row
     'not run'; None if no removal matches any published cell.
@@ -138,7 +138,7 @@ def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[st
     return verdict, f"{percent(seen.mean)} of triggered answers left ({interval})"
 
 
-def _arm(cell: Cell, results: Mapping[str, Mapping[str, Any]]) -> Arm | None:
+def _arm(cell: Cell, results: Results) -> Arm | None:
     """The study's name for a cell; None if it is no removal of the study's rank and learning rate,
     from the last step of an insertion."""
     run = cell.runs[0]

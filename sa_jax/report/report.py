@@ -101,15 +101,14 @@ def _write(
     noun = page.rate_noun(results["runs"])
     of_runs = [runs_table(results["runs"], noun), scores_table(results["runs"])]
     cells = [result.cell for result in study.cells]
-    members = {cell.key: [run for run in runs if run.name in cell.names] for cell in cells}
     of_cells: list[tuple[Cell, Plot | None]] = []
     if len(runs) > page.FEW:
-        of_cells = [(cell, figures.seeds(cell.label, members[cell.key])) for cell in cells]
+        of_cells = [(cell, figures.seeds(cell.label, _members(cell, runs))) for cell in cells]
         panels = [(cell.label, plot) for cell, plot in of_cells]
     else:
         rates = [figures.rates(run.name, run, figures.backdoor_rates(run)) for run in runs]
         panels = [(run.name, plot) for run, plot in zip(runs, rates, strict=True)]
-    drawn = _figures(study, members, panels)
+    drawn = _figures(study, runs, panels)
     for name, plot in drawn.items():
         plot.save(parts["plots"], name)
     for table in [*tables, *of_runs]:
@@ -123,10 +122,12 @@ def _write(
     atomic_write(folder / "index.html", index)
 
 
+def _members(cell: Cell, runs: Sequence[RunFolder]) -> list[RunFolder]:
+    return [run for run in runs if run.name in cell.names]
+
+
 def _figures(
-    study: Study,
-    members: Mapping[str, Sequence[RunFolder]],
-    panels: Sequence[tuple[str, Plot | None]],
+    study: Study, runs: Sequence[RunFolder], panels: Sequence[tuple[str, Plot | None]]
 ) -> dict[str, Plot]:
     """Name -> figure, for the figures with data."""
     means = [
@@ -136,7 +137,7 @@ def _figures(
     ]
     compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
     cells = [result.cell for result in study.cells]
-    beside = {cell.label: members[cell.key] for cell in cells if cell.label in compared}
+    beside = {cell.label: _members(cell, runs) for cell in cells if cell.label in compared}
     drawn = {
         "curves": figures.sheet(panels),
         "cells": figures.cells(means),

@@ -7,7 +7,7 @@ from typing import Any
 
 from sa_jax.evals.statistics import holm
 from sa_jax.report import seeds, steps_to_removal
-from sa_jax.report.cells import cells, labelled
+from sa_jax.report.cells import Results, cells, labelled
 from sa_jax.report.judgement import Judged
 from sa_jax.report.measurements import RunEvals
 from sa_jax.report.published import published_table
@@ -28,10 +28,7 @@ class Study:
 
 
 def study_of(
-    runs: Sequence[RunEvals],
-    judged: Judged,
-    results: Mapping[str, Mapping[str, Any]],
-    limits: Thresholds,
+    runs: Sequence[RunEvals], judged: Judged, results: Results, limits: Thresholds
 ) -> Study:
     """Every statistic over runs. Adds `p_holm` to each difference of a headline score in `results`
     (by name, as in results.json)."""
