@@ -71,7 +71,7 @@ def visible_devices() -> tuple[str, list[str]]:
     platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
     if platforms != ["cpu"]:
         named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if named:
+        if named not in (None, "", "-1"):  # "" and -1 hide all
             return "GPU", named.split(",")
         gpus = [int(gpu.name.removeprefix("nvidia")) for gpu in Path("/dev").glob("nvidia[0-9]*")]
         if gpus and named is None:

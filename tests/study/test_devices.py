@@ -3,7 +3,7 @@ import os
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.study.devices import Slot, divide
+from sa_jax.study.devices import Slot, divide, visible_devices
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,10 @@ def test_workers_divide_the_gpus(monkeypatch):
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in divide(2)] == ["4,5", "6,7"]
     with pytest.raises(UsageError, match="4 GPU devices, which 3 workers cannot share"):
         divide(3)
+
+
+@pytest.mark.parametrize("none", ["", "-1"])
+def test_gpus_that_are_hidden_are_not_divided(monkeypatch, none):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
+    assert visible_devices()[0] != "GPU"
