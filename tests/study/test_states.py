@@ -172,6 +172,9 @@ def test_the_rate_that_decides_on_a_probe_is_the_last_evals(tmp_path):
     assert last_triggered_rate(tmp_path) == 0.25
     assert last_triggered_rate(tmp_path, 9) == 0.9
     assert last_triggered_rate(tmp_path, 10) is None
+    (tmp_path / "evals/step_000100").rename(tmp_path / "evals/step_1000000")
+    (tmp_path / "evals/step_000009").rename(tmp_path / "evals/step_999999")
+    assert last_triggered_rate(tmp_path) == 0.25
 
 
 def test_a_skipped_cell_runs_if_its_start_or_its_limit_has_changed(tmp_path):
