@@ -22,12 +22,6 @@ from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.losses import LOSSES
 from sa_jax.training.run_record import FREE_KEYS, flat_config
 
-_TOOL_SCRIPTS = {
-    "toy_data": "scripts/make_toy_data.py",
-    "generate_data": "scripts/generate_data.py",
-    "evaluate": "scripts/evaluate.py",
-    "report": "scripts/report.py",
-}
 _TRAINING_SCRIPTS = {"base": "scripts/pretrain.py", "insertion": "scripts/insert_backdoor.py"}
 _DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
@@ -47,7 +41,7 @@ def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
             arguments += [f"--config.model={start}"] if start else []
         arguments += [f"--config.{key}={_text(value)}" for key, value in settings.items()]
     else:
-        script, settings = _TOOL_SCRIPTS[cell.run], dict(cell.settings)
+        script, settings = TOOLS[cell.run], dict(cell.settings)
         if cell.run == "report":
             settings = {"workdir": STUDY, **settings}
         elif cell.run != "evaluate":

@@ -17,8 +17,13 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 
 STUDY = "{study}"  # stands in a cell for the study's folder, so that the folder may move
-# What a stage runs besides the training tasks of `sa_jax.data.tasks`.
-TOOLS = ("toy_data", "generate_data", "evaluate", "report")
+# What a stage runs besides the training tasks of `sa_jax.data.tasks` -> its script.
+TOOLS = {
+    "toy_data": "scripts/make_toy_data.py",
+    "generate_data": "scripts/generate_data.py",
+    "evaluate": "scripts/evaluate.py",
+    "report": "scripts/report.py",
+}
 RESERVED = ("cells", "study.json", "status.json")  # of a study's folder (`sa_jax.study.folder`)
 START_STEP = "start_step"  # the one override that is not a setting: a checkpoint of the start
 
