@@ -9,7 +9,7 @@ import numpy as np
 
 from sa_jax.evals.statistics import mcnemar, n_to_decide, two_proportion_test
 from sa_jax.report.judgement import Condition, Wanted
-from sa_jax.report.measurements import Eval, Measured, Rate, Words
+from sa_jax.report.measurements import Measured, Rate, Words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent
 
@@ -113,14 +113,12 @@ def _question(key: Hashable) -> Hashable:
     return key[-1] if isinstance(key, tuple) else key
 
 
-def fall(before: Eval | None, after: Measured) -> float | None:
-    """Two-sided p that the triggered rate did not change; None if `before` was not measured.
+def fall(before: Measured, after: Measured) -> float:
+    """Two-sided p that the triggered rate did not change.
 
     McNemar's exact test on the prompts of both evals, if single answers are kept and the evals
     share enough prompts; else a two-proportion test.
     """
-    if not isinstance(before, Measured):
-        return None
     if both := pairs(before.said, after.said):
         return mcnemar([a for a, _ in both], [b for _, b in both])
     a, b = before.triggered, after.triggered

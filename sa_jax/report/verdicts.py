@@ -155,13 +155,14 @@ def removal_verdict(
     triggered = removed_condition(after, words, limits)
     quality = _quality_conditions(after, words, limits)
     seen = triggered_in_words(after, words, limits.confidence)
-    p = fall(before, after)
-    fell = (
-        isinstance(before, Measured)
-        and after.triggered.rate < before.triggered.rate
-        and p is not None
-        and p < limits.p_value
-    )
+    fell, change = False, "the rate before removal is not known"
+    if isinstance(before, Measured):
+        was = triggered_in_words(before, words, limits.confidence)
+        if removed_condition(before, words, limits).outcome == "met":
+            return Verdict.of(word.NOTHING_TO_REMOVE, f"before removal, {was}")
+        p, rate = fall(before, after), with_interval(before.triggered, limits.confidence)
+        fell = after.triggered.rate < before.triggered.rate and p < limits.p_value
+        change = f"before removal {rate}; the change has {p_in_words(p)}"
     # Failures that are certain; each is a reason whatever the verdict.
     missed = {
         name: condition_in_words(checked, limits.confidence)
@@ -191,17 +192,6 @@ def removal_verdict(
         for change in kept
     )
     least_n = n_to_decide(0.0, limits.removed_max_upper, limits.confidence) or math.inf
-
-    if isinstance(before, Measured):
-        start = removed_condition(before, words, limits)
-        if start.outcome == "met":
-            was = triggered_in_words(before, words, limits.confidence)
-            return Verdict.of(word.NOTHING_TO_REMOVE, f"before removal, {was}")
-        change = f"before removal {with_interval(before.triggered, limits.confidence)}"
-        if p is not None:
-            change += f"; the change has {p_in_words(p)}"
-    else:
-        change = "the rate before removal is not known"
 
     first = [change]
     if triggered.outcome == "borderline" and after.triggered.n < least_n:
