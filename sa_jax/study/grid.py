@@ -170,9 +170,12 @@ def expand(study: ConfigDict) -> list[Cell]:
         used = {*stage.axes, *(axis for name in before for axis in axes_of[name])}
         axes_of[stage.name] = tuple(name for name in axes if name in used)
         for values in _assignments(stage, [axes[name] for name in axes_of[stage.name]]):
-            cell = _cell(stage, before, values, axes, axes_of, settings, cells)
-            if cell is None:
-                continue
+            parents = {
+                name: _name(name, {axis: values[axis] for axis in axes_of[name]}) for name in before
+            }
+            if not cells.keys() >= {*parents.values()}:
+                continue  # a stage before it has no cell with these values
+            cell = _cell(stage, values, parents, axes, settings, cells)
             if cell.name in cells:
                 other = cells[cell.name]
                 raise UsageError(
@@ -237,19 +240,13 @@ def _assignments(stage: Stage, axes: Sequence[Axis]) -> Iterator[dict[str, str]]
 
 def _cell(
     stage: Stage,
-    before: Sequence[str],
     values: Mapping[str, str],
+    parents: Mapping[str, str],
     axes: Mapping[str, Axis],
-    axes_of: Mapping[str, tuple[str, ...]],
     settings: Mapping[str, str],
     cells: Mapping[str, Cell],
-) -> Cell | None:
-    """The stage's cell with these values; None if a stage before it has no cell with them."""
-    parents = {}
-    for name in before:
-        parents[name] = _name(name, {axis: values[axis] for axis in axes_of[name]})
-        if parents[name] not in cells:
-            return None
+) -> Cell:
+    """The stage's cell with these values; `parents`: the names of those that it needs, by stage."""
     earlier = {  # every ancestor, so that a text may name the data of the data's base model
         ancestor.stage.name: f"{STUDY}/{ancestor.name}"
         for ancestor in _ancestors(parents.values(), cells)
