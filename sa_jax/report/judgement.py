@@ -59,9 +59,8 @@ class Condition:
     limit: float
     wanted: Wanted
     outcome: Literal["met", "missed", "borderline"]
-    n_to_decide: int | None = (
-        None  # answers at which this same rate would decide what is borderline
-    )
+    # Answers at which this same rate would decide what is borderline.
+    n_to_decide: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
