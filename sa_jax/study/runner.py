@@ -187,9 +187,9 @@ class Worker:
             if time.monotonic() < self._not_before.get(name, 0):
                 continue
             parents = {parent: latest[parent].id for parent in cell.parents}
-            if cell.run == "report":
-                others = {n: s for n, s in states.items() if n != name}
-                parents = _done_ids(others, latest)
+            if cell.run == "report":  # of the cells before it, as `_report_state` compares
+                before = list(states)[: list(states).index(name)]
+                parents = _done_ids({other: states[other] for other in before}, latest)
             claim = self._claims.take(name, latest[name], self._records[name], parents)
             if claim is None:
                 continue  # another worker was faster

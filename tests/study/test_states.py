@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import types
 
 import pytest
 from ml_collections import ConfigDict
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UserError
 from sa_jax.study import folder, grid
 from sa_jax.study.claims import Claims, LatestClaim
+from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Stage
 from sa_jax.study.progress import Progress, count, time_left
 from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
@@ -101,6 +103,21 @@ def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
         folder.open_folder(tmp_path / "b")
     (tmp_path / "a").symlink_to(tmp_path / "b")
     folder.open_folder(tmp_path / "a")
+
+
+def test_a_report_that_another_stage_follows_is_made_once(tmp_path):
+    study = ConfigDict()
+    names = ("data", "report", "more")
+    study.stages = tuple(Stage(n, run="report" if n == "report" else "toy_data") for n in names)
+    claims, made = Claims(tmp_path / "cells", takeover_s=60), grid.expand(study)
+    for name in ("data", "more"):
+        claims.take(name, LatestClaim(), {}, {}).end({"state": "done"})
+    server, records = types.SimpleNamespace(start=lambda order: 1), dict.fromkeys(names, {})
+    worker = Worker(made, records, {"report"}, tmp_path, claims, server, [Slot()], (), {})
+    latest = worker._latest_claims()
+    worker._start(states_of(made, latest, {}), latest)
+    worker._running["report"].claim.end({"state": "done"})
+    assert states_of(made, worker._latest_claims(), {})["report"] == "done"
 
 
 class Trouble(Claims):
