@@ -59,7 +59,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Mapping:
         items = value.items() if isinstance(value, Mapping) else [(None, None)]
         return all(_fits(key, parts[0]) and _fits(item, parts[1]) for key, item in items)
-    return isinstance(value, (int, float) if kind is float else kind)
+    kinds = (int, float) if kind is float else kind
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 @dataclasses.dataclass(frozen=True)

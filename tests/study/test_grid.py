@@ -306,3 +306,10 @@ def test_the_studies_of_the_project_work_as_far_as_can_be_seen_before(path):
         for flag in flags:
             assert re.match(r"--(\w+)", flag)[1] in defined, (script, flag)
     assert cells[-1].run == "report"
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": True}, {"start_rate_at_most": "1"}, {"axes": "seed"}])
+def test_a_stage_has_fields_of_the_right_types(wrong):
+    (name,) = wrong
+    with pytest.raises(UsageError, match=f"Stage 'a': {name}=.* must be "):
+        Stage("a", run="report", **wrong)
