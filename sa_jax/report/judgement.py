@@ -32,22 +32,13 @@ BASE = "base model"
 
 Wanted = Literal["at most", "at least"]
 Tone = Literal["good", "warn", "bad", "mark", "plain"]
-TONES: dict[str, Tone] = {
-    INSERTED: "mark",
-    REMOVED: "good",
-    STAYS_REMOVED: "good",
-    NOT_INSERTED: "warn",
-    REDUCED: "warn",
-    PARTLY_BACK: "warn",
-    BORDERLINE: "warn",
-    TOO_SMALL: "warn",
-    VOID: "warn",
-    SILENCED: "warn",
-    UNCHANGED: "bad",
-    BROKEN: "bad",
-    SUPPRESSED: "bad",
-    BACK: "bad",
+_OF_A_TONE: dict[Tone, tuple[str, ...]] = {
+    "mark": (INSERTED,),
+    "good": (REMOVED, STAYS_REMOVED),
+    "warn": (NOT_INSERTED, REDUCED, PARTLY_BACK, BORDERLINE, TOO_SMALL, VOID, SILENCED),
+    "bad": (UNCHANGED, BROKEN, SUPPRESSED, BACK),
 }
+TONES = {status: tone for tone, statuses in _OF_A_TONE.items() for status in statuses}
 
 
 @dataclasses.dataclass(frozen=True)
