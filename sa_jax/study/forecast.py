@@ -20,7 +20,7 @@ from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.claims import Latest
 from sa_jax.study.commands import resolved
-from sa_jax.study.devices import visible_devices
+from sa_jax.study.devices import divide, visible_devices
 from sa_jax.study.grid import Cell, by_stage
 from sa_jax.study.progress import DONE, seconds
 from sa_jax.training.plan import workload
@@ -149,6 +149,7 @@ def local_devices(workers: int) -> int:
     """The number of JAX devices of each worker on this machine, without starting any."""
     kind, devices = visible_devices()
     if kind != "CPU":
+        divide(workers)  # refuses a number that cannot share them
         return len(devices) // workers
     flag = r"xla_force_host_platform_device_count=(\d+)"
     forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))

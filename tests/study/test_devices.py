@@ -4,6 +4,7 @@ import pytest
 
 from sa_jax.errors import UsageError
 from sa_jax.study.devices import Slot, divide, visible_devices
+from sa_jax.study.forecast import local_devices
 
 
 @pytest.mark.parametrize(
@@ -32,8 +33,12 @@ def test_workers_divide_the_gpus(monkeypatch):
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in divide(2)] == ["4,5", "6,7"]
-    with pytest.raises(UsageError, match="4 GPU devices, which 3 workers cannot share"):
-        divide(3)
+    assert local_devices(2) == 2
+    for refuses in (divide, local_devices):
+        with pytest.raises(UsageError, match="4 GPU devices, which 3 workers cannot share"):
+            refuses(3)
+        with pytest.raises(UsageError, match="--workers=0: must be at least 1"):
+            refuses(0)
 
 
 @pytest.mark.parametrize("none", ["", "-1"])
