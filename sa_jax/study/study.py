@@ -48,6 +48,8 @@ def run_study(
       Preempted: stopped by a signal, after the cells have stopped.
     """
     check_places("--workdir", workdir)
+    if not takeover_s > 0:  # nor NaN
+        raise UsageError(f"--takeover_s={takeover_s}: must be above 0")
     workdir = Path(workdir).absolute()
     cells = expand(study)
     folder.check_folder(workdir, cells)

@@ -9,14 +9,14 @@ import types
 import pytest
 from ml_collections import ConfigDict
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.study import folder, grid
 from sa_jax.study.claims import Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Stage
 from sa_jax.study.progress import Progress, count, time_left
 from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
-from sa_jax.study.study import choose
+from sa_jax.study.study import choose, run_study
 
 
 def cells():
@@ -242,3 +242,11 @@ def test_shards_are_all_cells_together_and_each_can_run_alone():
     assert all(parent in shard for shard in shards for name in shard for parent in parents[name])
     # With --only, the shards divide these cells and no others.
     assert [choose(cells(), "probe/*", f"{i}/2") for i in (1, 2)] == [{"probe/a"}, {"probe/b"}]
+
+
+@pytest.mark.parametrize("takeover_s", [0.0, -1.0, math.nan])
+def test_a_takeover_needs_time(takeover_s, tmp_path):
+    flags = {"only": "", "shard": "", "workers": 1, "launch": (), "emit": ""}
+    flags |= {"list_cells": True, "dry_run": False, "takeover_s": takeover_s}
+    with pytest.raises(UsageError, match="--takeover_s=.*: must be above 0"):
+        run_study(ConfigDict(), tmp_path, **flags)
