@@ -12,8 +12,6 @@ Example:
 
 import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
-import shlex
-
 from absl import flags
 
 from sa_jax import cli
@@ -49,7 +47,7 @@ def main():
         topology=TOPOLOGY.value,
         command=COMMAND.value,
         spot=SPOT.value,
-        create_flags=tuple(shlex.split(CREATE_FLAGS.value)),
+        create_flags=CREATE_FLAGS.value,
         setup=SETUP.value,
     )
     launch(

@@ -87,7 +87,7 @@ class Slice:
     topology: str  # as `parse_topology` names it
     command: str  # for bash, in the project's root with its environment active
     spot: bool = False  # use capacity that may be preempted
-    create_flags: tuple[str, ...] = ()  # more of `queued-resources create`
+    create_flags: str = ""  # more of `queued-resources create`, as a shell reads them
     setup: str = ""  # a bash command, run before the installation
 
     def create(self) -> list[str]:
@@ -96,13 +96,17 @@ class Slice:
             raise UsageError(f"--topology={self.topology} is no TPU; for GPUs see launch/")
         if machine.slices > 1:
             raise UsageError(f"--topology={self.topology}: for several slices use launch/gke.yaml")
+        try:
+            more = shlex.split(self.create_flags)
+        except ValueError as error:
+            raise UsageError(f"--create_flags={self.create_flags}: {error}") from None
         return [
             *self._queued("create"),
             f"--node-id={self.name}",
             f"--accelerator-type={machine.cloud_name}",
             f"--runtime-version={_RUNTIMES[machine.chip.name]}",
             *(["--spot"] if self.spot else []),
-            *self.create_flags,
+            *more,
         ]
 
     def describe(self) -> list[str]:

@@ -276,6 +276,11 @@ def test_gpus_are_refused():
         launch(Slice("pod", "z", "h200:8", "true"), **{**FAST, "dry_run": True})
 
 
+def test_flags_that_no_shell_can_read_are_refused():
+    with pytest.raises(UsageError, match="--create_flags=': No closing quotation"):
+        Slice("a", "z", "v6e:8x8", "true", create_flags="'").create()
+
+
 def test_the_script_prints_the_commands_or_says_that_gcloud_is_missing(zygote, tmp_path):
     script = ["scripts/launch_tpu.py", "--name=pod", "--zone=z", "--topology=v5p:4x4x4"]
     script += ["--command=python scripts/x.py --a='b c'", "--create_flags=--reserved"]
