@@ -1,6 +1,5 @@
 """The weights that evals compute with: their dtype, their mesh, and whether layers are apart."""
 
-import functools
 import math
 from typing import Any
 
@@ -75,6 +74,4 @@ def cast_weights(params: dict, dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _cast(leaf: jax.Array, dtype) -> jax.Array:
-    return leaf.astype(dtype)
+_cast = jax.jit(lambda leaf, dtype: leaf.astype(dtype), static_argnames="dtype")
