@@ -12,6 +12,7 @@ import numpy as np
 
 from sa_jax.data import randomness
 from sa_jax.data.packing import PackedDataset
+from sa_jax.errors import UsageError
 
 
 def steps_per_epoch(dataset: PackedDataset, batch_size: int) -> int:
@@ -38,6 +39,10 @@ def batch(
     Position t predicts targets[t] = tokens[t+1] of the same document; loss_mask belongs to targets.
     A document's last position, and padding, have target 0 and mask False.
     """
+    if batch_size < 1 or step < 0:
+        raise UsageError(
+            f"batch_size must be at least 1 and step at least 0; got {batch_size} and {step}"
+        )
     indices = row_indices(len(dataset), seed, step, batch_size)[rows or slice(None)]
     arrays = dataset.rows(indices)
     segment_ids = arrays["segment_ids"]
