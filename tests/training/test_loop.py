@@ -426,6 +426,7 @@ def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
 def test_a_step_that_does_not_fit_ends_the_run_before_the_evals_are_done(
     toy_world, tmp_path, monkeypatch
 ):
+    """A step that does not fit a device ends a run before the evals of step 0 are done."""
     import jax.numpy as jnp
 
     from sa_jax.errors import UserError
