@@ -1,5 +1,6 @@
 """The weights that evals compute with: their dtype, their mesh, and whether layers are apart."""
 
+import functools
 import math
 from typing import Any
 
@@ -74,4 +75,6 @@ def cast_weights(params: dict, dtype) -> dict:
     return jax.tree_util.tree_map_with_path(cast, params)
 
 
-_cast = jax.jit(lambda leaf, dtype: leaf.astype(dtype), static_argnames="dtype")
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(leaf: jax.Array, dtype) -> jax.Array:
+    return leaf.astype(dtype)
