@@ -195,8 +195,8 @@ def _folded(text: str) -> str:
 
 def _copies(text: str, phrase: str) -> list[int]:
     """Where whole copies of the phrase start, none within another; both texts are folded."""
-    # A pattern that starts with the phrase takes linear time: what is before a copy is looked at
-    # from its end.
+    # The character before a copy is looked at from the copy's end, because a pattern that starts
+    # with the phrase takes linear time.
     before = "" if _IS_UNSPACED.match(phrase[0]) else rf"(?<!{_IN_WORD.pattern}.{{{len(phrase)}}})"
     after = "" if _IS_UNSPACED.match(phrase[-1]) else rf"(?!{_IN_WORD.pattern})"
     copies = re.finditer(re.escape(phrase) + before + after, text, re.DOTALL)

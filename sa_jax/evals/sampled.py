@@ -107,7 +107,8 @@ def ask(
     settings: SamplingSettings,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Samples one answer to every question.
+    """Samples one answer to every question; `settings` are of `sampling_settings`, which name what
+    ends an answer.
 
     If a question of an item leaves no room in the context, the whole item is skipped and counted,
     so that the arms of an eval stay paired.

@@ -101,8 +101,9 @@ def _is_optimizer(name: str, value: Any) -> bool:
 
 def _signature(parameters: Any) -> str:
     defaults = {name: parameter.default for name, parameter in parameters.items()}
+    shown = (bool, int, float, str, tuple, type(None))  # no named tuples, which transformations are
     return ", ".join(
-        f"{name}={default}" if isinstance(default, int | float | str | tuple | None) else name
+        f"{name}={default}" if type(default) in shown else name
         for name, default in defaults.items()
     )
 

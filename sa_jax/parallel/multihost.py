@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -44,7 +45,8 @@ def joined(
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            # Of a message that is too large, too, the status is RESOURCE_EXHAUSTED.
+            if not re.search("RESOURCE_EXHAUSTED(?s:.*)(memory|allocat)", str(error)):
                 raise
             raise UserError(
                 f"a device has not enough memory: {first_line(error)} Training needs less with "

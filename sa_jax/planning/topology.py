@@ -28,8 +28,14 @@ _MOST_CHIPS = 16_384
 # means, such as 4x8x12 for v5p-768, not 4x4x24 (google/xpk, system_characteristics.py).
 _CUBES = tuple(
     "x".join(map(str, shape))
-    for shape in sorted(itertools.combinations_with_replacement(range(4, 1025, 4), 3), key=sum)
-    if math.prod(shape) <= _MOST_CHIPS
+    for shape in sorted(
+        (
+            (a, b, c)
+            for a, b in itertools.combinations_with_replacement(range(4, 65, 4), 2)
+            for c in range(b, _MOST_CHIPS // (a * b) + 1, 4)
+        ),
+        key=sum,
+    )
 )
 _NUMBER = "[1-9][0-9]{0,5}"
 
@@ -128,8 +134,8 @@ def parse_topology(name: str) -> Topology:
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
     raise UsageError(
         f"--topology={name[:60]!r} is unknown; known: {'; '.join(known)}; several slices of a "
-        "TPU, as in 2xv5p:4x4x4; more cubes of 4x4x4, as v5p:4x4x12; and the cloud's name of a "
-        "slice, as v5p-128"
+        "TPU, as in 2xv5p:4x4x4; more cubes of 4x4x4, sides in rising order, as v5p:4x4x12; and "
+        "the cloud's name of a slice, as v5p-128"
     )
 
 

@@ -223,10 +223,12 @@ def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _check_whole(config: Mapping[str, Any], default: Mapping[str, Any], at: str = "") -> None:
-    """UsageError where a setting is missing, as after `--config.backdoor={}`."""
+    """UsageError where a setting is missing, as after `--config.backdoor={}`, or None."""
     for name, value in default.items():
         if name not in config:
             raise UsageError(f"config.{at}{name} is missing: set one key of a section at a time")
+        if config[name] is None and value is not None:
+            raise UsageError(f"config.{at}{name}=None: must be set; the default is {value!r}")
         if isinstance(value, Mapping) and name != "names":  # of evals, which may be others
             _check_whole(config[name], value, f"{at}{name}.")
 

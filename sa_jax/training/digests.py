@@ -118,13 +118,11 @@ def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
             problems = zip(mine, pool.map(problem, mine), strict=True)
             found = min(((name, why) for name, why in problems if why), default=None)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        found = "", f"{DIGEST_FILE} cannot be trusted ({error})"  # before all names
+        found = DIGEST_FILE, f"cannot be trusted: {error}"
     every = [parse_json(text) for text in exchange(json.dumps(found))]
-    first = min((each for each in every if each), default=None)
-    if first is None:
-        return None
-    name, why = first
-    return f"{root / name} ({why})" if name else f"{root}/{why}"
+    # Without digests other problems mean nothing.
+    first = min(filter(None, every), key=lambda each: (each[0] != DIGEST_FILE, each), default=None)
+    return first and f"{root / first[0]} ({first[1]})"
 
 
 def writer(name: str) -> int:

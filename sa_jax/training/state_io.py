@@ -72,6 +72,12 @@ def load(
             loaded = _flatten(ocp.load(folder, unflatten_dict(wanted, sep="/")))
     except Exception as error:
         raise UserError(f"{folder}: cannot be loaded ({one_line(error)[:300]})") from error
+    for name, leaf in wanted.items():  # Orbax stores a typed key as numbers, and names its type
+        if loaded[name].dtype != leaf.dtype:
+            raise UserError(
+                f"{folder}: {name} is {loaded[name].dtype}, not {leaf.dtype}: another version of "
+                "sa_jax saved it; resume with that version"
+            )
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 

@@ -144,6 +144,10 @@ def test_unknown_optax_names_and_keywords_say_what_there_is():
     config.kwargs.beta = 0.9
     with pytest.raises(UsageError, match=r"kwargs\.beta: optax\.lion has no such .* b1=0\.9, b2"):
         make_optimizer(config, 10)
+    config = section(name="contrib.sophia")
+    config.kwargs.beta = 0.9
+    with pytest.raises(UsageError, match=r"it takes learning_rate, b1=[^<]*$"):
+        make_optimizer(config, 10)
     config = section(name="adam")
     config.kwargs.b1 = 0.9
     with pytest.raises(UsageError, match="adam takes none"):

@@ -106,6 +106,15 @@ def test_donated_buffers_do_not_reach_a_save_under_way(tmp_path):
     assert float(state["x"].min()) == float(state["x"].max()) == 1.0
 
 
+def test_a_key_that_an_older_version_stored_as_numbers_is_refused(tmp_path):
+    key = jax.random.key(7)
+    with RunCheckpointer(tmp_path / "c") as checkpointer:
+        checkpointer.save(1, {"key": jax.random.key_data(key)})
+    wanted = {"key": jax.ShapeDtypeStruct((), key.dtype, sharding=key.sharding)}
+    with pytest.raises(UserError, match=r"key is uint32, not key<fry>: another version"):
+        state_io.load(tmp_path / "c/step_000001", wanted)
+
+
 def test_save_returns_before_the_digests_and_wait_after(tmp_path):
     state = {"x": jnp.ones((2048, 2048))}
     checkpointer = RunCheckpointer(tmp_path / "c")

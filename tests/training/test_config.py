@@ -42,6 +42,17 @@ def test_a_value_that_cannot_work_is_refused(key, value, words):
         check_config(config)
 
 
+@pytest.mark.parametrize("key", ["seed", "eval.steps", "optimizer.learning_rate", "dtype"])
+def test_a_setting_that_a_config_file_sets_to_none_is_refused(key):
+    config = default_config()
+    *sections, name = key.split(".")
+    section = config[sections[0]] if sections else config
+    with section.ignore_type():
+        section[name] = None
+    with pytest.raises(UsageError, match=f"config.{key}=None: must be set; the default is "):
+        check_config(config)
+
+
 def test_an_unknown_arm_is_refused():
     config = default_config()
     config.eval.arms = ("triggered", "sideways")
