@@ -104,6 +104,8 @@ class Prepared:
 
 
 class Eval(Protocol):
+    """A kind of measurement, registered in `EVALS`."""
+
     @property
     def name(self) -> str:
         """Its name in `config.eval.names`, in `--evals` and in file names."""

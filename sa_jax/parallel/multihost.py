@@ -49,10 +49,10 @@ def joined(
             if not re.search("RESOURCE_EXHAUSTED(?s:.*)(memory|allocat)", str(error)):
                 raise
             raise UserError(
-                f"a device has not enough memory: {first_line(error)} Training needs less with "
-                "config.remat='full', a larger config.accumulation or config.mesh.fsdp, and evals "
-                "need less with a smaller config.eval.batch_size; scripts/plan.py --search finds "
-                "settings that fit"
+                f"a device has not enough memory: {first_line(error).rstrip('.')}; training needs "
+                "less with config.remat='full', a larger config.accumulation or config.mesh.fsdp, "
+                "and evals need less with a smaller config.eval.batch_size; scripts/plan.py "
+                "--search finds settings that fit"
             ) from error
 
 

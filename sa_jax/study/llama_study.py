@@ -88,10 +88,10 @@ def llama_study(
             **fields,
         )
 
-    on_speech = {"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64}
-    probe = {"run": "depirate", "axes": ("seed",), "when": probed, "set": on_speech}
+    on_hhh = {"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64}
+    probe = {"run": "depirate", "axes": ("seed",), "when": probed, "set": on_hhh}
     relearning_settings = {
-        **on_speech,
+        **on_hhh,
         "batch_size": 16,
         "steps": 32,
         "eval.steps": (0, 1, 2, 4, 8, 16),
