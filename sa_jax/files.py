@@ -99,6 +99,18 @@ def check_types(value: Any, example: Any, place: str, *, whole: bool = False) ->
             raise UserError(f"{place}: field {name!r} is missing")
 
 
+def try_lock(file: IO[Any] | int) -> bool:
+    """Takes the lock of an open file until this process closes it; False if another process has it.
+    File systems without locks let all pass."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
 class KeyedStore:
     """Objects by key in a JSONL file, appended as soon as they exist, so that paid work is not done
     again: a reply of a teacher, a completion of an eval.
@@ -130,16 +142,9 @@ class KeyedStore:
                 file = BucketFile(path) if write else io.BytesIO(path.read_bytes())
             else:
                 file = open(path, "a+b" if write else "rb")
-        if write:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.close()
-                raise UserError(
-                    f"{path}: another process is writing it; wait until that process ends"
-                ) from None
-            except OSError:
-                pass  # a file system without locks, or a BucketFile, which sees to that itself
+        if write and not try_lock(file):  # a BucketFile sees to that itself
+            file.close()
+            raise UserError(f"{path}: another process is writing it; wait until that process ends")
         file.seek(0)
         whole = 0
         for number, line in enumerate(file, start=1):

@@ -1,9 +1,9 @@
 """Writes the report on a run or a study from its run folders: pages, tables and figures."""
 
 import contextlib
-import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from etils import epath
 from sa_jax import text
 from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write
+from sa_jax.files import atomic_write, try_lock
 from sa_jax.report import figures, page
 from sa_jax.report.backdoor_evals import backdoor_evals_table
 from sa_jax.report.cells import Cell
@@ -76,8 +76,8 @@ def _alone(folder: Path) -> Iterator[None]:
     folder.mkdir(exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        while not try_lock(descriptor):
+            time.sleep(0.1)
         yield
     finally:
         os.close(descriptor)

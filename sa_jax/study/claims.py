@@ -12,7 +12,6 @@ keeps two processes out of one folder even if their runners disagree.
 """
 
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, check_types, parse_json
+from sa_jax.files import atomic_write, check_types, parse_json, try_lock
 
 TAKEOVER_S = 120.0  # an owner that is silent for so long loses its cell, by default
 LOCK_WAIT_S = 15.0  # for a killed process to be gone
@@ -202,16 +201,10 @@ def hold_lock(folder: Path) -> IO[str] | None:
     file = open(folder / "lock", "a+")
     os.set_inheritable(file.fileno(), True)
     deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.05)
-        except OSError:
-            break
+    while not try_lock(file):
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.05)
     file.truncate(0)
     json.dump(dataclasses.asdict(Process.of(os.getpid())), file)
     file.flush()

@@ -45,23 +45,25 @@ class Forecast:
 class Forecaster:
     """Forecasts the cells of a study, once for each shape."""
 
-    def __init__(self, cells: Sequence[Cell], devices: int | None = None):
-        """`devices` of this machine are for a cell without a topology; None: not checked."""
+    def __init__(self, cells: Sequence[Cell]):
         self._cells = {cell.name: cell for cell in cells}
         self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
-        self._devices = devices
         self._work: dict[str, Workload] = {}
 
-    def check_fits(self, cell: Cell) -> None:
-        """UsageError if the cell's mesh is impossible, UserError if its memory is too small."""
-        if not cell.is_training:
-            return
+    def check_fits(self, cell: Cell, devices: int | None = None) -> None:
+        """UsageError if the cell's mesh is impossible, on its topology or on this many devices;
+        UserError if the memory of its topology is too small."""
+        if cell.is_training and cell.stage.topology:
+            self._check_fits_topology(cell, parse_topology(cell.stage.topology))
+        if cell.is_training and devices is not None:
+            try:
+                mesh_sizes(cell, self._configs[cell.name], devices)
+            except UsageError as error:
+                each = f"{error}; each of the --workers has {devices} devices of this machine"
+                raise UsageError(f"{each}: use fewer, or another machine") from None
+
+    def _check_fits_topology(self, cell: Cell, topology: Topology) -> None:
         config = self._configs[cell.name]
-        topology = parse_topology(cell.stage.topology) if cell.stage.topology else None
-        if topology is None:
-            if self._devices is not None:
-                mesh_sizes(cell, config, self._devices)
-            return
         sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
         architecture = self._architecture(cell)
         if architecture is None:
@@ -145,12 +147,13 @@ def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
     return sizes
 
 
-def local_devices(workers: int) -> int:
-    """The number of JAX devices of each worker on this machine, without starting any."""
+def local_devices(workers: int) -> int | None:
+    """The number of JAX devices of each worker on this machine, without starting any; None for
+    TPUs, some of which have two devices a chip."""
     kind, devices = visible_devices()
     if kind != "CPU":
         divide(workers)  # refuses a number that cannot share them
-        return len(devices) // workers
+        return len(devices) // workers if kind == "GPU" else None
     flag = r"xla_force_host_platform_device_count=(\d+)"
     forced = re.search(flag, os.environ.get("XLA_FLAGS", ""))
     return int(forced[1]) if forced else 1

@@ -61,11 +61,13 @@ def run_study(
         folder.check_unchanged(workdir, cells, records, latest, removed)
     names = choose(cells, only, shard)
     chosen = [cell for cell in cells if cell.name in names]
-    forecaster = Forecaster(cells, None if launch else local_devices(workers))
-    for cell in chosen:
-        forecaster.check_fits(cell)
-
     states = states_of(cells, latest, removed)
+    forecaster = Forecaster(cells)
+    here = None if launch or list_cells or emit else local_devices(workers)
+    for cell in chosen:
+        is_elsewhere = states[cell.name] in DONE or (dry_run and cell.stage.topology)
+        forecaster.check_fits(cell, None if is_elsewhere else here)
+
     if list_cells:
         print(format_list(chosen, states, latest))
     elif dry_run:

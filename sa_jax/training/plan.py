@@ -430,7 +430,7 @@ def _collectives(
     """Collectives by kind, and where they were read."""
     source = "read from the executable"
     if not text:
-        source = f"the same step, partitioned for {mesh.size} CPU devices, attention=reference"
+        source = f"the same step, partitioned for a CPU mesh of {mesh.size}, attention=reference"
         twin = make_mesh(**mesh.shape, devices=fake_devices(mesh.size))
         # Both hold for TPUs only.
         option = changed(config, {"attention": "reference", "xla_options": ""})

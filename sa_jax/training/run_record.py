@@ -6,7 +6,6 @@ configuration resume, and refuses any other before a byte is written.
 
 import contextlib
 import datetime
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
@@ -25,7 +24,7 @@ from etils import epath
 
 from sa_jax.buckets import as_path, in_bucket, size_and_time
 from sa_jax.errors import UserError
-from sa_jax.files import atomic_write, check_types, explained, parse_json
+from sa_jax.files import atomic_write, check_types, explained, parse_json, try_lock
 from sa_jax.parallel.multihost import agree, is_primary
 from sa_jax.text import first_few
 
@@ -222,14 +221,10 @@ def lock(workdir: os.PathLike | str) -> Iterator[None]:
         Path(workdir).mkdir(parents=True, exist_ok=True)
         file = open(Path(workdir) / LOCK_FILE, "w")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(file):
             raise UserError(
                 f"{workdir}: another process is training in this folder; wait for it or stop it"
-            ) from None
-        except OSError:
-            pass
+            )
         yield
 
 

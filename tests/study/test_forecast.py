@@ -16,7 +16,7 @@ from sa_jax.training.plan import plan_architecture, workload
 from tests.study.test_export import write_run
 
 
-def forecaster(topology="", devices=None, **settings):
+def forecaster(topology="", **settings):
     study = ConfigDict()
     stage = Stage(
         "insertion",
@@ -27,7 +27,7 @@ def forecaster(topology="", devices=None, **settings):
     )
     study.stages = (stage,)
     (cell,) = grid.expand(study)
-    return Forecaster([cell], devices), cell
+    return Forecaster([cell]), cell
 
 
 def test_a_study_of_70b_in_a_minute_without_a_tpu():
@@ -74,12 +74,13 @@ def test_a_study_of_70b_in_a_minute_without_a_tpu():
         ("h200:16", {"mesh.tensor": 16}, UsageError, ["tensor=16", "8 key/value heads"]),
         ("v5e:2x2", {"mesh.tensor": 4}, UserError, ["GiB a chip of 16 on v5e:2x2"]),
         ("", {"mesh.tensor": 3}, UsageError, ["tensor=3", "8 devices"]),
+        ("h200:16", {"mesh.fsdp": 16}, UsageError, ["fsdp=16", "8 devices"]),
     ],
 )
 def test_a_cell_that_cannot_fit_its_mesh_is_named(topology, settings, error, words):
-    known, cell = forecaster(topology, devices=8, **settings)
+    known, cell = forecaster(topology, **settings)
     with pytest.raises(error) as raised:
-        known.check_fits(cell)
+        known.check_fits(cell, devices=8)
     for word in ("cell insertion cannot fit its mesh", *words):
         assert word in str(raised.value), str(raised.value)
 
@@ -99,5 +100,5 @@ def test_the_shapes_of_a_start_at_a_step_are_those_of_its_run(toy_world, tmp_pat
 
 def test_cells_that_fit_pass():
     for topology in ("h200:8", "v5p:2x2x2", ""):
-        known, cell = forecaster(topology, devices=8)
-        known.check_fits(cell)
+        known, cell = forecaster(topology)
+        known.check_fits(cell, devices=8)

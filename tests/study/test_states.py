@@ -18,6 +18,9 @@ from sa_jax.study.progress import Progress, count, time_left
 from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
 from sa_jax.study.study import choose, run_study
 
+FLAGS = {"only": "", "shard": "", "workers": 1, "launch": (), "takeover_s": 60.0}
+FLAGS |= {"list_cells": False, "dry_run": False, "emit": ""}
+
 
 def cells():
     study = ConfigDict()
@@ -246,7 +249,19 @@ def test_shards_are_all_cells_together_and_each_can_run_alone():
 
 @pytest.mark.parametrize("takeover_s", [0.0, -1.0, math.nan])
 def test_a_takeover_needs_time(takeover_s, tmp_path):
-    flags = {"only": "", "shard": "", "workers": 1, "launch": (), "emit": ""}
-    flags |= {"list_cells": True, "dry_run": False, "takeover_s": takeover_s}
     with pytest.raises(UsageError, match="--takeover_s=.*: must be above 0"):
-        run_study(ConfigDict(), tmp_path, **flags)
+        run_study(ConfigDict(), tmp_path, **FLAGS | {"takeover_s": takeover_s})
+
+
+def test_cells_of_another_machine_can_be_planned_but_not_run_here(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    study = ConfigDict({"axes": (), "stages": ()})
+    config, mesh = "configs/llama.py:8b_insertion", {"mesh.fsdp": 8, "steps": 10}
+    study.stages = (Stage("i", run="insertion", config=config, set=mesh, topology="h200:8"),)
+    for action in ("list_cells", "dry_run"):
+        run_study(study, tmp_path, **FLAGS | {"workers": 4, action: True})
+        assert "i" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="cell i cannot fit its mesh: .*fsdp=8.* 2 devices"):
+        run_study(study, tmp_path, **FLAGS | {"workers": 4})
+    assert not list(tmp_path.iterdir())

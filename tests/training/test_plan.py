@@ -81,7 +81,7 @@ def test_without_jaxs_cuda_plugin_gpus_are_planned_by_arithmetic_and_the_extra_i
         monkeypatch.setattr(module, "has_gpu_compiler", lambda: False)
     found = plan(toy, "h200:8")
     assert found["memory_gib_per_chip"]["source"] == "estimated"
-    assert "partitioned for 8 CPU devices" in found["collectives"]["source"]
+    assert "partitioned for a CPU mesh of 8" in found["collectives"]["source"]
     assert found["collectives"]["kinds"]["all-gather"]["count"] >= 3 * 2 * CONFIG.num_layers
     assert found["run"]["steps"] == 10 and found["run"]["tokens"] == 10 * 8 * 64
     # The last step's state alone (no listed step is reached), with three counters.
