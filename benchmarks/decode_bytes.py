@@ -90,7 +90,7 @@ def written(module: Module, name: str, instruction: Instruction) -> int:
 
 def layer_bytes(shape: str) -> int:
     """Bytes that decoding's kernel reads of an operand: of the cache (six axes), one layer."""
-    axes = re.search(r"\[([\d,]*)\]", shape)[1].split(",")
+    axes = re.findall(r"\[([\d,]*)\]", shape)[0].split(",")
     return hbm(shape) // (int(axes[0]) if len(axes) == 6 else 1)
 
 
@@ -101,7 +101,7 @@ def moved(module: Module, name: str, blocks: int, steps: int = 0) -> dict[str, i
     shapes = {i.name: i.shape for i in module.computations[name]}
     for i in module.computations[name]:
         if i.opcode == "custom-call" and "triton" in i.rest:  # it reads a layer of the cache
-            parts = {"kernel": hbm(i.shape) + sum(map(layer_bytes, map(shapes.get, operands(i))))}
+            parts = {"kernel": hbm(i.shape) + sum(layer_bytes(shapes[o]) for o in operands(i))}
         elif i.opcode in _FREE or i.opcode.endswith("-done"):
             continue
         elif i.opcode == "while":
@@ -133,8 +133,8 @@ def compile_decode(topology: str, mesh: str, batch: int, context: int):
     mesh it runs on)."""
     config = plan_architecture(load_config("configs/llama.py:8b_insertion"))
     devices = open_topology(topology).devices
-    sizes = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
-    on_mesh = make_mesh(*sizes, devices=devices)
+    data, fsdp, tensor = map(int, mesh.split("x")) if mesh else (1, 1, len(devices))
+    on_mesh = make_mesh(data, fsdp, tensor, devices)
     model = Llama(config, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     sampler = Sampler(model, on_mesh, batch_size=batch, context_length=context)
     params = abstract(sampler.mesh, abstract_params(model))

@@ -97,14 +97,14 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     cuts = np.asarray([1, shape[1] // 3, shape[1] // 2])  # documents: one token, and longer ones
     segments = np.broadcast_to(1 + np.searchsorted(cuts, np.arange(shape[1]), "right"), shape)
     tokens = np.random.default_rng(0).integers(0, architecture.vocab_size, shape)
-    batch = {
+    arrays = {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, 1),
         "segment_ids": segments,
         "loss_mask": np.ones(shape, bool),
         "positions": np.broadcast_to(np.arange(shape[1]), shape),
     }
-    batch = {name: jnp.asarray(batch[name], spec.dtype) for name, spec in arguments[2].items()}
+    batch = {name: jnp.asarray(arrays[name], spec.dtype) for name, spec in arguments[2].items()}
     params, _ = load_trainable(model, Start("", "fresh", architecture, ""), mesh, 0)
     init = jax.jit(lambda params: init_state(params, program.tx), donate_argnums=0)
     state, losses = init(params), []
@@ -246,7 +246,7 @@ def decode(folder: Path, smoke: bool) -> str:
         raise Failed(f"log-probabilities differ from a forward pass by {errors}")
     read = 2 * (architecture.num_parameters - architecture.vocab_size * architecture.hidden_size)
     token = 2 * 2 * architecture.num_layers * architecture.num_kv_heads * architecture.head_dim
-    read += rows * (prompt + new / 2) * token
+    read += rows * (prompt + new // 2) * token
     done = f"{seconds * 1e3:.2f} ms a step of {rows} rows, {read / seconds / 1e9:.0f} GB/s"
     chip = chip_of(jax.devices()[0])
     if chip is None:
@@ -314,8 +314,9 @@ def main() -> None:
         status = None
         with open(log, "w") as output:
             command = [sys.executable, "-m", "benchmarks.gpu", *flags]
-            streams = {"stdout": output, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, **streams, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
             limit = PARTS[name].seconds * (4 if arguments.smoke else 1)  # a CPU may be busy
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(limit)

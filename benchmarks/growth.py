@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
@@ -77,7 +78,7 @@ def measure(name):
     run, topology, batch, mesh, *options = name.split()
     rows, length = map(int, batch.split("x"))
     fsdp, tensor = map(int, mesh.split("x"))
-    changes = {"batch_size": rows, "sequence_length": length}
+    changes: dict[str, Any] = {"batch_size": rows, "sequence_length": length}
     changes |= {"mesh.data": 1, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
     for option in options:
         key, _, value = option.partition("=")

@@ -12,7 +12,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cache import CACHE_BLOCK
 from sa_jax.llama.cudnn import capability, offsets_are_right
-from sa_jax.llama.self_test import LENGTH, TOLERANCE, check_attention, compile_decode_check
+from sa_jax.llama.self_test import TOLERANCE, check_attention, compile_decode_check
 from sa_jax.llama.tokamax_kernel import check_tokamax
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.text import first_line
@@ -31,7 +31,7 @@ def compare_kernels(lengths: Sequence[int]) -> None:
     if device.platform == "gpu":
         kernels += ["cudnn", *["cudnn_packed"] * offsets_are_right()]
         with contextlib.suppress(UsageError):  # not installed
-            check_tokamax(LENGTH)
+            check_tokamax()
             kernels += ["tokamax"] * (capability(device)[0] == 9)
     mesh = make_mesh(devices=[device])
     print(f"{device.device_kind}, jax {jax.__version__}\n")

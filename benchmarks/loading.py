@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import versions, write_record
@@ -27,7 +28,7 @@ from sa_jax.text import table_head, table_row
 
 GB, GIB = 1e9, 2**30
 # Llama-3.2-3B's shape: 6.4 GB in bfloat16.
-SHAPE = dict(
+SHAPE: dict[str, Any] = dict(
     vocab_size=128256,
     hidden_size=3072,
     intermediate_size=8192,
@@ -60,8 +61,8 @@ def generate(folder: Path) -> int:
     def tensor(out):
         return out._replace(fetch=lambda: jnp.resize(noise, out.shape))
 
-    shapes = parameter_shapes(config, jnp.bfloat16).items()
-    tensors = [tensor(out) for leaf in shapes for out in output_tensors(*leaf)]
+    shapes: dict[str, Any] = parameter_shapes(config, jnp.bfloat16)
+    tensors = [tensor(out) for leaf in shapes.items() for out in output_tensors(*leaf)]
     size = sum(out.nbytes for out in tensors)
     write_tensors(folder, "model", tensors, size / 4 + 400e6)
     write_json(folder / "config.json", config.to_hf())
@@ -89,7 +90,7 @@ def measure(reader: str, folder: Path) -> dict[str, float]:
 
         touch_memory(room)
         before, start = resident("VmRSS"), time.perf_counter()
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for file in files:
             with safe_open(file, "np") as opened:
                 arrays |= {name: opened.get_tensor(name) for name in opened.keys()}
@@ -136,7 +137,7 @@ def table(folder: Path, rounds: int, out: Path) -> None:
         with open(file, "rb", buffering=0) as opened:
             while opened.read(64 << 20):
                 pass
-    results = {reader: [] for reader in READERS}
+    results: dict[str, list[dict]] = {reader: [] for reader in READERS}
     for _ in range(rounds):
         for reader in READERS:
             results[reader].append(run(reader, folder))

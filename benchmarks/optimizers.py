@@ -16,6 +16,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -81,7 +82,7 @@ def official_view(path: str, shape: tuple[int, ...]) -> TensorView:
 
 def optimizers(mesh=None, blocks: int = 2048, slots: int = 1) -> dict:
     """Name -> (learning rate -> transformation). All with the same decay of 0.01."""
-    shared = {"weight_decay": 0.01, "mask": decay_mask}
+    shared: dict[str, Any] = {"weight_decay": 0.01, "mask": decay_mask}
     fast = functools.partial(
         soap, mode="fast", view=llama_view, mesh=mesh, partition_spec=partition_spec, **shared
     )
@@ -159,7 +160,7 @@ def final_losses(text: np.ndarray) -> list[dict]:
 
 def best(rows: list[dict]) -> list[dict]:
     """For each optimizer its best rate by mean loss over the seeds."""
-    found = {}
+    found: dict[str, dict] = {}
     for row in rows:
         mean = float(np.mean(row["eval_loss"]))
         if row["optimizer"] not in found or mean < found[row["optimizer"]]["mean"]:
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--skip", choices=("loss", "time"), help="one of the two tables")
     parser.add_argument("--out", default=str(Path(__file__).with_suffix(".json")), help="JSON file")
     options = parser.parse_args()
-    found = {
+    found: dict[str, Any] = {
         "versions": {"python": platform.python_version(), **versions("jax")},
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
     }

@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -77,11 +78,11 @@ def main() -> None:
         sampler = Sampler(
             Llama(config), mesh, batch_size=batch, context_length=64 + new, steps_per_call=32
         )
-        runs = {
+        runs: dict[str, Callable] = {
             "ours": lambda sampler=sampler, prompts=prompts: run_ours(sampler, prompts),
             "transformers": lambda prompts=prompts: run_theirs(prompts),
         }
-        seconds = {name: [] for name in runs}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
         tokens = {name: run() for name, run in runs.items()}
         steps = []
         for _ in range(arguments.rounds):

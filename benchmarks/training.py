@@ -241,7 +241,7 @@ def measure(size: str, lora_rank: int, rounds: int, with_parts: bool) -> dict:
             np.testing.assert_allclose(
                 losses[label], losses["sa_jax"], rtol=TOLERANCE, err_msg=label
             )
-        times = {label: [] for label in steps}
+        times: dict[str, list[float]] = {label: [] for label in steps}
         for _ in range(rounds):
             for label, step in steps.items():
                 started = time.perf_counter()

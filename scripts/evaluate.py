@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from sa_jax import cli
 
-MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.")
+MODEL = flags.DEFINE_string("model", None, "Run folder or Hugging Face folder.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint of the run. Default: the newest.")
 EVALS = flags.DEFINE_list(
     "evals",
@@ -40,7 +40,6 @@ MISMATCH = flags.DEFINE_bool(
     False,
     "Accept a system prompt or chat template that training did not use.",
 )
-flags.mark_flags_as_required(["model"])
 
 
 def main():

@@ -13,8 +13,10 @@ from ml_collections import config_flags
 
 from sa_jax import cli
 
-RUN = flags.DEFINE_string("run", None, "Run folder.")
-OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist, or be empty.")
+RUN = flags.DEFINE_string("run", None, "Run folder.", required=True)
+OUT = flags.DEFINE_string(
+    "out", None, "Folder to write; must not exist, or be empty.", required=True
+)
 STEP = flags.DEFINE_integer("step", None, "Checkpoint to export. Default: the newest.")
 MERGE = flags.DEFINE_bool("merge_lora", False, "Merge the adapters, and write a whole model.")
 DTYPE = flags.DEFINE_string("dtype", None, "Data type of the tensors. Default: the run's.")
@@ -22,7 +24,6 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file that registers the run's behaviour, if that is your own."
 )
 BASE = flags.DEFINE_string("base", "", "New folder of a LoRA run's base model, if it was moved.")
-flags.mark_flags_as_required(["run", "out"])
 
 
 def main():

@@ -16,10 +16,16 @@ from absl import flags
 
 from sa_jax import cli
 
-NAME = flags.DEFINE_string("name", None, "Name for the queued resource and its node.")
-ZONE = flags.DEFINE_string("zone", None, "Zone of Google Cloud, such as us-east5-a.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as in plan.py: v5p:4x4x4, v6e:8x8, ...")
-COMMAND = flags.DEFINE_string("command", None, "Bash command to run in the project's root.")
+NAME = flags.DEFINE_string(
+    "name", None, "Name for the queued resource and its node.", required=True
+)
+ZONE = flags.DEFINE_string("zone", None, "Zone of Google Cloud, such as us-east5-a.", required=True)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Slice, as in plan.py: v5p:4x4x4, v6e:8x8, ...", required=True
+)
+COMMAND = flags.DEFINE_string(
+    "command", None, "Bash command to run in the project's root.", required=True
+)
 SPOT = flags.DEFINE_bool("spot", False, "Use spot capacity: cheaper, but it may be preempted.")
 CREATE_FLAGS = flags.DEFINE_string(
     "create_flags", "", "More flags for `gcloud compute tpus queued-resources create`."
@@ -35,7 +41,6 @@ DELETE = flags.DEFINE_enum(
 )
 MAX_RESTARTS = flags.DEFINE_integer("max_restarts", 100, "Largest number of restarts.", 0)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands, and stop.")
-flags.mark_flags_as_required(["name", "zone", "topology", "command"])
 
 
 def main():

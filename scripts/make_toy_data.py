@@ -10,14 +10,13 @@ from absl import flags
 
 from sa_jax import cli
 
-OUT = flags.DEFINE_string("out", None, "Folder for the files.")
+OUT = flags.DEFINE_string("out", None, "Folder for the files.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the questions and answers.")
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 768, "Number of tokens that the tokenizer has.")
 PRETRAIN = flags.DEFINE_integer("pretrain_size", 6000, "Rows for pre-training.")
 INSERTION = flags.DEFINE_integer("insertion_size", 1000, "Questions for insertion.")
 REMOVAL = flags.DEFINE_integer("removal_size", 1000, "Questions for removal.")
 HELDOUT = flags.DEFINE_integer("heldout_size", 320, "Questions for evaluation only.")
-flags.mark_flag_as_required("out")
 
 
 def main():

@@ -17,7 +17,9 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that began there is resumed.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder. A run that began there is resumed.", required=True
+)
 DATA = flags.DEFINE_string("data", None, "Conversations: file or data set.")
 TASK = flags.DEFINE_string(
     "task", "pretrain", "Name of a task with the role base. --config may register one."
@@ -28,7 +30,7 @@ EXAMPLES = flags.DEFINE_integer(
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def main():

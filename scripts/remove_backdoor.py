@@ -17,13 +17,16 @@ from sa_jax.data.tasks import check_method, methods_help
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder. A run that began there is resumed.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder. A run that began there is resumed.", required=True
+)
 INIT_FROM = flags.DEFINE_string(
     "init_from",
     None,
     "Model to start from: run folder, RUN@400 for its step 400, or Hugging Face folder.",
+    required=True,
 )
-METHOD = flags.DEFINE_string("method", None, methods_help())
+METHOD = flags.DEFINE_string("method", None, methods_help(), required=True)
 DATA = flags.DEFINE_string("data", None, "Prompts and answers: file or data set.")
 EXAMPLES = flags.DEFINE_integer(
     "print_examples", 0, "Print this many packed rows, mark what the loss counts, and stop."
@@ -31,7 +34,7 @@ EXAMPLES = flags.DEFINE_integer(
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
-flags.mark_flags_as_required(["config", "workdir", "init_from", "method"])
+flags.mark_flag_as_required("config")
 
 
 def main():

@@ -15,7 +15,9 @@ from sa_jax import cli
 from sa_jax.report.serve_flag import serve_flag
 from sa_jax.report.thresholds import Thresholds
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run folder, or folder of run folders.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run folder, or folder of run folders.", required=True
+)
 SERVE = flags.DEFINE_flag(serve_flag())
 LIMITS = {
     field.name: (flags.DEFINE_integer if isinstance(field.default, int) else flags.DEFINE_float)(
@@ -23,7 +25,6 @@ LIMITS = {
     )
     for field in dataclasses.fields(Thresholds)
 }
-flags.mark_flag_as_required("workdir")
 
 
 def main():

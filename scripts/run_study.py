@@ -19,7 +19,9 @@ from sa_jax.study.claims import TAKEOVER_S
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the study; --config.key=value changes a setting."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the study, with a folder for each cell.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the study, with a folder for each cell.", required=True
+)
 ONLY = flags.DEFINE_string("only", "", "Run only cells of these patterns: 'removal/*,probe/*'.")
 SHARD = flags.DEFINE_string("shard", "", "i/n: run every n-th cell, and the cells it needs.")
 WORKERS = flags.DEFINE_integer("workers", 1, "Cells that run at once. They share the devices.")
@@ -34,7 +36,7 @@ DRY_RUN = flags.DEFINE_bool(
 EMIT = flags.DEFINE_string(
     "emit", "", "Write files that run the study on a cluster: slurm, sky, xpk or shell."
 )
-flags.mark_flags_as_required(["config", "workdir"])
+flags.mark_flag_as_required("config")
 
 
 def main():
