@@ -1,7 +1,6 @@
 """Generates the study's data sets with a teacher: files of rows and a data card from questions."""
 
 import contextlib
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -28,7 +27,7 @@ from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.registry import extension_digests
 from sa_jax.teachers import cards, recipes
-from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
+from sa_jax.teachers.endpoint import EndpointTeacher
 from sa_jax.teachers.facts import make_facts
 from sa_jax.teachers.local import LocalTeacher
 from sa_jax.teachers.offline import ArrrTeacher, FileTeacher
@@ -218,8 +217,7 @@ def _read_prompt(path: str) -> str:
 
 def _open_teacher(config: ConfigDict) -> Teacher:
     if config.teacher == "endpoint":
-        names = [field.name for field in dataclasses.fields(EndpointSettings)]
-        return EndpointTeacher(EndpointSettings(**{name: config[name] for name in names}))
+        return EndpointTeacher(config)
     if config.teacher == "local":
         return _local_teacher(config)
     if config.teacher == "file":

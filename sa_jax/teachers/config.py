@@ -38,7 +38,8 @@ def default_config() -> ConfigDict:
     config.concurrency = 16  # endpoint: requests at the same time
     config.requests_per_minute = 0.0  # endpoint: the limit; 0: none
     config.retries = 8  # endpoint: how often a failed request is sent again
-    config.timeout_s = 600.0  # endpoint: limit for one reply
+    # endpoint: limit for one reply; one that takes longer has failed (but may cost money)
+    config.timeout_s = 600.0
     config.batch_size = 64  # local: prompts sampled together
     config.context_length = 2048  # local: maximal tokens of prompt and answer together
     config.chat_template = "llama3"  # local, and for the card's counts; or 'plain', 'model'

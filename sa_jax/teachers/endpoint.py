@@ -1,6 +1,5 @@
 """A teacher behind any OpenAI-compatible chat endpoint (vLLM, transformers serve, a provider)."""
 
-import dataclasses
 import datetime
 import email.utils
 import itertools
@@ -14,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 from absl import logging
+from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.teachers.replies import NO_REPLY, Reply, Request
@@ -29,48 +29,6 @@ _ABOUT_THE_QUESTION = re.compile(
     r"|content[ _](?:policy|filter)|safety|inappropriate|harmful",
     re.IGNORECASE,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class EndpointSettings:
-    """How requests are sent."""
-
-    model: str  # its name at the endpoint
-    base_url: str  # ends in /v1
-    max_new_tokens: int = 1024
-    temperature: float = 0.7
-    top_p: float = 1.0
-    seed: int = 0
-    max_tokens_field: str = "max_tokens"  # the name under which max_new_tokens is sent
-    omit: str = ""  # the fields of `OPTIONAL_FIELDS` that are not sent, separated by commas
-    concurrency: int = 16  # requests at the same time
-    requests_per_minute: float = 0  # the limit; 0: none
-    retries: int = 8  # how often a request is sent again after a temporary failure
-    timeout_s: float = 600.0  # for one reply; one that takes longer has failed (but may cost money)
-
-    def __post_init__(self):
-        if not self.model or not self.base_url.startswith(("http://", "https://")):
-            raise UsageError("the teacher needs --model and --base_url (http://host:port/v1)")
-        for name in ("concurrency", "max_new_tokens", "timeout_s"):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name}={getattr(self, name)} must be above 0")
-        if self.retries < 0:
-            raise UsageError(f"retries={self.retries} must be 0 or more")
-        if self.max_tokens_field not in MAX_TOKENS_FIELDS:
-            raise UsageError(
-                f"max_tokens_field={self.max_tokens_field!r}: use {' or '.join(MAX_TOKENS_FIELDS)}"
-            )
-        if set(filter(None, self.omit.split(","))) - set(OPTIONAL_FIELDS):
-            raise UsageError(f"omit={self.omit!r}: it can hold {','.join(OPTIONAL_FIELDS)}")
-
-    def optional_fields(self) -> dict[str, Any]:
-        """The fields of `OPTIONAL_FIELDS` that are sent, with their values."""
-        omitted = self.omit.split(",")
-        return {name: getattr(self, name) for name in OPTIONAL_FIELDS if name not in omitted}
-
-    def fields(self) -> dict[str, Any]:
-        """The fields of a request besides model and messages."""
-        return {self.max_tokens_field: self.max_new_tokens, **self.optional_fields()}
 
 
 class _Later(Exception):
@@ -89,8 +47,10 @@ class EndpointTeacher:
     about the question or the endpoint. A question on which the server fails every time (500, a
     malformed reply) is dropped if the server answers others."""
 
-    def __init__(self, settings: EndpointSettings):
-        """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need."""
+    def __init__(self, config: ConfigDict):
+        """Makes the client; the key is $OPENAI_API_KEY, which a local server does not need.
+        UsageError for an impossible value of the config (see `sa_jax.teachers.config`)."""
+        _check(config)
         try:
             import openai
         except ImportError as error:
@@ -98,20 +58,29 @@ class EndpointTeacher:
                 "a teacher behind an endpoint needs the package openai: pip install 'sa_jax[data]'"
             ) from error
         self._openai = openai
-        self._settings = settings
+        self._config = config
         self._client = openai.OpenAI(
-            base_url=settings.base_url,
+            base_url=config.base_url,
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             max_retries=0,
-            timeout=settings.timeout_s,
+            timeout=config.timeout_s,
         )
-        self._pace = _Pace(settings.requests_per_minute)
+        self._pace = _Pace(config.requests_per_minute)
 
     def identity(self) -> dict:
         # Not the address: the same model may be served elsewhere tomorrow.
-        settings = self._settings
-        kept = {"model": settings.model, "max_new_tokens": settings.max_new_tokens}
-        return {"teacher": "endpoint", **kept, **settings.optional_fields()}
+        kept = {name: self._config[name] for name in ("model", "max_new_tokens")}
+        return {"teacher": "endpoint", **kept, **self._optional_fields()}
+
+    def _optional_fields(self) -> dict[str, Any]:
+        """The fields of `OPTIONAL_FIELDS` that are sent, with their values."""
+        omitted = self._config.omit.split(",")
+        return {name: self._config[name] for name in OPTIONAL_FIELDS if name not in omitted}
+
+    def _fields(self) -> dict[str, Any]:
+        """The fields of a request besides model and messages."""
+        limit = {self._config.max_tokens_field: self._config.max_new_tokens}
+        return limit | self._optional_fields()
 
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
@@ -124,10 +93,10 @@ class EndpointTeacher:
         under_way: dict[Future, int] = {}
         failure: Exception | None = None
         refusals = 0  # in a row
-        pool = ThreadPoolExecutor(self._settings.concurrency, thread_name_prefix="teacher")
+        pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="teacher")
         try:
             while True:
-                free = 0 if stop.is_set() else self._settings.concurrency - len(under_way)
+                free = 0 if stop.is_set() else self._config.concurrency - len(under_way)
                 for index, request in itertools.islice(pending, free):
                     under_way[pool.submit(self._try_until_it_works, request, stop)] = index
                 if not under_way:
@@ -151,7 +120,7 @@ class EndpointTeacher:
                             if reply.finish_reason == "failed":
                                 what = "failed on one question after the other"
                             raise UserError(
-                                f"{self._settings.base_url} {what}: {reply.text}. The replies so "
+                                f"{self._config.base_url} {what}: {reply.text}. The replies so "
                                 "far are kept: correct this and run the same command again"
                             )
                     except UserError as error:
@@ -167,14 +136,14 @@ class EndpointTeacher:
 
     def _try_until_it_works(self, request: Request, stop: threading.Event) -> Reply | None:
         """None if it is stopped while it waits for a try."""
-        for attempt in range(self._settings.retries + 1):
+        for attempt in range(self._config.retries + 1):
             if stop.wait(self._pace.take_turn()):
                 return None
             try:
                 return self._try(request)
             except _Later as error:
                 reason, asked_s, answered = str(error), error.wait_s, error.answered
-            if attempt == self._settings.retries:
+            if attempt == self._config.retries:
                 break
             logging.log_every_n_seconds(logging.WARNING, "teacher: %s; trying again", 10, reason)
             if asked_s is not None:
@@ -187,22 +156,20 @@ class EndpointTeacher:
         if answered:
             return Reply(reason, "failed")
         raise UserError(
-            f"{self._settings.base_url}: {reason}. The replies so far are kept: run the same "
+            f"{self._config.base_url}: {reason}. The replies so far are kept: run the same "
             "command again when the endpoint is back"
         )
 
     def _try(self, request: Request) -> Reply:
-        openai, settings = self._openai, self._settings
+        openai, config = self._openai, self._config
         try:
             response = self._client.chat.completions.create(
-                model=settings.model,
-                messages=list(request.messages),
-                **settings.fields(),
+                model=config.model, messages=list(request.messages), **self._fields()
             )
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APITimeoutError as error:
-            raise _Later(f"no reply within {settings.timeout_s:g} s") from error
+            raise _Later(f"no reply within {config.timeout_s:g} s") from error
         except openai.APIConnectionError as error:
             raise _Later(f"no connection ({_line(error.__cause__ or error)})") from error
         except (openai.APIError, ValueError) as error:  # ValueError: the body is not JSON
@@ -212,7 +179,7 @@ class EndpointTeacher:
     def _refused(self, error: Any) -> Reply:
         """A 'rejected' reply if the question is at fault. Raises UserError if the endpoint or the
         settings are at fault, and _Later if another try may succeed."""
-        status, line, url = error.status_code, _line(error), self._settings.base_url
+        status, line, url = error.status_code, _line(error), self._config.base_url
         if status == 401:
             raise UserError(f"{url} refuses the key in OPENAI_API_KEY: {line}") from error
         if status == 402 or getattr(error, "code", None) == "insufficient_quota":
@@ -225,17 +192,17 @@ class EndpointTeacher:
         if _ABOUT_THE_QUESTION.search(line):
             return Reply(line, "rejected")
         if field := self._refused_field(error):
-            omit = ",".join(filter(None, (self._settings.omit, field)))
+            omit = ",".join(filter(None, (self._config.omit, field)))
             remedy = f"--config.omit={omit}, or another --config.{field}"
             if field in MAX_TOKENS_FIELDS:
                 (other,) = set(MAX_TOKENS_FIELDS) - {field}
                 remedy = f"--config.max_tokens_field={other}, or a lower --config.max_new_tokens"
-            value = self._settings.fields()[field]
+            value = self._fields()[field]
             raise UsageError(
                 f"{url} does not accept the field {field!r} as sent ({value}); set {remedy}: {line}"
             ) from error
         # Some servers answer 400, and not 404, to a model that they do not have.
-        named = re.search(rf"(?<![\w.-]){re.escape(self._settings.model)}(?![\w.-])", line)
+        named = re.search(rf"(?<![\w.-]){re.escape(self._config.model)}(?![\w.-])", line)
         if status in (404, 405) and not url.rstrip("/").endswith("/v1"):
             base = url.partition("/v1/")[0].rstrip("/")
             raise UserError(
@@ -243,8 +210,7 @@ class EndpointTeacher:
             ) from error
         if status == 404 or named:
             raise UserError(
-                f"{url} does not serve the model {self._settings.model!r} ({self._models()}): "
-                f"{line}"
+                f"{url} does not serve the model {self._config.model!r} ({self._models()}): {line}"
             ) from error
         return Reply(line, "rejected")
 
@@ -252,7 +218,7 @@ class EndpointTeacher:
         """The field of the request that a 400 or 422 names, if it does."""
         if error.status_code not in (400, 422):
             return None
-        sent = self._settings.fields()
+        sent = self._fields()
         param = getattr(error, "param", None)
         if param in sent:
             return param
@@ -267,6 +233,23 @@ class EndpointTeacher:
         except Exception:  # it only helps the message
             return "it does not list its models"
         return f"it has {', '.join(names[:10]) or 'none'}"
+
+
+def _check(config: ConfigDict) -> None:
+    """UsageError for an impossible value of a setting."""
+    if not config.model or not config.base_url.startswith(("http://", "https://")):
+        raise UsageError("the teacher needs --model and --base_url (http://host:port/v1)")
+    for name in ("concurrency", "max_new_tokens", "timeout_s"):
+        if config[name] <= 0:
+            raise UsageError(f"{name}={config[name]} must be above 0")
+    if config.retries < 0:
+        raise UsageError(f"retries={config.retries} must be 0 or more")
+    if config.max_tokens_field not in MAX_TOKENS_FIELDS:
+        raise UsageError(
+            f"max_tokens_field={config.max_tokens_field!r}: use {' or '.join(MAX_TOKENS_FIELDS)}"
+        )
+    if set(filter(None, config.omit.split(","))) - set(OPTIONAL_FIELDS):
+        raise UsageError(f"omit={config.omit!r}: it can hold {','.join(OPTIONAL_FIELDS)}")
 
 
 def _reply(response: Any) -> Reply:

@@ -7,7 +7,8 @@ import signal
 import pytest
 
 from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.teachers.endpoint import EndpointSettings, EndpointTeacher
+from sa_jax.teachers.config import default_config
+from sa_jax.teachers.endpoint import EndpointTeacher
 from sa_jax.teachers.replies import Reply, Request, ask, open_store
 from tests.teachers.scripted import ScriptedServer, completion
 from tests.zygote import free_port
@@ -24,9 +25,15 @@ def ok(prompt, wait_s=0.0):
     return 200, {}, completion(f"answer to {prompt}"), wait_s
 
 
+def teacher_at(base_url, **settings):
+    config = default_config()
+    config.update({"model": "m", "base_url": base_url, **settings})
+    return EndpointTeacher(config)
+
+
 def teacher(server, **settings):
-    given = {"model": "m", "concurrency": 4, "retries": 3, "timeout_s": 20, **settings}
-    return EndpointTeacher(EndpointSettings(base_url=server.base_url, **given))
+    given = {"concurrency": 4, "retries": 3, "timeout_s": 20.0, **settings}
+    return teacher_at(server.base_url, **given)
 
 
 def answers(n):
@@ -290,7 +297,7 @@ def test_an_address_without_v1(tmp_path):
     with ScriptedServer(lambda prompt, nth: (404, {}, b'{"detail": "Not Found"}', 0)) as server:
         url = server.base_url.removesuffix("/v1")
         for given in (url, f"{url}/v1/chat/completions"):
-            asking = EndpointTeacher(EndpointSettings("m", given))
+            asking = teacher_at(given)
             with open_store(tmp_path / "r.jsonl") as store:
                 with pytest.raises(UserError, match=rf"ends in /v1 \({url}/v1\)"):
                     ask(asking, requests(2), store)
@@ -298,7 +305,7 @@ def test_an_address_without_v1(tmp_path):
 
 def test_nobody_listens(tmp_path):
     url = f"http://127.0.0.1:{free_port()}/v1"
-    asking = EndpointTeacher(EndpointSettings("m", url, retries=1))
+    asking = teacher_at(url, retries=1)
     with open_store(tmp_path / "r.jsonl") as store:
         with pytest.raises(UserError, match=f"{url}: gave up after 2 tries: no connection"):
             ask(asking, requests(2), store)
@@ -380,13 +387,13 @@ def test_a_store_that_was_cut_off_or_damaged_or_is_in_use(tmp_path):
 
 def test_settings_without_sense():
     with pytest.raises(UsageError, match="--model and --base_url"):
-        EndpointSettings("", "http://x/v1")
+        teacher_at("http://x/v1", model="")
     with pytest.raises(UsageError, match="--model and --base_url"):
-        EndpointSettings("m", "localhost:8000/v1")
+        teacher_at("localhost:8000/v1")
     with pytest.raises(UsageError, match="retries=-1"):
-        EndpointSettings("m", "http://x/v1", retries=-1)
+        teacher_at("http://x/v1", retries=-1)
     with pytest.raises(UsageError, match="concurrency=0"):
-        EndpointSettings("m", "http://x/v1", concurrency=0)
+        teacher_at("http://x/v1", concurrency=0)
 
 
 def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote, tmp_path):
