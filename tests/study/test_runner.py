@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sa_jax.study.claims import Claims
+from sa_jax.study.claims import Claims, Process
 from tests.test_binaries import refused
 from tests.training.test_loop import snapshot
 
@@ -91,6 +91,21 @@ def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path)
         f"the model of cell judge: {model}: neither a run folder",
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_second_interrupt_ends_the_study_and_its_cells_at_once(zygote, toy_world, tmp_path):
+    process = zygote.start(*command(tmp_path, toy_world))
+    process.wait_for(lambda: held_by(tmp_path / "runs", "insertion"))
+    cell = held_by(tmp_path / "runs", "insertion")
+    os.kill(cell, signal.SIGSTOP)  # so that it cannot end by itself
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60).returncode == 130, process.stderr
+    assert "stopped: interrupted" in process.stderr.splitlines()[-1]
+    assert not Claims(tmp_path / "runs/cells", 60.0).latest("insertion").outcome
+    assert held_by(tmp_path / "runs", "insertion") == cell and not Process.of(cell).started
 
 
 def test_goes_on_after_a_stop_skips_what_is_done_and_reports(zygote, toy_world, tmp_path):

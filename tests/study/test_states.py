@@ -15,8 +15,9 @@ from sa_jax.study.claims import Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Stage
 from sa_jax.study.progress import Progress, count, time_left
-from sa_jax.study.runner import Stop, Worker, last_triggered_rate, states_of
+from sa_jax.study.runner import Worker, last_triggered_rate, states_of
 from sa_jax.study.study import choose, run_study
+from sa_jax.training.preemption import StopSignals
 
 FLAGS = {"only": "", "shard": "", "workers": 1, "launch": (), "takeover_s": 60.0}
 FLAGS |= {"list_cells": False, "dry_run": False, "emit": ""}
@@ -147,7 +148,7 @@ def test_a_worker_outlives_a_file_system_that_fails_for_a_moment(tmp_path, caplo
         claims = Trouble(tmp_path / name / "cells", takeover_s)
         claims.fail(times)
         worker = Worker(made, {"data": {}}, {"data"}, tmp_path / name, claims, None, [], (), {})
-        worker.run(Stop())
+        worker.run(StopSignals())
 
     run("a moment", 5, 3)
     assert caplog.text.count("Stale file handle") == 1
