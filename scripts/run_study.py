@@ -42,6 +42,8 @@ flags.mark_flag_as_required("config")
 def main():
     from sa_jax.study.study import run_study
 
+    flag = flags.FLAGS["config"]
+    changes = config_flags.get_override_values(flag).items()
     run_study(
         CONFIG.value,
         WORKDIR.value,
@@ -53,6 +55,10 @@ def main():
         list_cells=LIST.value,
         dry_run=DRY_RUN.value,
         emit=EMIT.value,
+        config_flags=[
+            f"--config={config_flags.get_config_filename(flag)}",
+            *(f"--config.{key}={value}" for key, value in changes),
+        ],
     )
 
 

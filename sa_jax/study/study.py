@@ -3,8 +3,7 @@ cluster."""
 
 import contextlib
 import fnmatch
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import logging
@@ -38,10 +37,12 @@ def run_study(
     list_cells: bool,
     dry_run: bool,
     emit: str,
+    config_flags: Sequence[str],
 ) -> None:
     """Runs the cells that are not done yet, and goes on after a failure. The same command resumes.
 
-    The arguments are those of scripts/run_study.py. `study`: see `sa_jax.study.grid`.
+    The arguments are those of scripts/run_study.py. `study`: see `sa_jax.study.grid`;
+    `config_flags`: the --config flags that make it, for `emit`.
 
     Raises:
       UsageError, UserError: before the first cell, for errors that can be found then; at the end,
@@ -75,7 +76,7 @@ def run_study(
         forecasts = {cell.name: forecaster.forecast(cell) for cell in chosen}
         print(format_forecast(chosen, forecasts, states))
     elif emit:
-        files, submit = write_files(emit, chosen, workdir, list(config_flags(sys.argv[1:])))
+        files, submit = write_files(emit, chosen, workdir, config_flags)
         print(*files, f"submit: {submit}", sep="\n")
     else:
         commands.check_models(cell for cell in chosen if states[cell.name] not in DONE)
@@ -86,18 +87,6 @@ def run_study(
         folder.open_folder(workdir)
         with StopSignals() as stop, contextlib.closing(Server()) as server:
             Worker(cells, records, names, workdir, claims, server, slots, launch, removed).run(stop)
-
-
-def config_flags(arguments: Sequence[str]) -> Iterator[str]:
-    """The --config flags of a command line, each as one word: absl also reads `--config FILE`."""
-    for flag, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        name, has_value, value = flag.lstrip("-").partition("=")
-        section = name.partition(".")[0]
-        if not flag.startswith("-") or section not in ("config", "noconfig"):
-            continue
-        if section == "config" and not has_value and following and not following.startswith("-"):
-            has_value, value = "=", following
-        yield f"--{name}{has_value}{value}"
 
 
 def choose(cells: Sequence[Cell], only: str, shard: str) -> set[str]:

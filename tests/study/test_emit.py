@@ -4,20 +4,21 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from sa_jax.errors import UsageError
 from sa_jax.study import grid
 from sa_jax.study.commands import load_config
 from sa_jax.study.emit import EMITTERS, emit, workload_name
 from sa_jax.study.grid import Axis, Stage
-from sa_jax.study.study import config_flags
 from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
 from tests.study.test_runner import outcomes
 from tests.zygote import ROOT
@@ -247,16 +248,44 @@ def test_the_studies_of_8b_and_70b_can_be_submitted(tmp_path):
         assert "--only" not in written("xpk", tmp_path / name, study)["submit.sh"]
 
 
-def test_the_config_reaches_the_files_however_it_was_written():
-    line = "--config a.py:grid --workdir=x -config.model m --config.seed=3 --config.fast"
-    line += " --noconfig.slow --only y"
-    assert list(config_flags(line.split())) == [
-        "--config=a.py:grid",
-        "--config.model=m",
-        "--config.seed=3",
-        "--config.fast",
-        "--noconfig.slow",
-    ]
+SETTINGS = """
+from ml_collections import ConfigDict, config_dict
+from sa_jax.study.grid import Stage
+
+def get_config(size):
+    study = ConfigDict({"size": size, "title": "", "note": "", "rate": 1.0, "fast": False})
+    study.update({"slow": True, "sizes": (1,), "names": ("x",), "inner": ConfigDict({"count": 1})})
+    study.any = config_dict.placeholder(object)
+    study.stages = (Stage("data", run="toy_data"),)
+    return study
+"""
+
+
+def test_the_config_reaches_the_files_however_it_was_written(zygote, tmp_path):
+    (tmp_path / "study.py").write_text(SETTINGS)
+    given = ["--config", f"{tmp_path}/study.py:small", "-config.title", """it's "a" $b; (1, 2)"""]
+    given += ["--config.rate=1e-5", "--config.fast", "--noconfig.slow", "--config.note=None"]
+    given += ["--config.sizes", "3", "--config.sizes=4", "--config.names=('a z','y')"]
+    given += ["--config.any=(None,1)", "--config.inner.count", "7"]
+    done = zygote.run("scripts/run_study.py", *given, "--emit=shell", f"--workdir={tmp_path}/runs")
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs/shell/cells.sh").read_text().splitlines()
+    line = next(line for line in lines if "--only" in line)
+    written = [word for word in shlex.split(line) if word.startswith("--config")]
+
+    def study(words):
+        parsed = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=parsed, sys_argv=["x", *words])
+        parsed(["x", *words])
+        settings = parsed["config"].value.to_dict()
+        return {name: value for name, value in settings.items() if name != "stages"}
+
+    assert study(written) == study(given)
+    assert study(written) == {
+        **{"size": "small", "title": """it's "a" $b; (1, 2)""", "note": "None", "any": (None, 1)},
+        **{"rate": 1e-5, "fast": True, "slow": False, "sizes": (3, 4), "names": ("a z", "y")},
+        "inner": {"count": 7},
+    }
 
 
 def emitted(tmp_path, kind) -> Path:

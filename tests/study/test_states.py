@@ -20,7 +20,7 @@ from sa_jax.study.study import choose, run_study
 from sa_jax.training.preemption import StopSignals
 
 FLAGS = {"only": "", "shard": "", "workers": 1, "launch": (), "takeover_s": 60.0}
-FLAGS |= {"list_cells": False, "dry_run": False, "emit": ""}
+FLAGS |= {"list_cells": False, "dry_run": False, "emit": "", "config_flags": ()}
 
 
 def cells():
