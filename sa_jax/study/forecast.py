@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
@@ -22,7 +23,7 @@ from sa_jax.study.claims import Latest
 from sa_jax.study.commands import resolved
 from sa_jax.study.devices import divide, visible_devices
 from sa_jax.study.grid import Cell, by_stage
-from sa_jax.study.progress import DONE, seconds
+from sa_jax.study.progress import DONE
 from sa_jax.training.plan import workload
 from sa_jax.training.start import fresh_architecture, open_start, split_step
 
@@ -198,18 +199,10 @@ def _sums(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
         return shown(sum(known)) if known else "-"
 
     return (
-        total("tokens", _si),
+        total("tokens", tqdm.format_sizeof),
         total("chip_hours", lambda hours: f"{hours:,.1f}"),
-        total("bytes", lambda size: f"{_si(size)}B"),
+        total("bytes", lambda size: tqdm.format_sizeof(size, "B")),
     )
-
-
-def _si(value: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if value < 1000:
-            return f"{value:.3g} {unit}".rstrip() + ("" if unit else " ")
-        value /= 1000
-    return f"{value:,.2f} T"
 
 
 def format_list(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) -> str:
@@ -219,6 +212,6 @@ def format_list(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest
     for cell in cells:
         outcome = latest[cell.name].outcome or {}
         took = outcome.get("seconds")
-        said = outcome.get("line") or (seconds(took) if took is not None else "")
+        said = outcome.get("line") or (tqdm.format_interval(took) if took is not None else "")
         lines.append(f"{states[cell.name]:8} {cell.name:{width}}  {said}".rstrip())
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from absl import logging
+from tqdm import tqdm
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
@@ -35,10 +36,10 @@ class Progress:
         counts = count(states)
         eta = time_left(self._cells, states, latest)
         blocked = f"{counts['blocked']} blocked, " if counts["blocked"] else ""
+        time_to_go = f"about {tqdm.format_interval(eta)}" if math.isfinite(eta) else "unknown time"
         line = (
             f"{counts['done']} done, {counts['running']} running, {counts['failed']} failed, "
-            f"{blocked}{counts['left']} left, "
-            f"{'about ' if math.isfinite(eta) else ''}{seconds(eta)} to go"
+            f"{blocked}{counts['left']} left, {time_to_go} to go"
         )
         now = time.monotonic()
         changed = line.rpartition(",")[0] != self._line.rpartition(",")[0]
@@ -126,15 +127,6 @@ def time_left(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) 
             return math.inf
         total += sum(times) / len(times) * (0.5 if states[cell.name] == "running" else 1.0)
     return total / max(1, sum(state == "running" for state in states.values()))
-
-
-def seconds(duration: float) -> str:
-    """'40 s', '12 min', '3.5 h'."""
-    if not math.isfinite(duration):
-        return "unknown time"
-    if duration < 100:
-        return f"{duration:.0f} s"
-    return f"{duration / 60:.0f} min" if duration < 5400 else f"{duration / 3600:.1f} h"
 
 
 def last_line(log: Path) -> str:
