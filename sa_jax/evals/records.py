@@ -5,7 +5,8 @@ the eval is complete; if it does not (the run was killed), the eval is run again
 """
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_leng
 _NEEDED: dict[str, Any] = {"scores": {}, "settings": {}}
 _FACTS = {**dict.fromkeys(COUNTS, 0), "seconds": 0.0, "tokens_per_s": 0.0, "peak_memory_mb": 0.0}
 _SCORE = {"rate": 0.0, "lo": 0.0, "hi": 0.0, "n": 0}
+# Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
+_BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (1.0,)}
 
 
 def write_eval(folder: str | Path, name: str, items: Iterable[dict], summary: dict) -> None:
@@ -103,3 +106,29 @@ def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
             except (ValueError, UserError) as error:
                 raise UserError(f"{path}:{number}: not an item of an eval ({error})") from None
     return items
+
+
+def read_scores(folder: str | Path, name: str) -> dict[str, dict[Hashable, tuple[float, ...]]]:
+    """score -> question -> its values (one number, or several), of the items that were asked.
+
+    A question is (its hash, how often it came before), so that two evals find it wherever it
+    stands, and one that comes twice counts twice.
+
+    Raises:
+      UserError: there are no items, or a line is not an item with a hash and numbers.
+    """
+    scores: dict[str, dict[Hashable, tuple[float, ...]]] = {}
+    times: Counter[str] = Counter()
+    try:
+        for item in read_items(folder, name):
+            question = item["asked"], times[item["asked"]]
+            times[item["asked"]] += 1
+            for score, value in ({} if item.get("skipped") else item["scores"]).items():
+                values = tuple(map(float, value if isinstance(value, list) else [value]))
+                if values:
+                    scores.setdefault(score, {})[question] = _BINARY.get(values, values)
+    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(
+            f"{folder}/{name}.jsonl: its items cannot be compared ({error!r}); evaluate again"
+        ) from error
+    return scores

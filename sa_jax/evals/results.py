@@ -1,7 +1,7 @@
 """Writes results.md, the results of an evaluation, and compares two evaluations.
 
-Comparisons are paired by item: both checkpoints answered the same items, so only items on which
-they differ count. The report compares runs by the same test and interval
+Comparisons are paired by question: both checkpoints were asked the same ones, so only those on
+which they differ count. The report compares runs by the same test and interval
 (`statistics.paired_difference`).
 """
 
@@ -13,62 +13,40 @@ import numpy as np
 
 from sa_jax.errors import UserError
 from sa_jax.evals import records
-from sa_jax.evals.statistics import paired_difference
+from sa_jax.evals.statistics import means, paired_difference, pairs
 from sa_jax.text import markdown, markdown_table, percent, points
 
 P_VALUE = 0.01  # below which a difference is called one
-
-
-def _item_scores(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """score -> item -> (hash of the question, value: 0/1 or the mean of several, how many)."""
-    scores: dict[str, dict[str, Any]] = {}
-    try:
-        for item in records.read_items(folder, name):
-            for score, value in ({} if item.get("skipped") else item["scores"]).items():
-                values = [float(each) for each in (value if isinstance(value, list) else [value])]
-                if values:
-                    mean = float(np.mean(values))
-                    scores.setdefault(score, {})[item["item"]] = (item["asked"], mean, len(values))
-    except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{folder / name}.jsonl: its items cannot be compared ({error!r}); evaluate again"
-        ) from error
-    return scores
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
     """Paired differences of every score of the evals that both step folders have.
 
     Returns:
-      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the items
-      that both have.
+      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the
+      questions that both were asked.
 
     Raises:
-      UserError: no eval in common, or an item with different questions in the two.
+      UserError: no eval in common, or too few questions (see `statistics.pairs`).
     """
     compared: dict[str, dict[str, dict]] = {}
     for name in names:
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
             continue
-        ours, theirs = (_item_scores(folder, name) for folder in (after, before))
-        for score in (score for score in ours if score in theirs):
-            a, b = theirs[score], ours[score]
-            keys = [key for key in b if key in a]
-            for key in keys:
-                if a[key][0] != b[key][0]:
-                    raise UserError(
-                        f"{before} and {after} have different items: {name} item {key} differs; "
-                        "evaluate both with the same prompts and data"
-                    )
-            if keys:
-                old, new = (np.array([side[key][1] for key in keys]) for side in (a, b))
-                sizes = np.array([float(b[key][2]) for key in keys])
-                compared.setdefault(name, {})[score] = {
-                    "n": len(keys),
-                    "before": float(np.average(old, weights=sizes)),
-                    "after": float(np.average(new, weights=sizes)),
-                    **paired_difference(old, new, sizes)._asdict(),
-                }
+        old, new = (records.read_scores(folder, name) for folder in (before, after))
+        for score in (score for score in new if score in old):
+            if not (both := pairs(old[score], new[score])):
+                raise UserError(
+                    f"{before} and {after} have different items: too few questions of {name} are "
+                    "in both; evaluate both with the same prompts and data"
+                )
+            a, b, sizes = means(both)
+            compared.setdefault(name, {})[score] = {
+                "n": len(both),
+                "before": float(np.average(a, weights=sizes)),
+                "after": float(np.average(b, weights=sizes)),
+                **paired_difference(a, b, sizes)._asdict(),
+            }
     if not compared:
         raise UserError(f"{before} has none of the evals {', '.join(names)} to compare with")
     return compared

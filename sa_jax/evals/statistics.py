@@ -1,8 +1,8 @@
 """Intervals and tests of rates: Wilson, exact, two proportions, McNemar, bootstrap, Holm."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import scipy
@@ -10,6 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
 RESAMPLES = 10_000
+ENOUGH_PAIRS = 0.8  # the share of the smaller eval's items that a paired comparison must cover
+
+Values = TypeVar("Values")
 
 Floats = NDArray[np.float64]
 
@@ -138,6 +141,24 @@ def mean_interval(values: Sequence[float]) -> dict[str, float]:
         rng=np.random.default_rng(0),
     ).confidence_interval
     return {"rate": mean, "lo": float(interval.low), "hi": float(interval.high)}
+
+
+def pairs(
+    before: Mapping[Hashable, Values], after: Mapping[Hashable, Values]
+) -> list[tuple[Values, Values]]:
+    """The values of the questions that both evals asked, in the order of `after`; [] if these are
+    less than `ENOUGH_PAIRS` of the smaller eval's, because they need not stand for the others."""
+    first = dict(before.items())
+    both = [(first[question], b) for question, b in after.items() if question in first]
+    both = [(a, b) for a, b in both if np.size(a) == np.size(b)]  # type: ignore[arg-type]
+    return both if len(both) >= ENOUGH_PAIRS * min(len(first), len(after)) else []
+
+
+def means(both: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[Floats, Floats, Floats]:
+    """Of pairs of items: the mean of each before and after, and the number of its values."""
+    sizes = np.array([len(values) for values, _ in both], float)
+    a, b = (np.array([sum(side) for side in sides]) / sizes for sides in zip(*both, strict=True))
+    return a, b, sizes
 
 
 class PairedDifference(NamedTuple):

@@ -3,10 +3,10 @@
 import numpy as np
 from scipy import special
 
-from sa_jax.evals.statistics import difference_interval, paired_difference, power
+from sa_jax.evals.statistics import difference_interval, means, paired_difference, pairs, power
 from sa_jax.report.judgement import CapabilityChange
 from sa_jax.report.measurements import Capabilities, Score
-from sa_jax.report.rates import interval_in_words, p_in_words, pairs
+from sa_jax.report.rates import interval_in_words, p_in_words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent, points
 
@@ -18,7 +18,7 @@ def capability_changes(
 ) -> tuple[CapabilityChange, ...]:
     """Every score that both have, in the order of `after`.
 
-    If the items are kept and the evals share enough of them (`rates.pairs`), the difference is
+    If the items are kept and the evals share enough of them (`statistics.pairs`), the difference is
     paired over the items of both, with the interval of Agresti and Min (2005) and McNemar's exact p
     for scores of 0/1, and a t-interval and t-test for others. If not, the two scores are taken as
     independent.
@@ -54,10 +54,7 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
     items = pairs(before.items, after.items)
     kept = 1 - limits.max_capability_loss
     if items:
-        sizes = np.array([len(later) for _, later in items], float)
-        a, b = (
-            np.array([sum(side) for side in sides]) / sizes for sides in zip(*items, strict=True)
-        )
+        a, b, sizes = means(items)
         n, paired = len(items), True
         weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)

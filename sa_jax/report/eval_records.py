@@ -9,7 +9,6 @@ from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sa_jax.buckets import size_and_time
 from sa_jax.errors import UserError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import again
@@ -43,14 +42,19 @@ class EvalRecord:
             return []
 
     def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
-        """(item, hash of the question) -> its values of a score; read on first access."""
-        path = self.folder / f"{self.name}.jsonl"
-        # Of a live study the file may change: then it is another one.
-        state = size_and_time(path) if path.exists() else None
-        return _Lazy(lambda: _item_values(str(self.folder), self.name, state).get(score, {}))
+        """Question -> its values of a score, as in `read_scores`; read on first access."""
+        return _Lazy(lambda: self._values.get(score, {}))
+
+    @functools.cached_property
+    def _values(self) -> Mapping[str, Mapping[Hashable, tuple[float, ...]]]:
+        """`read_scores`; {} if the items are missing or broken."""
+        try:
+            return records.read_scores(self.folder, self.name)
+        except UserError:
+            return {}
 
     def any_of(self, *scores: str) -> Mapping[Hashable, bool]:
-        """(item, hash of the question) -> whether any of some 0/1 scores is 1."""
+        """Question -> whether any of some 0/1 scores is 1."""
 
         def read() -> dict[Hashable, bool]:
             first, *others = (dict(self.values(score).items()) for score in scores)
@@ -77,34 +81,6 @@ class _Lazy(Mapping[Hashable, Any]):
 
     def items(self) -> ItemsView[Hashable, Any]:
         return self._read().items()
-
-
-# Most items have one value of 0 or 1: two objects stand for hundreds of thousands.
-_BINARY: dict[tuple[float, ...], tuple[float, ...]] = {(0.0,): (0.0,), (1.0,): (1.0,)}
-
-
-@functools.lru_cache(maxsize=1024)  # before and after are looked at several times
-def _item_values(
-    folder: str, name: str, state: tuple[int, int] | None
-) -> dict[str, dict[Hashable, tuple[float, ...]]]:
-    """score -> (item, hash of the question) -> its values; {} if items are missing or broken."""
-    values_by_score: dict[str, dict[Hashable, tuple[float, ...]]] = {}
-    try:
-        for item in records.read_items(folder, name):
-            if item.get("skipped"):
-                continue
-            key = (str(item["item"]), str(item["asked"]))
-            for score, value in item["scores"].items():
-                several = value if isinstance(value, list) else [value]
-                values = tuple(float(number) for number in several)
-                if values:
-                    values_by_score.setdefault(score, {})[key] = _BINARY.get(values, values)
-    except (OSError, UserError, ValueError, KeyError, TypeError, OverflowError):
-        return {}
-    return values_by_score
-
-
-forget_items = _item_values.cache_clear
 
 
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:

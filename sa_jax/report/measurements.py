@@ -45,8 +45,8 @@ class Score:
     hi: float
     n: int  # items
     headline: bool = False  # whether it is the headline score of its eval; verdicts use only these
-    # (item, hash of the question) -> its values: one 0/1 or number, or several (IFEval's
-    # instructions). Two models are compared on the keys that both have. {} if not kept.
+    # Question -> its values: one 0/1 or number, or several (IFEval's instructions). Two models are
+    # compared on the questions that both have (`statistics.pairs`). {} if not kept.
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 

@@ -1,21 +1,12 @@
 """Compares rates with thresholds by their intervals, and says the results in words."""
 
 import dataclasses
-from collections import Counter
-from collections.abc import Hashable, Mapping
-from typing import TypeVar
 
-import numpy as np
-
-from sa_jax.evals.statistics import mcnemar, n_to_decide, two_proportion_test
+from sa_jax.evals.statistics import mcnemar, n_to_decide, pairs, two_proportion_test
 from sa_jax.report.judgement import Condition, Wanted
 from sa_jax.report.measurements import Measured, Rate, Words
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent
-
-ENOUGH_PAIRS = 0.8  # the share of the smaller eval's items that a paired comparison must cover
-
-Values = TypeVar("Values")
 
 
 def with_interval(rate: Rate, confidence: float) -> str:
@@ -83,34 +74,6 @@ def condition_in_words(checked: Condition, confidence: float) -> str:
     side = "above" if checked.wanted == "at most" else "below"
     side = "within" if checked.outcome == "met" else side
     return f"{checked.name} {rate}, {side} the limit of {limit}"
-
-
-def pairs(
-    before: Mapping[Hashable, Values], after: Mapping[Hashable, Values]
-) -> list[tuple[Values, Values]]:
-    """The values of the questions that both evals asked; [] if these are less than `ENOUGH_PAIRS`
-    of the smaller eval's, because they need not stand for the others.
-
-    Args:
-      before, after: (item, hash of the question) -> values. The hash finds a question wherever it
-        stands; the item counts too for a question that either eval asked more than once.
-    """
-    asked = [Counter(map(_question, side)) for side in (before, after)]
-
-    def by_question(side: Mapping[Hashable, Values]) -> dict[Hashable, Values]:
-        return {
-            key if any(times[_question(key)] > 1 for times in asked) else _question(key): values
-            for key, values in side.items()
-        }
-
-    first, second = by_question(before), by_question(after)
-    both = [(first[key], values) for key, values in second.items() if key in first]
-    both = [(a, b) for a, b in both if np.size(a) == np.size(b)]  # type: ignore[arg-type]
-    return both if len(both) >= ENOUGH_PAIRS * min(len(first), len(second)) else []
-
-
-def _question(key: Hashable) -> Hashable:
-    return key[-1] if isinstance(key, tuple) else key
 
 
 def fall(before: Measured, after: Measured) -> float:

@@ -18,7 +18,6 @@ from sa_jax.report import figures, page
 from sa_jax.report.backdoor_evals import backdoor_evals_table
 from sa_jax.report.cells import Cell
 from sa_jax.report.drawing import Plot
-from sa_jax.report.eval_records import forget_items
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, summarise
 from sa_jax.report.run_folders import RunFolder, folder_name, load_runs
@@ -53,7 +52,6 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
         for table in study.tables
     }
-    forget_items()  # a study of hundreds of runs holds hundreds of thousands
     folder = workdir / "report"
     try:
         with _alone(folder):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
-from sa_jax.evals.statistics import mcnemar, two_proportion_z, wilson_bounds
+from sa_jax.evals.statistics import mcnemar, pairs, two_proportion_z, wilson_bounds
 from sa_jax.report.judgement import Confirmation, Return
 from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.thresholds import Thresholds
@@ -59,8 +59,8 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
     counts, n = (np.array([getattr(p.triggered, name) for p in evals]) for name in ("count", "n"))
     high_at = np.arange(1, len(evals))
     low_at = np.array([(counts / n)[:high].argmin() for high in high_at])
-    pairs = counts[low_at], n[low_at], counts[high_at], n[high_at]
-    z = np.where(is_return(*pairs, len(evals), limits), two_proportion_z(*pairs), -np.inf)
+    rises = counts[low_at], n[low_at], counts[high_at], n[high_at]
+    z = np.where(is_return(*rises, len(evals), limits), two_proportion_z(*rises), -np.inf)
     best = int(z.argmax())
     if np.isinf(z[best]):
         return None
@@ -78,10 +78,8 @@ def find_return(evals: Sequence[Measured], limits: Thresholds) -> Return | None:
 
 def _confirm(low: Measured, high: Measured) -> Confirmation | None:
     """The test of the fresh answers, on the prompts that were asked again at both evals."""
-    prompts = [prompt for prompt in low.fresh if prompt in high.fresh]
-    if not prompts:
+    if not (both := pairs(low.fresh, high.fresh)):
         return None
-    before = [low.fresh[prompt] for prompt in prompts]
-    after = [high.fresh[prompt] for prompt in prompts]
-    n, p_value = len(prompts), mcnemar(before, after, "greater")
+    before, after = zip(*both, strict=True)
+    n, p_value = len(both), mcnemar(before, after, "greater")
     return Confirmation(Rate(sum(before), n), Rate(sum(after), n), p_value)

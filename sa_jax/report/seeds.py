@@ -3,13 +3,13 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy import special
 
-from sa_jax.evals.statistics import exact_interval, paired_seeds, seed_mean
+from sa_jax.evals.statistics import exact_interval, paired_seeds, pairs, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
 from sa_jax.report.judgement import Judged, Judgement
@@ -196,33 +196,33 @@ def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comp
         if result.counted and result.m:
             by_role.setdefault(result.cell.role, []).append(result)
     for members in by_role.values():
-        for axis, pairs in _pairs([result.cell for result in members]).items():
-            comparisons += [_compare(members[i], members[j], axis, limits) for i, j in pairs]
+        for axis, couples in _couples([result.cell for result in members]).items():
+            comparisons += [_compare(members[i], members[j], axis, limits) for i, j in couples]
     return [compared for compared in comparisons if compared is not None]
 
 
-def _pairs(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
-    """axis -> pairs of cells (by position) that differ in only this axis."""
+def _couples(cells: Sequence[Cell]) -> dict[str, list[tuple[int, int]]]:
+    """axis -> couples of cells (by position) that differ in only this axis."""
     axes = differing(cells)
-    pairs: dict[str, list[tuple[int, int]]] = {}
+    couples: dict[str, list[tuple[int, int]]] = {}
     for i, j in itertools.combinations(range(len(cells)), 2):
         a, b = cells[i].settings, cells[j].settings
         changed = [axis for axis in axes if a.get(axis) != b.get(axis)]
         if len(changed) == 1:
-            pairs.setdefault(changed[0], []).append((i, j))
-    return {axis: _neighbours(axis, cells, pairs_of_axis) for axis, pairs_of_axis in pairs.items()}
+            couples.setdefault(changed[0], []).append((i, j))
+    return {axis: _neighbours(axis, cells, of_axis) for axis, of_axis in couples.items()}
 
 
 def _neighbours(
-    axis: str, cells: Sequence[Cell], pairs: Sequence[tuple[int, int]]
+    axis: str, cells: Sequence[Cell], couples: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """For numbers, the pairs with no other value between, the lower value first; else all pairs."""
-    numbers: dict[int, Any] = {i: cells[i].settings.get(axis) for pair in pairs for i in pair}
+    """For numbers, those with no other value between, the lower value first; else all couples."""
+    numbers: dict[int, Any] = {i: cells[i].settings.get(axis) for couple in couples for i in couple}
     if any(isinstance(n, bool) or not isinstance(n, int | float) for n in numbers.values()):
-        return list(pairs)
+        return list(couples)
     above: dict[int, list[int]] = {}
-    for pair in pairs:
-        low, high = sorted(pair, key=lambda i: numbers[i])
+    for couple in couples:
+        low, high = sorted(couple, key=lambda i: numbers[i])
         above.setdefault(low, []).append(high)
     return [(low, min(others, key=lambda i: numbers[i])) for low, others in above.items()]
 
@@ -242,14 +242,12 @@ def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Com
 def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
     """The last eval's answers of two runs on the same prompts.
 
-    If answers are not kept, only the counts: as answers in a random order, paired like independent
-    ones.
+    If too few are kept (`statistics.pairs`), only the counts: as answers in a random order, paired
+    like independent ones.
     """
     first, second = a.measured[-1], b.measured[-1]
-    prompts: list[Hashable] = [prompt for prompt in first.said if prompt in second.said]
-    if prompts:
-        x, y = ([float(point.said[p]) for p in prompts] for point in (first, second))
-        return x, y
+    if both := pairs(first.said, second.said):
+        return [float(x) for x, _ in both], [float(y) for _, y in both]
     n = min(first.triggered.n, second.triggered.n)
     shares, rng = np.linspace(0.5 / n, 1 - 0.5 / n, n), np.random.default_rng(0)
     x, y = (

