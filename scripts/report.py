@@ -12,13 +12,13 @@ import dataclasses
 from absl import flags
 
 from sa_jax import cli
-from sa_jax.report.serve_flag import serve_flag
 from sa_jax.report.thresholds import Thresholds
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder, or folder of run folders.", required=True
 )
-SERVE = flags.DEFINE_flag(serve_flag())
+SERVE = flags.DEFINE_boolean("serve", False, "Serve the report on localhost, and update it.")
+PORT = flags.DEFINE_integer("port", 8765, "Port of --serve; 0: any.", 0, 65535)
 LIMITS = {
     field.name: (flags.DEFINE_integer if isinstance(field.default, int) else flags.DEFINE_float)(
         field.name, field.default, field.metadata["help"]
@@ -31,7 +31,7 @@ def main():
     from sa_jax.report.serve import write_or_serve
 
     limits = Thresholds(**{name: flag.value for name, flag in LIMITS.items()})
-    write_or_serve(WORKDIR.value, limits, SERVE.value)
+    write_or_serve(WORKDIR.value, limits, PORT.value if SERVE.value else None)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ RUN_ELSEWHERE = {
     ),
 }
 # Flags that a script makes from a list of names.
-MADE_FLAGS = {"report.py": {"serve", *(field.name for field in dataclasses.fields(Thresholds))}}
+MADE_FLAGS = {"report.py": {field.name for field in dataclasses.fields(Thresholds)}}
 # Scripts whose --config may be left out.
 DEFAULTS = {
     "scripts/evaluate.py": default_config,

@@ -45,7 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().__init__((ADDRESS, port), handler)
         except OSError as error:
-            raise UsageError(f"--serve={port}: {error.strerror}; choose another port") from None
+            raise UsageError(f"--port={port}: {error.strerror}; choose another port") from None
         self.hosts = {f"{host}:{self.server_port}" for host in (ADDRESS, "localhost")}
         threading.Thread(target=self._renew, daemon=True).start()
 

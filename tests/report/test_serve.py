@@ -5,10 +5,9 @@ import json
 import threading
 
 import pytest
-from absl import flags
 
 from sa_jax.errors import UsageError
-from sa_jax.report import serve, serve_flag
+from sa_jax.report import serve
 from sa_jax.report.report import report
 from sa_jax.report.thresholds import Thresholds
 from tests.report.made_runs import write_run, write_scores
@@ -85,17 +84,11 @@ def test_a_folder_that_goes_while_it_is_read_does_not_end_the_updates(
 
 
 def test_a_port_that_is_taken_is_said(server, tmp_path):
-    with pytest.raises(UsageError, match=rf"--serve={server.server_port}: .*choose another port"):
+    with pytest.raises(UsageError, match=rf"--port={server.server_port}: .*choose another port"):
         serve.Server(tmp_path, Thresholds(), server.server_port)
 
 
-def test_the_flag():
-    values = flags.FlagValues()
-    flags.DEFINE_flag(serve_flag.serve_flag(), values)
-    for argv, port in (([], None), (["--serve"], serve_flag.PORT), (["--serve=0"], 0)):
-        values.unparse_flags()
-        values["serve"].unparse()
-        values(["report.py", *argv])
-        assert values.serve == port
-    with pytest.raises(flags.IllegalFlagValueError, match="is no port"):
-        values(["report.py", "--serve=70000"])
+def test_wrong_flags(zygote):
+    for flag, why in (("--serve=9000", "Non-boolean"), ("--port=70000", "[0, 65535]")):
+        done = zygote.run("scripts/report.py", "--workdir=x", flag)
+        assert done.returncode == 2 and why in done.stderr
