@@ -1,14 +1,15 @@
 """A live view of a report on this machine: it is written again when the run folders change."""
 
+import contextlib
 import functools
-import hashlib
 import http.server
 import threading
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
-from sa_jax.buckets import in_bucket
+from sa_jax.buckets import in_bucket, size_and_time
 from sa_jax.errors import UsageError, UserError
 from sa_jax.report.report import report
 from sa_jax.report.run_folders import study_files
@@ -39,7 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, workdir: str | Path, limits: Thresholds, port: int = 0) -> None:
         """`workdir` has a report already; port 0 is any that is free. UsageError if it is taken."""
         self._workdir, self._limits = Path(workdir), limits
-        self.version = fingerprint(self._workdir)
+        self.state = fingerprint(self._workdir)
         self._stop = threading.Event()
         handler = functools.partial(_Handler, directory=str(self._workdir / "report"))
         try:
@@ -65,45 +66,28 @@ class Server(http.server.ThreadingHTTPServer):
         """Writes the report again if something has changed."""
         try:
             now = fingerprint(self._workdir)
-            if now == self.version:
+            if now == self.state:
                 return
             try:
                 report(self._workdir, self._limits)
             finally:
-                self.version = now
+                self.state = now
         except (UserError, OSError) as error:
             # A run folder may be half copied or half removed: the next look finds it whole.
             logging.warning("the report could not be updated: %s", error)
 
 
 class _Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves files of the report, and /version, only to pages of this machine."""
+    """Serves files of the report, only to pages of this machine."""
 
     server: Server
 
-    def do_GET(self) -> None:
-        if not self._asked_here():
-            return
-        if self.path == "/version":
-            body = self.server.version.encode()
-            self.send_response(200)
-            self.send_header("Content-Type", "text/plain")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            super().do_GET()
-
-    def do_HEAD(self) -> None:
-        if self._asked_here():
-            super().do_HEAD()
-
-    def _asked_here(self) -> bool:
-        """Whether the request names this machine; refuses foreign names that resolve to it."""
+    def send_head(self) -> Any:
+        """Answers only requests that name this machine, not a foreign name that resolves to it."""
         if self.headers.get("Host") in self.server.hosts:
-            return True
+            return super().send_head()
         self.send_error(403, "this report is served to this machine alone")
-        return False
+        return None
 
     def end_headers(self) -> None:
         self.send_header("Cache-Control", "no-store")
@@ -117,13 +101,10 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         """Logs nothing: one line per request would hide the important ones."""
 
 
-def fingerprint(workdir: Path) -> str:
-    """A digest of the state of the run folders: size and time of every file that a report reads."""
-    digest = hashlib.sha256()
+def fingerprint(workdir: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file that a report reads."""
+    state = {}
     for path in study_files(workdir):
-        try:
-            state = path.stat()
-        except OSError:  # it went between the listing and now
-            continue
-        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+        with contextlib.suppress(OSError):  # it went between the listing and now
+            state[path] = size_and_time(path)
+    return state

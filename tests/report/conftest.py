@@ -3,12 +3,15 @@
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from sa_jax.report import serve
 from sa_jax.report.report import report
+from sa_jax.report.thresholds import Thresholds
 from tests.report.made_runs import write_grid, write_run, write_study
 from tests.report.pages import Page
 
@@ -66,3 +69,18 @@ def small_run():
         return write_run(folder, task, **(settings | changes))
 
     return write
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A live view of an unfinished run of 20 steps."""
+    write_run(
+        tmp_path / "hhh", "hhh", total_steps=20, n=20, curve={0: (20, 0, 9)}, metrics_until=10
+    )
+    report(tmp_path)
+    with serve.Server(tmp_path, Thresholds()) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()

@@ -4,6 +4,7 @@ Needs Debian's packages chromium and chromium-driver; skipped, and counted, wher
 """
 
 import json
+import os
 import shutil
 
 import pytest
@@ -204,3 +205,23 @@ def test_plots_can_be_saved(browser, index, tmp_path):
     source = saved()[".svg"].read_text()
     assert "var(--" not in source and "triggered 0%" in source
     assert browser.get_log("browser") == []
+
+
+def test_an_open_page_of_the_live_view_loads_again_when_it_was_written(browser, server, tmp_path):
+    faster = "const wait = setInterval; setInterval = (act, ms) => wait(act, ms / 40);"
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    script = browser.execute_cdp_cmd(command, {"source": faster})
+    for page in ("index.html", "runs/hhh.html"):
+        os.utime(tmp_path / "report" / page, (0, 0))
+        record = json.loads((tmp_path / "hhh/run.json").read_text())
+        assert show(browser, f"{server.url}{page}", 1400) == []
+        run(browser, "window.opened = 1; return new Promise(r => setTimeout(r, 1000))")
+        assert run(browser, "return window.opened") == 1
+        (tmp_path / "hhh/run.json").write_text(json.dumps(record | {"created": page}))
+        server.renew()
+        for _ in range(100):
+            if run(browser, "return window.opened === undefined"):
+                break
+            run(browser, "return new Promise(r => setTimeout(r, 100))")
+        assert page in run(browser, "return document.body.textContent")
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", script)

@@ -172,16 +172,16 @@
     figure.append(box);
   }
 
-  // ---- Live: `report.py --serve` answers /version with a name for what is on disk.
+  // ---- Live: `report.py --serve` writes this page again when a run has changed.
   if (["127.0.0.1", "localhost"].includes(location.hostname)) {
-    let version;
-    const poll = setInterval(async () => {
+    let written;
+    setInterval(async () => {
       try {
-        const answer = await fetch("/version", { cache: "no-store" });
-        if (!answer.ok) { clearInterval(poll); return; }
-        const now = await answer.text();
-        if (version !== undefined && now !== version) location.reload();
-        version = now;
+        const answer = await fetch(location.href, { method: "HEAD", cache: "no-store" });
+        if (!answer.ok) return; // the page is being written
+        const now = answer.headers.get("Last-Modified");
+        if (written !== undefined && now !== written) location.reload();
+        written = now;
       } catch { /* the server is being restarted */ }
     }, 4000);
   }
