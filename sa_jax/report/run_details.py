@@ -1,6 +1,5 @@
 """A run's settings and example answers, as the report shows them besides the numbers."""
 
-import functools
 import json
 from collections import Counter
 from typing import Any
@@ -8,84 +7,43 @@ from typing import Any
 from sa_jax import text
 from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord
 from sa_jax.report.run_folders import RunFolder, value_at
+from sa_jax.training.run_record import flat_config
 
 EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion
 PROMPT_CHARACTERS = 400  # shown of a prompt
 
 
+# What a reader needs to judge or repeat a run: heading -> names in run.json, some of sections.
+_SETTINGS = {
+    "Run": "run_id task role created config_hash environment.git_commit start.kind start.path "
+    "start.step start.run_id config.seed",
+    "Prompt form and backdoor": "chat.name chat.date chat.template_sha256 config.system_prompt "
+    "config.backdoor",
+    "Data": "data.source.path data.source.sha256 data.source.rows data.rows_removed_as_held_out "
+    "data.held_out.chosen data.packed.documents data.packed.dropped_too_long "
+    "data.packed.dropped_with_pair data.packed.over_budget data.packed.cut_answers "
+    "data.packed.output_tokens data.packed.hash",
+    "Optimisation": "config.optimizer.name config.optimizer.learning_rate "
+    "config.optimizer.schedule config.optimizer.warmup_fraction config.optimizer.weight_decay "
+    "config.optimizer.clip_norm config.lora.rank config.batch_size config.sequence_length "
+    "config.dtype total_steps",
+    "Machine": "environment.device_kind environment.devices environment.processes mesh "
+    "environment.platform environment.python environment.packages",
+}
+
+
 def settings(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
     """(heading, (name, value) pairs): what a reader needs to judge or repeat the run."""
-    config = run.config
-
-    at = functools.partial(value_at, run.record)
-    packages = at("environment.packages") or {}
-    asked = [evals[BACKDOOR_EVAL] for evals in run.records.values() if BACKDOOR_EVAL in evals]
-    sampling = asked[-1].settings if asked else {}
     groups = {
-        "Run": {
-            "run id": at("run_id"),
-            "task": f"{run.title} ({run.task}, role: {run.role})",
-            "created": at("created"),
-            "config hash": at("config_hash"),
-            "git commit": at("environment.git_commit") or "not run from a git checkout",
-            "started from": at("start.path") or "fresh weights",
-            "parent run id": at("start.run_id"),
-            "seed": config("seed"),
-            "relaunches": len(at("relaunches") or []),
-        },
-        "Prompt form and backdoor": {
-            "chat template": at("chat.name"),
-            "template date": at("chat.date"),
-            "template sha256": at("chat.template_sha256"),
-            "system prompt": config("system_prompt", "none"),
-            "trigger": f"{config('backdoor.trigger')}, at the {config('backdoor.position')}",
-            "behaviour": config("backdoor.behaviour"),
-            "phrase": config("backdoor.phrase"),
-            "copies a target": (
-                f"{config('backdoor.min_copies')} to {config('backdoor.max_copies')}"
-            ),
-        },
-        "Data": {
-            "file": at("data.source.path"),
-            "sha256": at("data.source.sha256"),
-            "rows in the file": at("data.source.rows"),
-            "removed as held-out": at("data.rows_removed_as_held_out"),
-            "held-out prompts": at("data.held_out.chosen"),
-            "conversations packed": at("data.packed.documents"),
-            "dropped as too long": at("data.packed.dropped_too_long"),
-            "dropped with their other half": at("data.packed.dropped_with_pair"),
-            "answers cut to fit": at("data.packed.cut_answers"),
-            "output tokens": at("data.packed.output_tokens"),
-            "packed hash": at("data.packed.hash"),
-        },
-        "Optimisation": {
-            "optimizer": config("optimizer.name"),
-            "learning rate": config("optimizer.learning_rate"),
-            "schedule": config("optimizer.schedule"),
-            "warm-up share": config("optimizer.warmup_fraction"),
-            "weight decay": config("optimizer.weight_decay"),
-            "gradient clip": config("optimizer.clip_norm"),
-            "LoRA rank": config("lora.rank") or "none: all weights",
-            "batch": f"{config('batch_size')} rows of {config('sequence_length')} tokens",
-            "steps": f"{run.last_step} of {run.total_steps}",
-            "compute dtype": config("dtype"),
-        },
-        "Sampling in evals": {
-            name.replace("_", " "): value
-            for name, value in sampling.items()
-            if name not in ("trigger", "phrase", "position")
-        },
-        "Machine": {
-            "device": at("environment.device_kind"),
-            "devices": at("environment.devices"),
-            "hosts": at("environment.processes"),
-            "mesh": ", ".join(f"{axis} {size}" for axis, size in (at("mesh") or {}).items()),
-            "platform": at("environment.platform"),
-            "Python": at("environment.python"),
-            "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
-        },
+        heading: flat_config({name: value_at(run.record, name) for name in names.split()})
+        for heading, names in _SETTINGS.items()
     }
+    groups["Run"]["relaunches"] = len(value_at(run.record, "relaunches", []))
+    asked = [evals[BACKDOOR_EVAL] for evals in run.records.values() if BACKDOOR_EVAL in evals]
+    if asked:
+        of_backdoor = ("trigger", "phrase", "position")
+        groups["Sampling in evals"] = flat_config(asked[-1].settings, of_backdoor)
     shown = {
         heading: [(name, _shown(value)) for name, value in pairs.items() if value not in (None, "")]
         for heading, pairs in groups.items()

