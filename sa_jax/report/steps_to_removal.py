@@ -15,7 +15,7 @@ from scipy import optimize, special
 from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import lineage_settings
 from sa_jax.report.measurements import RunEvals, Span
-from sa_jax.report.rates import p_in_words, removed_condition
+from sa_jax.report.rates import removed_condition
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import number, percent
@@ -52,33 +52,20 @@ class TimeFit:
     p_claim: float  # two-sided: 3 times x makes removal 10 times faster, no more and no less
     p_holm: float | None = None  # for all claims about cells; the study's is of learning rates
 
-    def text(self, limits: Thresholds) -> str:
-        """One line; for learning rates also the study's claim."""
-        never = sum(item.steps.by is None for item in self.runs)
-        ended = f"; {never} of {len(self.runs)} runs ended without removal" if never else ""
-        interval = f"{percent(limits.confidence)} interval"
-        power = "" if math.isinf(self.slope) else f" {self.slope:.2f},"
-        line = (
-            f"steps to removal change as a power of {self.x_name}:{power} {interval} "
-            f"{_bounds(self.lo, self.hi)} ({len(self.runs)} runs{ended})"
-        )
+    def claim(self, limits: Thresholds) -> str | None:
+        """Whether the study's claim holds, by Holm's p; None where x is no learning rate."""
         if self.p_holm is None:
-            return line
-        speedup = number(CLAIM_SPEEDUP)
-        claim = f"whether more than {speedup} times faster is open"
-        if self.p_holm < limits.p_value:
-            claim = (
-                f"more than {speedup} times faster, as the study says"
-                if self.slope < CLAIM_SLOPE
-                else f"less than {speedup} times faster, against the study"
-            )
-        slowest = f"{CLAIM_RATIO**-self.hi:.2g}"
-        bounded = math.isfinite(self.lo)
-        reach = f"{slowest} to {CLAIM_RATIO**-self.lo:.2g}" if bounded else f"at least {slowest}"
-        return (
-            f"{line}; {number(CLAIM_RATIO)} times the rate removes {reach} times faster: {claim} "
-            f"({p_in_words(self.p_claim)}, {p_in_words(self.p_holm)} by Holm)"
-        )
+            return None
+        if self.p_holm >= limits.p_value:
+            return "open"
+        return "yes, as the study says" if self.slope < CLAIM_SLOPE else "no, against the study"
+
+    def speedup(self) -> str | None:
+        """How much faster `CLAIM_RATIO` times the learning rate removes, by the interval."""
+        if self.p_holm is None:
+            return None
+        least, most = (f"{CLAIM_RATIO**-slope:.2g}" for slope in (self.hi, self.lo))
+        return f"{least} to {most}" if math.isfinite(self.lo) else f"at least {least}"
 
 
 def removal_time(run: RunEvals, limits: Thresholds) -> Span:
@@ -213,49 +200,45 @@ def _log_mass(lo: Floats, hi: Floats) -> Floats:
     return np.maximum(mass, -1e6)
 
 
-def _bounds(lo: float, hi: float) -> str:
-    """'-1.20 to -0.80', 'below -0.25' or 'above 0.40'; 'unbounded' if neither end is limited."""
-    if math.isinf(lo) and math.isinf(hi):
-        return "unbounded"
-    if math.isinf(lo):
-        return f"below {hi:.2f}"
-    return f"above {lo:.2f}" if math.isinf(hi) else f"{lo:.2f} to {hi:.2f}"
-
-
 def times_table(fits: Sequence[TimeFit], limits: Thresholds) -> Table:
     """How steps to removal change with the learning rate and with the length of insertion."""
     rows = tuple(
         {
             "x": fit.x_name,
-            "text": fit.text(limits),
+            "claim": fit.claim(limits),
+            "speedup": fit.speedup(),
             "slope": _finite(fit.slope),
             "lo": _finite(fit.lo),
             "hi": _finite(fit.hi),
             "p_claim": None if fit.p_holm is None else fit.p_claim,
             "p_holm": fit.p_holm,
             "runs": len(fit.runs),
+            "never": sum(item.steps.by is None for item in fit.runs),
             "of": fit.runs[0].run,
         }
         for fit in fits
     )
     columns = {
         "x": "By",
-        "text": "What is seen",
+        "claim": f"More than {number(CLAIM_SPEEDUP)} times faster?",
+        "speedup": f"Times faster at {number(CLAIM_RATIO)} times the rate",
+        "p_claim": "p",
+        "p_holm": "p, Holm",
         "slope": "Power",
-        "lo": "from",
+        "lo": f"{percent(limits.confidence)} interval from",
         "hi": "to",
-        "p_claim": "p of the study’s statement",
-        "p_holm": "the same, Holm",
         "runs": "Runs",
+        "never": "Ended without removal",
         "of": "Like",
     }
     note = (
+        "Steps to removal change as a power of the learning rate, or of the steps of insertion. "
         "Removal happens between two evals, or after the run’s end; a line in log-log is fitted to "
-        "these intervals. Holm’s p decides the study’s claim that 3 times the learning rate "
-        "removes more than 10 times faster."
+        f"these intervals. Holm’s p decides the study’s claim that {number(CLAIM_RATIO)} times the "
+        f"learning rate removes more than {number(CLAIM_SPEEDUP)} times faster."
     )
     return Table("times", "Steps to removal", columns, rows, note)
 
 
 def _finite(value: float) -> float | str:
-    return number(value) if math.isfinite(value) else "unbounded"
+    return value if math.isfinite(value) else "unbounded"

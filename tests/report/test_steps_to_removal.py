@@ -14,6 +14,7 @@ from sa_jax.report.steps_to_removal import (
     by_learning_rate,
     fit_times,
     removal_time,
+    times_table,
 )
 from sa_jax.report.thresholds import Thresholds
 
@@ -75,17 +76,17 @@ def test_the_claim_of_the_study():
     rng = np.random.default_rng(0)
     evals = tuple(range(1, 300_000))
 
-    def text(fit, p_holm):
-        return dataclasses.replace(fit, p_holm=p_holm).text(LIMITS)
+    def claim(fit, p_holm):
+        return dataclasses.replace(fit, p_holm=p_holm).claim(LIMITS)
 
     steep = fit_times(timed(rng, -3.5, 0.2, evals=evals), "learning rate", LIMITS)
-    assert steep.p_claim < 0.001 and "as the study says" in text(steep, steep.p_claim)
+    assert steep.p_claim < 0.001 and claim(steep, steep.p_claim) == "yes, as the study says"
     flat = fit_times(timed(rng, -1.0, 0.2, evals=evals), "learning rate", LIMITS)
-    assert flat.p_claim < 0.001 and "against the study" in text(flat, flat.p_claim)
+    assert flat.p_claim < 0.001 and claim(flat, flat.p_claim) == "no, against the study"
     for fit in (steep, flat):  # what shows alone may not show among the report's other tests
-        assert ": whether more than 10 times faster is open" in text(fit, 0.02)
+        assert claim(fit, 0.02) == "open"
     near = fit_times(timed(rng, -2.1, 0.5), "learning rate", LIMITS)
-    assert ": whether more than 10 times faster is open" in text(near, near.p_claim)
+    assert claim(near, near.p_claim) == "open"
 
 
 def test_what_the_data_do_not_hold_has_no_bound():
@@ -93,8 +94,10 @@ def test_what_the_data_do_not_hold_has_no_bound():
     runs = [Timed("a", 1e-3, Span(0, 5))] * 3 + [Timed("b", 1e-4, Span(640, None))] * 3
     fit = fit_times(runs, "learning rate", LIMITS)
     assert fit.slope == fit.lo == -math.inf and -2.5 < fit.hi < 0
-    text = dataclasses.replace(fit, p_holm=fit.p_claim).text(LIMITS)
-    assert f"interval below {fit.hi:.2f}" in text and "removes at least " in text
+    (row,) = times_table([dataclasses.replace(fit, p_holm=fit.p_claim)], LIMITS).rows
+    assert (row["slope"], row["lo"], row["hi"]) == ("unbounded", "unbounded", fit.hi)
+    assert row["speedup"] == f"at least {3**-fit.hi:.2g}"
+    assert (row["runs"], row["never"]) == (6, 3)
 
 
 def test_too_little_for_a_line():
@@ -143,6 +146,7 @@ def test_insertion_length():
         for seed in range(2):
             runs.append(run(f"{length} {seed}", hits, parent="i", start_step=length, seed=seed))
     (fit,) = by_insertion_length(runs, LIMITS)
-    assert fit.slope > 0 and fit.text(LIMITS).startswith(
-        "steps to removal change as a power of steps of insertion: "
-    )
+    assert fit.slope > 0
+    (row,) = times_table([fit], LIMITS).rows
+    assert row["x"] == "steps of insertion"
+    assert [row[key] for key in ("claim", "speedup", "p_claim", "p_holm")] == [None] * 4
