@@ -63,8 +63,6 @@ def test_two_proportion_without_any_difference():
     assert st.two_proportion_test(0, 10, 0, 20) == 1.0
     assert st.two_proportion_test(10, 10, 20, 20) == 1.0
     assert st.two_proportion_test(5, 10, 10, 20) == pytest.approx(1.0)
-    with pytest.raises(ValueError):
-        st.two_proportion_test(0, 0, 1, 2)
 
 
 def test_mcnemar_exact():
@@ -232,8 +230,6 @@ def test_the_seed_interval_by_hand():
     n = 300 / (1 + 99 * 0.02)
     assert st.seed_mean([(0, 100)] * 3)[1:] == pytest.approx((0, t * t / (n + t * t)))
     assert st.seed_mean([(4, 100)]) == (0.04, *st.wilson(4, 100))  # one seed: its answers alone
-    with pytest.raises(ValueError, match="no seed"):
-        st.seed_mean([])
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
@@ -257,5 +253,3 @@ def test_paired_seeds_that_all_agree_are_not_certain():
     a, b = [[0] * 100] * 3, [[1] * 100] * 3
     difference, lo, hi, p = st.paired_seeds(a, b)
     assert difference == 1 and 0.9 < lo < hi and 0 < p < 0.001
-    with pytest.raises(ValueError, match="two seeds"):
-        st.paired_seeds(a[:1], b[:1])
