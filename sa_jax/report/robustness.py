@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy.spatial import ConvexHull
 
 from sa_jax.evals.statistics import Floats
 from sa_jax.report.cells import ancestors
@@ -79,30 +81,22 @@ def checkpoints(
     }
 
 
-def hull_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
-    """Area under the upper hull of the points and the anchors (0, 1) and (1, 0); x in [0, 1]."""
-    points = sorted({*zip(map(float, x), map(float, y), strict=True), (0.0, 1.0), (1.0, 0.0)})
-    hull: list[tuple[float, float]] = []
-    for point in points:
-        while len(hull) > 1:
-            (ax, ay), (bx, by), (cx, cy) = *hull[-2:], point
-            if (bx - ax) * (cy - ay) < (by - ay) * (cx - ax):
-                break  # b is above the line from a to c
-            hull.pop()
-        hull.append(point)
-    return sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in zip(hull, hull[1:], strict=False))
+def hull_area(x: ArrayLike, y: ArrayLike) -> float:
+    """Area under the upper hull of the points and the anchors (0, 1) and (1, 0); x in [0, 1], y at
+    least 0, so that with the origin it is the area of the whole hull."""
+    corners = np.column_stack([np.append(x, [0, 0, 1]), np.append(y, [0, 1, 0])])
+    return float(ConvexHull(corners).volume)  # of a plane figure, that is its area
 
 
-def staircase_area(x: Sequence[float] | Floats, y: Sequence[float] | Floats) -> float:
+def staircase_area(x: ArrayLike, y: ArrayLike) -> float:
     """Area under the best capability kept with at least x removed: 0 is robust.
 
     There is no interpolation between checkpoints, so only what some checkpoint reached counts.
     """
-    area, left, best = 0.0, 1.0, 0.0
-    for share, kept in sorted(zip(map(float, x), map(float, y), strict=True), reverse=True):
-        area += (left - share) * best
-        left, best = share, max(best, kept)
-    return area + left * best
+    shares, kept = np.asarray(x, float), np.asarray(y, float)
+    most_first = np.argsort(-shares)
+    widths = -np.diff(shares[most_first], append=0.0)
+    return float(widths @ np.maximum.accumulate(kept[most_first]))
 
 
 def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:

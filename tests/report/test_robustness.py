@@ -48,6 +48,10 @@ def removal(*evals, name="r", losses=None, role="removal") -> RunEvals:
         ([0.5], [0.25], 0.5, 0.125),  # below the line between the anchors
         ([0.5, 1.0], [1.0, 0.5], 0.875, 0.75),
         ([0.2, 0.4, 0.6], [1.0, 0.4, 0.8], 0.2 + 0.4 * 0.9 + 0.4 * 0.4, 0.2 + 0.4 * 0.8),
+        ([0.5] * 3, [1.0] * 3, 0.75, 0.5),  # the same point three times
+        ([0.25, 0.5, 0.75], [0.75, 0.5, 0.25], 0.5, 0.375),  # on the line between the anchors
+        ([0.3, 0.6, 0.9], [0.0, 0.0, 0.0], 0.5, 0.0),  # on an edge
+        ([0.4, 0.4], [1.2, 0.1], 0.4 * 1.1 + 0.6 * 0.6, 0.48),  # better than before; of equal x
     ],
 )
 def test_areas_of_closed_form(x, y, hull, stairs):
@@ -56,14 +60,22 @@ def test_areas_of_closed_form(x, y, hull, stairs):
     assert hull_area(x[::-1], y[::-1]) == pytest.approx(hull)
 
 
-def test_the_hull_is_that_of_scipy():
-    from scipy.spatial import ConvexHull
-
+def test_the_hull_is_the_highest_line_between_any_two_points():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        x, y = rng.random((2, 30))
-        corners = np.array([*zip(x, y, strict=True), (0, 1), (1, 0), (0, 0)])
-        assert hull_area(x, y) == pytest.approx(ConvexHull(corners).volume)
+        x, y = np.append(rng.random((2, 10)), [[0, 1], [1, 0]], axis=1)
+
+        def top(at, x=x, y=y):
+            return max(
+                np.interp(at, x[[i, j]], y[[i, j]])
+                for i in range(12)
+                for j in range(12)
+                if x[i] <= at <= x[j]
+            )
+
+        corners = np.sort(x)
+        area = np.trapezoid([top(at) for at in corners], corners)
+        assert hull_area(x[:10], y[:10]) == pytest.approx(area)
 
 
 def test_the_null_is_that_of_the_study():
