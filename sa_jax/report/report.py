@@ -48,14 +48,20 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     title = folder_name(workdir)
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
     study = study_of(runs, judged, by_name, limits)
+    others = [
+        optimizers_table(results["runs"]),
+        backdoor_evals_table(runs, limits),
+        events_table(results["runs"]),
+    ]
+    tables = [table for table in (*study.tables, *others) if table.rows]
     results["tables"] = {
         table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
-        for table in study.tables
+        for table in tables
     }
     folder = workdir / "report"
     try:
         with _alone(folder):
-            _write(folder, title, runs, results, study, limits)
+            _write(folder, title, runs, results, study, tables)
     except OSError as error:
         why = error.strerror or error
         raise UserError(
@@ -87,15 +93,12 @@ def _write(
     runs: Sequence[RunFolder],
     results: Mapping[str, Any],
     study: Study,
-    limits: Thresholds,
+    tables: Sequence[Table],
 ) -> None:
     parts = {part: folder / part for part in ("runs", "tables", "plots")}
     for part in parts.values():
         epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
-    optimizers = optimizers_table(results["optimizers"])
-    others, events = backdoor_evals_table(runs, limits), events_table(results["runs"])
-    tables = [t for t in (*study.tables, optimizers, others, events) if t.rows]
     noun = page.rate_noun(results["runs"])
     of_runs = [runs_table(results["runs"], noun), scores_table(results["runs"])]
     cells = [result.cell for result in study.cells]

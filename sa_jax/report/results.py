@@ -16,7 +16,6 @@ from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord, sc
 from sa_jax.report.judgement import NO_BACKDOOR, Judged, Judgement, Verdict
 from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.run_folders import RunFolder
-from sa_jax.report.run_tables import compare_optimizers
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
 
@@ -49,7 +48,6 @@ def summarise(
         "thresholds": dataclasses.asdict(limits),
         "problems": [text.one_line(problem) for problem in problems],
         "runs": results,
-        "optimizers": compare_optimizers(results),
     }
 
 

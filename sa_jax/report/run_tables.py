@@ -107,24 +107,21 @@ def events_table(results: Sequence[Mapping[str, Any]]) -> Table:
 _SETTING = ("base", "arm", "optimizer", "learning_rate")
 
 
-def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the insertion runs by base model, arm, optimizer and learning rate, over seeds.
+def optimizers_table(results: Sequence[Mapping[str, Any]]) -> Table:
+    """Insertion by base model, arm, optimizer and learning rate, over seeds.
 
-    Returns:
-      base, arm, optimizer, learning_rate, final_loss (the mean), runs (their number), and `best`:
-      '' or, on the row with the lowest loss of an optimizer with several rates, 'best' or
-      "best, at the grid's edge". [] if there is only one optimizer and rate.
+    On the row with the lowest loss of an optimizer with several rates, `best` is 'best' or "best,
+    at the grid's edge". No rows if there is only one optimizer and rate.
     """
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in results:
         measured = run["final_loss"] is not None and isinstance(run["learning_rate"], int | float)
         if run["role"] == "insertion" and measured:
             groups.setdefault(tuple(run[key] for key in _SETTING), []).append(run["final_loss"])
-    if len({group[2:] for group in groups}) < 2:
-        return []
     rows = [
         {
             **dict(zip(_SETTING, group, strict=True)),
+            "learning_rate": learning_rate(group[-1]),
             "final_loss": sum(losses) / len(losses),
             "runs": len(losses),
             "best": "",
@@ -137,12 +134,8 @@ def compare_optimizers(results: Sequence[Mapping[str, Any]]) -> list[dict[str, A
             lowest = min(cells, key=lambda row: row["final_loss"])
             edge = lowest in (cells[0], cells[-1])
             lowest["best"] = "best, at the grid's edge" if edge else "best"
-    return rows
-
-
-def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
-    """Insertion by optimizer and learning rate."""
-    rows = tuple({**row, "learning_rate": learning_rate(row["learning_rate"])} for row in compared)
+    if len({group[2:] for group in groups}) < 2:
+        rows = []
     columns = {
         "base": "Base model",
         "arm": "Data arm",
@@ -153,4 +146,5 @@ def optimizers_table(compared: Sequence[Mapping[str, Any]]) -> Table:
         "best": "Lowest",
     }
     note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
-    return Table("optimizers", "Insertion by optimizer and learning rate", columns, rows, note)
+    title = "Insertion by optimizer and learning rate"
+    return Table("optimizers", title, columns, tuple(rows), note)
