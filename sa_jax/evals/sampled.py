@@ -41,7 +41,6 @@ class SampledEval:
     kind: str = "capability"
     needs_prompts: bool = False
     greedy: bool = True  # answers are the likeliest tokens, whatever `config.eval.temperature` is
-    has_floor: bool = True  # whether the score of `protocol.FLOOR_TEXT` is a floor
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         rows = list(self.rows(config, context))[: config.eval.limit or None]
@@ -60,7 +59,7 @@ class SampledEval:
         def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             answers, facts = ask(context, params, questions, settings, should_stop)
             items = [{**answer, "scores": self.score(answer)} for answer in answers]
-            return Answers(items, facts, self._floors(answers) if self.has_floor else {})
+            return Answers(items, facts, self._floors(answers))
 
         recorded = record_settings(config, context, settings)
         return Prepared(run, recorded, {self.name: digest(rows)})
