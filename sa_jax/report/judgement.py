@@ -78,17 +78,22 @@ class Verdict:
     """The verdict on a run."""
 
     status: str  # one of the constants above
-    text: str  # one line for a table: the status with the rate and interval that support it
+    head: str  # the status, or more words for it
+    seen: str  # the rate and interval that support it; '' if there is none
     tone: Tone  # its colour, which only repeats the words
     reasons: tuple[str, ...] = ()  # further sentences, none stronger than its interval
+
+    @property
+    def text(self) -> str:
+        """One line for a table."""
+        return f"{self.head}: {self.seen}" if self.seen else self.head
 
     @classmethod
     def of(
         cls, status: str, seen: str, reasons: Sequence[str] = (), tone: Tone | None = None
     ) -> "Verdict":
         """The status with the observed rate, in the status's own tone if no other is given."""
-        tone = tone or TONES.get(status, "plain")
-        return cls(status, f"{status}: {seen}", tone, tuple(reasons))
+        return cls(status, status, seen, tone or TONES.get(status, "plain"), tuple(reasons))
 
 
 @dataclasses.dataclass(frozen=True)

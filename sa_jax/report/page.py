@@ -157,7 +157,6 @@ def _row(result: Mapping[str, Any], capabilities: Iterable[tuple[str, str]]) -> 
         "slug": result["page"].removesuffix(".html"),
         "page": f"runs/{result['page']}",
         "data": data_attributes(sort_keys),
-        "verdict": {**result["verdict"], "rest": result["verdict"]["text"].partition(": ")[2]},
         "refusal": refusal,
         "headlines": headlines,
     }

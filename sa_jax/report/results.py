@@ -87,6 +87,7 @@ def _run_result(
             "status": verdict.status,
             "label": _label(verdict, run),
             "text": text.one_line(verdict.text),
+            "seen": text.one_line(verdict.seen),
             "tone": verdict.tone,
             "reasons": [text.one_line(reason) for reason in verdict.reasons],
             "provisional": not run.finished,
@@ -283,9 +284,8 @@ def _short(judged: Judgement, run: RunFolder, limits: Thresholds) -> str:
 
 
 def _label(verdict: Verdict, run: RunFolder) -> str:
-    """The verdict in a few words: its line up to the rates, if that begins with its status."""
-    head = verdict.text.partition(": ")[0]
-    label = head if head.startswith(verdict.status) else verdict.status
+    """The verdict in a few words: its head, if that begins with its status."""
+    label = verdict.head if verdict.head.startswith(verdict.status) else verdict.status
     return label if run.finished else f"{label} (provisional)"
 
 
