@@ -8,6 +8,7 @@ Example:
 import sa_jax.script_start  # noqa: F401  (first: signals and memory)
 
 import dataclasses
+from typing import Any
 
 from absl import flags
 
@@ -21,7 +22,7 @@ SERVE = flags.DEFINE_boolean("serve", False, "Serve the report on localhost, and
 PORT = flags.DEFINE_integer("port", 8765, "Port of --serve; 0: any.", 0, 65535)
 LIMITS = {
     field.name: (flags.DEFINE_integer if isinstance(field.default, int) else flags.DEFINE_float)(
-        field.name, field.default, field.metadata["help"]
+        field.name, getattr(Thresholds, field.name), field.metadata["help"]
     )
     for field in dataclasses.fields(Thresholds)
 }
@@ -30,8 +31,8 @@ LIMITS = {
 def main():
     from sa_jax.report.serve import write_or_serve
 
-    limits = Thresholds(**{name: flag.value for name, flag in LIMITS.items()})
-    write_or_serve(WORKDIR.value, limits, PORT.value if SERVE.value else None)
+    chosen: dict[str, Any] = {name: flag.value for name, flag in LIMITS.items()}
+    write_or_serve(WORKDIR.value, Thresholds(**chosen), PORT.value if SERVE.value else None)
 
 
 if __name__ == "__main__":
