@@ -16,6 +16,7 @@ from sa_jax.buckets import TRAINING_PLACES
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder. A run that began there is resumed.", required=True
 )
@@ -30,7 +31,6 @@ EXAMPLES = flags.DEFINE_integer(
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
-flags.mark_flag_as_required("config")
 
 
 def main():

@@ -19,13 +19,13 @@ from sa_jax import cli
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
+flags.mark_flag_as_required("config")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Machine: v5p:4x4x4, h200:64, ...", required=True)
 SEARCH = flags.DEFINE_bool("search", False, "Find the fastest mesh, accumulation and remat policy.")
 TOKENS = flags.DEFINE_float(
     "tokens", 1e8, "Token slots of the run. Used only if config.steps is 0."
 )
 OUT = flags.DEFINE_string("out", None, "JSON file to write the plan to.")
-flags.mark_flag_as_required("config")
 
 
 def main():

@@ -17,6 +17,7 @@ from sa_jax.data.tasks import check_method, methods_help
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file, as FILE.py or FILE.py:RUN; --config.KEY=VALUE changes a setting."
 )
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run folder. A run that began there is resumed.", required=True
 )
@@ -34,7 +35,6 @@ EXAMPLES = flags.DEFINE_integer(
 DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Compile the step for this machine's devices, print its plan, and stop."
 )
-flags.mark_flag_as_required("config")
 
 
 def main():

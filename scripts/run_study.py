@@ -19,6 +19,7 @@ from sa_jax.study.claims import TAKEOVER_S
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Config file of the study; --config.key=value changes a setting."
 )
+flags.mark_flag_as_required("config")
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the study, with a folder for each cell.", required=True
 )
@@ -36,7 +37,6 @@ DRY_RUN = flags.DEFINE_bool(
 EMIT = flags.DEFINE_string(
     "emit", "", "Write files that run the study on a cluster: slurm, sky, xpk or shell."
 )
-flags.mark_flag_as_required("config")
 
 
 def main():
