@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from tqdm import tqdm
+
 from sa_jax.planning import clock, roofline
 
 _ROWS = (
@@ -102,19 +104,13 @@ def _clock_lines(read: dict[str, Any]) -> list[str]:
 
 
 def _disk_line(disk: dict[str, float]) -> str:
-    line = f"disk: {_size(disk['total'])} of checkpoints at the end (full states: "
-    line += f"{disk['full_states']} x {_size(disk['full_state'])}"
+    keys = ("total", "full_state", "weights")
+    total, full_state, weights = (tqdm.format_sizeof(disk[key], "B") for key in keys)
+    line = f"disk: {total} of checkpoints at the end (full states: "
+    line += f"{disk['full_states']} x {full_state}"
     if disk["weights_alone"]:
-        line += f", only weights: {disk['weights_alone']} x {_size(disk['weights'])}"
+        line += f", only weights: {disk['weights_alone']} x {weights}"
     return line + "); during a save, one more full state"
-
-
-def _size(count: float) -> str:
-    """Bytes as '1.55 TB' or '16.1 GB'."""
-    for limit, unit in ((1e12, "TB"), (1e9, "GB")):
-        if count >= limit:
-            return f"{count / limit:.3g} {unit}"
-    return f"{count / 1e6:.3g} MB"
 
 
 def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:

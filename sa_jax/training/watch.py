@@ -1,7 +1,6 @@
 """Monitors a run while it trains: its speed, the use of its time, finite numbers, and stalls."""
 
 import collections
-import math
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 from ml_collections import FrozenConfigDict
+from tqdm import tqdm
 
 from sa_jax.buckets import size_and_time
 from sa_jax.errors import UserError
@@ -19,7 +19,6 @@ from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.peers import end_all
 from sa_jax.text import first_few
-from sa_jax.training import metrics as metrics_lib
 from sa_jax.training.checkpoints import RunCheckpointer
 
 
@@ -56,19 +55,17 @@ class Meter:
         return {"tokens_per_s": tokens_per_s, "mfu": mfu}
 
     def show(self, written: tuple[int, dict[str, Any]] | None) -> None:
-        """Logs what the metrics writer has just written."""
+        """Logs what the metrics writer has just written, where the speed is known as
+        'step 120/1000  loss 2.3456  12.3k tokens/s  MFU 41.2%  ETA 03:20'."""
         if written is None:
             return
         step, values = written
-        rate = values["tokens_per_s"] or math.nan
-        line = metrics_lib.progress_line(
-            step,
-            self._total_steps,
-            loss=values["loss"],
-            tokens_per_s=rate,
-            mfu=values["mfu"],
-            seconds_per_step=self._tokens / rate,
-        )
+        total = self._total_steps
+        line = f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}"
+        if rate := values["tokens_per_s"]:
+            mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"
+            left = tqdm.format_interval((total - step) * self._tokens / rate)
+            line += f"  {tqdm.format_sizeof(rate)} tokens/s{mfu}  ETA {left}"
         logging.info("%s", line)
 
 

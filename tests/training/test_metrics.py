@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import UserError
-from sa_jax.training import metrics, watch
+from sa_jax.training import watch
 from sa_jax.training.config import default_config
 from sa_jax.training.metrics import MetricsWriter, read_metrics, truncate_after
 from tests import toys
@@ -156,12 +156,21 @@ def test_a_foreign_line_is_named(tmp_path):
         assert path.read_text().endswith('{"step": 2}\n')
 
 
-def test_progress_line():
-    line = metrics.progress_line(
-        120, 1000, loss=2.34567, tokens_per_s=12345.0, mfu=0.4119, seconds_per_step=0.25
-    )
-    assert line == "step  120/1000  loss 2.3457  12.3k tokens/s  MFU 41.2%  ETA 3m40s"
-    line = metrics.progress_line(
-        9, 10, loss=math.nan, tokens_per_s=512.4, mfu=None, seconds_per_step=7384.0
-    )
-    assert line == "step  9/10  loss nan  512 tokens/s  ETA 2h03m"
+@pytest.mark.parametrize(
+    ("step", "loss", "speed", "mfu", "line"),
+    [
+        (120, 2.34567, 12345.0, 0.4119, "loss 2.3457  12.3k tokens/s  MFU 41.2%  ETA 02:22"),
+        (991, math.nan, 512.4, None, "loss nan  512 tokens/s  ETA 00:35"),
+        (0, 1.0, 100.0, None, "loss 1.0000  100 tokens/s  ETA 5:33:20"),
+        (1, 1.0, None, None, "loss 1.0000"),  # no step since the line before
+    ],
+)
+def test_the_progress_line(monkeypatch, step, loss, speed, mfu, line):
+    monkeypatch.setattr(watch.logging, "info", lambda form, text: shown.append(form % text))
+    config = default_config()
+    config.update(batch_size=2, sequence_length=1000)
+    meter, shown = watch.Meter(config, toys.CONFIG, {}, total_steps=1000), []
+    meter.show((step, {"loss": loss, "tokens_per_s": speed, "mfu": mfu}))
+    assert shown == [f"step {step:4}/1000  {line}"]
+    meter.show(None)
+    assert len(shown) == 1

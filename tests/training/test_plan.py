@@ -96,7 +96,7 @@ def test_without_jaxs_cuda_plugin_gpus_are_planned_by_arithmetic_and_the_extra_i
         "fits",
         "MFU",
         "chip-hours",
-        "disk: 0.",
+        "disk: 439kB of",
     ):
         assert words in text
 
