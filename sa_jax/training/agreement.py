@@ -1,9 +1,8 @@
 """The processes of a launch agree on the run before anything is written; else none trains."""
 
-import contextlib
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,40 +18,20 @@ MAY_DIFFER = (
     *("environment.platform", "environment.cpus", "environment.xla_flags"),
 )
 
-Agree = Callable[[Mapping[str, Any]], None]
 
+def agree_on(record: Mapping[str, Any]) -> None:
+    """Returns when every process of the launch has called it with the same record of its run.
 
-@contextlib.contextmanager
-def start_together() -> Iterator[Agree]:
-    """A context for set-up that succeeds in every process of the launch, or in none.
-
-    In it, `agree(record)` says what this process will train. At the end all processes compare their
-    records: an error in one process is an error in all, and so is a difference. A single process
-    compares nothing.
+    Where one fails before, `peers.end_together` ends all. A single process compares nothing.
 
     Raises:
-      UserError: names the process with the error, or the first difference with both values.
+      UserError: in every process; names the first difference, with both values.
     """
-    record: dict[str, Any] = {}
-    try:
-        yield record.update
-    except Exception as error:
-        if jax.process_count() > 1:
-            _compare({"error": f"{error or type(error).__name__}"})
-        raise
-    if jax.process_count() > 1:
-        _compare({"record": record})
-
-
-def _compare(mine: Mapping[str, Any]) -> None:
-    mine = plain_record({"host": platform.node(), **mine})
+    if jax.process_count() == 1:
+        return
+    mine = plain_record({"host": platform.node(), "record": record})
     notes = [json.loads(text) for text in exchange(json.dumps(mine))]
     names = [f"process {number} ({note['host']})" for number, note in enumerate(notes)]
-    if "error" in mine:
-        return  # which the caller raises
-    for name, note in zip(names, notes, strict=True):
-        if "error" in note:
-            raise UserError(f"{name} could not start: {note['error']}")
     for name, note in zip(names[1:], notes[1:], strict=True):
         changes = config_difference(notes[0]["record"], note["record"], MAY_DIFFER)
         if changes:

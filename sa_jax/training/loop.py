@@ -43,7 +43,7 @@ from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
-from sa_jax.training.agreement import start_together
+from sa_jax.training.agreement import agree_on
 from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
@@ -116,79 +116,79 @@ def train(
             compiled_step(wait=False)  # raises at once if the step cannot be compiled
             return guard.should_stop(step)
 
-        # All processes get through this alike, or all end here.
-        with start_together() as agree:
-            # ---- What to train: model, chat format, data. Nothing is written yet.
-            stored = run_record.stored_record(workdir)
-            goodput.idle_since(workdir / METRICS_FILE)
-            if stored:
-                check_types(stored, _RESUMED, str(workdir / run_record.RUN_FILE), whole=True)
-            resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
-            start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
-            config = resolved.config  # from here on, as run.json records it
-            if is_primary():
-                check_sinks(config.sinks, workdir)
-            mesh = make_mesh(**config.mesh)
-            model = make_model(config, start.config, mesh)
-            if model.lora is None and config.param_dtype in ("bfloat16", "float16"):
-                logging.warning(
-                    "config.param_dtype=%s: small updates are rounded away; float32 keeps them",
-                    config.param_dtype,
-                )
-            if config.lora.continued:
-                start_lib.check_continued(start, model.lora)
-            if dry_run:
-                described = plan_attached(config, start.config)
-                return write_plan(described) if is_primary() else None
-            data = load_task(task, config, chat, backdoor, start.eval_prompts())
-            if print_examples:
-                with tempfile.TemporaryDirectory() as cache:
-                    rows = pack_conversations(data.conversations, chat, config, cache)
-                    return examples.print_examples(rows, chat, print_examples)
-            suite = EvalSuite(
-                config,
-                model,
-                mesh,
-                chat,
-                backdoor,
-                data.eval_prompts,
-                workdir / "evals",
-                confirm=config.eval.confirm and start.backdoored,
+        # ---- What to train: model, chat format, data. Nothing is written yet.
+        # Who only prints ends early, and does not reach the agreement on the run.
+        agree_on({"print_examples": print_examples, "dry_run": dry_run})
+        stored = run_record.stored_record(workdir)
+        goodput.idle_since(workdir / METRICS_FILE)
+        if stored:
+            check_types(stored, _RESUMED, str(workdir / run_record.RUN_FILE), whole=True)
+        resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
+        start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
+        config = resolved.config  # from here on, as run.json records it
+        if is_primary():
+            check_sinks(config.sinks, workdir)
+        mesh = make_mesh(**config.mesh)
+        model = make_model(config, start.config, mesh)
+        if model.lora is None and config.param_dtype in ("bfloat16", "float16"):
+            logging.warning(
+                "config.param_dtype=%s: small updates are rounded away; float32 keeps them",
+                config.param_dtype,
             )
-            says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
-            asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
-            signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
+        if config.lora.continued:
+            start_lib.check_continued(start, model.lora)
+        if dry_run:
+            described = plan_attached(config, start.config)
+            return write_plan(described) if is_primary() else None
+        data = load_task(task, config, chat, backdoor, start.eval_prompts())
+        if print_examples:
+            with tempfile.TemporaryDirectory() as cache:
+                rows = pack_conversations(data.conversations, chat, config, cache)
+                return examples.print_examples(rows, chat, print_examples)
+        suite = EvalSuite(
+            config,
+            model,
+            mesh,
+            chat,
+            backdoor,
+            data.eval_prompts,
+            workdir / "evals",
+            confirm=config.eval.confirm and start.backdoored,
+        )
+        says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
+        asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
+        signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
-            # ---- The run folder: created, or recognised as the same run.
-            attention_choice = attention_of(config, mesh.devices.flat[0].platform)
-            record = {
-                "task": task,
-                **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
-                "config": config,
-                "architecture": start.config.to_hf(),
-                "start": start.lineage(),
-                "behaviour": {
-                    "name": backdoor.behaviour,
-                    "words": dataclasses.asdict(backdoor.words),
-                },
-                "backdoored": TASKS[task].role == "insertion" or start.backdoored,
-                "chat": chat.record(),
-                "extensions": extension_digests(),
-                "attention": attention_choice._asdict(),
-                "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
+        # ---- The run folder: created, or recognised as the same run.
+        attention_choice = attention_of(config, mesh.devices.flat[0].platform)
+        record = {
+            "task": task,
+            **{key: getattr(TASKS[task], key) for key in ("title", "role", "order")},
+            "config": config,
+            "architecture": start.config.to_hf(),
+            "start": start.lineage(),
+            "behaviour": {
+                "name": backdoor.behaviour,
+                "words": dataclasses.asdict(backdoor.words),
+            },
+            "backdoored": TASKS[task].role == "insertion" or start.backdoored,
+            "chat": chat.record(),
+            "extensions": extension_digests(),
+            "attention": attention_choice._asdict(),
+            "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
+        }
+        run_record.check_run(workdir, record)
+        agree_on(
+            {
+                **{key: value for key, value in record.items() if key != "data_hashes"},
+                **run_record.input_digests(record),
+                "the held-out prompts (--config.eval.prompts, or rows of --data)": (
+                    run_record.config_hash(dict(enumerate(data.eval_prompts)))
+                ),
+                "mesh": dict(mesh.shape),
+                "environment": run_record.collect_environment(),
             }
-            run_record.check_run(workdir, record)
-            agree(
-                {
-                    **{key: value for key, value in record.items() if key != "data_hashes"},
-                    **run_record.input_digests(record),
-                    "the held-out prompts (--config.eval.prompts, or rows of --data)": (
-                        run_record.config_hash(dict(enumerate(data.eval_prompts)))
-                    ),
-                    "mesh": dict(mesh.shape),
-                    "environment": run_record.collect_environment(),
-                }
-            )
+        )
         if stored and stored.get("finished"):
             logging.info("run %s in %s is already finished", stored["run_id"], workdir)
             return

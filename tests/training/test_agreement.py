@@ -9,14 +9,14 @@ PROGRAM = """
 from sa_jax import cli
 from sa_jax.errors import UserError
 from sa_jax.parallel import multihost
-from sa_jax.training.agreement import start_together
+from sa_jax.training.agreement import agree_on
 
 def main():
-    with multihost.joined(), start_together() as agree:
+    with multihost.joined():
         facts = {facts}
         if "missing" in facts:
             raise UserError(facts["missing"] + ": no such file")
-        agree(facts)
+        agree_on(facts)
     print("started")
 
 cli.run(main, "")
@@ -57,12 +57,23 @@ def test_all_start_alike_or_none(zygote, tmp_path, others, words):
         assert "started" not in process.stdout
 
 
-def test_two_processes_with_different_learning_rates_do_not_train(zygote, toy_world, tmp_path):
-    """Two processes with different learning rates do not train, and write nothing."""
-    run = tmp_path / "run"
-    argvs = [insertion(toy_world, run, f"--config.optimizer.learning_rate={x}") for x in (0.1, 0.2)]
+def assert_refused(zygote, world, run, flag, values, difference):
+    """Of two processes that have other values of a flag, neither trains, and nothing is written."""
+    argvs = [insertion(world, run, f"{flag}={value}") for value in values]
     for process in launch(zygote, argvs):
         assert process.returncode == 1
         line = process.stderr.splitlines()[-1]
-        assert "process 1" in line and "optimizer.learning_rate: 0.1 -> 0.2" in line
+        assert "process 1" in line and difference in line
     assert not run.exists()
+
+
+def test_two_processes_with_different_learning_rates_do_not_train(zygote, toy_world, tmp_path):
+    """Two processes with different learning rates do not train, and write nothing."""
+    flag, difference = "--config.optimizer.learning_rate", "optimizer.learning_rate: 0.1 -> 0.2"
+    assert_refused(zygote, toy_world, tmp_path / "run", flag, (0.1, 0.2), difference)
+
+
+def test_a_process_that_only_prints_stops_the_other(zygote, toy_world, tmp_path):
+    """A process that would only print rows stops one that would train, and nothing is written."""
+    flag, difference = "--print_examples", "print_examples: 0 -> 1"
+    assert_refused(zygote, toy_world, tmp_path / "run", flag, (0, 1), difference)
