@@ -13,6 +13,7 @@ preemption service about the training step without the caller's knowledge, so th
 step at which they agreed to stop. And it deletes old checkpoints before the new one has digests.
 """
 
+import dataclasses
 import itertools
 import json
 import os
@@ -38,38 +39,23 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _SAVES = itertools.count()  # names the barriers; advances alike on all processes
 
 
+@dataclasses.dataclass(eq=False)
 class RunCheckpointer:
-    """Saves and restores the state of one run; a context manager. Call it on all processes.
+    """Saves and restores the state of one run; a context manager. Call it on all processes."""
 
-    Args:
-      directory: `checkpoints/` of the run folder (local, or any store etils.epath knows).
-      steps: steps to save at; these checkpoints are never deleted.
-      listed: what is saved at `steps`: the 'full' state, only the 'weights' as they train, or
-        'weights_bf16', the weights in bfloat16.
-      last: the run's last step, whose full state is saved too; None: not known.
-      interval: also save the full state every this many steps; 0: do not.
-      keep: how many of the newest full states to keep besides `steps`; None: all.
-      verify: whether `restore` checks the digests.
-    """
+    directory: os.PathLike | str  # `checkpoints/` of the run folder, in any store of etils.epath
+    _: dataclasses.KW_ONLY
+    steps: Collection[int] = ()  # at which to save; these checkpoints are never deleted
+    # What is saved at `steps`: the 'full' state, only the 'weights' as they train, or
+    # 'weights_bf16', the weights in bfloat16.
+    listed: str = "full"
+    last: int | None = None  # the run's last step, whose full state is saved too; None: not known
+    interval: int = 0  # also save the full state every this many steps; 0: do not
+    keep: int | None = None  # how many of the newest full states to keep besides `steps`; None: all
+    verify: bool = True  # whether `restore` checks the digests
 
-    def __init__(
-        self,
-        directory: os.PathLike | str,
-        *,
-        steps: Collection[int] = (),
-        listed: str = "full",
-        last: int | None = None,
-        interval: int = 0,
-        keep: int | None = None,
-        verify: bool = True,
-    ) -> None:
-        self._directory = epath.Path(directory)
-        self._listed = listed
-        self._steps = frozenset(steps)
-        self._last = last
-        self._interval = interval
-        self._keep = keep
-        self._verify = verify
+    def __post_init__(self) -> None:
+        self._directory = epath.Path(self.directory)
         self._corrupt: set[int] = set()
         self._background: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -78,12 +64,12 @@ class RunCheckpointer:
 
     def should_save(self, step: int) -> bool:
         """Whether `step` is in the list, a multiple of the interval (0 has none) or the last."""
-        return step in self._steps or self._should_save_full(step)
+        return step in self.steps or self._should_save_full(step)
 
     def _should_save_full(self, step: int) -> bool:
-        at_interval = self._interval > 0 and step > 0 and step % self._interval == 0
-        listed = self._listed == "full" and step in self._steps
-        return at_interval or listed or step == self._last
+        at_interval = self.interval > 0 and step > 0 and step % self.interval == 0
+        listed = self.listed == "full" and step in self.steps
+        return at_interval or listed or step == self.last
 
     def all_steps(self) -> list[int]:
         """Steps whose full state is saved, ascending, without those known to be corrupt."""
@@ -109,11 +95,11 @@ class RunCheckpointer:
           UserError: the disk is full (for the save before it, too). Older checkpoints stay good.
         """
         saved = False
-        if self._listed != "full" and step in self._steps:
+        if self.listed != "full" and step in self.steps:
             self.wait()
             if step not in _from_primary(_complete_steps(self._directory, "weights")):
                 params = state.params
-                if self._listed == "weights_bf16":
+                if self.listed == "weights_bf16":
                     params = _bfloat16(params)
                 self._save(step, step_name(step, "weights"), {"params": params})
                 saved = True
@@ -187,7 +173,7 @@ class RunCheckpointer:
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
             path = folder / step_name(step)
-            problem = find_corruption(path, step) if self._verify else None
+            problem = find_corruption(path, step) if self.verify else None
             if problem is None:
                 return step, state_io.load(path, abstract_state, resizable=may_change_size)
             self._corrupt.add(step)
@@ -229,14 +215,15 @@ class RunCheckpointer:
                 self._error.__cause__ = error
 
     def _prune(self) -> None:
-        if self._keep is None:
+        if self.keep is None:
             return
-        if self._listed == "full":
-            always = self._steps | {self._last}
+        always: set[int | None] = {*self.steps}
+        if self.listed == "full":
+            always.add(self.last)
         else:  # also a listed step's full state, where an earlier launch saved nothing else
-            always = self._steps.difference(_complete_steps(self._directory, "weights"))
+            always.difference_update(_complete_steps(self._directory, "weights"))
         others = [step for step in self.all_steps() if step not in always]
-        for step in others[: -self._keep]:
+        for step in others[: -self.keep]:
             folder = self._directory / step_name(step)
             (folder / DIGEST_FILE).unlink()  # first: from here on it counts as incomplete
             folder.rmtree()

@@ -8,6 +8,7 @@ JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity"
 and `read_metrics` turns them back into numbers.
 """
 
+import dataclasses
 import json
 import math
 import os
@@ -27,41 +28,33 @@ from sa_jax.training.sinks import Sink
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
+@dataclasses.dataclass(eq=False)
 class MetricsWriter:
     """Appends metrics to a file, one log interval late; a context manager.
-
-    Args:
-      path: metrics.jsonl; its folder must exist.
-      run_id: written on every line.
-      primary: whether this process writes; on the others every method does nothing.
-      sinks: see `sinks.make_sinks`.
-      rates: called with the last step that is known to be done, as soon as a line's arrays are
-        fetched; the values that it returns are added to the line.
 
     After a resume, call `truncate_after(path, restored_step)` before constructing it.
     """
 
-    def __init__(
-        self,
-        path: os.PathLike | str,
-        *,
-        run_id: str,
-        primary: bool = True,
-        sinks: Sequence[Sink] = (),
-        rates: Callable[[int], Mapping[str, float | None]] = lambda step: {},
-    ) -> None:
-        self._path = as_path(path)
-        self._run_id = run_id
-        self._sinks = tuple(sinks)
-        self._rates = rates
+    path: os.PathLike | str  # metrics.jsonl; its folder must exist
+    _: dataclasses.KW_ONLY
+    run_id: str  # written on every line
+    primary: bool = True  # whether this process writes; on the others every method does nothing
+    sinks: Sequence[Sink] = ()  # see `sinks.make_sinks`
+    # Called with the last step that is known to be done, as soon as a line's arrays are fetched;
+    # the values that it returns are added to the line.
+    rates: Callable[[int], Mapping[str, float | None]] = lambda step: {}
+
+    def __post_init__(self) -> None:
+        self._path = as_path(self.path)
         self._pending: tuple[int, dict[str, Any]] | None = None
         self._file: IO[bytes] | None = None
-        if primary:
+        if self.primary:
             try:
-                remote = in_bucket(path)
-                self._file = BucketFile(self._path) if remote else open(path, "ab")
+                remote = in_bucket(self.path)
+                self._file = BucketFile(self._path) if remote else open(self.path, "ab")
             except OSError as error:
-                raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+                reason = error.strerror or error
+                raise UserError(f"{self.path}: cannot be written ({reason})") from error
 
     def log(
         self, step: int, metrics: Mapping[str, jax.Array | float]
@@ -83,7 +76,7 @@ class MetricsWriter:
         """Passes scores of evals, by name, to the sinks; the evals' own files already have them."""
         if self._file is None:
             return
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(step, scores)
 
     def flush(self, done: int | None = None) -> tuple[int, dict[str, float | None]] | None:
@@ -103,8 +96,8 @@ class MetricsWriter:
         step, metrics = self._pending
         self._pending = None
         values: dict[str, float | None] = {k: _number(k, v) for k, v in metrics.items()}
-        values |= self._rates(step if done is None else done)
-        line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self._run_id}
+        values |= self.rates(step if done is None else done)
+        line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self.run_id}
         try:
             self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
             self._file.flush()
@@ -112,7 +105,7 @@ class MetricsWriter:
             if is_disk_full(error):
                 raise UserError(disk_full_message(self._path, "writing metrics")) from error
             raise
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.write(step, {k: v for k, v in values.items() if v is not None})
         return step, values
 
@@ -125,7 +118,7 @@ class MetricsWriter:
         finally:
             self._file.close()
             self._file = None
-            for sink in self._sinks:
+            for sink in self.sinks:
                 sink.close()
 
     def __enter__(self) -> "MetricsWriter":
