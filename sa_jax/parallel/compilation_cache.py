@@ -5,9 +5,7 @@ platform in it. The environment variable SA_JAX_COMPILATION_CACHE names another 
 cache off (`off`). If JAX itself was given a folder (JAX_COMPILATION_CACHE_DIR), that one is used.
 """
 
-import hashlib
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -43,20 +41,7 @@ def cache_folder(env: Mapping[str, str], backend: str) -> Path:
     """Where programs for a backend ('cpu', 'gpu', 'tpu') are kept.
 
     A CPU program may use every instruction of the machine it was compiled on, and a home folder may
-    be shared by several kinds of machine: each kind gets its own folder.
+    be shared by several kinds of machine: jax's key of a program has these instructions in it.
     """
     base = env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home(), ".cache")
-    root = Path(env.get(VARIABLE) or Path(base, "sa_jax", "jax")).absolute()
-    return root / (f"cpu-{_cpu_digest()}" if backend == "cpu" else backend)
-
-
-def _cpu_digest() -> str:
-    """Eight digits that differ between CPUs with other instructions."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    kinds = ("model name", "flags", "Features", "CPU part")  # of x86, and of Arm
-    features = sorted({line for line in lines if line.startswith(kinds)})
-    text = "\n".join([platform.machine(), platform.processor(), *features])
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return Path(env.get(VARIABLE) or Path(base, "sa_jax", "jax")).absolute() / backend

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -68,10 +69,24 @@ def test_one_folder_a_user(env, folder):
     assert str(compilation_cache.cache_folder(env, "tpu")) == folder
 
 
-def test_cpus_with_other_instructions_share_nothing(monkeypatch):
-    def folder(text):
-        monkeypatch.setattr(Path, "read_text", lambda path: text)
-        return compilation_cache.cache_folder({"HOME": "/h"}, "cpu")
+KEY_OF_CPU = """
+import hashlib
+import jax
+import numpy as np
+from jax._src import cache_key
+digest = hashlib.sha256()
+cache_key._hash_accelerator_config(digest, np.array(jax.devices()))
+print(digest.hexdigest())
+"""
 
-    one, other = "model name: A\nflags: avx avx2", "model name: A\nflags: avx avx2 avx512f"
-    assert folder(one) == folder(one + "\nMHz: 3") != folder(other)
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="XLA leaves no instructions out there")
+def test_cpus_with_other_instructions_share_nothing():
+    """In one folder: the part of jax's key that is of devices differs, and is otherwise stable."""
+
+    def key(instructions: str) -> str:
+        env = {**os.environ, "XLA_FLAGS": f"--xla_cpu_max_isa={instructions}"}
+        command = [sys.executable, "-c", KEY_OF_CPU]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+
+    assert key("AVX") == key("AVX") != key("SSE4_2")
