@@ -3,18 +3,20 @@ others after it has compiled for another TPU generation.
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 from sa_jax import errors
+
+_PR_SET_PDEATHSIG = 1
 
 
 class ProcessCrash(Exception):
@@ -35,37 +37,33 @@ def call_in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
       UserError: the function raised it.
       RuntimeError: the function raised something else; its traceback is on standard error.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    assert child.stdin is not None and child.stdout is not None  # both are pipes
     call = [function.__module__, function.__name__, arguments]
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it has crashed already
-            child.stdin.write(json.dumps(call).encode() + b"\n")
-            child.stdin.flush()  # and stays open: the child exits when it is closed
-        answer = child.stdout.read()
-        code = child.wait()
-    finally:
-        child.kill()
-        child.wait()
-    if not answer:
+    command = [sys.executable, "-m", __name__]
+    child = subprocess.run(command, input=json.dumps(call).encode(), stdout=subprocess.PIPE)
+    if not child.stdout:
+        code = child.returncode
         raise ProcessCrash(signal.Signals(-code).name if code < 0 else f"exit status {code}")
-    result, error, message = json.loads(answer)
+    result, error, message = json.loads(child.stdout)
     if error is not None:
         raise getattr(errors, error, RuntimeError)(message)
     return result
 
 
+def end_with_parent() -> None:
+    """Asks the kernel (Linux) for SIGKILL when the parent ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> None:
     """Reads a call from standard input and writes its outcome to standard output."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the caller reports a Ctrl-C
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # it may crash
     try:
-        module, name, arguments = json.loads(sys.stdin.buffer.readline())
-        threading.Thread(target=_exit_with_caller, daemon=True).start()
+        module, name, arguments = json.loads(sys.stdin.buffer.read())
         result = getattr(importlib.import_module(module), name)(*arguments)
         answer = json.dumps([result, None, None])
     except errors.UserError as error:
@@ -75,13 +73,7 @@ def main() -> None:
         answer = json.dumps([None, "", "the process failed: its error is above"])
     with output:
         output.write(answer.encode())
-    sys.stderr.flush()
-    os._exit(0)  # at its own end the interpreter would wait for the thread that reads stdin
-
-
-def _exit_with_caller() -> None:
-    sys.stdin.buffer.read()
-    os._exit(1)
+    os._exit(0)  # a compiler may crash, or take its time, when it is closed
 
 
 if __name__ == "__main__":

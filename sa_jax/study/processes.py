@@ -6,7 +6,6 @@ too. The server itself ends with the process that started it.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import json
 import os
@@ -19,10 +18,10 @@ from typing import Any, TextIO
 
 from sa_jax.errors import UserError
 from sa_jax.host_memory import keep_freed_memory
+from sa_jax.planning.new_process import end_with_parent
 from sa_jax.study.claims import hold_lock
 
 BUSY = 76  # exit status: another process, perhaps on another host, works in the cell's folder
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Server:
 def _serve() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    _end_with_parent()
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what an import prints is no answer
     keep_freed_memory()  # before imports start threads
@@ -138,7 +137,7 @@ def _run(order: Order) -> None:
     """Runs a cell in a forked process; never returns."""
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
-    _end_with_parent()
+    end_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -167,12 +166,6 @@ def _run(order: Order) -> None:
     except BrokenPipeError as error:  # which would tell `_serve` that the runner has ended
         raise RuntimeError("a pipe or connection of this cell was closed") from error
     sys.exit(0)
-
-
-def _end_with_parent() -> None:
-    """Asks the kernel (Linux) for SIGKILL when the parent ends."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
