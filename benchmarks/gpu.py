@@ -74,7 +74,7 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     from sa_jax.planning.memory import cudnn_workspace, step_memory
     from sa_jax.study.commands import load_config
     from sa_jax.training.plan import plan_architecture, workload
-    from sa_jax.training.program import abstract_arguments, make_model, make_program
+    from sa_jax.training.program import make_model, make_program
     from sa_jax.training.start import Start, load_trainable
     from sa_jax.training.step import init_state
 
@@ -86,10 +86,9 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     device = mesh.devices.flat[0]
     model = make_model(config, architecture, mesh)
     program = make_program(config, model, 10)
-    arguments = abstract_arguments(config, program, mesh)
-    compiled = program.step.lower(*arguments).compile()
+    compiled = program.step.lower(*program.arguments).compile()
     work = workload(config, architecture, mesh.shape, device.platform)
-    planned = step_memory(work, *arguments, 1, compiled).needed
+    planned = step_memory(work, *program.arguments, 1, compiled).needed
     if work.attention.startswith("cudnn"):
         planned += cudnn_workspace(work)
 
@@ -104,7 +103,9 @@ def step(width: str, folder: Path, smoke: bool) -> str:
         "loss_mask": np.ones(shape, bool),
         "positions": np.broadcast_to(np.arange(shape[1]), shape),
     }
-    batch = {name: jnp.asarray(arrays[name], spec.dtype) for name, spec in arguments[2].items()}
+    batch = {
+        name: jnp.asarray(arrays[name], spec.dtype) for name, spec in program.arguments[2].items()
+    }
     params, _ = load_trainable(model, Start("", "fresh", architecture, ""), mesh, 0)
     init = jax.jit(lambda params: init_state(params, program.tx), donate_argnums=0)
     state, losses = init(params), []

@@ -49,7 +49,6 @@ from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.program import (
     BATCH_DTYPES,
-    abstract_arguments,
     attention_of,
     begin_compiling,
     make_model,
@@ -239,10 +238,10 @@ def train(
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, installed_cudnn()))
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
-        compiled_step = begin_compiling(config, program, mesh, at_once=not trained)
-        leaf_names = [
-            path_string(path) for path, _ in jax.tree_util.tree_leaves_with_path(program.trainable)
-        ]
+        compiled_step = begin_compiling(program, mesh, at_once=not trained)
+        abstract_state, _, _ = program.arguments
+        trainable = jax.tree_util.tree_leaves_with_path(abstract_state.params)
+        leaf_names = [path_string(path) for path, _ in trainable]
         checkpointer = stack.enter_context(
             RunCheckpointer(
                 checkpoints_folder,
@@ -256,7 +255,7 @@ def train(
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
-        restored = checkpointer.restore(abstract_arguments(config, program, mesh)[0])
+        restored = checkpointer.restore(abstract_state)
         params: Any = None
         frozen: Any = {}
         if restored is None or model.lora is not None:
@@ -282,7 +281,7 @@ def train(
             signals.enter_context(guard)
 
         # ---- Evals and metrics.
-        meter = Meter(config, start.config, program.trainable, total_steps)
+        meter = Meter(config, start.config, abstract_state.params, total_steps)
         suite.discard_after(step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(

@@ -47,7 +47,6 @@ from sa_jax.registry import extension_digests, load_extensions
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
     Program,
-    abstract_arguments,
     attention_of,
     make_model,
     make_program,
@@ -59,7 +58,7 @@ from sa_jax.training.start import (
     open_start,
     split_trainable,
 )
-from sa_jax.training.step import TrainState, init_state
+from sa_jax.training.step import init_state
 
 
 class CompilerCrash(UserError):
@@ -243,11 +242,11 @@ def make_plan(
     # Without a compiler for GPUs, fake devices only partition the step.
     is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
     begin = time.monotonic()
-    compiled, needed = _compile(config, program, mesh) if is_real else (None, 0)
+    compiled, needed = _compile(program) if is_real else (None, 0)
     compile_s = time.monotonic() - begin
     text = _text(compiled)
     part = work.of_one_slice()
-    memory = step_memory(part, *abstract_arguments(config, program, mesh), per_chip, compiled)
+    memory = step_memory(part, *program.arguments, per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
     if is_real and work.attention.startswith("cudnn"):
@@ -282,7 +281,7 @@ def make_plan(
         "clock": _clock(work, machine, text),
         "soap": [
             dataclasses.asdict(row) | {"shape": list(row.shape)}
-            for row in optimizer_rows(config.optimizer, trainable_params(config, architecture))
+            for row in optimizer_rows(config.optimizer, program.arguments[0].params)
         ],
         "disk": checkpoint_bytes(config, steps, work),
         "collectives": _collectives(config, architecture, mesh, text),
@@ -296,7 +295,10 @@ def workload(
     config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
 ) -> Workload:
     """The input of arithmetic: a config's step on a mesh of a platform."""
-    state = abstract_state(config, architecture)
+    lora, tx = lora_config(config.lora), make_optimizer(config.optimizer, 1)
+    model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
+    trainable, _ = split_trainable(abstract_params(model), lora)
+    state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Workload(
         architecture=architecture,
@@ -312,20 +314,6 @@ def workload(
         slices=config.mesh.slices,
         optimizer=config.optimizer.name,
     )
-
-
-def abstract_state(config: ConfigDict, architecture: LlamaConfig) -> TrainState:
-    """The shapes of the state that a run updates and saves."""
-    tx = make_optimizer(config.optimizer, 1)
-    params = trainable_params(config, architecture)
-    return jax.eval_shape(lambda params: init_state(params, tx), params)
-
-
-def trainable_params(config: ConfigDict, architecture: LlamaConfig) -> Any:
-    """The shapes of the parameters that train: the adapters, or all."""
-    lora = lora_config(config.lora)
-    model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
-    return split_trainable(abstract_params(model), lora)[0]
 
 
 def reserve_fake_devices(topology: Topology) -> None:
@@ -355,9 +343,9 @@ def write_plan(described: dict[str, Any], path: str | Path | None = None) -> Non
         atomic_write(path, json.dumps(described, indent=1) + "\n")
 
 
-def _compile(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, float]:
+def _compile(program: Program) -> tuple[Any, float]:
     """(executable, 0), or (None, bytes that it would need per device) if it does not fit."""
-    lowered = program.step.lower(*abstract_arguments(config, program, mesh))
+    lowered = program.step.lower(*program.arguments)
     try:
         return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
@@ -435,7 +423,7 @@ def _collectives(
         # Both hold for TPUs only.
         option = changed(config, {"attention": "reference", "xla_options": ""})
         program = make_program(option, make_model(option, architecture, twin), 1)
-        text = _text(_compile(option, program, twin)[0])
+        text = _text(_compile(program)[0])
     a_slice = mesh.size // config.mesh.slices if config.mesh.slices > 1 else 0
     kinds = read_collectives(text, a_slice).items()
     return {"source": source, "kinds": {kind: dataclasses.asdict(each) for kind, each in kinds}}

@@ -39,12 +39,12 @@ BATCH_DTYPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A training step, ready to be compiled, with the shapes and shardings of its arguments."""
+    """A training step, ready to be compiled."""
 
     tx: optax.GradientTransformation
-    trainable: Any  # shapes of the parameters that train
-    frozen: Any  # shapes of those that do not
-    state: TrainState  # its shapes
+    # (state, frozen, batch) as shapes with shardings: what `step` is lowered with. `frozen` are the
+    # parameters that do not train.
+    arguments: tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct]]
     state_shardings: Any
     step: Any  # a jitted function
 
@@ -106,6 +106,11 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), frozen)
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     placed = state_shardings(mesh, state)
+    shape, sharding = (config.batch_size, config.sequence_length), NamedSharding(mesh, BATCH_SPEC)
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, dtype in BATCH_DTYPES.items()
+    }
     chip = chip_of(mesh.devices.flat[0])
     loss = LOSSES[config.loss or DEFAULT_LOSS]
     train_step = make_train_step(
@@ -123,7 +128,8 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         out_shardings=(placed, NamedSharding(mesh, P())),
         compiler_options=compiler_options(chip, config.xla_options) or None,
     )
-    return Program(tx, trainable, frozen, state, placed, step)
+    arguments = with_shardings(state, placed), abstract(mesh, frozen), batch
+    return Program(tx, arguments, placed, step)
 
 
 def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
@@ -135,9 +141,7 @@ def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
     return lambda params, batch, rng: loss_of_merged(merge(params), batch, rng)
 
 
-def begin_compiling(
-    config: ConfigDict, program: Program, mesh: Mesh, *, at_once: bool = True
-) -> CompiledStep:
+def begin_compiling(program: Program, mesh: Mesh, *, at_once: bool = True) -> CompiledStep:
     """Begins to compile the step in a thread, and returns a function that waits for it.
 
     On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
@@ -153,21 +157,10 @@ def begin_compiling(
     """
 
     def compile_step() -> jax.stages.Compiled:
-        return program.step.lower(*abstract_arguments(config, program, mesh)).compile()
+        return program.step.lower(*program.arguments).compile()
 
     if not at_once or mesh.devices.flat[0].platform == "gpu":
         compile_once = functools.cache(compile_step)
         return lambda wait=True: compile_once() if wait else None
     future = concurrent.futures.ThreadPoolExecutor(1).submit(compile_step)
     return lambda wait=True: future.result() if wait or future.done() else None
-
-
-def abstract_arguments(config: ConfigDict, program: Program, mesh: Mesh) -> tuple[Any, Any, Any]:
-    """(state, frozen, batch) as shapes with shardings: what `program.step` is lowered with."""
-    shape, sharding = (config.batch_size, config.sequence_length), NamedSharding(mesh, BATCH_SPEC)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in BATCH_DTYPES.items()
-    }
-    state = with_shardings(program.state, program.state_shardings)
-    return state, abstract(mesh, program.frozen), batch

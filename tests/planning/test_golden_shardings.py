@@ -12,7 +12,7 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import path_string
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
-from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import GOLDENS, held
 
 MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
@@ -21,7 +21,7 @@ MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
 def lines(config, sizes) -> list[str]:
     mesh = make_mesh(*sizes)
     program = make_program(config, make_model(config, plan_architecture(config), mesh), 100)
-    state, frozen, _ = abstract_arguments(config, program, mesh)
+    state, frozen, _ = program.arguments
     leaves = jax.tree_util.tree_leaves_with_path({"state": state, "frozen": frozen})
     found = ["mesh " + " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())]
     for path, leaf in leaves:

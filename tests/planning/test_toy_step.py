@@ -15,7 +15,7 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
-from sa_jax.training.program import abstract_arguments, make_model, make_program
+from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
 
 MESHES = {"1": (1, 1, 1), "8": (2, 2, 2)}
@@ -27,7 +27,7 @@ def test_the_compiled_step_is_that_of_the_golden_file(devices):
     data, fsdp, tensor = MESHES[devices]
     mesh = make_mesh(data, fsdp, tensor, devices=jax.devices()[: int(devices)])
     program = make_program(config, make_model(config, plan_architecture(config), mesh), 100)
-    lowered = program.step.lower(*abstract_arguments(config, program, mesh))
+    lowered = program.step.lower(*program.arguments)
     compiled = lowered.compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     # Of the 8, two slices of 4: its axis `data` is the link between them.

@@ -26,9 +26,9 @@ def test_the_step_that_was_compiled_ahead_is_the_step():
     )
     mesh = make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
     program = make_program(config, make_model(config, CONFIG, mesh), total_steps=10)
-    compiled_step = begin_compiling(config, program, mesh)
+    compiled_step = begin_compiling(program, mesh)
     params = random_params(CONFIG)
-    shapes = program_lib.abstract_arguments(config, program, mesh)[2]
+    shapes = program.arguments[2]
     batch = {
         name: jax.device_put(array, shapes[name].sharding)
         for name, array in packed_batch(4, 32).items()
@@ -82,10 +82,7 @@ def test_merged_adapters_train_as_those_apart(monkeypatch, sizes):
     ("platform", "at_once", "beside"),
     [("cpu", True, True), ("tpu", True, True), ("gpu", True, False), ("tpu", False, False)],
 )
-def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(
-    monkeypatch, platform, at_once, beside
-):
-    monkeypatch.setattr(program_lib, "abstract_arguments", lambda *_: ())
+def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(platform, at_once, beside):
     begun, count = threading.Event(), []
 
     def compile_step():
@@ -97,8 +94,8 @@ def test_compiling_begins_at_once_but_on_gpus_when_it_is_waited_for(
     step = types.SimpleNamespace(lower=lambda: lowered)
     device = types.SimpleNamespace(platform=platform)
     mesh = types.SimpleNamespace(devices=np.array([device]))
-    program = types.SimpleNamespace(step=step)
-    compiled_step = begin_compiling(None, program, mesh, at_once=at_once)
+    program = types.SimpleNamespace(step=step, arguments=())
+    compiled_step = begin_compiling(program, mesh, at_once=at_once)
     assert begun.wait(60 if beside else 0.1) == beside
     assert beside or compiled_step(wait=False) is None
     assert [compiled_step(), compiled_step()] == ["compiled"] * 2
