@@ -24,19 +24,6 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
 _GPUS_A_NODE = 8
 _MOST_CHIPS = 16_384
-# All solid slices of cubes of 4x4x4, the most cube-like first: that is the one which a cloud name
-# means, such as 4x8x12 for v5p-768, not 4x4x24 (google/xpk, system_characteristics.py).
-_CUBES = tuple(
-    "x".join(map(str, shape))
-    for shape in sorted(
-        (
-            (a, b, c)
-            for a, b in itertools.combinations_with_replacement(range(4, 65, 4), 2)
-            for c in range(b, _MOST_CHIPS // (a * b) + 1, 4)
-        ),
-        key=sum,
-    )
-)
 _NUMBER = "[1-9][0-9]{0,5}"
 
 
@@ -112,7 +99,7 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
     )
 
 
-@functools.cache  # a study asks for every cell, and a cloud name is looked for among all shapes
+@functools.cache  # a study asks for every cell
 def parse_topology(name: str) -> Topology:
     """The machine of a name, without devices; of a cloud name it has the shape of such a slice.
 
@@ -129,7 +116,7 @@ def parse_topology(name: str) -> Topology:
         if slices * math.prod(shape) > _MOST_CHIPS:
             raise UsageError(f"--topology={name!r}: more than {_MOST_CHIPS:,} chips")
         are_gpus = not chip.torus and len(shape) == 1 and slices == 1
-        if size in _shapes(chip) or are_gpus:
+        if size in _shapes(chip, math.prod(shape)) or are_gpus:
             return Topology(name, chip, shape, slices=slices)
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
     raise UsageError(
@@ -141,13 +128,14 @@ def parse_topology(name: str) -> Topology:
 
 def _of_cloud_name(name: str) -> str:
     """`v5p:4x4x4` of `v5p-128` (see `Machine.cloud_name`); any other name unchanged."""
-    several = re.match("[1-9][0-9]{0,3}x", name)
-    slices = several[0] if several else ""
-    cloud = name.removeprefix(slices)
+    match = re.fullmatch(f"([1-9][0-9]{{0,3}}x)?(.+-({_NUMBER}))", name)
+    if match is None:
+        return name
+    slices, cloud, units = match[1] or "", match[2], int(match[3])
     shapes = (
         f"{slices}{chip.name}:{size}"
         for chip in CHIPS
-        for size in _shapes(chip)
+        for size in _shapes(chip, units // 2)
         if Topology("", chip, tuple(map(int, size.split("x")))).cloud_name == cloud
     )
     return next(shapes, name)
@@ -158,8 +146,14 @@ def known_shapes(chip: Chip) -> tuple[str, ...]:
     return {0: (), 2: _FLAT, 3: _SOLID}[chip.torus]
 
 
-def _shapes(chip: Chip) -> tuple[str, ...]:
-    return (*known_shapes(chip), *(_CUBES if chip.torus == 3 else ()))
+def _shapes(chip: Chip, chips: int) -> list[str]:
+    """`known_shapes`, and in 3D all slices of so many chips in cubes of 4x4x4, the most cube-like
+    first: that is the one which a cloud name means, such as 4x8x12 for v5p-768, not 4x4x24
+    (google/xpk, system_characteristics.py)."""
+    pairs = itertools.combinations_with_replacement(range(4, 65, 4), 2) if chip.torus == 3 else ()
+    cubes = ((a, b, chips // (a * b)) for a, b in pairs if chips % (4 * a * b) == 0)
+    rising = sorted((shape for shape in cubes if shape[1] <= shape[2]), key=sum)
+    return [*known_shapes(chip), *("x".join(map(str, shape)) for shape in rising)]
 
 
 def open_topology(name: str) -> Topology:
