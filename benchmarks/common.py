@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sa_jax.text import table_row
 
 
 def versions(*packages: str) -> dict[str, str]:
@@ -14,3 +17,8 @@ def versions(*packages: str) -> dict[str, str]:
 def write_record(path: Path | str, record: dict[str, Any]) -> None:
     """Writes a benchmark's figures as a JSON file."""
     Path(path).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def table_head(columns: Sequence[str]) -> str:
+    """The first two lines of a Markdown table."""
+    return f"{table_row(columns)}\n{'|---' * len(columns)}|"

@@ -19,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from sa_jax.text import table_head, table_row
+from benchmarks.common import table_head
+from sa_jax.text import table_row
 
 PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
 BANDWIDTH = 0.5  # of the memory's, that decoding should reach

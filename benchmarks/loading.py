@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import versions, write_record
+from common import table_head, versions, write_record
 
-from sa_jax.text import table_head, table_row
+from sa_jax.text import table_row
 
 GB, GIB = 1e9, 2**30
 # Llama-3.2-3B's shape: 6.4 GB in bfloat16.

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from common import versions, write_record
+from common import table_head, versions, write_record
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
@@ -43,7 +43,7 @@ from sa_jax.optim.schedules import decay_mask
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import partition_spec, shardings
-from sa_jax.text import table_head, table_row
+from sa_jax.text import table_row
 from sa_jax.training.losses import make_cross_entropy
 
 SMALL = LlamaConfig(

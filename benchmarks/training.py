@@ -41,14 +41,14 @@ import numpy as np
 import peft
 import torch
 import transformers
-from common import versions, write_record
+from common import table_head, versions, write_record
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
 from sa_jax.llama.peft import write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.text import table_head, table_row
+from sa_jax.text import table_row
 from sa_jax.training.config import default_config
 from sa_jax.training.program import make_model, make_program
 from sa_jax.training.start import split_trainable

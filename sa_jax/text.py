@@ -92,11 +92,6 @@ def table_row(cells: Iterable[object]) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def table_head(columns: Sequence[str]) -> str:
-    """The first two lines of such a table."""
-    return f"{table_row(columns)}\n{'|---' * len(columns)}|"
-
-
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table whose columns are aligned in a terminal too; cells may have any text."""
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]

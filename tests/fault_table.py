@@ -8,7 +8,7 @@ import inspect
 import sys
 import xml.etree.ElementTree as ET
 
-from sa_jax.text import table_head, table_row
+from sa_jax.text import table_row
 
 
 def table(results: str) -> str:
@@ -17,7 +17,7 @@ def table(results: str) -> str:
     for case in ET.fromstring(results).iter("testcase"):
         name = case.get("name", "").partition("[")[0]
         cases.setdefault((case.get("classname", ""), name), []).append(case)
-    lines = [table_head(["what", "held", "seconds"])]
+    lines = [table_row(["what", "held", "seconds"]), "|---|---|---|"]
     for (module, name), group in cases.items():
         held = sum(len(case) == 0 for case in group)  # no failure, error or skipped inside
         seconds = sum(float(case.get("time", "0")) for case in group)
