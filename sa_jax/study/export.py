@@ -155,7 +155,8 @@ def _save_adapter(
     model = Llama(start.config, param_dtype=dtype, lora=lora)
     target = start_lib.abstract_on(mesh, split(start_lib.abstract_params(model))[0])
     checkpoint_folder = as_path(start.path, run_record.CHECKPOINT_FOLDER)
-    _, adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
+    assert start.step is not None  # of a run
+    adapter = checkpoints.load_subtree(checkpoint_folder, start.step, "params", target)
     base = start_lib.open_base(start)
     if base.kind == "hf" and base.base:
         raise UsageError(f"the run started from the adapters in {base.path}; give --merge_lora")

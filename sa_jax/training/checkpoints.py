@@ -267,14 +267,11 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
     return [step for step, complete in _scan(directory, kind) if complete]
 
 
-def load_subtree(
-    directory: os.PathLike | str, step: int | None, key: str, abstract: Any
-) -> tuple[int, Any]:
-    """(step, subtree): one part of a checkpoint, such as the weights alone, on any mesh.
+def load_subtree(directory: os.PathLike | str, step: int, key: str, abstract: Any) -> Any:
+    """One part of a checkpoint, such as the weights alone, on any mesh.
 
     Args:
       directory: `checkpoints/` of the run folder.
-      step: None: the newest complete checkpoint.
       key: path of the part in the state, "params" or "opt_state/0/mu".
       abstract: that part as jax.ShapeDtypeStruct with shardings; may lack leaves that the part
         has, and its dtypes may differ (values are cast on loading).
@@ -283,9 +280,6 @@ def load_subtree(
       UserError: no such step, a corrupt checkpoint, leaves or shapes that are not in it.
     """
     steps = saved_steps(directory)
-    if step is None and not steps:
-        raise UserError(f"{directory}: no checkpoint to load")
-    step = steps[-1] if step is None else step
     if step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")
     full = step in full_steps(directory)
@@ -293,7 +287,7 @@ def load_subtree(
     if problem := find_corruption(folder, step):
         others = listed([s for s in steps if s != step])
         raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
-    return step, state_io.load(folder, abstract, part=key, exact=False)
+    return state_io.load(folder, abstract, part=key, exact=False)
 
 
 def _scan(directory: os.PathLike | str, kind: str) -> list[tuple[int, bool]]:

@@ -282,7 +282,8 @@ def load_params(
     model = Llama(start.config, param_dtype=dtype, lora=start.lora)
     trainable, _ = split_trainable(abstract_on(mesh, abstract_params(model)), start.lora)
     folder = as_path(start.path, run_record.CHECKPOINT_FOLDER)
-    _, params = checkpoints.load_subtree(folder, start.step, "params", trainable)
+    assert start.step is not None  # of a run
+    params = checkpoints.load_subtree(folder, start.step, "params", trainable)
     if start.lora is None:
         return params
     base = load_params(open_base(start), mesh, base_dtype or dtype)

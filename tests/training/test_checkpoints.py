@@ -156,12 +156,12 @@ def test_weights_alone_load_on_another_mesh_and_in_another_dtype(saved):
     folder, states = saved
     mesh = mesh_of(2, 1)
     params = abstract_state(mesh).params
-    step, loaded = checkpoints.load_subtree(folder, None, "params", params)
+    loaded = checkpoints.load_subtree(folder, 3, "params", params)
     state = load(folder, 3, mesh)
-    assert step == 3 and as_bytes(loaded) == as_bytes(state.params)
+    assert as_bytes(loaded) == as_bytes(state.params)
     kernel = params["layers"]["kernel"]
     half = jax.ShapeDtypeStruct(kernel.shape, jnp.bfloat16, sharding=kernel.sharding)
-    _, loaded = checkpoints.load_subtree(folder, 2, "params/layers", {"kernel": half})
+    loaded = checkpoints.load_subtree(folder, 2, "params/layers", {"kernel": half})
     state = load(folder, 2, mesh)
     assert as_bytes(loaded) == as_bytes(state.params["layers"]["kernel"].astype(jnp.bfloat16))
     with pytest.raises(UserError, match=r"params/other is absent in the checkpoint"):
@@ -239,8 +239,6 @@ def test_a_corrupt_newest_checkpoint_falls_back(copy, saved, warnings, step_fn):
     assert checkpointer.latest_step() == 2
     with pytest.raises(UserError, match="step 3 is corrupt.*its bytes are not those saved"):
         checkpoints.load_subtree(copy, 3, "params", target.params)
-    with pytest.raises(UserError, match="step 3 is corrupt"):
-        checkpoints.load_subtree(copy, None, "params", target.params)
     # Going on from step 2, the run writes a good step 3 in its place.
     assert checkpointer.save(3, step_fn(state), wait=True)
     step, state = RunCheckpointer(copy).restore(target)

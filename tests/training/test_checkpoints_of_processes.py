@@ -238,5 +238,5 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
     # One process reads what two wrote.
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     x = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=device)
-    _, loaded = checkpoints.load_subtree(folder, 4, "x", x)
+    loaded = checkpoints.load_subtree(folder, 4, "x", x)
     assert np.array_equal(loaded, np.arange(4096.0) + 4)

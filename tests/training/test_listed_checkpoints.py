@@ -47,7 +47,7 @@ def test_listed_steps_can_be_weights_alone(tmp_path, listed, dtype):
     # A run goes on from the newest full state, children start from any.
     step, state = RunCheckpointer(tmp_path, **schedule).restore(abstract_tree())
     assert step == 10 and np.all(state.opt_state["nu"] == np.float32(10 + 1 / 3))
-    _, params = checkpoints.load_subtree(tmp_path, 4, "params", abstract_tree().params)
+    params = checkpoints.load_subtree(tmp_path, 4, "params", abstract_tree().params)
     expected = np.float32(jnp.asarray(4 + 1 / 3, dtype))
     assert params["w"].dtype == np.float32 and np.all(params["w"] == expected)
     # Weights are digested too.
