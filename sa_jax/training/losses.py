@@ -64,6 +64,12 @@ LOSSES: Registry[Loss] = Registry("loss")
 DEFAULT_LOSS = "cross_entropy"
 
 
+def _apply(model: Llama, variables: Any, batch: Batch, **options: Any) -> Any:
+    """The final hidden states [B, S, D], and what else the options of `model.apply` ask for."""
+    rows = batch["tokens"], batch["positions"], batch["segment_ids"]
+    return model.apply(variables, *rows, method="hidden", **options)
+
+
 def _hidden(
     model: Llama, params: Any, batch: Batch, perturbation_bsd: jax.Array | None = None
 ) -> tuple[jax.Array, list[jax.Array]]:
@@ -72,15 +78,7 @@ def _hidden(
     variables = {"params": params}
     if perturbation_bsd is not None:
         variables[PERTURBATIONS] = {EMBEDDINGS: perturbation_bsd}
-    outputs: Any = model.apply(
-        variables,
-        batch["tokens"],
-        batch["positions"],
-        batch["segment_ids"],
-        method="hidden",
-        mutable=[STREAMS],
-    )
-    hidden_bsd, kept = outputs
+    hidden_bsd, kept = _apply(model, variables, batch, mutable=[STREAMS])
     return hidden_bsd, [kept[STREAMS][EMBEDDINGS][0], kept[STREAMS]["layers"][STREAM][0]]
 
 
@@ -102,13 +100,7 @@ def make_cross_entropy(model: Llama, config: Any = None) -> LossFn:
     """Next-token cross-entropy, in nats per token that the loss counts."""
 
     def loss_fn(params: Any, batch: Batch, rng: jax.Array):
-        hidden_bsd: Any = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch["positions"],
-            batch["segment_ids"],
-            method="hidden",
-        )
+        hidden_bsd = _apply(model, {"params": params}, batch)
         loss = _cross_entropy(model, params, hidden_bsd, batch)
         return loss, _count(batch["loss_mask"]), {}
 
