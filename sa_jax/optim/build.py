@@ -88,16 +88,19 @@ def _make_soap(config: Any, schedule: optax.Schedule, mesh: Mesh | None):
     _refuse_kwargs(config)
     options = config.soap.to_dict()
     options.pop("on_nonfinite")
-    return soap(
-        schedule,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-        view=llama_view,
-        mesh=mesh,
-        partition_spec=partition_spec,
-        **options,
-    )
+    try:
+        return soap(
+            schedule,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+            view=llama_view,
+            mesh=mesh,
+            partition_spec=partition_spec,
+            **options,
+        )
+    except ValueError as error:  # it begins with the name of a setting
+        raise UsageError(f"config.optimizer.soap.{error}") from None
 
 
 def _refuse_kwargs(config: Any) -> None:

@@ -275,15 +275,7 @@ def check_config(config: ConfigDict) -> None:
     require("optimizer.clip_norm", 0 <= clip_norm < math.inf, "0 (no clipping) or more, and finite")
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
     soap = config.optimizer.soap
-    for key in ("precondition_frequency", "max_precond_dim", "block_size", "refresh_slots"):
-        require(f"optimizer.soap.{key}", soap[key] >= 1, "at least 1")
     require("optimizer.soap.shampoo_beta", soap.shampoo_beta < 1, "below 1 (below 0: b2)")
-    require("optimizer.soap.dense_steps", soap.dense_steps >= 0, "0 or more")
-    require(
-        "optimizer.soap.refresh_slots",
-        soap.refresh_slots <= soap.precondition_frequency,
-        f"at most precondition_frequency={soap.precondition_frequency}",
-    )
     require(
         "optimizer.soap.on_nonfinite",
         soap.on_nonfinite == "stop" or soap.mode == "fast",

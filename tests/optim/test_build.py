@@ -176,3 +176,18 @@ def test_a_registered_optimizer_gets_the_section_and_the_schedule():
     _, state = tx.update({"kernel": jnp.array([1.0])}, state, params)
     updates, _ = tx.update({"kernel": jnp.array([1.0])}, state, params)
     np.testing.assert_allclose(updates["kernel"], [-0.5 * 1.25])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_size": 0}, "block_size=0: must be at least 1"),
+        ({"dense_steps": -1}, "dense_steps=-1: must be at least 0"),
+        ({"refresh_slots": 9}, "refresh_slots=9: must be at most precondition_frequency=4"),
+    ],
+)
+def test_a_setting_that_soap_refuses_is_named_as_the_config_has_it(changes, said):
+    config = section(name="soap")
+    config.soap.update(precondition_frequency=4, **changes)
+    with pytest.raises(UsageError, match=f"^config.optimizer.soap.{said}$"):
+        make_optimizer(config, 10)
