@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from common import table_head
 
+from sa_jax.config_files import load_config
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings, noise_arguments
 from sa_jax.parallel.mesh import make_mesh
@@ -26,7 +27,6 @@ from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.hlo import Instruction, Module, parse_module, shape_bytes
 from sa_jax.planning.memory import device_bytes
 from sa_jax.planning.topology import open_topology, parse_topology
-from sa_jax.study.commands import load_config
 from sa_jax.text import table_row
 from sa_jax.training.plan import plan_architecture, reserve_fake_devices
 from sa_jax.training.start import abstract_params

@@ -70,10 +70,10 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     import jax.numpy as jnp
     import numpy as np
 
+    from sa_jax.config_files import load_config
     from sa_jax.parallel.hardware import GIB, chip_of
     from sa_jax.parallel.mesh import make_mesh
     from sa_jax.planning.memory import cudnn_workspace, step_memory
-    from sa_jax.study.commands import load_config
     from sa_jax.training.plan import plan_architecture, workload
     from sa_jax.training.program import make_model, make_program
     from sa_jax.training.start import Start, load_trainable
@@ -212,12 +212,12 @@ def decode(folder: Path, smoke: bool) -> str:
     import jax
     import jax.numpy as jnp
 
+    from sa_jax.config_files import load_config
     from sa_jax.llama.model import Llama
     from sa_jax.llama.sampler import Sampler, SamplingSettings
     from sa_jax.llama.scorer import Query, Scorer
     from sa_jax.parallel.hardware import chip_of
     from sa_jax.parallel.mesh import make_mesh
-    from sa_jax.study.commands import load_config
     from sa_jax.training.plan import plan_architecture
 
     config = load_config("configs/llama.py:8b_insertion")

@@ -23,10 +23,10 @@ from typing import Any
 
 from common import table_head
 
+from sa_jax.config_files import load_config
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 from sa_jax.parallel.xla_flags import WITHOUT_SPARSE_CORES
-from sa_jax.study.commands import load_config
 from sa_jax.text import table_row
 from sa_jax.training.config import changed
 from sa_jax.training.plan import plan

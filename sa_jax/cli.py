@@ -25,7 +25,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from sa_jax.buckets import check_places
-from sa_jax.errors import Preempted, UsageError, UserError, line_in
+from sa_jax.config_files import load_config, plain
+from sa_jax.errors import Preempted, UsageError, UserError
 from sa_jax.text import names_flag, one_line, without_secrets
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
@@ -117,7 +118,7 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
         if not isinstance(error, flags.Error):
             raise
         missing = re.search(r"Flag --(\w+) must have a value other than None", str(error))
-        problem = f"--{missing[1]} is required" if missing else _one_line(error)
+        problem = f"--{missing[1]} is required" if missing else plain(error)
         raise UsageError(f"{problem}; --help lists the flags") from None
     if rest[1:]:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
@@ -131,38 +132,23 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
 
 
 def _problem_of_config(argv: list[str], error: Exception) -> str:
-    """What is wrong with --config: its file, a line of it, or a key of --config.KEY; '' if the
-    error is of something else."""
+    """What is wrong with a key of --config.KEY; '' if the error is of something else. UsageError
+    for its file, which absl's error tells in many words and which is therefore read again."""
     given = [
         after if match[1] is None else match[1]
         for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
         if (match := re.fullmatch(r"--?config(?:=(.*))?", word))
     ]
-    if not given:
+    if not given or (isinstance(error, flags.Error) and "--config" not in str(error)):
         return ""
-    file, colon, name = given[-1].partition(":")
-    if not os.path.isfile(file):
-        return f"--config={file}: {'a folder' if os.path.isdir(file) else 'no such file'}"
-    text = _one_line(error).removeprefix("--config: ")
-    if place := line_in(file, error):
-        if isinstance(error, flags.Error):  # its text ends with the error itself
-            return f"{place}: {text}"
-        cause = error.__cause__ or error  # of a file that cannot be opened, absl's is the cause
-        return f"{place}: {type(cause).__name__}: {_one_line(cause)}"
-    if "has no attribute 'get_config'" in text:
-        return f"{file} defines no get_config()"
-    if "get_config() missing" in text:
-        return f"{file} needs a name after a colon, {file}:NAME, which is get_config's argument"
-    if "get_config() takes" in text:
-        return f"--config={file}:{name}: get_config of this file takes no name after a colon"
+    config = load_config(given[-1])
     if isinstance(error, flags.Error):
         return ""
-    if isinstance(error, AttributeError | KeyError):
-        config = flags.FLAGS["config"].parser.parse(given[-1])
-        if isinstance(config, ConfigDict) and (problem := _unknown_setting(argv, config)):
+    if isinstance(error, AttributeError | KeyError) and isinstance(config, ConfigDict):
+        if problem := _unknown_setting(argv, config):
             return problem
     known = (AttributeError, KeyError, OSError, ImportError, SyntaxError, TypeError, ValueError)
-    return f"--config: {text}" if isinstance(error, known) else ""
+    return f"--config: {plain(error)}" if isinstance(error, known) else ""
 
 
 def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
@@ -190,17 +176,6 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         if isinstance(value, ConfigDict):
             yield from _keys(value, f"{prefix}{name}.")
-
-
-def _one_line(error: BaseException) -> str:
-    while error.args and isinstance(error.args[0], BaseException):  # as ml_collections raises it
-        error = error.args[0]
-    # A KeyError shows its argument quoted, with \n for the line breaks that are in it.
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    if "Traceback (most recent call last)" in text:
-        # ml_collections' report of a config file that raised.
-        text = f"--config: {text.strip().splitlines()[-1]}"
-    return " ".join(text.split()) or type(error).__name__
 
 
 def _help(doc: str) -> str:

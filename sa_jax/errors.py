@@ -3,8 +3,6 @@
 `sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """
 
-import re
-import traceback
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -32,11 +30,3 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     if name:
         raise UsageError(f"{file} has no {kind} {name!r}; use {known}")
     raise UsageError(f"{file} needs the name of a {kind} after a colon, {file}:NAME; use {known}")
-
-
-def line_in(file: str, error: BaseException) -> str:
-    """'FILE, line N', where an error came out of a config file; '' if it did not. An error that
-    absl raises again has its traceback in its text."""
-    text = "".join(traceback.format_exception(error))
-    lines = re.findall(rf'File "{re.escape(file)}", line (\d+)', text)
-    return f"{file}, line {lines[-1]}" if lines else ""

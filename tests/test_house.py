@@ -26,7 +26,8 @@ FLOORS = (
     ("parallel",),
 )
 LEVEL = {room: -floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-GROUND = ("buckets", "errors", "files", "host_memory", "registry", "text")  # imported by all rooms
+# Imported by all rooms.
+GROUND = ("buckets", "config_files", "errors", "files", "host_memory", "registry", "text")
 # `cli` and `script_start` are between scripts and rooms: scripts alone import them.
 
 # Imported where they are used, inside a function, with a clear error when they are missing.

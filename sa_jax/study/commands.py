@@ -1,22 +1,21 @@
 """From a cell to the command that runs it, and to the record that determines its result."""
 
 import functools
-import runpy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from sa_jax.config_files import load_config
 from sa_jax.data.behaviours import BEHAVIOURS
 from sa_jax.data.tasks import TASKS
-from sa_jax.errors import UsageError, UserError, line_in
+from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.catalogue import check_eval
 from sa_jax.evals.protocol import EVALS
 from sa_jax.optim.build import OPTIMIZERS, make_optimizer
 from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
-from sa_jax.text import one_line
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import check_config, default_config, override
 from sa_jax.training.losses import LOSSES
@@ -168,34 +167,3 @@ def check_models(cells: Iterable[Cell]) -> None:
             start_lib.open_start(model)
         except UserError as error:
             raise UsageError(f"the model of cell {name}: {error}") from None
-
-
-def load_config(path: str) -> ConfigDict:
-    """`get_config()` of a config file, or `get_config(argument)` for "file.py:argument"; UsageError
-    without such a file or function, or for an unknown argument."""
-    file, _, argument = path.partition(":")
-    get_config = _get_config(file)
-    try:
-        return get_config(argument) if argument else get_config()
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's own file raises
-        if place := line_in(file, error):
-            raise UsageError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
-        raise UsageError(f"{path}: {file} has no such config ({error!r})") from None
-
-
-@functools.cache
-def _get_config(file: str) -> Any:
-    if not Path(file).is_file():
-        raise UsageError(f"{file}: no such config file (run from the project's root)")
-    try:
-        get_config = runpy.run_path(file).get("get_config")
-    except UserError:
-        raise
-    except Exception as error:  # whatever a user's own file raises
-        place = line_in(file, error) or file
-        raise UsageError(f"{place}: {type(error).__name__}: {one_line(error)}") from None
-    if get_config is None:
-        raise UsageError(f"{file} defines no get_config()")
-    return get_config

@@ -5,6 +5,7 @@ import json
 import pytest
 from ml_collections import ConfigDict
 
+from sa_jax.config_files import load_config
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import EVALS, Answers, Prepared, headline, write
@@ -12,7 +13,6 @@ from sa_jax.evals.sampled import new_tokens
 from sa_jax.evals.schedule import is_due
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.llama.model import Llama
-from sa_jax.study.commands import load_config
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.resolve import inherit
 from sa_jax.training.start import Start

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.llama import sampler as sampler_module
 from sa_jax.llama import weights as weights_module
 from sa_jax.llama.lora import LoraConfig
@@ -20,7 +21,6 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract, shardings, with_shardings
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.topology import open_topology
-from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.start import abstract_params
 from tests.llama.sampling_toys import (

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.parallel.hardware import GIB
 from sa_jax.planning.memory import estimate_temporaries
-from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture, workload
 from tests.planning.golden import GOLDENS
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.llama.sampling import noise_arguments
@@ -17,7 +18,6 @@ from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract
 from sa_jax.planning.hlo import parse_module
 from sa_jax.planning.topology import open_topology
-from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.start import abstract_params
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content

@@ -8,9 +8,9 @@ import math
 import jax
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import path_string
-from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import GOLDENS, held

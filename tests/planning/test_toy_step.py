@@ -11,9 +11,9 @@ import importlib.metadata
 import jax
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.planning.collectives import read_collectives
-from sa_jax.study.commands import load_config
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content

@@ -14,9 +14,9 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from sa_jax.config_files import load_config
 from sa_jax.errors import UsageError
 from sa_jax.study import grid
-from sa_jax.study.commands import load_config
 from sa_jax.study.emit import EMITTERS, emit, workload_name
 from sa_jax.study.grid import Axis, Stage
 from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from sa_jax.config_files import load_config
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import write_manifest
 from sa_jax.errors import UsageError, UserError
@@ -14,7 +15,6 @@ from sa_jax.evals import records
 from sa_jax.evals.protocol import EVALS, Answers, Prepared
 from sa_jax.evals.statistics import rate
 from sa_jax.study import evaluate
-from sa_jax.study.commands import load_config
 from sa_jax.training.config import default_config
 from sa_jax.training.start import Start
 from tests.study.test_export import write_run

@@ -5,11 +5,12 @@ import time
 import pytest
 from ml_collections import ConfigDict
 
+from sa_jax.config_files import load_config
 from sa_jax.errors import UsageError, UserError
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.topology import parse_topology
 from sa_jax.study import grid
-from sa_jax.study.commands import load_config, resolved
+from sa_jax.study.commands import resolved
 from sa_jax.study.forecast import Forecaster, format_forecast
 from sa_jax.study.grid import Stage
 from sa_jax.training.plan import plan_architecture, workload

@@ -405,10 +405,10 @@ def test_print_examples_marks_the_loss_and_trains_nothing(zygote, toy_world, tmp
 def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
     toy_world, tmp_path, monkeypatch
 ):
+    from sa_jax.config_files import load_config
     from sa_jax.errors import UsageError
     from sa_jax.llama import cudnn
     from sa_jax.llama.attention import Choice
-    from sa_jax.study.commands import load_config
     from sa_jax.training import loop, program
 
     config = load_config("tests/configs/tiny.py:insertion")
@@ -429,8 +429,8 @@ def test_a_step_that_does_not_fit_ends_the_run_before_the_evals_are_done(
     """A step that does not fit a device ends a run before the evals of step 0 are done."""
     import jax.numpy as jnp
 
+    from sa_jax.config_files import load_config
     from sa_jax.errors import UserError
-    from sa_jax.study.commands import load_config
     from sa_jax.training import loop
 
     config = load_config("tests/configs/tiny.py:insertion")

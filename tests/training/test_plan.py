@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from sa_jax.config_files import load_config
 from sa_jax.errors import UsageError
 from sa_jax.parallel.hardware import CHIPS, GIB
 from sa_jax.parallel.mesh import make_mesh
@@ -19,7 +20,6 @@ from sa_jax.planning.memory import Memory, advice_to_fit
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import parse_topology
-from sa_jax.study.commands import load_config
 from sa_jax.training import plan as training_plan
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.plan import (
