@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 
 from sa_jax.buckets import check_places
 from sa_jax.config_files import load_config, plain
-from sa_jax.errors import Preempted, UsageError, UserError
-from sa_jax.text import names_flag, one_line, without_secrets
+from sa_jax.errors import Preempted, UsageError, UserError, end_process
+from sa_jax.text import names_flag, one_line
 
 # Set before transformers is imported: it would advise to install PyTorch, which nothing here needs.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -196,8 +196,7 @@ def _help(doc: str) -> str:
 
 def _exit(code: int, message: str) -> None:
     """Ends the process at once: threads of a failed run could keep it alive."""
-    with contextlib.suppress(BrokenPipeError):  # nobody may be reading any more
+    with contextlib.suppress(BrokenPipeError):
         logging.flush()
-        print(without_secrets(message), file=sys.stderr, flush=True)
         sys.stdout.flush()
-    os._exit(code)
+    end_process(code, message)

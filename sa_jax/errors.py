@@ -3,8 +3,13 @@
 `sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """
 
+import contextlib
+import os
+import sys
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+from sa_jax.text import without_secrets
 
 T = TypeVar("T")
 
@@ -30,3 +35,17 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     if name:
         raise UsageError(f"{file} has no {kind} {name!r}; use {known}")
     raise UsageError(f"{file} needs the name of a {kind} after a colon, {file}:NAME; use {known}")
+
+
+def end_process(code: int, line: str) -> NoReturn:
+    """Ends this process at once, also where a thread of it waits for another process.
+
+    The line is the last on standard error: jax's own threads, which may find meanwhile that a peer
+    has ended, can print nothing after it.
+    """
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        os.write(kept, f"{without_secrets(line)}\n".encode(errors="backslashreplace"))
+    os._exit(code)

@@ -10,7 +10,6 @@ import platform
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -20,8 +19,8 @@ from typing import Any, NoReturn
 import jax
 from jax._src import distributed  # no public name for its store of keys; Orbax uses it alike
 
-from sa_jax.errors import Preempted, UserError
-from sa_jax.text import one_line, without_secrets
+from sa_jax.errors import Preempted, UserError, end_process
+from sa_jax.text import one_line
 
 _NOTES = "sa_jax/peers/"
 _ROUND_S = 1.0
@@ -287,9 +286,3 @@ def end_all(what: str) -> NoReturn:
     for peers in _WATCHES:
         peers.end_others(what, stacks=True)
     end_process(_FAILED, f"error: {what}")
-
-
-def end_process(code: int, line: str) -> NoReturn:
-    """Ends this process at once, also where a thread of it waits for a peer."""
-    print(without_secrets(line), file=sys.stderr, flush=True)
-    os._exit(code)
