@@ -15,11 +15,10 @@ from sa_jax.errors import UsageError
 from sa_jax.optim.from_optax import optax_optimizer
 from sa_jax.optim.schedules import decay_mask, make_schedule
 from sa_jax.optim.soap import soap
-from sa_jax.optim.soap_official import OfficialState
 from sa_jax.optim.soap_plan import SoapRow, soap_plan
 from sa_jax.optim.soap_state import FastState, state_specs
 from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
-from sa_jax.parallel.rules import partition_spec, partition_specs, path_string
+from sa_jax.parallel.rules import partition_spec, path_string
 from sa_jax.registry import Registry
 
 
@@ -128,19 +127,15 @@ def optimizer_specs(state: Any, params: Any) -> Any:
     """How an optimizer's state is sharded: the same tree, of PartitionSpec.
 
     A leaf whose path ends in a parameter's path, and which has its shape, is sharded like that
-    parameter. Other leaves (counts, coefficients, sums over rows) are replicated, except those of
-    SOAP, which shards its own. `state` (of `make_optimizer`) and `params`, the tree that trains,
-    may be of ShapeDtypeStruct.
+    parameter. Other leaves (counts, coefficients, sums over rows, the official SOAP's factors) are
+    replicated, except those of the fast SOAP, which shards its own. `state` (of `make_optimizer`)
+    and `params`, the tree that trains, may be of ShapeDtypeStruct.
     """
     shapes = {path_string(path): leaf.shape for path, leaf in tree_leaves_with_path(params)}
 
     def specs(path: tuple, node: Any) -> Any:
         if isinstance(node, FastState):
             return state_specs(node, partition_spec)
-        if isinstance(node, OfficialState):
-            # Whole factors on every device: for parity, not for size.
-            whole = jax.tree.map(lambda _: P(), node)
-            return whole._replace(mu=partition_specs(node.mu), nu=partition_specs(node.nu))
         parts = path_string(path).split("/")
         endings = ("/".join(parts[start:]) for start in range(len(parts)))
         parameter = next((ending for ending in endings if ending in shapes), None)
@@ -148,12 +143,12 @@ def optimizer_specs(state: Any, params: Any) -> Any:
             return P()
         return partition_spec(parameter, node.ndim)
 
-    return jax.tree_util.tree_map_with_path(specs, state, is_leaf=_is_soap)
+    return jax.tree_util.tree_map_with_path(specs, state, is_leaf=_is_fast_soap)
 
 
 def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
     """Counters in an optimizer's state that are logged as metrics, int32 scalars; {} for Adam."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_soap)
+    nodes = jax.tree.leaves(state, is_leaf=_is_fast_soap)
     return {
         name: getattr(node, field)
         for node in nodes
@@ -170,5 +165,5 @@ def may_change_size(path: str) -> bool:
     return re.search(r"(^|/)stacks/\d+x\d+x\d+(_\d+)?/", path) is not None
 
 
-def _is_soap(node: Any) -> bool:
-    return isinstance(node, FastState | OfficialState)
+def _is_fast_soap(node: Any) -> bool:
+    return isinstance(node, FastState)

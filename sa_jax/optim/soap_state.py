@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import tree_map_with_path
 
 from sa_jax.optim.soap_layout import Side, SpecRule, StackPlan
 
@@ -71,15 +72,8 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
 
     def stack_specs(s: Stack) -> Stack:
         rows, cols = P(s.stack_axes or None), P(s.stack_axes or None, s.split_axes or None)
-        return dataclasses.replace(
-            s,
-            mu_ncr=cols,
-            nu_ncr=cols,
-            gg_rows=None if s.gg_rows is None else rows,
-            q_rows=None if s.q_rows is None else rows,
-            gg_cols=None if s.gg_cols is None else cols,
-            q_cols=None if s.q_cols is None else cols,
-        )
+        of_rows = {"gg_rows": rows, "q_rows": rows}
+        return tree_map_with_path(lambda path, _: of_rows.get(path[0].name, cols), s)
 
     def leaf_specs(moments: dict[str, Any]) -> dict[str, P]:
         return {
@@ -87,12 +81,8 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
             for path, x in moments.items()
         }
 
-    specs: dict[str, Any] = {
-        "count": P(),
-        "skipped": P(),
-        "rejected": P(),
-        "stacks": {name: stack_specs(stack) for name, stack in state.stacks.items()},
-        "mu": leaf_specs(state.mu),
-        "nu": leaf_specs(state.nu),
-    }
-    return FastState(**specs)
+    return jax.tree.map(lambda _: P(), state)._replace(
+        stacks={name: stack_specs(stack) for name, stack in state.stacks.items()},
+        mu=leaf_specs(state.mu),
+        nu=leaf_specs(state.nu),
+    )
