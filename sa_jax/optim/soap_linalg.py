@@ -17,9 +17,6 @@ THREE_PASSES = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 _LARGEST_DIRECT = 256
 _PANEL = 256
 
-# A side in more blocks has one product for all: the compiler would take minutes for so many.
-_MOST_PRODUCTS = 32
-
 # Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6, three passes up to 1e-4.
 _ORTHOGONALITY = 1e-3
 
@@ -70,9 +67,6 @@ def rotate(
     if q_cols is None:
         return x.mT
     blocks = q_cols.shape[1]
-    if blocks > _MOST_PRODUCTS:
-        x = x.reshape(n, rows, blocks, -1)
-        return einsum("nrkc,nkcd->nkdr", x, q_cols, dtype, precision).reshape(n, cols, rows)
     parts = [
         einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype, precision)
         for k, part in enumerate(jnp.split(x, blocks, 2))
@@ -89,9 +83,6 @@ def gram(x: jax.Array, side: int, blocks: int, dtype: Any) -> jax.Array:
     if side == 1:
         x = x.reshape(n, blocks, rows // blocks, cols)
         return einsum("nkrc,nksc->nkrs", x, x, dtype)
-    if blocks > _MOST_PRODUCTS:
-        x = x.reshape(n, rows, blocks, cols // blocks)
-        return einsum("nrkc,nrkd->nkcd", x, x, dtype)
     # A TPU would copy x for one product with the axis of blocks between rows and columns.
     parts = [einsum("nrc,nrd->ncd", part, part, dtype) for part in jnp.split(x, blocks, 2)]
     return jnp.stack(parts, 1)

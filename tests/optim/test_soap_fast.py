@@ -148,10 +148,8 @@ def test_reflections_in_three_passes_keep_bases_orthogonal(monkeypatch):
     assert np.abs(below).max() < 1e-4 * np.abs(y).max()  # R is triangular
 
 
-@pytest.mark.parametrize("most", [32, 1], ids=["a product a block", "one product for all"])
-def test_products_by_blocks_are_those_with_whole_block_diagonal_matrices(monkeypatch, most):
+def test_products_by_blocks_are_those_with_whole_block_diagonal_matrices():
     """Two matrices with 2 blocks of rows and 3 of columns, against numpy in float64."""
-    monkeypatch.setattr(soap_linalg, "_MOST_PRODUCTS", most)
     x, q_rows, q_cols = normal(0, 2, 6, 12), normal(1, 2, 2, 3, 3), normal(2, 2, 3, 4, 4)
 
     def whole(blocks):
