@@ -1,15 +1,15 @@
-"""The errors that a user can cause, each with one line that says what is wrong and what to do.
+"""The errors that a user can cause, each with one line that says what is wrong and what to do, and
+the end of a process with such a line.
 
 `sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Mapping
 from typing import NoReturn, TypeVar
-
-from sa_jax.text import without_secrets
 
 T = TypeVar("T")
 
@@ -35,6 +35,13 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     if name:
         raise UsageError(f"{file} has no {kind} {name!r}; use {known}")
     raise UsageError(f"{file} needs the name of a {kind} after a colon, {file}:NAME; use {known}")
+
+
+def without_secrets(text: str) -> str:
+    """The text with passwords in URLs, API keys and bearer tokens starred out."""
+    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+    text = re.sub(r"\b((?:sk|hf|gh[pous]|xox[bp])[-_])[\w-]{8,}", r"\1***", text)
+    return re.sub(r"(?i)\b(bearer\s+|api[-_]?key[\"']?\s*[=:]\s*[\"']?)[^\s\"']+", r"\1***", text)
 
 
 def end_process(code: int, line: str) -> NoReturn:

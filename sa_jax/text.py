@@ -54,13 +54,6 @@ def names_flag(names: Mapping[str, object]) -> str:
     return f'--config.eval.names="{str(dict(names)).replace(" ", "")}"'
 
 
-def without_secrets(text: str) -> str:
-    """The text with passwords in URLs, API keys and bearer tokens starred out."""
-    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-    text = re.sub(r"\b((?:sk|hf|gh[pous]|xox[bp])[-_])[\w-]{8,}", r"\1***", text)
-    return re.sub(r"(?i)\b(bearer\s+|api[-_]?key[\"']?\s*[=:]\s*[\"']?)[^\s\"']+", r"\1***", text)
-
-
 def number(value: float) -> str:
     """One decimal, unless it is .0."""
     return f"{round(value, 1) + 0.0:.1f}".removesuffix(".0")  # + 0.0: no minus before a zero

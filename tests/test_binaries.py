@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sa_jax.data.chat import load_chat_format
-from sa_jax.text import without_secrets
+from sa_jax.errors import without_secrets
 from tests.llama.folders import edit
 from tests.training.test_loop import insertion, removal, snapshot
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -93,13 +94,19 @@ def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path)
     assert not (tmp_path / "runs").exists()
 
 
+def is_pending(pid, number):
+    """Whether a stopped process has been sent the signal."""
+    (waiting,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(waiting, 16) >> (number - 1) & 1)
+
+
 def test_a_second_interrupt_ends_the_study_and_its_cells_at_once(zygote, toy_world, tmp_path):
     process = zygote.start(*command(tmp_path, toy_world))
     process.wait_for(lambda: held_by(tmp_path / "runs", "insertion"))
     cell = held_by(tmp_path / "runs", "insertion")
     os.kill(cell, signal.SIGSTOP)  # so that it cannot end by itself
     os.kill(process.pid, signal.SIGINT)
-    time.sleep(1)
+    process.wait_for(lambda: is_pending(cell, signal.SIGTERM))
     assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60).returncode == 130, process.stderr
