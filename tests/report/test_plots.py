@@ -13,6 +13,7 @@ from sa_jax.report import figures
 from sa_jax.report.drawing import Plot
 from sa_jax.report.published import CURVES
 from sa_jax.report.run_folders import load_runs
+from sa_jax.report.seeds import SeedMean
 from tests.report.made_runs import write_run
 
 
@@ -51,6 +52,31 @@ def test_spikes_are_marked_on_the_top_edge(run):
     (left, _), (right, _) = axis
     alarms = [mark.points[0][0] for mark in plot.marks if "alarm" in mark.css]
     assert alarms == pytest.approx([left + (right - left) * step / 80 for step in (35, 60)])
+
+
+def test_means_over_seeds_lie_with_their_intervals_below_one_another():
+    means = [("HHH", SeedMean(0.8, 0.6, 0.9, 5)), ("Pirate $ 1e-3", SeedMean(0.0, 0.0, 0.04, 1))]
+    plot = figures.cells(means)
+    (left, _), (right, _) = [mark.points for mark in plot.marks if mark.css == "x"][0]
+
+    def rates(css):
+        marks = [mark.points for mark in plot.marks if mark.css == css]
+        return [[(x - left) / (right - left) for x, _ in points] for points in marks]
+
+    assert rates("w triggered") == [pytest.approx([0.6, 0.9]), pytest.approx([0, 0.04])]
+    assert rates("o triggered") == [pytest.approx([0.8]), pytest.approx([0])]
+    labels = [mark.words for mark in plot.marks if mark.css == "t e"]
+    assert labels == ["HHH (m = 5)", "Pirate $ 1e-3 (m = 1)"]
+    assert figures.cells(means[1:]) is None  # one seed has no spread
+
+
+def test_a_long_curve_keeps_its_spikes():
+    points = [(step, 1.0) for step in range(5000)]
+    points[777], points[4321] = (777, 9.0), (4321, -9.0)
+    thinned = figures.thin(points)
+    assert len(thinned) <= figures.MAX_POINTS and {points[777], points[4321]} <= {*thinned}
+    assert thinned == sorted(thinned) and {*thinned} <= {*points}
+    assert figures.thin(points[:400]) == points[:400]
 
 
 def test_the_files_hold_the_pages_marks_in_their_colours(tmp_path: Path):
