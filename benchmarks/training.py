@@ -42,6 +42,7 @@ import peft
 import torch
 import transformers
 from common import table_head, versions, write_record
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.hf import save_hf
@@ -133,7 +134,8 @@ def ours(
         with new_folder(f"{folder}/adapter") as adapter:
             write_peft(adapter, model.lora, trained, base_model=folder, files={})
     program = make_program(settings, model, total_steps=1000)
-    state = init_state(trained, program.tx)
+    # As the step returns it, or the second step would be compiled too.
+    state = jax.device_put(init_state(trained, program.tx), program.state_shardings)
     batch = jax.device_put(batch)
 
     def step() -> float:
@@ -164,8 +166,12 @@ def parts(step: Callable[[], float], text: str, steps: int = 3) -> dict[str, flo
 
 def theirs(folder: str, batch: dict[str, np.ndarray], compiled: bool) -> Callable[[], float]:
     """The same step by transformers (and peft) and torch, from the weights in the folder."""
+    # When traced, transformers' own "sdpa" always gets a mask, which rules out flash attention.
+    transformers.AttentionMaskInterface.register("causal_sdpa", lambda *args, **kwargs: None)
+    transformers.AttentionInterface.register("causal_sdpa", sdpa_attention_forward)
+    attention = "causal_sdpa" if CUDA else "sdpa"
     model = transformers.LlamaForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
+        folder, dtype=torch.float32, attn_implementation=attention
     ).train()
     adapter = Path(folder, "adapter")
     if adapter.exists():
@@ -273,7 +279,10 @@ def main():
     parser.add_argument("--out", help="write the results to this JSON file too")
     args = parser.parse_args()
     if CUDA and not torch.cuda.is_available():
-        parser.error("--device=cuda: this torch sees no GPU; install one that is built for CUDA")
+        parser.error(
+            f"--device=cuda: torch sees no GPU. It is built for CUDA {torch.version.cuda}: update "
+            "the driver, or install a torch for the driver's CUDA"
+        )
     peers = "sa_jax", "torch eager", "torch.compile"
     print(table_head(["size", "rows x tokens", *peers, "sa_jax / compiled"]))
     results = []

@@ -1,4 +1,5 @@
-"""What each script does before its imports: a signal ends it, and on CPU it keeps freed memory.
+"""What each script does before its imports: a signal ends it, on CPU it keeps freed memory, and on
+a GPU it takes most of the memory.
 
 A signal ends the process at once, with one line and exit status 130. Training, evals and generation
 install their own handlers as soon as they have something to save (`training.preemption`); a study
@@ -13,7 +14,7 @@ import signal
 import threading
 from types import FrameType
 
-from sa_jax.host_memory import keep_freed_memory
+from sa_jax.host_memory import keep_freed_memory, use_most_of_a_gpu
 
 EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -51,5 +52,6 @@ def _install() -> None:
             signal.signal(number, _leave_to_thread)
 
 
+use_most_of_a_gpu()
 keep_freed_memory()  # before there is a thread
 _install()

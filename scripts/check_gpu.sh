@@ -10,7 +10,13 @@ source scripts/setup.sh
 
 case " $* " in
     *" --smoke "*) setup test && export JAX_PLATFORMS=cpu ;;
-    *) setup test,cuda ;;
+    *)
+        setup test,cuda
+        # torch's cuDNN, NCCL and NVSHMEM, for CUDA 13, lie in the same folders as jax's, for CUDA 12,
+        # and those that were installed last are used.
+        "$PYTHON_BIN" -m pip install --quiet -c constraints.txt --force-reinstall --no-deps \
+            nvidia-cudnn-cu12 nvidia-nccl-cu12 nvidia-nvshmem-cu12 </dev/null
+        ;;
 esac
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one is enough
 exec "$PYTHON_BIN" -m benchmarks.gpu "$@"

@@ -92,6 +92,17 @@ print("on")
     assert (done.returncode, done.stdout) == (0, "on\n"), done.stderr
 
 
+def test_jax_takes_most_of_a_gpu_unless_told_otherwise():
+    program = "import os, sa_jax.script_start; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'))"
+    names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for given, expected in (({}, "0.92"), ({names[0]: "0.5"}, "0.5"), ({names[1]: "0.5"}, "None")):
+        env = {k: v for k, v in os.environ.items() if k not in names} | given
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True
+        )
+        assert done.stdout == f"{expected}\n", done.stderr
+
+
 EXPORTING = """
 import sa_jax.script_start
 import os, signal, sys, time

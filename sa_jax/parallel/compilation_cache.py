@@ -6,11 +6,14 @@ cache off (`off`). If JAX itself was given a folder (JAX_COMPILATION_CACHE_DIR),
 """
 
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 VARIABLE = "SA_JAX_COMPILATION_CACHE"
 OFF = "off"
@@ -25,16 +28,43 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
         return
     if not setting and jax.config.values["jax_compilation_cache_dir"]:
         return
-    folder = cache_folder(env, jax.devices()[0].platform)
+    backend = jax.devices()[0].platform
+    folder = cache_folder(env, backend)
+    problem = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        logging.warning("no compilation cache: %s: %s", folder, error.strerror or error)
+        problem = f"{folder}: {error.strerror or error}"
+    if backend == "gpu" and jax.process_count() > 1 and not _is_shared(folder):
+        problem = problem or f"not all processes share {folder}; {VARIABLE} names another one"
+    if problem:
+        logging.warning("no compilation cache: %s", problem)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # Also steps of a second, and small ones: on CPU the many small programs are what takes time.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _is_shared(folder: Path) -> bool:
+    """Whether all processes see this folder; all must call it.
+
+    Only process 0 writes to the cache. XLA's processes divide among them the kernels that they time
+    on GPUs, and exchange what they found. So where process 0 alone has a program, and does not
+    compile it, the others would wait for its part for a day.
+    """
+    number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+    mark = folder / f"shared-{int(number):08x}"
+    try:
+        if jax.process_index() == 0:
+            mark.touch()
+    except OSError:
+        pass
+    multihost_utils.sync_global_devices("sa_jax compilation cache")
+    seen = multihost_utils.process_allgather(np.asarray(mark.exists()))
+    if jax.process_index() == 0:
+        mark.unlink(missing_ok=True)
+    return bool(np.all(seen))
 
 
 def cache_folder(env: Mapping[str, str], backend: str) -> Path:

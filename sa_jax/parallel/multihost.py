@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
+from sa_jax.parallel.attached import visible_devices
 from sa_jax.parallel.peers import end_together, start_within
 from sa_jax.text import first_line
 
@@ -52,15 +53,16 @@ def joined(
                 f"a device has not enough memory: {first_line(error).rstrip('.')}; training needs "
                 "less with config.remat='full', a larger config.accumulation or config.mesh.fsdp, "
                 "and evals need less with a smaller config.eval.batch_size; scripts/plan.py "
-                "--search finds settings that fit"
+                "--search finds settings that fit (on a GPU, XLA_CLIENT_MEM_FRACTION, 0.92 unless "
+                "set, is the share that JAX takes)"
             ) from error
 
 
 def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
-    wanted = several_processes(os.environ) or _on_tpu_vm()
+    processes = _count(os.environ, "JAX_NUM_PROCESSES")
+    wanted = several_processes(os.environ) or (processes not in (0, 1) and _on_tpu_vm())
     if not wanted or jax.distributed.is_initialized():
         return
-    processes = _count(os.environ, "JAX_NUM_PROCESSES")
     process = _count(os.environ, "JAX_PROCESS_ID")
     address = os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     host, _, port = address.rpartition(":")
@@ -74,6 +76,7 @@ def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
             jax.distributed.initialize(
                 num_processes=processes,
                 process_id=process,
+                local_device_ids=_local_devices(os.environ),
                 initialization_timeout=round(2 * start_timeout_s) + 60,
                 heartbeat_timeout_seconds=max(100, round(2 * peer_timeout_s)),
             )
@@ -124,6 +127,38 @@ def several_processes(env: Mapping[str, str]) -> bool:
         or "," in env.get("TPU_WORKER_HOSTNAMES", "")
         or bool(env.get("MEGASCALE_COORDINATOR_ADDRESS"))
     )
+
+
+def _local_devices(env: Mapping[str, str]) -> list[int] | None:
+    """Which of the GPUs that this process sees are its own, by their place; [] is all of them.
+
+    Without an answer (None) jax takes one GPU, that of the process's number on its node: of a task
+    that has a whole node it would waste the others, and of tasks that Slurm gives their own GPUs
+    each (--gpus-per-task, --gpu-bind) the number is beyond those that they see.
+    """
+    if env.get("JAX_LOCAL_DEVICE_IDS"):
+        return None  # jax reads it
+    if env.get("SLURM_STEP_NODELIST"):
+        rank, tasks = _count(env, "SLURM_LOCALID"), _tasks_of_node(env)
+    else:
+        rank = _count(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+        tasks = _count(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if rank is None or tasks is None:
+        return []
+    kind, seen = visible_devices()
+    own = tasks == 1 or len(seen) < tasks or env.get("SLURM_GPUS_PER_TASK")
+    if kind != "GPU" or own:
+        return []
+    share = len(seen) // tasks
+    return list(range(rank * share, (rank + 1) * share))
+
+
+def _tasks_of_node(env: Mapping[str, str]) -> int | None:
+    """Slurm's "2(x3),1", tasks of the step on each node, for this node; None if it does not say."""
+    groups = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    counts = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
+    node = _count(env, "SLURM_NODEID") or 0
+    return counts[node] if node < len(counts) else None
 
 
 def _on_tpu_vm() -> bool:

@@ -1,11 +1,10 @@
 """Divides this machine's devices among cells that run at the same time."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 from sa_jax.errors import UsageError
+from sa_jax.parallel.attached import visible_devices
 
 # A TPU host's chips as libtpu lays them out, by their number:
 # https://docs.jax.dev/en/latest/distributed_data_loading.html and `cloud_tpu_init` in jax.
@@ -60,24 +59,9 @@ def divide(workers: int) -> list[Slot]:
                 "TPU_PROCESS_BOUNDS": "1,1,1",
                 # Several processes use libtpu at once, each its own chips.
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+                # On a TPU VM jax joins what the metadata names, all at one port of this machine.
+                "JAX_NUM_PROCESSES": "1",
             }
         )
         for chosen in shares
     ]
-
-
-def visible_devices() -> tuple[str, list[str]]:
-    """('GPU', 'TPU' or 'CPU', their numbers), without starting any."""
-    platforms = os.environ.get("JAX_PLATFORMS", "").split(",")
-    if platforms != ["cpu"]:
-        named = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if named not in (None, "", "-1"):  # "" and -1 hide all
-            return "GPU", named.split(",")
-        gpus = [int(gpu.name.removeprefix("nvidia")) for gpu in Path("/dev").glob("nvidia[0-9]*")]
-        if gpus and named is None:
-            return "GPU", [str(number) for number in sorted(gpus)]
-        chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
-        if chips:
-            return "TPU", [str(i) for i in range(len(chips))]
-    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))  # macOS
-    return "CPU", [str(i) for i in sorted(affinity(0))]

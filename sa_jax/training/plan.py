@@ -25,7 +25,7 @@ from sa_jax.files import atomic_write
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim.build import make_optimizer, optimizer_rows
-from sa_jax.parallel.hardware import GIB, chip_of
+from sa_jax.parallel.hardware import GIB, chip_of, memory_bytes
 from sa_jax.parallel.mesh import make_mesh, mesh_sizes
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.planning.clock import read_clock
@@ -237,7 +237,10 @@ def make_plan(
     program = make_program(config, model, steps)
     options = compiler_options(machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
-    capacity = 0 if machine.chip is None else machine.chip.hbm_bytes
+    # Of devices that are here, what JAX may use of them.
+    capacity = 0.0
+    if machine.chip is not None:
+        capacity = min(machine.chip.hbm_bytes, per_chip * memory_bytes(mesh.devices.flat))
 
     # Without a compiler for GPUs, fake devices only partition the step.
     is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"

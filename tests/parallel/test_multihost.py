@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from sa_jax.errors import UserError
@@ -59,6 +60,54 @@ def test_an_address_without_a_port_is_named(monkeypatch, address):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", address)
     with pytest.raises(UserError, match=f"JAX_COORDINATOR_ADDRESS='{address}' must be HOST:PORT"):
         multihost._join(1, 1)
+
+
+ONE_A_NODE = {"SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+EIGHT_A_NODE = {**ONE_A_NODE, "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}
+OPEN_MPI = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("env", "gpus", "own"),
+    [
+        ({}, 8, []),  # all
+        ({**STEP, **ONE_A_NODE}, 8, []),
+        ({**STEP, **EIGHT_A_NODE}, 8, [3]),
+        ({**STEP, **EIGHT_A_NODE, "SLURM_STEP_TASKS_PER_NODE": "2,8"}, 8, [3]),  # node 1 of 2
+        ({**STEP, **EIGHT_A_NODE, "SLURM_GPUS_PER_TASK": "1"}, 1, []),  # it sees its own alone
+        ({**STEP, **EIGHT_A_NODE}, 1, []),  # bound by --gpu-bind
+        ({**STEP, "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}, 8, [4, 5, 6, 7]),
+        ({**STEP, "SLURM_LOCALID": "1"}, 8, []),  # Slurm does not say how many
+        (OPEN_MPI, 4, [2, 3]),
+        ({**STEP, **EIGHT_A_NODE, "JAX_LOCAL_DEVICE_IDS": "5"}, 8, None),  # jax reads it
+    ],
+)
+def test_a_process_has_its_share_of_its_nodes_gpus(monkeypatch, env, gpus, own):
+    seen = [str(number) for number in range(gpus)]
+    monkeypatch.setattr(multihost, "visible_devices", lambda: ("GPU", seen))
+    assert multihost._local_devices(env) == own
+
+
+def test_a_task_of_slurm_takes_all_gpus_of_its_node(monkeypatch):
+    """Jax itself would give it the one with the number of the task."""
+    given = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: given.update(kwargs))
+    monkeypatch.setattr(multihost, "visible_devices", lambda: ("GPU", list("01234567")))
+    for name, value in {**SLURM, **STEP, **ONE_A_NODE, "SLURM_JOB_NUM_NODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    multihost._join(1, 1)
+    assert given["local_device_ids"] == []
+
+
+def test_a_worker_on_a_tpu_vm_may_be_alone(monkeypatch):
+    given = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: given.append(kwargs))
+    monkeypatch.setattr(multihost, "_on_tpu_vm", lambda: True)
+    multihost._join(1, 1)
+    assert len(given) == 1  # a cluster of one, as the metadata says
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "1")
+    multihost._join(1, 1)
+    assert len(given) == 1
 
 
 INITIALIZE = """

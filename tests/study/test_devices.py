@@ -1,9 +1,12 @@
 import os
+from pathlib import Path
 
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.study.devices import Slot, divide, visible_devices
+from sa_jax.parallel.attached import visible_devices
+from sa_jax.study import devices
+from sa_jax.study.devices import Slot, divide
 from sa_jax.study.forecast import local_devices
 
 
@@ -39,6 +42,28 @@ def test_workers_divide_the_gpus(monkeypatch):
             refuses(3)
         with pytest.raises(UsageError, match="--workers=0: must be at least 1"):
             refuses(0)
+
+
+def test_workers_divide_the_chips_of_a_tpu(monkeypatch):
+    monkeypatch.setattr(devices, "visible_devices", lambda: ("TPU", list("0123")))
+    first, second = (slot.env for slot in divide(2))
+    assert (first["TPU_VISIBLE_CHIPS"], second["TPU_VISIBLE_CHIPS"]) == ("0,1", "2,3")
+    assert first["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
+    # Else jax would join, at one port, what the metadata of the TPU VM names.
+    assert first["JAX_NUM_PROCESSES"] == second["JAX_NUM_PROCESSES"] == "1"
+    monkeypatch.setattr(devices, "visible_devices", lambda: ("TPU", list("012345")))
+    with pytest.raises(UsageError, match="libtpu cannot give a process 3 TPU chips"):
+        divide(2)
+
+
+def test_gpus_of_a_container_are_counted_from_0(monkeypatch):
+    """CUDA counts those that are here, whatever their files are called."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(
+        Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia2"), Path("/dev/nvidia3")])
+    )
+    assert visible_devices() == ("GPU", ["0", "1"])
 
 
 @pytest.mark.parametrize("none", ["", "-1"])
