@@ -1,6 +1,7 @@
 """Divides this machine's devices among cells that run at the same time."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 
 from sa_jax.errors import UsageError
@@ -19,8 +20,11 @@ class Slot:
     cpus: tuple[int, ...] = ()
 
 
-def divide(workers: int) -> list[Slot]:
+def divide(workers: int, *, launched: bool = False) -> list[Slot]:
     """One slot per worker, each with its share of the GPUs, TPU chips or CPUs; one slot has all.
+
+    Cells that a command starts on hosts of its own choice (`launched`) have all devices there, and
+    a port where their processes meet, because two of them may meet on one host.
 
     A worker has at least two CPUs if there are two, and others may have the same: on one CPU, the
     toy's pre-training, which all wait for, takes 1.6 times as long. UsageError if the devices
@@ -30,6 +34,9 @@ def divide(workers: int) -> list[Slot]:
         raise UsageError(f"--workers={workers}: must be at least 1")
     if workers == 1:
         return [Slot()]
+    if launched:  # in the range of jax, which takes one port for all cells of a Slurm job
+        port = 61440 + os.getpid() % 4000
+        return [Slot({"JAX_COORDINATOR_PORT": str(port + i)}) for i in range(workers)]
     kind, devices = visible_devices()
     share = len(devices) // workers
     if kind == "CPU" and workers <= 2 * len(devices):

@@ -80,7 +80,7 @@ def run_study(
         print(*files, f"submit: {submit}", sep="\n")
     else:
         commands.check_models(cell for cell in chosen if states[cell.name] not in DONE)
-        slots = divide(workers)
+        slots = divide(workers, launched=bool(launch))
         for cell in chosen:
             for missing in commands.missing_files(cell):
                 logging.warning("%s will fail: %s: no such file", cell.name, missing)

@@ -44,6 +44,15 @@ def test_workers_divide_the_gpus(monkeypatch):
             refuses(0)
 
 
+def test_launched_cells_have_all_devices_and_a_port_each(monkeypatch):
+    """Another command chooses their hosts; jax has one port for all cells of a Slurm job."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    ports = [slot.env["JAX_COORDINATOR_PORT"] for slot in divide(4, launched=True)]
+    assert len({*ports}) == 4 and all(61440 <= int(port) <= 65535 for port in ports)
+    assert all(slot.env.keys() == {"JAX_COORDINATOR_PORT"} for slot in divide(2, launched=True))
+    assert divide(1, launched=True) == [Slot()]
+
+
 def test_workers_divide_the_chips_of_a_tpu(monkeypatch):
     monkeypatch.setattr(devices, "visible_devices", lambda: ("TPU", list("0123")))
     first, second = (slot.env for slot in divide(2))
