@@ -4,14 +4,16 @@ the end of a process with such a line.
 `sa_jax.cli.run` turns them into exit codes: `UserError` 1, `UsageError` 2, `Preempted` 75.
 """
 
-import contextlib
 import os
 import re
 import sys
+import threading
 from collections.abc import Mapping
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
+
+_ENDING = threading.Lock()  # of the thread that ends the process
 
 
 class UserError(Exception):
@@ -50,9 +52,11 @@ def end_process(code: int, line: str) -> NoReturn:
     The line is the last on standard error: jax's own threads, which may find meanwhile that a peer
     has ended, can print nothing after it.
     """
-    with contextlib.suppress(OSError):  # nobody may be reading any more
-        sys.stderr.flush()
-        kept = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        os.write(kept, f"{without_secrets(line)}\n".encode(errors="backslashreplace"))
-    os._exit(code)
+    with _ENDING:
+        try:
+            sys.stderr.flush()
+            kept = os.dup(2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            os.write(kept, f"{without_secrets(line)}\n".encode(errors="backslashreplace"))
+        finally:  # where nobody can read the line, too
+            os._exit(code)

@@ -13,8 +13,8 @@ _GPU_SHARE = "0.92"  # the rest is for CUDA, NCCL and cuDNN; JAX's own default i
 
 
 def use_most_of_a_gpu() -> None:
-    """Lets JAX take 92 % of a GPU's memory, as plans assume, unless the environment names another
-    share. Must run before JAX is imported."""
+    """Lets JAX take 92 % of a GPU's memory, unless the environment names another share; plans count
+    on all of it. Must run before JAX is imported."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both
     if not any(os.environ.get(name) for name in names):
         os.environ[names[0]] = _GPU_SHARE

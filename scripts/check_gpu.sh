@@ -14,8 +14,11 @@ case " $* " in
         setup test,cuda
         # torch's cuDNN, NCCL and NVSHMEM, for CUDA 13, lie in the same folders as jax's, for CUDA 12,
         # and those that were installed last are used.
-        "$PYTHON_BIN" -m pip install --quiet -c constraints.txt --force-reinstall --no-deps \
-            nvidia-cudnn-cu12 nvidia-nccl-cu12 nvidia-nvshmem-cu12 </dev/null
+        if [ ! "$VENV/sa_jax.cuda12" -nt "$VENV/sa_jax.installed" ]; then
+            "$PYTHON_BIN" -m pip freeze | grep -E '^nvidia-(cudnn|nccl|nvshmem)-cu12==' |
+                "$PYTHON_BIN" -m pip install --quiet --force-reinstall --no-deps -r /dev/stdin
+            touch "$VENV/sa_jax.cuda12"
+        fi
         ;;
 esac
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}" # one is enough

@@ -92,7 +92,16 @@ print("on")
     assert (done.returncode, done.stdout) == (0, "on\n"), done.stderr
 
 
+def test_a_process_whose_error_nobody_can_read_ends_all_the_same():
+    """Its stderr is closed, as a daemon's may be."""
+    program = "import sys; from sa_jax.errors import end_process; sys.stderr = None; "
+    for closed in ("", "import os; os.close(2); "):
+        done = subprocess.run([sys.executable, "-c", f"{closed}{program}end_process(7, 'why')"])
+        assert done.returncode == 7
+
+
 def test_jax_takes_most_of_a_gpu_unless_told_otherwise():
+    """JAX takes 92 % of a GPU, or the share that the environment names."""
     program = "import os, sa_jax.script_start; print(os.environ.get('XLA_CLIENT_MEM_FRACTION'))"
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
     for given, expected in (({}, "0.92"), ({names[0]: "0.5"}, "0.5"), ({names[1]: "0.5"}, "None")):

@@ -6,6 +6,7 @@ of it that runs the script as `__main__`. Exit codes, signals and output are rea
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -151,6 +152,8 @@ def _serve():
     from sa_jax.study.processes import import_for_forks
 
     import_for_forks()
+    # As a terminal starts programs; a script that runs the tests with `&` has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     statuses = {}  # by process number; None while it runs
     for line in sys.stdin:
         order = json.loads(line)

@@ -34,12 +34,15 @@ def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[s
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
             continue
         old, new = (records.read_scores(folder, name) for folder in (before, after))
-        for score in (score for score in new if score in old):
-            if not (both := pairs(old[score], new[score])):
-                raise UserError(
-                    f"{before} and {after} have different items: too few questions of {name} are "
-                    "in both; evaluate both with the same prompts and data"
-                )
+        paired = {score: pairs(old[score], new[score]) for score in new if score in old}
+        if paired and not any(paired.values()):
+            raise UserError(
+                f"{before} and {after} have different items: too few questions of {name} are in "
+                "both; evaluate both with the same prompts and data"
+            )
+        for score, both in paired.items():
+            if not both:
+                continue  # a score that only some items have
             a, b, sizes = means(both)
             compared.setdefault(name, {})[score] = {
                 "n": len(both),

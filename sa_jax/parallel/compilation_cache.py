@@ -5,6 +5,7 @@ platform in it. The environment variable SA_JAX_COMPILATION_CACHE names another 
 cache off (`off`). If JAX itself was given a folder (JAX_COMPILATION_CACHE_DIR), that one is used.
 """
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping
@@ -21,49 +22,46 @@ OFF = "off"
 
 def enable(env: Mapping[str, str] = os.environ) -> None:
     """Turns the cache on for this process; starts the devices. A folder that cannot be written is
-    no error: the process then compiles as if there were no cache."""
-    setting = env.get(VARIABLE, "")
-    if setting == OFF:
-        jax.config.update("jax_enable_compilation_cache", False)
-        return
-    if not setting and jax.config.values["jax_compilation_cache_dir"]:
-        return
+    no error: the process then compiles as if there were no cache. All processes must call it."""
+    setting, problem = env.get(VARIABLE, ""), ""
     backend = jax.devices()[0].platform
-    folder = cache_folder(env, backend)
-    problem = ""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        problem = f"{folder}: {error.strerror or error}"
-    if backend == "gpu" and jax.process_count() > 1 and not _is_shared(folder):
-        problem = problem or f"not all processes share {folder}; {VARIABLE} names another one"
+    given = "" if setting else jax.config.values["jax_compilation_cache_dir"] or ""
+    folder = "" if setting == OFF else given or str(cache_folder(env, backend))
+    if folder and not given:
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            folder, problem = "", f"{folder}: {error.strerror or error}"
+    if backend == "gpu" and jax.process_count() > 1 and not _all_see(folder) and folder:
+        folder, problem = "", f"not all processes share {folder}; {VARIABLE} names another one"
     if problem:
         logging.warning("no compilation cache: %s", problem)
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Also steps of a second, and small ones: on CPU the many small programs are what takes time.
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not folder:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif not given:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        # Also small steps, and those of a second: on CPU the many small programs take the time.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def _is_shared(folder: Path) -> bool:
-    """Whether all processes see this folder; all must call it.
+def _all_see(folder: str) -> bool:
+    """Whether all processes use the same folder ('': none); all must call it.
 
     Only process 0 writes to the cache. XLA's processes divide among them the kernels that they time
     on GPUs, and exchange what they found. So where process 0 alone has a program, and does not
     compile it, the others would wait for its part for a day.
     """
-    number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
-    mark = folder / f"shared-{int(number):08x}"
-    try:
-        if jax.process_index() == 0:
-            mark.touch()
-    except OSError:
-        pass
+    number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    mark, is_first = os.path.join(folder, f"shared-{number:08x}"), jax.process_index() == 0
+    if folder and is_first:
+        with contextlib.suppress(OSError):
+            Path(mark).touch()
     multihost_utils.sync_global_devices("sa_jax compilation cache")
-    seen = multihost_utils.process_allgather(np.asarray(mark.exists()))
-    if jax.process_index() == 0:
-        mark.unlink(missing_ok=True)
+    seen = multihost_utils.process_allgather(np.asarray(bool(folder) and os.path.exists(mark)))
+    if folder and is_first:
+        with contextlib.suppress(OSError):
+            os.remove(mark)
     return bool(np.all(seen))
 
 

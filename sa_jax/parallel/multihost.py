@@ -138,15 +138,16 @@ def _local_devices(env: Mapping[str, str]) -> list[int] | None:
     """
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # jax reads it
-    if env.get("SLURM_STEP_NODELIST"):
+    # As in jax, Open MPI first: mpirun may start its daemons by srun, whose variables they inherit.
+    rank = _count(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+    tasks = _count(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
+    if tasks is None and env.get("SLURM_STEP_NODELIST"):
         rank, tasks = _count(env, "SLURM_LOCALID"), _tasks_of_node(env)
-    else:
-        rank = _count(env, "OMPI_COMM_WORLD_LOCAL_RANK")
-        tasks = _count(env, "OMPI_COMM_WORLD_LOCAL_SIZE")
     if rank is None or tasks is None:
         return []
     kind, seen = visible_devices()
-    own = tasks == 1 or len(seen) < tasks or env.get("SLURM_GPUS_PER_TASK")
+    on_node = _count(env, "SLURM_GPUS_ON_NODE") or 0
+    own = tasks == 1 or len(seen) < max(tasks, on_node) or env.get("SLURM_GPUS_PER_TASK")
     if kind != "GPU" or own:
         return []
     share = len(seen) // tasks

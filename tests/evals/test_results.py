@@ -162,6 +162,19 @@ def test_a_question_is_paired_wherever_it_stands(folders, tmp_path):
     assert results.compare(tmp_path / "x", tmp_path / "z", ["qa"])["qa"]["accuracy"]["n"] == 4
 
 
+def test_a_score_that_few_items_share_is_left_out_alone(tmp_path):
+    """As 'right where answered', of items that each side answered."""
+    for side, answered in (("x", range(6)), ("y", range(3, 10))):
+        items = [
+            {"item": f"{i}", "asked": f"{i}", "scores": {"accuracy": i % 2}} for i in range(10)
+        ]
+        for i in answered:
+            items[i]["scores"] |= {"if answered": 1}
+        records.write_eval(tmp_path / side, "qa", items, TASK_SUMMARY)
+    compared = results.compare(tmp_path / "x", tmp_path / "y", ["qa"])["qa"]
+    assert {score: row["n"] for score, row in compared.items()} == {"accuracy": 10}
+
+
 @pytest.mark.parametrize("item", [{"scores": {"accuracy": 1}}, {"asked": "a", "scores": {"x": ""}}])
 def test_items_without_a_question_or_a_number_are_said(tmp_path, item):
     records.write_eval(tmp_path, "qa", [item], TASK_SUMMARY)

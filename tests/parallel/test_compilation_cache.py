@@ -5,9 +5,11 @@ import os
 import platform
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from sa_jax.parallel import compilation_cache
@@ -55,6 +57,40 @@ def test_off_is_off(monkeypatch):
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
     compilation_cache.enable({"SA_JAX_COMPILATION_CACHE": "off"})
     assert settings == {"jax_enable_compilation_cache": False}
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_gpu_nodes_share_the_cache_or_have_none(monkeypatch, tmp_path, sees):
+    """With a program in the cache of process 0 alone, the others would wait for it for ever."""
+    settings, marks = {}, []
+    multihost = compilation_cache.multihost_utils
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost, "broadcast_one_to_all", lambda number: number)
+    monkeypatch.setattr(multihost, "sync_global_devices", lambda name: marks.extend(found()))
+    monkeypatch.setattr(multihost, "process_allgather", lambda mine: np.array([mine, sees]))
+    folder = tmp_path / "gpu"
+
+    def found():
+        return [file.name for file in folder.glob("*")]
+
+    def enabled(place):
+        settings.clear()
+        compilation_cache.enable({"SA_JAX_COMPILATION_CACHE": str(place)})
+        return settings
+
+    shared = enabled(tmp_path)
+    assert len(marks) == 1 and marks[0].startswith("shared-") and not found()
+    off = {"jax_enable_compilation_cache": False}
+    assert shared.get("jax_compilation_cache_dir") == (str(folder) if sees else None)
+    assert sees or shared == off
+    # All enter the comparison, also those that have the cache off, or cannot make the folder.
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", "off"):
+        monkeypatch.setattr(multihost, "process_allgather", lambda mine: marks.append(mine) or mine)
+        assert enabled(place) == off and not marks.pop()
 
 
 @pytest.mark.parametrize(

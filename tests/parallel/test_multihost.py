@@ -78,7 +78,10 @@ OPEN_MPI = {"OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"
         ({**STEP, **EIGHT_A_NODE}, 1, []),  # bound by --gpu-bind
         ({**STEP, "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}, 8, [4, 5, 6, 7]),
         ({**STEP, "SLURM_LOCALID": "1"}, 8, []),  # Slurm does not say how many
+        ({**STEP, **EIGHT_A_NODE, "SLURM_GPUS_ON_NODE": "8"}, 8, [3]),
+        ({**STEP, "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, 4, []),  # bound
         (OPEN_MPI, 4, [2, 3]),
+        ({**OPEN_MPI, **STEP, **ONE_A_NODE}, 4, [2, 3]),  # its daemons were started by srun
         ({**STEP, **EIGHT_A_NODE, "JAX_LOCAL_DEVICE_IDS": "5"}, 8, None),  # jax reads it
     ],
 )
