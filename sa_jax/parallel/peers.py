@@ -227,6 +227,8 @@ class _Peers:
             silence = unheard.get(self._me, 0)
             if silence >= self._patience or (silence > 1 and _store_gone()):
                 self._end_without(0)
+            if silence > 1:
+                continue  # while the store is silent, nothing is known of the others
             self._lost = {
                 process for process, rounds in unheard.items() if rounds >= self._patience
             }
