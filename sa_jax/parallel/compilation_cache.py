@@ -16,6 +16,8 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sa_jax.buckets import in_bucket
+
 VARIABLE = "SA_JAX_COMPILATION_CACHE"
 OFF = "off"
 
@@ -32,8 +34,10 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             folder, problem = "", f"{folder}: {error.strerror or error}"
-    if backend == "gpu" and jax.process_count() > 1 and not _all_see(folder) and folder:
-        folder, problem = "", f"not all processes share {folder}; {VARIABLE} names another one"
+    if backend == "gpu" and jax.process_count() > 1 and not _all_see(folder):
+        if folder:
+            problem = f"not all processes share {folder}; {VARIABLE} names another one"
+        folder = ""
     if problem:
         logging.warning("no compilation cache: %s", problem)
     if not folder:
@@ -58,7 +62,8 @@ def _all_see(folder: str) -> bool:
         with contextlib.suppress(OSError):
             Path(mark).touch()
     multihost_utils.sync_global_devices("sa_jax compilation cache")
-    seen = multihost_utils.process_allgather(np.asarray(bool(folder) and os.path.exists(mark)))
+    sees = in_bucket(folder) or (bool(folder) and os.path.exists(mark))
+    seen = multihost_utils.process_allgather(np.asarray(sees))
     if folder and is_first:
         with contextlib.suppress(OSError):
             os.remove(mark)

@@ -116,7 +116,7 @@ def train(
             return guard.should_stop(step)
 
         # ---- What to train: model, chat format, data. Nothing is written yet.
-        # Who only prints ends early, and does not reach the agreement on the run.
+        # All print or none: a process that only prints ends before the agreement on the run.
         agree_on({"print_examples": print_examples, "dry_run": dry_run})
         stored = run_record.stored_record(workdir)
         goodput.idle_since(workdir / METRICS_FILE)

@@ -29,8 +29,8 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class StopSignals:
-    """The first such signal, as `number` (None before it); a context manager. A second SIGINT
-    restores Python's own handler and raises KeyboardInterrupt at once."""
+    """A signal that stops the work, as `number` (None before it); a context manager. A SIGINT after
+    another signal restores Python's own handler and raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
