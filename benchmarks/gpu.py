@@ -3,7 +3,8 @@ r"""Half an hour on a GPU: what was only ever compiled is run, the most importan
     bash scripts/check_gpu.sh [--smoke] [--out=DIR] [--parts=kernels,step_8b]
 
 Each part is a process with a limit of time; its output goes to DIR/PART.log and its last line into
-the table that is printed at the end. A part fails where what it sees is not what is expected.
+the table that is printed at the end. A part fails where what it sees is not what is expected. After
+half an hour the table is printed, whatever is left.
 """
 
 import argparse
@@ -26,6 +27,10 @@ from sa_jax.text import table_row
 PLAN_ERROR = 0.15  # of the planned memory that a step may take more or less
 BANDWIDTH = 0.5  # of the memory's, that decoding should reach
 LOGPROB_ERROR = 0.05  # nats, of one token after 32 layers in bfloat16
+SELF_TEST = 20  # seconds
+ALL_PARTS = 29 * 60  # seconds
+# Kernels that repeat: those that XLA finds the fastest, or the first ones that it knows.
+TIMED, UNTIMED = "xla_gpu_exclude_nondeterministic_ops=true", "xla_gpu_deterministic_ops=true"
 
 # As published, with as many layers as 80 GB hold with Adam's state.
 WIDTHS = {
@@ -65,14 +70,24 @@ def kernels(folder: Path, smoke: bool) -> str:
     return "every kernel within 0.03 of float32"
 
 
-def step(width: str, folder: Path, smoke: bool) -> str:
-    """Packed rows through the step of `configs/llama.py:8b_insertion`, with fewer layers."""
+class Steps(NamedTuple):
+    """A few steps of `configs/llama.py:8b_insertion` on packed rows, with fewer layers."""
+
+    seconds: float  # a step
+    losses: list[float]
+    mfu: float  # 0 for an unknown device
+    planned: float  # bytes at the peak
+    self_test: float  # seconds
+
+
+def steps(width: str, smoke: bool, xla_options: str = "") -> Steps:
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from sa_jax.config_files import load_config
-    from sa_jax.parallel.hardware import GIB, chip_of
+    from sa_jax.llama.self_test import check_attention
+    from sa_jax.parallel.hardware import chip_of
     from sa_jax.parallel.mesh import make_mesh
     from sa_jax.planning.memory import cudnn_workspace, step_memory
     from sa_jax.training.plan import plan_architecture, workload
@@ -83,10 +98,14 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     config = load_config("configs/llama.py:8b_insertion")
     config.architecture.update(SMALL if smoke else WIDTHS[width])
     config.update({"batch_size": 2, "sequence_length": 256 if smoke else 4096, "remat": "minimal"})
+    config.xla_options = xla_options
     architecture = plan_architecture(config)
     mesh = make_mesh(devices=jax.devices()[:1])
     device = mesh.devices.flat[0]
     model = make_model(config, architecture, mesh)
+    begin = time.perf_counter()
+    check_attention(model.attention, mesh, model.dtype, architecture.head_dim)
+    self_test = time.perf_counter() - begin
     program = make_program(config, model, 10)
     compiled = program.step.lower(*program.arguments).compile()
     work = workload(config, architecture, mesh.shape, device.platform)
@@ -119,17 +138,45 @@ def step(width: str, folder: Path, smoke: bool) -> str:
     seconds = (time.perf_counter() - begin) / 4
     if not losses[-1] < losses[0]:
         raise Failed(f"the loss does not fall: {losses}")
-    chip, stats = chip_of(device), device.memory_stats()
-    done = f"{seconds * 1e3:.0f} ms a step"
-    if chip:
-        done += f", {work.tokens * work.flops_per_token() / seconds / chip.flops:.0%} MFU"
+    chip = chip_of(device)
+    mfu = work.tokens * work.flops_per_token() / seconds / chip.flops if chip else 0.0
+    return Steps(seconds, losses, mfu, planned, self_test)
+
+
+def step(width: str, folder: Path, smoke: bool) -> str:
+    """A step's memory against its plan, and the time of the self-test at a run's start."""
+    import jax
+
+    from sa_jax.parallel.hardware import GIB
+
+    seen, stats = steps(width, smoke), jax.devices()[0].memory_stats()
+    done = f"{seen.seconds * 1e3:.0f} ms a step"
+    if seen.mfu:
+        done += f", {seen.mfu:.0%} MFU"
+    done += f"; self-test in {seen.self_test:.0f} s"
     if not stats:
-        return f"{done}; planned {planned / 2**20:.0f} MiB, no figure of this device"
+        return f"{done}; planned {seen.planned / 2**20:.0f} MiB, no figure of this device"
     peak = stats["peak_bytes_in_use"]
-    done += f"; peak {peak / GIB:.1f} GiB, planned {planned / GIB:.1f}"
-    if abs(peak / planned - 1) > PLAN_ERROR:
+    done += f"; peak {peak / GIB:.1f} GiB, planned {seen.planned / GIB:.1f}"
+    if abs(peak / seen.planned - 1) > PLAN_ERROR or seen.self_test > SELF_TEST:
         raise Failed(done)
     return done
+
+
+def determinism(folder: Path, smoke: bool) -> str:
+    """What a step takes more if it must repeat bit for bit."""
+    from sa_jax.parallel import compilation_cache
+
+    compilation_cache.enable()  # as in a run
+    fastest = steps("1b", smoke).seconds
+    timed, untimed = (steps("1b", smoke, option) for option in (TIMED, UNTIMED))
+    done = (
+        f"{TIMED}: {timed.seconds / fastest:.2f} of the time; "
+        f"{UNTIMED}: {untimed.seconds / fastest:.2f}"
+    )
+    if timed.losses != steps("1b", smoke, TIMED).losses:
+        raise Failed(f"{done}; the losses differ from those of a second time")
+    return f"{done}; the same losses a second time"
 
 
 def _toy_run(folder: Path, data: Path, steps: int) -> list[str]:
@@ -146,7 +193,7 @@ def resume(folder: Path, smoke: bool) -> str:
         python("scripts/make_toy_data.py", f"--out={data}")
     for name in ("whole", "killed"):  # of an earlier call, perhaps with another jax
         shutil.rmtree(folder / name, ignore_errors=True)
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --{TIMED}"
     python(*_toy_run(folder / "whole", data, steps), XLA_FLAGS=flags)
     command = [sys.executable, *_toy_run(folder / "killed", data, steps)]
     process = subprocess.Popen(command, env={**os.environ, "XLA_FLAGS": flags})
@@ -280,14 +327,16 @@ class Part(NamedTuple):
     expected: str
 
 
+STEP = f"peak within {PLAN_ERROR:.0%} of the plan's; self-test in {SELF_TEST} s"
 PARTS = {
     "kernels": Part(kernels, 200, "within 0.03 of float32; blockwise repeats"),
-    "step_8b": Part(lambda *at: step("8b", *at), 300, "peak within 15 % of the plan's"),
-    "step_1b": Part(lambda *at: step("1b", *at), 240, "peak within 15 % of the plan's"),
+    "step_8b": Part(lambda *at: step("8b", *at), 300, STEP),
+    "step_1b": Part(lambda *at: step("1b", *at), 240, STEP),
     "resume": Part(resume, 300, "the same bit for bit"),
     "insertion": Part(insertion, 400, "CPU's rate within the interval"),
     "decode": Part(decode, 160, f"at least {BANDWIDTH:.0%} of the memory's bandwidth"),
     "training": Part(training, 200, "the losses of torch; its time or less"),
+    "determinism": Part(determinism, 300, "the same losses a second time"),
 }
 
 
@@ -315,7 +364,7 @@ def main() -> None:
         parser.error("jax sees no GPU here; --smoke runs every part at toy size on CPU")
     folder.mkdir(parents=True, exist_ok=True)
     table = [table_head(["part", "seen", "expected", "seconds"])]
-    good = True
+    good, end = True, time.monotonic() + ALL_PARTS
     for name in names:
         begin, log = time.monotonic(), folder / f"{name}.log"
         flags = [f"--parts={name}", f"--out={folder}", "--inside", *["--smoke"] * arguments.smoke]
@@ -325,7 +374,9 @@ def main() -> None:
             process = subprocess.Popen(
                 command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-            limit = PARTS[name].seconds * (4 if arguments.smoke else 1)  # a CPU may be busy
+            limit: float = PARTS[name].seconds
+            # A CPU may be busy; a GPU may be lent for half an hour.
+            limit = 4 * limit if arguments.smoke else min(limit, end - time.monotonic())
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = process.wait(limit)
             with contextlib.suppress(ProcessLookupError):  # what it started ends with it

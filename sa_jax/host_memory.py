@@ -9,15 +9,15 @@ _MAPPED_ABOVE = (-3, 1 << 30)  # M_MMAP_THRESHOLD, bytes
 _MAPPED_ABOVE_AT_MOST = (-3, 1 << 25)  # the most that an older glibc takes; it answers 0 to more
 _RETURNED_ABOVE = (-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD, bytes free at the top of the heap
 
-_GPU_SHARE = "0.92"  # the rest is for CUDA, NCCL and cuDNN; JAX's own default is 0.75
+GPU_SHARE = 0.92  # the rest is for CUDA, NCCL and cuDNN; JAX's own default is 0.75
 
 
 def use_most_of_a_gpu() -> None:
-    """Lets JAX take 92 % of a GPU's memory, unless the environment names another share; plans count
-    on all of it. Must run before JAX is imported."""
+    """Lets JAX take 92 % of a GPU's memory, as plans assume, unless the environment names another
+    share. Must run before JAX is imported."""
     names = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # JAX refuses both
     if not any(os.environ.get(name) for name in names):
-        os.environ[names[0]] = _GPU_SHARE
+        os.environ[names[0]] = str(GPU_SHARE)
 
 
 def keep_freed_memory() -> None:

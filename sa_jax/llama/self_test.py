@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 
 from sa_jax.errors import UserError
 from sa_jax.llama.attention import attention, masked_attention
@@ -41,13 +42,33 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
     Raises:
       UserError: one is above `TOLERANCE`, or not finite; the message has both numbers.
     """
+    worst = lower_attention_check(implementation, mesh, dtype, head_dim).compile()()
+    names = ("output", "queries", "keys", "values")
+    errors = {}
+    for name, (error, ours, theirs) in zip(names, jax.device_get(worst), strict=True):
+        errors[name] = float(error)
+        if not error <= TOLERANCE:  # NaN too
+            what = name if name == "output" else f"gradient of the {name}"
+            raise UserError(
+                f"attention {implementation!r} is wrong on these devices "
+                f"({mesh.devices.flat[0].device_kind}, jax {jax.__version__}): its {what} has "
+                f"{ours:.4g} where the reference has {theirs:.4g}, {error:.2g} of the largest "
+                f"number ({TOLERANCE} is allowed); use config.attention='blockwise', or "
+                "config.self_test=False to train without this check"
+            )
+    return errors
+
+
+def lower_attention_check(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) -> Lowered:
+    """The program of `check_attention`: takes nothing, returns `_worst` of the output and of each
+    gradient."""
     rows, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
     ids_s = np.repeat(np.arange(4, dtype=np.int32), [LENGTH - 491, 1, 200, 290])
     index_s = np.arange(LENGTH)
     mask_st = (ids_s[:, None] == ids_s) & (index_s[:, None] >= index_s)
 
-    def both(key):
-        keys = jax.random.split(key, 4)
+    def both():
+        keys = jax.random.split(jax.random.key(0), 4)
         placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
         *qkv, g = (
             jax.lax.with_sharding_constraint(
@@ -70,21 +91,7 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
             oracles = oracle, *oracle_back(g.astype(jnp.float32))
         return [_worst(a, b) for a, b in zip((out, *back(g)), oracles, strict=True)]
 
-    worst = jax.jit(both, out_shardings=NamedSharding(mesh, P()))(jax.random.key(0))
-    names = ("output", "queries", "keys", "values")
-    errors = {}
-    for name, (error, ours, theirs) in zip(names, jax.device_get(worst), strict=True):
-        errors[name] = float(error)
-        if not error <= TOLERANCE:  # NaN too
-            what = name if name == "output" else f"gradient of the {name}"
-            raise UserError(
-                f"attention {implementation!r} is wrong on these devices "
-                f"({mesh.devices.flat[0].device_kind}, jax {jax.__version__}): its {what} has "
-                f"{ours:.4g} where the reference has {theirs:.4g}, {error:.2g} of the largest "
-                f"number ({TOLERANCE} is allowed); use config.attention='blockwise', or "
-                "config.self_test=False to train without this check"
-            )
-    return errors
+    return jax.jit(both, out_shardings=NamedSharding(mesh, P())).lower()
 
 
 def decoding_takes_kernel(mesh: Mesh, config: LlamaConfig, dtype: Any, block: int) -> bool:
@@ -169,23 +176,33 @@ def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return difference.ravel()[at] / jnp.max(jnp.abs(theirs)), *numbers
 
 
-def determinism(implementation: str, cudnn_version: int | None) -> str:
+def determinism(implementation: str, cudnn_version: int | None, cached: bool) -> str:
     """Whether a GPU run repeats bit for bit, also after a kill, in words.
 
-    `cudnn_version` is 92500 for 9.25, None if not known.
+    XLA times several kernels for a product and takes the fastest, which another compilation may
+    judge differently. `cached`: whether compiled programs are kept. `cudnn_version` is 92500 for
+    9.25, None if not known. https://openxla.org/xla/determinism
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if not re.search(r"--xla_gpu_deterministic_ops(=true|=1)?(\s|$)", flags):
+
+    def is_set(name: str) -> bool:
+        return re.search(rf"--xla_gpu_{name}(=true|=1)?(\s|$)", flags) is not None
+
+    untimed = is_set("deterministic_ops")
+    if not untimed and not (cached and is_set("exclude_nondeterministic_ops")):
+        flag = "exclude_nondeterministic_ops" if cached else "deterministic_ops"
         return (
             "not bit for bit the same when repeated or resumed; to make it so, set "
-            "XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+            f"XLA_FLAGS=--xla_gpu_{flag}=true"
         )
     if implementation.startswith("cudnn") and (cudnn_version or 0) < 92500:
         return (
-            "deterministic, but for this cuDNN before 9.25 may need memory that grows with the "
+            "deterministic, but for this, cuDNN before 9.25 may need memory that grows with the "
             "square of the row: update cuDNN, or use config.attention='blockwise'"
         )
-    return "deterministic: the same bit for bit when repeated or resumed"
+    return "deterministic: the same bit for bit when repeated or resumed" + (
+        "" if untimed else ", while the cache of compiled programs is kept"
+    )
 
 
 def installed_cudnn() -> int | None:

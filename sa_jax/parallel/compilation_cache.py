@@ -49,6 +49,12 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def is_on() -> bool:
+    """Whether this process keeps what it compiles."""
+    names = "jax_enable_compilation_cache", "jax_compilation_cache_dir"
+    return all(jax.config.values[name] for name in names)
+
+
 def _all_see(folder: str) -> bool:
     """Whether all processes use the same folder ('': none); all must call it.
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 import jax
 
+from sa_jax.host_memory import GPU_SHARE
+
 GIB = 2**30
 
 
@@ -14,9 +16,9 @@ class Chip:
     """One chip (TPU) or one GPU. Bandwidths are bytes/s, of links in one direction."""
 
     name: str  # as in a topology's name, `v5p` of `v5p:4x4x4`
-    device_kinds: tuple[str, ...]  # what jax.Device.device_kind starts with
+    device_kinds: tuple[str, ...]  # as jax.Device.device_kind names it
     flops: float  # dense bfloat16 FLOP/s
-    hbm_bytes: float  # including what the runtime reserves for itself
+    hbm_bytes: float  # of a TPU all, with what its runtime takes; of a GPU our share
     hbm_bandwidth: float
     link_bandwidth: float  # of one ICI link of a TPU, or of all NVLinks of a GPU
     # Per chip, between hosts of GPUs and slices of TPUs; 0 where it is not known.
@@ -32,20 +34,24 @@ class Chip:
 # by its chips (v5p: https://jax-ml.github.io/scaling-book). Their clocks follow from the peak:
 # FLOP/s = 2 x clock x multipliers (v4, v5p: 2 x 4 units of 128 x 128; v5e: 4 of those; v6e: 4 of
 # 256 x 256; tpu7x: 2 x 4 of those; https://jax-ml.github.io/scaling-book/tpus). GPUs: NVIDIA's data
-# sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8.
-_V5E = ("TPU v5 lite", "TPU v5e")
+# sheets (SXM), NVLink one way, and 400 Gbit/s of network a GPU as in DGX and cloud nodes of 8;
+# memory is our share of what CUDA reports in whole GiB, which is less than the data sheet's.
+_V5E, _V5P = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p")
+_V6E = ("TPU v6 lite", "TPU v6e")
+_A100 = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")
+_GPU_GIB = GPU_SHARE * GIB
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3, clock_hz=1.05e9),
     Chip("v5e", _V5E, 197e12, 16 * GIB, 0.819e12, 50e9, 3.125e9, torus=2, clock_hz=1.5e9),
-    Chip("v5p", ("TPU v5",), 459e12, 95 * GIB, 2.765e12, 100e9, 6.25e9, torus=3, clock_hz=1.75e9),
-    Chip("v6e", ("TPU v6",), 918e12, 32 * GIB, 1.638e12, 100e9, 12.5e9, torus=2, clock_hz=1.75e9),
+    Chip("v5p", _V5P, 459e12, 95 * GIB, 2.765e12, 100e9, 6.25e9, torus=3, clock_hz=1.75e9),
+    Chip("v6e", _V6E, 918e12, 32 * GIB, 1.638e12, 100e9, 12.5e9, torus=2, clock_hz=1.75e9),
     Chip(
         "tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3, clock_hz=2.2e9
     ),
-    Chip("a100", ("NVIDIA A100",), 312e12, 80e9, 2.039e12, 300e9, 25e9),
-    Chip("h100", ("NVIDIA H100",), 989e12, 80e9, 3.35e12, 450e9, 50e9),
-    Chip("h200", ("NVIDIA H200",), 989e12, 141e9, 4.8e12, 450e9, 50e9),
-    Chip("b200", ("NVIDIA B200",), 2250e12, 180e9, 7.7e12, 900e9, 50e9),
+    Chip("a100", _A100, 312e12, 79 * _GPU_GIB, 2.039e12, 300e9, 25e9),
+    Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 79 * _GPU_GIB, 3.35e12, 450e9, 50e9),
+    Chip("h200", ("NVIDIA H200",), 989e12, 139 * _GPU_GIB, 4.8e12, 450e9, 50e9),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 178 * _GPU_GIB, 7.7e12, 900e9, 50e9),
 )
 
 
@@ -66,5 +72,4 @@ def memory_bytes(devices: Iterable[jax.Device]) -> float:
 
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip that a device is (part of); None where it is not known, as on CPU."""
-    # The first, because "TPU v5 lite" starts with "TPU v5" too.
-    return next((c for c in CHIPS if device.device_kind.startswith(c.device_kinds)), None)
+    return next((chip for chip in CHIPS if device.device_kind in chip.device_kinds), None)

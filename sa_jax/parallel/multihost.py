@@ -1,8 +1,6 @@
 """Start-up on one or many hosts."""
 
 import contextlib
-import glob
-import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +14,7 @@ from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
 from sa_jax.parallel.attached import visible_devices
 from sa_jax.parallel.peers import end_together, start_within
+from sa_jax.parallel.xla_flags import missing_kernel
 from sa_jax.text import first_line
 
 
@@ -38,7 +37,8 @@ def joined(
 
     Raises:
       UserError: the address of the others is wrong; or this TPU is part of a pod, and the process
-        was started without that address; or what ran inside needs more memory than a device has.
+        was started without that address; or what ran inside needs more memory than a device has,
+        or a kernel that XLA_FLAGS forbid.
     """
     _join(start_timeout_s, peer_timeout_s)
     # Watched already while devices are opened, because those of the others are waited for.
@@ -48,7 +48,7 @@ def joined(
         except jax.errors.JaxRuntimeError as error:
             # Of a message that is too large, too, the status is RESOURCE_EXHAUSTED.
             if not re.search("RESOURCE_EXHAUSTED(?s:.*)(memory|allocat)", str(error)):
-                raise
+                raise (missing_kernel(error) or error) from None
             raise UserError(
                 f"a device has not enough memory: {first_line(error).rstrip('.')}; training needs "
                 "less with config.remat='full', a larger config.accumulation or config.mesh.fsdp, "
@@ -60,7 +60,8 @@ def joined(
 
 def _join(start_timeout_s: float, peer_timeout_s: float) -> None:
     processes = _count(os.environ, "JAX_NUM_PROCESSES")
-    wanted = several_processes(os.environ) or (processes not in (0, 1) and _on_tpu_vm())
+    on_tpu = processes not in (0, 1) and visible_devices()[0] == "TPU"
+    wanted = several_processes(os.environ) or on_tpu
     if not wanted or jax.distributed.is_initialized():
         return
     process = _count(os.environ, "JAX_PROCESS_ID")
@@ -160,13 +161,6 @@ def _tasks_of_node(env: Mapping[str, str]) -> int | None:
     counts = [int(tasks) for tasks, nodes in groups for _ in range(int(nodes or 1))]
     node = _count(env, "SLURM_NODEID") or 0
     return counts[node] if node < len(counts) else None
-
-
-def _on_tpu_vm() -> bool:
-    """Whether TPU chips are attached here and jax may use them."""
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    allowed = "tpu" in os.environ.get("JAX_PLATFORMS", "tpu")
-    return bool(chips) and allowed and importlib.util.find_spec("libtpu") is not None
 
 
 def _count(env: Mapping[str, str], name: str) -> int | None:

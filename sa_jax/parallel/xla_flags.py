@@ -6,12 +6,14 @@ in those variables still apply. If two places set the same option, `config.xla_o
 this table, and this table over the variables.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.errors import UsageError
+from sa_jax.errors import UsageError, UserError
 from sa_jax.parallel.hardware import Chip
 from sa_jax.text import first_line
 
@@ -92,6 +94,17 @@ def parse_options(text: str) -> Options:
         # Of numbers the compiler reads the text; of booleans it knows none but Python's.
         options[name] = {"true": True, "false": False}.get(value.lower(), value)
     return options
+
+
+def missing_kernel(error: Exception) -> UserError | None:
+    """What to do if XLA found no kernel for a product on a GPU, else None. It can, where flags
+    forbid those of Triton (xla_gpu_exclude_nondeterministic_ops does)."""
+    if "Failed to get configs for" not in str(error):
+        return None
+    return UserError(
+        "XLA has no kernel for a matrix product with these XLA_FLAGS "
+        f"({os.environ.get('XLA_FLAGS', '')!r}); add --xla_gpu_enable_triton_gemm=false to them"
+    )
 
 
 def check_options(mesh: Mesh, text: str) -> None:

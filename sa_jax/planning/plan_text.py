@@ -45,7 +45,7 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines.append(f"  {'in the host memory':26}{memory['host']:10.2f}")
     if plan["capacity_gib"]:
         verdict = f"fits, {plan['free_gib']:.1f} free" if plan["fits"] else "DOES NOT FIT"
-        lines.append(f"  {'the chip has':26}{plan['capacity_gib']:10.2f}   {verdict}")
+        lines.append(f"  {'available':26}{plan['capacity_gib']:10.2f}   {verdict}")
     if plan["advice"]:
         lines.append(f"  {plan['advice']}")
     lines += ["", _disk_line(plan["disk"])]

@@ -3,7 +3,6 @@ none is needed."""
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import math
 import os
@@ -15,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from sa_jax.errors import UsageError, UserError
+from sa_jax.parallel.attached import has_cuda_plugin, has_libtpu
 from sa_jax.parallel.hardware import CHIPS, Chip
 from sa_jax.planning.gpu_target import target_config
 from sa_jax.text import first_line
@@ -33,7 +33,7 @@ class Machine:
 
     Attributes:
       name: the name of the topology, such as `v5p:4x4x4`.
-      chip: its kind of chip; None if not known, as for CPUs.
+      chip: its kind of chip; None if not known, as for CPUs; there are devices then.
       shape: chips of a slice along each axis of the torus; (chips,) for GPUs.
       devices: devices to compile for; () if no compiler for them is installed.
       slices: number of such slices of a TPU, connected by the data center's network.
@@ -52,7 +52,9 @@ class Machine:
     @property
     def platform(self) -> str:
         """As jax names it: 'tpu', 'gpu' or 'cpu'."""
-        return "cpu" if self.chip is None else "tpu" if self.chip.torus else "gpu"
+        if self.chip is None:
+            return self.devices[0].platform
+        return "tpu" if self.chip.torus else "gpu"
 
     def holds(self, sizes: tuple[int, ...]) -> bool:
         """Whether the axes of a mesh in a slice are whole dimensions of the torus, as required."""
@@ -169,9 +171,9 @@ def open_topology(name: str) -> Topology:
     """
     topology = parse_topology(name)
     if not topology.chip.torus:
-        devices = _gpus(topology) if has_gpu_compiler() else ()
+        devices = _gpus(topology) if has_cuda_plugin() else ()
         return dataclasses.replace(topology, devices=devices)
-    if importlib.util.find_spec("libtpu") is None:
+    if not has_libtpu():
         raise UserError(
             f"--topology={name} needs libtpu, which is not installed: "
             "pip install -c constraints.txt -e '.[tpu]'"
@@ -196,11 +198,6 @@ def open_topology(name: str) -> Topology:
     if len(devices) != topology.chips * topology.chip.devices:
         raise UserError(f"libtpu gives {name} {len(devices)} devices, but one per chip is expected")
     return dataclasses.replace(topology, devices=devices)
-
-
-def has_gpu_compiler() -> bool:
-    """Whether jax's CUDA plugin (extra `plan-gpu` or `cuda`) is installed."""
-    return any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13))
 
 
 def _gpus(topology: Topology) -> tuple[jax.Device, ...]:

@@ -25,9 +25,10 @@ from sa_jax.files import atomic_write
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim.build import make_optimizer, optimizer_rows
+from sa_jax.parallel.attached import has_cuda_plugin
 from sa_jax.parallel.hardware import GIB, chip_of, memory_bytes
 from sa_jax.parallel.mesh import make_mesh, mesh_sizes
-from sa_jax.parallel.xla_flags import compiler_options
+from sa_jax.parallel.xla_flags import compiler_options, missing_kernel
 from sa_jax.planning.clock import read_clock
 from sa_jax.planning.collectives import read_collectives
 from sa_jax.planning.disk import checkpoint_bytes
@@ -36,13 +37,7 @@ from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 from sa_jax.planning.plan_text import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
-from sa_jax.planning.topology import (
-    Machine,
-    Topology,
-    has_gpu_compiler,
-    open_topology,
-    parse_topology,
-)
+from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
 from sa_jax.registry import extension_digests, load_extensions
 from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
@@ -100,7 +95,7 @@ def plan_machine(
     """`make_plan` for another machine, in a new process: CompilerCrash if its compiler crashes."""
     files = list(extension_digests())
     arguments = config.to_dict(), architecture.to_hf(), topology.name, tokens, files
-    if not topology.chip.torus and not has_gpu_compiler():
+    if not topology.chip.torus and not has_cuda_plugin():
         return plan_topology(*arguments)
     logging.info("compiling the step for %s; takes 1 to 4 minutes", topology.name)
     try:
@@ -237,10 +232,9 @@ def make_plan(
     program = make_program(config, model, steps)
     options = compiler_options(machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
-    # Of devices that are here, what JAX may use of them.
-    capacity = 0.0
+    capacity = per_chip * memory_bytes(mesh.devices.flat)  # infinite on CPU
     if machine.chip is not None:
-        capacity = min(machine.chip.hbm_bytes, per_chip * memory_bytes(mesh.devices.flat))
+        capacity = min(machine.chip.hbm_bytes, capacity)
 
     # Without a compiler for GPUs, fake devices only partition the step.
     is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
@@ -254,7 +248,7 @@ def make_plan(
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
     if is_real and work.attention.startswith("cudnn"):
         memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
-    fits = not needed and (not capacity or memory.needed <= capacity)
+    fits = not needed and memory.needed <= capacity
     return {
         "machine": {
             "name": machine.name,
@@ -275,8 +269,8 @@ def make_plan(
             "lora_rank": config.lora.rank or None,
         },
         "memory_gib_per_chip": memory.gib(),
-        "capacity_gib": round(capacity / GIB, 2),
-        "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity else None,
+        "capacity_gib": round(capacity / GIB, 2) if capacity < math.inf else 0.0,
+        "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity < math.inf else None,
         "fits": fits,
         "advice": "" if fits else advice_to_fit(memory, capacity, work, config.optimizer),
         "flops_per_token": work.flops_per_token(),
@@ -354,7 +348,7 @@ def _compile(program: Program) -> tuple[Any, float]:
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
-            raise
+            raise (missing_kernel(error) or error) from None
         return None, needed
 
 

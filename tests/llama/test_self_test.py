@@ -41,19 +41,25 @@ def test_a_wrong_kernel_stops_the_run_with_both_numbers(monkeypatch):
         check_attention("blockwise", make_mesh(fsdp=4, tensor=2), "float32", 8)
 
 
+UNTIMED, TIMED = "--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops"
+
+
 @pytest.mark.parametrize(
-    ("implementation", "flags", "cudnn", "words"),
+    ("implementation", "flags", "cudnn", "cached", "words"),
     [
-        ("cudnn", "--xla_dump_to=/x", 92500, "not bit for bit"),
-        ("cudnn", "--xla_gpu_deterministic_ops=false", 92500, "not bit for bit"),
-        ("cudnn", "--xla_gpu_deterministic_ops=true", 91000, "cuDNN before 9.25"),
-        ("cudnn", "--xla_gpu_deterministic_ops=true", 92500, "^deterministic: the same"),
-        ("blockwise", "--xla_gpu_deterministic_ops", None, "^deterministic: the same"),
+        ("cudnn", "--xla_dump_to=/x", 92500, True, "^not bit .*=--xla_gpu_exclude_nondeterm"),
+        ("cudnn", UNTIMED + "=false", 92500, False, "^not bit .*=--xla_gpu_deterministic_ops"),
+        ("cudnn", UNTIMED + "=true", 91000, True, "cuDNN before 9.25"),
+        ("cudnn", UNTIMED + "=true", 92500, True, "^deterministic: .* or resumed$"),
+        ("blockwise", UNTIMED, None, False, "^deterministic: .* or resumed$"),
+        ("cudnn", TIMED + "=true", 92500, True, "^deterministic: .* while the cache"),
+        ("cudnn", TIMED + "=true --x=1", 91000, True, "cuDNN before 9.25"),
+        ("cudnn", TIMED + "=true", 92500, False, "^not bit .*=--xla_gpu_deterministic_ops"),
     ],
 )
-def test_what_a_run_says_of_repeating(implementation, flags, cudnn, words, monkeypatch):
+def test_what_a_run_says_of_repeating(implementation, flags, cudnn, cached, words, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert re.search(words, determinism(implementation, cudnn))
+    assert re.search(words, determinism(implementation, cudnn, cached))
 
 
 DECODING = {"heads": 4, "head_dim": 16, "block": 16}

@@ -105,7 +105,7 @@ def test_a_task_of_slurm_takes_all_gpus_of_its_node(monkeypatch):
 def test_a_worker_on_a_tpu_vm_may_be_alone(monkeypatch):
     given = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **kwargs: given.append(kwargs))
-    monkeypatch.setattr(multihost, "_on_tpu_vm", lambda: True)
+    monkeypatch.setattr(multihost, "visible_devices", lambda: ("TPU", ["0"]))
     multihost._join(1, 1)
     assert len(given) == 1  # a cluster of one, as the metadata says
     monkeypatch.setenv("JAX_NUM_PROCESSES", "1")

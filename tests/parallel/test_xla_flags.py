@@ -18,6 +18,7 @@ from sa_jax.parallel.xla_flags import (
     WITHOUT_SPARSE_CORES,
     check_options,
     compiler_options,
+    missing_kernel,
     parse_options,
 )
 from sa_jax.planning.topology import open_topology
@@ -92,6 +93,15 @@ def test_cpu_has_none_and_every_line_names_known_chips_and_a_source():
     option = "xla_jf_bf16_propagation"
     assert option not in compiler_options(BY_NAME["v4"])
     assert compiler_options(BY_NAME["v5p"])[option] is False
+
+
+def test_a_product_without_a_kernel_names_the_flag_that_helps(monkeypatch):
+    """As XLA of jax 0.12 says it where no GPU is there to ask cuBLAS."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    error = RuntimeError("INTERNAL: Failed to get configs for: 19 out of 19 instructions. See logs")
+    words = "deterministic_ops=true'.; add --xla_gpu_enable_triton_gemm=false"
+    assert re.search(words, str(missing_kernel(error)))
+    assert missing_kernel(RuntimeError("INTERNAL: another error")) is None
 
 
 def test_a_persons_own_options_win_over_the_table():

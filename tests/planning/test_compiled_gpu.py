@@ -4,6 +4,7 @@ memory and collectives, and what decoding reads of its cache."""
 import importlib.metadata
 import math
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from sa_jax.config_files import load_config
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.llama.sampling import noise_arguments
+from sa_jax.llama.self_test import lower_attention_check
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract
 from sa_jax.planning.hlo import parse_module
@@ -137,3 +139,19 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
         prompts = jax.ShapeDtypeStruct((8, length), jnp.int32)
         text = sampler._prefill.lower(params, cache, prompts, row, row, ids, **noise).as_text()
         assert ("__cudnn$fmha" in text) == (kernel == "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("implementation", "topology", "axes"),
+    [
+        ("cudnn", "h200:8", {"fsdp": 4, "tensor": 2}),
+        ("blockwise", "h100:8", {"fsdp": 8}),
+        ("cudnn", "b200:1", {}),
+    ],
+)
+def test_the_self_test_of_attention_compiles_in_its_time(implementation, topology, axes):
+    mesh = make_mesh(**axes, devices=open_topology(topology).devices)
+    begin = time.monotonic()
+    text = lower_attention_check(implementation, mesh, "bfloat16", 128).compile().as_text()
+    assert time.monotonic() - begin < 20  # the whole test's; a GPU runs the program in milliseconds
+    assert ("fmhaScaleBiasSoftmaxBackward" in text) == (implementation == "cudnn")

@@ -100,9 +100,13 @@ class Device:
         ("TPU v4", "v4"),
         ("TPU v5 lite", "v5e"),
         ("TPU v5", "v5p"),
+        ("TPU v5p", "v5p"),
         ("TPU v6 lite", "v6e"),
         ("TPU7x", "tpu7x"),
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", None),  # slower than the h100 of a topology
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", "a100"),
         ("cpu", None),
     ],
 )

@@ -1,3 +1,4 @@
+import importlib.util
 import os
 from pathlib import Path
 
@@ -8,6 +9,15 @@ from sa_jax.parallel.attached import visible_devices
 from sa_jax.study import devices
 from sa_jax.study.devices import Slot, divide
 from sa_jax.study.forecast import local_devices
+
+
+@pytest.fixture
+def plugins(monkeypatch):
+    """The packages with which jax uses accelerators that seem to be installed."""
+    installed = {"jax_cuda12_plugin", "libtpu"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    return installed
 
 
 @pytest.mark.parametrize(
@@ -32,8 +42,7 @@ def test_workers_share_the_cpus_and_have_two_each(monkeypatch, system, cpus, wor
     assert divide(workers) == [Slot(cpus=share) for share in shares]
 
 
-def test_workers_divide_the_gpus(monkeypatch):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+def test_workers_divide_the_gpus(monkeypatch, plugins):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert [slot.env["CUDA_VISIBLE_DEVICES"] for slot in divide(2)] == ["4,5", "6,7"]
     assert local_devices(2) == 2
@@ -65,9 +74,8 @@ def test_workers_divide_the_chips_of_a_tpu(monkeypatch):
         divide(2)
 
 
-def test_gpus_of_a_container_are_counted_from_0(monkeypatch):
+def test_gpus_of_a_container_are_counted_from_0(monkeypatch, plugins):
     """CUDA counts those that are here, whatever their files are called."""
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(
         Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia2"), Path("/dev/nvidia3")])
@@ -76,7 +84,25 @@ def test_gpus_of_a_container_are_counted_from_0(monkeypatch):
 
 
 @pytest.mark.parametrize("none", ["", "-1"])
-def test_gpus_that_are_hidden_are_not_divided(monkeypatch, none):
-    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+def test_gpus_that_are_hidden_are_not_divided(monkeypatch, plugins, none):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
     assert visible_devices()[0] != "GPU"
+
+
+@pytest.mark.parametrize(
+    ("installed", "platforms", "kind"),
+    [
+        ({"jax_cuda12_plugin"}, "", "GPU"),
+        ({"jax_cuda13_plugin"}, "cuda,cpu", "GPU"),
+        ({"jax_cuda12_plugin", "libtpu"}, "tpu", "TPU"),
+        ({"jax_cuda12_plugin"}, "cpu", "CPU"),
+        (set(), "", "CPU"),  # a laptop with a GPU, and jax for CPUs
+    ],
+)
+def test_what_jax_cannot_use_does_not_count(monkeypatch, plugins, installed, platforms, kind):
+    plugins.clear()
+    plugins.update(installed)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / pattern]))  # both are here
+    assert visible_devices()[0] == kind

@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.study import folder, grid
+from sa_jax.study import devices, folder, forecast, grid
 from sa_jax.study.claims import Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Stage
@@ -255,8 +255,8 @@ def test_a_takeover_needs_time(takeover_s, tmp_path):
 
 
 def test_cells_of_another_machine_can_be_planned_but_not_run_here(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
-    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    for module in (devices, forecast):
+        monkeypatch.setattr(module, "visible_devices", lambda: ("GPU", list("01234567")))
     study = ConfigDict({"axes": (), "stages": ()})
     config, mesh = "configs/llama.py:8b_insertion", {"mesh.fsdp": 8, "steps": 10}
     study.stages = (Stage("i", run="insertion", config=config, set=mesh, topology="h200:8"),)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -19,7 +20,7 @@ from sa_jax.planning import topology
 from sa_jax.planning.memory import Memory, advice_to_fit
 from sa_jax.planning.roofline import step_time
 from sa_jax.planning.search import candidates
-from sa_jax.planning.topology import parse_topology
+from sa_jax.planning.topology import Machine, parse_topology
 from sa_jax.training import plan as training_plan
 from sa_jax.training.config import check_config, default_config
 from sa_jax.training.plan import (
@@ -74,11 +75,23 @@ def test_predicted_arguments_are_those_that_are_compiled(attached):
     assert attached["collectives"]["kinds"] and attached["time"] == attached["clock"] == {}
 
 
+def test_memory_is_known_also_of_a_device_that_is_not(toy, monkeypatch):
+    """Such as a GPU that is no topology: JAX says what it may use."""
+    described = plan_attached(toy, plan_architecture(toy))
+    needed = described["memory_gib_per_chip"]["needed"]
+    for capacity, fits in ((2 * needed, True), (needed / 2, False)):
+        monkeypatch.setattr(training_plan, "memory_bytes", lambda _, c=capacity: c * GIB)
+        found = plan_attached(toy, plan_architecture(toy))
+        assert found["capacity_gib"] == round(capacity, 2) and found["time"] == {}
+        assert found["fits"] == fits and bool(found["advice"]) != fits
+    assert Machine("8 x GPU", None, (8,), [SimpleNamespace(platform="gpu")]).platform == "gpu"
+
+
 def test_without_jaxs_cuda_plugin_gpus_are_planned_by_arithmetic_and_the_extra_is_named(
     toy, tmp_path, capsys, monkeypatch
 ):
     for module in (training_plan, topology):
-        monkeypatch.setattr(module, "has_gpu_compiler", lambda: False)
+        monkeypatch.setattr(module, "has_cuda_plugin", lambda: False)
     found = plan(toy, "h200:8")
     assert found["memory_gib_per_chip"]["source"] == "estimated"
     assert "partitioned for a CPU mesh of 8" in found["collectives"]["source"]
