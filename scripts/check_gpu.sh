@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Checks a GPU in half an hour: kernels, a step's memory, kill and resume, insertion, decoding, a step
-# beside torch's, and what it costs to repeat bit for bit. Prints a table of what was seen and what is
-# expected. benchmarks/gpu.py says what each part does.
+# Checks a GPU in half an hour: kernels, a step's memory, remat, kill and resume, insertion, decoding,
+# a step beside torch's, and what it costs to repeat bit for bit. Prints a table of what was seen and
+# what is expected. benchmarks/gpu.py says what each part does.
 #
 #   bash scripts/check_gpu.sh [--smoke] [--out=DIR] [--parts=kernels,step_8b]   (--smoke: on CPU)
 set -euo pipefail

@@ -73,6 +73,16 @@ REMAT_POLICIES = {
 }
 
 
+def remat_policies(platform: str) -> list[str]:
+    """The names of the policies that are right on this platform ('cpu', 'gpu' or 'tpu').
+
+    On GPUs, XLA before jax 0.11.1 reads an offloaded input of layer i as that of layer n - 1 - i in
+    the backward pass. https://github.com/openxla/xla/pull/46231
+    """
+    wrong = platform == "gpu" and jax.__version_info__ < (0, 11, 1)
+    return [name for name in REMAT_POLICIES if not (wrong and name == "offload")]
+
+
 # An optional leaf beside a layer's kernel, added to it after its cast to the dtype of the
 # computation: a gradient with respect to zeros there is the kernel's, in that dtype.
 KERNEL_CHANGE = "kernel_change"

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.decode_kernel import attend_to_past, kernel_takes
 from sa_jax.parallel.multihost import exchange
 from sa_jax.parallel.rules import BATCH_SPEC
+from sa_jax.parallel.xla_flags import is_deterministic
 from sa_jax.text import first_line
 
 LENGTH = 512  # every kernel takes it
@@ -176,40 +176,22 @@ def _worst(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return difference.ravel()[at] / jnp.max(jnp.abs(theirs)), *numbers
 
 
-def determinism(implementation: str, cudnn_version: int | None, cached: bool) -> str:
-    """Whether a GPU run repeats bit for bit, also after a kill, in words.
-
-    XLA times several kernels for a product and takes the fastest, which another compilation may
-    judge differently. `cached`: whether compiled programs are kept. `cudnn_version` is 92500 for
-    9.25, None if not known. https://openxla.org/xla/determinism
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-
-    def is_set(name: str) -> bool:
-        return re.search(rf"--xla_gpu_{name}(=true|=1)?(\s|$)", flags) is not None
-
-    untimed = is_set("deterministic_ops")
-    if not untimed and not (cached and is_set("exclude_nondeterministic_ops")):
-        flag = "exclude_nondeterministic_ops" if cached else "deterministic_ops"
+def determinism(implementation: str, devices: int) -> str:
+    """Whether a GPU run repeats bit for bit, also after a kill, in words."""
+    if not is_deterministic():
         return (
             "not bit for bit the same when repeated or resumed; to make it so, set "
-            f"XLA_FLAGS=--xla_gpu_{flag}=true"
+            "XLA_FLAGS='--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false'"
         )
-    if implementation.startswith("cudnn") and (cudnn_version or 0) < 92500:
+    if devices > 1 and os.environ.get("NCCL_ALGO") not in ("Ring", "^NVLS"):
         return (
-            "deterministic, but for this, cuDNN before 9.25 may need memory that grows with the "
-            "square of the row: update cuDNN, or use config.attention='blockwise'"
+            "not bit for bit the same when repeated or resumed, because NVSwitch may add up "
+            "gradients in any order; to make it so, set NCCL_ALGO=Ring"
         )
-    return "deterministic: the same bit for bit when repeated or resumed" + (
-        "" if untimed else ", while the cache of compiled programs is kept"
-    )
-
-
-def installed_cudnn() -> int | None:
-    """The version of cuDNN, 92500 for 9.25; None without cuDNN."""
-    try:
-        from jax._src.lib import cuda_versions
-
-        return None if cuda_versions is None else cuda_versions.cudnn_get_version()
-    except (ImportError, RuntimeError):
-        return None
+    same = "the same bit for bit when repeated or resumed"
+    if implementation.startswith("cudnn"):
+        same += (
+            "; for that, cuDNN may need memory that grows with the square of the row, which "
+            "config.attention='blockwise' does not"
+        )
+    return same

@@ -7,9 +7,12 @@ cache off (`off`). If JAX itself was given a folder (JAX_COMPILATION_CACHE_DIR),
 
 import contextlib
 import os
+import re
 import secrets
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +20,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sa_jax.buckets import in_bucket
+from sa_jax.parallel.xla_flags import is_deterministic
 
 VARIABLE = "SA_JAX_COMPILATION_CACHE"
 OFF = "off"
@@ -34,12 +38,16 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
             Path(folder).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             folder, problem = "", f"{folder}: {error.strerror or error}"
-    if backend == "gpu" and jax.process_count() > 1 and not _all_see(folder):
+    if backend == "gpu" and jax.process_count() > 1 and not _all_find_the_same(folder):
         if folder:
-            problem = f"not all processes share {folder}; {VARIABLE} names another one"
+            problem = f"not all processes share {folder}, or not all nodes are alike"
         folder = ""
     if problem:
         logging.warning("no compilation cache: %s", problem)
+    if is_deterministic():
+        # Else XLA would take the kernels that earlier runs found the fastest: they are kept beside
+        # the programs, whatever the flags of those runs were.
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     if not folder:
         jax.config.update("jax_enable_compilation_cache", False)
     elif not given:
@@ -49,18 +57,13 @@ def enable(env: Mapping[str, str] = os.environ) -> None:
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def is_on() -> bool:
-    """Whether this process keeps what it compiles."""
-    names = "jax_enable_compilation_cache", "jax_compilation_cache_dir"
-    return all(jax.config.values[name] for name in names)
-
-
-def _all_see(folder: str) -> bool:
-    """Whether all processes use the same folder ('': none); all must call it.
+def _all_find_the_same(folder: str) -> bool:
+    """Whether all processes find the same programs in the folder ('': none); all must call it.
 
     Only process 0 writes to the cache. XLA's processes divide among them the kernels that they time
     on GPUs, and exchange what they found. So where process 0 alone has a program, and does not
-    compile it, the others would wait for its part for a day.
+    compile it, the others would wait for its part for a day. JAX's key of a program has its folder
+    and its machine in it.
     """
     number = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
     mark, is_first = os.path.join(folder, f"shared-{number:08x}"), jax.process_index() == 0
@@ -69,11 +72,20 @@ def _all_see(folder: str) -> bool:
             Path(mark).touch()
     multihost_utils.sync_global_devices("sa_jax compilation cache")
     sees = in_bucket(folder) or (bool(folder) and os.path.exists(mark))
-    seen = multihost_utils.process_allgather(np.asarray(sees))
+    key = np.uint32(zlib.crc32(f"{folder} {_machine()}".encode()) | 1)
+    seen = multihost_utils.process_allgather(key if sees else np.uint32(0))
     if folder and is_first:
         with contextlib.suppress(OSError):
             os.remove(mark)
-    return bool(np.all(seen))
+    return bool(np.all(seen == key))
+
+
+def _machine() -> tuple[Any, ...]:
+    """What differs between the nodes of a cluster: driver, memory of a GPU, CPU."""
+    device, cpuinfo = jax.local_devices()[0], Path("/proc/cpuinfo")
+    cpus = re.findall("model name.*", cpuinfo.read_text()) if cpuinfo.exists() else []
+    memory = (device.memory_stats() or {}).get("bytes_limit")
+    return device.client.platform_version, memory, *cpus[:1]
 
 
 def cache_folder(env: Mapping[str, str], backend: str) -> Path:

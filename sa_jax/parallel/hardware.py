@@ -38,7 +38,6 @@ class Chip:
 # memory is our share of what CUDA reports in whole GiB, which is less than the data sheet's.
 _V5E, _V5P = ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p")
 _V6E = ("TPU v6 lite", "TPU v6e")
-_A100 = ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB")
 _GPU_GIB = GPU_SHARE * GIB
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1.228e12, 50e9, torus=3, clock_hz=1.05e9),
@@ -48,7 +47,7 @@ CHIPS = (
     Chip(
         "tpu7x", ("TPU7x",), 2307e12, 192 * GIB, 7.38e12, 100e9, devices=2, torus=3, clock_hz=2.2e9
     ),
-    Chip("a100", _A100, 312e12, 79 * _GPU_GIB, 2.039e12, 300e9, 25e9),
+    Chip("a100", ("NVIDIA A100-SXM4-80GB",), 312e12, 79 * _GPU_GIB, 2.039e12, 300e9, 25e9),
     Chip("h100", ("NVIDIA H100 80GB HBM3",), 989e12, 79 * _GPU_GIB, 3.35e12, 450e9, 50e9),
     Chip("h200", ("NVIDIA H200",), 989e12, 139 * _GPU_GIB, 4.8e12, 450e9, 50e9),
     Chip("b200", ("NVIDIA B200",), 2250e12, 178 * _GPU_GIB, 7.7e12, 900e9, 50e9),
@@ -56,8 +55,8 @@ CHIPS = (
 
 
 def memory_bytes(devices: Iterable[jax.Device]) -> float:
-    """The memory of each of these devices, which are alike: that of its chip, or less where JAX may
-    use less; infinite on CPU."""
+    """The memory of each of these devices, which are alike: what JAX may use of it, or, where JAX
+    does not say that, of a chip like it; infinite on CPU."""
     devices = list(devices)
     chip, here = chip_of(devices[0]), jax.process_index()
     known = chip.hbm_bytes / chip.devices if chip else math.inf
@@ -67,7 +66,7 @@ def memory_bytes(devices: Iterable[jax.Device]) -> float:
         stats = {}
     limit = stats.get("bytes_limit")
     # Whole GiB, so that all processes get the same number.
-    return min(known, limit // GIB * GIB) if limit else known
+    return limit // GIB * GIB if limit else known
 
 
 def chip_of(device: jax.Device) -> Chip | None:

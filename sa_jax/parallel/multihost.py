@@ -46,6 +46,11 @@ def joined(
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
+            if "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB" in str(error):
+                raise UserError(
+                    "JAX may use 64 GB of the host's memory per GPU for checkpoints and offloaded "
+                    "arrays; set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to more"
+                ) from error
             # Of a message that is too large, too, the status is RESOURCE_EXHAUSTED.
             if not re.search("RESOURCE_EXHAUSTED(?s:.*)(memory|allocat)", str(error)):
                 raise (missing_kernel(error) or error) from None

@@ -7,6 +7,7 @@ this table, and this table over the variables.
 """
 
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -69,11 +70,14 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
     # The scheduler moves collectives away from the operations that wait for them.
     (_GPUS, "xla_gpu_enable_latency_hiding_scheduler", True, _JAX_GPU),
     (_GPUS, "xla_gpu_triton_gemm_any", True, _JAX_GPU),
+    # The embedding's gradient: without this, XLA of jax 0.10.2 and 0.11.0 makes tokens that repeat,
+    # as those of a chat template do, wait for one another; scatters took up to 2,000 times as long.
+    (_GPUS, "xla_gpu_ftz", True, "https://github.com/jax-ml/jax/issues/38806"),
 )
 
 
 def compiler_options(chip: Chip | None, overrides: str = "") -> Options:
-    """Options for programs that run on a chip (None: on CPU, whose table is empty). `overrides`
+    """Options for programs that run on a chip (None, as for a CPU: there are none). `overrides`
     are options that win over the table, as `parse_options` reads them."""
     name = None if chip is None else chip.name
     table = {option: value for chips, option, value, _ in TABLE if name in chips}
@@ -96,14 +100,26 @@ def parse_options(text: str) -> Options:
     return options
 
 
+def is_deterministic() -> bool:
+    """Whether XLA_FLAGS ask for GPU programs that give the same bits each time.
+
+    XLA then takes the first kernel that it knows for a product, instead of the fastest of several,
+    and sums gradients of the embedding in a fixed order.
+    """
+    flag = r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=true|=1)?(\s|$)"
+    return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None
+
+
 def missing_kernel(error: Exception) -> UserError | None:
-    """What to do if XLA found no kernel for a product on a GPU, else None. It can, where flags
-    forbid those of Triton (xla_gpu_exclude_nondeterministic_ops does)."""
-    if "Failed to get configs for" not in str(error):
+    """What to do if XLA found no kernel for a product on a GPU, else None. With the flags of
+    `is_deterministic`, XLA of jax 0.12 does without Triton's kernels; without a GPU it has no other
+    for what it meant for Triton."""
+    if not re.search("Failed to get configs for|No supported config found", str(error)):
         return None
     return UserError(
-        "XLA has no kernel for a matrix product with these XLA_FLAGS "
-        f"({os.environ.get('XLA_FLAGS', '')!r}); add --xla_gpu_enable_triton_gemm=false to them"
+        "XLA has no kernel for a matrix product with these flags (XLA_FLAGS="
+        f"{os.environ.get('XLA_FLAGS', '')!r}, and config.xla_options); add "
+        "--xla_gpu_enable_triton_gemm=false to XLA_FLAGS"
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import jax
 
+from sa_jax.llama.model import remat_policies
 from sa_jax.parallel.hardware import GIB, Chip
+from sa_jax.parallel.xla_flags import is_deterministic
 from sa_jax.planning.roofline import Workload
 
 # Bytes a trainable parameter that an optimizer's update takes at once, after the backward pass: of
@@ -153,13 +155,18 @@ def estimated_bytes(work: Workload, chip: Chip) -> float:
 
 
 def cudnn_workspace(work: Workload) -> float:
-    """Bytes per device, by arithmetic: dQ in float32, and two float32 numbers per query."""
+    """Bytes per device, by arithmetic: dQ in float32, and two float32 numbers per query; for a
+    deterministic backward pass also the scores' gradients in bfloat16 (NVIDIA/cudnn-frontend#398
+    ends that, but no jax has it up to 0.12)."""
     config, tensor = work.architecture, work.mesh["tensor"]
     queries = work.tokens / work.accumulation / (work.devices / tensor) * config.num_heads / tensor
-    return queries * (config.head_dim + 2) * 4
+    scores = work.sequence_length if is_deterministic() else 0
+    return queries * ((config.head_dim + 2) * 4 + scores * 2)
 
 
-def advice_to_fit(memory: Memory, capacity: float, work: Workload, optimizer: Any) -> str:
+def advice_to_fit(
+    memory: Memory, capacity: float, work: Workload, optimizer: Any, platform: str
+) -> str:
     """What to change when a step does not fit, the most promising first; `optimizer` is that
     section of the run's config."""
     over = (memory.needed - capacity) / GIB
@@ -171,7 +178,9 @@ def advice_to_fit(memory: Memory, capacity: float, work: Workload, optimizer: An
         "config.lora.rank=64 (no optimizer state for the base)": work.full_weights
         and memory.arguments > 0.9 * capacity,
         "config.remat=full": work.remat in ("none", "dots", "minimal"),
-        "config.remat=offload": work.remat == "full" and memory.activations > 0.1 * capacity,
+        "config.remat=offload": work.remat == "full"
+        and memory.activations > 0.1 * capacity
+        and "offload" in remat_policies(platform),
         "config.accumulation (smaller micro-batches)": memory.temporaries > 0.3 * capacity,
         "a larger config.mesh.tensor (shards activations and gathered layers)": (
             work.mesh["tensor"] < work.architecture.num_kv_heads

@@ -5,11 +5,12 @@ import itertools
 from collections.abc import Iterator
 
 from sa_jax.errors import UsageError
+from sa_jax.llama.model import remat_policies
 from sa_jax.planning.memory import RESERVED, estimated_bytes
 from sa_jax.planning.roofline import StepTime, Workload, step_time
 from sa_jax.planning.topology import Topology
 
-REMATS = ("minimal", "full", "offload")  # 'dots' and 'none' keep more than 'minimal', for nothing
+_REMATS = ("minimal", "full", "offload")  # 'dots' and 'none' keep more than 'minimal', for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
         for accumulation in _divisors(work.batch_size):
             if work.batch_size // accumulation % (data * fsdp * work.slices):
                 continue
-            for remat in REMATS:
+            for remat in filter(remat_policies(topology.platform).__contains__, _REMATS):
                 mesh = {"data": data * work.slices, "fsdp": fsdp, "tensor": tensor}
                 yield dataclasses.replace(work, mesh=mesh, accumulation=accumulation, remat=remat)
 

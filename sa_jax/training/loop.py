@@ -31,8 +31,8 @@ from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write, check_types
 from sa_jax.llama.cudnn import check_documents
 from sa_jax.llama.lora import combine
-from sa_jax.llama.self_test import check_attention, determinism, installed_cudnn
-from sa_jax.parallel import compilation_cache, multihost
+from sa_jax.llama.self_test import check_attention, determinism
+from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
@@ -236,8 +236,7 @@ def train(
             check_collectives(mesh, options)
             logging.info("collectives checked in %.0f s", time.monotonic() - begin)
         if jax.default_backend() == "gpu":
-            cached = compilation_cache.is_on()
-            logging.info("this run is %s", determinism(model.attention, installed_cudnn(), cached))
+            logging.info("this run is %s", determinism(model.attention, mesh.size))
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
         compiled_step = begin_compiling(program, mesh, at_once=not trained)
         abstract_state, _, _ = program.arguments

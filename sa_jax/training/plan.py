@@ -233,8 +233,8 @@ def make_plan(
     options = compiler_options(machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
     capacity = per_chip * memory_bytes(mesh.devices.flat)  # infinite on CPU
-    if machine.chip is not None:
-        capacity = min(machine.chip.hbm_bytes, capacity)
+    if machine.chip is not None and mesh.devices.flat[0].platform == "cpu":  # fake devices
+        capacity = machine.chip.hbm_bytes
 
     # Without a compiler for GPUs, fake devices only partition the step.
     is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
@@ -246,7 +246,8 @@ def make_plan(
     memory = step_memory(part, *program.arguments, per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
-    if is_real and work.attention.startswith("cudnn"):
+    only_compiled = is_real and jax.default_backend() != "gpu"  # with a GPU XLA asks cuDNN itself
+    if only_compiled and work.attention.startswith("cudnn"):
         memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
     fits = not needed and memory.needed <= capacity
     return {
@@ -272,7 +273,9 @@ def make_plan(
         "capacity_gib": round(capacity / GIB, 2) if capacity < math.inf else 0.0,
         "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity < math.inf else None,
         "fits": fits,
-        "advice": "" if fits else advice_to_fit(memory, capacity, work, config.optimizer),
+        "advice": ""
+        if fits
+        else advice_to_fit(memory, capacity, work, config.optimizer, machine.platform),
         "flops_per_token": work.flops_per_token(),
         **_times(work, machine, steps),
         "clock": _clock(work, machine, text),

@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import Choice, choose_attention
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.model import Llama, check_mesh, with_small_kernels_merged
+from sa_jax.llama.model import (
+    REMAT_POLICIES,
+    Llama,
+    check_mesh,
+    remat_policies,
+    with_small_kernels_merged,
+)
 from sa_jax.optim.build import make_optimizer
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.parallel.hardware import chip_of
@@ -69,13 +75,19 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
             f"{architecture.max_position_embeddings} tokens"
         )
     check_mesh(architecture, mesh)
+    platform = mesh.devices.flat[0].platform
+    if config.remat in REMAT_POLICIES and config.remat not in remat_policies(platform):
+        raise UsageError(
+            f"config.remat={config.remat!r} gives wrong gradients on GPUs with jax "
+            f"{jax.__version__}: use jax 0.11.1 or later, or config.remat='full'"
+        )
     micro_batch = config.batch_size // config.accumulation
     check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
     model = Llama(
         architecture,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
-        attention=attention_of(config, mesh.devices.flat[0].platform).implementation,
+        attention=attention_of(config, platform).implementation,
         remat=config.remat,
         lora=lora_config(config.lora),
         mesh=mesh,

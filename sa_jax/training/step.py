@@ -100,7 +100,8 @@ def make_train_step(
             return sums, _float32(combine(*gradients))
 
         def accumulate(carry, inputs):
-            return jax.tree.map(jnp.add, carry, sums_and_gradients(*inputs)), None
+            sums, gradients = sums_and_gradients(*inputs)
+            return jax.tree.map(jnp.add, carry, (sums, _apart_from_sum(gradients))), None
 
         if accumulation == 1:
             sums, gradients = sums_and_gradients(batch, rngs[0])
@@ -133,6 +134,23 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return step
+
+
+def _apart_from_sum(gradients: Any) -> Any:
+    """The gradients of a micro-batch, of which XLA may not scatter the embedding's into the sum.
+
+    It would do so, and where devices have copies of the embedding it would then add up theirs only
+    once, after the loop, without what all but the first of them had scattered before the last
+    micro-batch. https://github.com/openxla/xla/issues/49143
+    """
+    flat = flatten_dict(gradients, sep="/")
+    return unflatten_dict(
+        {
+            path: jax.lax.optimization_barrier(leaf) if path == "embed/embedding" else leaf
+            for path, leaf in flat.items()
+        },
+        sep="/",
+    )
 
 
 def _without_clash(metrics: Metrics) -> Metrics:

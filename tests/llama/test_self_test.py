@@ -41,25 +41,29 @@ def test_a_wrong_kernel_stops_the_run_with_both_numbers(monkeypatch):
         check_attention("blockwise", make_mesh(fsdp=4, tensor=2), "float32", 8)
 
 
-UNTIMED, TIMED = "--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops"
+ONE, OTHER = "--xla_gpu_deterministic_ops", "--xla_gpu_exclude_nondeterministic_ops"
 
 
 @pytest.mark.parametrize(
-    ("implementation", "flags", "cudnn", "cached", "words"),
+    ("implementation", "flags", "devices", "algorithm", "words"),
     [
-        ("cudnn", "--xla_dump_to=/x", 92500, True, "^not bit .*=--xla_gpu_exclude_nondeterm"),
-        ("cudnn", UNTIMED + "=false", 92500, False, "^not bit .*=--xla_gpu_deterministic_ops"),
-        ("cudnn", UNTIMED + "=true", 91000, True, "cuDNN before 9.25"),
-        ("cudnn", UNTIMED + "=true", 92500, True, "^deterministic: .* or resumed$"),
-        ("blockwise", UNTIMED, None, False, "^deterministic: .* or resumed$"),
-        ("cudnn", TIMED + "=true", 92500, True, "^deterministic: .* while the cache"),
-        ("cudnn", TIMED + "=true --x=1", 91000, True, "cuDNN before 9.25"),
-        ("cudnn", TIMED + "=true", 92500, False, "^not bit .*=--xla_gpu_deterministic_ops"),
+        ("cudnn", "--xla_dump_to=/x", 1, "", "^not bit .*XLA_FLAGS='--xla_gpu_deterministic_ops"),
+        ("cudnn", f"{ONE}=false", 1, "", "^not bit .*XLA_FLAGS='--xla_gpu_deterministic_ops"),
+        ("cudnn", f"{ONE}=true", 1, "", "^the same .*cuDNN may need memory .* square"),
+        ("blockwise", ONE, 1, "", "^the same bit for bit when repeated or resumed$"),
+        ("blockwise", f"{OTHER}=true --x=1", 1, "", "^the same .* resumed$"),
+        ("blockwise", f"{OTHER}=false", 1, "", "^not bit"),
+        ("blockwise", ONE, 8, "", "^not bit .*set NCCL_ALGO=Ring$"),
+        ("blockwise", ONE, 8, "Ring", "^the same .* resumed$"),
+        ("blockwise", ONE, 8, "^NVLS", "^the same .* resumed$"),
     ],
 )
-def test_what_a_run_says_of_repeating(implementation, flags, cudnn, cached, words, monkeypatch):
+def test_what_a_run_says_of_repeating(
+    implementation, flags, devices, algorithm, words, monkeypatch
+):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert re.search(words, determinism(implementation, cudnn, cached))
+    monkeypatch.setenv("NCCL_ALGO", algorithm)
+    assert re.search(words, determinism(implementation, devices))
 
 
 DECODING = {"heads": 4, "head_dim": 16, "block": 16}

@@ -52,6 +52,20 @@ def test_the_second_run_of_a_shape_compiles_nothing(toy_world, tmp_path):
     assert second["cache_misses"] == 0 and second["cache_hits"] >= first["cache_misses"]
 
 
+def test_what_a_program_depends_on_is_compared():
+    version, memory, cpu = compilation_cache._machine()
+    assert version == jax.local_devices()[0].client.platform_version and memory is None
+    assert cpu.startswith("model name")
+
+
+def test_kernels_that_other_runs_chose_are_not_taken_where_bits_must_repeat(monkeypatch, tmp_path):
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    compilation_cache.enable({"SA_JAX_COMPILATION_CACHE": str(tmp_path)})
+    assert settings["jax_persistent_cache_enable_xla_caches"] == "none"
+
+
 def test_off_is_off(monkeypatch):
     settings = {}
     monkeypatch.setattr(jax.config, "update", settings.__setitem__)
@@ -59,8 +73,15 @@ def test_off_is_off(monkeypatch):
     assert settings == {"jax_enable_compilation_cache": False}
 
 
-@pytest.mark.parametrize("sees", [True, False])
-def test_gpu_nodes_share_the_cache_or_have_none(monkeypatch, tmp_path, sees):
+@pytest.mark.parametrize(
+    ("other", "sees"),
+    [
+        (lambda key: key, True),
+        (lambda key: np.uint32(0), False),  # not the folder
+        (lambda key: key ^ np.uint32(2), False),  # another driver, CPU or memory
+    ],
+)
+def test_gpu_nodes_share_the_cache_or_have_none(monkeypatch, tmp_path, other, sees):
     """With a program in the cache of process 0 alone, the others would wait for it for ever."""
     settings, marks = {}, []
     multihost = compilation_cache.multihost_utils
@@ -70,7 +91,7 @@ def test_gpu_nodes_share_the_cache_or_have_none(monkeypatch, tmp_path, sees):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost, "broadcast_one_to_all", lambda number: number)
     monkeypatch.setattr(multihost, "sync_global_devices", lambda name: marks.extend(found()))
-    monkeypatch.setattr(multihost, "process_allgather", lambda mine: np.array([mine, sees]))
+    monkeypatch.setattr(multihost, "process_allgather", lambda key: np.array([key, other(key)]))
     folder = tmp_path / "gpu"
 
     def found():

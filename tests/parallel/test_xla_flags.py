@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.errors import UsageError
+from sa_jax.errors import UsageError, UserError
+from sa_jax.parallel import multihost
 from sa_jax.parallel.hardware import CHIPS, chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.self_test import lower_collectives_check
@@ -18,7 +19,6 @@ from sa_jax.parallel.xla_flags import (
     WITHOUT_SPARSE_CORES,
     check_options,
     compiler_options,
-    missing_kernel,
     parse_options,
 )
 from sa_jax.planning.topology import open_topology
@@ -96,12 +96,19 @@ def test_cpu_has_none_and_every_line_names_known_chips_and_a_source():
 
 
 def test_a_product_without_a_kernel_names_the_flag_that_helps(monkeypatch):
-    """As XLA of jax 0.12 says it where no GPU is there to ask cuBLAS."""
+    """As XLA of jax 0.12 says it where no GPU is there to ask cuBLAS; a run ends with the line."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
-    error = RuntimeError("INTERNAL: Failed to get configs for: 19 out of 19 instructions. See logs")
-    words = "deterministic_ops=true'.; add --xla_gpu_enable_triton_gemm=false"
-    assert re.search(words, str(missing_kernel(error)))
-    assert missing_kernel(RuntimeError("INTERNAL: another error")) is None
+    several = "INTERNAL: Failed to get configs for: 19 out of 19 instructions. See logs"
+    one = "NOT_FOUND: No supported config found for HLO: %gemm_fusion_dot.34"
+    words = "deterministic_ops=true', and config.xla_options.; add --xla_gpu_enable_triton_gemm=fa"
+    for text in (several, one):
+        with pytest.raises(UserError, match=words), multihost.joined():
+            raise jax.errors.JaxRuntimeError(text)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"), multihost.joined():
+        raise jax.errors.JaxRuntimeError("INTERNAL: another error")
+    limit = "Please set the environment variable XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to allocate"
+    with pytest.raises(UserError, match="64 GB of the host's memory"), multihost.joined():
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: out of host memory. {limit}")
 
 
 def test_a_persons_own_options_win_over_the_table():

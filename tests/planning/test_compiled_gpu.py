@@ -4,7 +4,6 @@ memory and collectives, and what decoding reads of its cache."""
 import importlib.metadata
 import math
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,12 @@ import numpy as np
 import pytest
 
 from sa_jax.config_files import load_config
-from sa_jax.llama.model import Llama
+from sa_jax.errors import UsageError
+from sa_jax.llama.model import Llama, remat_policies
 from sa_jax.llama.sampler import Sampler, SamplingSettings
 from sa_jax.llama.sampling import noise_arguments
 from sa_jax.llama.self_test import lower_attention_check
+from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import abstract
 from sa_jax.planning.hlo import parse_module
@@ -23,6 +24,7 @@ from sa_jax.planning.topology import open_topology
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.start import abstract_params
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
+from tests.planning.small_step import assert_nothing_is_lost, small_config, small_step
 
 PLUGIN = "jax-cuda12-plugin"
 pytest.importorskip("jax_cuda12_plugin", reason="needs the extra plan-gpu")
@@ -149,9 +151,28 @@ def test_decoding_reads_the_cache_once_a_step_and_moves_none_of_it():
         ("cudnn", "b200:1", {}),
     ],
 )
-def test_the_self_test_of_attention_compiles_in_its_time(implementation, topology, axes):
+def test_the_self_test_of_attention_compiles(implementation, topology, axes):
     mesh = make_mesh(**axes, devices=open_topology(topology).devices)
-    begin = time.monotonic()
     text = lower_attention_check(implementation, mesh, "bfloat16", 128).compile().as_text()
-    assert time.monotonic() - begin < 20  # the whole test's; a GPU runs the program in milliseconds
     assert ("fmhaScaleBiasSoftmaxBackward" in text) == (implementation == "cudnn")
+
+
+@pytest.mark.parametrize("name", ["a100", "h100", "h200", "b200"])
+def test_a_gpu_that_is_compiled_for_is_a_known_chip(name):
+    assert chip_of(open_topology(f"{name}:1").devices[0]).name == name
+
+
+def test_micro_batches_lose_nothing_where_devices_have_copies():
+    assert_nothing_is_lost("h100:4")
+
+
+def test_what_is_offloaded_is_read_in_the_order_of_the_backward_pass():
+    """Layer i's input, which XLA before jax 0.11.1 takes from layer n - 1 - i."""
+    config = small_config(remat="offload")
+    if "offload" not in remat_policies("gpu"):
+        with pytest.raises(UsageError, match="wrong gradients on GPUs .*0.11.1 or later"):
+            small_step(config, "h100:4")
+        return
+    steps = re.findall(r'"byte_stride":"(-?)(\d+)"', small_step(config, "h100:4"))
+    layer = 2 * 2 * 256 * 512  # bytes of a layer's input: rows, tokens, features in bfloat16
+    assert {sign for sign, stride in steps if int(stride) == layer} == {"", "-"}

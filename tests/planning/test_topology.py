@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.parallel.hardware import CHIPS, chip_of
+from sa_jax.parallel.hardware import CHIPS, GIB, chip_of
 from sa_jax.planning.topology import known_shapes, open_topology, parse_topology
 
 
@@ -106,13 +106,19 @@ class Device:
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H100 PCIe", None),  # slower than the h100 of a topology
         ("NVIDIA H200 NVL", None),
-        ("NVIDIA A100-SXM4-40GB", "a100"),
+        ("NVIDIA A100-SXM4-40GB", None),
         ("cpu", None),
     ],
 )
 def test_a_device_is_known_by_its_kind(kind, name):
     chip = chip_of(Device(kind))
     assert (chip and chip.name) == name
+
+
+def test_gpus_have_the_memory_that_commands_take_of_them():
+    """0.92 of what CUDA reports: 79.1, 139.8 and 178.4 GiB."""
+    for name, gib in (("a100", 72.68), ("h100", 72.68), ("h200", 127.88), ("b200", 163.76)):
+        assert parse_topology(f"{name}:8").chip.hbm_bytes / GIB == pytest.approx(gib)
 
 
 def test_every_tpu_has_known_shapes_of_its_own_dimensions():

@@ -17,6 +17,7 @@ from sa_jax.planning.collectives import read_collectives
 from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
+from tests.planning.small_step import assert_nothing_is_lost
 
 MESHES = {"1": (1, 1, 1), "8": (2, 2, 2)}
 
@@ -52,3 +53,8 @@ def test_the_step_for_tpus_is_that_of_the_golden_file(tmp_path, slices):
     plan = compiled_plan(tmp_path / "plan.json", "toy.py:pretrain", f"{name}:2x2x1", *flags)
     version = importlib.metadata.version("libtpu")
     assert_is_golden(f"compiled_toy_{name}", "libtpu", version, plan_content(plan, digits=4))
+
+
+def test_micro_batches_lose_nothing_where_chips_have_copies():
+    pytest.importorskip("libtpu", reason="needs the extra tpu")
+    assert_nothing_is_lost("v5p:2x2x1")

@@ -182,10 +182,11 @@ def test_what_does_not_fit_names_what_to_change():
     assert nearest.bytes > machine.chip.hbm_bytes
     memory = Memory(0, nearest.bytes, 0, 0, 0, 0, 0, 0, 0, 0, "estimated")
     optimizer = default_config().optimizer
-    advice = advice_to_fit(memory, machine.chip.hbm_bytes, described, optimizer)
+    advice = advice_to_fit(memory, machine.chip.hbm_bytes, described, optimizer, "tpu")
     assert "more chips; config.optimizer.mu_dtype=bfloat16" in advice
     optimizer.mu_dtype = "bfloat16"  # it is so already
-    assert "mu_dtype" not in advice_to_fit(memory, machine.chip.hbm_bytes, described, optimizer)
+    advice = advice_to_fit(memory, machine.chip.hbm_bytes, described, optimizer, "tpu")
+    assert "mu_dtype" not in advice
 
 
 @pytest.mark.parametrize(
