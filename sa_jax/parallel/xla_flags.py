@@ -29,7 +29,7 @@ _OURS = "measured here by compiling"
 _JAX_GPU = "JAX documentation, GPU performance tips"
 
 _TPUS = ("v4", "v5e", "v5p", "v6e", "tpu7x")
-_GPUS = ("a100", "h100", "h200", "b200")
+_GPUS = ("gpu",)  # all of them
 
 # What lets SparseCores gather weights and sum gradients, and the options that turn it off.
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload"
@@ -76,10 +76,11 @@ TABLE: tuple[tuple[tuple[str, ...], str, bool | int, str], ...] = (
 )
 
 
-def compiler_options(chip: Chip | None, overrides: str = "") -> Options:
-    """Options for programs that run on a chip (None, as for a CPU: there are none). `overrides`
-    are options that win over the table, as `parse_options` reads them."""
-    name = None if chip is None else chip.name
+def compiler_options(platform: str, chip: Chip | None, overrides: str = "") -> Options:
+    """Options for programs that run on a chip of a platform ('cpu', 'gpu' or 'tpu'; only of a TPU
+    the chip must be known). `overrides` are options that win over the table, as `parse_options`
+    reads them."""
+    name = chip.name if platform == "tpu" and chip is not None else platform
     table = {option: value for chips, option, value, _ in TABLE if name in chips}
     return table | parse_options(overrides)
 

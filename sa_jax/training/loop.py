@@ -225,7 +225,8 @@ def train(
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
-        options = compiler_options(chip_of(mesh.devices.flat[0]), config.xla_options)
+        device = mesh.devices.flat[0]
+        options = compiler_options(device.platform, chip_of(device), config.xla_options)
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
         logging.info("attention: %s (%s)", *attention_choice)
         if jax.default_backend() != "cpu" and config.self_test:

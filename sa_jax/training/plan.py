@@ -127,7 +127,8 @@ def plan_topology(
 def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
     """Advice that avoids a known crash of libtpu 0.0.42; '' if the config already follows it."""
     option = "xla_jf_bf16_propagation"
-    if compiler_options(topology.chip, config.xla_options).get(option) is not False:
+    options = compiler_options(topology.platform, topology.chip, config.xla_options)
+    if options.get(option) is not False:
         return ""
     return f", or --config.xla_options={option}=true, which takes more memory"
 
@@ -230,7 +231,7 @@ def make_plan(
     work = workload(config, architecture, mesh.shape, machine.platform)
     steps = config.steps or math.ceil(tokens / work.tokens)
     program = make_program(config, model, steps)
-    options = compiler_options(machine.chip, config.xla_options)
+    options = compiler_options(machine.platform, machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
     capacity = per_chip * memory_bytes(mesh.devices.flat)  # infinite on CPU
     if machine.chip is not None and mesh.devices.flat[0].platform == "cpu":  # fake devices

@@ -123,7 +123,7 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, dtype in BATCH_DTYPES.items()
     }
-    chip = chip_of(mesh.devices.flat[0])
+    device = mesh.devices.flat[0]
     loss = LOSSES[config.loss or DEFAULT_LOSS]
     train_step = make_train_step(
         model,
@@ -138,7 +138,8 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         train_step,
         donate_argnums=0,
         out_shardings=(placed, NamedSharding(mesh, P())),
-        compiler_options=compiler_options(chip, config.xla_options) or None,
+        compiler_options=compiler_options(device.platform, chip_of(device), config.xla_options)
+        or None,
     )
     arguments = with_shardings(state, placed), abstract(mesh, frozen), batch
     return Program(tx, arguments, placed, step)

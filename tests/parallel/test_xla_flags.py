@@ -27,6 +27,14 @@ BY_NAME = {chip.name: chip for chip in CHIPS}
 TPUS = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2", "tpu7x": "2x2x1"}
 
 
+def options_of(device):
+    return compiler_options(device.platform, chip_of(device))
+
+
+def options_of_tpu(name):
+    return compiler_options("tpu", BY_NAME[name])
+
+
 def compile_product(devices, options):
     mesh = Mesh(np.array(devices), ("x",))
     x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=NamedSharding(mesh, P("x")))
@@ -37,8 +45,8 @@ def compile_product(devices, options):
 def test_libtpu_accepts_the_options_of_a_generation(chip):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     devices = open_topology(f"{chip}:{TPUS[chip]}").devices
-    options = compiler_options(chip_of(devices[0]))
-    assert options == compiler_options(BY_NAME[chip]) != {}
+    options = options_of(devices[0])
+    assert options == options_of_tpu(chip) != {}
     compile_product(devices, options)
 
 
@@ -54,7 +62,7 @@ def test_libtpu_accepts_the_options_of_a_generation(chip):
 def test_sparse_cores_gather_weights_and_sum_gradients_in_parts(topology, sizes):
     pytest.importorskip("libtpu", reason="needs the extra tpu")
     mesh = make_mesh(**sizes, devices=open_topology(topology).devices)
-    table = compiler_options(chip_of(mesh.devices.flat[0]))
+    table = options_of(mesh.devices.flat[0])
 
     def compiled(options):
         return lower_collectives_check(mesh, options).compile().as_text()
@@ -74,25 +82,26 @@ def test_libtpu_refuses_what_it_does_not_know():
         compile_product(devices, {"xla_tpu_no_such_thing": True})
 
 
-@pytest.mark.parametrize("chip", ["h100", "h200", "b200"])
-def test_xla_knows_the_options_of_gpus(chip):
-    # They are fields of the options that every backend parses; only a GPU's acts on them.
-    compile_product(jax.devices(), compiler_options(BY_NAME[chip]))
+def test_xla_knows_the_options_of_gpus():
+    """Also of those that are no topology. Every backend parses the fields; only a GPU's acts."""
+    options = compiler_options("gpu", None)
+    assert options == compiler_options("gpu", BY_NAME["h100"]) and options["xla_gpu_ftz"]
+    compile_product(jax.devices(), options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_thing"):
         compile_product(jax.devices(), {"xla_gpu_no_such_thing": True})
 
 
 def test_cpu_has_none_and_every_line_names_known_chips_and_a_source():
-    assert compiler_options(chip_of(jax.devices()[0])) == {}
-    known = {chip.name for chip in CHIPS}
+    assert options_of(jax.devices()[0]) == {}
+    known = {"gpu", *TPUS}
     for chips, option, value, source in TABLE:
         assert set(chips) <= known and option.startswith("xla_") and source
         assert isinstance(value, bool | int)
-    assert all(compiler_options(chip) for chip in CHIPS)
+    assert all(map(options_of_tpu, TPUS))
     # With it off libtpu 0.0.42 crashes on 8B for v4:2x2x4.
     option = "xla_jf_bf16_propagation"
-    assert option not in compiler_options(BY_NAME["v4"])
-    assert compiler_options(BY_NAME["v5p"])[option] is False
+    assert option not in options_of_tpu("v4")
+    assert options_of_tpu("v5p")[option] is False
 
 
 def test_a_product_without_a_kernel_names_the_flag_that_helps(monkeypatch):
@@ -112,13 +121,13 @@ def test_a_product_without_a_kernel_names_the_flag_that_helps(monkeypatch):
 
 
 def test_a_persons_own_options_win_over_the_table():
-    table = compiler_options(BY_NAME["v5p"])
+    table = options_of_tpu("v5p")
     own = "--xla_jf_bf16_propagation=true xla_dump_to=a,b=c"
-    assert compiler_options(BY_NAME["v5p"], own) == table | {
+    assert compiler_options("tpu", BY_NAME["v5p"], own) == table | {
         "xla_jf_bf16_propagation": True,
         "xla_dump_to": "a,b=c",
     }
-    assert compiler_options(None, own).keys() == {"xla_jf_bf16_propagation", "xla_dump_to"}
+    assert compiler_options("cpu", None, own).keys() == {"xla_jf_bf16_propagation", "xla_dump_to"}
 
 
 def test_libtpu_reads_a_persons_values():
