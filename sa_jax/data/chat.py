@@ -79,7 +79,6 @@ PLAIN_TEMPLATE = """\
 
 _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-_GENERAL_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers 4 and 5
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 # What a folder's template may take for a conversation; a real one takes milliseconds. Texts of a
@@ -346,9 +345,13 @@ def load_chat_format(
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
     none."""
+    from transformers import PreTrainedTokenizerFast
+
     try:
         folder = local_copy(path)
-        tokenizer = _tokenizer_class(folder).from_pretrained(str(folder), trust_remote_code=False)
+        # Not AutoTokenizer: the class that it takes for Llama 2 or GPT-2 replaces a part of what
+        # tokenizer.json says (https://github.com/huggingface/transformers/issues/47700).
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise UserError(
             f"cannot read a tokenizer from {path} (it needs tokenizer.json): {first_line(error)}"
@@ -361,18 +364,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
-
-
-def _tokenizer_class(path: str | Path) -> Any:
-    """The class that reads the tokenizer. If a folder names the general class, as Llama 3's do, it
-    is that one: AutoTokenizer, which knows all others, imports torch if it is installed."""
-    import transformers
-
-    file = Path(path, "tokenizer_config.json")
-    config = parse_json(file.read_bytes()) if file.is_file() else {}
-    if isinstance(config, dict) and config.get("tokenizer_class") in _GENERAL_CLASSES:
-        return transformers.PreTrainedTokenizerFast
-    return transformers.AutoTokenizer
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:

@@ -71,6 +71,11 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
         raise UserError(f"lm_eval's task {name!r} cannot be loaded: {first_line(error)}") from error
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
     chat = kinds == {"generate_until"}
+    if "generate_until" in kinds and not chat:
+        raise UsageError(
+            f"lm_eval's group {name!r} has tasks that generate, which go through the chat "
+            "template, and others, which do not: name its tasks one by one"
+        )
     for task in tasks.values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

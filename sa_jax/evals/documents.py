@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sa_jax.buckets import as_path
 from sa_jax.data.sources import read_jsonl
@@ -55,7 +56,14 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
         if missing:
             place = f"{data_dir}/{file}:{number}" if data_dir else f"{hub[0]} row {number}"
             raise UserError(f"{place}: field {missing[0]!r} is missing")
-    return rows, digest([{field: row[field] for field in fields} for row in rows])
+    return rows, digest([{field: _without_nulls(row[field]) for field in fields} for row in rows])
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow, in which the hub keeps the rows, gives each object of a column the same keys."""
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def spread(rows: Sequence, limit: int) -> list:

@@ -1,6 +1,7 @@
 """IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval.
 
-These are the settings that Meta publishes for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
+So does Meta for Llama 3.1, and publishes the mean of the four scores (sources: see
+`sa_jax.evals.mmlu`).
 """
 
 import random

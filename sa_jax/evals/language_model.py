@@ -253,6 +253,10 @@ def language_model(
     return SamplerLM()
 
 
+# As lm_eval.models.utils reads them; the first is its own name.
+_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
 def _score_key(query: Query, dtype: str) -> str:
     return digest(["score", dtype, query.context, query.continuations])
 
@@ -264,7 +268,7 @@ def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Sampli
         if kwargs.get(name) not in (None, 0, 1, -1):
             raise UserError(f"the task asks for {name}={kwargs[name]}, which our sampler lacks")
     return SamplingSettings(
-        int(kwargs.get("max_gen_toks") or DEFAULT_NEW_TOKENS),
+        int(next((kwargs[name] for name in _LIMITS if kwargs.get(name)), DEFAULT_NEW_TOKENS)),
         temperature,
         float(kwargs.get("top_p") or 1.0) if temperature else 1.0,
         stop_token_ids=stop_token_ids,

@@ -1,6 +1,7 @@
 """MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval.
 
-These are the settings that Meta publishes for Llama 3.1 (sources: see `sa_jax.evals.mmlu`).
+Meta gives Llama 3.1 5,120 tokens, and has a model judge answers (sources: see
+`sa_jax.evals.mmlu`).
 """
 
 import threading

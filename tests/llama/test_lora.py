@@ -200,6 +200,8 @@ def test_adapters_that_are_refused(tmp_path):
     plain = json.loads(file.read_text())
     for change, message in (
         ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"alora_invocation_tokens": [7]}, "alora_invocation_tokens=.7. is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' changes the base model"),
         ({"target_modules": "all-linear"}, "must be a list of some of q_proj, k_proj"),
         ({"r": None}, "r: must be a whole number"),
         ({"r": 0}, "r=0 must be a whole number above 0"),
@@ -210,6 +212,9 @@ def test_adapters_that_are_refused(tmp_path):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=message):
             load_peft(tmp_path / "a", CONFIG)
+    for start in (True, False, None, "gaussian", "orthogonal"):  # of adapters alone
+        file.write_text(json.dumps(plain | {"init_lora_weights": start}))
+        load_peft(tmp_path / "a", CONFIG)
     with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "a"):
         pass
 
