@@ -282,25 +282,25 @@ def test_plain_prompts_are_prefixes_on_real_conversations(shared_data, real_conv
 @pytest.mark.parametrize("kind", ["LlamaTokenizer", "GPT2Tokenizer", "PreTrainedTokenizerFast"])
 def test_a_tokenizer_is_what_its_file_says(shared_data, tmp_path, kind):
     """The classes of transformers 5 for Llama 2 and GPT-2 replace its pre-tokenizer."""
+    config = {"tokenizer_class": kind, "eos_token": "<|endoftext|>"}
     if kind == "LlamaTokenizer":
-        folder = shared_data / "stories260k" / "hf"
+        shutil.copy(shared_data / "stories260k" / "hf" / "tokenizer.json", tmp_path)
+        config["eos_token"] = "</s>"
     else:
-        folder = tmp_path
         pieces = [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         bpe = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(pieces)
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>"])
         bpe.train_from_iterator(["in 2023 and 2023, at 2023"] * 50, trainer)
-        bpe.save(str(folder / "tokenizer.json"))
-        config = {"tokenizer_class": kind, "eos_token": "<|endoftext|>"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = chat.load_tokenizer(folder)
-    theirs = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    for text in ("Once upon a time", "in 2023 and 20", " a  b\n", "é <s>"):
+        bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = chat.load_tokenizer(tmp_path)
+    theirs = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    for text in ("Once upon a time", "in 2023 and 20", " a  b\n", "é <s>", "<s>User: hi</s>"):
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours(text, add_special_tokens=False).input_ids == expected
-    assert ours.eos_token is not None
+    assert ours.eos_token == config["eos_token"]
 
 
 def test_llama2_template_on_a_sentencepiece_tokenizer(shared_data):
