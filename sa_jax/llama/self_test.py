@@ -23,7 +23,8 @@ from sa_jax.parallel.rules import BATCH_SPEC
 from sa_jax.parallel.xla_flags import is_deterministic
 from sa_jax.text import first_line
 
-LENGTH = 512  # every kernel takes it
+# Tokens of the row that is tested, which every kernel takes. Tiles have up to 1,024 (splash).
+LENGTHS = {"cpu": 512, "gpu": 512, "tpu": 3072}
 # Of the largest number: four times bfloat16's epsilon, in which some matrix units multiply float32
 # too. A token that sees another document is far beyond it.
 TOLERANCE = 0.03
@@ -32,8 +33,8 @@ TOLERANCE = 0.03
 def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) -> dict[str, float]:
     """Compares attention, forward and backward, with `masked_attention` in float32.
 
-    Each device has one row, with padding and documents of 1, 200 and 290 tokens; four query heads
-    share a key/value head. The other arguments are those of the model.
+    Each device has one row, with padding, a document of one token, and two that cross the tiles of
+    the kernel; four query heads share a key/value head. The other arguments are those of the model.
 
     Returns:
       The largest differences of "output" and of the gradients of "queries", "keys" and "values",
@@ -63,8 +64,10 @@ def lower_attention_check(implementation: str, mesh: Mesh, dtype: Any, head_dim:
     """The program of `check_attention`: takes nothing, returns `_worst` of the output and of each
     gradient."""
     rows, groups = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    ids_s = np.repeat(np.arange(4, dtype=np.int32), [LENGTH - 491, 1, 200, 290])
-    index_s = np.arange(LENGTH)
+    length = LENGTHS[mesh.devices.flat[0].platform]
+    short = 2 * length // 5
+    ids_s = np.repeat(np.arange(4, dtype=np.int32), [20, 1, short, length - 21 - short])
+    index_s = np.arange(length)
     mask_st = (ids_s[:, None] == ids_s) & (index_s[:, None] >= index_s)
 
     def both():
@@ -72,12 +75,12 @@ def lower_attention_check(implementation: str, mesh: Mesh, dtype: Any, head_dim:
         placed = NamedSharding(mesh, P(BATCH_SPEC[0], None, "tensor", None))
         *qkv, g = (
             jax.lax.with_sharding_constraint(
-                jax.random.normal(each, (rows, LENGTH, heads, head_dim), dtype), placed
+                jax.random.normal(each, (rows, length, heads, head_dim), dtype), placed
             )
             for each, heads in zip(keys, (4 * groups, groups, groups, 4 * groups), strict=True)
         )
-        ids_bs = jnp.broadcast_to(ids_s, (rows, LENGTH))
-        mask_bst = jnp.broadcast_to(mask_st, (rows, LENGTH, LENGTH))
+        ids_bs = jnp.broadcast_to(ids_s, (rows, length))
+        mask_bst = jnp.broadcast_to(mask_st, (rows, length, length))
 
         def ours(q, k, v):
             return attention(q, k, v, ids_bs, implementation=implementation, mesh=mesh)

@@ -24,7 +24,6 @@ _RUNTIMES = {  # https://docs.cloud.google.com/tpu/docs/runtimes
     "v5e": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
-    "tpu7x": "v2-alpha-tpu7-ubuntu2404",
 }
 _STOPPED = (75, 130, 143)  # after a checkpoint; by a signal before there was anything to save
 _TRIES = 10  # connections to a host that is up, without a new line of its log
@@ -70,10 +69,12 @@ rm -f launch.status
 printf %s {command} >launch.command
 export JAX_COORDINATOR_ADDRESS={coordinator}
 cd sa_jax
-setsid nohup flock ../launch.lock bash -c {job} >../launch.log 2>&1 </dev/null &
+setsid nohup bash -c {job} >../launch.log 2>&1 </dev/null &
 echo $! >../launch.pid"""
 _OTHER = "runs another command"
-_JOB = ". .venv/bin/activate; ({command}); echo $? >../launch.status"
+# A host that is shut down sends SIGTERM to all: bash waits for what the command then saves.
+_JOB = """exec 9>../launch.lock; flock 9; trap : TERM
+. .venv/bin/activate; ({command}); echo $? >../launch.status"""
 _FOLLOW = """tail -s 0.2 -n +1 -f --pid="$(cat launch.pid)" launch.log | cat -n
 echo "launch_tpu: ended with $(cat launch.status || echo 137)\""""
 
@@ -96,6 +97,11 @@ class Slice:
             raise UsageError(f"--topology={self.topology} is no TPU; for GPUs see launch/")
         if machine.slices > 1:
             raise UsageError(f"--topology={self.topology}: for several slices use launch/gke.yaml")
+        if machine.chip.name not in _RUNTIMES:
+            raise UsageError(
+                f"--topology={self.topology}: Google Cloud starts {machine.chip.name} in GKE only; "
+                "use launch/gke.yaml"
+            )
         try:
             more = shlex.split(self.create_flags)
         except ValueError as error:

@@ -20,6 +20,7 @@ from sa_jax.llama.self_test import (
     decoding_takes_kernel,
     determinism,
 )
+from sa_jax.llama.splash import block_sizes
 from sa_jax.parallel.mesh import make_mesh
 from tests.llama.sampling_toys import CONFIG
 
@@ -32,6 +33,14 @@ def test_a_right_kernel_passes_on_a_mesh():
     errors = check_attention("blockwise", make_mesh(fsdp=4, tensor=2), "bfloat16", 8)
     assert errors.keys() == {"output", "queries", "keys", "values"}
     assert 0 < max(errors.values()) < 0.01
+
+
+@pytest.mark.parametrize("kind", ["TPU v4", "TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_documents_of_the_self_test_cross_tiles(kind):
+    length = self_test.LENGTHS["tpu"]
+    tile = block_sizes(kind, length).block_q
+    assert tile == block_sizes(kind, 4096).block_q and 3 * tile <= length  # as in training
+    assert (21 + 2 * length // 5) % tile  # where the two long ones meet
 
 
 def test_a_wrong_kernel_stops_the_run_with_both_numbers(monkeypatch):

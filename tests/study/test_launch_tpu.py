@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -204,6 +206,21 @@ def test_a_command_that_runs_already_is_followed_and_no_other_one_started(world)
     assert len(world.runs) == 2
 
 
+def test_what_a_host_saves_while_it_is_shut_down_is_waited_for(tmp_path):
+    (tmp_path / "sa_jax/.venv/bin").mkdir(parents=True)
+    (tmp_path / "sa_jax/.venv/bin/activate").touch()
+    saves = "trap 'sleep 0.5; echo saved; exit 75' TERM; touch ../on; while :; do sleep 0.02; done"
+    (tmp_path / "sa_jax/job.sh").write_text(saves)
+    start = Slice("pod", "z", "v6e:4x4", "bash job.sh").start("10.0.0.1")[-1]
+    subprocess.run(["bash", "-c", start.removeprefix("--command=")], cwd=tmp_path, check=True)
+    while not (tmp_path / "on").exists():
+        time.sleep(0.02)
+    os.killpg(int((tmp_path / "launch.pid").read_text()), signal.SIGTERM)
+    follow = ["bash", "-c", launch_tpu._FOLLOW]
+    done = subprocess.run(follow, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "launch_tpu: ended with 75" and "saved" in done.stdout
+
+
 @pytest.mark.parametrize(("delete", "kept"), [("done", True), ("always", False)])
 def test_restarts_end(world, delete, kept):
     world.statuses("75", "75")
@@ -269,6 +286,11 @@ def test_changes_that_would_not_reach_the_hosts_are_refused(world):
     (world.folder / "project/job.sh").write_text("true")
     with pytest.raises(UserError, match="not committed .*job.sh"):
         launch(JOB_OF_TWO, **FAST)
+
+
+def test_a_tpu_that_has_no_tpu_vms_is_refused():
+    with pytest.raises(UsageError, match="Google Cloud starts tpu7x in GKE only; .*gke.yaml"):
+        launch(Slice("pod", "z", "tpu7x:2x2x1", "true"), **{**FAST, "dry_run": True})
 
 
 def test_gpus_are_refused():
