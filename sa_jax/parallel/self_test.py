@@ -1,4 +1,5 @@
-"""Checks collectives on the current devices, because a wrong sum trains without an error."""
+"""Checks collectives and the embedding on the current devices, because a wrong sum trains without
+an error."""
 
 import math
 
@@ -51,6 +52,62 @@ def lower_collectives_check(mesh: Mesh, options: Options) -> jax.stages.Lowered:
     replicated = NamedSharding(mesh, P())
     step = jax.jit(compare, out_shardings=replicated, compiler_options=options or None)
     return step.lower(**_arguments(mesh))
+
+
+def check_embedding(mesh: Mesh, options: Options, vocabulary: int, features: int) -> None:
+    """Looks up tokens of all shards of an embedding, and adds up its gradient over two
+    micro-batches, compiled with the options of the training step. UserError if a number is not
+    exact."""
+    lookups, gradients = lower_embedding_check(mesh, options, vocabulary, features).compile()()
+    if lookups or gradients:
+        raise UserError(
+            f"these devices ({mesh.devices.flat[0].device_kind}, jax {jax.__version__}) look up "
+            f"{int(lookups):,} numbers of the embedding wrongly, and {int(gradients):,} of its "
+            "gradient are wrong; use --config.mesh.tensor=1 or another jax, or "
+            "--config.self_test=False to train without this check"
+        )
+
+
+def lower_embedding_check(
+    mesh: Mesh, options: Options, vocabulary: int, features: int
+) -> jax.stages.Lowered:
+    """The program of `check_embedding`. It returns how many looked-up numbers and how many of the
+    gradient are wrong (int32 [] each)."""
+    rows, length = 2 * mesh.shape["data"] * mesh.shape["fsdp"], 128
+    known = min(rows * length, vocabulary)  # tokens that appear, at equal distances
+    spec = P("tensor", "fsdp")  # as `rules` places it
+
+    def numbers(tokens):
+        return ((tokens[..., None] + jnp.arange(features)) % 3 - 1).astype(jnp.float32)
+
+    def compare():
+        embedding_vd = _placed(numbers(jnp.arange(vocabulary)), mesh, spec)
+        index_mbs = jnp.arange(2 * rows * length).reshape(2, rows, length)
+        tokens_mbs = index_mbs % known * (vocabulary // known)
+
+        def add(total_vd, tokens_bs):
+            tokens_bs = _placed(tokens_bs, mesh, BATCH_SPEC)
+            found_bsd, back = jax.vjp(lambda table: _lookup(table, tokens_bs), embedding_vd)
+            right_bsd = numbers(tokens_bs)
+            (gradient_vd,) = back(right_bsd)
+            # As in `training.step`, which says why.
+            total_vd += jax.lax.optimization_barrier(gradient_vd)
+            return _placed(total_vd, mesh, spec), jnp.sum(found_bsd != right_bsd, dtype=jnp.int32)
+
+        total_vd, lookups = jax.lax.scan(add, jnp.zeros_like(embedding_vd), tokens_mbs)
+        place_v, is_known_v = jnp.divmod(jnp.arange(vocabulary), vocabulary // known)
+        is_known_v = (is_known_v == 0) & (place_v < known)
+        times_v = index_mbs.size // known + (place_v < index_mbs.size % known)
+        right_vd = numbers(jnp.arange(vocabulary)) * (is_known_v * times_v)[:, None]
+        wrong_vd = total_vd != _placed(right_vd, mesh, spec)
+        return jnp.sum(lookups), jnp.sum(wrong_vd, dtype=jnp.int32)
+
+    replicated = NamedSharding(mesh, P())
+    return jax.jit(compare, out_shardings=replicated, compiler_options=options or None).lower()
+
+
+def _lookup(embedding_vd: jax.Array, tokens_bs: jax.Array) -> jax.Array:
+    return jnp.take(embedding_vd, tokens_bs, axis=0)
 
 
 def _placed(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:

@@ -37,7 +37,7 @@ from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.rules import BATCH_SPEC, path_string
-from sa_jax.parallel.self_test import check_collectives
+from sa_jax.parallel.self_test import check_collectives, check_embedding
 from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
@@ -235,7 +235,10 @@ def train(
             logging.info("attention checked in %.0f s: %s", time.monotonic() - begin, errors)
             begin = time.monotonic()
             check_collectives(mesh, options)
-            logging.info("collectives checked in %.0f s", time.monotonic() - begin)
+            check_embedding(mesh, options, start.config.vocab_size, start.config.hidden_size)
+            logging.info(
+                "collectives and the embedding checked in %.0f s", time.monotonic() - begin
+            )
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, mesh.size))
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left

@@ -1,4 +1,4 @@
-"""The check of collectives passes on any mesh, and sees each way in which they may be wrong."""
+"""The checks of collectives and of the embedding pass on any mesh, and see what may be wrong."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from sa_jax.errors import UserError
 from sa_jax.parallel import self_test
 from sa_jax.parallel.mesh import make_mesh
-from sa_jax.parallel.self_test import check_collectives
+from sa_jax.parallel.self_test import check_collectives, check_embedding
 
 MESHES = ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 3, "tensor": 2}, {"fsdp": 6})
 
@@ -64,3 +64,33 @@ def test_no_gradient_is_too_large_for_bfloat16(monkeypatch):
         jnp.einsum("bxd,bxn->bdn", *(z.reshape(64, -1, 256) for z in (x_bd, g_bn))), 0
     )
     assert 80 < jnp.max(jnp.abs(partial)) <= 256
+
+
+@pytest.mark.parametrize("vocabulary", [96, 6144, 12_000])  # fewer, as many and more than tokens
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_right_embedding_passes_on_any_mesh(sizes, vocabulary):
+    check_embedding(mesh_of(sizes), {}, vocabulary, 48)
+
+
+def wraps(table, tokens):
+    """The last shard's tokens are those of the first."""
+    return jnp.take(table, tokens % (len(table) // 2), axis=0)
+
+
+def adds_elsewhere(table, tokens):
+    """What is looked up is right, and its gradient also goes to the next token."""
+    others = jnp.take(table - jax.lax.stop_gradient(table), tokens + 1, axis=0, mode="wrap")
+    return jnp.take(table, tokens, axis=0) + others
+
+
+@pytest.mark.parametrize(
+    ("lookup", "words"),
+    [
+        (wraps, "look up [1-9][0-9,]* numbers .* wrongly, and [1-9]"),
+        (adds_elsewhere, "look up 0 numbers .* and [1-9][0-9,]* of its gradient are wrong"),
+    ],
+)
+def test_a_wrong_embedding_stops_the_run(lookup, words, monkeypatch):
+    monkeypatch.setattr(self_test, "_lookup", lookup)
+    with pytest.raises(UserError, match=words + ".*; use --config.mesh.tensor=1 or another jax"):
+        check_embedding(make_mesh(fsdp=4, tensor=2), {}, 512, 48)
