@@ -89,6 +89,8 @@ def steps(width: str, smoke: bool, remat: str = "minimal") -> Steps:
     from sa_jax.llama.self_test import check_attention
     from sa_jax.parallel.hardware import chip_of
     from sa_jax.parallel.mesh import make_mesh
+    from sa_jax.parallel.self_test import check_collectives, check_embedding
+    from sa_jax.parallel.xla_flags import compiler_options
     from sa_jax.planning.memory import step_memory
     from sa_jax.training.plan import plan_architecture, workload
     from sa_jax.training.program import make_model, make_program
@@ -102,8 +104,11 @@ def steps(width: str, smoke: bool, remat: str = "minimal") -> Steps:
     mesh = make_mesh(devices=jax.devices()[:1])
     device = mesh.devices.flat[0]
     model = make_model(config, architecture, mesh)
+    options = compiler_options(device.platform, chip_of(device))
     begin = time.perf_counter()
     check_attention(model.attention, mesh, model.dtype, architecture.head_dim)
+    check_collectives(mesh, options)
+    check_embedding(mesh, options, architecture.vocab_size, architecture.hidden_size)
     self_test = time.perf_counter() - begin
     program = make_program(config, model, 10)
     compiled = program.step.lower(*program.arguments).compile()

@@ -337,7 +337,7 @@ def load_chat_format(
         if tokenizer.eos_token_id is None:
             raise UserError(
                 f"the tokenizer in {tokenizer_path} has no eos_token, which ends a turn of the "
-                "plain format"
+                "plain format; name it in tokenizer_config.json"
             )
     return ChatFormat(template, tokenizer, text, None, tuple(stops))
 
@@ -349,12 +349,13 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
     try:
         folder = local_copy(path)
-        # Not AutoTokenizer: the class that it takes for Llama 2 or GPT-2 replaces a part of what
+        # Not AutoTokenizer: the class that it takes for Llama 2 replaces a part of what
         # tokenizer.json says (https://github.com/huggingface/transformers/issues/47700).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds for a bad folder
         raise UserError(
-            f"cannot read a tokenizer from {path} (it needs tokenizer.json): {first_line(error)}"
+            f"cannot read a tokenizer from {path} (it needs tokenizer.json, which save_pretrained "
+            f"of transformers' AutoTokenizer writes): {first_line(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(

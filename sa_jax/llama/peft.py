@@ -114,11 +114,11 @@ def _read_config(folder: Folder) -> LoraConfig:
         if (peft.get(field) or plain) != plain:
             raise UserError(f"{name}: {field}={peft[field]!r} is not supported (only {plain!r})")
     start = peft.get("init_lora_weights", True)
-    if start not in (True, False, None, "gaussian", "orthogonal"):
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
         raise UserError(
             f"{name}: init_lora_weights={start!r} changes the base model too, which is not "
-            "supported; convert the adapter with PEFT's "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            "supported (of pissa, corda and olora PEFT makes plain adapters: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     targets = peft.get("target_modules")
     if not isinstance(targets, list) or not all(target in [*_PROJECTIONS] for target in targets):

@@ -186,7 +186,7 @@ def determinism(implementation: str, devices: int) -> str:
             "not bit for bit the same when repeated or resumed; to make it so, set "
             "XLA_FLAGS='--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false'"
         )
-    if devices > 1 and os.environ.get("NCCL_ALGO") not in ("Ring", "^NVLS"):
+    if devices > 1 and os.environ.get("NCCL_ALGO", "").lower() != "ring":
         return (
             "not bit for bit the same when repeated or resumed, because NVSwitch may add up "
             "gradients in any order; to make it so, set NCCL_ALGO=Ring"

@@ -52,8 +52,10 @@ def joined(
                     "arrays; set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB to more"
                 ) from error
             # Of a message that is too large, too, the status is RESOURCE_EXHAUSTED.
+            if known := missing_kernel(error):
+                raise known from error
             if not re.search("RESOURCE_EXHAUSTED(?s:.*)(memory|allocat)", str(error)):
-                raise (missing_kernel(error) or error) from None
+                raise
             raise UserError(
                 f"a device has not enough memory: {first_line(error).rstrip('.')}; training needs "
                 "less with config.remat='full', a larger config.accumulation or config.mesh.fsdp, "

@@ -43,6 +43,7 @@ from sa_jax.training.config import changed, check_config
 from sa_jax.training.program import (
     Program,
     attention_of,
+    check_remat,
     make_model,
     make_program,
 )
@@ -226,6 +227,7 @@ def make_plan(
       where no TPU executable was read), run, soap (a row a parameter, where that is the optimizer),
       disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a search), compile_s.
     """
+    check_remat(config.remat, machine.platform)
     mesh = make_mesh(**config.mesh, devices=machine.devices)
     model = make_model(config, architecture, mesh)
     work = workload(config, architecture, mesh.shape, machine.platform)
@@ -351,8 +353,10 @@ def _compile(program: Program) -> tuple[Any, float]:
         return lowered.compile(), 0.0
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
+        if known := missing_kernel(error):
+            raise known from error
         if needed is None:
-            raise (missing_kernel(error) or error) from None
+            raise
         return None, needed
 
 

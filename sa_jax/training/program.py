@@ -67,6 +67,15 @@ def attention_of(config: ConfigDict, platform: str) -> Choice:
     return choose_attention(config.attention, platform, sequence_length=length, dtype=config.dtype)
 
 
+def check_remat(remat: str, platform: str) -> None:
+    """UsageError for a policy that is wrong on this platform."""
+    if remat in REMAT_POLICIES and remat not in remat_policies(platform):
+        raise UsageError(
+            f"config.remat={remat!r} gives wrong gradients on GPUs with jax {jax.__version__}: "
+            "use jax 0.11.1 or later, or config.remat='full'"
+        )
+
+
 def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Llama:
     """The model of a config on a mesh; UsageError for settings that cannot work."""
     if config.sequence_length > architecture.max_position_embeddings:
@@ -76,11 +85,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
         )
     check_mesh(architecture, mesh)
     platform = mesh.devices.flat[0].platform
-    if config.remat in REMAT_POLICIES and config.remat not in remat_policies(platform):
-        raise UsageError(
-            f"config.remat={config.remat!r} gives wrong gradients on GPUs with jax "
-            f"{jax.__version__}: use jax 0.11.1 or later, or config.remat='full'"
-        )
+    check_remat(config.remat, platform)
     micro_batch = config.batch_size // config.accumulation
     check_divisible(mesh, ("data", "fsdp"), micro_batch, "rows of a micro-batch")
     model = Llama(

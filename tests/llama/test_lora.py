@@ -212,7 +212,7 @@ def test_adapters_that_are_refused(tmp_path):
         file.write_text(json.dumps(plain | change))
         with pytest.raises(UserError, match=message):
             load_peft(tmp_path / "a", CONFIG)
-    for start in (True, False, None, "gaussian", "orthogonal"):  # of adapters alone
+    for start in (True, False, None, "gaussian", "orthogonal", "eva"):  # of adapters alone
         file.write_text(json.dumps(plain | {"init_lora_weights": start}))
         load_peft(tmp_path / "a", CONFIG)
     with pytest.raises(UserError, match="not empty"), new_folder(tmp_path / "a"):

@@ -77,6 +77,29 @@ def wraps(table, tokens):
     return jnp.take(table, tokens % (len(table) // 2), axis=0)
 
 
+def zeros_at_the_end(table, tokens):
+    found = jnp.take(table, tokens, axis=0)
+    return jnp.where((tokens < 3 * len(table) // 4)[..., None], found, 0)
+
+
+def zeros_in_two_rows(table, tokens):
+    """The first rows find nothing in the last shard."""
+    first = jnp.arange(len(tokens))[:, None, None] < 2
+    return jnp.where(first, zeros_at_the_end(table, tokens), jnp.take(table, tokens, axis=0))
+
+
+@jax.custom_vjp
+def overwrites(table, tokens):
+    """Of a token that appears twice, the gradient is that of one place."""
+    return jnp.take(table, tokens, axis=0)
+
+
+overwrites.defvjp(
+    lambda table, tokens: (overwrites(table, tokens), (table, tokens)),
+    lambda kept, back: (jnp.zeros_like(kept[0]).at[kept[1]].set(back), None),
+)
+
+
 def adds_elsewhere(table, tokens):
     """What is looked up is right, and its gradient also goes to the next token."""
     others = jnp.take(table - jax.lax.stop_gradient(table), tokens + 1, axis=0, mode="wrap")
@@ -87,10 +110,14 @@ def adds_elsewhere(table, tokens):
     ("lookup", "words"),
     [
         (wraps, "look up [1-9][0-9,]* numbers .* wrongly, and [1-9]"),
+        (zeros_at_the_end, "look up [1-9][0-9,]* numbers .* wrongly, and [1-9]"),
+        (zeros_in_two_rows, "look up [1-9][0-9,]* numbers .* wrongly, and [1-9]"),
         (adds_elsewhere, "look up 0 numbers .* and [1-9][0-9,]* of its gradient are wrong"),
+        (overwrites, "look up 0 numbers .* and [1-9][0-9,]* of its gradient are wrong"),
     ],
 )
-def test_a_wrong_embedding_stops_the_run(lookup, words, monkeypatch):
+@pytest.mark.parametrize("vocabulary", [512, 1020, 12_000])
+def test_a_wrong_embedding_stops_the_run(lookup, words, vocabulary, monkeypatch):
     monkeypatch.setattr(self_test, "_lookup", lookup)
-    with pytest.raises(UserError, match=words + ".*; use --config.mesh.tensor=1 or another jax"):
-        check_embedding(make_mesh(fsdp=4, tensor=2), {}, 512, 48)
+    with pytest.raises(UserError, match=words + ".*; use --config.mesh.tensor=1, another jax"):
+        check_embedding(make_mesh(fsdp=2, tensor=4), {}, vocabulary, 48)

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from sa_jax.config_files import load_config
 from sa_jax.errors import UsageError
+from sa_jax.llama.model import remat_policies
 from sa_jax.parallel.hardware import CHIPS, GIB
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.planning import topology
@@ -93,6 +94,11 @@ def test_without_jaxs_cuda_plugin_gpus_are_planned_by_arithmetic_and_the_extra_i
     for module in (training_plan, topology):
         monkeypatch.setattr(module, "has_cuda_plugin", lambda: False)
     found = plan(toy, "h200:8")
+    offload = toy.copy_and_resolve_references()
+    offload.remat = "offload"
+    if "offload" not in remat_policies("gpu"):
+        with pytest.raises(UsageError, match="offload' gives wrong gradients on GPUs"):
+            plan(offload, "h200:8")
     assert found["memory_gib_per_chip"]["source"] == "estimated"
     assert "partitioned for a CPU mesh of 8" in found["collectives"]["source"]
     assert found["collectives"]["kinds"]["all-gather"]["count"] >= 3 * 2 * CONFIG.num_layers
