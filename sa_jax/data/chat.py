@@ -357,10 +357,6 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
             f"cannot read a tokenizer from {path} (it needs tokenizer.json, which save_pretrained "
             f"of transformers' AutoTokenizer writes): {first_line(error)}"
         ) from error
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer in {path} has no tokenizer.json; convert it to a fast tokenizer first"
-        )
     # A tokenizer.json may carry the settings of its last call; packing counts long rows itself.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()

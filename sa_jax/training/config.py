@@ -75,7 +75,7 @@ def default_config() -> ConfigDict:
     config.dtype = "bfloat16"  # dtype of the computation
     config.param_dtype = "float32"
     config.attention = "auto"  # or 'blockwise', 'cudnn' (GPU), 'splash' (TPU), ... (BUILD.md)
-    config.self_test = True  # on accelerators, check attention and collectives at start
+    config.self_test = True  # on accelerators, check kernels and sums at start
     config.remat = "full"  # or 'none', 'offload', 'dots', 'minimal'
     # Sizes of the axes in a slice, and the number of slices (of TPUs, or groups of nodes), each of
     # which holds all weights.
