@@ -1,16 +1,12 @@
 """Products with block-diagonal bases, and those bases by QR iterations; batched over matrices."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-Precision = jax.lax.Precision | jax.lax.DotAlgorithmPreset
-
 _HIGHEST = jax.lax.Precision.HIGHEST
-# Half the work of HIGHEST on a TPU, to about 1e-5 (on a CPU it is float32). Precision.HIGH is the
-# same on a TPU, but TF32 on a GPU, which would leave bases orthogonal to 1e-3 only.
-THREE_PASSES = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3
 
 # XLA unrolls its QR over column panels: compiling n = 2048 takes a minute for TPU. Above this size
 # the loop over panels is ours, and compiled once.
@@ -26,11 +22,14 @@ def einsum(
     x: jax.Array,
     y: jax.Array,
     dtype: Any,
-    precision: Precision = _HIGHEST,
+    in_three: bool = False,
 ) -> jax.Array:
-    """Operands rounded to `dtype`, accumulation in float32; `precision` is that of float32 ones."""
+    """Operands rounded to `dtype`, accumulation in float32; float32 ones by `three_passes` if
+    `in_three`."""
     if dtype == jnp.float32:
-        return jnp.einsum(subscripts, x, y, precision=precision)
+        if in_three:
+            return three_passes(subscripts, x, y)
+        return jnp.einsum(subscripts, x, y, precision=_HIGHEST)
     kind = jnp.finfo(dtype)
 
     def rounded(x: jax.Array) -> jax.Array:
@@ -52,7 +51,7 @@ def rotate(
     q_rows: jax.Array | None,
     q_cols: jax.Array | None,
     dtype: Any,
-    precision: Precision = _HIGHEST,
+    in_three: bool = False,
 ) -> jax.Array:
     """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows].
 
@@ -63,12 +62,12 @@ def rotate(
     if q_rows is not None:
         blocks, block = q_rows.shape[1:3]
         x = x.reshape(n, blocks, block, cols)
-        x = einsum("nkrc,nkrs->nksc", x, q_rows, dtype, precision).reshape(n, rows, cols)
+        x = einsum("nkrc,nkrs->nksc", x, q_rows, dtype, in_three).reshape(n, rows, cols)
     if q_cols is None:
         return x.mT
     blocks = q_cols.shape[1]
     parts = [
-        einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype, precision)
+        einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype, in_three)
         for k, part in enumerate(jnp.split(x, blocks, 2))
     ]
     return jnp.concatenate(parts, 1)
@@ -119,15 +118,28 @@ def refreshed_bases(
         return jnp.take_along_axis(sorted_q.mT, jnp.argsort(order, axis=1), axis=1).mT
 
     new = jax.lax.fori_loop(0, iterations, iterate, q)
-    overlaps = _three_passes("bij,bik->bjk", new, new)
+    overlaps = three_passes("bij,bik->bjk", new, new)
     good = jnp.max(jnp.abs(overlaps - eye), axis=(1, 2)) < _ORTHOGONALITY  # False for NaN
     # What is expressed in a spoilt basis could not be expressed in another.
     good &= jnp.all(jnp.isfinite(q) & jnp.isfinite(gg), axis=(1, 2))
     return jnp.where(good[:, None, None], new, q), good
 
 
-def _three_passes(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, precision=THREE_PASSES)
+def three_passes(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """An einsum to about 1e-5 on a TPU, in half the passes of HIGHEST; in float32 elsewhere.
+
+    HIGH is not for GPUs: there it is TF32, which leaves bases orthogonal to 1e-3 only. Nor is
+    `jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3` for either: in a program for several devices, XLA
+    (Shardy's import) forgets the algorithm of a product of two plain matrices, and a TPU then
+    rounds its operands to bfloat16.
+    """
+    product = functools.partial(jnp.einsum, subscripts)
+    return jax.lax.platform_dependent(
+        x,
+        y,
+        tpu=functools.partial(product, precision=jax.lax.Precision.HIGH),
+        default=functools.partial(product, precision=_HIGHEST),
+    )
 
 
 def orthonormal(y: jax.Array) -> jax.Array:
@@ -177,7 +189,7 @@ def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
         # Reflections past the last row (and those of the padding) have tau = 0: they do nothing.
         v = jnp.roll(v, start, axis=1)
         vt = jnp.matmul(v, _triangular_factor(v, tau), precision=_HIGHEST)
-        return both - _three_passes("bip,bjp->bij", _three_passes("bij,bjp->bip", both, vt), v)
+        return both - three_passes("bip,bjp->bij", three_passes("bij,bjp->bip", both, vt), v)
 
     return jax.lax.fori_loop(0, (n + extra) // panel, reflect, both)[:, -n:]
 

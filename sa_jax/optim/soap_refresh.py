@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.optim.soap_layout import StackPlan
-from sa_jax.optim.soap_linalg import THREE_PASSES, refreshed_bases, rotate
+from sa_jax.optim.soap_linalg import refreshed_bases, rotate, three_passes
 from sa_jax.optim.soap_state import Stack
 
 # What reaches the losses of an eigendecomposition (with less, columns of small eigenvalues are
@@ -103,10 +103,9 @@ def _refresh_part(
         new, good = _new_bases(factors, old, iterations, lift)
         # From coordinates in the old basis to those in the new one.
         rows, cols = [
-            jnp.einsum("nkij,nkil->nkjl", a, b, precision=THREE_PASSES)
-            for a, b in zip(old, new, strict=True)
+            three_passes("nkij,nkil->nkjl", a, b) for a, b in zip(old, new, strict=True)
         ] + [None] * (2 - len(new))
-        mu = rotate(read(stack.mu_ncr), cols, rows, jnp.float32, THREE_PASSES).mT
+        mu = rotate(read(stack.mu_ncr), cols, rows, jnp.float32, in_three=True).mT
         stack = dataclasses.replace(
             stack,
             mu_ncr=write(stack.mu_ncr, mu),
