@@ -133,8 +133,10 @@ class Projection(nn.Module):
             kernel += self.get_variable("params", KERNEL_CHANGE)
         y = x @ kernel
         if self.use_bias:
-            zeros = nn.initializers.zeros
-            y += self.param("bias", zeros, (self.features,), self.param_dtype).astype(self.dtype)
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            # Cast after it is spread over the rows: its gradient, a sum over them, is then summed
+            # in float32. In bfloat16 it was 1 to 4 % off.
+            y += jnp.broadcast_to(bias.astype(jnp.float32), y.shape).astype(self.dtype)
         # The path in a stack of layers, also for layers apart.
         path = "/".join(("layers", *self.path[-2:]))
         if self.lora is None or not re.search(self.lora.targets, path):

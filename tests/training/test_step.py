@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import jax
@@ -152,3 +153,27 @@ def test_bfloat16_parameters_keep_float32_moments():
     after, metrics = step(state, {}, packed_batch())
     assert {leaf.dtype for leaf in jax.tree.leaves(after.params)} == {jnp.dtype("bfloat16")}
     np.testing.assert_allclose(metrics["loss"], run(steps=1)[1]["loss"], rtol=5e-3)
+
+
+def test_a_frequent_token_s_gradient_is_summed_in_float32_also_for_bfloat16_parameters():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params())
+    batch = packed_batch(rows=64)
+    batch["tokens"][:] = 7
+    model = Llama(CONFIG, dtype=jnp.bfloat16)
+    squares = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state = init_state(jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), params), TX)
+        _, metrics = jax.jit(train_step(model))(state, {}, batch)
+        squares.append(metrics["grad_square_sums"])
+    np.testing.assert_allclose(squares[0], squares[1], rtol=2e-2)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_nothing_is_summed_in_bfloat16(family):
+    """Products apart, which accumulate in float32."""
+    config = dataclasses.replace(CONFIG, family=family)
+    model = Llama(config, dtype=jnp.bfloat16)
+    state = jax.eval_shape(lambda: init_state(random_params(config), TX))
+    batch = jax.eval_shape(packed_batch)
+    with jax._src.config.allow_f16_reductions(False):
+        jax.jit(train_step(model)).trace(state, {}, batch)
