@@ -253,8 +253,9 @@ class Sampler:
         tokens_bs = np.zeros((self._prefill_batch, length), np.int32)
         lengths_b = np.ones(self._prefill_batch, np.int32)
         ids_b = np.zeros(self._prefill_batch, np.uint32)
-        # Rows of padding go to a slot past the end, which the write drops.
-        slots_b = np.full(self._prefill_batch, self.batch_size, np.int32)
+        # Rows of padding go to slots past the end, which the write drops; each to its own, so that
+        # no two are equal.
+        slots_b = np.arange(self._prefill_batch, dtype=np.int32) + self.batch_size
         for i, row in enumerate(taken):
             tokens_bs[i, : len(row.prompt)] = row.prompt
             lengths_b[i], ids_b[i], slots_b[i] = len(row.prompt), row.prompt_id, free[i]
@@ -327,7 +328,8 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, pro
     """Runs right-padded prompts and writes their keys and values into the cache's slots.
 
     It writes padding too: this is after the prompt, and decoding overwrites each place before a
-    query can see it.
+    query can see it. `slots_b` are unique, and XLA must know: for equal ones its deterministic
+    programs for GPUs sort every number that is written (--xla_gpu_deterministic_ops).
     """
     batch, length = tokens_bs.shape
     positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
@@ -338,9 +340,10 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, pro
         run, method = model.clone(attention=attention[length]), "prefill"
     hidden_bsd, new = run.apply(variables, tokens_bs, positions_bs, new, method=method)
     blocks, block = new.v.shape[1], new.v.shape[3]
+    unique = {"mode": "drop", "unique_indices": True}
     cache = KVCache(
-        cache.k.at[:, :blocks, slots_b, :, :, :block].set(new.k, mode="drop"),
-        cache.v.at[:, :blocks, slots_b, :block].set(new.v, mode="drop"),
+        cache.k.at[:, :blocks, slots_b, :, :, :block].set(new.k, **unique),
+        cache.v.at[:, :blocks, slots_b, :block].set(new.v, **unique),
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")

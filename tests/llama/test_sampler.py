@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sa_jax.llama.hf import load_hf
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, with_small_kernels_merged
 from sa_jax.llama.sampler import Sampler, SamplingSettings
+from sa_jax.llama.sampling import noise_arguments
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
 from tests.llama.sampling_toys import (
@@ -265,6 +267,28 @@ def test_decoding_updates_the_cache_in_place(model, params):
     cache_bytes = sum(leaf.nbytes for leaf in cache)
     assert memory.alias_size_in_bytes == cache_bytes
     assert memory.temp_size_in_bytes < cache_bytes / 4
+
+
+def test_every_write_of_a_prefill_is_to_a_place_of_its_own(model, params, monkeypatch):
+    """And XLA is told: else GPUs with --xla_gpu_deterministic_ops sort every number of it."""
+    sampler = Sampler(model, one_device_mesh(), batch_size=4, context_length=CONTEXT)
+    cache, four = sampler._init_cache(), np.zeros(4, np.int32)
+    noise = noise_arguments(SAMPLED)
+    text = sampler._prefill.lower(
+        params, cache, np.zeros((4, 16), np.int32), four, four, four, **noise
+    ).as_text()
+    writes = re.findall(r'"stablehlo.scatter".*', text)
+    assert len(writes) == 4 and all("unique_indices = true" in write for write in writes)
+    prefill, slots = sampler._prefill, []
+
+    def spy(params, cache, tokens_bs, lengths_b, slots_b, *rest, **noise):
+        slots.append(slots_b.tolist())
+        return prefill(params, cache, tokens_bs, lengths_b, slots_b, *rest, **noise)
+
+    monkeypatch.setattr(sampler, "_prefill", spy)
+    sampler.generate(params, *SHORT, SAMPLED)
+    assert any(max(each) >= 4 for each in slots)  # rows of padding
+    assert all(len({*each}) == 4 for each in slots)
 
 
 def test_greedy_equals_transformers_generate(sampler, params):

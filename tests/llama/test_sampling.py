@@ -1,11 +1,12 @@
 """The sampling distribution, on logits alone."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
-from sa_jax.llama.sampling import mask_outside_nucleus, sample_tokens
+from sa_jax.llama.sampling import gumbel_noise, mask_outside_nucleus, sample_tokens
 
 
 def draw(logits, n, **options):
@@ -29,6 +30,21 @@ def test_frequencies_follow_the_tempered_distribution(temperature):
     tokens = draw(LOGITS, 20_000, temperature=temperature)
     expected = softmax(LOGITS / temperature) * len(tokens)
     assert stats.chisquare(np.bincount(tokens, minlength=6), expected).pvalue > 1e-3
+
+
+def test_noise_is_gumbel_s_up_to_its_ends():
+    bits = np.array([0, 1, 77, 2**16, 2**31, 2**32 - 2**9, 2**32 - 77, 2**32 - 1], np.uint32)
+    rest = np.minimum((2.0**32 - 0.5 - bits) * 2.0**-32, 1 - 2.0**-24)
+    exact = -np.log(-np.log1p(-rest))
+    assert exact[-1] > 22.8  # jax.random.gumbel ends at 15.9
+    np.testing.assert_allclose(gumbel_noise(jnp.asarray(bits)), exact, rtol=1e-4)
+
+
+def test_noise_is_jax_s_where_23_bits_suffice():
+    key = jax.random.key(0)
+    noise = gumbel_noise(jax.random.bits(key, (10_000,), jnp.uint32))
+    theirs = jax.random.gumbel(key, (10_000,))
+    np.testing.assert_allclose(noise[theirs < 5], theirs[theirs < 5], atol=1e-3)
 
 
 def test_frequencies_over_positions_and_seeds():
