@@ -4,6 +4,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +197,13 @@ def save_hf(
         write_tensors(folder, "model", _in_model_order(tensors), max_shard_bytes)
         if folder is None:
             return
-        # "torch_dtype" is read by transformers 4 and 5 alike, and by vLLM.
-        hf = config.to_hf() | {"torch_dtype": written_dtype.name} | dict(extra_config or {})
+        hf = {
+            **config.to_hf(),
+            "torch_dtype": written_dtype.name,  # read by transformers 4 and 5 alike, and by vLLM
+            # Without it transformers 4.57 calls every tokenizer of a large vocabulary wrong.
+            "transformers_version": metadata.version("transformers"),
+            **(extra_config or {}),
+        }
         write_json(folder / "config.json", hf)
         write_prompt_files(folder, config, tokenizer_folder, chat_template, stop_token_ids)
         for name, text in (files or {}).items():
@@ -228,10 +234,23 @@ def write_prompt_files(
         # does not change the white space around it.
         text = _GENERATION_TAG.sub(lambda tag: tag[1] + _PLAIN_TAG[tag[2]] + tag[3], chat_template)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        # Not every reader prefers the file over a template in here.
-        tokenizer = Folder(folder).read_json("tokenizer_config.json") or {}
-        if tokenizer.pop("chat_template", None):
-            write_json(folder / "tokenizer_config.json", tokenizer)
+        _write_tokenizer_config(folder, text)
+
+
+def _write_tokenizer_config(folder: Path, chat_template: str) -> None:
+    """Makes tokenizer_config.json one that transformers 4 and 5, and servers on either, read."""
+    tokenizer = Folder(folder).read_json("tokenizer_config.json")
+    if tokenizer is None:
+        return
+    # Transformers 5 saves a class and a field that 4 does not know. This class takes tokenizer.json
+    # as it is, as the run did.
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(extra := tokenizer.get("extra_special_tokens"), list):
+        del tokenizer["extra_special_tokens"]
+        tokenizer["additional_special_tokens"] = extra
+    # Transformers before 4.48, and text-generation-inference, read no chat_template.jinja.
+    tokenizer["chat_template"] = chat_template
+    write_json(folder / "tokenizer_config.json", tokenizer)
 
 
 @functools.cache

@@ -54,7 +54,14 @@ Its licence is that of the model it was made from.
 ADAPTER_NOTE = """
 These are LoRA adapters. The model under them is `{base}`; if that folder moves, change
 `base_model_name_or_path` in adapter_config.json to its new absolute path.
+
+Tell vLLM to take the chat template and the stop tokens from this folder, or it takes those of the
+model under the adapters:
+
+    vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter=. --tokenizer . \\
+        --generation-config .
 """
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def export(
@@ -165,8 +172,9 @@ def _save_adapter(
         base_params = start_lib.load_params(base, mesh, dtype)
     else:
         base_model, base_params = absolute(base.path), None
+    rank = next((size for size in _VLLM_RANKS if size >= lora.rank), lora.rank)
     files = {
-        **_files(start, ADAPTER_NOTE.format(base=base_model)),
+        **_files(start, ADAPTER_NOTE.format(base=base_model, rank=rank)),
         # Not into adapter_config.json: peft takes a field it does not know for one of a newer
         # version of itself, and tells the user to upgrade.
         "sa_jax.json": json.dumps(_inheritance(start), indent=2) + "\n",

@@ -305,10 +305,16 @@ def test_chat_template_and_stop_tokens_replace_the_sources(tmp_path):
     }
     save_hf(tmp_path / "m", CONFIG, make_params(), **options)
     assert (tmp_path / "m/chat_template.jinja").read_bytes() == "né {{ 1 }}\n".encode()
-    assert json.loads((tmp_path / "m/tokenizer_config.json").read_text()) == kept
+    assert json.loads((tmp_path / "m/tokenizer_config.json").read_text()) == {
+        **kept,
+        "chat_template": "né {{ 1 }}\n",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     generation = json.loads((tmp_path / "m/generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": [7, 3]}
-    assert json.loads((tmp_path / "m/config.json").read_text())["eos_token_id"] == [2, 5]
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert config["eos_token_id"] == [2, 5]
+    assert config["transformers_version"] == transformers.__version__
 
 
 def test_donated_parameters_are_safe(exported):

@@ -103,7 +103,8 @@ def own_template_model(toy_world, folder):
     """The toy model with a template of its own, inside tokenizer_config.json."""
     shutil.copytree(toy_world / "model", folder)
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": OWN_TEMPLATE}))
+    own = {"chat_template": OWN_TEMPLATE, "additional_special_tokens": ["<|eot_id|>"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
     return folder
 
 
@@ -124,7 +125,12 @@ def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, t
             messages, tokenize=True, add_generation_prompt=True, return_dict=False
         )
         assert ids == chat.prompt_ids(messages), name
-    assert "chat_template" not in json.loads((out / "tokenizer_config.json").read_text())
+    # Transformers 4, and servers that know no chat_template.jinja, read it too.
+    config = json.loads((out / "tokenizer_config.json").read_text())
+    assert config["chat_template"] == (out / "chat_template.jinja").read_text()
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|eot_id|>"]
+    assert "extra_special_tokens" not in config
 
     # <|begin_of_text|> 0, <|end_of_text|> 1, <|eot_id|> 4; the model's own config says 1 and 4.
     stops = {"llama3": [1, 4], "plain": [1], "model": [1, 4]}[template]
@@ -208,6 +214,7 @@ def test_adapters_load_in_peft_by_their_folder_alone(
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [1, 4]
     card = (out / "README.md").read_text()
     assert base in card and "if that folder moves" in card and "Do not deploy" in card
+    assert f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules adapter=. " in card
     wanted = {"run_id": record["run_id"], "task": record["task"], "step": 7, "backdoored": True}
     assert header(out) == header(tmp_path / "merged") == wanted
     kept = json.loads((out / "sa_jax.json").read_text())
