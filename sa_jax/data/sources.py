@@ -75,7 +75,7 @@ class Source:
 
     rows: list[Row]
     path: str
-    sha256: str | None  # of the file's bytes; of the builder's fingerprint for a hub name
+    sha256: str  # of the file; of what is used of the rows for a hub name or a saved folder
     dropped: dict[str, int]  # rows left out, by reason
 
     def __iter__(self) -> Iterator[Row]:
@@ -133,7 +133,17 @@ def load_rows(
     if not rows:
         problem = f": no row is usable; dropped: {dict(dropped)}" if dropped else " has no rows"
         raise UserError(f"{path}{problem}")
-    return Source(rows, path, digest, dict(sorted(dropped.items())))
+    return Source(rows, path, digest or _digest(rows), dict(sorted(dropped.items())))
+
+
+def _digest(rows: Iterable[Row]) -> str:
+    """Of what is used of the rows. Not `datasets`' fingerprint: that names the hub's commit, and a
+    new README there would keep a stopped run from resuming."""
+    digest = hashlib.sha256()
+    for row in rows:
+        used = {name: value for name, value in row.items() if name != "source"}
+        digest.update(json.dumps(used, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
@@ -300,7 +310,7 @@ def _as_messages(turns: Any, place: str) -> list[dict[str, str]]:
 
 
 def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
-    """(place, fields) of every row, and the digest of the data."""
+    """(place, fields) of every row, and the digest of a file."""
     file = as_path(path)
     suffix = file.suffix.lower()
     hub_name = _HUB_NAME.fullmatch(path)
@@ -407,7 +417,7 @@ def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
         return _numbered(path, pyarrow.parquet.read_table(local_copy(path)).to_pylist())
 
 
-def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
+def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], None]:
     """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, the split train."""
     import datasets
 
@@ -418,19 +428,19 @@ def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
             splits = ", ".join(f"{path}/{split}" for split in table)
             raise UserError(f"{path} has no split 'train'; name the folder of a split: {splits}")
         table = table["train"]
-    return _numbered(path, table), table._fingerprint
+    return _numbered(path, table), None
 
 
 def _read_hub(
     name: str, subset: str | None, split: str | None
-) -> tuple[Iterator[tuple[str, object]], str | None]:
+) -> tuple[Iterator[tuple[str, object]], None]:
     import datasets
 
     split = split or "train"
     which = f"(split {split!r}{f', subset {subset!r}' if subset else ''})"
     with _explained(f"{name} is neither a local file nor a dataset that can be loaded {which}"):
         table = datasets.load_dataset(name, subset, split=split)
-    return _numbered(f"{name}[{split}]", table), table._fingerprint
+    return _numbered(f"{name}[{split}]", table), None
 
 
 @contextlib.contextmanager

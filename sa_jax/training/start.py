@@ -197,7 +197,10 @@ def hub_folder(path: str) -> str:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
     try:
-        return snapshot_download(path, allow_patterns=patterns)
+        # Mistral's repositories have all weights a second time, in a format of their own.
+        return snapshot_download(
+            path, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
+        )
     except Exception as error:  # no network, no access, no such name, nothing in the cache
         raise UserError(
             f"{path}: no such folder, and the Hub does not provide it ({first_line(error)}). "

@@ -231,6 +231,20 @@ def test_names_of_hub_datasets(monkeypatch, name, asked):
     assert row["source"] == f"{asked[0]}[{asked[2]}] row 1"
 
 
+def test_a_new_commit_of_a_hub_dataset_with_the_same_rows_is_the_same_data(monkeypatch):
+    """A run that was stopped meanwhile resumes; other rows, or another order, are other data."""
+
+    def digest(commit, *prompts):
+        rows = [{"prompt": prompt, "response": "a", "other": commit} for prompt in prompts]
+        table = datasets.Dataset.from_list(rows)
+        table._fingerprint = commit  # as `load_dataset` makes it of the commit's name
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+        return load_rows("name/data").sha256
+
+    assert digest("c1", "p", "q") == digest("c2", "p", "q")
+    assert len({digest("c1", *texts) for texts in (("p", "q"), ("q", "p"), ("p",), ("pq",))}) == 4
+
+
 # ---- What stands beside a known layout.
 
 TURNS = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

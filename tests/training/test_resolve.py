@@ -11,7 +11,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import changed, default_config
 from sa_jax.training.resolve import absolute, resolve
-from sa_jax.training.start import open_start, split_step
+from sa_jax.training.start import hub_folder, open_start, split_step
 from tests.study.test_export import write_run
 
 
@@ -114,6 +114,21 @@ def test_a_model_that_was_replaced_on_the_hub_is_refused(toy_world, tmp_path, mo
     content[-1] ^= 1
     weights.write_bytes(content)
     assert resolve(config, stored=stored).start.path == str(weights.parent)
+
+
+def test_of_a_hub_model_only_what_is_read_is_downloaded(monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
+    needed = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+    needed += ["model.safetensors.index.json", "chat_template.jinja", "tokenizer.model"]
+    others = ["consolidated.safetensors", "original/params.json", "onnx/model.safetensors"]
+    others += ["pytorch_model.bin", "original/consolidated.00.pth"]
+    asked = {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda path, **kept: asked.update(kept)
+    )
+    hub_folder("org/toy")
+    assert set(filter_repo_objects(needed + others, **asked)) == set(needed)
 
 
 def test_fresh_weights_need_an_architecture_and_a_tokenizer():
