@@ -335,6 +335,18 @@ def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
         find_eval("mmlo")
 
 
+def test_ifeval_scores_an_answer_that_is_nested_too_deeply(shared_data):
+    """A broken model repeats a bracket where it is asked for JSON."""
+    name = "detectable_format:json_format"
+    [task] = load("ifeval", data_dir=str(shared_data), limit=0).tasks.values()
+    doc = next(doc for doc in task.eval_docs if name in doc["instruction_id_list"])
+    place = doc["instruction_id_list"].index(name)
+    for answer, followed in (("[" * 200_000, False), ("[[1]]", True)):
+        metrics = task.process_results(doc, [answer])
+        assert metrics["inst_level_strict_acc"][place] is followed
+        assert metrics["inst_level_loose_acc"][place] is followed
+
+
 def test_math_is_scored_in_the_main_thread(shared_data):
     import threading
 
