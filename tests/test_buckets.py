@@ -106,6 +106,21 @@ def test_checkpoints_are_saved_digested_and_restored(bucket):
     np.testing.assert_array_equal(restored["w"], state["w"])
 
 
+def test_an_account_that_may_only_use_objects_replaces_a_checkpoint(bucket, monkeypatch):
+    """In a bucket, a checkpoint that a kill left is replaced without rights to the bucket itself"""
+    from orbax.checkpoint._src.path import gcs_utils
+
+    def forbidden(name):
+        raise PermissionError(f"no storage.buckets.get access to {name}")
+
+    monkeypatch.setattr(gcs_utils, "get_bucket", forbidden)
+    with RunCheckpointer(bucket) as checkpointer:
+        for _ in range(2):
+            checkpointer.save(1, {"w": jax.numpy.arange(8.0)}, wait=True)
+            assert checkpointer.all_steps() == [1]
+            (bucket / "step_000001/digests.json").unlink()
+
+
 def test_what_a_bucket_is_refused_for(bucket_env):
     """A bucket where none can be used is refused before anything runs"""
     settings = {"base_url": "http://host/v1", "prompt": "see gs://b", "n": [1, None]}

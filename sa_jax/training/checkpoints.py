@@ -31,7 +31,7 @@ from etils import epath
 from sa_jax.errors import UserError
 from sa_jax.files import disk_full_message, is_disk_full, parse_json
 from sa_jax.optim.build import may_change_size
-from sa_jax.parallel.multihost import exchange, is_primary
+from sa_jax.parallel.multihost import agree, exchange, is_primary
 from sa_jax.training import state_io
 from sa_jax.training.digests import DIGEST_FILE, find_corruption, process_barrier, write_digests
 
@@ -119,7 +119,10 @@ class RunCheckpointer:
             self._clean_up()
             if is_primary():
                 self._directory.mkdir(parents=True, exist_ok=True)
-            # An incomplete or corrupt checkpoint of this name is replaced.
+                # An incomplete or corrupt checkpoint of this name is replaced. Not by Orbax, which
+                # also asks for the bucket itself: some accounts may only use the objects in it.
+                folder.rmtree(missing_ok=True)
+            agree(True)  # it is gone
             response = state_io.save_async(folder, tree)
         except Exception as error:
             if is_disk_full(error):

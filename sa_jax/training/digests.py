@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,7 @@ from sa_jax.parallel.multihost import exchange
 DIGEST_FILE = "digests.json"
 _OWNER = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 _THREADS = 8  # hashlib releases the GIL
+_VISIBLE_SECONDS = 120
 _BARRIER_SECONDS = 3600  # the slowest process may still be hashing many GB
 
 
@@ -62,8 +64,8 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
     def part(process: int) -> epath.Path:
         return root / f"digests.part_{process:05d}.json"
 
-    names = _data_files(root)
     try:
+        names = _when_visible(root)
         mine = [name for name in names if writer(name) == index]
         with ThreadPoolExecutor(_THREADS) as pool:
             hashes = list(pool.map(_hash_file, (root / name for name in mine)))
@@ -88,6 +90,21 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
         for process in range(1, count):
             part(process).unlink()
     return sum(file["bytes"] for file in files.values())
+
+
+def _when_visible(folder: epath.Path) -> list[str]:
+    """`_data_files` of a folder that process 0 has just renamed.
+
+    NFS may tell the other processes for up to a minute (`acdirmax`) that there is none.
+    """
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while True:
+        try:
+            return _data_files(folder)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def find_corruption(folder: os.PathLike | str, step: int) -> str | None:

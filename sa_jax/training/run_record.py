@@ -25,7 +25,7 @@ from etils import epath
 from sa_jax.buckets import as_path, in_bucket, size_and_time
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json, try_lock
-from sa_jax.parallel.multihost import agree, is_primary
+from sa_jax.parallel.multihost import agree, exchange, is_primary
 from sa_jax.text import first_few
 
 RUN_FILE = "run.json"
@@ -185,7 +185,12 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 
 
 def check_present(workdir: os.PathLike | str) -> None:
-    """UserError if the folder of the current run was deleted, moved or emptied."""
+    """UserError if the folder of the current run was deleted, moved or emptied.
+
+    Process 0 looks: NFS may still show the others what was there before the run.
+    """
+    if not is_primary():
+        return
     try:
         size_and_time(as_path(workdir, RUN_FILE))
     except (FileNotFoundError, NotADirectoryError):
@@ -276,8 +281,8 @@ def open_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str,
             folder.mkdir(parents=True, exist_ok=True)
         if plain != stored:
             write_run_json(folder, plain)
-    agree(True)  # it has written
-    return plain if is_primary() else read_run_json(folder)
+    # Not by the file: NFS and gcsfuse may tell the others for a minute that there is none.
+    return parse_json(exchange(json.dumps(plain_record(plain)) if is_primary() else "")[0])
 
 
 def _hashed(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,18 @@ from absl import logging
 from etils import epath
 from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.synchronization import multihost as orbax_multihost
 
 from sa_jax.buckets import absolute
 from sa_jax.errors import UserError
 from sa_jax.parallel.rules import path_string
 from sa_jax.text import first_few, one_line
+
+_DAY_S = 24 * 3600
+# How long a process that has loaded waits for the slowest. No public setting changes it, and where
+# many hosts read 70B from a bucket its 300 s may be too short. A lost peer ends this process anyway
+# (`sa_jax.parallel.peers`).
+orbax_multihost._DEFAULT_BARRIER_TIMEOUT = _DAY_S
 
 
 def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
@@ -94,6 +101,10 @@ def _context(partial_load: bool = False) -> ocp.Context:
     context = ocp.Context()
     # In the background, a folder that cannot be made shows only as a time-out minutes later.
     context.asynchronous.create_directories_asynchronously = False
+    context.asynchronous.timeout_secs = _DAY_S  # by default 20 minutes from the start of a save
+    # Else each process looks whether the folder is there, and one that looks after process 0 has
+    # removed it leaves the others at a barrier.
+    context.file.skip_sync_file_validations = True
     context.pytree.loading.partial_load = partial_load
     # Shapes have been compared by `_check_leaves`.
     context.array.loading.enable_padding_and_truncation = True

@@ -293,3 +293,8 @@ def test_all_corrupt_is_an_error_not_a_fresh_start(copy):
         flip(folder / "state" / "manifest.ocdbt", 20)
     with pytest.raises(UserError, match=r"every checkpoint \(steps 1, 2, 3\) is corrupt"):
         RunCheckpointer(copy).restore(abstract_state(mesh_of(4, 2)))
+
+
+def test_a_save_may_take_a_day_and_so_may_waiting_for_the_slowest_process():
+    assert state_io._context().async_options.timeout_secs >= 24 * 3600
+    assert state_io.orbax_multihost.coordination_timeout() >= 24 * 3600

@@ -240,3 +240,54 @@ def test_two_processes_save_restore_fall_back_and_stop_together(tmp_path, signal
     x = jax.ShapeDtypeStruct((4096,), jnp.float32, sharding=device)
     loaded = checkpoints.load_subtree(folder, 4, "x", x)
     assert np.array_equal(loaded, np.arange(4096.0) + 4)
+
+
+LATE = """
+    import os, sys, time
+    import jax
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"localhost:{sys.argv[2]}", 2, int(sys.argv[3]))
+    import jax.numpy as jnp
+    from orbax.checkpoint._src.path import async_path
+    from orbax.checkpoint.experimental.v1._src.synchronization import multihost
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from sa_jax.training import digests, run_record
+    from sa_jax.training.checkpoints import RunCheckpointer
+
+    multihost._DEFAULT_BARRIER_TIMEOUT = 10  # of 300 s
+    index = jax.process_index()
+    run, folder = sys.argv[1] + f"/{index}", sys.argv[1] + "/checkpoints"
+    # Process 1 does not see yet what process 0 has written.
+    run_id = run_record.open_run(run, {"config": {}})["run_id"]
+    if index == 1:
+        run_record.check_present(run)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
+    state = jax.jit(jnp.ones, static_argnums=0, out_shardings=NamedSharding(mesh, P("fsdp")))(64)
+    with RunCheckpointer(folder) as checkpointer:
+        checkpointer.save(1, {"x": state}, wait=True)
+        if index == 0:
+            os.unlink(folder + "/step_000001/digests.json")  # as a kill leaves it
+        jax.experimental.multihost_utils.sync_global_devices("left")
+        exists, files, seen = async_path.exists, digests._data_files, []
+        async def late(path):  # process 0 may have removed the folder meanwhile
+            time.sleep(index)
+            return await exists(path)
+        def late_files(path):
+            seen.append(path)
+            if index == 1 and len(seen) == 1:
+                raise FileNotFoundError(path)
+            return files(path)
+        async_path.exists, digests._data_files = late, late_files
+        checkpointer.save(1, {"x": state}, wait=True)
+    print("RESULT", run_id, checkpointer.all_steps(), flush=True)
+"""
+
+
+def test_a_file_system_shows_a_process_late_what_process_0_did(tmp_path):
+    """A shared file system may show another process late what process 0 did: nothing is lost"""
+    port = free_port()
+    processes = [start(LATE, tmp_path, port, i) for i in (0, 1)]
+    outputs = [p.communicate(timeout=120)[0] for p in processes]
+    results = [re.findall(r"^RESULT (.*)$", out, re.M) for out in outputs]
+    assert len(results[0]) == 1 and results[0] == results[1], "\n".join(outputs)
+    assert results[0][0].endswith(" [1]")
