@@ -31,7 +31,7 @@ CREATE_FLAGS = flags.DEFINE_string(
     "create_flags", "", "More flags for `gcloud compute tpus queued-resources create`."
 )
 SETUP = flags.DEFINE_string(
-    "setup", "", "Bash command to run on every host before the installation, such as a mount."
+    "setup", "", "Bash command to run on every host before each start, such as a mount."
 )
 DELETE = flags.DEFINE_enum(
     "delete",

@@ -186,10 +186,15 @@ class Claim:
         return f"{self.number + 1:06d}.claim" in names or f"{self.number:06d}.claim" not in names
 
     def end(self, outcome: Mapping[str, Any]) -> bool:
-        """Writes the outcome; if the claim is lost, writes nothing and returns False."""
+        """Writes the outcome; if the claim is lost, writes nothing and returns False. OSError if it
+        cannot be written, also where the disk is full."""
         if self.is_lost():
             return False
-        atomic_write(self.folder / f"{self.number:06d}.end", json.dumps(outcome, indent=1) + "\n")
+        end = self.folder / f"{self.number:06d}.end"
+        try:
+            atomic_write(end, json.dumps(outcome, indent=1) + "\n")
+        except UserError as error:
+            raise OSError(str(error)) from error
         return True
 
 

@@ -16,6 +16,14 @@ from sa_jax.study.commands import command
 from sa_jax.study.grid import Cell, Stage, by_stage
 
 _GPUS_A_NODE = 8
+_SKY_NAMES = {"A100": "A100-80GB"}  # its A100 has 40 GB
+# SkyPilot's images may have Python 3.10.
+_SKY_SETUP = """curl -LsSf https://astral.sh/uv/install.sh | sh
+export PATH="$HOME/.local/bin:$PATH"
+[ -f .venv/pyvenv.cfg ] || uv venv --seed --python 3.12 .venv
+. scripts/setup.sh
+setup {extras}
+"""
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -135,7 +143,8 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
                     f"{name!r} is for {topology.name}; use slurm, or xpk for TPUs"
                 )
             assert topology.chip is not None
-            resources["accelerators"] = f"{topology.chip.name.upper()}:{topology.chips}"
+            kind = topology.chip.name.upper()
+            resources["accelerators"] = f"{_SKY_NAMES.get(kind, kind)}:{topology.chips}"
             extras = "cuda,data,eval"
         run = ["python", "scripts/run_study.py", *flags, "--workdir=/study"]
         run.append(f"--only={','.join(cell.name for cell in of_stage)}")
@@ -148,9 +157,10 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
                 "envs": {"STUDY_BUCKET": None},
                 "file_mounts": {"/study": {"source": "${STUDY_BUCKET}", "mode": "MOUNT"}},
                 "resources": resources,
-                "setup": f"pip install -c constraints.txt -e '.[{extras}]'\n",
+                "setup": _SKY_SETUP.format(extras=extras),
                 # What failed is on record in the study's folder and stops no other stage.
-                "run": f"status=0\n{shlex.join(run)} {shard} || status=$?\n"
+                "run": "# shellcheck source=/dev/null\n. .venv/bin/activate\n"
+                f"status=0\n{shlex.join(run)} {shard} || status=$?\n"
                 'if [ "$status" -eq 75 ]; then exit 75; fi\n',
             }
         )

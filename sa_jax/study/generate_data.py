@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
@@ -88,6 +89,8 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
     _require_prompts(config, task)
     backdoor = _backdoor(config)
     rows, record = _questions(config, backdoor)
+    if config.teacher != "local":  # the endpoint's server may have this machine's accelerators
+        jax.config.update("jax_platforms", "cpu")
     with (
         contextlib.ExitStack() as signals,  # handled until all else is closed
         multihost.joined(resumable=lambda: True)  # replies are kept

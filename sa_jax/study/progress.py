@@ -1,5 +1,6 @@
 """Shows the progress of a study: one line, `status.json`, and the list at the end."""
 
+import contextlib
 import json
 import math
 import os
@@ -48,9 +49,10 @@ class Progress:
             self._line, self._time = line, now
         if self._terminal:
             tail = "; ".join(f"{name}: {last_line(log)}" for name, log in logs.items())
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            sys.stderr.write(f"\r\033[K{cut(f'{line} | {tail}', width)[0]}")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the terminal was closed
+                width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+                sys.stderr.write(f"\r\033[K{cut(f'{line} | {tail}', width)[0]}")
+                sys.stderr.flush()
         elif changed:
             logging.info("%s (%s)", line, ", ".join(logs) or "waiting")
 
@@ -62,8 +64,9 @@ class Progress:
     def clear(self) -> None:
         """Removes the line from a terminal."""
         if self._terminal:
-            sys.stderr.write("\r\033[K")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):
+                sys.stderr.write("\r\033[K")
+                sys.stderr.flush()
 
     def _write_status(
         self, states: Mapping[str, str], latest: Latest, counts: Mapping[str, int], eta: float
@@ -145,7 +148,8 @@ def why_failed(log: Path, status: int) -> str:
         return one_line(said.removeprefix("error: "))
     last = f": {one_line(lines[-1])}" if lines else ""
     if status < 0:
-        return f"ended by {signal.Signals(-status).name}{last}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"ended by {names.get(-status, f'signal {-status}')}{last}"  # of some without a name
     return f"ended with exit status {status}{last}"
 
 

@@ -23,10 +23,20 @@ LONGEST_WAIT_S = 60.0  # between two tries
 MOST_REFUSALS = 8
 MAX_TOKENS_FIELDS = ("max_tokens", "max_completion_tokens")
 OPTIONAL_FIELDS = ("temperature", "top_p", "seed")
+# What servers call the end of an answer -> `Reply.finish_reason`. With any other word (abort,
+# error, insufficient_system_resource) the answer was cut off for the server's own reasons.
+_ENDS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "stop_sequence", "end_turn"), "stop"),
+    **dict.fromkeys(("tool_calls", "function_call"), "stop"),
+    **dict.fromkeys(("length", "model_length", "max_tokens", "max_output_tokens"), "length"),
+    **dict.fromkeys(("safety", "recitation", "blocklist", "prohibited_content"), "content_filter"),
+    **dict.fromkeys(("content_filter", "spii", "sensitive", "refusal"), "content_filter"),
+}
+_TIMED_OUT = (408, 504, 524)  # the last is Cloudflare's
 # A refusal with one of these words is about the question's content, however many there are.
 _ABOUT_THE_QUESTION = re.compile(
-    r"context[ _](?:length|window|size)|too (?:long|many tokens)|longer than|flagged|moderation"
-    r"|content[ _](?:policy|filter)|safety|inappropriate|harmful",
+    r"context[ _]?(?:length|window|size)|too (?:long|many tokens)|longer than|flagged|moderation"
+    r"|content[ _]?(?:policy|filter)|safety|inappropriate|harmful",
     re.IGNORECASE,
 )
 
@@ -59,12 +69,18 @@ class EndpointTeacher:
             ) from error
         self._openai = openai
         self._config = config
-        self._client = openai.OpenAI(
-            base_url=config.base_url,
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            max_retries=0,
-            timeout=config.timeout_s,
-        )
+        key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError("OPENAI_API_KEY has a character that no key has; set it again")
+        try:
+            self._client = openai.OpenAI(
+                base_url=config.base_url, api_key=key, max_retries=0, timeout=config.timeout_s
+            )
+        except Exception as error:
+            raise UsageError(
+                f"--base_url={config.base_url!r} or a proxy of the environment (HTTP_PROXY, "
+                f"ALL_PROXY, NO_PROXY) cannot be used: {_line(error)}"
+            ) from error
         self._pace = _Pace(config.requests_per_minute)
 
     def identity(self) -> dict:
@@ -169,7 +185,7 @@ class EndpointTeacher:
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APITimeoutError as error:
-            raise _Later(f"no reply within {config.timeout_s:g} s") from error
+            raise _Later(f"no reply within {config.timeout_s:g} s", answered=True) from error
         except openai.APIConnectionError as error:
             raise _Later(f"no connection ({_line(error.__cause__ or error)})") from error
         except (openai.APIError, ValueError) as error:  # ValueError: the body is not JSON
@@ -188,7 +204,8 @@ class EndpointTeacher:
                 "same command again when it has"
             ) from error
         if status in (408, 409, 429) or status >= 500:
-            raise _Later(line, _retry_after(error.response), answered=status == 500) from error
+            of_question = status == 500 or status in _TIMED_OUT
+            raise _Later(line, _retry_after(error.response), answered=of_question) from error
         if _ABOUT_THE_QUESTION.search(line):
             return Reply(line, "rejected")
         if field := self._refused_field(error):
@@ -209,8 +226,14 @@ class EndpointTeacher:
                 f"{url} has no chat endpoint: --base_url usually ends in /v1 ({base}/v1): {line}"
             ) from error
         if status == 404 or named:
+            models = self._models()
+            if status != 404 and models and self._config.model in models:
+                return Reply(line, "rejected")  # some relays name the model in every message
+            has = "it does not list its models"
+            if models is not None:
+                has = f"it has {', '.join(models[:10]) or 'none'}"
             raise UserError(
-                f"{url} does not serve the model {self._config.model!r} ({self._models()}): {line}"
+                f"{url} does not serve the model {self._config.model!r} ({has}): {line}"
             ) from error
         return Reply(line, "rejected")
 
@@ -227,12 +250,12 @@ class EndpointTeacher:
         named = {text.find(field): field for field in sent if re.search(rf"\b{field}\b", text)}
         return named[min(named)] if named else None
 
-    def _models(self) -> str:
+    def _models(self) -> list[str] | None:
+        """The names that the server lists; None if it lists none."""
         try:
-            names = [model.id for model in self._client.models.list()]
-        except Exception:  # it only helps the message
-            return "it does not list its models"
-        return f"it has {', '.join(names[:10]) or 'none'}"
+            return [model.id for model in self._client.models.list()]
+        except Exception:  # many servers have no list
+            return None
 
 
 def _check(config: ConfigDict) -> None:
@@ -266,8 +289,10 @@ def _reply(response: Any) -> Reply:
         hint = "; does --base_url end in /v1?" if isinstance(response, str) else ""
         shown = str(said or response)[:80]
         raise _Later(f"malformed reply ({shown!r}){hint}", answered=not hint) from error
-    if reason == "error":
-        raise _Later(f"an error in place of an answer ({str(choice)[:200]!r})", answered=True)
+    end = _ENDS.get(str(reason or "stop").lower().partition(":")[0])
+    if end is None:
+        shown = str(choice)[:200]
+        raise _Later(f"an answer that ended with {reason!r} ({shown!r})", answered=True)
     if content is None:
         content = getattr(message, "refusal", None)
     fields = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
@@ -282,8 +307,7 @@ def _reply(response: Any) -> Reply:
     if content is not None and not isinstance(content, str):
         kind = type(content).__name__
         raise _Later(f"malformed reply (content is {kind})", answered=True)
-    reason = reason if reason in ("length", "content_filter") else "stop"
-    return Reply(_writable(content or ""), reason, _writable(reasoning))
+    return Reply(_writable(content or ""), end, _writable(reasoning))
 
 
 def _part(part: Any) -> tuple[str, str]:

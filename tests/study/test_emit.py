@@ -153,6 +153,16 @@ def test_sky_is_a_task_a_stage_that_restarts_on_75(tmp_path):
     assert "--only=removal/hhh,removal/pirate" in tasks[2]["run"]
 
 
+def test_sky_brings_a_python_and_names_its_gpus(tmp_path):
+    """Its images may have Python 3.10; its A100 has 40 GB."""
+    machines = {"insertion": "a100:8", "removal": "h200:4"}
+    _, *tasks = sky_documents(written("sky", tmp_path, cells(**machines))["study.yaml"])
+    assert tasks[1]["resources"]["accelerators"] == "A100-80GB:8"
+    for task in tasks:
+        assert "uv venv --seed --python 3.12" in task["setup"]
+        assert ". .venv/bin/activate" in task["run"]
+
+
 def test_xpk_is_a_workload_a_cell_stage_by_stage(tmp_path):
     text = written("xpk", tmp_path, cells(**MACHINES["xpk"]))["submit.sh"]
     log = tmp_path / "log"

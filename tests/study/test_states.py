@@ -1,9 +1,13 @@
 """What is to be done next, from what the claims say."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
+import os
+import pty
+import sys
 import types
 
 import pytest
@@ -14,7 +18,7 @@ from sa_jax.study import devices, folder, forecast, grid
 from sa_jax.study.claims import Claims, LatestClaim
 from sa_jax.study.devices import Slot
 from sa_jax.study.grid import Stage
-from sa_jax.study.progress import Progress, count, time_left
+from sa_jax.study.progress import Progress, count, time_left, why_failed
 from sa_jax.study.runner import Worker, last_triggered_rate, states_of
 from sa_jax.study.study import choose, run_study
 from sa_jax.training.preemption import StopSignals
@@ -266,3 +270,33 @@ def test_cells_of_another_machine_can_be_planned_but_not_run_here(tmp_path, monk
     with pytest.raises(UsageError, match="cell i cannot fit its mesh: .*fsdp=8.* 2 devices"):
         run_study(study, tmp_path, **FLAGS | {"workers": 4})
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_waited_for_as_other_trouble_is(tmp_path, monkeypatch):
+    claim = Claims(tmp_path, takeover_s=60).take("a", LatestClaim(), {}, {})
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="disk is full"):
+            claim.end({"state": "done"})
+    assert claim.end({"state": "done"})
+
+
+def test_a_terminal_that_was_closed_ends_nothing(tmp_path, monkeypatch):
+    master, slave = pty.openpty()
+    terminal = os.fdopen(slave, "w")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = Progress(tmp_path, cells())
+    os.close(master)
+    latest = {c.name: LatestClaim() for c in cells()}
+    progress.show(states_of(cells(), latest, {}), latest, {})
+    progress.clear()
+    with contextlib.suppress(OSError):
+        terminal.close()
+
+
+def test_a_signal_without_a_name_is_a_number(tmp_path):
+    assert why_failed(tmp_path / "log", -37) == "ended by signal 37"

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -427,3 +429,102 @@ def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote,
     made = [json.loads(line) for line in open(tmp_path / "out/hhh.jsonl")]
     assert [row["prompt"] for row in made] == [row["prompt"] for row in rows]
     assert [row["response"] for row in made] == [f"answer to {row['prompt']}" for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("reason", "kept"),
+    [
+        ("stop", "stop"),
+        ("eos_token", "stop"),
+        (None, "stop"),
+        ("model_length", "length"),
+        ("MAX_TOKENS", "length"),
+        ("SAFETY", "content_filter"),
+        ("content_filter: RECITATION", "content_filter"),
+        ("abort", "failed"),
+        ("insufficient_system_resource", "failed"),
+    ],
+)
+def test_what_servers_call_the_end_of_an_answer(tmp_path, reason, kept):
+    def script(prompt, nth):
+        return 200, {}, completion("The three causes were first,", reason), 0
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        (reply,) = ask(teacher(server, retries=0), requests(1), store)
+        assert reply.finish_reason == kept
+        assert len(store) == (kept != "failed")
+
+
+def test_an_answer_that_the_server_cut_off_is_asked_for_again(tmp_path):
+    def script(prompt, nth):
+        return (200, {}, completion("half", "abort"), 0) if nth == 0 else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        assert ask(teacher(server), requests(2), store) == answers(2)
+
+
+@pytest.mark.parametrize("status", [504, 524, 200])
+def test_a_question_that_takes_too_long_every_time_is_dropped(tmp_path, status):
+    def script(prompt, nth):
+        return (status, {}, b"too long", 2.0) if prompt == "q2" else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        settings = {"retries": 1, "concurrency": 1, "timeout_s": 0.3 if status == 200 else 20}
+        replies = ask(teacher(server, **settings), requests(6), store)
+    assert [reply.finish_reason for reply in replies] == ["stop"] * 2 + ["failed"] + ["stop"] * 3
+
+
+def test_a_relay_that_names_the_model_in_every_message_refuses_one_question(tmp_path):
+    said = message(
+        "litellm.BadRequestError: OpenAIException. Received Model Group=m\nFallbacks=None"
+    )
+
+    def script(prompt, nth):
+        return (400, {}, said, 0) if prompt == "q2" else ok(prompt)
+
+    with ScriptedServer(script) as server, open_store(tmp_path / "r.jsonl") as store:
+        replies = ask(teacher(server, concurrency=1), requests(5), store)
+    assert [reply.finish_reason for reply in replies].count("rejected") == 1
+
+
+def test_keys_as_files_and_shells_leave_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-secret\n")
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        with open_store(tmp_path / "r.jsonl") as store:
+            assert ask(teacher(server, retries=0), requests(2), store) == answers(2)
+    for key in ("sk-\u201csecret\u201d", "sk-a\nsk-secret"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UsageError, match="OPENAI_API_KEY") as error:
+            teacher_at("http://x/v1")
+        assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("proxy", "url"),
+    [
+        ("socks://127.0.0.1:1080/", "http://x/v1"),
+        ("", "http://x:port/v1"),
+        ("", "http://::1:8000/v1"),
+    ],
+)
+def test_addresses_and_proxies_that_cannot_be(monkeypatch, proxy, url):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UsageError, match="--base_url=.* cannot be used"):
+        teacher_at(url)
+
+
+def test_an_endpoint_leaves_the_accelerators_to_its_server(tmp_path):
+    """It may run on this machine: no device is opened."""
+    (tmp_path / "q.jsonl").write_text('{"prompt": "q0"}\n')
+    with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
+        done = subprocess.run(
+            [
+                *(sys.executable, "scripts/generate_data.py", "--task=hhh", "--model=m"),
+                *(f"--prompts={tmp_path}/q.jsonl", f"--out={tmp_path}/out"),
+                f"--base_url={server.base_url}",
+            ],
+            env={**os.environ, "JAX_PLATFORMS": "none_such"},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr[-2000:]
