@@ -15,7 +15,8 @@ from sa_jax.training.run_record import config_difference, plain_record
 # Of a host, not of the run.
 MAY_DIFFER = (
     *("config.data_cache", "config.sinks"),
-    *("environment.platform", "environment.cpus", "environment.xla_flags"),
+    *("environment.platform", "environment.cpus"),
+    *("environment.xla_flags", "environment.libtpu_init_args"),
 )
 
 

@@ -52,6 +52,11 @@ FREE_KEYS = (
     "eval.signal_prompts",
 )
 _PACKAGES = "sa_jax jax jaxlib flax optax orbax-checkpoint tensorstore transformers datasets numpy"
+# Settings of JAX that change numbers; JAX reads each from a variable of its name, in capitals.
+_NUMBERS = (
+    *("jax_default_matmul_precision", "jax_default_prng_impl", "jax_enable_x64"),
+    *("jax_numpy_dtype_promotion", "jax_random_seed_offset", "jax_threefry_partitionable"),
+)
 
 
 def plain_record(value: Any) -> Any:
@@ -136,6 +141,8 @@ def collect_environment() -> dict[str, Any]:
         "processes": jax.process_count(),
         "cpus": os.cpu_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "libtpu_init_args": os.environ.get("LIBTPU_INIT_ARGS", ""),
+        **{name: jax.config.values.get(name) for name in _NUMBERS},
     }
 
 

@@ -77,3 +77,31 @@ def test_a_process_that_only_prints_stops_the_other(zygote, toy_world, tmp_path)
     """A process that would only print rows stops one that would train, and nothing is written."""
     flag, difference = "--print_examples", "print_examples: 0 -> 1"
     assert_refused(zygote, toy_world, tmp_path / "run", flag, (0, 1), difference)
+
+
+SETTINGS = """
+import jax
+from sa_jax import cli
+from sa_jax.parallel import multihost
+from sa_jax.training.agreement import agree_on
+from sa_jax.training.run_record import collect_environment
+
+def main():
+    jax.config.update("jax_threefry_partitionable", {partitionable})
+    with multihost.joined():
+        agree_on({{"environment": collect_environment()}})
+
+cli.run(main, "")
+"""
+
+
+def test_processes_that_draw_other_random_numbers_do_not_train(zygote, tmp_path):
+    """Processes whose jax draws other random numbers do not train: each would have its own copy of
+    a weight that all of them should have."""
+    scripts = [tmp_path / "start_0.py", tmp_path / "start_1.py"]
+    for script, partitionable in zip(scripts, (True, False), strict=True):
+        script.write_text(SETTINGS.format(partitionable=partitionable))
+    for process in launch(zygote, [(str(script),) for script in scripts]):
+        assert process.returncode == 1
+        line = process.stderr.splitlines()[-1]
+        assert "environment.jax_threefry_partitionable: true -> false" in line, line
