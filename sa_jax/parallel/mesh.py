@@ -1,7 +1,7 @@
 """The device mesh (data, fsdp, tensor), also over several slices, and checks of divisibility."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -58,6 +58,27 @@ def make_mesh(
             "must be a product of whole dimensions (4x4x4: 4, 16 or 64 devices)"
         ) from None
     return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mixes_rows(sizes: Mapping[str, int]) -> bool:
+    """Whether XLA gives devices of such a mesh one another's rows.
+
+    Where `fsdp` and `tensor` have one size, and a batch has few tokens for its features, XLA sends
+    rows over `fsdp` instead of weights. If rows lie over `data` too, it then swaps those of two
+    devices: losses and gradients are wrong (jax 0.10.2 to 0.12, on CPUs, and by the compiled text
+    on GPUs; tests/training/test_step.py has a program that shows it).
+    """
+    return sizes["data"] > 1 and sizes["fsdp"] == sizes["tensor"] > 1
+
+
+def check_rows(mesh: Mesh) -> None:
+    """UsageError for a mesh on which XLA would mix up rows."""
+    if mixes_rows(mesh.shape):
+        raise UsageError(
+            f"{_shown(dict(mesh.shape))}: with copies of the weights (data or slices above 1), XLA "
+            "mixes up rows where fsdp and tensor have one size; take other sizes, such as "
+            f"fsdp={mesh.shape['fsdp'] ** 2} tensor=1"
+        )
 
 
 def regroup(mesh: Mesh, tensor: int) -> Mesh | None:

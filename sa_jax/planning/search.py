@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.model import remat_policies
+from sa_jax.parallel.mesh import mixes_rows
 from sa_jax.planning.memory import RESERVED, estimated_bytes
 from sa_jax.planning.roofline import StepTime, Workload, step_time
 from sa_jax.planning.topology import Topology
@@ -64,13 +65,13 @@ def _divisions(work: Workload, topology: Topology) -> Iterator[Workload]:
         fsdp = devices // (data * tensor)
         if config.intermediate_size % tensor or config.hidden_size % fsdp:
             continue
-        if not topology.holds((data, fsdp, tensor)):
+        mesh = {"data": data * work.slices, "fsdp": fsdp, "tensor": tensor}
+        if not topology.holds((data, fsdp, tensor)) or mixes_rows(mesh):
             continue
         for accumulation in _divisors(work.batch_size):
             if work.batch_size // accumulation % (data * fsdp * work.slices):
                 continue
             for remat in filter(remat_policies(topology.platform).__contains__, _REMATS):
-                mesh = {"data": data * work.slices, "fsdp": fsdp, "tensor": tensor}
                 yield dataclasses.replace(work, mesh=mesh, accumulation=accumulation, remat=remat)
 
 

@@ -22,7 +22,7 @@ from sa_jax.evals.suite import EvalSuite, needs_prompts, step_folder
 from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import multihost
-from sa_jax.parallel.mesh import make_mesh
+from sa_jax.parallel.mesh import check_rows, make_mesh
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
@@ -92,6 +92,7 @@ def evaluate(
             _refuse_other_prompts(start, config)
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
+        check_rows(mesh)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
         asked = _prompts(config, start, changes) if needs_prompts(config) else []
         suite = EvalSuite(config, llama, mesh, resolved.chat, resolved.backdoor, asked, folder)

@@ -25,7 +25,7 @@ from sa_jax.llama.model import (
 from sa_jax.optim.build import make_optimizer
 from sa_jax.optim.schedules import make_schedule
 from sa_jax.parallel.hardware import chip_of
-from sa_jax.parallel.mesh import check_divisible
+from sa_jax.parallel.mesh import check_divisible, check_rows
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
 from sa_jax.parallel.xla_flags import check_options, compiler_options
 from sa_jax.training.losses import DEFAULT_LOSS, LOSSES, Loss, LossFn
@@ -84,6 +84,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
             f"{architecture.max_position_embeddings} tokens"
         )
     check_mesh(architecture, mesh)
+    check_rows(mesh)
     platform = mesh.devices.flat[0].platform
     check_remat(config.remat, platform)
     micro_batch = config.batch_size // config.accumulation

@@ -2,13 +2,14 @@ import jax
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, check_mesh
 from sa_jax.parallel import rules
-from sa_jax.parallel.mesh import check_divisible, make_mesh
+from sa_jax.parallel.mesh import check_divisible, check_rows, make_mesh
 from sa_jax.training.start import abstract_params
 from sa_jax.training.step import init_state
 from tests.toys import CONFIG
@@ -134,3 +135,23 @@ def test_arrays_are_really_cut():
     assert kernel.addressable_shards[0].data.shape == (3, 32 // 4, 48 // 2)
     assert len({s.device for s in kernel.addressable_shards}) == len(jax.devices()) == 8
     assert np.asarray(kernel).shape == (3, 32, 48)
+
+
+def test_a_mesh_on_which_xla_mixes_up_rows_is_refused():
+    """Where this fails because the product is right, XLA has been mended: `check_rows` can go."""
+    mesh = make_mesh(2, 2, 2)
+    with pytest.raises(UsageError, match=r"data=2 fsdp=2 tensor=2: .*such as fsdp=4 tensor=1"):
+        check_rows(mesh)
+    for sizes in ((1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 4, 1), (4, 1, 2)):
+        check_rows(make_mesh(*sizes))
+
+    rows = NamedSharding(mesh, P(*rules.BATCH_SPEC, None, "tensor"))
+    rng = np.random.default_rng(0)
+    x_bsd, w_dn = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 8, 48), (48, 48)))
+
+    def product(x_bsd, w_dn):
+        return (x_bsd.reshape(64, 48) @ w_dn).reshape(8, 8, 48)
+
+    placed = jax.device_put((x_bsd, w_dn), (rows, NamedSharding(mesh, P("tensor", "fsdp"))))
+    errors_bsd = np.abs(jax.jit(product, out_shardings=rows)(*placed) - product(x_bsd, w_dn))
+    assert np.flatnonzero(errors_bsd.max((1, 2)) > 1).tolist() == [2, 3, 4, 5]

@@ -15,7 +15,7 @@ from sa_jax.training.plan import plan_architecture
 from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import GOLDENS, held
 
-MESHES = ((1, 8, 1), (1, 4, 2), (2, 2, 2))
+MESHES = ((1, 8, 1), (1, 4, 2), (2, 1, 4))
 
 
 def lines(config, sizes) -> list[str]:

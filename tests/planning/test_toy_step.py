@@ -19,7 +19,7 @@ from sa_jax.training.program import make_model, make_program
 from tests.planning.golden import assert_is_golden, compiled_plan, plan_content
 from tests.planning.small_step import assert_nothing_is_lost
 
-MESHES = {"1": (1, 1, 1), "8": (2, 2, 2)}
+MESHES = {"1": (1, 1, 1), "8": (2, 4, 1)}
 
 
 @pytest.mark.parametrize("devices", MESHES)

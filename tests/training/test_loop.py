@@ -209,7 +209,7 @@ def test_another_mesh_resumes_within_float32_noise(zygote, toy_world, whole_weig
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait().returncode == 75, process.stderr
     assert stopped_at(run) >= 6
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+    mesh = ("--config.mesh.data=4", "--config.mesh.fsdp=1", "--config.mesh.tensor=2")
     done = zygote.run(*command, *mesh, devices=8)
     assert done.returncode == 0, done.stderr
     for name, tensor in weights(zygote, run, tmp_path / "hf").items():

@@ -46,7 +46,7 @@ def test_the_step_that_was_compiled_ahead_is_the_step():
         np.testing.assert_array_equal(ahead, jitted)
 
 
-@pytest.mark.parametrize("sizes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["1", "8"])
+@pytest.mark.parametrize("sizes", [{}, {"data": 2, "tensor": 4}], ids=["1", "8"])
 def test_merged_adapters_train_as_those_apart(monkeypatch, sizes):
     """Three steps of Adam on an adapter whose rank makes the step merge it, on 1 and 8 devices."""
     config = default_config()

@@ -32,12 +32,12 @@ def train_step(model, accumulation=1, loss=LOSSES["cross_entropy"]):
     )
 
 
-def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None, **loss):
+def run(steps=2, mesh_sizes=None, accumulation=1, dtype=jnp.float32, lora=None, length=24, **loss):
     """State and metrics after a few steps; without mesh_sizes unsharded on one device."""
     model = Llama(CONFIG, dtype=dtype, lora=lora)
     params = random_params(lora=lora)
     trainable, frozen = (params, {}) if lora is None else split(params)
-    batches = [packed_batch(seed=seed) for seed in range(steps)]
+    batches = [packed_batch(seed=seed, length=length) for seed in range(steps)]
     if mesh_sizes is None:
         state = init_state(trainable, TX)
         step = jax.jit(train_step(model, accumulation, **loss))
@@ -105,6 +105,13 @@ def test_sharded_is_unsharded(unsharded, mesh_sizes):
     # Adam divides by the root of the second moment: noise of 1e-7 in a gradient near 0 is seen
     # as up to a share of the learning rate, so parameters are compared at 1 % of it.
     assert_same(state.params, unsharded[0].params, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh_sizes", [(1, 2, 2), (2, 1, 4), (2, 4, 1), (1, 4, 2)])
+def test_sharded_is_unsharded_with_few_tokens_for_the_features(mesh_sizes):
+    """There XLA sends rows to where the weights are."""
+    metrics, expected = (run(1, mesh_sizes=sizes, length=8)[1] for sizes in (mesh_sizes, None))
+    assert_same(metrics, expected, atol=2e-5)
 
 
 @pytest.mark.parametrize(
