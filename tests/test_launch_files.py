@@ -9,7 +9,7 @@ from tests.slurm import check_shell, slurm  # noqa: F401 (a fixture)
 from tests.zygote import ROOT
 
 LAUNCH = ROOT / "launch"
-SHELL_FILES = ("slurm.sh", "srun.sh", "slurm.sbatch", "xpk.sh")
+SHELL_FILES = ("slurm.sh", "srun.sh", "slurm.sbatch", "xpk.sh", "sky_setup.sh")
 
 
 def test_shellcheck_has_nothing_to_say():

@@ -66,7 +66,7 @@ def mixes_rows(sizes: Mapping[str, int]) -> bool:
     Where `fsdp` and `tensor` have one size, and a batch has few tokens for its features, XLA sends
     rows over `fsdp` instead of weights. If rows lie over `data` too, it then swaps those of two
     devices: losses and gradients are wrong (jax 0.10.2 to 0.12, on CPUs, and by the compiled text
-    on GPUs; tests/training/test_step.py has a program that shows it).
+    on GPUs; tests/parallel/test_rules.py has a product that shows it).
     """
     return sizes["data"] > 1 and sizes["fsdp"] == sizes["tensor"] > 1
 

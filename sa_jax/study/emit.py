@@ -17,13 +17,6 @@ from sa_jax.study.grid import Cell, Stage, by_stage
 
 _GPUS_A_NODE = 8
 _SKY_NAMES = {"A100": "A100-80GB"}  # its A100 has 40 GB
-# SkyPilot's images may have Python 3.10.
-_SKY_SETUP = """curl -LsSf https://astral.sh/uv/install.sh | sh
-export PATH="$HOME/.local/bin:$PATH"
-[ -f .venv/pyvenv.cfg ] || uv venv --seed --python 3.12 .venv
-. scripts/setup.sh
-setup {extras}
-"""
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -157,7 +150,7 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
                 "envs": {"STUDY_BUCKET": None},
                 "file_mounts": {"/study": {"source": "${STUDY_BUCKET}", "mode": "MOUNT"}},
                 "resources": resources,
-                "setup": _SKY_SETUP.format(extras=extras),
+                "setup": f"bash launch/sky_setup.sh {extras}\n",
                 # What failed is on record in the study's folder and stops no other stage.
                 "run": "# shellcheck source=/dev/null\n. .venv/bin/activate\n"
                 f"status=0\n{shlex.join(run)} {shard} || status=$?\n"

@@ -32,7 +32,8 @@ _ENDS = {
     **dict.fromkeys(("safety", "recitation", "blocklist", "prohibited_content"), "content_filter"),
     **dict.fromkeys(("content_filter", "spii", "sensitive", "refusal"), "content_filter"),
 }
-_TIMED_OUT = (408, 504, 524)  # the last is Cloudflare's
+# Statuses that one question may cause; 524 is a time-out of Cloudflare.
+_OF_ONE_QUESTION = (408, 500, 504, 524)
 # A refusal with one of these words is about the question's content, however many there are.
 _ABOUT_THE_QUESTION = re.compile(
     r"context[ _]?(?:length|window|size)|too (?:long|many tokens)|longer than|flagged|moderation"
@@ -204,8 +205,8 @@ class EndpointTeacher:
                 "same command again when it has"
             ) from error
         if status in (408, 409, 429) or status >= 500:
-            of_question = status == 500 or status in _TIMED_OUT
-            raise _Later(line, _retry_after(error.response), answered=of_question) from error
+            answered = status in _OF_ONE_QUESTION
+            raise _Later(line, _retry_after(error.response), answered=answered) from error
         if _ABOUT_THE_QUESTION.search(line):
             return Reply(line, "rejected")
         if field := self._refused_field(error):

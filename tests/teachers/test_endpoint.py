@@ -340,8 +340,9 @@ def test_empty_cut_off_and_rejected_replies(tmp_path):
 def test_requests_per_minute(tmp_path):
     with ScriptedServer(lambda prompt, nth: ok(prompt)) as server:
         with open_store(tmp_path / "r.jsonl") as store:
+            asked = teacher(server, requests_per_minute=1200)
             start = time.monotonic()
-            ask(teacher(server, requests_per_minute=1200), requests(9), store)
+            ask(asked, requests(9), store)
         assert server.at[-1] - start >= 8 * 0.05
 
 
