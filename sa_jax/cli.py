@@ -46,10 +46,10 @@ def run(
     *,
     places: Collection[str] = (),
 ) -> None:
-    """Parses the flags, calls `main()` and exits with the code of its outcome.
+    """Parses the flags, calls `main()`, which reads them from absl's holders, and exits with the
+    code of its outcome.
 
     Args:
-      main: reads its flags from absl's holders.
       doc: the script's docstring: what it does and an example command, shown by --help.
       config_module: its file is the default of --config. (If it were the flag's own default, a
         wrong --config.key would raise before this function can catch it.)
@@ -57,11 +57,7 @@ def run(
         bucket in any other is refused.
     """
     wants_help = any(word.lstrip("-") in ("help", "h", "helpshort") for word in sys.argv[1:])
-    if (
-        config_module
-        and not wants_help
-        and not any(re.match("--?config(=|$)", word) for word in sys.argv[1:])
-    ):
+    if config_module and not wants_help and not _given(sys.argv, "config"):
         spec = importlib.util.find_spec(config_module)
         assert spec is not None
         sys.argv.insert(1, f"--config={spec.origin}")
@@ -73,15 +69,16 @@ def run(
     except Preempted as stopped:
         _exit(EXIT_PREEMPTED, f"stopped: {stopped}")
     except BrokenPipeError:
-        if _is_closed(sys.stdout.fileno()):  # the reader of a pipe (`| head`) has seen enough
-            os._exit(EXIT_BROKEN_PIPE)
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            os._exit(EXIT_BROKEN_PIPE)  # the reader of a pipe (`| head`) has seen enough
         raise
     except KeyboardInterrupt:
         _exit(EXIT_INTERRUPTED, "stopped: interrupted; run the same command again")
-    except UsageError as error:
-        _exit(EXIT_USAGE, f"error: {one_line(error)}")
     except UserError as error:
-        _exit(EXIT_FAILED, f"error: {one_line(error)}")
+        code = EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+        _exit(code, f"error: {one_line(error)}")
     # A bug, or a bucket's client. Python's own way out would wait for threads, and jax's for peers.
     except Exception as error:
         if f"{type(error).__module__}.".startswith(_CLIENTS):
@@ -97,11 +94,11 @@ def _flushed(main: Callable[[], None]) -> None:
     sys.stdout.flush()
 
 
-def _is_closed(descriptor: int) -> bool:
-    """Whether the reader of the pipe has closed it."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+def _given(argv: list[str], flag: str) -> list[tuple[str, str]]:
+    """(name, value) of each flag of the command whose name matches; its value may come after it."""
+    pairs = itertools.zip_longest(argv, argv[1:], fillvalue="")
+    matches = [(re.fullmatch(f"--?({flag})(?:=(.*))?", w, re.DOTALL), after) for w, after in pairs]
+    return [(m[1], after if m[2] is None else m[2]) for m, after in matches if m]
 
 
 def _parse(argv: list[str], places: Collection[str]) -> list[str]:
@@ -134,14 +131,10 @@ def _parse(argv: list[str], places: Collection[str]) -> list[str]:
 def _problem_of_config(argv: list[str], error: Exception) -> str:
     """What is wrong with a key of --config.KEY; '' if the error is of something else. UsageError
     for its file, which absl's error tells in many words and which is therefore read again."""
-    given = [
-        after if match[1] is None else match[1]
-        for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="")
-        if (match := re.fullmatch(r"--?config(?:=(.*))?", word))
-    ]
+    given = _given(argv, "config")
     if not given or (isinstance(error, flags.Error) and "--config" not in str(error)):
         return ""
-    config = load_config(given[-1])
+    config = load_config(given[-1][1])
     if isinstance(error, flags.Error):
         return ""
     if isinstance(error, AttributeError | KeyError) and isinstance(config, ConfigDict):
@@ -154,15 +147,14 @@ def _problem_of_config(argv: list[str], error: Exception) -> str:
 def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
     """The first --config.KEY that the config does not have, with the keys that may be meant."""
     known = list(_keys(config))
-    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        match = re.match(r"--?(?:no)?config\.([\w.]+)(?:=(.*))?$", word, re.DOTALL)
-        if match is None or match[1] in known:
+    for flag, value in _given(argv, r"(?:no)?config\.[\w.]+"):
+        key = flag.partition(".")[2]
+        if key in known:
             continue
-        key, last = match[1], match[1].rpartition(".")[2]
         if key.startswith("eval.names."):
-            value = after if match[2] is None else match[2]
             names = names_flag({**config.eval.names, key.removeprefix("eval.names."): value})
             return f"unknown setting config.{key}; an eval is added with {names}"
+        last = key.rpartition(".")[2]
         meant = [name for name in known if name.rpartition(".")[2] == last]
         meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
         hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" * bool(meant)
@@ -180,17 +172,15 @@ def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 def _help(doc: str) -> str:
     """The docstring and the flags that the script itself defines, without absl's own."""
-    defined = flags.FLAGS.get_key_flags_for_module(sys.argv[0])
     lines = [doc.strip(), "", "Flags:"]
-    for flag in defined:
+    for flag in flags.FLAGS.get_key_flags_for_module(sys.argv[0]):
         required = any("other than None" in validator.message for validator in flag.validators)
         value = flag.default
         shown = ",".join(map(str, value)) if isinstance(value, list) else value
         default = "" if value in (None, "", False, []) else f" (default: {shown})"
         text = f"--{flag.name}{' (required)' * required}: {flag.help}{default}"
         first, *others = text.split("\n")
-        lines += textwrap.wrap(first, 100, initial_indent="  ", subsequent_indent="      ")
-        lines += others
+        lines += textwrap.wrap(first, 100, initial_indent="  ", subsequent_indent="      ") + others
     return "\n".join(lines)
 
 

@@ -33,10 +33,9 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     known names."""
     if name in choices:
         return choices[name]
-    known = ", ".join(choices)
-    if name:
-        raise UsageError(f"{file} has no {kind} {name!r}; use {known}")
-    raise UsageError(f"{file} needs the name of a {kind} after a colon, {file}:NAME; use {known}")
+    asked = f"needs the name of a {kind} after a colon, {file}:NAME"
+    problem = f"has no {kind} {name!r}" if name else asked
+    raise UsageError(f"{file} {problem}; use {', '.join(choices)}")
 
 
 def without_secrets(text: str) -> str:
@@ -48,10 +47,8 @@ def without_secrets(text: str) -> str:
 
 def end_process(code: int, line: str) -> NoReturn:
     """Ends this process at once, also where a thread of it waits for another process.
-
     The line is the last on standard error: jax's own threads, which may find meanwhile that a peer
-    has ended, can print nothing after it.
-    """
+    has ended, can print nothing after it."""
     with _ENDING:
         try:
             sys.stderr.flush()

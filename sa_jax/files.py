@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -21,9 +22,7 @@ _FULL_DISK_WORDS = ("no space left on device", "disk quota exceeded", "file too 
 
 def atomic_write(path: os.PathLike | str, text: str) -> None:
     """Replaces the file by `text` in one step: a reader sees the old file or the new one, whole.
-
-    Raises UserError when the disk is full (the old file is then untouched).
-    """
+    UserError when the disk is full (the old file is then untouched)."""
     if in_bucket(path):
         as_path(path).write_text(text)  # a put is whole or not at all
         return
@@ -46,45 +45,34 @@ def parse_json(text: str | bytes) -> Any:
     """`json.loads` for users' files. ValueError also for what is nested too deeply, for two fields
     of one name in an object (one would be lost), and for whole numbers of more than 308 digits,
     which no float may hold."""
+
+    def fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
+            raise ValueError(f"{count} fields of one object are named {name!r}")
+        return named
+
+    def whole_number(digits: str) -> int:
+        count = len(digits.lstrip("-"))
+        if count > sys.float_info.max_10_exp:
+            raise ValueError(f"a number has {count} digits")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=_fields, parse_int=_whole_number)
+        return json.loads(text, object_pairs_hook=fields, parse_int=whole_number)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        (name, count), *_ = Counter(name for name, _ in pairs).most_common(1)
-        raise ValueError(f"{count} fields of one object are named {name!r}")
-    return fields
-
-
-def _whole_number(digits: str) -> int:
-    count = len(digits.lstrip("-"))
-    if count > sys.float_info.max_10_exp:
-        raise ValueError(f"a number has {count} digits")
-    return int(digits)
-
-
-_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-}
+_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
+_KINDS |= {bool: "true or false", int: "a whole number", float: "a number"}
 
 
 def check_types(value: Any, example: Any, place: str, *, whole: bool = False) -> None:
     """Checks a JSON value against an example: its type, and that of each field of the example; None
-    allows any type. UserError, naming the first field that is not so.
-
-    Args:
-      place: file and field, for the message.
-      whole: no field of the example may be missing.
-    """
+    allows any type. With `whole`, no field of the example may be missing. UserError, naming the
+    `place` (file and field) and the first field that is not so."""
     kinds = (int, float) if isinstance(example, float) else type(example)
     fits = example is None or isinstance(value, kinds)
     if isinstance(example, int | float):
@@ -111,24 +99,19 @@ def try_lock(file: IO[Any] | int) -> bool:
     return True
 
 
-class KeyedStore:
+class KeyedStore(contextlib.AbstractContextManager["KeyedStore"]):
     """Objects by key in a JSONL file, appended as soon as they exist, so that paid work is not done
     again: a reply of a teacher, a completion of an eval.
-
     When `put` returns, the operating system has the object. A line that a kill left unfinished is
-    removed when the file is next opened. Only one process at a time can open the file.
-    """
+    removed when the file is next opened. Only one process at a time can open the file."""
 
     def __init__(self, path: Path | None, example: Mapping[str, Any], *, write: bool = True):
-        """Opens the file, or makes it.
+        """Opens the file, or makes it; without a path, everything stays in memory. UserError if
+        another process has it open, or a line is not such an object.
 
         Args:
-          path: path of the file; None keeps everything in memory.
           example: the fields that every object has, as for `check_types`.
           write: False reads the file without its lock, and keeps new objects in memory.
-
-        Raises:
-          UserError: another process has the file open, or a line is not such an object.
         """
         self._path = path
         self._values: dict[str, dict[str, Any]] = {}
@@ -138,10 +121,10 @@ class KeyedStore:
         with explained(path, "opening it"):
             path.parent.mkdir(parents=True, exist_ok=True)
             file: IO[bytes]
-            if in_bucket(path):
-                file = BucketFile(path) if write else io.BytesIO(path.read_bytes())
+            if not write:
+                file = io.BytesIO(path.read_bytes())
             else:
-                file = open(path, "a+b" if write else "rb")
+                file = BucketFile(path) if in_bucket(path) else open(path, "a+b")
         if write and not try_lock(file):  # a BucketFile sees to that itself
             file.close()
             raise UserError(f"{path}: another process is writing it; wait until that process ends")
@@ -165,14 +148,11 @@ class KeyedStore:
             file.truncate(whole)
             file.seek(whole)
             self._file = file
-        else:
-            file.close()
 
     def __len__(self) -> int:
         return len(self._values)
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The object's fields; None if there is no object."""
         return self._values.get(key)
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:
@@ -191,9 +171,6 @@ class KeyedStore:
                 os.fsync(self._file.fileno())
             self._file.close()
             self._file = None
-
-    def __enter__(self) -> "KeyedStore":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -218,8 +195,7 @@ def disk_full_message(path: os.PathLike | str, while_doing: str) -> str:
     path = Path(path).absolute()
     existing = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
     mount = next(p for p in (existing, *existing.parents) if p.is_mount())
-    usage = os.statvfs(existing)
-    free_mb = usage.f_bavail * usage.f_frsize / 1e6
+    free_mb = shutil.disk_usage(existing).free / 1e6
     return (
         f"{path}: the disk is full ({free_mb:,.1f} MB free on {mount}) while {while_doing}; "
         "free some space there (or keep fewer checkpoints) and run the same command again"

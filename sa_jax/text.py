@@ -9,10 +9,8 @@ _PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {127: "\u2421"}
 
 def visible(text: str) -> str:
     """The text with every control, format and surrogate character replaced by a visible one.
-
     C0 controls become their pictures (escape: ␛), others ⟨U+202E⟩; line breaks and tabs stay. So no
-    character can reorder, hide or colour the text around it. HTML is escaped elsewhere.
-    """
+    character can reorder, hide or colour the text around it. HTML is escaped elsewhere."""
     if text.isprintable():  # most text, in no time
         return text
     return "".join(map(_shown, text))
@@ -90,7 +88,5 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join(
-        table_row(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
+    padded = ([cell.ljust(n) for cell, n in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(map(table_row, padded))

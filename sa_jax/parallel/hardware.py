@@ -1,8 +1,12 @@
-"""What an accelerator chip can do: arithmetic, memory, links. For MFU and for planning."""
+"""What an accelerator chip can do: arithmetic, memory, links, for MFU and for planning. And the
+devices of this machine, found without starting any."""
 
 import dataclasses
+import importlib.util
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 
@@ -72,3 +76,36 @@ def memory_bytes(devices: Iterable[jax.Device]) -> float:
 def chip_of(device: jax.Device) -> Chip | None:
     """The chip that a device is (part of); None where it is not known, as on CPU."""
     return next((chip for chip in CHIPS if device.device_kind in chip.device_kinds), None)
+
+
+def visible_devices() -> tuple[str, list[str]]:
+    """('GPU', 'TPU' or 'CPU', their numbers), without starting any. GPUs and TPUs count only where
+    jax has its plugin for them and JAX_PLATFORMS allows them."""
+    if has_cuda_plugin() and _allowed("cuda", "gpu"):
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if named not in (None, "", "-1"):  # "" and -1 hide all
+            return "GPU", named.split(",")
+        gpus = list(Path("/dev").glob("nvidia[0-9]*"))
+        if gpus and named is None:  # CUDA counts those that are here, whatever their files' numbers
+            return "GPU", [str(number) for number in range(len(gpus))]
+    if has_libtpu() and _allowed("tpu"):
+        chips = sorted(Path("/dev").glob("accel[0-9]*")) or sorted(Path("/dev/vfio").glob("[0-9]*"))
+        if chips:
+            return "TPU", [str(i) for i in range(len(chips))]
+    affinity = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))  # macOS
+    return "CPU", [str(i) for i in sorted(affinity(0))]
+
+
+def has_cuda_plugin() -> bool:
+    """Whether jax's CUDA plugin (extra `plan-gpu` or `cuda`) is installed."""
+    return any(importlib.util.find_spec(f"jax_cuda{cuda}_plugin") for cuda in (12, 13))
+
+
+def has_libtpu() -> bool:
+    """Whether libtpu (extra `tpu`) is installed."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+def _allowed(*platforms: str) -> bool:
+    allowed = os.environ.get("JAX_PLATFORMS")
+    return not allowed or not {*platforms}.isdisjoint(allowed.split(","))

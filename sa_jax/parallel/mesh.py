@@ -33,23 +33,19 @@ def make_mesh(
     sizes = mesh_sizes(len(devices), data=data, fsdp=fsdp, tensor=tensor, slices=slices)
     kind = devices[0].device_kind
     # jax counts each node of GPUs as a slice.
-    attached = len({getattr(device, "slice_index", 0) for device in devices})
+    attached = len(set(map(_slice, devices)))
     if kind.startswith("TPU") and slices != attached:
         raise UsageError(
             f"config.mesh.slices={slices}, but there {'are' if attached > 1 else 'is'} "
             f"{attached} of {kind}: set config.mesh.slices={attached}"
         )
-    by_slice = sorted(devices, key=lambda device: getattr(device, "slice_index", 0))
-    size = len(devices) // slices
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    parts = np.reshape(sorted(devices, key=_slice), (slices, -1)).tolist()
+    may_split = kind in ("TPU v5 lite", "TPU v5e")  # as jax.make_mesh
     try:
-        parts = [
-            mesh_utils.create_device_mesh(
-                within,
-                by_slice[first : first + size],
-                allow_split_physical_axes=kind in ("TPU v5 lite", "TPU v5e"),  # as jax.make_mesh
-            )
-            for first in range(0, len(devices), size)
+        meshes = [
+            mesh_utils.create_device_mesh(within, part, allow_split_physical_axes=may_split)
+            for part in parts
         ]
     except NotImplementedError:
         # jax can split a dimension, but libtpu aborts on some collectives over such axes.
@@ -57,7 +53,11 @@ def make_mesh(
             f"{_shown(sizes)} would split a dimension of the torus of {kind}: each axis "
             "must be a product of whole dimensions (4x4x4: 4, 16 or 64 devices)"
         ) from None
-    return Mesh(np.concatenate(parts), AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(np.concatenate(meshes), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
 
 
 def mixes_rows(sizes: Mapping[str, int]) -> bool:
@@ -83,17 +83,14 @@ def check_rows(mesh: Mesh) -> None:
 
 def regroup(mesh: Mesh, tensor: int) -> Mesh | None:
     """The devices of a mesh, in its order, as groups of `tensor` that each have all weights.
-
     None if a group would take devices from two of the present copies of the weights, from two
-    slices, or a part of a dimension of a TPU's torus (see `make_mesh`).
-    """
+    slices, or a part of a dimension of a TPU's torus (see `make_mesh`)."""
     copies, fsdp, inner = mesh.devices.shape
     if fsdp * inner % tensor:
         return None
     groups = mesh.devices.reshape(copies * fsdp * inner // tensor, 1, tensor)
-    for group in groups:
-        if len({getattr(device, "slice_index", 0) for device in group.flat}) > 1:
-            return None
+    if any(len(set(map(_slice, group.flat))) > 1 for group in groups):
+        return None
     if groups.flat[0].device_kind.startswith("TPU"):
         coords = np.array([[device.coords for device in group.flat] for group in groups])
         lengths = np.ptp(coords, (0, 1)) + 1
@@ -109,13 +106,8 @@ def mesh_sizes(
     devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1
 ) -> dict[str, int]:
     """Sizes of the axes on so many devices, of all slices, by name; UsageError if these are not
-    their product.
-
-    Args:
-      data, fsdp, tensor: sizes inside a slice; one of them may be -1 and takes what the others
-        leave.
-      slices: the number of slices, each with all weights; they lie along `data`.
-    """
+    their product. `data`, `fsdp` and `tensor` are sizes inside a slice; one of them may be -1 and
+    takes what the others leave. Each slice has all weights; they lie along `data`."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = _shown(sizes | ({"slices": slices} if slices > 1 else {}))
     if [*sizes.values()].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 
 from sa_jax.errors import UserError
 from sa_jax.parallel import compilation_cache
-from sa_jax.parallel.attached import visible_devices
+from sa_jax.parallel.hardware import visible_devices
 from sa_jax.parallel.peers import end_together, start_within
 from sa_jax.parallel.xla_flags import missing_kernel
 from sa_jax.text import first_line
@@ -26,19 +26,14 @@ def joined(
 ) -> Iterator[None]:
     """A context that begins when all processes of the launch have started; if one ends, all end.
 
-    Which processes there are, `several_processes` says. On a TPU VM jax always looks for other
-    workers, because the list of workers is in the cloud's metadata; a single VM is a cluster of
-    one. The compilation cache is turned on. Must be entered before the first use of a device.
+    On a TPU VM jax always looks for other workers, because the list of workers is in the cloud's
+    metadata; a single VM is a cluster of one. Elsewhere `several_processes` says whether there are
+    others. The compilation cache is turned on. Must be entered before the first use of a device.
 
-    Args:
-      start_timeout_s: seconds to wait for the others to start; then the process ends with exit 1
-        and a line that says what to check.
-      peer_timeout_s, resumable: see `peers.end_together`.
-
-    Raises:
-      UserError: the address of the others is wrong; or this TPU is part of a pod, and the process
-        was started without that address; or what ran inside needs more memory than a device has,
-        or a kernel that XLA_FLAGS forbid.
+    Where the others have not started after `start_timeout_s` seconds, the process ends with exit 1
+    and a line that says what to check; `peers.end_together` has the other arguments. UserError if
+    the address of the others is wrong, or missing on a part of a pod, or if what ran inside needs
+    more memory than a device has, or a kernel that XLA_FLAGS forbid.
     """
     _join(start_timeout_s, peer_timeout_s)
     # Watched already while devices are opened, because those of the others are waited for.
@@ -103,15 +98,9 @@ def _open_devices() -> None:
             "on every worker, set JAX_COORDINATOR_ADDRESS to ADDRESS:PORT of the first one"
         )
     compilation_cache.enable()
-    logging.info(
-        "process %d of %d, %d local of %d %s devices, jax %s",
-        jax.process_index(),
-        jax.process_count(),
-        jax.local_device_count(),
-        len(devices),
-        devices[0].device_kind,
-        jax.__version__,
-    )
+    mine = f"{jax.local_device_count()} local of {len(devices)} {devices[0].device_kind} devices"
+    process = f"process {jax.process_index()} of {jax.process_count()}"
+    logging.info("%s, %s, jax %s", process, mine, jax.__version__)
 
 
 def several_processes(env: Mapping[str, str]) -> bool:
@@ -139,11 +128,9 @@ def several_processes(env: Mapping[str, str]) -> bool:
 
 def _local_devices(env: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that this process sees are its own, by their place; [] is all of them.
-
     Without an answer (None) jax takes one GPU, that of the process's number on its node: of a task
     that has a whole node it would waste the others, and of tasks that Slurm gives their own GPUs
-    each (--gpus-per-task, --gpu-bind) the number is beyond those that they see.
-    """
+    each (--gpus-per-task, --gpu-bind) the number is beyond those that they see."""
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # jax reads it
     # As in jax, Open MPI first: mpirun may start its daemons by srun, whose variables they inherit.

@@ -31,17 +31,13 @@ _OF_A_PEER = re.compile(
     "(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|DATA_LOSS"
     "|FAILED_PRECONDITION):"
 )
-
-
 _WATCHES: list["_Peers"] = []  # of this process: one while it has peers
 
 
 @contextlib.contextmanager
 def start_within(timeout_s: float) -> Iterator[None]:
     """A context for jax.distributed.initialize, which waits until all processes have called it.
-
-    Ends this process with one line and exit 1 after `timeout_s` seconds.
-    """
+    Ends this process with one line and exit 1 after `timeout_s` seconds."""
     started = threading.Event()
 
     def watch() -> None:
@@ -81,7 +77,6 @@ def end_together(
     Does nothing for a single process.
 
     Args:
-      timeout_s: seconds of silence.
       resumable: whether the same command would resume from a checkpoint.
       open_devices: called before the body. Meanwhile a process may be silent three times as long,
         because loading a backend may keep Python's lock.
@@ -93,7 +88,8 @@ def end_together(
     peers = _Peers(timeout_s, resumable)
     _WATCHES.append(peers)
     try:
-        peers.wait_for_names()
+        # So that one that falls silent can be named.
+        peers.all_heard.wait(peers.patience_s)
         open_devices()
         peers.devices_are_open()
         yield
@@ -135,20 +131,14 @@ class _Peers:
         self._patience = 3 * max(2, round(timeout_s / _ROUND_S))  # rounds
         self._resumable = resumable
         self._me = distributed.global_state.process_id
-        # `line` and `code`: how all processes end.
-        self._note: dict[str, Any] = {
-            "host": platform.node(),
-            "beat": 0,
-            "line": "",
-            "code": 0,
-            "left": False,
-        }
+        self._note: dict[str, Any] = {"host": platform.node(), "beat": 0, "left": False}
+        self._note |= {"line": "", "code": 0}  # how all processes end
         self._notes: dict[int, dict[str, Any]] = {}
         self._lost: set[int] = set()
         self._round = 0
         # In which round.
         self._heard = dict.fromkeys(range(distributed.global_state.num_processes), 0)
-        self._all_heard = threading.Event()
+        self.all_heard = threading.Event()
         self._leaving = threading.Event()
         self._may_leave = threading.Event()
         _delay_aborts()
@@ -159,21 +149,14 @@ class _Peers:
     def patience_s(self) -> float:
         return self._patience * _ROUND_S
 
-    def wait_for_names(self) -> None:
-        """Waits until every process has been heard, so that one that falls silent can be named."""
-        self._all_heard.wait(self.patience_s)
-
     def devices_are_open(self) -> None:
         _delay_aborts()  # a backend may have a handler of its own
-        for process in self._heard:
-            self._heard[process] = self._round
+        self._heard.update(dict.fromkeys(self._heard, self._round))
         self._patience //= 3
 
     def leave(self, line: str = "", code: int = 0, stacks: bool = False) -> None:
         """Ends the watch; with a line, the other processes end too, with this line and code.
-
-        Process 0 waits for them, because its store ends with it.
-        """
+        Process 0 waits for them, because its store ends with it."""
         self._leaving.set()
         self._note |= {"line": line, "code": code, "stacks": stacks, "left": True}
         deadline = time.monotonic() + self.patience_s
@@ -203,7 +186,7 @@ class _Peers:
                 if note != self._notes.get(process):
                     self._notes[process], self._heard[process] = note, self._round
             if self._notes.keys() == self._heard.keys():
-                self._all_heard.set()
+                self.all_heard.set()
             left = {process for process, note in self._notes.items() if note["left"]}
             others_left = left | self._lost | {self._me} == self._heard.keys()
             if sent["left"] and (self._me != 0 or others_left):
@@ -229,9 +212,7 @@ class _Peers:
                 self._end_without(0)
             if silence > 1:
                 continue  # while the store is silent, nothing is known of the others
-            self._lost = {
-                process for process, rounds in unheard.items() if rounds >= self._patience
-            }
+            self._lost = {process for process, n in unheard.items() if n >= self._patience}
             for process in self._lost:
                 self._end_without(process)
 
@@ -274,10 +255,8 @@ def _store_gone() -> bool:
     host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ROUND_S).close()
-    except ConnectionRefusedError:
-        return True
-    except OSError:  # slow to answer, which is not gone
-        return False
+    except OSError as error:  # one that is slow to answer is not gone
+        return isinstance(error, ConnectionRefusedError)
     return False
 
 

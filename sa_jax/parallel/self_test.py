@@ -59,21 +59,6 @@ def check_embedding(mesh: Mesh, options: Options, vocabulary: int, features: int
     """Looks up tokens of all shards of an embedding, and adds up its gradient over two
     micro-batches, compiled with the options of the training step. UserError if a number is not
     exact."""
-    lookups, gradients = lower_embedding_check(mesh, options, vocabulary, features).compile()()
-    if lookups or gradients:
-        raise UserError(
-            f"these devices ({mesh.devices.flat[0].device_kind}, jax {jax.__version__}) look up "
-            f"{int(lookups):,} numbers of the embedding wrongly, and {int(gradients):,} of its "
-            f"gradient are wrong; use {'--config.mesh.tensor=1, ' * (mesh.shape['tensor'] > 1)}"
-            "another jax, or --config.self_test=False to train without this check"
-        )
-
-
-def lower_embedding_check(
-    mesh: Mesh, options: Options, vocabulary: int, features: int
-) -> jax.stages.Lowered:
-    """The program of `check_embedding`. It returns how many looked-up numbers and how many of the
-    gradient are wrong (int32 [] each)."""
     rows, length = 2 * mesh.shape["data"] * mesh.shape["fsdp"], 128
     # Tokens that appear, each at least twice; each row has some of every part of the vocabulary.
     tokens_k = np.linspace(0, vocabulary - 1, min(rows * length // 2, vocabulary), dtype=np.int32)
@@ -105,7 +90,15 @@ def lower_embedding_check(
         return jnp.sum(lookups), jnp.sum(wrong_vd, dtype=jnp.int32)
 
     replicated = NamedSharding(mesh, P())
-    return jax.jit(compare, out_shardings=replicated, compiler_options=options or None).lower()
+    check = jax.jit(compare, out_shardings=replicated, compiler_options=options or None)
+    lookups, gradients = check()
+    if lookups or gradients:
+        raise UserError(
+            f"these devices ({mesh.devices.flat[0].device_kind}, jax {jax.__version__}) look up "
+            f"{int(lookups):,} numbers of the embedding wrongly, and {int(gradients):,} of its "
+            f"gradient are wrong; use {'--config.mesh.tensor=1, ' * (mesh.shape['tensor'] > 1)}"
+            "another jax, or --config.self_test=False to train without this check"
+        )
 
 
 def _lookup(embedding_vd: jax.Array, tokens_bs: jax.Array) -> jax.Array:
@@ -144,11 +137,8 @@ def _numbers(mesh: Mesh) -> dict[str, jax.Array]:
 
     x_bd = integers(keys[0], "x_bd")
     kept_bd = jax.random.bernoulli(keys[1], min(1.0, 1024 / len(x_bd)), x_bd.shape)
-    numbers = {
-        "w_dn": integers(keys[2], "w_dn"),
-        "x_bd": x_bd * kept_bd,
-        "g_bn": integers(keys[3], "g_bn"),
-    }
+    w_dn, g_bn = integers(keys[2], "w_dn"), integers(keys[3], "g_bn")
+    numbers = {"w_dn": w_dn, "x_bd": x_bd * kept_bd, "g_bn": g_bn}
     return {name: x.astype(jnp.bfloat16) for name, x in numbers.items()}
 
 
@@ -158,11 +148,8 @@ def _arguments(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     rows = 8 * axes["data"] * axes["fsdp"]
     multiple = math.lcm(axes["fsdp"], axes["tensor"], 128)
     size = -(-SIZE // multiple) * multiple
-    placed = {
-        "w_dn": ((size, size), _WEIGHTS),
-        "x_bd": ((rows, size), P(BATCH_SPEC[0])),
-        "g_bn": ((rows, size), P(BATCH_SPEC[0])),
-    }
+    of_rows = (rows, size), P(BATCH_SPEC[0])
+    placed = {"w_dn": ((size, size), _WEIGHTS), "x_bd": of_rows, "g_bn": of_rows}
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for name, (shape, spec) in placed.items()

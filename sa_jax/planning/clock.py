@@ -6,6 +6,7 @@ each loop as often as it runs. docs/scale.md compares the result with published 
 
 import collections
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -49,18 +50,11 @@ class Clock:
 
 
 def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] = min) -> Clock:
-    """The clock of one execution.
-
-    Args:
-      hlo: text of a TPU executable (`compiled.as_text()`), which is scheduled.
-      branch: `max` or `min`: which branch of a conditional counts, by its seconds.
-    """
+    """The clock of one execution of a TPU executable, whose text (`compiled.as_text()`) is
+    scheduled. `branch`, `max` or `min`: which branch of a conditional counts, by its seconds."""
     module = parse_module(hlo)
-    conditionals = sum(
-        instruction.opcode == "conditional"
-        for computation in module.computations.values()
-        for instruction in computation
-    )
+    instructions = itertools.chain.from_iterable(module.computations.values())
+    conditionals = sum(each.opcode == "conditional" for each in instructions)
     return Clock(**_replay(module, module.entry, chip, branch), conditionals=conditionals)
 
 
@@ -96,13 +90,13 @@ def _replay(
             within = {"collectives": end - now}
         elif opcode.endswith("-done") and instruction.operand() in arrival:
             within = {"collectives": max(0.0, arrival[instruction.operand()] - now)}
-        if kind := _kind(module, instruction):
-            seconds = _seconds(instruction, chip)
+        kind, seconds = _own_time(module, instruction, chip)
+        if kind:
             # A collective inside a fusion runs beside the rest of it.
             waited = max(0.0, within.get("collectives", 0.0) - seconds)
             within = {"collectives": waited, kind: seconds}
-        for kind, value in within.items():
-            spent[kind] += value
+        for each, value in within.items():
+            spent[each] += value
             now += value
     return spent
 
@@ -141,16 +135,19 @@ def _bytes(collective: Instruction) -> float:
     return payload(collective) * others * (2 if kind == "all-reduce" else 1)
 
 
-def _kind(module: Module, instruction: Instruction) -> str:
-    """The kind of an instruction that computes; '' for others."""
+def _own_time(module: Module, instruction: Instruction, chip: Chip) -> tuple[str, float]:
+    """(kind, seconds) of an instruction that computes; the kind is '' for others."""
+    cycles = _CYCLES.search(instruction.rest)
+    seconds = int(cycles[1]) / chip.clock_hz if cycles else 0.0
     if instruction.opcode == "custom-call":
-        return "attention" if _SPLASH.match(instruction.name) else ""
-    if not _CYCLES.search(instruction.rest):
-        return ""
+        flops = splash_flops(instruction)
+        expected = flops * chip.devices / (ATTENTION_SHARE * chip.flops)
+        return "attention" if flops else "", seconds or expected
+    if not cycles:
+        return "", 0.0
     opcodes = _opcodes(module, instruction)
-    if opcodes & _PRODUCTS:
-        return "products"
-    return "copies" if opcodes <= _MOVES else "fusions"
+    kind = "products" if opcodes & _PRODUCTS else "copies" if opcodes <= _MOVES else "fusions"
+    return kind, seconds
 
 
 def _opcodes(module: Module, instruction: Instruction) -> set[str]:
@@ -159,12 +156,6 @@ def _opcodes(module: Module, instruction: Instruction) -> set[str]:
     if inside is None:
         return {instruction.opcode}
     return set().union(*(_opcodes(module, each) for each in inside))
-
-
-def _seconds(instruction: Instruction, chip: Chip) -> float:
-    if cycles := _CYCLES.search(instruction.rest):
-        return int(cycles[1]) / chip.clock_hz
-    return splash_flops(instruction) * chip.devices / (ATTENTION_SHARE * chip.flops)
 
 
 def splash_flops(call: Instruction) -> float:

@@ -28,17 +28,10 @@ class Traffic:
 
 
 def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
-    """Collectives of one execution of a module, by kind.
-
-    Args:
-      hlo: text of a partitioned module (`compiled.as_text()`).
-      devices_a_slice: the number of devices in each slice, in the order of the module's devices;
-        0: there is one slice.
-
-    Returns:
-      Kind to traffic, for the kinds that occur. Traffic between slices is a separate kind, such as
-      'all-reduce between slices'. A loop with an unknown number of iterations counts once.
-    """
+    """Collectives of one execution of a partitioned module (`compiled.as_text()`), by kind.
+    Traffic between slices, of so many devices each (0: there is one slice) in the order of the
+    module's devices, is a separate kind, such as 'all-reduce between slices'. A loop with an
+    unknown number of iterations counts once."""
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()
@@ -48,7 +41,8 @@ def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
         if kind and (chain := chain_of(instruction)):
             if first_parts.setdefault(chain, instruction.name) != instruction.name:
                 continue
-        if kind and devices_a_slice and _crosses(instruction, devices_a_slice):
+        groups = instruction.groups() if kind and devices_a_slice else []
+        if any(len({device // devices_a_slice for device in group}) > 1 for group in groups):
             kind += BETWEEN_SLICES
         elif sent := _MEGASCALE.search(instruction.rest if instruction.opcode == "send" else ""):
             kind = sent[1].lower().replace("_", "-") + BETWEEN_SLICES
@@ -72,11 +66,6 @@ def chain_of(collective: Instruction) -> str:
     which has a copy of the instruction; '' for other collectives."""
     channel, chain = _CHANNEL.search(collective.rest), _CHAIN.search(collective.rest)
     return f"{channel[1]} {chain[1]}" if channel and chain else ""
-
-
-def _crosses(collective: Instruction, devices_a_slice: int) -> bool:
-    """Whether devices of several slices take part in a collective."""
-    return any(len({device // devices_a_slice for device in g}) > 1 for g in collective.groups())
 
 
 def payload(instruction: Instruction) -> int:

@@ -17,21 +17,21 @@ _CALLEES = re.compile(
     r"\b(?:calls|to_apply|body|condition|branch_computations|true_computation|false_computation)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
+_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}")
+_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=(\S+)")
+_MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = shape opcode(rest`; `rest` holds the operands and the attributes.
-
-    `computation` is the name of the one that it is part of.
-    """
+    """`name = shape opcode(rest`."""
 
     name: str
     shape: str
     opcode: str
-    rest: str
-    computation: str
+    rest: str  # the operands and the attributes
+    computation: str  # the name of the one that it is part of
 
     def attribute(self, key: str) -> str:
         """The computation that an attribute names, `body=%body.1`; '' where there is none."""
@@ -50,15 +50,11 @@ class Instruction:
 
     def groups(self) -> list[list[int]]:
         """The devices of each group of a collective; [[0]] if the text does not say."""
-        if groups := re.search(
-            r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}", self.rest
-        ):
+        if groups := _LISTED_GROUPS.search(self.rest):
             return [_numbers(group) for group in re.findall(r"\d[\d,]*", groups[1])]
-        if groups := re.search(r"replica_groups=\[([\d,]+)\]<=(\S+)", self.rest):
+        if groups := _IOTA_GROUPS.search(self.rest):
             return _devices(groups[2]).reshape(_numbers(groups[1])).tolist()
-        if groups := re.search(
-            r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", self.rest
-        ):
+        if groups := _MESH_GROUPS.search(self.rest):
             sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", groups[1])}
             shape = [*sizes.values()]
             inner = [[*sizes].index(axis) for axis in re.findall(r"'(\w+)'", groups[3])]

@@ -1,12 +1,13 @@
 """Bytes of a training step on one chip: exact for its arguments, estimated or compiled for its
-temporaries."""
+temporaries; and of a run's checkpoints on the disk."""
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from sa_jax.llama.model import remat_policies
 from sa_jax.parallel.hardware import GIB, Chip
@@ -63,10 +64,8 @@ class Memory:
 
 def device_bytes(tree: Any) -> int:
     """Bytes on one device of a tree of ShapeDtypeStruct with shardings."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def step_memory(
@@ -75,9 +74,8 @@ def step_memory(
     """The memory of a step.
 
     Args:
-      work: the step, for the estimates.
-      state, frozen, batch: its arguments as ShapeDtypeStructs with shardings; `state` has fields
-        params and opt_state.
+      work: for the estimates.
+      state, frozen, batch: the step's arguments as ShapeDtypeStructs with shardings.
       devices: JAX devices a chip.
       compiled: the executable; None: temporaries are estimated.
     """
@@ -87,8 +85,8 @@ def step_memory(
         analysis = compiled.memory_analysis()
         temporaries, host = analysis.temp_size_in_bytes, analysis.host_temp_size_in_bytes
         peak, arguments = analysis.peak_memory_in_bytes, analysis.argument_size_in_bytes
-        devices_used = jax.tree.leaves(state.params)[0].sharding.device_set
-        if all(device.platform == "cpu" for device in devices_used):
+        device = next(iter(jax.tree.leaves(state.params)[0].sharding.device_set))
+        if device.platform == "cpu":
             peak = max(peak, arguments + temporaries)  # XLA's peak of a CPU lacks the temporaries
     return Memory(
         parameters=devices * device_bytes(state.params),
@@ -170,22 +168,45 @@ def advice_to_fit(
     """What to change when a step does not fit, the most promising first; `optimizer` is that
     section of the run's config."""
     over = (memory.needed - capacity) / GIB
-    advice: Mapping[str, bool] = {
-        "more chips": memory.arguments > 0.9 * capacity,
-        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": work.full_weights
-        and optimizer.name == "adam"
-        and optimizer.mu_dtype == "float32",
-        "config.lora.rank=64 (no optimizer state for the base)": work.full_weights
-        and memory.arguments > 0.9 * capacity,
+    large_state, has_adam = memory.arguments > 0.9 * capacity, optimizer.name == "adam"
+    in_float32 = work.full_weights and has_adam and optimizer.mu_dtype == "float32"
+    offload = work.remat == "full" and "offload" in remat_policies(platform)
+    wider = work.mesh["tensor"] < work.architecture.num_kv_heads
+    advice = {
+        "more chips": large_state,
+        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": in_float32,
+        "config.lora.rank=64 (no optimizer state for the base)": work.full_weights and large_state,
         "config.remat=full": work.remat in ("none", "dots", "minimal"),
-        "config.remat=offload": work.remat == "full"
-        and memory.activations > 0.1 * capacity
-        and "offload" in remat_policies(platform),
+        "config.remat=offload": offload and memory.activations > 0.1 * capacity,
         "config.accumulation (smaller micro-batches)": memory.temporaries > 0.3 * capacity,
-        "a larger config.mesh.tensor (shards activations and gathered layers)": (
-            work.mesh["tensor"] < work.architecture.num_kv_heads
-        ),
+        "a larger config.mesh.tensor (shards activations and gathered layers)": wider,
         "more chips or fewer tokens per step": True,
     }
     remedies = [remedy for remedy, applies in advice.items() if applies][:3]
     return f"{over:.1f} GiB per chip too much; try {'; '.join(remedies)}"
+
+
+def checkpoint_bytes(config: ConfigDict, total_steps: int, work: Workload) -> dict[str, float]:
+    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps of a run. Of its
+    step, `work`, the number of parameters and their bytes count.
+
+    Returns:
+      full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and
+      total, at the end of the run. During a save, the checkpoint that it replaces still exists.
+    """
+    settings, interval = config.checkpoint, config.checkpoint.interval
+    reached = {step for step in settings.steps if step <= total_steps}
+    regular = {*range(interval, total_steps + 1, interval)} if interval else set()
+    if settings.listed == "full":
+        always = reached | {total_steps}
+        full_states = len(always) + min(settings.keep_interval, len(regular - always))
+        weights_alone = 0
+    else:
+        full_states = min(settings.keep_interval, len(regular | {total_steps}))
+        weights_alone = len(reached)
+    full_state = round(work.trainable * work.state_bytes)
+    item_bytes = 2 if settings.listed == "weights_bf16" else jnp.dtype(config.param_dtype).itemsize
+    weights = work.trainable * item_bytes
+    one = {"full_state": full_state, "weights": weights}
+    kept = {"full_states": full_states, "weights_alone": weights_alone}
+    return one | kept | {"total": full_states * full_state + weights_alone * weights}

@@ -6,36 +6,33 @@ from tqdm import tqdm
 
 from sa_jax.planning import clock, roofline
 
-_ROWS = (
-    ("parameters", "parameters"),
-    ("optimizer", "optimizer state"),
-    ("frozen", "frozen weights"),
-    ("batch", "batch"),
-    ("arguments", "= arguments"),
-    ("temporaries", "temporaries"),
-    ("gradients", "  gradients in them"),
-    ("activations", "  kept activations in them"),
-    ("workspace", "cuDNN's workspace"),
-    ("needed", "needed at the peak"),
-)
+_ROWS = {
+    "parameters": "parameters",
+    "optimizer": "optimizer state",
+    "frozen": "frozen weights",
+    "batch": "batch",
+    "arguments": "= arguments",
+    "temporaries": "temporaries",
+    "gradients": "  gradients in them",
+    "activations": "  kept activations in them",
+    "workspace": "cuDNN's workspace",
+    "needed": "needed at the peak",
+}
 
 
 def format_plan(plan: dict[str, Any]) -> str:
     """The plan of `training.plan.make_plan` on one screen."""
-    memory, time, run = plan["memory_gib_per_chip"], plan["time"], plan["run"]
-    settings = plan["settings"]
+    memory, model = plan["memory_gib_per_chip"], plan["model"]
+    settings = [f"{key} {x}" for key, x in plan["settings"].items() if x not in ("", None)]
+    seconds = f" in {plan['compile_s']:.0f} s" if plan["compile_s"] else ""
     lines = [
         f"machine      {plan['machine']['described']}",
-        f"model        {plan['model']['parameters']:,} parameters, "
-        f"{plan['model']['trainable']:,} of them train",
-        "step         "
-        + ", ".join(f"{key} {value}" for key, value in settings.items() if value not in ("", None)),
+        f"model        {model['parameters']:,} parameters, {model['trainable']:,} of them train",
+        f"step         {', '.join(settings)}",
         "",
-        f"memory per chip, GiB ({memory['source']}"
-        + (f" in {plan['compile_s']:.0f} s" if plan["compile_s"] else "")
-        + ")",
+        f"memory per chip, GiB ({memory['source']}{seconds})",
     ]
-    for key, label in _ROWS:
+    for key, label in _ROWS.items():
         if memory[key] or key == "temporaries":
             estimated = " (estimated)" if key in ("gradients", "activations", "workspace") else ""
             lines.append(f"  {label:26}{memory[key]:10.2f}{estimated}")
@@ -50,32 +47,38 @@ def format_plan(plan: dict[str, Any]) -> str:
         lines.append(f"  {plan['advice']}")
     lines += ["", _disk_line(plan["disk"])]
     lines += ["", f"FLOPs per token (causal, no recomputation) {plan['flops_per_token']:.4g}"]
-    if time:
-        lines += [
-            f"time per step, at least: {time['step_s']:.3f} s, limited by {time['bound']} "
-            f"(compute {time['compute_s']:.3f}, HBM {time['hbm_s']:.3f}, "
-            f"interconnect {time['interconnect_s']:.3f}"
-            + (
-                f", between slices {between:.3f})" if (between := time["between_slices_s"]) else ")"
-            ),
-            f"tokens/s/chip, at most: {time['tokens_per_s_per_chip']:,.0f} "
-            f"(MFU {100 * time['mfu']:.0f} %)",
-            f"run of {run['tokens'] / 1e6:,.1f}M token slots ({run['steps']:,} steps): at least "
-            f"{run['hours']:.2f} hours, {run['chip_hours']:.1f} chip-hours",
-        ]
-        lines += _assumed(roofline.ASSUMPTIONS)
-    lines += _clock_lines(plan["clock"])
+    lines += _time_lines(plan["time"], plan["run"]) + _clock_lines(plan["clock"])
     traffic = plan["collectives"]
     lines += ["", f"collectives of a step ({traffic['source']})"]
     for kind, sent in traffic["kinds"].items():
-        lines.append(
-            f"  {kind:36}{sent['count']:8,} times{sent['bytes'] / 2**30:10.2f} GiB per device"
-        )
+        gib = sent["bytes"] / 2**30
+        lines.append(f"  {kind:36}{sent['count']:8,} times{gib:10.2f} GiB per device")
     lines += _soap_lines(plan["soap"])
     for title, values in (("tried", plan["tried"]), ("XLA flags", plan["xla_flags"])):
         if values:
             lines += ["", title] + [f"  {value}" for value in values]
     return "\n".join(lines)
+
+
+def _speed(title: str, time: dict[str, Any]) -> str:
+    rate, mfu = time["tokens_per_s_per_chip"], time["mfu"]
+    return f"tokens/s/chip, {title}: {rate:,.0f} (MFU {100 * mfu:.0f} %)"
+
+
+def _time_lines(time: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """The roofline's lines; none if the chip is not known."""
+    if not time:
+        return []
+    parts = {"compute": "compute_s", "HBM": "hbm_s", "interconnect": "interconnect_s"}
+    parts |= {"between slices": "between_slices_s"} if time["between_slices_s"] else {}
+    shown = ", ".join(f"{name} {time[key]:.3f}" for name, key in parts.items())
+    return [
+        f"time per step, at least: {time['step_s']:.3f} s, limited by {time['bound']} ({shown})",
+        _speed("at most", time),
+        f"run of {run['tokens'] / 1e6:,.1f}M token slots ({run['steps']:,} steps): at least "
+        f"{run['hours']:.2f} hours, {run['chip_hours']:.1f} chip-hours",
+        *_assumed(roofline.ASSUMPTIONS),
+    ]
 
 
 def _assumed(assumptions: tuple[str, ...]) -> list[str]:
@@ -87,13 +90,11 @@ def _clock_lines(read: dict[str, Any]) -> list[str]:
     if not read:
         return []
     kinds = ("products", "attention", "fusions", "copies", "collectives")
+    shown = ", ".join(f"{kind} {read[kind]:.3f}" for kind in kinds)
     lines = [
         "",
-        f"time per step, by the compiler's clock: {read['step_s']:.3f} s ("
-        + ", ".join(f"{kind} {read[kind]:.3f}" for kind in kinds)
-        + ")",
-        f"tokens/s/chip, by the compiler's clock: {read['tokens_per_s_per_chip']:,.0f} "
-        f"(MFU {100 * read['mfu']:.0f} %)",
+        f"time per step, by the compiler's clock: {read['step_s']:.3f} s ({shown})",
+        _speed("by the compiler's clock", read),
     ]
     if read["conditionals"]:
         lines.append(
@@ -106,11 +107,10 @@ def _clock_lines(read: dict[str, Any]) -> list[str]:
 def _disk_line(disk: dict[str, float]) -> str:
     keys = ("total", "full_state", "weights")
     total, full_state, weights = (tqdm.format_sizeof(disk[key], "B") for key in keys)
-    line = f"disk: {total} of checkpoints at the end (full states: "
-    line += f"{disk['full_states']} x {full_state}"
+    kept = f"full states: {disk['full_states']} x {full_state}"
     if disk["weights_alone"]:
-        line += f", only weights: {disk['weights_alone']} x {weights}"
-    return line + "); during a save, one more full state"
+        kept += f", only weights: {disk['weights_alone']} x {weights}"
+    return f"disk: {total} of checkpoints at the end ({kept}); during a save, one more full state"
 
 
 def _soap_lines(rows: list[dict[str, Any]]) -> list[str]:

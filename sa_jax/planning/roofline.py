@@ -95,7 +95,9 @@ def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
     """The roofline of a step on slices of chips laid out in `shape`."""
     if work.slices > 1:
         time = step_time(work.of_one_slice(), chip, shape)
-        return dataclasses.replace(time, network=_between_slices(work, chip))
+        bandwidth = chip.network_bandwidth / chip.devices
+        network = _summed_bytes(work, work.slices) / bandwidth if bandwidth else 0.0
+        return dataclasses.replace(time, network=network)
     chips = work.devices / chip.devices
     config = work.architecture
     attention = config.num_layers * config.num_heads * config.head_dim * work.sequence_length
@@ -143,12 +145,6 @@ def _sent_bytes(work: Workload) -> dict[str, float]:
 def _summed_bytes(work: Workload, copies: int) -> float:
     """Bytes that one device receives to sum the gradients over copies: its part, twice."""
     return 2 * work.trainable * work.item_bytes / work.shards * (copies - 1) / copies
-
-
-def _between_slices(work: Workload, chip: Chip) -> float:
-    """Seconds to sum the gradients over the slices."""
-    sent = _summed_bytes(work, work.slices)
-    return sent / (chip.network_bandwidth / chip.devices) if chip.network_bandwidth else 0.0
 
 
 def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: str) -> float:

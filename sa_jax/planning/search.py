@@ -16,11 +16,11 @@ _REMATS = ("minimal", "full", "offload")  # 'dots' and 'none' keep more than 'mi
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A way to run a step: its roofline, and its estimated bytes per chip."""
+    """A way to run a step."""
 
     work: Workload
-    time: StepTime
-    bytes: float
+    time: StepTime  # its roofline
+    bytes: float  # estimated, per chip
 
     def describe(self) -> str:
         mesh = " ".join(f"{axis}={size}" for axis, size in self.work.mesh.items())
@@ -30,10 +30,11 @@ class Candidate:
 def candidates(work: Workload, topology: Topology) -> list[Candidate]:
     """All candidates whose estimate fits the chip's memory, the fastest first; if none fits, the
     one that needs the least memory. UsageError where no mesh divides the batch and the heads."""
-    options = []
-    for option in _divisions(work, topology):
-        time = step_time(option, topology.chip, topology.shape)
-        options.append(Candidate(option, time, estimated_bytes(option, topology.chip)))
+    chip, shape = topology.chip, topology.shape
+    options = [
+        Candidate(option, step_time(option, chip, shape), estimated_bytes(option, chip))
+        for option in _divisions(work, topology)
+    ]
     if not options:
         heads = work.architecture.num_kv_heads
         raise UsageError(
@@ -42,8 +43,7 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
             f"{work.batch_size * heads} devices, or raise config.batch_size to "
             f"{-(-work.devices // heads)} or a multiple"
         )
-    limit = topology.chip.hbm_bytes * (1 - RESERVED)
-    fitting = [candidate for candidate in options if candidate.bytes <= limit]
+    fitting = [each for each in options if each.bytes <= chip.hbm_bytes * (1 - RESERVED)]
 
     def order(candidate: Candidate) -> tuple[float, float, float]:
         # Overlap is never complete: among equals, what moves and sends least.

@@ -14,9 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from sa_jax.errors import UsageError, UserError
-from sa_jax.parallel.attached import has_cuda_plugin, has_libtpu
-from sa_jax.parallel.hardware import CHIPS, Chip
-from sa_jax.planning.gpu_target import target_config
+from sa_jax.parallel.hardware import CHIPS, Chip, has_cuda_plugin, has_libtpu
 from sa_jax.text import first_line
 
 # Common slices of Google Cloud (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x).
@@ -26,24 +24,26 @@ _GPUS_A_NODE = 8
 _MOST_CHIPS = 16_384
 _NUMBER = "[1-9][0-9]{0,5}"
 
+# As XLA describes them (https://github.com/openxla/xla, xla/backends/gpu/target_config/specs/):
+# capability, cores, fpus a core, bytes/s, L2, GHz, memory, shared memory a core, name.
+_GPU_SPECS = {
+    "a100": (8, 108, 64, 2.03904e12, 41943040, 1.41, 85100068864, 167936, "A100-SXM4-80GB"),
+    "h100": (9, 132, 128, 3.35232e12, 52428800, 1.98, 84942979072, 233472, "H100 80GB HBM3"),
+    "h200": (9, 132, 128, 4.8e12, 52428800, 1.98, 151397597184, 233472, "H200"),
+    "b200": (10, 148, 128, 7.67232e12, 132644864, 1.965, 191514411008, 233472, "B200"),
+}
+_GPU_RESERVED = 1024  # bytes of shared memory that the driver takes of each block
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Devices to run or to compile for.
+    """Devices to run or to compile for."""
 
-    Attributes:
-      name: the name of the topology, such as `v5p:4x4x4`.
-      chip: its kind of chip; None if not known, as for CPUs; there are devices then.
-      shape: chips of a slice along each axis of the torus; (chips,) for GPUs.
-      devices: devices to compile for; () if no compiler for them is installed.
-      slices: number of such slices of a TPU, connected by the data center's network.
-    """
-
-    name: str
-    chip: Chip | None
-    shape: tuple[int, ...]
-    devices: Sequence[jax.Device] = ()
-    slices: int = 1
+    name: str  # of the topology, such as `v5p:4x4x4`
+    chip: Chip | None  # None if not known, as for CPUs; there are devices then
+    shape: tuple[int, ...]  # chips of a slice along each axis of the torus; (chips,) for GPUs
+    devices: Sequence[jax.Device] = ()  # to compile for; () if no compiler for them is installed
+    slices: int = 1  # how many such slices of a TPU the data center's network connects
 
     @property
     def chips(self) -> int:
@@ -104,10 +104,7 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
 @functools.cache  # a study asks for every cell
 def parse_topology(name: str) -> Topology:
     """The machine of a name, without devices; of a cloud name it has the shape of such a slice.
-
-    Raises:
-      UsageError: an unknown name; the message lists the known ones.
-    """
+    UsageError for an unknown name; the message lists the known ones."""
     name = _of_cloud_name(name)
     kind, _, size = name.partition(":")
     several = re.fullmatch("([1-9][0-9]{0,3})x(.*)", kind)
@@ -134,13 +131,11 @@ def _of_cloud_name(name: str) -> str:
     if match is None:
         return name
     slices, cloud, units = match[1] or "", match[2], int(match[3])
-    shapes = (
-        f"{slices}{chip.name}:{size}"
-        for chip in CHIPS
-        for size in _shapes(chip, units // 2)
-        if Topology("", chip, tuple(map(int, size.split("x")))).cloud_name == cloud
-    )
-    return next(shapes, name)
+    for chip in CHIPS:
+        for size in _shapes(chip, units // 2):
+            if Topology("", chip, tuple(map(int, size.split("x")))).cloud_name == cloud:
+                return f"{slices}{chip.name}:{size}"
+    return name
 
 
 def known_shapes(chip: Chip) -> tuple[str, ...]:
@@ -163,11 +158,8 @@ def open_topology(name: str) -> Topology:
 
     Needs libtpu for TPUs and jax's CUDA plugin for GPUs, but neither TPU nor GPU; without the
     plugin a topology of GPUs has no devices. Google's metadata server is not asked, and other
-    processes may use libtpu at the same time.
-
-    Raises:
-      UsageError: an unknown name.
-      UserError: libtpu is not installed, or a compiler does not know the topology.
+    processes may use libtpu at the same time. UserError if libtpu is not installed, or a compiler
+    does not know the topology.
     """
     topology = parse_topology(name)
     if not topology.chip.torus:
@@ -183,18 +175,16 @@ def open_topology(name: str) -> Topology:
     # What libtpu would ask that server for, or print errors without; no topology depends on them.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", topology.cloud_name)
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # A v4 chip's two cores act as one device in this mode only; the others know no such mode.
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.chip.name == "v4" else {}
+    options: dict[str, Any] = {"num_slices": topology.slices}
+    if topology.chip.name == "v4":  # its two cores are one device in this mode, which others lack
+        options["chip_config_name"] = "megacore"
     if topology.chips == 1:  # libtpu expects four chips a host
         options["chips_per_host_bounds"] = (1, 1, 1)
-    slice_name = topology.name.removeprefix(f"{topology.slices}x")
     try:
-        described = topologies.get_topology_desc(
-            slice_name, "tpu", num_slices=topology.slices, **options
-        )
+        name_of_one = topology.name.removeprefix(f"{topology.slices}x")
+        devices = tuple(topologies.get_topology_desc(name_of_one, "tpu", **options).devices)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"libtpu does not know the topology {name}: {first_line(error)}") from None
-    devices = tuple(described.devices)
     if len(devices) != topology.chips * topology.chip.devices:
         raise UserError(f"libtpu gives {name} {len(devices)} devices, but one per chip is expected")
     return dataclasses.replace(topology, devices=devices)
@@ -207,14 +197,40 @@ def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
             f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs must be whole nodes of "
             f"{_GPUS_A_NODE}; use {nodes * _GPUS_A_NODE}"
         )
+    shape, target = f"1x{nodes}x{topology.chips // nodes}", _target_config(topology.chip.name)
     try:
-        described = topologies.get_topology_desc(
-            platform="cuda",
-            target_config=target_config(topology.chip.name),
-            topology=f"1x{nodes}x{topology.chips // nodes}",
-        )
+        described = topologies.get_topology_desc("", "cuda", target_config=target, topology=shape)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(
             f"jax's CUDA plugin does not compile for {topology.name}: {first_line(error)}"
         ) from None
     return tuple(described.devices)
+
+
+def _target_config(chip: str) -> str:
+    """A GpuTargetConfigProto in text form, with CUDA 12.8 and cuDNN 9.10; KeyError for a chip that
+    is not described here."""
+    major, cores, fpus, bandwidth, l2, clock, memory, shared, name = _GPU_SPECS[chip]
+    name = f"NVIDIA {name}"
+    feature = " feature_extension: ACCELERATED_FEATURES" if major >= 9 else ""
+    return f"""
+gpu_device_info {{
+  name: "{name}" device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability {major}.0{"a" if feature else ""}"
+  cuda_compute_capability {{ major: {major}{feature} }}
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+  core_count: {cores} fpus_per_core: {fpus} clock_rate_ghz: {clock}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: {shared} shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {shared - _GPU_RESERVED}
+  device_memory_size: {memory} memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2}
+  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{name}"
+"""

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 
 from sa_jax.errors import UsageError
-from sa_jax.parallel.attached import visible_devices
+from sa_jax.parallel.hardware import visible_devices
 
 # A TPU host's chips as libtpu lays them out, by their number:
 # https://docs.jax.dev/en/latest/distributed_data_loading.html and `cloud_tpu_init` in jax.

@@ -15,8 +15,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel import mesh
 from sa_jax.parallel.hardware import GIB
-from sa_jax.planning.disk import checkpoint_bytes
-from sa_jax.planning.memory import estimated_bytes
+from sa_jax.planning.memory import checkpoint_bytes, estimated_bytes
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.claims import Latest

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,69 +25,43 @@ from sa_jax.files import atomic_write
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim.build import make_optimizer, optimizer_rows
-from sa_jax.parallel.attached import has_cuda_plugin
-from sa_jax.parallel.hardware import GIB, chip_of, memory_bytes
+from sa_jax.parallel.hardware import GIB, Chip, chip_of, has_cuda_plugin, memory_bytes
 from sa_jax.parallel.mesh import make_mesh, mesh_sizes
 from sa_jax.parallel.xla_flags import compiler_options, missing_kernel
 from sa_jax.planning.clock import read_clock
 from sa_jax.planning.collectives import read_collectives
-from sa_jax.planning.disk import checkpoint_bytes
-from sa_jax.planning.memory import advice_to_fit, cudnn_workspace, step_memory
+from sa_jax.planning.memory import advice_to_fit, checkpoint_bytes, cudnn_workspace, step_memory
 from sa_jax.planning.new_process import ProcessCrash, call_in_new_process
 from sa_jax.planning.plan_text import format_plan
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.search import candidates
 from sa_jax.planning.topology import Machine, Topology, open_topology, parse_topology
 from sa_jax.registry import extension_digests, load_extensions
+from sa_jax.training import start as start_lib
 from sa_jax.training.config import changed, check_config
-from sa_jax.training.program import (
-    Program,
-    attention_of,
-    check_remat,
-    make_model,
-    make_program,
-)
-from sa_jax.training.start import (
-    abstract_params,
-    fresh_architecture,
-    lora_config,
-    open_start,
-    split_trainable,
-)
+from sa_jax.training.program import Program, attention_of, check_remat, make_model, make_program
 from sa_jax.training.step import init_state
+
+TRIES = 4  # steps of one search that may not fit, and as many that may crash the compiler
+RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
 
 
 class CompilerCrash(UserError):
     """The compiler ended its process instead of compiling."""
 
 
-TRIES = 4  # steps of one search that may not fit, and as many that may crash the compiler
-RUN_TOKENS = 1e8  # token slots, where nothing says how long a run is
-
-
 def plan(
     config: ConfigDict, topology_name: str, *, search: bool = False, tokens: float = RUN_TOKENS
 ) -> dict[str, Any]:
-    """The plan of a config on a named machine; see `make_plan` for its contents.
-
-    Args:
-      config: of a training run; its model, or else `config.architecture`, gives the shapes.
-      topology_name: such as v5p:4x4x4 or h200:64.
-      search: take the fastest mesh, accumulation and remat that fits, instead of the config's.
-      tokens: token slots of the run, where the config does not say its steps.
-
-    Raises:
-      UsageError: an unknown topology; a mesh that does not divide the model or the batch.
-      UserError: no compiler for that machine here.
-      CompilerCrash: it crashes on this step, or on all that a search tries.
-    """
+    """The plan (see `make_plan`) of a config on a named machine, such as v5p:4x4x4 or h200:64.
+    With `search`, it is that of the fastest mesh, accumulation and remat that fits, instead of the
+    config's. CompilerCrash if the compiler crashes on this step, or on all that a search tries."""
     check_config(config)
     architecture = plan_architecture(config)
     topology = parse_topology(topology_name)
     reserve_fake_devices(topology)
-    if search:
-        return search_plan(config, architecture, topology, tokens)
-    return plan_machine(config, architecture, topology, tokens)
+    make = search_plan if search else plan_machine
+    return make(config, architecture, topology, tokens)
 
 
 def plan_machine(
@@ -110,16 +84,12 @@ def plan_machine(
 
 
 def plan_topology(
-    config: dict[str, Any],
-    hf: dict[str, Any],
-    topology_name: str,
-    tokens: float,
-    extensions: Sequence[str] = (),
+    config: dict[str, Any], hf: dict[str, Any], name: str, tokens: float, extensions: list[str]
 ) -> dict[str, Any]:
     """`make_plan` with a compiler's devices, or with fake CPU devices; JSON in and out."""
     load_extensions(extensions)
-    reserve_fake_devices(parse_topology(topology_name))
-    topology = open_topology(topology_name)
+    reserve_fake_devices(parse_topology(name))
+    topology = open_topology(name)
     if not topology.devices:
         topology = dataclasses.replace(topology, devices=fake_devices(topology.chips))
     return make_plan(ConfigDict(config), LlamaConfig.from_hf(hf), topology, tokens)
@@ -129,9 +99,8 @@ def _bf16_advice(config: ConfigDict, topology: Topology) -> str:
     """Advice that avoids a known crash of libtpu 0.0.42; '' if the config already follows it."""
     option = "xla_jf_bf16_propagation"
     options = compiler_options(topology.platform, topology.chip, config.xla_options)
-    if options.get(option) is not False:
-        return ""
-    return f", or --config.xla_options={option}=true, which takes more memory"
+    advice = f", or --config.xla_options={option}=true, which takes more memory"
+    return advice if options.get(option) is False else ""
 
 
 def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, Any]:
@@ -139,8 +108,7 @@ def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, An
     devices = tuple(jax.devices())
     name, chip = f"{len(devices)} x {devices[0].device_kind}", chip_of(devices[0])
     if chip is None:
-        machine = Machine(name, None, (len(devices),), devices)
-        return make_plan(config, architecture, machine)
+        return make_plan(config, architecture, Machine(name, None, (len(devices),), devices))
     shape, slices = (len(devices) // chip.devices,), 1
     if chip.torus:
         slices = len({device.slice_index for device in devices})
@@ -151,9 +119,9 @@ def plan_attached(config: ConfigDict, architecture: LlamaConfig) -> dict[str, An
 def plan_architecture(config: ConfigDict) -> LlamaConfig:
     """The architecture of the config's model if it names one, else `config.architecture`."""
     if config.model:
-        return open_start(config.model).config
+        return start_lib.open_start(config.model).config
     if config.architecture:
-        return fresh_architecture(config)
+        return start_lib.fresh_architecture(config)
     raise UsageError(
         "nothing to plan: set config.model to a Hugging Face or run folder, or config.architecture "
         "to the fields of its config.json"
@@ -164,13 +132,9 @@ def search_plan(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
     """The plan of the fastest mesh, accumulation and remat that fits, by trying in that order.
-
     The estimates that give the order are rough, so each candidate is compiled; if none of the first
-    `TRIES` that compile fits, the plan of the one that comes nearest is returned.
-
-    Raises:
-      CompilerCrash: the first `TRIES` crash the compiler.
-    """
+    `TRIES` that compile fits, the plan of the one that comes nearest is returned. CompilerCrash if
+    the first `TRIES` crash the compiler."""
     everything = mesh_sizes(topology.chips * topology.chip.devices, slices=config.mesh.slices)
     work = workload(config, architecture, everything, topology.platform)
     tried: list[str] = []
@@ -182,25 +146,20 @@ def search_plan(
         work = candidate.work
         mesh = {**work.of_one_slice().mesh, "slices": work.slices}
         values = {"mesh": mesh, "accumulation": work.accumulation, "remat": work.remat}
-        option = changed(config, values)
-        step = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
+        outcome = f"{candidate.describe()}: at least {candidate.time.step:.3f} s a step"
         try:
-            candidate_plan = plan_machine(option, architecture, topology, tokens)
+            plans.append(plan_machine(changed(config, values), architecture, topology, tokens))
         except CompilerCrash:
             crashes += 1
-            tried.append(f"{step}, crashes the compiler")
-            logging.info("%s", tried[-1])
-            continue
-        plans.append(candidate_plan)
-        clock = candidate_plan["clock"]
-        tried.append(
-            step
-            + (f", {clock['step_s']:.3f} s by the compiler's clock" if clock else "")
-            + f", {candidate_plan['memory_gib_per_chip']['needed']:.1f} GiB"
-            + ("" if candidate_plan["fits"] else ", does not fit")
-        )
-        logging.info("%s", tried[-1])
-        if candidate_plan["fits"]:
+            outcome += ", crashes the compiler"
+        else:
+            if clock := plans[-1]["clock"]:
+                outcome += f", {clock['step_s']:.3f} s by the compiler's clock"
+            outcome += f", {plans[-1]['memory_gib_per_chip']['needed']:.1f} GiB"
+            outcome += "" if plans[-1]["fits"] else ", does not fit"
+        tried.append(outcome)
+        logging.info("%s", outcome)
+        if plans and plans[-1]["fits"]:
             break
     if not plans:
         raise CompilerCrash(
@@ -216,16 +175,12 @@ def make_plan(
 ) -> dict[str, Any]:
     """Compiles the step of a config for a machine, and adds the results of arithmetic.
 
-    Args:
-      config: with the mesh, accumulation and remat to plan.
-      machine: its devices, or fake CPU devices if there is no compiler for it.
-      tokens: token slots of the run, where the config does not say its steps.
+    The machine has its devices, or fake CPU devices if there is no compiler for it. `tokens` are
+    the token slots of the run, where the config does not say its steps.
 
-    Returns:
-      JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
-      advice, flops_per_token, time (empty for an unknown chip), clock (see `planning.clock`; empty
-      where no TPU executable was read), run, soap (a row a parameter, where that is the optimizer),
-      disk (see `checkpoint_bytes`), collectives, xla_flags, tried (by a search), compile_s.
+    The plan is JSON-able. Its `time` is empty for an unknown chip, and its `clock` (see
+    `planning.clock`) where no TPU executable was read; `soap` has a row a parameter, where that is
+    the optimizer; `disk` is that of `checkpoint_bytes`; a search adds to `tried`.
     """
     check_remat(config.remat, machine.platform)
     mesh = make_mesh(**config.mesh, devices=machine.devices)
@@ -235,31 +190,25 @@ def make_plan(
     program = make_program(config, model, steps)
     options = compiler_options(machine.platform, machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
-    capacity = per_chip * memory_bytes(mesh.devices.flat)  # infinite on CPU
-    if machine.chip is not None and mesh.devices.flat[0].platform == "cpu":  # fake devices
-        capacity = machine.chip.hbm_bytes
-
-    # Without a compiler for GPUs, fake devices only partition the step.
-    is_real = machine.chip is None or mesh.devices.flat[0].platform != "cpu"
+    # Without a compiler for GPUs, fake CPU devices only partition the step.
+    absent = machine.chip if mesh.devices.flat[0].platform == "cpu" else None
+    capacity = absent.hbm_bytes if absent else per_chip * memory_bytes(mesh.devices.flat)
     begin = time.monotonic()
-    compiled, needed = _compile(program) if is_real else (None, 0)
-    compile_s = time.monotonic() - begin
+    compiled, needed = (None, 0.0) if absent else _compile(program)
+    compile_s = 0.0 if absent else time.monotonic() - begin
     text = _text(compiled)
-    part = work.of_one_slice()
-    memory = step_memory(part, *program.arguments, per_chip, compiled)
+    memory = step_memory(work.of_one_slice(), *program.arguments, per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
-    only_compiled = is_real and jax.default_backend() != "gpu"  # with a GPU XLA asks cuDNN itself
-    if only_compiled and work.attention.startswith("cudnn"):
+    # With a GPU XLA asks cuDNN itself.
+    if not absent and jax.default_backend() != "gpu" and work.attention.startswith("cudnn"):
         memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
     fits = not needed and memory.needed <= capacity
+    remedies = advice_to_fit(memory, capacity, work, config.optimizer, machine.platform)
+    sizes = {"chips": machine.chips, "devices": len(machine.devices)}
+    rows = optimizer_rows(config.optimizer, program.arguments[0].params)
     return {
-        "machine": {
-            "name": machine.name,
-            "described": machine.describe(),
-            "chips": machine.chips,
-            "devices": len(machine.devices),
-        },
+        "machine": {"name": machine.name, "described": machine.describe(), **sizes},
         "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
         "settings": {
             "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -276,21 +225,16 @@ def make_plan(
         "capacity_gib": round(capacity / GIB, 2) if capacity < math.inf else 0.0,
         "free_gib": round((capacity - memory.needed) / GIB, 3) if capacity < math.inf else None,
         "fits": fits,
-        "advice": ""
-        if fits
-        else advice_to_fit(memory, capacity, work, config.optimizer, machine.platform),
+        "advice": "" if fits else remedies,
         "flops_per_token": work.flops_per_token(),
         **_times(work, machine, steps),
         "clock": _clock(work, machine, text),
-        "soap": [
-            dataclasses.asdict(row) | {"shape": list(row.shape)}
-            for row in optimizer_rows(config.optimizer, program.arguments[0].params)
-        ],
+        "soap": [dataclasses.asdict(row) | {"shape": list(row.shape)} for row in rows],
         "disk": checkpoint_bytes(config, steps, work),
         "collectives": _collectives(config, architecture, mesh, text),
         "tried": [],
         "xla_flags": [f"{option}={value}" for option, value in options.items()],
-        "compile_s": compile_s if is_real else 0.0,
+        "compile_s": compile_s,
     }
 
 
@@ -298,9 +242,9 @@ def workload(
     config: ConfigDict, architecture: LlamaConfig, mesh: Mapping[str, int], platform: str
 ) -> Workload:
     """The input of arithmetic: a config's step on a mesh of a platform."""
-    lora, tx = lora_config(config.lora), make_optimizer(config.optimizer, 1)
+    lora, tx = start_lib.lora_config(config.lora), make_optimizer(config.optimizer, 1)
     model = Llama(architecture, param_dtype=jnp.dtype(config.param_dtype), lora=lora)
-    trainable, _ = split_trainable(abstract_params(model), lora)
+    trainable, _ = start_lib.split_trainable(start_lib.abstract_params(model), lora)
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return Workload(
@@ -362,9 +306,7 @@ def _compile(program: Program) -> tuple[Any, float]:
 
 def needed_bytes(message: str) -> float | None:
     """The bytes per device in libtpu's refusal to compile a step; None for other errors.
-
-    libtpu names all memory, or only the temporaries, which is a lower bound.
-    """
+    libtpu names all memory, or only the temporaries, which is a lower bound."""
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
         return None
@@ -376,7 +318,6 @@ def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
     if machine.chip is None:
         return {"time": {}, "run": run}
     bound = step_time(work, machine.chip, machine.shape)
-    rate = work.tokens / bound.step / machine.chips
     hours = steps * bound.step / 3600
     return {
         "time": {
@@ -386,11 +327,15 @@ def _times(work: Workload, machine: Machine, steps: int) -> dict[str, Any]:
             "between_slices_s": bound.network,
             "step_s": bound.step,
             "bound": bound.bound,
-            "tokens_per_s_per_chip": rate,
-            "mfu": rate * work.flops_per_token() / machine.chip.flops,
+            **_rates(work, machine.chip, machine.chips, bound.step),
         },
         "run": {**run, "hours": hours, "chip_hours": hours * machine.chips},
     }
+
+
+def _rates(work: Workload, chip: Chip, chips: int, step_s: float) -> dict[str, float]:
+    rate = work.tokens / step_s / chips
+    return {"tokens_per_s_per_chip": rate, "mfu": rate * work.flops_per_token() / chip.flops}
 
 
 def _text(compiled: Any) -> str:
@@ -407,13 +352,11 @@ def _clock(work: Workload, machine: Machine, text: str) -> dict[str, Any]:
     if not text or machine.chip is None or not machine.chip.torus:
         return {}
     clock = read_clock(text, machine.chip)
-    rate = work.tokens / clock.step / machine.chips
     return {
         "step_s": clock.step,
         "dearest_step_s": read_clock(text, machine.chip, branch=max).step,
         **dataclasses.asdict(clock),
-        "tokens_per_s_per_chip": rate,
-        "mfu": rate * work.flops_per_token() / machine.chip.flops,
+        **_rates(work, machine.chip, machine.chips, clock.step),
     }
 
 

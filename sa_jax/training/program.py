@@ -3,7 +3,8 @@
 import concurrent.futures
 import dataclasses
 import functools
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +28,15 @@ from sa_jax.optim.schedules import make_schedule
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible, check_rows
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings
-from sa_jax.parallel.xla_flags import check_options, compiler_options
+from sa_jax.parallel.xla_flags import Options, check_options, compiler_options
 from sa_jax.training.losses import DEFAULT_LOSS, LOSSES, Loss, LossFn
 from sa_jax.training.start import abstract_params, lora_config, split_trainable
 from sa_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 
 UNROLLED_LAYERS = 16  # of a step on one CPU; a deeper model would take long to compile
 
-BATCH_DTYPES = {
-    "tokens": jnp.int32,
-    "targets": jnp.int32,
-    "loss_mask": jnp.bool_,
-    "positions": jnp.int32,
-    "segment_ids": jnp.int32,
-}
+_INTEGERS = ("tokens", "targets", "positions", "segment_ids")
+BATCH_DTYPES: dict[str, Any] = {**dict.fromkeys(_INTEGERS, jnp.int32), "loss_mask": jnp.bool_}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +49,7 @@ class Program:
     arguments: tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct]]
     state_shardings: Any
     step: Any  # a jitted function
-
-
-class CompiledStep(Protocol):
-    """See `begin_compiling`."""
-
-    def __call__(self, wait: bool = True) -> Any: ...
+    options: Options  # of the compiler for it
 
 
 def attention_of(config: ConfigDict, platform: str) -> Choice:
@@ -109,8 +100,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     """The step of `model`, on the model's mesh, for a run of `total_steps`."""
     mesh = model.mesh
-    if mesh is None:
-        raise ValueError("make_program needs a model on a mesh")
+    assert mesh is not None, "the model must be on a mesh"
     if config.xla_options:
         check_options(mesh, config.xla_options)
     # Here and not in `make_model`: evals take half as long again with their layers unrolled. And
@@ -125,10 +115,8 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     state = jax.eval_shape(lambda params: init_state(params, tx), trainable)
     placed = state_shardings(mesh, state)
     shape, sharding = (config.batch_size, config.sequence_length), NamedSharding(mesh, BATCH_SPEC)
-    batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, dtype in BATCH_DTYPES.items()
-    }
+    rows = functools.partial(jax.ShapeDtypeStruct, shape, sharding=sharding)
+    batch = {name: rows(dtype) for name, dtype in BATCH_DTYPES.items()}
     device = mesh.devices.flat[0]
     loss = LOSSES[config.loss or DEFAULT_LOSS]
     train_step = make_train_step(
@@ -140,15 +128,11 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         seed=config.seed,
         only_through_model=loss.only_through_model,
     )
-    step = jax.jit(
-        train_step,
-        donate_argnums=0,
-        out_shardings=(placed, NamedSharding(mesh, P())),
-        compiler_options=compiler_options(device.platform, chip_of(device), config.xla_options)
-        or None,
-    )
+    options = compiler_options(device.platform, chip_of(device), config.xla_options)
+    out, chosen = (placed, NamedSharding(mesh, P())), options or None
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=chosen)
     arguments = with_shardings(state, placed), abstract(mesh, frozen), batch
-    return Program(tx, arguments, placed, step)
+    return Program(tx, arguments, placed, step, options)
 
 
 def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
@@ -160,19 +144,18 @@ def _loss_fn(loss: Loss, model: Llama, config: ConfigDict) -> LossFn:
     return lambda params, batch, rng: loss_of_merged(merge(params), batch, rng)
 
 
-def begin_compiling(program: Program, mesh: Mesh, *, at_once: bool = True) -> CompiledStep:
+def begin_compiling(program: Program, mesh: Mesh, *, at_once: bool = True) -> Callable[..., Any]:
     """Begins to compile the step in a thread, and returns a function that waits for it.
 
     On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
+
+    The function returns the executable, called as `program.step`, and raises what compiling has
+    raised. With `wait=False` it returns at once.
 
     Args:
       at_once: False compiles when the function is first called, for a run that has no step left:
         its process could not end before the thread. On GPUs it is always so, because their compiler
         times kernels on the device, which must be idle.
-
-    Returns:
-      A function that returns the executable, called as `program.step`. With `wait=False` it returns
-      at once. It raises what compiling has raised.
     """
 
     def compile_step() -> jax.stages.Compiled:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.parallel.attached import visible_devices
+from sa_jax.parallel.hardware import visible_devices
 from sa_jax.study import devices
 from sa_jax.study.devices import Slot, divide
 from sa_jax.study.forecast import local_devices

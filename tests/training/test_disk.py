@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from sa_jax.config_files import load_config
-from sa_jax.planning.disk import checkpoint_bytes
+from sa_jax.planning.memory import checkpoint_bytes
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import changed
 from sa_jax.training.plan import plan_architecture, workload
