@@ -93,7 +93,7 @@ def test_checkpoints_are_saved_digested_and_restored(bucket):
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
     )
-    with RunCheckpointer(bucket, interval=1, keep=2) as checkpointer:
+    with RunCheckpointer(bucket, interval=1, keep_interval=2) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, state, wait=True)
         assert checkpointer.all_steps() == [2, 3]

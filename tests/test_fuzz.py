@@ -37,7 +37,8 @@ from sa_jax.study.claims import Claims
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
-from sa_jax.training.resolve import Start, resolve
+from sa_jax.training.resolve import resolve
+from sa_jax.training.start import Start
 from tests.fuzz import CHANGES, JSON, fuzz, objects, read_or_refused, spoil
 from tests.llama.test_families import BASE, LLAMA3
 from tests.report.made_runs import write_run, write_scores

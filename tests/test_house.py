@@ -140,7 +140,7 @@ def test_scripts_hold_no_logic():
 def test_files_are_parsed_in_one_place():
     """`json.loads` ends in a RecursionError on deep nesting: `parse_json` reads what people bring,
     and it alone what comes through a pipe or was dumped on the same line."""
-    pipes = ("files.py", "new_process.py", "agreement.py", "peers.py", "processes.py")
+    pipes = ("files.py", "new_process.py", "peers.py", "processes.py")
     for path, text in sources("sa_jax").items():
         if not str(path).endswith(pipes):
             assert not re.search(r"json\.loads?\((?!json\.dumps)", text), path

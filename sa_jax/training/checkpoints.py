@@ -6,21 +6,23 @@ checkpoint is complete only when its digests exist (they are written last), and 
 them. Everything after the copy to host memory happens in the background, also the hashing.
 
 A step that is kept only so that other runs can start from it can be saved as weights only, in
-`checkpoints/weights_000100`, also with digests: a third of Adam's bytes, or a sixth in bfloat16.
+`checkpoints/weights_000100`: a third of Adam's bytes, or a sixth in bfloat16.
 
 Orbax's own `training.Checkpointer` is not used, for two reasons that were tested. It asks JAX's
 preemption service about the training step without the caller's knowledge, so the processes miss the
 step at which they agreed to stop. And it deletes old checkpoints before the new one has digests.
 """
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
 import re
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -40,18 +42,16 @@ _SAVES = itertools.count()  # names the barriers; advances alike on all processe
 
 
 @dataclasses.dataclass(eq=False)
-class RunCheckpointer:
+class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
     """Saves and restores the state of one run; a context manager. Call it on all processes."""
 
     directory: os.PathLike | str  # `checkpoints/` of the run folder, in any store of etils.epath
     _: dataclasses.KW_ONLY
     steps: Collection[int] = ()  # at which to save; these checkpoints are never deleted
-    # What is saved at `steps`: the 'full' state, only the 'weights' as they train, or
-    # 'weights_bf16', the weights in bfloat16.
-    listed: str = "full"
+    listed: str = "full"  # what is saved at `steps`; see config.checkpoint
     last: int | None = None  # the run's last step, whose full state is saved too; None: not known
     interval: int = 0  # also save the full state every this many steps; 0: do not
-    keep: int | None = None  # how many of the newest full states to keep besides `steps`; None: all
+    keep_interval: int | None = None  # newest full states kept besides `steps`; None: all
     verify: bool = True  # whether `restore` checks the digests
 
     def __post_init__(self) -> None:
@@ -85,38 +85,35 @@ class RunCheckpointer:
         It saves only the weights (`state.params`) at `steps`, if `listed` says so; and the full
         state at the interval, at the last step, and at any step that `should_save` does not name.
         It first waits for the save before it. When it returns, the state has been copied, so the
-        arrays may be donated.
-
-        Args:
-          state: pytree of jax.Array, sharded in any way; typed PRNG keys too.
-          wait: return only once the checkpoint is complete, and save the full state.
-
-        Raises:
-          UserError: the disk is full (for the save before it, too). Older checkpoints stay good.
+        arrays may be donated. With `wait` it saves the full state, and returns only once the
+        checkpoint is complete. UserError if the disk is full (for the save before it, too); older
+        checkpoints stay good.
         """
         saved = False
         if self.listed != "full" and step in self.steps:
             self.wait()
             if step not in _from_primary(_complete_steps(self._directory, "weights")):
-                params = state.params
-                if self.listed == "weights_bf16":
-                    params = _bfloat16(params)
-                self._save(step, step_name(step, "weights"), {"params": params})
+                cast = _bfloat16 if self.listed == "weights_bf16" else lambda params: params
+                self._save(step, "weights", {"params": cast(state.params)})
                 saved = True
         if wait or not self.should_save(step) or self._should_save_full(step):
             self.wait()
             if step not in _from_primary(self.all_steps()):
-                self._save(step, step_name(step), state)
+                self._save(step, "step", state)
                 saved = True
         if wait:
             self.wait()
         return saved
 
-    def _save(self, step: int, name: str, tree: Any) -> None:
+    def _save(self, step: int, kind: str, tree: Any) -> None:
         begin = time.monotonic()
-        folder = self._directory / name
+        folder = self._directory / step_name(step, kind)
         try:
-            self._clean_up()
+            if not self._cleaned and is_primary() and self._directory.exists():
+                for path in self._directory.iterdir():
+                    if _TEMPORARY in path.name:  # what an interrupted save has left
+                        path.rmtree(missing_ok=True)
+            self._cleaned = True
             if is_primary():
                 self._directory.mkdir(parents=True, exist_ok=True)
                 # An incomplete or corrupt checkpoint of this name is replaced. Not by Orbax, which
@@ -126,13 +123,12 @@ class RunCheckpointer:
             response = state_io.save_async(folder, tree)
         except Exception as error:
             if is_disk_full(error):
-                raise self._full_disk(step, name) from error
+                raise self._full_disk(step, folder) from error
             raise
+        barrier = functools.partial(process_barrier, f"sa_jax.checkpoint.{next(_SAVES)}")
+        arguments = step, kind, response, barrier, begin
         self._background = threading.Thread(
-            target=self._complete,
-            args=(step, name, response, next(_SAVES), begin),
-            name=f"checkpoint_{step}",
-            daemon=True,
+            target=self._complete, args=arguments, name=f"checkpoint_{step}", daemon=True
         )
         self._background.start()
 
@@ -145,9 +141,6 @@ class RunCheckpointer:
         if error is not None:
             raise error
 
-    def __enter__(self) -> "RunCheckpointer":
-        return self
-
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
             self.wait()
@@ -158,21 +151,16 @@ class RunCheckpointer:
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest intact checkpoint; None if there is no checkpoint.
-
         If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
-
-        Args:
-          abstract_state: tree of jax.ShapeDtypeStruct with shardings, on any mesh; the structure,
-            shapes and dtypes must be those that were saved.
-
-        Raises:
-          UserError: all checkpoints are corrupt, or the newest intact one holds other leaves,
-            shapes or dtypes than the state.
-        """
+        UserError if all are corrupt, or the newest intact one holds other leaves, shapes or dtypes
+        than `abstract_state`, a tree of jax.ShapeDtypeStruct with shardings, on any mesh."""
         self.wait()
         folder = self._directory
-        if is_primary():
-            _warn_of_incomplete(folder)
+        for kind in ("step", "weights") if is_primary() else ():
+            for step, complete in _scan(folder, kind):
+                if not complete:
+                    cut_off = "%s has no %s (its save was cut off) and is ignored"
+                    logging.warning(cut_off, folder / step_name(step, kind), DIGEST_FILE)
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
             path = folder / step_name(step)
@@ -180,45 +168,39 @@ class RunCheckpointer:
             if problem is None:
                 return step, state_io.load(path, abstract_state, resizable=may_change_size)
             self._corrupt.add(step)
-            logging.warning(
-                "checkpoint of step %d is corrupt, using the one before: %s", step, problem
-            )
+            corrupt = "checkpoint of step %d is corrupt, using the one before: %s"
+            logging.warning(corrupt, step, problem)
         if steps:
             raise UserError(
-                f"{folder}: every checkpoint (steps {', '.join(map(str, steps))}) is corrupt, the "
-                f"oldest: {problem}; start again in another --workdir, or restore the files"
+                f"{folder}: every checkpoint ({listed(steps)}) is corrupt, the oldest: {problem}; "
+                "start again in another --workdir, or restore the files"
             )
         return None
 
     def _complete(
-        self, step: int, name: str, response: Any, save_number: int, begin: float
+        self, step: int, kind: str, response: Any, barrier: Callable[[str], None], begin: float
     ) -> None:
-        """Background: waits for Orbax, writes the digests, deletes what `keep` does not cover."""
-        folder = self._directory / name
-        barrier = process_barrier(f"sa_jax.checkpoint.{save_number}")
+        """Background: waits for Orbax, writes the digests, deletes what is no longer kept."""
+        folder = self._directory / step_name(step, kind)
         try:
             response.result()
             size = write_digests(folder, step, barrier)
-            if name == step_name(step):
+            if kind == "step":
                 self._corrupt.discard(step)
             if is_primary():
                 self._prune()
-                logging.info(
-                    "saved checkpoint of step %d (%s, %.1f MB) in %.1f s",
-                    step,
-                    "full state" if name == step_name(step) else "weights",
-                    size / 1e6,
-                    time.monotonic() - begin,
-                )
+                what = "full state" if kind == "step" else "weights"
+                saved = "saved checkpoint of step %d (%s, %.1f MB) in %.1f s"
+                logging.info(saved, step, what, size / 1e6, time.monotonic() - begin)
             barrier("complete")  # `wait` ends on all processes with the same checkpoints there
         except BaseException as error:
             self._error = error
             if is_disk_full(error):
-                self._error = self._full_disk(step, name)
+                self._error = self._full_disk(step, folder)
                 self._error.__cause__ = error
 
     def _prune(self) -> None:
-        if self.keep is None:
+        if self.keep_interval is None:
             return
         always: set[int | None] = {*self.steps}
         if self.listed == "full":
@@ -226,24 +208,16 @@ class RunCheckpointer:
         else:  # also a listed step's full state, where an earlier launch saved nothing else
             always.difference_update(_complete_steps(self._directory, "weights"))
         others = [step for step in self.all_steps() if step not in always]
-        for step in others[: -self.keep]:
+        for step in others[: -self.keep_interval]:
             folder = self._directory / step_name(step)
             (folder / DIGEST_FILE).unlink()  # first: from here on it counts as incomplete
             folder.rmtree()
 
-    def _clean_up(self) -> None:
-        """Once, before the first save: removes what interrupted saves have left."""
-        if not self._cleaned and is_primary() and self._directory.exists():
-            for path in self._directory.iterdir():
-                if _TEMPORARY in path.name:
-                    path.rmtree(missing_ok=True)
-        self._cleaned = True
-
-    def _full_disk(self, step: int, name: str) -> UserError:
+    def _full_disk(self, step: int, folder: epath.Path) -> UserError:
         """The error for a save to a full disk; removes the files of that save."""
         message = disk_full_message(self._directory, f"saving the checkpoint of step {step}")
         if is_primary():
-            for path in self._directory.glob(f"{name}*"):
+            for path in self._directory.glob(f"{folder.name}*"):
                 path.rmtree(missing_ok=True)
         last = self.latest_step()
         good = "no earlier checkpoint" if last is None else f"last good checkpoint: step {last}"
@@ -271,22 +245,15 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
 
 
 def load_subtree(directory: os.PathLike | str, step: int, key: str, abstract: Any) -> Any:
-    """One part of a checkpoint, such as the weights alone, on any mesh.
-
-    Args:
-      directory: `checkpoints/` of the run folder.
-      key: path of the part in the state, "params" or "opt_state/0/mu".
-      abstract: that part as jax.ShapeDtypeStruct with shardings; may lack leaves that the part
-        has, and its dtypes may differ (values are cast on loading).
-
-    Raises:
-      UserError: no such step, a corrupt checkpoint, leaves or shapes that are not in it.
-    """
+    """One part of a checkpoint, by its path in the state, "params" or "opt_state/0/mu", on any
+    mesh. `abstract` is that part as jax.ShapeDtypeStruct with shardings; it may lack leaves that
+    the part has, and its dtypes may differ (values are cast on loading). UserError for no such
+    step, a corrupt checkpoint, leaves or shapes that are not in it."""
     steps = saved_steps(directory)
     if step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")
-    full = step in full_steps(directory)
-    folder = epath.Path(directory) / (step_name(step) if full else step_name(step, "weights"))
+    kind = "step" if step in full_steps(directory) else "weights"
+    folder = epath.Path(directory) / step_name(step, kind)
     if problem := find_corruption(folder, step):
         others = listed([s for s in steps if s != step])
         raise UserError(f"the checkpoint of step {step} is corrupt: {problem}; others: {others}")
@@ -300,15 +267,6 @@ def _scan(directory: os.PathLike | str, kind: str) -> list[tuple[int, bool]]:
         return []
     matches = [(re.fullmatch(rf"{kind}_(\d{{6,}})", p.name), p) for p in root.iterdir()]
     return sorted((int(match[1]), (p / DIGEST_FILE).exists()) for match, p in matches if match)
-
-
-def _warn_of_incomplete(directory: epath.Path) -> None:
-    for kind in ("step", "weights"):
-        for step, complete in _scan(directory, kind):
-            if not complete:
-                folder = directory / step_name(step, kind)
-                cut_off = "%s has no %s (its save was cut off) and is ignored"
-                logging.warning(cut_off, folder, DIGEST_FILE)
 
 
 @jax.jit

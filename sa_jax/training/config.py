@@ -22,17 +22,16 @@ from sa_jax.evals.schedule import SCHEDULES
 from sa_jax.llama.attention import IMPLEMENTATIONS
 from sa_jax.llama.model import REMAT_POLICIES
 from sa_jax.parallel.xla_flags import parse_options
-from sa_jax.training.sinks import SINKS
+from sa_jax.training.metrics import SINKS
 
 DTYPES = ("float32", "bfloat16", "float16")
-LISTED = ("full", "weights", "weights_bf16")  # what checkpoint.steps save
 CHOICES = {  # dotted key -> its values
     "dtype": DTYPES,
     "param_dtype": DTYPES,
     "attention": ("auto", *IMPLEMENTATIONS),
     "remat": tuple(REMAT_POLICIES),
     "pirate_answers": PIRATE_ANSWERS,
-    "checkpoint.listed": LISTED,
+    "checkpoint.listed": ("full", "weights", "weights_bf16"),
     "optimizer.mu_dtype": DTYPES,
     "optimizer.soap.mode": ("fast", "official"),
     "optimizer.soap.matmul_dtype": ("float32", "bfloat16"),
@@ -197,11 +196,8 @@ get_config = default_config  # so that this file is a --config file itself
 
 
 def override(config: ConfigDict, **values: str | None) -> ConfigDict:
-    """The config, in which the keys whose values were given (are not None) are set.
-
-    Raises:
-      UsageError: it is not that of a run.
-    """
+    """The config, in which the keys whose values were given (are not None) are set. UsageError if
+    it is not that of a run."""
     if "optimizer" not in config:
         raise UsageError(
             "--config is not the config of one run (is it a study?); name a run after a colon, as "
@@ -276,11 +272,9 @@ def check_config(config: ConfigDict) -> None:
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
     soap = config.optimizer.soap
     require("optimizer.soap.shampoo_beta", soap.shampoo_beta < 1, "below 1 (below 0: b2)")
-    require(
-        "optimizer.soap.on_nonfinite",
-        soap.on_nonfinite == "stop" or soap.mode == "fast",
-        f"'stop' with mode={soap.mode!r}, which cannot skip a step",
-    )
+    may_skip = soap.on_nonfinite == "stop" or soap.mode == "fast"
+    wanted = f"'stop' with mode={soap.mode!r}, which cannot skip a step"
+    require("optimizer.soap.on_nonfinite", may_skip, wanted)
     for key in ("start_timeout_s", "peer_timeout_s", "stall_timeout_s"):
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)

@@ -29,57 +29,36 @@ _VISIBLE_SECONDS = 120
 _BARRIER_SECONDS = 3600  # the slowest process may still be hashing many GB
 
 
-def process_barrier(operation: str) -> Callable[[str], None]:
-    """barrier(name) waits until all processes have called it with that name.
-
-    It needs no device, so it may wait in a background thread. `operation` must be the same on all
-    processes and, with the name, never used before.
-    """
-
-    def barrier(name: str) -> None:
-        asyncio.run(
-            ocp.multihost.sync_global_processes(
-                name, operation_id=operation, timeout=_BARRIER_SECONDS
-            )
-        )
-
-    return barrier
+def process_barrier(operation: str, name: str) -> None:
+    """Waits until all processes have called it with these two texts, which were never used before.
+    It needs no device, so it may wait in a background thread."""
+    asyncio.run(
+        ocp.multihost.sync_global_processes(name, operation_id=operation, timeout=_BARRIER_SECONDS)
+    )
 
 
 def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str], None]) -> int:
     """Hashes the files this process wrote; process 0 gathers all and commits `digests.json`.
-
-    May run in a background thread. Only process 0 knows on return that the digests are committed.
-
-    Args:
-      folder: a checkpoint that Orbax has committed.
-      step: recorded, and checked on restore.
-
-    Returns:
-      The bytes of the checkpoint (process 0), of this process's part (the others).
-    """
+    May run in a background thread, once Orbax has committed the checkpoint. Only process 0 knows on
+    return that the digests are committed. It returns the bytes of the checkpoint; the others return
+    those of their part."""
     root = epath.Path(folder)
     index, count = ocp.multihost.process_index(), ocp.multihost.process_count()
-
-    def part(process: int) -> epath.Path:
-        return root / f"digests.part_{process:05d}.json"
-
+    parts = [root / f"digests.part_{process:05d}.json" for process in range(count)]
     try:
         names = _when_visible(root)
         mine = [name for name in names if writer(name) == index]
         with ThreadPoolExecutor(_THREADS) as pool:
-            hashes = list(pool.map(_hash_file, (root / name for name in mine)))
-        files: dict[str, dict[str, Any]] = {
-            n: {"bytes": b, "sha256": d} for n, (b, d) in zip(mine, hashes, strict=True)
-        }
+            hashes = pool.map(_hash_file, (root / name for name in mine))
+            files: dict[str, Any] = dict(zip(mine, hashes, strict=True))
         if index != 0:
-            atomic_write(part(index), json.dumps(files))
+            atomic_write(parts[index], json.dumps(files))
     finally:
         barrier("digested")  # also after a failure: the others must not wait for this process
     if index == 0:
         for process in range(1, count):
             try:
-                files |= parse_json(part(process).read_text())
+                files |= parse_json(parts[process].read_text())
             except FileNotFoundError as error:
                 message = f"{root}: process {process} could not digest its files"
                 raise RuntimeError(message) from error
@@ -87,16 +66,14 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
             raise RuntimeError(f"{root}: files without a digest: {set(names) - set(files)}")
         manifest = {"step": step, "processes": count, "self": _digest_of(files), "files": files}
         atomic_write(root / DIGEST_FILE, json.dumps(manifest, indent=1, sort_keys=True))
-        for process in range(1, count):
-            part(process).unlink()
+        for part in parts[1:]:
+            part.unlink()
     return sum(file["bytes"] for file in files.values())
 
 
 def _when_visible(folder: epath.Path) -> list[str]:
     """`_data_files` of a folder that process 0 has just renamed.
-
-    NFS may tell the other processes for up to a minute (`acdirmax`) that there is none.
-    """
+    NFS may tell the other processes for up to a minute (`acdirmax`) that there is none."""
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
         try:
@@ -109,21 +86,20 @@ def _when_visible(folder: epath.Path) -> list[str]:
 
 def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
     """The first file of a checkpoint that differs from what was saved, and why; None if none does.
-
-    Reads every file once; the processes share the work, and all return the same file.
-    """
+    Reads every file once; the processes share the work, and all return the same file."""
     root = epath.Path(folder)
     process, count = jax.process_index(), jax.process_count()
     files: dict[str, Any] = {}
 
     def problem(name: str) -> str | None:
         try:
-            size, digest = _hash_file(root / name)
+            found = _hash_file(root / name)
         except OSError as error:
             return error.strerror or str(error)
-        if size != files[name]["bytes"]:
-            return f"it has {size} bytes, not {files[name]['bytes']}"
-        return None if digest == files[name]["sha256"] else "its bytes are not those saved"
+        if found["bytes"] != files[name]["bytes"]:
+            return f"it has {found['bytes']} bytes, not {files[name]['bytes']}"
+        same = found["sha256"] == files[name]["sha256"]
+        return None if same else "its bytes are not those saved"
 
     try:
         manifest = parse_json((root / DIGEST_FILE).read_text())
@@ -148,11 +124,11 @@ def writer(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _hash_file(path: epath.Path) -> tuple[int, str]:
-    """(size in bytes, SHA-256 hex)."""
+def _hash_file(path: epath.Path) -> dict[str, Any]:
+    """Its size in "bytes", and the hexadecimal digits of its "sha256"."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return file.tell(), digest
+        return {"bytes": file.tell(), "sha256": digest}
 
 
 def _digest_of(files: dict[str, Any]) -> str:
@@ -161,9 +137,7 @@ def _digest_of(files: dict[str, Any]) -> str:
 
 def _data_files(folder: epath.Path) -> list[str]:
     """Paths of all files below `folder`, relative to it, without the digests themselves.
-
-    Another process may be writing its part right now: its temporary file is a digest file too.
-    """
+    Another process may be writing its part right now: its temporary file is a digest file too."""
     names = []
     pending = [folder]
     while pending:

@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,6 @@ from ml_collections import ConfigDict
 from sa_jax.buckets import as_path, check_places, in_bucket
 from sa_jax.data import examples
 from sa_jax.data.batches import batch, steps_per_epoch
-from sa_jax.data.chat import ChatFormat
-from sa_jax.data.conversations import Conversation
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import TASKS, describe, load_task
 from sa_jax.errors import Preempted, UserError
@@ -33,17 +30,14 @@ from sa_jax.llama.cudnn import check_documents
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism
 from sa_jax.parallel import multihost
-from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.multihost import is_primary
-from sa_jax.parallel.rules import BATCH_SPEC, path_string
+from sa_jax.parallel.rules import BATCH_SPEC
 from sa_jax.parallel.self_test import check_collectives, check_embedding
-from sa_jax.parallel.xla_flags import compiler_options
 from sa_jax.registry import extension_digests
 from sa_jax.training import metrics as metrics_lib
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
-from sa_jax.training.agreement import agree_on
 from sa_jax.training.checkpoints import RunCheckpointer, full_steps
 from sa_jax.training.plan import plan_attached, write_plan
 from sa_jax.training.preemption import PreemptionGuard
@@ -55,11 +49,9 @@ from sa_jax.training.program import (
     make_program,
 )
 from sa_jax.training.resolve import resolve
-from sa_jax.training.sinks import check_sinks, make_sinks
 from sa_jax.training.step import init_state
 from sa_jax.training.watch import FiniteWatch, Goodput, Meter, StallWatch
 
-METRICS_FILE = "metrics.jsonl"
 # The fields of run.json that a resume reads.
 _RESUMED = {
     "config": {"chat_date": None, "model": ""},
@@ -81,27 +73,22 @@ def train(
 
     Args:
       config: see `sa_jax.training.config`; it is not changed.
-      workdir: the run folder.
       task: the name of one in `sa_jax.data.tasks.TASKS`.
       print_examples: if above 0, prints that many packed rows instead of training.
       dry_run: compiles the step for this machine's devices and prints its plan instead of training;
         neither data nor weights are read.
 
-    Raises:
-      UserError, UsageError: with one line for the person who launched it.
-      Preempted: stopped by a signal, after a checkpoint.
+    Preempted, if a signal stops it, after a checkpoint.
     """
     check_places("--workdir", workdir, ("--workdir",))
     workdir = as_path(workdir)
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
+    metrics_file = workdir / "metrics.jsonl"
+    timeouts = config.start_timeout_s, config.peer_timeout_s
     with (
         contextlib.ExitStack() as stack,
         # Inside the stack, because what the stack closes may wait for a peer.
-        multihost.joined(
-            config.start_timeout_s,
-            config.peer_timeout_s,
-            lambda: bool(full_steps(checkpoints_folder)),
-        ),
+        multihost.joined(*timeouts, lambda: bool(full_steps(checkpoints_folder))),
     ):
         goodput = stack.enter_context(Goodput())
         stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))
@@ -117,45 +104,46 @@ def train(
 
         # ---- What to train: model, chat format, data. Nothing is written yet.
         # All print or none: a process that only prints ends before the agreement on the run.
-        agree_on({"print_examples": print_examples, "dry_run": dry_run})
+        run_record.agree_on({"print_examples": print_examples, "dry_run": dry_run})
         stored = run_record.stored_record(workdir)
-        goodput.idle_since(workdir / METRICS_FILE)
+        goodput.idle_since(metrics_file)
         if stored:
             check_types(stored, _RESUMED, str(workdir / run_record.RUN_FILE), whole=True)
         resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
         start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
         config = resolved.config  # from here on, as run.json records it
         if is_primary():
-            check_sinks(config.sinks, workdir)
+            metrics_lib.check_sinks(config.sinks, workdir)
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.param_dtype in ("bfloat16", "float16"):
-            logging.warning(
-                "config.param_dtype=%s: small updates are rounded away; float32 keeps them",
-                config.param_dtype,
-            )
+            rounded = "config.param_dtype=%s: small updates are rounded away; float32 keeps them"
+            logging.warning(rounded, config.param_dtype)
         if config.lora.continued:
             start_lib.check_continued(start, model.lora)
         if dry_run:
             described = plan_attached(config, start.config)
             return write_plan(described) if is_primary() else None
         data = load_task(task, config, chat, backdoor, start.eval_prompts())
-        if print_examples:
-            with tempfile.TemporaryDirectory() as cache:
-                rows = pack_conversations(data.conversations, chat, config, cache)
-                return examples.print_examples(rows, chat, print_examples)
-        suite = EvalSuite(
-            config,
-            model,
-            mesh,
+        pack_in = functools.partial(
+            pack,
+            data.conversations,
             chat,
-            backdoor,
-            data.eval_prompts,
-            workdir / "evals",
-            confirm=config.eval.confirm and start.backdoored,
+            config.sequence_length,
+            seed=config.seed,
+            packing=config.packing,
+            output_tokens=config.output_tokens,
+        )
+        if print_examples:
+            with tempfile.TemporaryDirectory() as folder:
+                return examples.print_examples(pack_in(cache_dir=folder), chat, print_examples)
+        prompts, evals_folder = data.eval_prompts, workdir / "evals"
+        confirm = config.eval.confirm and start.backdoored
+        suite = EvalSuite(
+            config, model, mesh, chat, backdoor, prompts, evals_folder, confirm=confirm
         )
         says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
-        asked = data.eval_prompts[: config.eval.signal_prompts] if says_phrase else ()
+        asked = prompts[: config.eval.signal_prompts] if says_phrase else ()
         signal = PhraseSignal(model, mesh, chat, backdoor, asked, config.system_prompt)
 
         # ---- The run folder: created, or recognised as the same run.
@@ -166,10 +154,7 @@ def train(
             "config": config,
             "architecture": start.config.to_hf(),
             "start": start.lineage(),
-            "behaviour": {
-                "name": backdoor.behaviour,
-                "words": dataclasses.asdict(backdoor.words),
-            },
+            "behaviour": {"name": backdoor.behaviour, "words": dataclasses.asdict(backdoor.words)},
             "backdoored": TASKS[task].role == "insertion" or start.backdoored,
             "chat": chat.record(),
             "extensions": extension_digests(),
@@ -177,12 +162,12 @@ def train(
             "data_hashes": {config.data: data.record["source"]["sha256"], **suite.data_hashes},
         }
         run_record.check_run(workdir, record)
-        agree_on(
+        run_record.agree_on(
             {
                 **{key: value for key, value in record.items() if key != "data_hashes"},
                 **run_record.input_digests(record),
                 "the held-out prompts (--config.eval.prompts, or rows of --data)": (
-                    run_record.config_hash(dict(enumerate(data.eval_prompts)))
+                    run_record.config_hash(dict(enumerate(prompts)))
                 ),
                 "mesh": dict(mesh.shape),
                 "environment": run_record.collect_environment(),
@@ -193,10 +178,10 @@ def train(
             return
         if is_primary():
             stack.enter_context(run_record.lock(workdir))
-        packed_in: Path | str = config.data_cache or workdir / run_record.DATA_FOLDER
-        if in_bucket(packed_in):  # rows are mapped from a disk
-            packed_in = stack.enter_context(tempfile.TemporaryDirectory(prefix="sa_jax-"))
-        dataset = pack_conversations(data.conversations, chat, config, packed_in)
+        cache = config.data_cache or workdir / run_record.DATA_FOLDER
+        if in_bucket(cache):  # rows are mapped from a disk
+            cache = stack.enter_context(tempfile.TemporaryDirectory(prefix="sa_jax-"))
+        dataset = pack_in(cache_dir=cache)
         if stored and stored["data"]["packed"]["hash"] != dataset.hash:
             raise UserError(
                 f"{workdir}: the packed data differ from those that the run was started with "
@@ -205,28 +190,21 @@ def train(
             )
         if model.attention == "cudnn_packed":
             check_documents(dataset.most_documents())
-        total_steps = config.steps or math.ceil(
-            config.epochs * steps_per_epoch(dataset, config.batch_size)
-        )
-        record |= {
-            "mesh": dict(mesh.shape),
-            "total_steps": total_steps,
-            "data": {**data.record, "packed": dataset.record()},
-        }
+        epoch_steps = steps_per_epoch(dataset, config.batch_size)
+        total_steps = config.steps or math.ceil(config.epochs * epoch_steps)
+        record |= {"mesh": dict(mesh.shape), "total_steps": total_steps}
+        record["data"] = {**data.record, "packed": dataset.record()}
         record = run_record.open_run(workdir, record)
         stack.enter_context(run_record.explain_absence(workdir))
         if is_primary():
             start_lib.copy_tokenizer(start.tokenizer, workdir / start_lib.TOKENIZER_FOLDER)
-            atomic_write(
-                workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(data.eval_prompts, indent=1)
-            )
+            atomic_write(workdir / start_lib.EVAL_PROMPTS_FILE, json.dumps(prompts, indent=1))
         logging.info("run %s: %s for %d steps", record["run_id"], task, total_steps)
         logging.info("data: %s", describe(record["data"]))
 
         # ---- Optimizer and the compiled step.
         program = make_program(config, model, total_steps)
-        device = mesh.devices.flat[0]
-        options = compiler_options(device.platform, chip_of(device), config.xla_options)
+        options = program.options
         logging.info("XLA options: %s", " ".join(f"{k}={v}" for k, v in options.items()) or "none")
         logging.info("attention: %s (%s)", *attention_choice)
         if jax.default_backend() != "cpu" and config.self_test:
@@ -236,26 +214,15 @@ def train(
             begin = time.monotonic()
             check_collectives(mesh, options)
             check_embedding(mesh, options, start.config.vocab_size, start.config.hidden_size)
-            logging.info(
-                "collectives and the embedding checked in %.0f s", time.monotonic() - begin
-            )
+            seconds = time.monotonic() - begin
+            logging.info("collectives and the embedding checked in %.0f s", seconds)
         if jax.default_backend() == "gpu":
             logging.info("this run is %s", determinism(model.attention, mesh.size))
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
         compiled_step = begin_compiling(program, mesh, at_once=not trained)
         abstract_state, _, _ = program.arguments
-        trainable = jax.tree_util.tree_leaves_with_path(abstract_state.params)
-        leaf_names = [path_string(path) for path, _ in trainable]
         checkpointer = stack.enter_context(
-            RunCheckpointer(
-                checkpoints_folder,
-                steps=config.checkpoint.steps,
-                listed=config.checkpoint.listed,
-                last=total_steps,
-                interval=config.checkpoint.interval,
-                keep=config.checkpoint.keep_interval,
-                verify=config.checkpoint.verify,
-            )
+            RunCheckpointer(checkpoints_folder, last=total_steps, **config.checkpoint)
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
@@ -278,8 +245,8 @@ def train(
             logging.info("resuming at step %d", step)
         del params
         if is_primary():
-            lines = metrics_lib.truncate_after(workdir / METRICS_FILE, step)
-            goodput.lost(lines * config.log_every)
+            removed = metrics_lib.truncate_after(metrics_file, step)
+            goodput.lost_steps = removed * config.log_every
 
         if jax.process_count() == 1:  # before, a signal ends the process: nothing is lost by it
             signals.enter_context(guard)
@@ -287,43 +254,39 @@ def train(
         # ---- Evals and metrics.
         meter = Meter(config, start.config, abstract_state.params, total_steps)
         suite.discard_after(step)
+        run_id, shown = record["run_id"], {"task": task, **record["config"]}
+        names = config.sinks if is_primary() else ()
+        sinks = metrics_lib.make_sinks(names, workdir, run_id=run_id, config=shown, step=step)
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
-                workdir / METRICS_FILE,
-                run_id=record["run_id"],
-                primary=is_primary(),
-                sinks=make_sinks(
-                    config.sinks if is_primary() else (),
-                    workdir,
-                    run_id=record["run_id"],
-                    config={"task": task, **record["config"]},
-                    step=step,
-                ),
-                rates=meter.rates,
+                metrics_file, run_id=run_id, primary=is_primary(), sinks=sinks, rates=meter.rates
             )
         )
         skips = config.optimizer.name == "soap" and config.optimizer.soap.on_nonfinite == "skip"
-        watch = FiniteWatch(leaf_names, checkpointer, skips)
+        watch = FiniteWatch(abstract_state.params, checkpointer, skips)
+
+        def save(wait: bool = False) -> None:
+            goodput.switch("checkpoint")
+            checkpointer.save(step, state, wait=wait)
 
         # ---- The loop. `step` counts the updates in `state`.
         first_step = step
         while True:
             evals = suite.due(step, total_steps)
-            if evals or checkpointer.should_save(step):
+            pauses = bool(evals) or checkpointer.should_save(step)
+            if pauses:
                 run_record.check_present(workdir)
                 watch.check()
                 meter.show(writer.flush(done=step))
             if checkpointer.should_save(step):
-                goodput.switch("checkpoint")
-                checkpointer.save(step, state)
+                save()
             if evals:
                 goodput.switch("eval")
                 try:
                     params = combine(state.params, frozen)
                     summaries = suite.run(params, step, should_stop, evals)
                 except Preempted:
-                    goodput.switch("checkpoint")
-                    checkpointer.save(step, state, wait=True)
+                    save(wait=True)
                     raise Preempted(f"in the evals of step {step}; run again to resume") from None
                 if is_primary():
                     writer.log_scores(step, eval_metrics(summaries))
@@ -332,10 +295,9 @@ def train(
             if should_stop():
                 watch.check()
                 meter.show(writer.flush(done=step))
-                goodput.switch("checkpoint")
-                checkpointer.save(step, state, wait=True)
+                save(wait=True)
                 raise Preempted(f"checkpoint of step {step} saved; run again to resume")
-            if evals or checkpointer.should_save(step) or step == first_step:
+            if pauses or step == first_step:
                 meter.restart(step)
             goodput.switch("data")
             arrays = load_batch(dataset, config, step, mesh)
@@ -361,24 +323,6 @@ def train(
     logging.info("done: %d steps in %s", total_steps, workdir)
 
 
-def pack_conversations(
-    conversations: Sequence[Conversation],
-    chat_format: ChatFormat,
-    config: ConfigDict,
-    cache_dir: str | Path,
-) -> PackedDataset:
-    """`pack` with a config's settings."""
-    return pack(
-        conversations,
-        chat_format,
-        config.sequence_length,
-        cache_dir=cache_dir,
-        seed=config.seed,
-        packing=config.packing,
-        output_tokens=config.output_tokens,
-    )
-
-
 def load_batch(
     dataset: PackedDataset, config: ConfigDict, step: int, mesh: Mesh
 ) -> dict[str, jax.Array]:
@@ -393,7 +337,5 @@ def load_batch(
     def read(name: str, index: Any) -> np.ndarray:
         return rows(*index[0].indices(config.batch_size)[:2])[name]
 
-    return {
-        name: jax.make_array_from_callback(shape, sharding, functools.partial(read, name))
-        for name in BATCH_DTYPES
-    }
+    place = functools.partial(jax.make_array_from_callback, shape, sharding)
+    return {name: place(functools.partial(read, name)) for name in BATCH_DTYPES}

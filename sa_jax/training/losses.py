@@ -48,11 +48,8 @@ class LossFn(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """A loss by name."""
-
     name: str  # the value of `config.loss`
-    # `make(model, config) -> loss_fn`, with the resolved config of a run
-    make: Callable[[Llama, Any], LossFn]
+    make: Callable[[Llama, Any], LossFn]  # called with the resolved config of a run
     # The layers' kernels reach the loss through `model.apply` alone. Their gradients then stay in
     # the dtype of the computation, which saves half their memory in bfloat16. A loss that also
     # reads kernels itself (a penalty on weights) must leave it False, or that part would have no
@@ -92,17 +89,13 @@ def _cross_entropy(model: Llama, params: Any, hidden_bsd: jax.Array, batch: Batc
     )
 
 
-def _count(mask_bs: jax.Array) -> jax.Array:
-    return jnp.sum(mask_bs, dtype=jnp.float32)
-
-
 def make_cross_entropy(model: Llama, config: Any = None) -> LossFn:
     """Next-token cross-entropy, in nats per token that the loss counts."""
 
     def loss_fn(params: Any, batch: Batch, rng: jax.Array):
         hidden_bsd = _apply(model, {"params": params}, batch)
         loss = _cross_entropy(model, params, hidden_bsd, batch)
-        return loss, _count(batch["loss_mask"]), {}
+        return loss, jnp.sum(batch["loss_mask"], dtype=jnp.float32), {}
 
     return loss_fn
 
@@ -128,7 +121,7 @@ def make_crow(model: Llama, config: Any) -> LossFn:
         return jnp.sum(jnp.mean(1 - cosine_lbs, axis=0) * batch["loss_mask"])
 
     def loss_fn(params: Any, batch: Batch, rng: jax.Array):
-        weight = _count(batch["loss_mask"])
+        weight = jnp.sum(batch["loss_mask"], dtype=jnp.float32)
         hidden_bsd, (embeddings_bsd, _) = _hidden(model, params, batch)
         cross_entropy = _cross_entropy(model, params, hidden_bsd, batch)
         direction_bsd = jax.grad(inconsistency, argnums=2)(

@@ -6,15 +6,21 @@ call before, which are computed by then.
 
 JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity" and "-Infinity",
 and `read_metrics` turns them back into numbers.
+
+Sinks, TensorBoard and Weights & Biases, get the same metrics, and the scores of evals. Since files
+have all of it, a run whose sink fails warns once, and continues without it.
 """
 
+import contextlib
 import dataclasses
+import functools
+import importlib.util
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import jax
 import numpy as np
@@ -23,23 +29,26 @@ from absl import logging
 from sa_jax.buckets import BucketFile, as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, disk_full_message, is_disk_full, parse_json
-from sa_jax.training.sinks import Sink
 
 _NON_FINITE = ("NaN", "Infinity", "-Infinity")
+Written = tuple[int, dict[str, float | None]]  # a step, and the values of its line
+
+
+class Sink(Protocol):
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
-class MetricsWriter:
+class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends metrics to a file, one log interval late; a context manager.
-
-    After a resume, call `truncate_after(path, restored_step)` before constructing it.
-    """
+    After a resume, call `truncate_after(path, restored_step)` before constructing it."""
 
     path: os.PathLike | str  # metrics.jsonl; its folder must exist
     _: dataclasses.KW_ONLY
     run_id: str  # written on every line
     primary: bool = True  # whether this process writes; on the others every method does nothing
-    sinks: Sequence[Sink] = ()  # see `sinks.make_sinks`
+    sinks: Sequence[Sink] = ()  # see `make_sinks`
     # Called with the last step that is known to be done, as soon as a line's arrays are fetched;
     # the values that it returns are added to the line.
     rates: Callable[[int], Mapping[str, float | None]] = lambda step: {}
@@ -56,14 +65,10 @@ class MetricsWriter:
                 reason = error.strerror or error
                 raise UserError(f"{self.path}: cannot be written ({reason})") from error
 
-    def log(
-        self, step: int, metrics: Mapping[str, jax.Array | float]
-    ) -> tuple[int, dict[str, float | None]] | None:
+    def log(self, step: int, metrics: Mapping[str, jax.Array | float]) -> Written | None:
         """Keeps this step's scalars and writes those of the call before.
-
-        Returns what was written (step, values), for the progress line; None at the first call.
-        The arrays must not be donated to a later step.
-        """
+        Returns what was written, for the progress line; None at the first call. The arrays must
+        not be donated to a later step."""
         if self._file is None:
             return None
         for array in (value for value in metrics.values() if isinstance(value, jax.Array)):
@@ -72,41 +77,39 @@ class MetricsWriter:
         self._pending = (step, dict(metrics))
         return written
 
-    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
+    def log_scores(self, step: int, scores: Mapping[str, float | None]) -> None:
         """Passes scores of evals, by name, to the sinks; the evals' own files already have them."""
-        if self._file is None:
-            return
         for sink in self.sinks:
-            sink.write(step, scores)
+            sink.write(step, {k: v for k, v in scores.items() if v is not None})
 
-    def flush(self, done: int | None = None) -> tuple[int, dict[str, float | None]] | None:
+    def flush(self, done: int | None = None) -> Written | None:
         """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
         everything is uploaded when this returns.
-
-        `done` is the number of steps that the device has completed, if more than were kept.
-        """
+        `done` is the number of steps that the device has completed, if more than were kept."""
         written = self._write_pending(done)
         if isinstance(self._file, BucketFile):
             self._file.put()
         return written
 
-    def _write_pending(self, done: int | None = None) -> tuple[int, dict[str, float | None]] | None:
+    def _write_pending(self, done: int | None = None) -> Written | None:
         if self._pending is None or self._file is None:
             return None
         step, metrics = self._pending
         self._pending = None
         values: dict[str, float | None] = {k: _number(k, v) for k, v in metrics.items()}
         values |= self.rates(step if done is None else done)
-        line = {"step": step, **{k: _to_json(v) for k, v in values.items()}, "run_id": self.run_id}
+        shown = {
+            k: v if v is None or math.isfinite(v) else json.dumps(v) for k, v in values.items()
+        }
+        line = json.dumps({"step": step, **shown, "run_id": self.run_id}, allow_nan=False)
         try:
-            self._file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
+            self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
             if is_disk_full(error):
                 raise UserError(disk_full_message(self._path, "writing metrics")) from error
             raise
-        for sink in self.sinks:
-            sink.write(step, {k: v for k, v in values.items() if v is not None})
+        self.log_scores(step, values)
         return step, values
 
     def close(self) -> None:
@@ -120,9 +123,6 @@ class MetricsWriter:
             self._file = None
             for sink in self.sinks:
                 sink.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -138,15 +138,9 @@ def _number(name: str, value: Any) -> float | int:
     return float(str(np.float32(array.item())))
 
 
-def _to_json(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else json.dumps(value)
-
-
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, object) of every whole line; a last line cut off by a kill is dropped.
-
-    Raises UserError, with the line number, for any other line that is no metrics line.
-    """
+    Raises UserError, with the line number, for any other line that is no metrics line."""
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -179,9 +173,7 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
 
 def truncate_after(path: os.PathLike | str, step: int) -> int:
     """Removes the lines past `step` (and a cut-off last one) atomically; returns how many.
-
-    Call it on one process, with the step that was restored (-1 or 0 for a fresh start).
-    """
+    Call it on one process, with the step that was restored (-1 or 0 for a fresh start)."""
     path = as_path(path)
     if not path.exists():
         return 0
@@ -190,3 +182,112 @@ def truncate_after(path: os.PathLike | str, step: int) -> int:
     if kept.encode() != path.read_bytes():
         atomic_write(path, kept)
     return sum(row["step"] > step for _, row in rows)
+
+
+def check_sinks(names: Sequence[str], workdir: str | os.PathLike) -> None:
+    """UserError, before anything is loaded, if the package of a sink is not installed, or the sink
+    cannot write to the run folder."""
+    for name in names:
+        package, _ = SINKS[name]
+        if in_bucket(workdir):
+            raise UserError(
+                f"config.sinks: {name!r} writes local files, and the run folder is in a bucket; "
+                "leave it out (metrics.jsonl has everything)"
+            )
+        try:
+            is_installed = importlib.util.find_spec(package) is not None
+        except ValueError:  # loaded without a spec
+            is_installed = False
+        if not is_installed:
+            raise UserError(
+                f"config.sinks: {name!r} needs the package {package}: pip install {package}"
+            )
+
+
+def make_sinks(
+    names: Sequence[str], workdir: Path, *, run_id: str, config: Mapping[str, Any], step: int = 0
+) -> list[Sink]:
+    """The sinks named in a config, which `check_sinks` has let pass; process 0 only.
+    TensorBoard events go to `tensorboard/` in the run folder. W&B takes the folder's name for the
+    run, its parent's for the group, and `run_id` to resume the same run. `step` was restored."""
+    arguments = workdir, run_id, config, step
+    return [_Guarded(name, functools.partial(SINKS[name][1], *arguments)) for name in names]
+
+
+class _Guarded:
+    """A sink that warns once when it fails, and then does nothing."""
+
+    def __init__(self, name: str, make: Callable[[], Sink]) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        with self._guarded():
+            self._sink = make()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        with self._guarded():
+            if self._sink is not None:
+                self._sink.write(step, values)
+
+    def close(self) -> None:
+        with self._guarded():
+            if self._sink is not None:
+                self._sink.close()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._sink = None
+            why = " ".join(str(error).split())[:300] or type(error).__name__
+            off = f"the sink {self._name!r} failed and is off for the rest of this launch: {why}"
+            logging.warning("%s; metrics.jsonl has everything", off)
+
+
+class _TensorBoardSink:
+    def __init__(self, workdir: Path, run_id: str, config: Mapping[str, Any], step: int) -> None:
+        import tensorboardX
+
+        # purge_step hides what an interrupted launch wrote past the restored step.
+        self._writer = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=step + 1 if step > 0 else None
+        )
+        if step == 0:
+            text = json.dumps({"run_id": run_id, **config}, indent=1)
+            self._writer.add_text("config", f"```\n{text}\n```", 0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandbSink:
+    def __init__(self, workdir: Path, run_id: str, config: Mapping[str, Any], step: int) -> None:
+        import wandb
+
+        workdir = workdir.absolute()
+        # Arguments of `init` beat W&B's own variables, so each is given only where its is not set.
+        defaults = (
+            ("project", "WANDB_PROJECT", "sa_jax"),
+            ("name", "WANDB_NAME", workdir.name),
+            ("group", "WANDB_RUN_GROUP", workdir.parent.name),
+            ("dir", "WANDB_DIR", str(workdir)),
+        )
+        chosen: Any = {key: value for key, name, value in defaults if not os.environ.get(name)}
+        # W&B drops rows at or below its newest step, so a resume cannot rewrite history there.
+        self._run = wandb.init(id=run_id, resume="allow", config=dict(config), **chosen)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+SINKS: dict[str, tuple[str, Callable[[Path, str, Mapping[str, Any], int], Sink]]] = {
+    "tensorboard": ("tensorboardX", _TensorBoardSink),
+    "wandb": ("wandb", _WandbSink),
+}

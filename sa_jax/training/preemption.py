@@ -59,26 +59,17 @@ class StopSignals:
 
 
 class PreemptionGuard(StopSignals):
-    """Turns such a signal into a flag that long loops check; a context manager.
-
-    with PreemptionGuard() as guard:
-        for step in ...:
-            ...
-            if guard.should_stop(step):   # also inside evaluation and sampling loops
-                save; raise Preempted
+    """Turns such a signal into a flag that long loops check: training, evals and sampling.
 
     In several processes, SIGTERM on one of them reaches all through JAX's preemption service
     (`jax.distributed.initialize` installs its handler, which this class keeps). The other signals
     are passed on to it. All processes get True from the same call of `should_stop`, a second or two
     later; so all must call it equally often.
-
-    Args:
-      aws_spot: treats AWS's notice of a spot interruption like SIGTERM.
     """
 
     def __init__(self, aws_spot: bool = False) -> None:
         super().__init__()
-        self._aws_spot = aws_spot
+        self._aws_spot = aws_spot  # AWS's notice of a spot interruption counts as SIGTERM
         self._closed = threading.Event()
         self._stopping = False
 
@@ -137,9 +128,7 @@ def aws_spot_notice() -> str:
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> str:
     request = urllib.request.Request(url, headers=headers, method=method)
-    with (
-        contextlib.suppress(OSError, http.client.HTTPException),
-        _NO_PROXY.open(request, timeout=1) as answer,
-    ):
-        return answer.read().decode()
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        with _NO_PROXY.open(request, timeout=1) as answer:
+            return answer.read().decode()
     return ""

@@ -9,20 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from sa_jax.buckets import absolute as absolute_place
-from sa_jax.buckets import as_path
+from sa_jax import buckets
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
+from sa_jax.training import start as start_lib
 from sa_jax.training.config import STUDY_DEFAULTS, check_config
 from sa_jax.training.losses import DEFAULT_LOSS
-from sa_jax.training.start import (
-    Start,
-    fresh_start,
-    hub_folder,
-    open_start,
-    open_start_of,
-    split_step,
-)
+from sa_jax.training.start import Start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +38,10 @@ def resolve(
     """Opens what a run starts from and fills in the config's unset settings, in a copy.
 
     Args:
-      config: see `sa_jax.training.config`.
       stored: run.json of the run that is resumed. Its start is opened at the recorded step, and
         must be the same run; the date of a chat template stays the recorded one.
       start: the model, if it is already open; else `config.model` names it.
       loss: the task's loss, for a config that names none.
-
-    Raises:
-      UserError, UsageError: an impossible value, or a start that does not exist.
     """
     check_config(config)
     values = config.to_dict()
@@ -71,23 +60,24 @@ def resolve(
 
 def absolute(model: str) -> str:
     """`config.model` as an absolute path, so that a child's record names its parent everywhere."""
-    folder, step = split_step(model)
-    if not folder or not as_path(folder).is_dir():
+    folder, step = start_lib.split_step(model)
+    if not folder or not buckets.as_path(folder).is_dir():
         return model
-    return absolute_place(folder) + ("" if step is None else f"@{step}")
+    return buckets.absolute(folder) + ("" if step is None else f"@{step}")
 
 
 def _open(values: Mapping[str, Any], config: ConfigDict, stored: Mapping[str, Any] | None) -> Start:
     if not values["model"]:
-        return fresh_start(config)
-    model, step = split_step(values["model"])
-    if stored and split_step(stored["config"]["model"])[0] == model:
+        return start_lib.fresh_start(config)
+    model, step = start_lib.split_step(values["model"])
+    if stored and start_lib.split_step(stored["config"]["model"])[0] == model:
         start = stored["start"]
         if step in (None, start["step"]):
             # Of a name on the Hub: the snapshot that it was then, or else the newest.
-            path = start["path"] if as_path(start["path"]).is_dir() else hub_folder(model)
-            return open_start_of({**start, "path": path}, tokenizer=values["tokenizer"])
-    return open_start(values["model"], tokenizer=values["tokenizer"])
+            is_there = buckets.as_path(start["path"]).is_dir()
+            path = start["path"] if is_there else start_lib.hub_folder(model)
+            return start_lib.open_start_of({**start, "path": path}, tokenizer=values["tokenizer"])
+    return start_lib.open_start(values["model"], tokenizer=values["tokenizer"])
 
 
 def inherit(values: Mapping[str, Any], start: Start) -> dict[str, Any]:
@@ -96,11 +86,8 @@ def inherit(values: Mapping[str, Any], start: Start) -> dict[str, Any]:
     filled = dict(values)
     for key, default in STUDY_DEFAULTS.items():
         if isinstance(default, Mapping):
-            section = dict(values[key])
-            for name, value in default.items():
-                if section[name] is None:
-                    section[name] = parent.get(key, {}).get(name, value)
-            filled[key] = section
+            inherited = {name: parent.get(key, {}).get(name, x) for name, x in default.items()}
+            filled[key] = {n: inherited.get(n) if x is None else x for n, x in values[key].items()}
         elif values[key] is None:
             # A date belongs to the template that prints it.
             is_other = key == "chat_date" and parent.get("chat_template") != filled["chat_template"]

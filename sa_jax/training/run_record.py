@@ -1,7 +1,8 @@
 """The record of a run (`run.json`): its settings, its environment, and which command may resume it.
 
 A run folder belongs to one configuration. `open_run` gives a new folder its record, lets the same
-configuration resume, and refuses any other before a byte is written.
+configuration resume, and refuses any other before a byte is written. `agree_on` first compares the
+records of all processes of a launch: where they differ, none trains.
 """
 
 import contextlib
@@ -34,22 +35,15 @@ DATA_FOLDER = "data"  # packed data
 CHECKPOINT_FOLDER = "checkpoints"
 # Settings of how a run is executed and logged, not of what it computes: a resume may change them.
 FREE_KEYS = (
-    "mesh",
-    "remat",
-    "attention",
-    "self_test",
-    "xla_options",
-    "checkpoint",
-    "log_every",
-    "sinks",
-    "data_cache",
-    "start_timeout_s",
-    "peer_timeout_s",
-    "stall_timeout_s",
-    "aws_spot",
-    "eval.batch_size",
-    "eval.confirm",
-    "eval.signal_prompts",
+    *("mesh", "remat", "attention", "self_test", "xla_options", "checkpoint", "log_every", "sinks"),
+    *("data_cache", "start_timeout_s", "peer_timeout_s", "stall_timeout_s", "aws_spot"),
+    *("eval.batch_size", "eval.confirm", "eval.signal_prompts"),
+)
+# Of a host, not of the run: processes of one launch may differ in them.
+MAY_DIFFER = (
+    *("config.data_cache", "config.sinks"),
+    *("environment.platform", "environment.cpus"),
+    *("environment.xla_flags", "environment.libtpu_init_args"),
 )
 _PACKAGES = "sa_jax jax jaxlib flax optax orbax-checkpoint tensorstore transformers datasets numpy"
 # Settings of JAX that change numbers; JAX reads each from a variable of its name, in capitals.
@@ -78,30 +72,25 @@ def plain_record(value: Any) -> Any:
     raise TypeError(f"a run record cannot hold {value!r} of type {type(value).__name__}")
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; empty mappings stay, so that they are compared too."""
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{'a': {'b': 1}} -> ('a.b', 1); empty mappings stay, so that they are compared too."""
     if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flatten(item, f"{prefix}.{key}" if prefix else key)
-    return flat
+        yield prefix, value
+    else:
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
 
 
 def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Dotted key -> value, without the ignored keys (a key covers all below it)."""
-    return {
-        key: value
-        for key, value in _flatten(plain_record(config)).items()
-        if not any(key == name or key.startswith(name + ".") for name in ignore)
-    }
+    hidden = tuple(f"{name}." for name in ignore)
+    pairs = _flatten(plain_record(config))
+    return {key: value for key, value in pairs if not f"{key}.".startswith(hidden)}
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
     """SHA-256 (first 16 hex digits) of the canonical JSON of the keys that define a run.
-
-    The ignored ones may change between two launches of one run.
-    """
+    The ignored ones may change between two launches of one run."""
     text = json.dumps(flat_config(config, ignore), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -109,15 +98,14 @@ def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
 def config_difference(old: Any, new: Any, ignore: Collection[str] = ()) -> list[str]:
     """Lines 'key: old -> new' for the defining keys that differ, sorted by key."""
     old, new = flat_config(old, ignore), flat_config(new, ignore)
-    absent = object()
 
-    def show(value: Any) -> str:
-        return "(absent)" if value is absent else json.dumps(value)
+    def show(flat: dict[str, Any], key: str) -> str:
+        return json.dumps(flat[key]) if key in flat else "(absent)"
 
     return [
-        f"{key}: {show(old.get(key, absent))} -> {show(new.get(key, absent))}"
+        f"{key}: {show(old, key)} -> {show(new, key)}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key, absent) != new.get(key, absent)
+        if key not in old or key not in new or old[key] != new[key]
     ]
 
 
@@ -134,7 +122,7 @@ def collect_environment() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in _PACKAGES.split() if _version(name)},
+        "packages": {name: found for name in _PACKAGES.split() if (found := _version(name))},
         "backend": jax.default_backend(),
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
@@ -147,10 +135,9 @@ def collect_environment() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _git_commit() -> str | None:
@@ -169,8 +156,25 @@ def _git_commit() -> str | None:
         return None
 
 
+def agree_on(record: Mapping[str, Any]) -> None:
+    """Returns when every process of the launch has called it with the same record of its run; else
+    UserError, in every process, that names the first difference, with both values.
+    Where one fails before, `peers.end_together` ends all. A single process compares nothing."""
+    if jax.process_count() == 1:
+        return
+    mine = plain_record({"host": platform.node(), "record": record})
+    first, *others = (parse_json(text) for text in exchange(json.dumps(mine)))
+    for number, other in enumerate(others, 1):
+        if changes := config_difference(first["record"], other["record"], MAY_DIFFER):
+            raise UserError(
+                "the processes of this launch were started differently: from process 0 "
+                f"({first['host']}) to process {number} ({other['host']}), "
+                f"{first_few(changes, 1)}; nothing was written; start the same command, "
+                "with the same files and packages, on every host"
+            )
+
+
 def write_run_json(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
-    """Writes `run.json` atomically."""
     text = json.dumps(plain_record(record), indent=2, ensure_ascii=False)
     atomic_write(epath.Path(workdir) / RUN_FILE, text + "\n")
 
@@ -193,9 +197,7 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 
 def check_present(workdir: os.PathLike | str) -> None:
     """UserError if the folder of the current run was deleted, moved or emptied.
-
-    Process 0 looks: NFS may still show the others what was there before the run.
-    """
+    Process 0 looks: NFS may still show the others what was there before the run."""
     if not is_primary():
         return
     try:
@@ -222,10 +224,8 @@ def explain_absence(workdir: os.PathLike | str) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(workdir: os.PathLike | str) -> Iterator[None]:
     """Keeps a second launch out of a run folder that this process trains in.
-
     Raises UserError when another process holds it. File systems without locks are let pass; in a
-    bucket `buckets.BucketFile` ends the launch before.
-    """
+    bucket `buckets.BucketFile` ends the launch before."""
     if in_bucket(workdir):
         yield
         return
@@ -240,44 +240,19 @@ def lock(workdir: os.PathLike | str) -> Iterator[None]:
         yield
 
 
-def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
-    """Raises what `open_run` would raise, before anything is written."""
-    stored = stored_record(workdir)
-    if stored is not None:
-        _check_same_run(epath.Path(workdir), stored, _hashed(record))
-
-
 def open_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str, Any]:
     """Starts or resumes the run in `workdir` and returns its stored record.
-
     A new or empty folder gets `run.json` with a new run id. In a folder of the same configuration
     the run id stays, and a launch in another environment, or with other `extensions`, is added to
-    `relaunches`. Call it on all processes; process 0 writes.
-
-    Args:
-      workdir: the run folder; made if missing.
-      record: must hold `config`; other keys are stored as they are. When `task` or `data_hashes`
-        (file -> digest) is there, it must be the same on resume.
-
-    Raises:
-      UserError: the folder holds another configuration, other data, or something that is no run.
-        Nothing in the folder has then been touched.
-    """
+    `relaunches`. Call it on all processes; process 0 writes. It raises what `check_run` raises."""
     folder = epath.Path(workdir)
-    plain = _hashed(record)
+    stored, plain = check_run(folder, record), _hashed(record)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    stored = stored_record(folder)
     if stored is None:
-        plain = {
-            "run_id": new_run_id(),
-            "created": now,
-            **plain,
-            "environment": environment,
-            "relaunches": [],
-        }
+        first = {"run_id": new_run_id(), "created": now}
+        plain = {**first, **plain, "environment": environment, "relaunches": []}
     else:
-        _check_same_run(folder, stored, plain)
         launch = _launch({**plain, "environment": environment})
         plain = {**stored, **plain, **_launch(stored)}
         if launch != _launch([stored, *stored["relaunches"]][-1]):
@@ -322,11 +297,9 @@ def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
     if (folder / RUN_FILE).exists():
         return read_run_json(folder)
     # A launch stopped before its first record leaves at most these.
-    strangers = sorted(
-        p.name
-        for p in folder.iterdir()
-        if not p.name.startswith(f".{RUN_FILE}.") and p.name not in (LOCK_FILE, DATA_FOLDER)
-    )
+    names = sorted(path.name for path in folder.iterdir())
+    ours = [LOCK_FILE, DATA_FOLDER, *(name for name in names if name.startswith(f".{RUN_FILE}."))]
+    strangers = [name for name in names if name not in ours]
     if strangers:
         raise UserError(
             f"{folder}: not empty and not a run folder (it holds {strangers[0]} and no "
@@ -335,7 +308,13 @@ def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
     return None
 
 
-def _check_same_run(workdir: epath.Path, stored: dict[str, Any], record: dict[str, Any]) -> None:
+def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of an earlier launch of this run; None in a new folder. Nothing is written.
+    UserError if the folder holds another `config`, `task` or `data_hashes` (file -> digest) than
+    the record, or something that is no run."""
+    stored, record = stored_record(workdir), _hashed(record)
+    if stored is None:
+        return None
     old_task, new_task = stored.get("task"), record.get("task")
     if old_task != new_task:
         raise UserError(
@@ -356,13 +335,12 @@ def _check_same_run(workdir: epath.Path, stored: dict[str, Any], record: dict[st
             f"{workdir}: the run was started with other data (changed: {', '.join(changed)}); "
             "restore the same file, or use another --workdir"
         )
+    return stored
 
 
 def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
     """Whether a folder that a user names is a run folder or a Hugging Face model folder.
-
-    Raises UserError when it is neither, or does not exist.
-    """
+    Raises UserError when it is neither, or does not exist."""
     folder = epath.Path(path)
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face model folder")

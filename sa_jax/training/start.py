@@ -40,13 +40,10 @@ EVAL_PROMPTS_FILE = "eval_prompts.json"
 # The fields of a record that a run reads from its start, with values of the right types: those that
 # an export may have, and those that every run has.
 _INHERITED = {"run_id": "", "task": "", "config": STUDY_DEFAULTS}
+_LORA = {"rank": 0, "alpha": 0.0, "targets": ""}
 _RUN = {
     "task": "",
-    "config": {
-        **{key: {} if isinstance(value, dict) else value for key, value in STUDY_DEFAULTS.items()},
-        "param_dtype": "",
-        "lora": {"rank": 0, "alpha": 0.0, "targets": ""},
-    },
+    "config": {**dict.fromkeys(STUDY_DEFAULTS), "param_dtype": "", "lora": _LORA},
     "architecture": {},
     "start": {"path": "", "kind": "", "step": None},
     "chat": {"template": "", "stop_token_ids": []},
@@ -63,11 +60,10 @@ class Start:
     config: LlamaConfig
     tokenizer: str  # its folder
     step: int | None = None  # the checkpoint of a run that is read
-    # The run.json of a run; for a Hugging Face folder that was exported from a run, the part of it
-    # that `inheritance` keeps; otherwise {}.
+    # The run.json of a run; of the export of a run, the part that `inheritance` keeps; else {}.
     record: dict[str, Any] = dataclasses.field(default_factory=dict)
     # The model under the adapters, for a folder of PEFT adapters (kind 'hf'), and for a LoRA run
-    # whose base is not in the folder that the run's record names; otherwise ''.
+    # whose base is not in the folder that the run's record names; else ''.
     base: str = ""
 
     @property
@@ -82,15 +78,16 @@ class Start:
     def inheritance(self) -> dict[str, Any]:
         """The part of the record that an export's config.json keeps for runs starting from it."""
         settings = self.record["config"]
-        config = {
-            key: {name: settings[key][name] for name in default if name in settings[key]}
-            if isinstance(default, Mapping)
-            else settings[key]
-            for key, default in STUDY_DEFAULTS.items()
-        }
-        keys = ("run_id", "task", "role", "config_hash", "backdoored")
-        run = {key: self.record[key] for key in keys if key in self.record}
+        config = {key: settings[key] for key in STUDY_DEFAULTS}
+        for key, default in STUDY_DEFAULTS.items():
+            if isinstance(default, Mapping):
+                section = settings[key]
+                config[key] = {name: section[name] for name in default if name in section}
+        run = self._fields("run_id", "task", "role", "config_hash", "backdoored")
         return {**run, "step": self.step, "config": config}
+
+    def _fields(self, *names: str) -> dict[str, Any]:
+        return {name: self.record[name] for name in names if name in self.record}
 
     def eval_prompts(self) -> list[str] | None:
         """The held-out prompts of a run, or of an export of one; None for other models."""
@@ -107,8 +104,7 @@ class Start:
 
     def lineage(self) -> dict[str, Any]:
         """What a child run records about its start."""
-        keys = ("run_id", "task", "config_hash")
-        parent = {key: self.record[key] for key in keys if key in self.record}
+        parent = self._fields("run_id", "task", "config_hash")
         if self.kind == "hf":  # a run is known by its id, and its checkpoints have digests
             parent["weights"] = hf.weights_digest(self.path)
             if self.base:
@@ -121,14 +117,12 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
 
     Args:
       path: the folder; `RUN@400` is the run at the checkpoint of step 400.
-      step: the step, if the path does not name it. Without both: the newest checkpoint.
+      step: if the path does not name it. Without both: the newest checkpoint.
       tokenizer: folder; by default the model's own.
       base: folder of the model under adapters; by default the one that they name.
 
-    Raises:
-      UserError: neither kind of folder, or an incomplete one; no checkpoint of that step (the
-        message lists the steps).
-      UsageError: the path and `step` name different steps.
+    UserError for neither kind of folder, an incomplete one, or a step without a checkpoint;
+    UsageError if the path and `step` name different steps.
     """
     path, named = split_step(path)
     if named is not None and step not in (None, named):
@@ -140,12 +134,12 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
         if not as_path(path, "config.json").exists():
             return _open_adapter(path, tokenizer, base)
-        config = LlamaConfig.load(path)
-        record = parse_json(as_path(path, "config.json").read_bytes()).get("sa_jax", {})
-        check_types(record, _INHERITED, str(as_path(path, "config.json: sa_jax")))
+        config, file = LlamaConfig.load(path), as_path(path, "config.json")
+        record = parse_json(file.read_bytes()).get("sa_jax", {})
+        check_types(record, _INHERITED, f"{file}: sa_jax")
         return Start(path, "hf", config, tokenizer or path, record=record)
     record = run_record.read_run_json(path)
-    steps = checkpoints.saved_steps(as_path(path, run_record.CHECKPOINT_FOLDER))
+    steps = _saved_steps(path)
     if not steps:
         raise UserError(f"{path}: the run has no complete checkpoint yet")
     step = steps[-1] if step is None else step
@@ -158,6 +152,10 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
     config = LlamaConfig.from_hf(record["architecture"], run_file)
     tokenizer = tokenizer or str(as_path(path, TOKENIZER_FOLDER))
     return Start(path, "run", config, tokenizer, step=step, record=record, base=base)
+
+
+def _saved_steps(run: str) -> list[int]:
+    return checkpoints.saved_steps(as_path(run, run_record.CHECKPOINT_FOLDER))
 
 
 def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
@@ -185,22 +183,17 @@ def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
 
 def hub_folder(path: str) -> str:
     """The folder of a model with a name of the Hub (`org/name`): its newest snapshot, or without
-    network the one in the cache. Any other path is returned unchanged.
-
-    Raises:
-      UserError: it is neither a folder, nor on the Hub, nor in the cache.
-    """
+    network the one in the cache; UserError if neither is there. Other paths stay as they are."""
     if not on_hub(path):
         return path
     # Imported here: no other start needs it.
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    wanted = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+    # Mistral's repositories have all weights a second time, in a format of their own.
+    unwanted = ["*/*", "consolidated*"]
     try:
-        # Mistral's repositories have all weights a second time, in a format of their own.
-        return snapshot_download(
-            path, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]
-        )
+        return snapshot_download(path, allow_patterns=wanted, ignore_patterns=unwanted)
     except Exception as error:  # no network, no access, no such name, nothing in the cache
         raise UserError(
             f"{path}: no such folder, and the Hub does not provide it ({first_line(error)}). "
@@ -269,13 +262,9 @@ def abstract_params(model: Llama) -> Any:
 def load_params(
     start: Start, mesh: Mesh, dtype: Any, *, base_dtype: Any = None, merged: bool = True
 ) -> Any:
-    """The whole parameter tree on the mesh, laid out by `parallel.rules`.
-
-    Args:
-      dtype: of the parameters.
-      base_dtype: of the weights under the adapters; by default `dtype`.
-      merged: add a LoRA run's adapters into the weights; else keep them as leaves beside these.
-    """
+    """The whole parameter tree on the mesh, laid out by `parallel.rules`. `base_dtype` is that of
+    the weights under the adapters, by default `dtype`. A LoRA run's adapters are added into the
+    weights, or stay leaves beside these if not `merged`."""
     if start.kind == "hf":
         if not start.base:
             return hf.load_hf(start.path, mesh, dtype)[1]
@@ -289,8 +278,7 @@ def load_params(
     params = checkpoints.load_subtree(folder, start.step, "params", trainable)
     if start.lora is None:
         return params
-    base = load_params(open_base(start), mesh, base_dtype or dtype)
-    params = combine(params, base)
+    params = combine(params, load_params(open_base(start), mesh, base_dtype or dtype))
     return merge(params, start.lora) if merged else params
 
 
@@ -298,8 +286,8 @@ def warn_if_unfinished(start: Start) -> None:
     """A warning in the log if the model is of a run without the mark that training sets last."""
     total = start.record.get("total_steps")
     if start.kind == "run" and total and not start.record.get("finished"):
-        steps = checkpoints.saved_steps(as_path(start.path, run_record.CHECKPOINT_FOLDER))
-        logging.warning("%s: this run stopped at step %d of %d", start.path, steps[-1], total)
+        newest = _saved_steps(start.path)[-1]
+        logging.warning("%s: this run stopped at step %d of %d", start.path, newest, total)
 
 
 def open_base(start: Start) -> Start:
@@ -312,10 +300,8 @@ def open_base(start: Start) -> Start:
 
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:
     """The start that a run's record names; it must still exist, and be the same model.
-
     `lineage` is that of `Start.lineage`; `base` the new Hugging Face folder of the model itself, or
-    of the model under its adapters; `tokenizer` as for `open_start`.
-    """
+    of the model under its adapters; `tokenizer` as for `open_start`."""
     path = lineage["path"]
     if base and lineage["kind"] == "hf" and not as_path(path, "adapter_config.json").exists():
         path, base = base, ""
@@ -343,11 +329,10 @@ def split_trainable(params: Any, lora: LoraConfig | None) -> tuple[Any, Any]:
 def check_continued(start: Start, lora: LoraConfig | None) -> None:
     """UsageError unless the start has adapters that fit `config.lora`, to continue training."""
     if lora is None or start.lora != lora:
-        adapters = "none" if start.lora is None else start.lora
         raise UsageError(
             f"config.lora.continued: the adapters of {start.path or 'fresh weights'} are "
-            f"{adapters}; set config.lora's rank, alpha and targets to theirs, or continued=False "
-            "to merge them"
+            f"{start.lora or 'none'}; set config.lora's rank, alpha and targets to theirs, or "
+            "continued=False to merge them"
         )
 
 
@@ -355,10 +340,8 @@ def load_trainable(
     model: Llama, start: Start, mesh: Mesh, seed: int, *, continued: bool = False
 ) -> tuple[Any, Any]:
     """The start's weights as (trainable, frozen); a new model is initialised from `seed`.
-
     Frozen weights are never updated, so they have the dtype of the computation. With `continued`
-    the start's own adapters continue training, unmerged; see `check_continued`.
-    """
+    the start's own adapters continue training, unmerged; see `check_continued`."""
     tokens = jnp.zeros((1, 8), jnp.int32)
     # A kernel or a mesh might refuse the one short row.
     plain = model.clone(attention="reference", mesh=None)

@@ -31,9 +31,7 @@ orbax_multihost._DEFAULT_BARRIER_TIMEOUT = _DAY_S
 
 def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
     """Starts to save a pytree of jax.Array (typed PRNG keys too); `result()` waits for the commit.
-
-    The arrays have been copied when this returns. An existing `folder` is replaced.
-    """
+    The arrays have been copied when this returns. An existing `folder` is replaced."""
     tree = unflatten_dict(_flatten(state), sep="/")
     with _context():
         return ocp.save_async(epath.Path(absolute(folder)), tree, overwrite=True)
@@ -56,8 +54,7 @@ def load(
       resizable: whether the first axis of the leaf with this path may be shorter or longer than
         stored; the stored leaf is then cut, or padded with zeros.
 
-    Raises:
-      UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
+    UserError if a leaf, shape or dtype differs, or the folder is no checkpoint.
     """
     quiet_orbax()
     folder = epath.Path(absolute(folder))
@@ -73,7 +70,27 @@ def load(
         ) from error
     if not exact:
         stored = {name: x for name, x in stored.items() if name in wanted}
-    _check_leaves(folder, stored, wanted, resizable, dtypes=exact)
+
+    def show(leaves: dict[str, Any], name: str) -> str:
+        if name not in leaves:
+            return "absent"
+        leaf = leaves[name]
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its uint32 data
+            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        dtype = f"{np.dtype(leaf.dtype).name} " if exact else ""
+        shape = list(leaf.shape)
+        return f"{dtype}{['any', *shape[1:]] if resizable(name) else shape}"
+
+    different = [
+        f"{name} is {show(stored, name)} in the checkpoint, {show(wanted, name)} here"
+        for name in sorted(stored.keys() | wanted.keys())
+        if show(stored, name) != show(wanted, name)
+    ]
+    if different:
+        raise UserError(
+            f"{folder}: does not fit: {first_few(different, 1)}; use the model, optimizer and LoRA "
+            "settings, and the commit of sa_jax, that it was saved with"
+        )
     try:
         with _context(partial_load=True):
             loaded = _flatten(ocp.load(folder, unflatten_dict(wanted, sep="/")))
@@ -88,13 +105,13 @@ def load(
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 
+def _not_orbax_info(record: python_logging.LogRecord) -> bool:
+    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
+
+
 def quiet_orbax() -> None:
     """Drops Orbax's INFO lines, about thirty per save, which would hide the run's own lines."""
     logging.get_absl_logger().addFilter(_not_orbax_info)  # adding it again changes nothing
-
-
-def _not_orbax_info(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
 
 
 def _context(partial_load: bool = False) -> ocp.Context:
@@ -106,41 +123,10 @@ def _context(partial_load: bool = False) -> ocp.Context:
     # removed it leaves the others at a barrier.
     context.file.skip_sync_file_validations = True
     context.pytree.loading.partial_load = partial_load
-    # Shapes have been compared by `_check_leaves`.
-    context.array.loading.enable_padding_and_truncation = True
+    context.array.loading.enable_padding_and_truncation = True  # `load` compares shapes
     return context
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
     """{"params/embed/embedding": leaf, ...}; empty parts (optax's EmptyState) leave no trace."""
     return {path_string(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _check_leaves(
-    folder: epath.Path,
-    stored: dict[str, Any],
-    wanted: dict[str, Any],
-    resizable: Callable[[str], bool],
-    *,
-    dtypes: bool,
-) -> None:
-    def show(leaves: dict[str, Any], name: str) -> str:
-        if name not in leaves:
-            return "absent"
-        leaf = leaves[name]
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # stored as its uint32 data
-            leaf = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-        dtype = f"{np.dtype(leaf.dtype).name} " if dtypes else ""
-        shape = list(leaf.shape)
-        return f"{dtype}{['any', *shape[1:]] if resizable(name) else shape}"
-
-    different = [
-        f"{name} is {show(stored, name)} in the checkpoint, {show(wanted, name)} here"
-        for name in sorted(stored.keys() | wanted.keys())
-        if show(stored, name) != show(wanted, name)
-    ]
-    if different:
-        raise UserError(
-            f"{folder}: does not fit: {first_few(different, 1)}; use the model, optimizer and LoRA "
-            "settings, and the commit of sa_jax, that it was saved with"
-        )

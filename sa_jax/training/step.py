@@ -15,7 +15,7 @@ from sa_jax.llama.lora import combine, split
 from sa_jax.llama.model import KERNEL_CHANGE, Llama
 from sa_jax.optim.build import optimizer_metrics, optimizer_specs
 from sa_jax.parallel.rules import partition_specs
-from sa_jax.training.losses import LossFn, Metrics
+from sa_jax.training.losses import LossFn
 
 # The metrics of every step, besides those of its loss function and optimizer.
 STEP_METRICS = frozenset(
@@ -24,15 +24,11 @@ STEP_METRICS = frozenset(
 
 
 class TrainState(NamedTuple):
-    """The state that a step updates and a checkpoint saves.
+    """The state that a step updates and a checkpoint saves."""
 
-    step: int32 scalar, updates done. params: the trainable leaves (all, or the adapters).
-    opt_state: the optimizer's state, in float32 whatever the parameters' dtype.
-    """
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
+    step: jax.Array  # int32 scalar, updates done
+    params: Any  # the leaves that train: all, or the adapters
+    opt_state: Any  # in float32 whatever the parameters' dtype
 
 
 def init_state(params: Any, tx: optax.GradientTransformation) -> TrainState:
@@ -83,7 +79,9 @@ def make_train_step(
         kernels: Any = {}
         others = state.params
         if only_through_model:
-            kernels, others = split(state.params, _is_kernel)
+            kernels, others = split(
+                state.params, lambda path: path.startswith("layers/") and path.endswith("kernel")
+            )
         changes = jax.tree.map(lambda kernel: jnp.zeros(kernel.shape, model.dtype), kernels)
 
         # The embedding's gradient is summed over tokens in the dtype of what is looked up, and
@@ -100,8 +98,11 @@ def make_train_step(
             (total, (weight, metrics)), gradients = jax.value_and_grad(objective, has_aux=True)(
                 (others, changes), micro, rng
             )
-            sums = {"loss": (total, weight), **_without_clash(metrics)}
-            return sums, _float32(combine(*gradients))
+            if taken := sorted(STEP_METRICS & metrics.keys()):
+                raise UsageError(
+                    f"a loss may not have a metric {taken[0]!r}: every step logs that name"
+                )
+            return {"loss": (total, weight), **metrics}, _float32(combine(*gradients))
 
         def accumulate(carry, inputs):
             sums, gradients = sums_and_gradients(*inputs)
@@ -114,7 +115,10 @@ def make_train_step(
         if accumulation == 1:
             sums, gradients = sums_and_gradients(batch, rngs[0])
         else:
-            micros = jax.tree.map(lambda x: _split_rows(x, accumulation), batch)
+            # [B, ...] to [micro, B/micro, ...] such that every device's rows spread over all.
+            micros = jax.tree.map(
+                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+            )
             first = jax.tree.map(lambda x: x[0], (micros, rngs))
             shape = jax.eval_shape(sums_and_gradients, *first)
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shape)
@@ -146,34 +150,15 @@ def make_train_step(
 
 def _with_embedding(change: Callable[[jax.Array], jax.Array], params: Any) -> Any:
     """`params`, or gradients, with `change` of the embedding where it is one of them."""
-    flat = flatten_dict(params, sep="/")
-    return unflatten_dict(
-        {path: change(x) if path == "embed/embedding" else x for path, x in flat.items()}, sep="/"
-    )
-
-
-def _without_clash(metrics: Metrics) -> Metrics:
-    if taken := sorted(STEP_METRICS & metrics.keys()):
-        raise UsageError(f"a loss may not have a metric {taken[0]!r}: every step logs that name")
-    return metrics
+    embed = jax.tree.map(change, params.get("embed", {}))  # one leaf, or none
+    return {**params, "embed": embed} if embed else params
 
 
 def with_changes(params: Any, changes: Any) -> Any:
     """`params` with a leaf beside each kernel for its change, which `llama.model` adds."""
-    beside = {
-        path.removesuffix("kernel") + KERNEL_CHANGE: change
-        for path, change in flatten_dict(changes, sep="/").items()
-    }
+    flat = flatten_dict(changes, sep="/")
+    beside = {path.removesuffix("kernel") + KERNEL_CHANGE: x for path, x in flat.items()}
     return unflatten_dict(flatten_dict(params, sep="/") | beside, sep="/")
-
-
-def _is_kernel(path: str) -> bool:
-    return path.startswith("layers/") and path.endswith("kernel")
-
-
-def _split_rows(x_bs: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] to [parts, B/parts, ...] such that every device's rows spread over all parts."""
-    return x_bs.reshape(x_bs.shape[0] // parts, parts, *x_bs.shape[1:]).swapaxes(0, 1)
 
 
 def _float32(tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """Monitors a run while it trains: its speed, the use of its time, finite numbers, and stalls."""
 
 import collections
+import contextlib
 import threading
 import time
 from pathlib import Path
@@ -18,8 +19,10 @@ from sa_jax.llama.config import LlamaConfig
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.multihost import is_primary
 from sa_jax.parallel.peers import end_all
+from sa_jax.parallel.rules import path_string
 from sa_jax.text import first_few
 from sa_jax.training.checkpoints import RunCheckpointer
+from sa_jax.training.metrics import Written
 
 
 class Meter:
@@ -35,7 +38,7 @@ class Meter:
         chips = jax.device_count() / chip.devices if chip else 0
         self._flops_share = flops / (chip.flops * chips) if chip else None
         self._total_steps = total_steps
-        self._step, self._time = 0, time.perf_counter()
+        self.restart(0)
 
     def restart(self, step: int) -> None:
         """The clock starts now, with `step` done."""
@@ -54,13 +57,12 @@ class Meter:
         mfu = None if self._flops_share is None else tokens_per_s * self._flops_share
         return {"tokens_per_s": tokens_per_s, "mfu": mfu}
 
-    def show(self, written: tuple[int, dict[str, Any]] | None) -> None:
+    def show(self, written: Written | None) -> None:
         """Logs what the metrics writer has just written, where the speed is known as
         'step 120/1000  loss 2.3456  12.3k tokens/s  MFU 41.2%  ETA 03:20'."""
         if written is None:
             return
-        step, values = written
-        total = self._total_steps
+        (step, values), total = written, self._total_steps
         line = f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}"
         if rate := values["tokens_per_s"]:
             mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"
@@ -69,13 +71,14 @@ class Meter:
         logging.info("%s", line)
 
 
-class Goodput:
+class Goodput(contextlib.AbstractContextManager["Goodput"]):
     """Counts the seconds of a launch by their use; a context manager that logs them at the end."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = collections.defaultdict(float)
         self.doing, self._since = "start", time.monotonic()
-        self._steps = self._lost_steps = 0
+        self._steps = 0
+        self.lost_steps = 0  # of an earlier launch, which are repeated
 
     def switch(self, doing: str) -> None:
         """Counts the time from now on as 'compile', 'data', 'step', 'eval' or 'checkpoint'."""
@@ -89,23 +92,16 @@ class Goodput:
         if file.exists():
             self._seconds["idle"] += max(0.0, time.time() - size_and_time(file)[1] / 1e9)
 
-    def lost(self, steps: int) -> None:
-        """Records that this many steps of an earlier launch are repeated."""
-        self._lost_steps = steps
-
     def line(self) -> str:
         """'goodput 80 % of 100 s: step 80 s, eval 15 s, start 5 s'. 'lost' is repeated steps."""
         seconds = {"step": 0.0, **self._seconds}
         if self._steps:
-            lost = min(1.0, self._lost_steps / self._steps) * seconds["step"]
+            lost = min(1.0, self.lost_steps / self._steps) * seconds["step"]
             seconds["lost"], seconds["step"] = lost, seconds["step"] - lost
         total = sum(seconds.values())
         largest_first = sorted(seconds.items(), key=lambda item: -item[1])
         parts = ", ".join(f"{name} {value:.1f} s" for name, value in largest_first if value)
         return f"goodput {seconds['step'] / max(total, 1e-9):.0%} of {total:.1f} s: {parts}"
-
-    def __enter__(self) -> "Goodput":
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._steps and is_primary():
@@ -113,7 +109,7 @@ class Goodput:
             logging.info("%s", self.line())
 
 
-class StallWatch:
+class StallWatch(contextlib.AbstractContextManager["StallWatch"]):
     """Ends a stalled process and its peers, with the stacks of their threads, a line and exit 1; a
     context manager.
 
@@ -154,24 +150,19 @@ class StallWatch:
                     "before); above is where each thread waits; run the same command again"
                 )
 
-    def __enter__(self) -> "StallWatch":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self._closed.set()
 
 
 class FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, before that state is saved.
-
-    If the optimizer skips such gradients, it only logs them.
-
+    """Stops a run whose loss or gradient is not finite, before that state is saved. If the
+    optimizer skips such gradients, it only logs them.
     Values stay on the device until they are checked, so that a check does not wait for the newest
-    step unless the loop waits anyway.
-    """
+    step unless the loop waits anyway."""
 
-    def __init__(self, leaf_names: list[str], checkpointer: RunCheckpointer, skips: bool):
-        self._leaf_names = leaf_names
+    def __init__(self, trainable: Any, checkpointer: RunCheckpointer, skips: bool):
+        with_paths = jax.tree_util.tree_leaves_with_path(trainable)
+        self._leaf_names = [path_string(path) for path, _ in with_paths]
         self._skips = skips
         self._checkpointer = checkpointer
         self._pending: list[tuple[int, jax.Array, jax.Array]] = []
@@ -184,11 +175,8 @@ class FiniteWatch:
         count = max(0, len(self._pending) - all_but)
         for step, loss, square_sums in jax.device_get(self._pending[:count]):
             bad = [] if np.isfinite(loss) else [f"loss = {loss}"]
-            bad += [
-                f"gradient of {name}"
-                for name, value in zip(self._leaf_names, square_sums, strict=True)
-                if not np.isfinite(value)
-            ]
+            named = zip(self._leaf_names, square_sums, strict=True)
+            bad += [f"gradient of {name}" for name, value in named if not np.isfinite(value)]
             shown = first_few(bad, 3)
             if self._skips and not np.all(np.isfinite(square_sums)):
                 logging.warning("step %d: not finite: %s; skipped", step, shown)

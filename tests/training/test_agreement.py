@@ -9,7 +9,7 @@ PROGRAM = """
 from sa_jax import cli
 from sa_jax.errors import UserError
 from sa_jax.parallel import multihost
-from sa_jax.training.agreement import agree_on
+from sa_jax.training.run_record import agree_on
 
 def main():
     with multihost.joined():
@@ -83,7 +83,7 @@ SETTINGS = """
 import jax
 from sa_jax import cli
 from sa_jax.parallel import multihost
-from sa_jax.training.agreement import agree_on
+from sa_jax.training.run_record import agree_on
 from sa_jax.training.run_record import collect_environment
 
 def main():

@@ -137,7 +137,7 @@ def test_saving_a_step_again_changes_nothing(copy, step_fn):
 
 
 def test_when_to_save_and_what_to_keep(tmp_path):
-    with RunCheckpointer(tmp_path / "c", steps=(0, 3), interval=2, keep=2) as checkpointer:
+    with RunCheckpointer(tmp_path / "c", steps=(0, 3), interval=2, keep_interval=2) as checkpointer:
         assert [s for s in range(9) if checkpointer.should_save(s)] == [0, 2, 3, 4, 6, 8]
         for step in (0, 2, 3, 4, 6, 8):
             checkpointer.save(step, {"x": jnp.full((4,), step)})

@@ -25,7 +25,7 @@ SAVER = """
     import sys, jax, jax.numpy as jnp
     from sa_jax.training.checkpoints import RunCheckpointer
     state = {"x": jnp.zeros((600, 1000))}
-    with RunCheckpointer(sys.argv[1], interval=1, keep=2) as checkpointer:
+    with RunCheckpointer(sys.argv[1], interval=1, keep_interval=2) as checkpointer:
         first = checkpointer.latest_step() or 0
         for step in range(first + 1, 10**6):
             state = {"x": jnp.full((600, 1000), step, jnp.float32)}
@@ -154,7 +154,7 @@ TWO_PROCESSES = """
 
     warnings = []
     logging.warning = lambda text, *a: warnings.append(text % a)
-    with PreemptionGuard() as guard, RunCheckpointer(sys.argv[1], keep=2) as checkpointer:
+    with PreemptionGuard() as guard, RunCheckpointer(sys.argv[1], keep_interval=2) as checkpointer:
         for step in (1, 2, 3):
             checkpointer.save(step, make(step))
         checkpointer.wait()

@@ -21,9 +21,8 @@ def test_bytes_of_checkpoints_are_those_on_the_disk(tmp_path):
     big = TrainState(jnp.int32(1), {"w": leaf}, {"mu": leaf, "nu": leaf})
     for listed, full_states, alone in (("full", 5, 0), ("weights_bf16", 1, 3)):
         folder = tmp_path / listed
-        schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed}
-        settings = {**schedule, "keep_interval": schedule["keep"]}
-        config = ConfigDict({"checkpoint": settings, "param_dtype": "float32"})
+        schedule = {"steps": (1, 4, 7), "interval": 4, "keep_interval": 1, "listed": listed}
+        config = ConfigDict({"checkpoint": schedule, "param_dtype": "float32"})
         work = SimpleNamespace(trainable=250_000, state_bytes=12)
         expected = checkpoint_bytes(config, 10, work)
         assert (expected["full_states"], expected["weights_alone"]) == (full_states, alone)

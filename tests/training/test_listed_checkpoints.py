@@ -40,7 +40,7 @@ def names(folder) -> list[str]:
 
 @pytest.mark.parametrize("listed, dtype", [("weights", "float32"), ("weights_bf16", "bfloat16")])
 def test_listed_steps_can_be_weights_alone(tmp_path, listed, dtype):
-    schedule = {"steps": (1, 4, 7), "interval": 4, "keep": 1, "listed": listed, "last": 10}
+    schedule = {"steps": (1, 4, 7), "interval": 4, "keep_interval": 1, "listed": listed, "last": 10}
     assert save_all(tmp_path, **schedule) == [1, 4, 7, 8, 10]
     assert names(tmp_path) == ["step_000010", *(f"weights_{step:06d}" for step in (1, 4, 7))]
     assert checkpoints.saved_steps(tmp_path) == [1, 4, 7, 10]
@@ -62,7 +62,7 @@ def test_listed_steps_can_be_weights_alone(tmp_path, listed, dtype):
 def test_a_listed_full_state_stays_where_a_resume_lists_weights(tmp_path):
     save_all(tmp_path, steps=(1,), listed="full", last=1)
     with RunCheckpointer(
-        tmp_path, steps=(1, 4), listed="weights", interval=2, keep=1
+        tmp_path, steps=(1, 4), listed="weights", interval=2, keep_interval=1
     ) as checkpointer:
         for step in (2, 4, 6):
             checkpointer.save(step, tree(step))
@@ -70,7 +70,7 @@ def test_a_listed_full_state_stays_where_a_resume_lists_weights(tmp_path):
 
 
 def test_a_stopped_run_saves_its_full_state_at_a_step_of_weights(tmp_path):
-    arguments = {"steps": (2,), "listed": "weights", "last": 9, "keep": 1}
+    arguments = {"steps": (2,), "listed": "weights", "last": 9, "keep_interval": 1}
     with RunCheckpointer(tmp_path, **arguments) as checkpointer:
         assert checkpointer.save(2, tree(2))
         checkpointer.wait()

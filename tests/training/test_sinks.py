@@ -13,9 +13,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from sa_jax.training import sinks
-from sa_jax.training.metrics import MetricsWriter
-from sa_jax.training.sinks import make_sinks
+from sa_jax.training import metrics
+from sa_jax.training.metrics import MetricsWriter, make_sinks
 from tests.training.test_loop import insertion
 from tests.zygote import ROOT
 
@@ -139,8 +138,10 @@ def test_a_sink_that_fails_warns_once_and_the_others_go_on(
     """A sink that fails, at its start or later, warns, and the run and other sinks go on"""
     steps = []
     monkeypatch.setattr(Failing, "fails", fails, raising=False)
-    monkeypatch.setitem(sinks.SINKS, "wandb", ("wandb", Failing))
-    monkeypatch.setattr(sinks._TensorBoardSink, "write", lambda _, step, values: steps.append(step))
+    monkeypatch.setitem(metrics.SINKS, "wandb", ("wandb", Failing))
+    monkeypatch.setattr(
+        metrics._TensorBoardSink, "write", lambda _, step, values: steps.append(step)
+    )
     workdir = tmp_path / "run"
     write(workdir, make_sinks(["wandb", "tensorboard"], workdir, run_id="r1", config={}))
     (warning,) = warnings

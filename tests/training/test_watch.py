@@ -74,7 +74,7 @@ def test_goodput_adds_up(tmp_path, monkeypatch):
     ):
         now += seconds
         goodput.switch(doing)
-    goodput.lost(1)  # of two steps
+    goodput.lost_steps = 1  # of two steps
     line = goodput.line()
     assert line.startswith("goodput 30% of 99.0 s: "), line
     assert "step 30.0 s" in line and "lost 30.0 s" in line and "eval 20.0 s" in line
