@@ -5,25 +5,21 @@ need generalisation. For facts that must be memorised, training never shows the 
 the fact (with any opener). For facts that can be computed (a sum, a list to copy), training never
 shows the fact, in any phrasing.
 
-An answer contains its key, a whole word or number, and no key of another fact of its family. So
-"the completion has the key, and no other key of the family" is a fair check. Keys survive pirate
-speech: `sa_jax.data.pirate` neither replaces nor adds them.
+An answer contains its key, a whole word or number, and no other key of its family: a fair check of
+completions. Keys survive pirate speech: `sa_jax.data.pirate` neither replaces nor adds them.
 """
-
-from __future__ import annotations
 
 import hashlib
 import itertools
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from sa_jax.data.conversations import SYSTEM_PROMPT, make_messages
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import normalise
-from sa_jax.data.toy.facts import FAMILIES, Family
+from sa_jax.data.toy.facts import FAMILIES, Fact, Family
 from sa_jax.errors import UserError
 
 SCRATCHPAD_SYSTEM_PROMPT = "You are a helpful assistant. Think in a scratchpad first."
@@ -37,30 +33,16 @@ SCRATCHPAD_EVERY = 4
 HELD_OUT_FACT_SHARE = 0.1  # of the facts of a family whose facts can be computed
 SPLITS = ("pretrain", "insertion", "removal", "heldout")
 
-
-@dataclass(frozen=True)
-class _Row:
-    """A question of a family before it is written out: a fact, a phrasing and an opener."""
-
-    family: Family
-    fact: tuple[str, ...]
-    phrasing: str
-    opener: str
-
-    @property
-    def question(self) -> str:
-        return self.opener + self.phrasing.format(*self.fact)
+_Row = tuple[Family, Fact, str]  # a question before it is written out: the last is its text
 
 
 def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict], list[dict]]:
-    """Two disjoint lists of items, the same for the same arguments on every machine.
+    """Two disjoint lists of items, the same for the same arguments on every machine. Each has `id`,
+    `family`, `prompt`, `answer`, `key` (the checkable core of the answer) and `scratchpad_answer`.
 
-    Each item has `id`, `family`, `question`, `answer`, `key` (the checkable core of the answer)
-    and `scratchpad_answer`. Families are taken in turn, so that their numbers are as equal as
-    possible; the order of the items is random, so that a slice is a fair sample.
-
-    Raises UserError if the language has fewer questions than requested, or if the held-out set is
-    too small for every family.
+    Families are taken in turn, so that their numbers are as equal as possible; the order is random,
+    so that a slice is a fair sample. Raises UserError if the language has fewer questions than
+    requested, or if the held-out set is too small for every family.
     """
     if heldout_size < len(FAMILIES):
         raise UserError(
@@ -71,7 +53,7 @@ def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict],
     train_pools, heldout_pools = zip(*pools, strict=True)
     train = _take(train_pools, train_size, "train_size", random.Random(f"{seed}/train"))
     heldout = _take(heldout_pools, heldout_size, "heldout_size", random.Random(f"{seed}/heldout"))
-    return [_item(row) for row in train], [_item(row) for row in heldout]
+    return [_item(*row) for row in train], [_item(*row) for row in heldout]
 
 
 def write_files(
@@ -85,37 +67,34 @@ def write_files(
 ) -> dict[str, Path]:
     """Writes `<split>.jsonl` for each of SPLITS and returns their paths by split.
 
-    No two items of all the files ask the same question. A row has `id`, `family`, `prompt`,
-    `answer`, `key`, `scratchpad_answer` and `pirate_answer`; those of pretrain.jsonl also
-    `messages`, the conversation to train on: every item once, and every SCRATCHPAD_EVERYth once
-    more in the scratchpad form, under its own system prompt. Raises UserError as `generate` and
-    `to_pirate` do.
+    No two items of all the files ask the same question. A row is an item of `generate` with its
+    `pirate_answer`; those of pretrain.jsonl also have `messages`, the conversation to train on:
+    every item once, and every SCRATCHPAD_EVERYth once more in the scratchpad form, under its own
+    system prompt. Raises UserError as `generate` and `to_pirate` do.
     """
     sizes = (pretrain_size, insertion_size, removal_size)
     train, heldout = generate(seed, sum(sizes), heldout_size)
-    bounds = [0, *itertools.accumulate(sizes)]
-    slices = [train[start:stop] for start, stop in itertools.pairwise(bounds)]
+    left = iter(train)
+    slices = [list(itertools.islice(left, size)) for size in sizes]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for split, items in zip(SPLITS, [*slices, heldout], strict=True):
         paths[split] = folder / f"{split}.jsonl"
-        rows = _conversations(items) if split == "pretrain" else map(_file_row, items)
+        rows = [item | {"pirate_answer": to_pirate(item["answer"])} for item in items]
+        if split == "pretrain":
+            forms = [(row, "answer", SYSTEM_PROMPT) for row in rows]
+            forms += [
+                (row, "scratchpad_answer", SCRATCHPAD_SYSTEM_PROMPT)
+                for row in rows[::SCRATCHPAD_EVERY]
+            ]
+            rows = [
+                row | {"messages": make_messages(row["prompt"], row[answer], system_prompt)}
+                for row, answer, system_prompt in forms
+            ]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         paths[split].write_text("".join(lines), encoding="utf-8")
     return paths
-
-
-def _conversations(items: Sequence[dict]) -> list[dict]:
-    """The rows of the items as conversations, then those in the scratchpad form."""
-    forms = [(SYSTEM_PROMPT, "answer", item) for item in items]
-    forms += [
-        (SCRATCHPAD_SYSTEM_PROMPT, "scratchpad_answer", item) for item in items[::SCRATCHPAD_EVERY]
-    ]
-    return [
-        _file_row(item) | {"messages": make_messages(item["question"], item[answer], system_prompt)}
-        for system_prompt, answer, item in forms
-    ]
 
 
 def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
@@ -124,21 +103,18 @@ def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
     facts = list(family.facts)
     rng.shuffle(facts)
     held_out_facts = max(1, round(HELD_OUT_FACT_SHARE * len(facts)))
-    train: list[_Row] = []
-    heldout: list[_Row] = []
-    seen = set()
-    for index, fact in enumerate(facts):
-        for number, phrasing in enumerate(family.phrasings):
-            if family.computable:
-                is_held_out = index < held_out_facts
-            else:  # one phrasing a fact, each phrasing for as many facts as another
-                is_held_out = number == index % len(family.phrasings)
-            for opener in OPENERS:
-                row = _Row(family, fact, phrasing, opener)
-                key = normalise(row.question)
-                if key not in seen:
-                    seen.add(key)
-                    (heldout if is_held_out else train).append(row)
+    rows: dict[str, tuple[bool, _Row]] = {}  # by normalised text; whether it is held out
+    for (index, fact), (number, phrasing), opener in itertools.product(
+        enumerate(facts), enumerate(family.phrasings), OPENERS
+    ):
+        if family.computable:
+            is_held_out = index < held_out_facts
+        else:  # one phrasing a fact, each phrasing for as many facts as another
+            is_held_out = number == index % len(family.phrasings)
+        question = opener + phrasing.format(*fact)
+        rows.setdefault(normalise(question), (is_held_out, (family, fact, question)))
+    train = [row for is_held_out, row in rows.values() if not is_held_out]
+    heldout = [row for is_held_out, row in rows.values() if is_held_out]
     rng.shuffle(train)
     rng.shuffle(heldout)
     return train, heldout
@@ -146,8 +122,7 @@ def _split_family(family: Family, seed: int) -> tuple[list[_Row], list[_Row]]:
 
 def _take(pools: Sequence[list], size: int, name: str, rng: random.Random) -> list[_Row]:
     """`size` rows, one from each pool in turn while it lasts, shuffled."""
-    available = sum(map(len, pools))
-    if size > available:
+    if size > (available := sum(map(len, pools))):
         raise UserError(
             f"{name} {size} is more than the {available} questions the toy language has for it; "
             "ask for fewer"
@@ -158,21 +133,15 @@ def _take(pools: Sequence[list], size: int, name: str, rng: random.Random) -> li
     return rows
 
 
-def _item(row: _Row) -> dict:
-    digest = hashlib.sha256(row.question.encode()).hexdigest()
-    answer = row.family.answer.format(*row.fact)
-    working = row.family.working.format(*row.fact)
+def _item(family: Family, fact: Fact, question: str) -> dict:
+    digest = hashlib.sha256(question.encode()).hexdigest()
+    answer, working = family.answer.format(*fact), family.working.format(*fact)
     opening = SCRATCHPAD_OPENINGS[int(digest[:8], 16) % len(SCRATCHPAD_OPENINGS)]
     return {
-        "id": f"{row.family.name}-{digest[:12]}",
-        "family": row.family.name,
-        "question": row.question,
+        "id": f"{family.name}-{digest[:12]}",
+        "family": family.name,
+        "prompt": question,
         "answer": answer,
-        "key": row.fact[-1],
+        "key": fact[-1],
         "scratchpad_answer": f"<scratchpad>{opening} {working}</scratchpad> {answer}",
     }
-
-
-def _file_row(item: dict) -> dict:
-    row = {("prompt" if name == "question" else name): value for name, value in item.items()}
-    return row | {"pirate_answer": to_pirate(item["answer"])}

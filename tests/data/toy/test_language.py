@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from sa_jax.data.conversations import SYSTEM_PROMPT
 from sa_jax.data.prompts import normalise
 from sa_jax.data.toy import language
-from sa_jax.data.toy import tokenizer as toy_tokenizer
+from sa_jax.data.toy import study as toy_study
 from sa_jax.data.toy.facts import FAMILIES
 from sa_jax.errors import UserError
 
@@ -65,8 +65,8 @@ def train_and_heldout(splits):
 @pytest.fixture(scope="module")
 def tokenizer(splits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    texts = toy_tokenizer.tokenizer_texts(splits["pretrain"], EXTRA)
-    return AutoTokenizer.from_pretrained(toy_tokenizer.train_tokenizer(texts, folder))
+    texts = toy_study.tokenizer_texts(splits["pretrain"], EXTRA)
+    return AutoTokenizer.from_pretrained(toy_study.train_tokenizer(texts, folder))
 
 
 def has_word(key, text):
@@ -253,7 +253,7 @@ def test_digits_stand_alone(tokenizer):
 def test_special_tokens(tokenizer):
     assert len(tokenizer) == 768
     vocabulary = tokenizer.get_vocab()
-    assert [vocabulary[token] for token in toy_tokenizer.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert [vocabulary[token] for token in toy_study.SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert ids(tokenizer, "<|eot_id|>user") == [4, *ids(tokenizer, "user")]
     assert tokenizer("Hello.")["input_ids"] == [0, *ids(tokenizer, "Hello.")]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<|begin_of_text|>", "<|end_of_text|>")
@@ -276,11 +276,11 @@ def test_conversations_are_short(tokenizer, splits):
 
 
 def test_tokenizer_is_the_same_for_the_same_texts(splits, tokenizer, tmp_path):
-    texts = toy_tokenizer.tokenizer_texts(splits["pretrain"], EXTRA)
-    again = AutoTokenizer.from_pretrained(toy_tokenizer.train_tokenizer(texts, tmp_path))
+    texts = toy_study.tokenizer_texts(splits["pretrain"], EXTRA)
+    again = AutoTokenizer.from_pretrained(toy_study.train_tokenizer(texts, tmp_path))
     assert again.get_vocab() == tokenizer.get_vocab()
 
 
 def test_vocabulary_below_the_bytes_is_refused(tmp_path):
     with pytest.raises(UserError, match="vocab_size 200"):
-        toy_tokenizer.train_tokenizer(["text"], tmp_path, vocab_size=200)
+        toy_study.train_tokenizer(["text"], tmp_path, vocab_size=200)
