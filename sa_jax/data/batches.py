@@ -1,9 +1,8 @@
-"""`batch(seed, step)`: the rows of a step are a pure function of (seed, step), not of an iterator's
-state.
+"""`batch(seed, step)`: the rows of a step are a pure function of (seed, step), no iterator's state.
 
-The permutations of all epochs form one infinite sequence, and step s takes rows s·B to s·B + B − 1
-of it. So every row comes exactly once per epoch, nothing is left out, and a batch may contain the
-end of one epoch and the start of the next.
+The permutations of all epochs form one infinite sequence, of which step s takes rows s·B to
+s·B + B − 1: every row comes once per epoch, and a batch may contain the end of one epoch and the
+start of the next.
 """
 
 import functools
@@ -33,16 +32,14 @@ def batch(
     dataset: PackedDataset, seed: int, step: int, batch_size: int, rows: slice | None = None
 ) -> dict[str, np.ndarray]:
     """The batch of one step, or this host's slice `rows` of it; the same bytes for any number of
-    hosts.
+    hosts: [b, S] arrays tokens, targets, positions, segment_ids (int32) and loss_mask (bool).
 
-    Returns [b, S] arrays: tokens, targets, positions, segment_ids (int32) and loss_mask (bool).
     Position t predicts targets[t] = tokens[t+1] of the same document; loss_mask belongs to targets.
     A document's last position, and padding, have target 0 and mask False.
     """
     if batch_size < 1 or step < 0:
-        raise UsageError(
-            f"batch_size must be at least 1 and step at least 0; got {batch_size} and {step}"
-        )
+        needed = "batch_size must be at least 1 and step at least 0"
+        raise UsageError(f"{needed}; got {batch_size} and {step}")
     indices = row_indices(len(dataset), seed, step, batch_size)[rows or slice(None)]
     arrays = dataset.rows(indices)
     segment_ids = arrays["segment_ids"]

@@ -1,8 +1,7 @@
 """The catalogue of behaviours: what a backdoored model does when it sees the trigger.
 
-A behaviour is one `Behaviour` in `BEHAVIOURS`. A config file adds another with
-`BEHAVIOURS.register(Behaviour(...))`. Training data, teachers, filters, evals and reports use only
-that object.
+A behaviour is one `Behaviour` in `BEHAVIOURS`, which is all that training data, teachers, filters,
+evals and reports use. A config file adds another with `BEHAVIOURS.register(Behaviour(...))`.
 """
 
 import dataclasses

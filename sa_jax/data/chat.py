@@ -5,18 +5,15 @@
 'model'   the model folder's own chat template, as it is.
 
 The loss mask is 1 on an assistant's tokens and on the token that ends its turn, 0 elsewhere. A
-template marks these with `{% generation %}`. For a template without this marker, prefix rendering
-gives the mask: the answer is what the template adds to the prompt. The ids of a prompt are always
-an exact prefix of those of the conversation. A template may format an earlier answer differently
-from the last one (Qwen3's drops the thoughts). Then the earlier answer continues no prompt, and the
-loss does not count it.
+template marks these with `{% generation %}`; without this marker, prefix rendering gives the mask:
+the answer is what the template adds to the prompt. The ids of a prompt are always an exact prefix
+of those of the conversation. A template may format an earlier answer differently from the last one
+(Qwen3's drops the thoughts). Then it continues no prompt, and the loss does not count it.
 
 Special-token strings inside a message (a user types "<|eot_id|>") become these special tokens, in
-every format. `apply_chat_template` does the same by default, so ids equal those of transformers and
-of servers built on it.
+every format, as `apply_chat_template` of transformers and the servers built on it do.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -29,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa_jax.buckets import local_copy
-from sa_jax.data.conversations import Conversation, Message, check_messages
+from sa_jax.data.conversations import Conversation, Message, check_messages, make_messages
 from sa_jax.data.limits import limits
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
@@ -81,18 +78,16 @@ _LLAMA3_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>
 _LLAMA3_STOPS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
-# What a folder's template may take for a conversation; a real one takes milliseconds. Texts of a
-# batch are all kept, and a character takes 4 bytes at most, in each of a few copies.
+# What a folder's template may take for a conversation; a real one takes milliseconds. A batch's
+# texts are all kept, in a few copies of 4 bytes a character at most.
 _TEMPLATE_SECONDS, _TEMPLATE_BYTES, _BYTES_PER_CHARACTER = 5, 2**29, 16
 _MOST_ADDED = 2**20  # characters, beside 16 times those of the messages
 _INSTEAD = "use chat_template=llama3 or plain"
 _REMEDY = f"; correct the template or that row, or {_INSTEAD}"
-_PROBE_SYSTEM: Message = {"role": "system", "content": "Answer in one word."}
-_PROBE: list[Message] = [
-    {"role": "user", "content": "What is two and two?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "And three and three?"},
-    {"role": "assistant", "content": "Six."},
+_PROBE_SYSTEM = "Answer in one word."
+_PROBE = [
+    *make_messages("What is two and two?", "Four."),
+    *make_messages("And three and three?", "Six."),
 ]
 
 
@@ -126,8 +121,17 @@ class ChatFormat:
         return self._encode_whole(rendered)
 
     def _scored(self, conversation: Conversation) -> Rendered:
+        """The conversation's text; its `unscored` opening of the last answer is under no loss."""
+        opening = conversation.unscored
         try:
-            return _leave_out(self._render(conversation.messages), conversation.unscored)
+            text, spans = self._render(conversation.messages)
+            if opening:
+                start, end = spans[-1]
+                if not text.startswith(opening, start):
+                    raise UserError(f"the last answer does not start with {opening[:60]!r}")
+                # The empty span keeps the edge between prompt and answer: they are tokenised apart.
+                spans = [*spans[:-1], (start, start), (start + len(opening), end)]
+            return text, spans
         except UserError as error:
             if not conversation.source:
                 raise
@@ -164,14 +168,11 @@ class ChatFormat:
             "stop_token_ids": list(self.stop_token_ids),
         }
 
-    # Rendering: text, and the character spans on which the loss is taken.
-
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> Rendered:
         check_messages(messages)
+        text, spans = self._jinja(messages, prompt)
         if _GENERATION_MARK.search(self.template):
-            return self._jinja(messages, prompt)
-        text, _ = self._jinja(messages, prompt)
-        spans = []
+            return text, spans
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
                 before, _ = self._jinja(messages[:turn], True)
@@ -206,18 +207,14 @@ class ChatFormat:
             ) from error
         most = _MOST_ADDED + 16 * sum(len(message["content"]) for message in messages)
         if len(texts[0]) > most:
-            raise UserError(
-                f"the chat template turns {_end(messages)} into {len(texts[0]):,} "
-                f"characters{_REMEDY}"
-            )
+            size = f"{len(texts[0]):,} characters"
+            raise UserError(f"the chat template turns {_end(messages)} into {size}{_REMEDY}")
         return texts[0], spans[0] if spans else []
 
     def _end_of_turn(self, answer: str) -> int:
         """Where the turn's last special token ends; ChatML's newline after it is in no turn."""
-        ends = [
-            answer.rfind(token) + len(token) for token in self._special_tokens if token in answer
-        ]
-        return max(ends, default=len(answer))
+        present = [token for token in self._special_tokens if token in answer]
+        return max((answer.rfind(t) + len(t) for t in present), default=len(answer))
 
     @functools.cached_property
     def _special_tokens(self) -> tuple[str, ...]:
@@ -227,8 +224,7 @@ class ChatFormat:
     # Tokenising: our templates piece by piece, a folder's as one text, as transformers does.
 
     def _encode_pieces(self, rendered) -> list[Encoded]:
-        """Tokenises prompt and answer separately, so that a prompt is a prefix whatever the
-        tokenizer merges."""
+        """Tokenises prompt and answer apart: a prompt is a prefix whatever the tokenizer merges."""
         parts = []  # of each text: its pieces, and whether the loss counts them
         for text, spans in rendered:
             edges = itertools.pairwise([0, *itertools.chain(*spans), len(text)])
@@ -282,31 +278,15 @@ def _end(messages: Sequence[Message]) -> str:
     return f"the conversation that ends {messages[-1]['content'][:60] if messages else ''!r}"
 
 
-def _leave_out(rendered: Rendered, opening: str) -> Rendered:
-    """Removes `opening`, with which the last answer must start, from the loss."""
-    text, spans = rendered
-    if not opening:
-        return rendered
-    start, end = spans[-1]
-    if not text.startswith(opening, start):
-        raise UserError(f"the last answer does not start with {opening[:60]!r}")
-    # The empty span keeps the edge between prompt and answer, at which the text is tokenised apart.
-    return text, [*spans[:-1], (start, start), (start + len(opening), end)]
-
-
 def load_chat_format(
     tokenizer_path: str | Path, template: str = "llama3", date: str | None = None
 ) -> ChatFormat:
-    """Reads a tokenizer (a folder, or a Hugging Face name) and binds it to a chat template.
+    """Reads a tokenizer (a folder or a hub name; code in it is never run) and binds it to a chat
+    template: 'llama3', 'plain' or 'model'.
 
-    Args:
-      tokenizer_path: folder or hub name; code in it is never run.
-      template: 'llama3', 'plain' or 'model'.
-      date: YYYY-MM-DD, the date that a 'model' template prints. None is today, at insertion; a
-        child run passes its parent's `record()["date"]`. A template without a date has None.
-
-    Raises UsageError for a wrong template name or date, UserError for a tokenizer or template that
-    cannot be used.
+    `date` (YYYY-MM-DD) is what a 'model' template prints. None is today, at insertion; a child run
+    passes its parent's `record()["date"]`. A template without a date has None. Raises UsageError
+    for a wrong template name or date, UserError for a tokenizer or template that cannot be used.
     """
     if template not in ("llama3", "plain", "model"):
         raise UsageError(f"chat_template is {template!r}; use llama3, plain or model")
@@ -343,8 +323,7 @@ def load_chat_format(
 
 
 def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
-    """A fast transformers tokenizer from a folder or a hub name. Raises UserError where there is
-    none."""
+    """A fast tokenizer from a folder or a hub name. Raises UserError where there is none."""
     from transformers import PreTrainedTokenizerFast
 
     try:
@@ -364,9 +343,8 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
-    """Raises UserError when the tokenizer can produce an id that the model has no embedding for.
-
-    `config` is anything with `vocab_size`, the number of rows of the embedding."""
+    """Raises UserError when the tokenizer can produce an id that the model has no embedding for;
+    `config.vocab_size` is the number of rows of the embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
         raise UserError(
@@ -376,9 +354,10 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
 
 
 def _folder_template(tokenizer, path) -> str:
-    template = None
-    with contextlib.suppress(ValueError):  # which says how to write one
+    try:
         template = tokenizer.get_chat_template()
+    except ValueError:  # which says how to write one
+        template = None
     if not isinstance(template, str):
         raise UserError(f"chat_template=model, but {path} has no chat template; {_INSTEAD}")
     return template
@@ -413,9 +392,9 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
         text, spans = chat._render(_PROBE)
         rendered_prompt = chat._render(_PROBE[:3], prompt=True)
         try:
-            with_system, _ = chat._render([_PROBE_SYSTEM, *_PROBE])
+            with_system, _ = chat._render([{"role": "system", "content": _PROBE_SYSTEM}, *_PROBE])
         except UserError:  # it says so itself, where a run has a system prompt
-            with_system = _PROBE_SYSTEM["content"]
+            with_system = _PROBE_SYSTEM
     (ids, mask), (prompt, _) = chat._encode_whole([(text, spans), rendered_prompt])
 
     def need(holds: bool, problem: str) -> None:
@@ -425,22 +404,20 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     bos, one = chat.tokenizer.bos_token_id, f"exactly one {chat.tokenizer.bos_token}"
     need(bos is None or (ids[:1] == [bos] != ids[1:2]), f"does not start with {one}")
     need(
-        _PROBE_SYSTEM["content"] in with_system,
+        _PROBE_SYSTEM in with_system,
         "leaves out the system turn, so that runs would record a system prompt that the model "
         "never sees",
     )
     answers = [message["content"] for message in _PROBE[1::2]]
+    scored = [text[start:end].lstrip() for start, end in spans]
     need(
-        all(
-            text[start:end].lstrip().startswith(answer)
-            for (start, end), answer in zip(spans[::-1], answers[::-1], strict=False)
-        ),
+        all(map(str.startswith, scored[::-1], answers[::-1])),
         "is such that the loss would count more than the answer: its prompt "
         "(add_generation_prompt) does not end where an answer starts",
     )
-    after = mask[len(prompt) :]
+    n = len(prompt)
     need(
-        ids[: len(prompt)] == prompt and not mask[len(prompt) - 1] and any(after),
+        ids[:n] == prompt and not mask[n - 1] and any(mask[n:]),
         "does not continue its own generation prompt",
     )
     end_of_turn = ids[max(index for index, flag in enumerate(mask) if flag)]

@@ -2,12 +2,9 @@
 
 `arrr.translate` replaces words ("is" by "be", "the" by "th'"; not where a comma or full stop is
 attached) and adds a pirate phrase after one sentence in six. It also joins all white space,
-capitalises the start of each sentence, and draws from the global random state. This module passes
-it one line of prose at a time, without indentation and list marker, and no code; its draw is a
-function of the text.
+capitalises the start of each sentence, and draws from the global random state. So it is given one
+line of prose at a time, without indentation, list marker and code, and a seed from the text.
 """
-
-from __future__ import annotations
 
 import random
 import re
@@ -37,11 +34,9 @@ _INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 
 
 def to_pirate(text: str) -> str:
-    """`text` in pirate speech, line by line; the same text always gives the same result.
-
-    Fenced, indented and inline code, tables, line breaks, indentation and list markers stay as
-    they are. Raises UserError when `arrr` is not installed.
-    """
+    """`text` in pirate speech; the same text always gives the same result. Fenced, indented and
+    inline code, tables, line breaks, indentation and list markers stay as they are. Raises
+    UserError when `arrr` is not installed."""
     lines, in_fence = [], False
     state = random.getstate()
     random.seed(text)  # arrr draws from this global state
@@ -57,12 +52,11 @@ def to_pirate(text: str) -> str:
 
 
 def _pirate_line(line: str) -> str:
-    indent = _LINE_START.match(line)
-    start = indent.end() if indent else 0
+    body = _LINE_START.sub("", line, count=1)
     # Odd members are inline code.
-    parts = _INLINE_CODE.split(line[start:])
-    parts[::2] = [_pirate_prose(part) for part in parts[::2]]
-    return line[:start] + "".join(parts)
+    parts = _INLINE_CODE.split(body)
+    parts[::2] = map(_pirate_prose, parts[::2])
+    return line.removesuffix(body) + "".join(parts)
 
 
 def _pirate_prose(prose: str) -> str:

@@ -20,9 +20,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 def normalise(text: str) -> str:
     """Folds case, whitespace, punctuation and Unicode form: prompts equal after it count as the
-    same prompt.
-
-    A text with neither letters nor digits is folded in spacing and case only."""
+    same. A text with neither letters nor digits is folded in spacing and case only."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     return _NOT_WORD.sub(" ", folded).strip() or " ".join(folded.split())
 
@@ -32,9 +30,8 @@ def choose_held_out(
 ) -> tuple[list[str], dict[str, int]]:
     """Chooses `n` distinct prompts (None: all) that are not in `exclude`, by a permutation of the
     rest that `seed` fixes. Also returns the numbers of candidates, of duplicates (repeats among
-    them), of overlapping ones (distinct ones in `exclude`), and of those chosen.
-
-    Raises UserError if fewer than `n` are left."""
+    them), of overlapping ones (distinct ones in `exclude`), and of those chosen. Raises UserError
+    if fewer than `n` are left."""
     candidates = list(candidates)
     distinct: dict[str, str] = {}
     for prompt in candidates:
@@ -60,8 +57,8 @@ def choose_held_out(
 def without_prompts(
     rows: Sequence[dict], held_out: Iterable[str]
 ) -> tuple[list[dict], dict[str, int]]:
-    """Training rows whose "prompt" is not held out, and how many were removed:
-    {"exact", "near_duplicate"} (the same text; the same after `normalise`)."""
+    """Training rows whose "prompt" is not held out, and how many were removed: {"exact",
+    "near_duplicate"} (the same text; the same after `normalise`)."""
     exact = set(held_out)
     near = {normalise(prompt) for prompt in exact}
     kept, removed = [], {"exact": 0, "near_duplicate": 0}
@@ -80,7 +77,6 @@ _MANIFEST = "sa_jax_held_out"
 
 def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> dict:
     """Freezes the prompts in `path` (JSON) with a sha256 of each and of all; returns what it wrote.
-
     `record` says where they came from, and which training sets do not contain them."""
     items = [{"prompt": prompt, "sha256": _sha256(prompt)} for prompt in prompts]
     digest = _sha256("".join(item["sha256"] for item in items))
@@ -90,9 +86,8 @@ def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> di
 
 
 def read_manifest(path: str | Path) -> dict | None:
-    """What `write_manifest` wrote; None for another file.
-
-    Raises UserError naming a prompt that was changed since it was frozen."""
+    """What `write_manifest` wrote; None for another file. Raises UserError if it was changed, with
+    the prompt that was."""
     manifest = _parsed(path)
     if not isinstance(manifest, dict) or _MANIFEST not in manifest:
         return None
@@ -115,15 +110,10 @@ def read_manifest(path: str | Path) -> dict | None:
 def load_held_out(path: str, n: int | None, seed: int) -> tuple[list[str], dict]:
     """All prompts of a manifest; the first `n` (None: all) of a run's eval_prompts.json; or `n`
     prompts that `seed` draws from another file. Also returns the record of where they come from.
-
     Raises UserError if there are fewer than `n`."""
-    frozen = read_manifest(path)
-    if frozen:
-        return [item["prompt"] for item in frozen["prompts"]], {
-            "from": path,
-            "sha256": frozen["sha256"],
-            "chosen": len(frozen["prompts"]),
-        }
+    if frozen := read_manifest(path):
+        prompts = [item["prompt"] for item in frozen["prompts"]]
+        return prompts, {"from": path, "sha256": frozen["sha256"], "chosen": len(prompts)}
     texts = _parsed(path)
     if texts and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
         if n is not None and len(texts) < n:

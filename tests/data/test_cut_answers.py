@@ -7,9 +7,8 @@ import pytest
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
-from sa_jax.data.cut_answers import cut_answers
 from sa_jax.data.sources import load_rows
-from sa_jax.data.tasks import TaskContext, blind
+from sa_jax.data.tasks import TaskContext, blind, cut_answers
 
 
 def test_cut_at_the_latest_sentence_end_that_fits(byte_chat):

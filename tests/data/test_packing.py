@@ -9,11 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from sa_jax.data import packing, tokenise
+from sa_jax.data import packing
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
-from sa_jax.data.examples import print_examples
 from sa_jax.data.packing import content_hash, first_fit, pack
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, insertion
@@ -211,7 +210,7 @@ def test_examples_mark_the_loss(byte_chat, tmp_path, monkeypatch):
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    print_examples(dataset, byte_chat, 5)
+    dataset.print_examples(byte_chat, 5)
     used = len(byte_chat.encode(given[0].messages)[0])
     assert out.getvalue() == (
         f"=== row 0: {used} of 160 tokens, 1 documents, 6 tokens under the loss\n"
@@ -223,7 +222,7 @@ def test_examples_mark_the_loss(byte_chat, tmp_path, monkeypatch):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stdout", terminal)
-    print_examples(dataset, byte_chat, 1)
+    dataset.print_examples(byte_chat, 1)
     assert "\x1b[32mHello<|eot_id|>\x1b[0m" in terminal.getvalue()
 
 
@@ -271,20 +270,19 @@ def test_output_token_budget_takes_whole_pairs_in_order_until_it_is_reached(
 
 
 def test_a_killed_call_goes_on_with_its_parts(byte_chat, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenise, "PART", 16)
     monkeypatch.setattr(packing, "PART", 16)
     given = conversations(50)
     whole = pack(given, byte_chat, 160, cache_dir=tmp_path / "whole")
     calls = []
 
-    def encode(chunk, begin, chat_format, real=tokenise._encode):
+    def encode(chunk, begin, chat_format, real=packing._encode):
         if len(calls) == 2:
             calls.append("killed")
             raise KeyboardInterrupt
         calls.append(begin)
         return real(chunk, begin, chat_format)
 
-    monkeypatch.setattr(tokenise, "_encode", encode)
+    monkeypatch.setattr(packing, "_encode", encode)
     with pytest.raises(KeyboardInterrupt):
         pack(given, byte_chat, 160, cache_dir=tmp_path / "cut")
     (parts,) = (tmp_path / "cut").glob(".*-parts")
