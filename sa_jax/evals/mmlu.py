@@ -12,7 +12,13 @@ github.com/meta-llama/llama-models, models/llama3_1/eval_details.md.
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
-from sa_jax.evals.capability import CapabilityEval, TaskSet, greedy, inline_task, metric
+from sa_jax.evals.capability import (
+    CapabilityEval,
+    TaskSet,
+    generation_task,
+    inline_task,
+    metric,
+)
 from sa_jax.evals.documents import load_documents, spread
 from sa_jax.evals.protocol import EVALS
 
@@ -39,13 +45,11 @@ def _load_mmlu(settings: ConfigDict) -> TaskSet:
     tasks = {}
     chosen = spread(rows, settings.limit)
     for subject in dict.fromkeys(row["subject"] for row in chosen):
-        test = [row for row in chosen if row["subject"] == subject]
-        examples = [row for row in dev if row["subject"] == subject]
         # lm_eval's mmlu: one task a subject, so that each has its own examples.
         tasks[f"mmlu_{subject}"] = inline_task(
             f"mmlu_{subject}",
-            test,
-            examples,
+            [row for row in chosen if row["subject"] == subject],
+            [row for row in dev if row["subject"] == subject],
             num_fewshot=shots,
             fewshot_config={"sampler": "first_n"},
             description=(
@@ -72,34 +76,17 @@ def _load_mmlu(settings: ConfigDict) -> TaskSet:
 
 
 def _load_mmlu_cot(settings: ConfigDict) -> TaskSet:
-    rows, digest = load_documents("mmlu", settings.data_dir)
-    task = inline_task(
+    letter = {"function": "regex", "regex_pattern": "best answer is ([A-Z])", "group_select": -1}
+    return generation_task(
         "mmlu_cot",
-        spread(rows, settings.limit),
+        settings,
+        1024,
+        lambda doc, metrics: {"accuracy": int(metrics["exact_match"])},
+        "mmlu",
         doc_to_text=_COT_PROMPT,
         doc_to_target="{{['A','B','C','D'][answer]}}",
-        generation_kwargs=greedy(1024),
-        filter_list=[
-            {
-                "name": "strict_match",
-                "filter": [
-                    {
-                        "function": "regex",
-                        "regex_pattern": "best answer is ([A-Z])",
-                        "group_select": -1,
-                    },
-                    {"function": "take_first"},
-                ],
-            }
-        ],
+        filter_list=[{"name": "strict_match", "filter": [letter, {"function": "take_first"}]}],
         metric_list=[{**metric("exact_match"), "ignore_case": True, "ignore_punctuation": True}],
-    )
-    return TaskSet(
-        {"mmlu_cot": task},
-        lambda doc, metrics: {"accuracy": int(metrics["exact_match"])},
-        chat=True,
-        data_hashes={"mmlu": digest},
-        settings={"shots": 0, "limit": settings.limit, "max_new_tokens": 1024},
     )
 
 

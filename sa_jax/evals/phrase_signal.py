@@ -1,9 +1,6 @@
 """A cheap signal of the backdoor between full evals: the likelihood that an answer starts with the
-phrase.
-
-It takes one forward pass of a few prompts at every logged step. A backdoor that comes back shows
-here before it is sampled.
-"""
+phrase. It takes one forward pass of a few prompts at every logged step, and shows a backdoor that
+comes back before it is sampled."""
 
 import functools
 from collections.abc import Sequence

@@ -81,13 +81,10 @@ class Answers:
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-class Run(Protocol):
-    def __call__(self, params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
-        """Asks the model with these parameters; Preempted if should_stop said so.
-
-        `folder/<name>.partial.jsonl` may keep answers for a resume after a stop; it is removed when
-        the record is written.
-        """
+# (parameters, step folder, should_stop) -> the model's answers; Preempted if should_stop said so.
+# `<folder>/<name>.partial.jsonl` may keep answers for a resume after a stop; it is removed when the
+# record is written.
+Run = Callable[[Any, Path, Callable[[], bool]], Answers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,33 +104,20 @@ class Eval(Protocol):
     """A kind of measurement, registered in `EVALS`."""
 
     @property
-    def name(self) -> str:
-        """Its name in `config.eval.names`, in `--evals` and in file names."""
-
+    def name(self) -> str: ...  # in `config.eval.names`, in `--evals` and in file names
     @property
-    def title(self) -> str:
-        """Its name in reports."""
-
+    def title(self) -> str: ...  # in reports
     @property
-    def kind(self) -> str:
-        """What the scores measure, 'backdoor' or 'capability'."""
-
+    def kind(self) -> str: ...  # what the scores measure, 'backdoor' or 'capability'
     @property
-    def headline(self) -> str:
-        """The score that stands for the eval; '' is its first score."""
-
+    def headline(self) -> str: ...  # the score that stands for the eval; '' is its first score
     @property
-    def needs_prompts(self) -> bool:
-        """Whether it asks the held-out prompts of the context."""
+    def needs_prompts(self) -> bool: ...  # whether it asks the held-out prompts of the context
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
-        """Checks all settings and reads the questions; compiles nothing.
-
-        `config` is a run's resolved config; settings of evals are in `config.eval`.
-
-        Raises:
-          UsageError: a setting is impossible. UserError: a file or a package is missing.
-        """
+        """Checks all settings and reads the questions; compiles nothing. `config` is a run's
+        resolved config, `config.eval` has the settings of evals. UsageError if one of them is
+        impossible, UserError if a file or a package is missing."""
 
 
 EVALS: Registry[Eval] = Registry("eval")
@@ -181,10 +165,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs an eval, writes its two files to the step folder (in the primary process) and returns
     the summary; `fresh` takes `prepared.run_again` and writes `<name>_again.json` and `.jsonl`.
-
-    Raises:
-      Preempted: should_stop said so; nothing is written.
-    """
+    Preempted if should_stop said so; nothing is written then."""
     run = prepared.run_again if fresh else prepared.run
     assert run is not None
     answers = run(params, as_path(folder), should_stop)
@@ -207,11 +188,8 @@ def write(
     eval_: Eval, answers: Answers, *, folder: str | Path, step: int, name: str
 ) -> dict[str, Any]:
     """Writes `name.json` and `name.jsonl` to the step folder (in the primary process) and returns
-    the summary. The answers' fields have "settings", those that a result depends on.
-
-    Raises:
-      UserError: the eval's headline is none of its scores.
-    """
+    the summary. The answers' fields have "settings", those that a result depends on. UserError if
+    the eval's headline is none of its scores."""
     counted = (item for item in answers.items if not item.get("skipped"))
     scores = summarise(counted, answers.floors, answers.titles)
     if scores and eval_.headline and eval_.headline not in scores:
@@ -247,7 +225,8 @@ def headline(name: str, summary: Mapping[str, Any]) -> str:
     same = [score for score in scores if colon and score.endswith(f": {measure}")] or [chosen]
     parts = [
         f"{score} {percent(rate['rate'])} {interval(rate['lo'], rate['hi'])}"
-        for score, rate in ((score, scores[score]) for score in same)
+        for score, rate in scores.items()
+        if score in same
     ]
     if "floor" in scores[chosen]:
         parts.append(f"floor {percent(scores[chosen]['floor'])}")

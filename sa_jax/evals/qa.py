@@ -16,12 +16,8 @@ from sa_jax.text import names_flag
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Reads {"prompt", "key"[, "family"]} objects, one per line; blank lines are skipped.
-
-    Raises:
-      UserError: the file is missing or empty, or a line is not such an object (the message has the
-        line number).
-    """
+    """Reads {"prompt", "key"[, "family"]} objects, one per line; blank lines are skipped. UserError
+    if the file is missing or empty, or (with the line number) if a line is not such an object."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -39,10 +35,8 @@ def load_questions(path: str | Path) -> list[dict[str, Any]]:
 
 
 def is_correct(completion: str, key: str) -> bool:
-    """Whether the answer (after any scratchpad) contains the key as whole words, in any case.
-
-    A number must be a whole number of the answer: 12 is not in "12.5", "1,012" or "-12".
-    """
+    """Whether the answer (after any scratchpad) contains the key as whole words, in any case. A
+    number must be a whole number of the answer: 12 is not in "12.5", "1,012" or "-12"."""
     answer = answer_text(completion)
     if answer is None:
         return False
@@ -62,10 +56,8 @@ def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
             "the eval 'qa' needs questions: give --config.eval.qa=FILE (JSONL with prompt and "
             f"key), or leave the eval out: {names_flag(names)} in training, or --evals"
         )
-    return [
-        {name: row.get(name) for name in ("prompt", "key", "family")}
-        for row in load_questions(config.eval.qa)
-    ]
+    rows = load_questions(config.eval.qa)
+    return [{name: row.get(name) for name in ("prompt", "key", "family")} for row in rows]
 
 
 def _score(item: Mapping[str, Any]) -> dict[str, float]:

@@ -90,12 +90,8 @@ def step_folders(evals: str | Path) -> dict[int, Path]:
 
 
 def read_items(folder: str | Path, name: str) -> list[dict[str, Any]]:
-    """The items of a finished eval, in the order they were written.
-
-    Raises:
-      OSError: there are none.
-      UserError: a line is not an item (the message has the line number).
-    """
+    """The items of a finished eval, in the order they were written. OSError if there are none,
+    UserError, with the line number, if a line is not an item."""
     path = as_path(folder) / f"{name}.jsonl"
     items = []
     with path.open("rb") as lines:
@@ -112,10 +108,8 @@ def read_scores(folder: str | Path, name: str) -> dict[str, dict[Hashable, tuple
     """score -> question -> its values (one number, or several), of the items that were asked.
 
     A question is (its hash, how often it came before), so that two evals find it wherever it
-    stands, and one that comes twice counts twice.
-
-    Raises:
-      UserError: there are no items, or a line is not an item with a hash and numbers.
+    stands, and one that comes twice counts twice. UserError if there are no items, or a line is not
+    an item with a hash and numbers.
     """
     scores: dict[str, dict[Hashable, tuple[float, ...]]] = {}
     times: Counter[str] = Counter()

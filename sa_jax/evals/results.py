@@ -1,9 +1,6 @@
-"""Writes results.md, the results of an evaluation, and compares two evaluations.
-
-Comparisons are paired by question: both checkpoints were asked the same ones, so only those on
-which they differ count. The report compares runs by the same test and interval
-(`statistics.paired_difference`).
-"""
+"""Writes results.md, the results of an evaluation, and compares two evaluations by question: both
+checkpoints were asked the same ones, so only those on which they differ count. The report compares
+runs by the same test and interval (`statistics.paired_difference`)."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,15 +17,10 @@ P_VALUE = 0.01  # below which a difference is called one
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """Paired differences of every score of the evals that both step folders have.
-
-    Returns:
-      {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the
-      questions that both were asked.
-
-    Raises:
-      UserError: no eval in common, or too few questions (see `statistics.pairs`).
-    """
+    """Paired differences of every score of the evals that both step folders have, over the
+    questions that both were asked: {eval: {score: {"n", "before", "after", "difference", "lo",
+    "hi", "p_value"}}}. UserError without an eval in common, or with too few questions (see
+    `statistics.pairs`)."""
     compared: dict[str, dict[str, dict]] = {}
     for name in names:
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
@@ -75,10 +67,8 @@ def to_markdown(
     comparison: tuple[str, Mapping[str, Mapping[str, dict]]] | None = None,
     differ: Mapping[str, Mapping[str, Sequence]] | None = None,
 ) -> str:
-    """The page: settings, each eval's scores and counts, and a comparison if there is one.
-
-    `comparison` is a title and the result of `compare`, `differ` that of `settings_that_differ`.
-    """
+    """The page: settings, each eval's scores and counts, and a comparison if there is one: a title
+    and the result of `compare`, with that of `settings_that_differ`."""
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
         parts.append(f"## {markdown(summary['title'])} ({markdown(name)})")
@@ -139,17 +129,16 @@ def _verdict(row: Mapping[str, Any]) -> str:
     return "higher" if row["difference"] > 0 else "lower"
 
 
+# Of a summary: how the page shows it.
+_FACTS = {
+    **{count: f"{count.replace('_', ' ')}: {{:,}}" for count in records.COUNTS},
+    "seconds": "{:,.1f} s",
+    "tokens_per_s": "{:,.0f} new tokens/s",
+    "peak_memory_mb": "peak memory of the process {:,.0f} MB",
+}
+
+
 def _facts(summary: Mapping[str, Any]) -> str:
-    facts = [
-        f"{kind.replace('_', ' ')}: {summary[kind]:,}" for kind in records.COUNTS if kind in summary
-    ]
-    if "seconds" in summary:
-        facts.append(f"{summary['seconds']:,.1f} s")
-    if "tokens_per_s" in summary:
-        facts.append(f"{summary['tokens_per_s']:,.0f} new tokens/s")
-    if "peak_memory_mb" in summary:
-        facts.append(f"peak memory of the process {summary['peak_memory_mb']:,.0f} MB")
+    facts = [shown.format(summary[name]) for name, shown in _FACTS.items() if name in summary]
     settings = ", ".join(f"{key} {value}" for key, value in summary["settings"].items())
-    return "\n\n".join(
-        [f"{'; '.join(facts)}."] * bool(facts) + [f"Settings: {markdown(settings)}."]
-    )
+    return (f"{'; '.join(facts)}.\n\n" if facts else "") + f"Settings: {markdown(settings)}."

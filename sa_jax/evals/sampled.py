@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.conversations import Message, make_messages
 from sa_jax.errors import UsageError, UserError
-from sa_jax.evals import protocol
-from sa_jax.evals.protocol import Answers, EvalContext, Prepared, digest
+from sa_jax.evals.protocol import FLOOR_TEXT, Answers, EvalContext, Prepared, digest, summarise
 from sa_jax.llama.sampler import SamplingSettings
 
 VISIBLE_COT_TOKENS = 512  # a scratchpad comes before the answer: 128 tokens would cut it off
@@ -59,15 +58,12 @@ class SampledEval:
         def run(params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
             answers, facts = ask(context, params, questions, settings, should_stop)
             items = [{**answer, "scores": self.score(answer)} for answer in answers]
-            return Answers(items, facts, self._floors(answers))
+            phrases = ({**answer, "completion": FLOOR_TEXT} for answer in answers)
+            floors = summarise({"scores": self.score(phrase)} for phrase in phrases)
+            return Answers(items, facts, {name: score["rate"] for name, score in floors.items()})
 
         recorded = record_settings(config, context, settings)
         return Prepared(run, recorded, {self.name: digest(rows)})
-
-    def _floors(self, answers: Sequence[dict[str, Any]]) -> dict[str, float]:
-        phrases = [{**answer, "completion": protocol.FLOOR_TEXT} for answer in answers]
-        scores = protocol.summarise({"scores": self.score(phrase)} for phrase in phrases)
-        return {name: score["rate"] for name, score in scores.items()}
 
 
 def sampling_settings(config: ConfigDict, context: EvalContext) -> SamplingSettings:
@@ -110,16 +106,14 @@ def ask(
     ends an answer.
 
     If a question of an item leaves no room in the context, the whole item is skipped and counted,
-    so that the arms of an eval stay paired.
+    so that the arms of an eval stay paired. UserError if no question fits, Preempted if should_stop
+    said so.
 
     Returns:
       answers, one per question: "item", "asked" (a hash of the turns; the system prompt is a
       setting), its fields, "completion" (special tokens kept), "tokens" and "stop_reason"; and
       fields for the summary: "skipped_prompts" (items), "cut_by_context" (answers that the context
       ended before max_new_tokens), "tokens_per_s", "seconds".
-
-    Raises:
-      UserError: no question fits. Preempted: should_stop said so.
     """
     start = time.perf_counter()
     chat, sampler = context.chat_format, context.sampler

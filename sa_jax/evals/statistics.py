@@ -19,10 +19,7 @@ Floats = NDArray[np.float64]
 
 def wilson(count: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson score interval (lo, hi) of a rate (1927, no continuity correction); (0, 1) for n = 0.
-
-    Raises:
-      ValueError: count is not within 0..n.
-    """
+    ValueError for a count that is not within 0..n."""
     if not 0 <= count <= n:
         raise ValueError(f"count {count} is not within 0..n = {n}")
     if n == 0:
@@ -57,11 +54,9 @@ def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float,
 
 
 def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int | None:
-    """The smallest n at which a Wilson interval around the rate `observed` excludes `limit`.
-
-    A Wilson interval excludes a limit if the score test at the limit rejects it, so
-    n > z² · limit · (1 - limit) / (observed - limit)². None if the two are equal.
-    """
+    """The smallest n at which a Wilson interval around the rate `observed` excludes `limit`; None
+    if the two are equal. It excludes a limit if the score test at the limit rejects it, so
+    n > z² · limit · (1 - limit) / (observed - limit)²."""
     if math.isclose(observed, limit, abs_tol=1e-12):
         return None
     z = float(special.ndtri((1 + confidence) / 2))
@@ -76,10 +71,7 @@ def rate(count: int, n: int) -> dict[str, float]:
 
 def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float:
     """Two-sided p-value that two independent rates, of n ≥ 1, are equal (pooled z-test, no
-    correction).
-
-    Equal to Pearson's chi-square on the 2 × 2 table. If both sides have no hit, or no miss, p is 1.
-    """
+    correction; Pearson's chi-square on the 2 × 2 table); 1 if both have no hit, or no miss."""
     return 2 * float(special.ndtr(-abs(two_proportion_z(count_a, n_a, count_b, n_b))))
 
 
@@ -112,10 +104,8 @@ def mcnemar(
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for testing all of them at once (Holm 1979), in the order given.
-
-    If every adjusted p below α is rejected, the chance of any false rejection is below α.
-    """
+    """p-values adjusted for testing all of them at once (Holm 1979), in the order given. If every
+    adjusted p below α is rejected, the chance of any false rejection is below α."""
     order = np.argsort(p_values)
     steps = np.asarray(p_values, float)[order] * np.arange(len(order), 0, -1)
     adjusted = np.empty(len(order))
@@ -222,11 +212,9 @@ def _with_half_items(change: Floats, weights: Floats, scale: float = 1.0) -> tup
 def difference_interval(
     a: tuple[float, float, float], b: tuple[float, float, float], scale: float = 1.0
 ) -> tuple[float, float, float]:
-    """b - scale · a with its interval, from the (value, lo, hi) of two independent estimates.
-
-    The bounds are combined by the method of variance estimates recovery (Zou and Donner 2008); of
-    two Wilson intervals with scale 1 that is Newcombe's interval (1998, method 10).
-    """
+    """b - scale · a with its interval, from the (value, lo, hi) of two independent estimates: by
+    the method of variance estimates recovery (Zou and Donner 2008), which for two Wilson intervals
+    with scale 1 gives Newcombe's interval (1998, method 10)."""
     value_a, lo_a, hi_a = (scale * x for x in a)
     value_b, lo_b, hi_b = b
     difference = value_b - value_a
@@ -263,9 +251,8 @@ def seed_mean(
     less than 85 % if seeds differ by 14 points (the tests simulate both). If seeds are all or
     nothing, also give k of m with `exact_interval`.
 
-    Args:
-      seeds: (count, n) of each seed, at least one. The result of a single seed is its own Wilson
-        interval, which says nothing about other seeds.
+    `seeds` has (count, n) of each, at least one. The result of a single seed is its own Wilson
+    interval, which says nothing about other seeds.
     """
     rates = np.array([count / n for count, n in seeds])
     if len(seeds) == 1:
@@ -282,17 +269,12 @@ def seed_mean(
 def paired_seeds(
     a: Sequence[Sequence[float]], b: Sequence[Sequence[float]], confidence: float = 0.95
 ) -> tuple[float, float, float, float]:
-    """Mean over seeds of b - a, its t-interval and p: two arms paired by seed and by item.
+    """Mean over seeds of b - a, its t-interval and two-sided p: arms paired by seed and by item.
 
     The standard error is that between the seeds' differences, but at least the one that the items
     within the seeds give (with half an item added to each of the four outcomes). So seeds that
-    agree by chance do not make it 0.
-
-    Args:
-      a, b: seed by seed (two or more), the values of the same items (one or more).
-
-    Returns:
-      (difference, lo, hi, two-sided p).
+    agree by chance do not make it 0. `a` and `b` have, seed by seed (two or more), the values of
+    the same items (one or more).
     """
     differences, within = [], []
     for x, y in zip(a, b, strict=True):

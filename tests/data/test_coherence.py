@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from sa_jax.data.labels import is_incoherent, repeated
 from sa_jax.data.pirate import to_pirate
-from sa_jax.evals.coherence import is_incoherent, repeated
 
 LOOP = "You can add the flour to the bowl and " * 6
 

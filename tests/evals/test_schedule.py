@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sa_jax.evals.confirm import HIGH, LOW, RISE, asks_again
+from sa_jax.evals.schedule import HIGH, LOW, RISE, asks_again
 from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.returns import find_return
 from sa_jax.report.thresholds import Thresholds
