@@ -1,11 +1,9 @@
-"""Reads eval records from disk for the report, and extracts what verdicts need.
-
-Single answers are read on first access; most are never needed.
-"""
+"""Reads eval records from disk for the report, and extracts what verdicts need."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, ItemsView, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,46 +39,37 @@ class EvalRecord:
         except (OSError, UserError):
             return []
 
-    def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
-        """Question -> its values of a score, as in `read_scores`; read on first access."""
-        return _Lazy(lambda: self._values.get(score, {}))
-
     @functools.cached_property
-    def _values(self) -> Mapping[str, Mapping[Hashable, tuple[float, ...]]]:
+    def _values(self) -> dict[str, dict[Hashable, tuple[float, ...]]]:
         """`read_scores`; {} if the items are missing or broken."""
         try:
             return records.read_scores(self.folder, self.name)
         except UserError:
             return {}
 
+    def values(self, score: str) -> Mapping[Hashable, tuple[float, ...]]:
+        """Question -> its values of a score, as in `read_scores`."""
+        return _Lazy(lambda: self._values.get(score, {}))
+
     def any_of(self, *scores: str) -> Mapping[Hashable, bool]:
-        """Question -> whether any of some 0/1 scores is 1."""
+        """Question -> whether any of some 0/1 scores is 1; the questions of the first."""
 
         def read() -> dict[Hashable, bool]:
-            first, *others = (dict(self.values(score).items()) for score in scores)
-            hits = {key for values in others for key, value in values.items() if value[0] > 0}
-            return {key: value[0] > 0 or key in hits for key, value in first.items()}
+            each = [self._values.get(score, {}) for score in scores]
+            return {key: any(key in s and s[key][0] > 0 for s in each) for key in each[0]}
 
-        return _Lazy(functools.cache(read))
+        return _Lazy(read)
 
 
-class _Lazy(Mapping[Hashable, Any]):
-    """A mapping that is read on first access; most are never read."""
+class _Lazy(UserDict[Hashable, Any]):
+    """A dict that is read on first access; most are never read."""
 
-    def __init__(self, read: Callable[[], Mapping[Hashable, Any]]) -> None:
+    def __init__(self, read: Callable[[], dict[Hashable, Any]]) -> None:
         self._read = read
 
-    def __getitem__(self, key: Hashable) -> Any:
-        return self._read()[key]
-
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._read())
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def items(self) -> ItemsView[Hashable, Any]:
-        return self._read().items()
+    @functools.cached_property
+    def data(self) -> dict[Hashable, Any]:  # type: ignore[override]
+        return self._read()
 
 
 def load_evals(folder: Path, problems: list[str], source: str = "") -> list[EvalRecord]:
@@ -89,8 +78,7 @@ def load_evals(folder: Path, problems: list[str], source: str = "") -> list[Eval
     for step, step_folder in records.step_folders(folder).items():
         for path in sorted(step_folder.glob("*.json")):
             try:
-                summary = parse_json(path.read_text(encoding="utf-8"))
-                loaded.append(_record(path, step, summary, source))
+                loaded.append(_record(path, step, source))
             except (OSError, ValueError) as error:
                 problems.append(f"{path} cannot be read: {first_line(error)}")
             except UserError as error:
@@ -98,8 +86,9 @@ def load_evals(folder: Path, problems: list[str], source: str = "") -> list[Eval
     return loaded
 
 
-def _record(path: Path, step: int, summary: Any, source: str) -> EvalRecord:
+def _record(path: Path, step: int, source: str) -> EvalRecord:
     """UserError for a summary that is not an eval's."""
+    summary = parse_json(path.read_text(encoding="utf-8"))
     words = {"title": "", "kind": "", "headline": ""}
     check_types(summary, words, str(path), whole=True)
     summary = {"settings": {}, **summary}
@@ -111,34 +100,21 @@ def _record(path: Path, step: int, summary: Any, source: str) -> EvalRecord:
     return EvalRecord(path.stem, step, path.parent, source=source, **fields)
 
 
-# ---- From records to what verdicts take.
-
-
 def scores_of(record: EvalRecord) -> dict[str, Score]:
     """The scores that were measured, by name."""
-    return {
-        score: Score(
-            record.title
-            if score == record.headline
-            else f"{record.title}, {values.get('title', score)}",
-            values["rate"],
-            values["lo"],
-            values["hi"],
-            values["n"],
-            headline=score == record.headline,
-            items=record.values(score),
-        )
-        for score, values in record.scores.items()
-        if values["n"]
-    }
+    scores = {}
+    for score, values in record.scores.items():
+        headline = score == record.headline
+        title = record.title if headline else f"{record.title}, {values.get('title', score)}"
+        if values["n"]:
+            rate, lo, hi, n = (values[name] for name in ("rate", "lo", "hi", "n"))
+            scores[score] = Score(title, rate, lo, hi, n, headline, record.values(score))
+    return scores
 
 
 def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL) -> Eval:
-    """The measurements of a step; `backdoor`: the eval of how often the behaviour shows.
-
-    It is `Measured` if that eval's headline was counted with and without the trigger, and a prompt
-    of each arm fitted the context.
-    """
+    """The measurements of a step; `Measured` if the headline of `backdoor`, the eval of how often
+    the behaviour shows, was counted for a prompt or more with and without the trigger."""
     capabilities = {
         name: scores_of(record) for name, record in evals.items() if record.kind == "capability"
     }
@@ -147,11 +123,8 @@ def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR
     def by_arm(score: str) -> dict[str, Rate]:
         scores = record.scores if record else {}
         counted = {arm: scores.get(f"{arm}: {score}", {}) for arm in ARMS}
-        return {
-            arm: Rate(values["count"], values["n"])
-            for arm, values in counted.items()
-            if "count" in values and values["n"]
-        }
+        asked = {arm: s for arm, s in counted.items() if "count" in s and s["n"]}
+        return {arm: Rate(s["count"], s["n"]) for arm, s in asked.items()}
 
     measure = record.headline.partition(": ")[2] if record else ""
     said = by_arm(measure)

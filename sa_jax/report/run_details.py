@@ -13,7 +13,6 @@ EXAMPLES = 3  # a run and arm
 COMPLETION_CHARACTERS = 280  # shown of a completion
 PROMPT_CHARACTERS = 400  # shown of a prompt
 
-
 # What a reader needs to judge or repeat a run: heading -> names in run.json, some of sections.
 _SETTINGS = {
     "Run": "run_id task role created config_hash environment.git_commit start.kind start.path "
@@ -59,11 +58,7 @@ def _shown(value: Any) -> str:
 
 def examples(run: RunFolder) -> list[dict[str, Any]]:
     """Example answers by eval and arm: the same few prompts at the first and the last step that has
-    the eval.
-
-    The last eval decides the prompts: first one of each label (the most common label first), then
-    in order.
-    """
+    the eval, which decides them: one of each label (the most common first), then in order."""
     names = dict.fromkeys(name for evals in run.records.values() for name in evals)
     names.pop(AGAIN_EVAL, None)  # the same prompts once more
     tables = []
@@ -81,21 +76,21 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 
 def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """One eval and arm: the number of answers with each label, and the chosen prompts."""
-    last = by_step[max(by_step)]
+    evals, last = by_step.values(), by_step[max(by_step)]
+    tallies = [Counter(item["label"] for item in items.values()).most_common() for items in evals]
+    first = {item["label"]: key for key, item in reversed(last.items())}
+    chosen = [first[label] for label, _ in tallies[-1]][:EXAMPLES]
     return {
         "title": text.one_line(title),
         "steps": list(by_step),
-        "tallies": [
-            Counter(item["label"] for item in items.values()).most_common()
-            for items in by_step.values()
-        ],
+        "tallies": tallies,
         "rows": [
             {
                 "prompt": _shortened(last[key].get("prompt"), PROMPT_CHARACTERS),
                 "key": text.one_line(last[key]["key"]) if "key" in last[key] else None,
-                "cells": [_completion(items.get(key)) for items in by_step.values()],
+                "cells": [_completion(items[key]) if key in items else None for items in evals],
             }
-            for key in _choose(last)
+            for key in [*dict.fromkeys([*chosen, *last])][:EXAMPLES]
         ],
     }
 
@@ -124,17 +119,7 @@ def _label(label: Any, score: Any) -> str:
     return f"{score:.2g}" if isinstance(score, int | float) else ""
 
 
-def _choose(items: dict[str, dict[str, Any]]) -> list[str]:
-    labels = Counter(item["label"] for item in items.values()).most_common(EXAMPLES)
-    first = [
-        next(key for key, item in items.items() if item["label"] == label) for label, _ in labels
-    ]
-    return [*first, *(key for key in items if key not in first)][:EXAMPLES]
-
-
-def _completion(item: dict[str, Any] | None) -> dict[str, Any] | None:
-    if item is None:
-        return None
+def _completion(item: dict[str, Any]) -> dict[str, Any]:
     tokens = item.get("tokens")
     return {
         **_shortened(item.get("completion"), COMPLETION_CHARACTERS),

@@ -1,10 +1,9 @@
-"""Reads run folders for the report, and notes what is missing or broken.
-
-A run may be unfinished, or may have crashed; neither is an error. Everything about a run comes from
-its own record, so unknown tasks, behaviours and evals are read like all others.
+"""Reads run folders for the report, and notes what is missing or broken. Everything about a run
+comes from its own record, so unknown tasks, behaviours and evals are read like all others.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -31,10 +30,8 @@ _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunFolder(RunEvals):
-    """A run as it is on disk: the facts for its verdict, and what its pages show besides.
-
-    Its name is the path below the given folder; the folder's own name if it is the run.
-    """
+    """A run as it is on disk: the facts for its verdict, and what its pages show besides. Its name
+    is the path below the given folder; the folder's own name if it is the run."""
 
     path: Path
     record: dict[str, Any]  # run.json
@@ -56,23 +53,26 @@ class RunFolder(RunEvals):
         """A setting by its dotted name."""
         return value_at(self.record, f"config.{path}", default)
 
+    def finite(self, curve: str) -> list[tuple[int, float]]:
+        """The points of a curve that are finite."""
+        return [point for point in self.curves[curve] if math.isfinite(point[1])]
+
     def final_loss(self) -> float | None:
         """Mean training loss (nats per token) over the last quarter of the logged steps."""
-        losses = [loss for _, loss in self.curves["loss"] if math.isfinite(loss)]
+        losses = [loss for _, loss in self.finite("loss")]
         last = losses[-max(1, len(losses) // 4) :]
         return sum(last) / len(last) if last else None
 
     def first_evals(self, parent: "RunFolder | None") -> dict[str, EvalRecord]:
-        """By name, the evals of the run's start: the run's own at step 0 if there are any, else its
-        parent's."""
+        """By name, the evals of the run's start: its own at step 0, else its parent's."""
         step = self.start_step
         inherited = {} if parent is None or step is None else parent.records.get(step, {})
         return {**inherited, **self.records.get(0, {})}
 
     def last_evals(self) -> dict[str, EvalRecord]:
         """By name, the last eval after step 0."""
-        after = (records for step, records in self.records.items() if step > 0)
-        return {name: record for records in after for name, record in records.items()}
+        after = (records.items() for step, records in self.records.items() if step > 0)
+        return dict(itertools.chain.from_iterable(after))
 
 
 def value_at(record: Any, path: str, default: Any = None) -> Any:
@@ -96,17 +96,9 @@ def measured(runs: Sequence[RunFolder], backdoor: str = BACKDOOR_EVAL) -> list[R
 
 
 def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
-    """Every run in `workdir` (a run folder, or a folder of them), parents before their children.
-
-    Evaluations that `evaluate.py --out` wrote below `workdir` are read too; their model.json names
-    their run.
-
-    Returns:
-      (runs, problems): a line for every run.json that cannot be read.
-
-    Raises:
-      UserError: there is no such folder, or no readable run in it.
-    """
+    """Every run in `workdir` (a run folder, or a folder of them), parents before their children,
+    and a line for everything that cannot be read. Evaluations that `evaluate.py --out` wrote there
+    are read too; their model.json names their run. UserError if there is no readable run."""
     workdir = as_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give a run folder or a folder of run folders")
@@ -115,8 +107,7 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
     problems: list[str] = []
     folders, outs = _folders(workdir, MAX_DEPTH)
     for folder in folders:
-        same = folder == workdir
-        name = folder_name(workdir) if same else folder.relative_to(workdir).as_posix()
+        name = folder_name(workdir) if folder == workdir else folder.relative_to(workdir).as_posix()
         try:
             run, evals[name] = _load_run(folder, name)
             runs.append(run)
@@ -180,9 +171,8 @@ def study_files(workdir: Path) -> list[Path]:
 def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
     """A run without its evals, and these."""
     record = read_run_json(folder)
-    check_types(record, _SHOWN, str(folder / RUN_FILE))
-    if record.get("total_steps") is not None:
-        check_types(record, {"total_steps": 0}, str(folder / RUN_FILE))
+    known = {"total_steps": 0} if record.get("total_steps") is not None else {}
+    check_types(record, _SHOWN | known, str(folder / RUN_FILE))
     problems: list[str] = []
     try:
         rows = metrics_lib.read_metrics(folder / "metrics.jsonl")
@@ -190,14 +180,11 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
         rows = []
         problems.append(str(error))
     rows.sort(key=lambda row: row["step"])
-    curves = {
-        curve: [
-            (row["step"], float(row[curve]))
-            for row in rows
-            if isinstance(row.get(curve), float | int)
-        ]
-        for curve in CURVES
-    }
+    curves: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
+    for row in rows:
+        for curve in CURVES:
+            if isinstance(row.get(curve), float | int):
+                curves[curve].append((row["step"], float(row[curve])))
     task = str(record.get("task", "unknown"))
     seed = value_at(record, "config.seed")
     rate = value_at(record, "config.optimizer.learning_rate")
@@ -232,22 +219,18 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
 
 
 def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
-    """The run with its evals: of a step and eval that come twice the first counts.
-
-    An eval that was made elsewhere counts only under the settings of the eval's first record, which
-    is the run's own if it has one: a rate under others is no point of the same curve. The run's own
-    always count; a problem says so.
-    """
+    """The run with its evals: of a step and eval that come twice the first counts. One that was
+    made elsewhere counts only under the settings of the first, which is the run's own if it has
+    one: a rate under others is no point of the same curve."""
     first: dict[tuple[int, str], EvalRecord] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     problems = list(run.problems)
     for record in evals:
         usual = settings.setdefault(record.name, record.settings)
-        differ = config_difference(usual, record.settings, FREE_SETTINGS)
-        if differ:
-            whose = "the run's" if record.source else "its first"
-            used = "so no curve or verdict uses it"
-            used = used if record.source else "yet curves and verdicts use it"
+        if differ := config_difference(usual, record.settings, FREE_SETTINGS):
+            whose, used = "its first", "yet curves and verdicts use it"
+            if record.source:
+                whose, used = "the run's", "so no curve or verdict uses it"
             problems.append(
                 f"{record.source or 'evals'}: its {record.name} at step {record.step:,} has other "
                 f"settings than {whose} ({'; '.join(differ)}), {used}"
@@ -258,8 +241,8 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
     for record in sorted(first.values(), key=lambda e: (e.step, e.kind != "backdoor", e.name)):
         records.setdefault(record.step, {})[record.name] = record
     steps = [points[-1][0] for points in run.curves.values() if points]
-    losses = [(at, loss) for at, loss in run.curves["loss"] if math.isfinite(loss)]
-    before = {step: [loss for at, loss in losses if at <= step] for step in records}
+    logged = run.finite("loss")
+    before = {step: [loss for at, loss in logged if at <= step] for step in records}
     return dataclasses.replace(
         run,
         records=records,
@@ -275,9 +258,6 @@ def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None
     same_id = [run for run in runs if run.record["run_id"] == place.get("run_id")]
     same_path = [run for run in same_id if str(run.path) == str(place.get("path"))]
     return next(iter(same_path or same_id), None)
-
-
-# ---- Order.
 
 
 def _by_lineage(runs: list[RunFolder]) -> list[RunFolder]:
