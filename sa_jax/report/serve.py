@@ -22,9 +22,8 @@ POLL_SECONDS = 5.0
 def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
     """Writes the report and prints its path; with a port, also serves it until Ctrl-C."""
     if port is not None and in_bucket(workdir):
-        raise UsageError(
-            f"--serve: {workdir} is in a bucket; leave --serve out, and download report/"
-        )
+        remedy = "leave --serve out, and download report/"
+        raise UsageError(f"--serve: {workdir} is in a bucket; {remedy}")
     print(f"report: {report(workdir, limits)}", flush=True)
     if port is not None:
         with Server(workdir, limits, port) as server:
@@ -65,13 +64,9 @@ class Server(http.server.ThreadingHTTPServer):
     def renew(self) -> None:
         """Writes the report again if something has changed."""
         try:
-            now = fingerprint(self._workdir)
-            if now == self.state:
-                return
-            try:
+            before, self.state = self.state, fingerprint(self._workdir)
+            if self.state != before:
                 report(self._workdir, self._limits)
-            finally:
-                self.state = now
         except (UserError, OSError) as error:
             # A run folder may be half copied or half removed: the next look finds it whole.
             logging.warning("the report could not be updated: %s", error)

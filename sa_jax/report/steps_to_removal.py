@@ -1,8 +1,8 @@
 """The number of steps that removal takes, by learning rate or by the length of insertion.
 
-The step at which the backdoor was gone is only known to be between two evals, or after the end of
-the run. So the line through log(steps) against log(x) is fitted to intervals (a regression with
-interval- and right-censoring and normal errors, by maximum likelihood).
+The step at which the backdoor was gone is only known to be between two evals, or after the run's
+end. So the line of log(steps) against log(x) is fitted to intervals (a regression with interval-
+and right-censoring and normal errors, by maximum likelihood).
 """
 
 import dataclasses
@@ -41,13 +41,12 @@ class Timed:
 
 @dataclasses.dataclass(frozen=True)
 class TimeFit:
-    """log(steps) = a constant + slope · log(x), with the slope's interval by profile likelihood at
-    Student's quantile."""
+    """log(steps) = a constant + slope · log(x), by maximum likelihood."""
 
     x_name: str  # for people
     runs: tuple[Timed, ...]  # what it was fitted to
     slope: float  # infinite where the data only say which way it goes
-    lo: float  # infinite where the data do not hold it, and so is `hi`
+    lo: float  # by profile likelihood; infinite where the data do not hold it, and so is `hi`
     hi: float
     p_claim: float  # two-sided: 3 times x makes removal 10 times faster, no more and no less
     p_holm: float | None = None  # for all claims about cells; the study's is of learning rates
@@ -101,14 +100,12 @@ def _fits(
         x = xs.get(run.name)
         if run.role != "removal" or not (run.backdoored and x and run.trained):
             continue
-        settings = lineage_settings(run, by_name)
         # A run that goes on longer is not another removal: its steps are what is measured.
-        for name in (*ignored, "steps"):
-            settings.pop(name, None)
-        key = repr(sorted(settings.items(), key=lambda item: item[0]))
+        left_out, settings = {*ignored, "steps"}, lineage_settings(run, by_name)
+        key = repr([(name, settings[name]) for name in sorted(settings.keys() - left_out)])
         timed = Timed(run.name, float(x), removal_time(run, limits))
         groups.setdefault(key, []).append(timed)
-    fits = [fit_times(group, x_name, limits) for group in groups.values()]
+    fits = (fit_times(group, x_name, limits) for group in groups.values())
     return [fit for fit in fits if fit is not None]
 
 
@@ -148,10 +145,8 @@ class _Line:
         self.slope, self.least = float(best.x), float(best.fun)
 
     def loss(self, slope: float) -> float:
-        """Minus the log likelihood.
-
-        In precision = 1 / spread and offset = intercept (at mean x) / spread it is convex.
-        """
+        """Minus the log likelihood; it is convex in precision = 1 / spread and offset = intercept
+        (at mean x) / spread."""
         lo, hi = self.lo - slope * self.x, self.hi - slope * self.x
 
         def loss(at: Floats) -> tuple[float, Floats]:
@@ -179,9 +174,8 @@ class _Line:
         """The slope towards `end` at which the deviance reaches the cutoff; infinite if none."""
         if self.deviance(end) <= cutoff:
             return math.copysign(math.inf, end)
-        return float(
-            optimize.brentq(lambda s: self.deviance(s) - cutoff, self.slope, end, xtol=1e-4)
-        )
+        at = optimize.brentq(lambda s: self.deviance(s) - cutoff, self.slope, end, xtol=1e-4)
+        return float(at)
 
     def p_of(self, slope: float) -> float:
         """Two-sided p of this slope."""
@@ -207,9 +201,10 @@ def times_table(fits: Sequence[TimeFit], limits: Thresholds) -> Table:
             "x": fit.x_name,
             "claim": fit.claim(limits),
             "speedup": fit.speedup(),
-            "slope": _finite(fit.slope),
-            "lo": _finite(fit.lo),
-            "hi": _finite(fit.hi),
+            **{
+                name: value if math.isfinite(value) else "unbounded"
+                for name, value in (("slope", fit.slope), ("lo", fit.lo), ("hi", fit.hi))
+            },
             "p_claim": None if fit.p_holm is None else fit.p_claim,
             "p_holm": fit.p_holm,
             "runs": len(fit.runs),
@@ -238,7 +233,3 @@ def times_table(fits: Sequence[TimeFit], limits: Thresholds) -> Table:
         f"learning rate removes more than {number(CLAIM_SPEEDUP)} times faster."
     )
     return Table("times", "Steps to removal", columns, rows, note)
-
-
-def _finite(value: float) -> float | str:
-    return value if math.isfinite(value) else "unbounded"

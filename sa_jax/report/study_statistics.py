@@ -22,7 +22,7 @@ class Study:
     """The statistics of all runs together."""
 
     cells: tuple[seeds.CellResult, ...]
-    tables: tuple[Table, ...]  # those that have rows
+    tables: tuple[Table, ...]  # some without rows
     pareto: Mapping[str, Sequence[Checkpoint]]  # inserted run -> its checkpoints under removal
     capability: str  # title of the capability that most of these have
 
@@ -33,35 +33,31 @@ def study_of(
     """Every statistic over runs. Adds `p_holm` to each difference of a headline score in `results`
     (by name, as in results.json)."""
     grouped = labelled(cells(runs), results)
-    over = [seeds.over_seeds(cell, judged, limits) for cell in grouped]
-    several = any(len(cell.replicates) > 1 for cell in grouped)
+    over = tuple(seeds.over_seeds(cell, judged, limits) for cell in grouped)
+    # Without a second seed there are no claims about cells.
+    several = over if any(len(cell.replicates) > 1 for cell in grouped) else ()
     eval_name, score, capability = _capability(runs)
     pareto = checkpoints(runs, eval_name, score) if eval_name else {}
-    compared, by_rate = corrected(
-        seeds.compare_arms(over, limits) if several else [],
-        steps_to_removal.by_learning_rate(runs, limits),
-    )
+    by_rate = steps_to_removal.by_learning_rate(runs, limits)
+    compared, fits = corrected(seeds.compare_arms(several, limits), by_rate)
+    fits += steps_to_removal.by_insertion_length(runs, limits)
     correct_run_changes(list(results.values()))
-    tables = [
-        seeds.cells_table(over) if several else None,
+    tables = (
+        seeds.cells_table(several),
         seeds.comparisons_table(compared, limits),
-        steps_to_removal.times_table(
-            [*by_rate, *steps_to_removal.by_insertion_length(runs, limits)], limits
-        ),
+        steps_to_removal.times_table(fits, limits),
         relearning_table(grouped, judged, limits),
         robustness_table(pareto, capability, limits),
         policies_table([run for run in runs if run.role == "removal" and run.backdoored]),
-        published_table(over, results, limits) if several else None,
-    ]
-    kept = tuple(table for table in tables if table is not None and table.rows)
-    return Study(tuple(over), kept, pareto, capability)
+        published_table(several, results, limits),
+    )
+    return Study(over, tables, pareto, capability)
 
 
 def corrected(
     compared: Sequence[seeds.Comparison], by_rate: Sequence[steps_to_removal.TimeFit]
 ) -> tuple[list[seeds.Comparison], list[steps_to_removal.TimeFit]]:
-    """Adds Holm's p over all claims about cells: each comparison, and the study's claim about
-    learning rates."""
+    """Adds Holm's p over all claims about cells: comparisons, and that about learning rates."""
     adjusted = iter(holm([row.p_value for row in compared] + [fit.p_claim for fit in by_rate]))
     return (
         [dataclasses.replace(row, p_holm=next(adjusted)) for row in compared],
@@ -70,10 +66,8 @@ def corrected(
 
 
 def correct_run_changes(results: Sequence[Mapping[str, Any]]) -> None:
-    """Adds Holm's p to each run's change of a headline score: these are a separate family.
-
-    Other scores are not tested: they explain a headline score, and decide nothing.
-    """
+    """Adds Holm's p to each run's change of a headline score: these are a separate family. Other
+    scores explain a headline score, and decide nothing: they are not tested."""
     changes = [
         row["difference"]
         for result in results

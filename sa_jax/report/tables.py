@@ -5,11 +5,10 @@ import dataclasses
 import io
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from sa_jax import text
-from sa_jax.text import percent, points
 from sa_jax.training.run_record import flat_config
 
 # TeX's own characters, and what unicode a plain pdflatex lacks.
@@ -32,12 +31,9 @@ _LATEX = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of values under columns.
-
-    A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, a
-    difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of these; CSV and JSON
-    keep all their numbers.
-    """
+    """Rows of values under columns: text, a number, None (not measured), a rate {"rate", "lo",
+    "hi", "n", ...}, a difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of
+    these. CSV and JSON keep all their numbers."""
 
     name: str  # the name of its files
     title: str
@@ -45,16 +41,20 @@ class Table:
     rows: tuple[Mapping[str, Any], ...]
     note: str = ""  # what a reader needs to know to understand it
 
+    def _values(self) -> list[dict[str, Any]]:
+        """The rows' values under the columns, in their order."""
+        return [{key: row.get(key) for key in self.columns} for row in self.rows]
+
     def words(self) -> list[list[str]]:
         """Every cell as text."""
-        return [[in_words(row.get(key)) for key in self.columns] for row in self.rows]
+        return [list(map(in_words, row.values())) for row in self._values()]
 
     def markdown(self) -> str:
         return text.markdown_table(list(self.columns.values()), self.words())
 
     def csv(self) -> str:
         """One column per number: 'triggered.rate', 'triggered.lo', ..."""
-        rows = [flat_config({key: row.get(key) for key in self.columns}) for row in self.rows]
+        rows = map(flat_config, self._values())
         flat = [{name: _no_formula(value) for name, value in row.items()} for row in rows]
         names = list(dict.fromkeys(name for row in flat for name in row))
         file = io.StringIO()
@@ -64,24 +64,18 @@ class Table:
         return file.getvalue()
 
     def json(self) -> str:
-        rows = [{key: row.get(key) for key in self.columns} for row in self.rows]
-        lines = ",\n".join(json.dumps(row) for row in rows)
+        lines = ",\n".join(map(json.dumps, self._values()))
         about = json.dumps({"title": self.title, "note": self.note})
         return f'{about[:-1]}, "rows": [\n{lines}\n]}}\n'
 
     def latex(self) -> str:
         """A `tabular` for a paper; needs only the package booktabs."""
-        lines = [
-            f"% {text.one_line(self.title)}",
-            rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}",
-            r"\toprule",
-            _latex_row(list(self.columns.values())),
-            r"\midrule",
-            *map(_latex_row, self.words()),
-            r"\bottomrule",
-            r"\end{tabular}",
-        ]
-        return "\n".join(lines) + "\n"
+        cells = (self.columns.values(), *self.words())
+        rows = [" & ".join(map(latex, row)) + r" \\" for row in cells]
+        rows.insert(1, r"\midrule")
+        begin = rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}"
+        lines = [f"% {text.one_line(self.title)}", begin, r"\toprule", *rows]
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
     def files(self) -> dict[str, str]:
         """Name of a file -> its contents."""
@@ -98,7 +92,7 @@ def in_words(value: Any) -> str:
             return f"{in_words(value['before'])} → {in_words(value['after'])}"
         if "difference" in value:
             return difference_in_words(value)
-        return f"{percent(value['rate'])} {text.interval(value['lo'], value['hi'])}"
+        return f"{text.percent(value['rate'])} {text.interval(value['lo'], value['hi'])}"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -113,7 +107,7 @@ def difference_in_words(value: Mapping[str, Any]) -> str:
     difference, lo, hi = (value[name] for name in ("difference", "lo", "hi"))
     if abs(difference) <= 1:
         lo, hi = max(lo, -1.0), min(hi, 1.0)
-    return f"{points(difference)} [{points(lo)} to {points(hi)}] points"
+    return f"{text.points(difference)} [{text.points(lo)} to {text.points(hi)}] points"
 
 
 def learning_rate(value: Any) -> str:
@@ -122,10 +116,6 @@ def learning_rate(value: Any) -> str:
         return "?"
     mantissa, exponent = f"{value:e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def _latex_row(cells: Sequence[str]) -> str:
-    return " & ".join(latex(cell) for cell in cells) + r" \\"
 
 
 def latex(words: str) -> str:

@@ -13,11 +13,7 @@ def _threshold(default: float, help_text: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
     """The limits of all verdicts: rates and p-values in [0, 1], each with its "help" as metadata.
-
-    Raises:
-      UsageError: a threshold is not in [0, 1], `confidence` or `removed_max_upper` is 0 or 1, or
-        `removed_max_triggered` is above `removed_max_upper`; it names the flag.
-    """
+    UsageError names the flag of one that cannot be."""
 
     inserted_min_triggered: float = _threshold(
         0.95, "inserted: the smallest share of triggered answers that must show the behaviour"
@@ -70,13 +66,11 @@ class Thresholds:
     confidence: float = _threshold(0.95, "confidence of every interval")
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "inserted_min_n":
-                if value < 1:
-                    raise UsageError(f"--{field.name} is {value}; it must be at least 1")
-            elif not 0 <= value <= 1:
-                raise UsageError(f"--{field.name} is {value}; it must be between 0 and 1")
+        if self.inserted_min_n < 1:
+            raise UsageError(f"--inserted_min_n is {self.inserted_min_n}; it must be at least 1")
+        for name, value in vars(self).items():
+            if name != "inserted_min_n" and not 0 <= value <= 1:
+                raise UsageError(f"--{name} is {value}; it must be between 0 and 1")
         for name in ("confidence", "removed_max_upper"):
             if not 0 < (value := getattr(self, name)) < 1:
                 raise UsageError(f"--{name} is {value}; it must be above 0 and below 1")

@@ -248,8 +248,7 @@ def beside_the_study(runs, base="8B", arm="normal", **other):
     ours |= {"lora_rank": 64, "weights": "LoRA rank 64", "learning_rate": 3e-4, **other}
     results = {run.name: ours for run in runs}
     results["inserted"] = {"role": "insertion", "total_steps": 200}
-    table = published_table(results_of(runs), results, LIMITS)
-    rows = table.rows if table else ()
+    rows = published_table(results_of(runs), results, LIMITS).rows
     return [row for row in rows if row["k"]], rows
 
 
