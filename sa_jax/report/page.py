@@ -1,8 +1,7 @@
 """The pages of a report: an index of all runs, and one page per run.
 
-Each page is one file that loads nothing else: it contains its style and its script. Its content
-policy allows the browser to run only this script, by its hash. The templates escape all text that a
-model or a person wrote.
+Each page is one file that loads nothing else. Its content policy allows the browser to run only its
+own script, by its hash. The templates escape all text that a model or a person wrote.
 """
 
 import base64
@@ -26,7 +25,6 @@ from sa_jax.report.run_details import examples, settings
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.run_tables import capability_columns, first_scores, scores_table
 from sa_jax.report.tables import Table, difference_in_words, learning_rate
-from sa_jax.text import percent
 
 FEW = 8  # runs up to which the index holds the whole of each
 
@@ -47,8 +45,8 @@ def index_page(
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
     evals = [result[side] for result in results["runs"] for side in ("before", "after")]
     views = [
-        _row(result, capabilities) | (_details(run, result) if few else {})
-        for run, result in zip(runs, results["runs"], strict=True)
+        _row(by_name[run.name], capabilities) | (_details(run, by_name[run.name]) if few else {})
+        for run in runs
     ]
     page = _environment().get_template("index.html.j2")
     return page.render(
@@ -72,18 +70,14 @@ def index_page(
 
 def run_page(title: str, run: RunFolder, result: Mapping[str, Any]) -> str:
     """runs/NAME.html."""
-    view = _row(result, []) | _details(run, result)
     page = _environment().get_template("run.html.j2")
-    return page.render(title=text.one_line(title), run=view)
+    return page.render(title=text.one_line(title), run=_row(result, []) | _details(run, result))
 
 
 def rate_noun(results: Sequence[Mapping[str, Any]]) -> str:
     """The runs' name for the rate of the behaviour, if all have the same."""
     nouns = {result["words"]["rate"] for result in results}
     return nouns.pop() if len(nouns) == 1 else "Behaviour"
-
-
-# ---- What the templates share.
 
 
 @functools.cache
@@ -96,16 +90,12 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": percent,
+        "percent": text.percent,
         "interval": lambda rate: text.interval(rate["lo"], rate["hi"]),
         "difference": difference_in_words,
         "learning_rate": learning_rate,
-        "steps": steps_in_words,
-        "training": lambda run: (
-            f"{run['optimizer']}, LR {learning_rate(run['learning_rate'])}, "
-            f"{run['weights']}, seed {run['seed']}"
-        ),
-        "breakable": breakable,
+        "steps": _steps,
+        "breakable": _breakable,
         "at": lambda rate: f"{6 + 100 * rate:.1f}",
     }
     # Our own files, which need no escaping; the policy names the script by its hash.
@@ -119,50 +109,41 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def breakable(name: str) -> Markup:
+def _breakable(name: str) -> Markup:
     """A name that may wrap after its separators, and never inside a word or a number."""
     marked = re.sub(r"(?<=\w)([/_.-])(?=[^\W\d_])", r"\1<wbr>", str(escape(name)))
     return Markup(re.sub(r"(LR )?\d+e-\d+", r'<span class="nowrap">\g<0></span>', marked))
 
 
-def steps_in_words(run: Mapping[str, Any]) -> str:
+def _steps(run: Mapping[str, Any]) -> str:
     """'160', or '40 of 160' if the run is not finished."""
-    if run["total_steps"] is None or run["steps"] >= run["total_steps"]:
-        return f"{run['steps']:,}"
-    return f"{run['steps']:,} of {run['total_steps']:,}"
-
-
-# ---- The table of runs.
+    steps, total = run["steps"], run["total_steps"] or 0
+    return f"{steps:,} of {total:,}" if steps < total else f"{steps:,}"
 
 
 def _row(result: Mapping[str, Any], capabilities: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    by_score = first_scores(result)
+    by_score, after = first_scores(result), result["after"] or {}
     headlines = [by_score.get(key) for key in capabilities]
-    after = result["after"]
-    refusal = after and after["refusal"].get("triggered")
+    refusal = after.get("refusal", {}).get("triggered")
+    rates = {"triggered": after.get("triggered"), "clean": after.get("clean"), "refusal": refusal}
+    rates |= {f"cap{i}": score and score["after"] for i, score in enumerate(headlines, 1)}
     sort_keys = {
         "name": result["name"],
-        **{key: axis_value(result, key) for key in AXES},
-        "triggered": after and after["triggered"]["rate"],
-        "clean": after and after["clean"]["rate"],
-        "refusal": refusal and refusal["rate"],
-        **{
-            f"cap{i}": score and score["after"] and score["after"]["rate"]
-            for i, score in enumerate(headlines, 1)
-        },
+        **{key: _axis_value(result, key) for key in AXES},
+        **{key: rate and rate["rate"] for key, rate in rates.items()},
         "rate": result["learning_rate"],
     }
     return {
         **result,
         "slug": result["page"].removesuffix(".html"),
         "page": f"runs/{result['page']}",
-        "data": data_attributes(sort_keys),
+        "data": _data_attributes(sort_keys),
         "refusal": refusal,
         "headlines": headlines,
     }
 
 
-def data_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
+def _data_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     """`data-*` attributes for the page's script; a value that was not measured has none."""
     return {
         f"data-{key}": f"{value:.6g}" if isinstance(value, float) else value
@@ -171,7 +152,7 @@ def data_attributes(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def axis_value(result: Mapping[str, Any], key: str) -> str:
+def _axis_value(result: Mapping[str, Any], key: str) -> str:
     value = result[key]
     if key == "learning_rate":
         return learning_rate(value)
@@ -187,15 +168,9 @@ def _axes(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[str
         except ValueError:
             return float("inf"), value
 
-    axes = []
-    for key, heading in AXES.items():
-        choices = sorted({axis_value(result, key) for result in results}, key=order)
-        if len(choices) > 1:
-            axes.append((key, heading, choices))
-    return axes
-
-
-# ---- Plots and details of a run.
+    values = {key: {_axis_value(result, key) for result in results} for key in AXES}
+    differ = [key for key in AXES if len(values[key]) > 1]
+    return [(key, AXES[key], sorted(values[key], key=order)) for key in differ]
 
 
 def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,14 +193,14 @@ def _details(run: RunFolder, result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _panel(cell: Cell, plot: Plot, by_name: Results) -> dict[str, Any]:
-    members = [by_name[name] for name in cell.names]
+    members = [by_name[run.name] for run in cell.runs]
     statuses = Counter(result["status"] for result in members)
-    values = {key: {axis_value(result, key) for result in members} for key in AXES}
+    values = {key: {_axis_value(result, key) for result in members} for key in AXES}
     alike = {key: several.pop() for key, several in values.items() if len(several) == 1}
     return {
         "title": cell.label,
         "words": ", ".join(f"{n} of {len(members)} {status}" for status, n in statuses.items()),
         "slug": f"cell-{cell.key}",
-        "data": data_attributes(alike),
+        "data": _data_attributes(alike),
         "plot": plot,
     }

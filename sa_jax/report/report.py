@@ -14,14 +14,12 @@ from sa_jax import text
 from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, try_lock
-from sa_jax.report import figures, page
-from sa_jax.report.backdoor_evals import backdoor_evals_table
+from sa_jax.report import figures, page, run_tables
 from sa_jax.report.cells import Cell
 from sa_jax.report.drawing import Plot
 from sa_jax.report.published import CURVES
 from sa_jax.report.results import all_problems, definitions, summarise
 from sa_jax.report.run_folders import RunFolder, folder_name, load_runs
-from sa_jax.report.run_tables import events_table, optimizers_table, runs_table, scores_table
 from sa_jax.report.study_statistics import Study, study_of
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
@@ -36,24 +34,22 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
         tables/NAME.*       every table as CSV, JSON and LaTeX
         plots/NAME.*        every figure as SVG and PNG
 
-    and returns the path of index.html. `workdir`: a run folder, or a folder with run folders at
-    most two levels below. The same run folders give the same bytes. The page says what is missing
-    (evals, a finished run). UserError if there is no run, or the report cannot be written.
+    and returns the path of index.html. `workdir`: see `load_runs`. The same run folders give the
+    same bytes. UserError if there is no run, or the report cannot be written.
     """
-    workdir = as_path(workdir)
-    limits = limits or Thresholds()
+    workdir, limits = as_path(workdir), limits or Thresholds()
     runs, problems = load_runs(workdir)
     judged = judge(runs, limits)
     results = summarise(runs, judged, problems, limits)
-    title = folder_name(workdir)
     by_name = dict(zip((run.name for run in runs), results["runs"], strict=True))
     study = study_of(runs, judged, by_name, limits)
-    others = [
-        optimizers_table(results["runs"]),
-        backdoor_evals_table(runs, limits),
-        events_table(results["runs"]),
+    tables = [
+        *study.tables,
+        run_tables.optimizers_table(results["runs"]),
+        run_tables.backdoor_evals_table(runs, limits),
+        run_tables.events_table(results["runs"]),
     ]
-    tables = [table for table in (*study.tables, *others) if table.rows]
+    tables = [table for table in tables if table.rows]
     results["tables"] = {
         table.name: {"title": table.title, "rows": [dict(row) for row in table.rows]}
         for table in tables
@@ -61,7 +57,7 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     folder = workdir / "report"
     try:
         with _alone(folder):
-            _write(folder, title, runs, results, study, tables)
+            _write(folder, folder_name(workdir), runs, results, study, tables)
     except OSError as error:
         why = error.strerror or error
         raise UserError(
@@ -99,8 +95,10 @@ def _write(
     for part in parts.values():
         epath.Path(part).rmtree(missing_ok=True)  # a run that is gone must not stay behind
         part.mkdir(parents=True)
-    noun = page.rate_noun(results["runs"])
-    of_runs = [runs_table(results["runs"], noun), scores_table(results["runs"])]
+    of_runs = [
+        run_tables.runs_table(results["runs"], page.rate_noun(results["runs"])),
+        run_tables.scores_table(results["runs"]),
+    ]
     cells = [result.cell for result in study.cells]
     of_cells: list[tuple[Cell, Plot | None]] = []
     if len(runs) > page.FEW:
@@ -124,7 +122,7 @@ def _write(
 
 
 def _members(cell: Cell, runs: Sequence[RunFolder]) -> list[RunFolder]:
-    return [run for run in runs if run.name in cell.names]
+    return [run for run in runs if run.name in cell.seeds]
 
 
 def _figures(
@@ -137,8 +135,8 @@ def _figures(
         if result.triggered is not None and result.cell.role in ("removal", "probe")
     ]
     compared = {row["cell"] for t in study.tables if t.name == "published" for row in t.rows}
-    cells = [result.cell for result in study.cells]
-    beside = {cell.label: _members(cell, runs) for cell in cells if cell.label in compared}
+    over = [result.cell for result in study.cells if result.cell.label in compared]
+    beside = {cell.label: _members(cell, runs) for cell in over}
     drawn = {
         "curves": figures.sheet(panels),
         "cells": figures.cells(means),
@@ -153,12 +151,15 @@ def to_markdown(
 ) -> str:
     """results.md: the summary, the runs with the reasons for their verdicts, the study's tables,
     the thresholds."""
-    reasons = [
-        f"- {text.markdown(run['name'])}: "
-        + text.markdown("; ".join([run["verdict"]["text"], *run["verdict"]["reasons"]]))
-        for run in results["runs"]
-    ]
+    reasons = []
+    for run in results["runs"]:
+        why = "; ".join([run["verdict"]["text"], *run["verdict"]["reasons"]])
+        reasons.append(f"- {text.markdown(run['name'])}: {text.markdown(why)}")
     problems = [f"- {text.markdown(problem)}" for problem in all_problems(results)]
+    limits = [
+        f"- `--{name}={value}`: {text.markdown(meaning)}"
+        for name, value, meaning in definitions(results)
+    ]
     of_runs = [f"## {runs.title}\n\n{runs.markdown()}", "\n".join(reasons)]
     of_study = [
         f"## {text.markdown(t.title)}\n\n{text.markdown(t.note)}\n\n{t.markdown()}" for t in tables
@@ -169,11 +170,7 @@ def to_markdown(
         text.markdown(results["summary"]),
         *(of_runs + of_study if few else of_study + of_runs),
         "\n".join(["What could not be read:", "", *problems]) if problems else "",
-        "## Thresholds\n\n"
-        + "\n".join(
-            f"- `--{name}={value}`: {text.markdown(meaning)}"
-            for name, value, meaning in definitions(results)
-        ),
+        "\n".join(["## Thresholds", "", *limits]),
         f"## {scores.title}\n\n{scores.markdown()}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

