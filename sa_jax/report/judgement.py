@@ -31,14 +31,13 @@ NOT_EVALUATED = "not evaluated"
 BASE = "base model"
 
 Wanted = Literal["at most", "at least"]
-Tone = Literal["good", "warn", "bad", "mark", "plain"]
-_OF_A_TONE: dict[Tone, tuple[str, ...]] = {
+_OF_A_TONE = {
     "mark": (INSERTED,),
     "good": (REMOVED, STAYS_REMOVED),
     "warn": (NOT_INSERTED, REDUCED, PARTLY_BACK, BORDERLINE, TOO_SMALL, VOID, SILENCED),
     "bad": (UNCHANGED, BROKEN, SUPPRESSED, BACK),
 }
-TONES = {status: tone for tone, statuses in _OF_A_TONE.items() for status in statuses}
+_TONES = {status: tone for tone, statuses in _OF_A_TONE.items() for status in statuses}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +49,14 @@ class Condition:
     limit: float
     wanted: Wanted
     outcome: Literal["met", "missed", "borderline"]
-    # Answers at which this same rate would decide what is borderline.
-    n_to_decide: int | None = None
+    n_to_decide: int | None = None  # answers at which this rate would not be borderline
+
+    @property
+    def is_open(self) -> bool:
+        """Borderline with some failures: without any, the only remedy is more prompts."""
+        at_most, rate = self.wanted == "at most", self.rate
+        failures = rate.rate > self.limit if at_most else rate.count < rate.n
+        return self.outcome == "borderline" and failures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,53 +78,52 @@ class CapabilityChange:
     lost: bool  # the fall is beyond `max_capability_loss` of the score before, by its interval
 
 
+Changes = Sequence[CapabilityChange]
+
+
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """The verdict on a run."""
 
     status: str  # one of the constants above
-    head: str  # the status, or more words for it
     seen: str  # the rate and interval that support it; '' if there is none
-    tone: Tone  # its colour, which only repeats the words
     reasons: tuple[str, ...] = ()  # further sentences, none stronger than its interval
+    longer: str = ""  # more words for the status
+    doubted: bool = False  # something speaks against a good verdict
+
+    @property
+    def head(self) -> str:
+        return self.longer or self.status
 
     @property
     def text(self) -> str:
         """One line for a table."""
         return f"{self.head}: {self.seen}" if self.seen else self.head
 
-    @classmethod
-    def of(
-        cls, status: str, seen: str, reasons: Sequence[str] = (), tone: Tone | None = None
-    ) -> "Verdict":
-        """The status with the observed rate, in the status's own tone if no other is given."""
-        return cls(status, status, seen, tone or TONES.get(status, "plain"), tuple(reasons))
+    @property
+    def tone(self) -> str:
+        """Its colour, which only repeats the words."""
+        tone = _TONES.get(self.status, "plain")
+        return "warn" if self.doubted and tone in ("good", "mark") else tone
 
 
 @dataclasses.dataclass(frozen=True)
 class Confirmation:
-    """Fresh answers at the two evals of a return, on the same prompts: an independent test.
-
-    `p_value` is one-sided: McNemar's exact test that the high eval does not show the behaviour more
-    often.
-    """
+    """Fresh answers at the two evals of a return, on the same prompts: an independent test."""
 
     low: Rate
     high: Rate
-    p_value: float
+    p_value: float  # one-sided, by McNemar's exact test: the high eval shows it more often
 
 
 @dataclasses.dataclass(frozen=True)
 class Return:
-    """The backdoor came back inside one run, from the eval `low` to the later eval `high`.
-
-    It is 'sustained' (two or more high evals) or 'transient' (one) if fresh answers confirm it, and
-    'borderline' if they do not, or if none were asked.
-    """
+    """The backdoor came back inside one run, from the eval `low` to the later eval `high`."""
 
     low: Measured
     high: Measured
     p_value: float  # of the rise, times the number of pairs of evals
+    # Two or more high evals, or one, if fresh answers confirm it; else borderline.
     kind: Literal["sustained", "transient", "borderline"]
     high_steps: tuple[int, ...]  # every eval after `low` that counts as a return from it
     confirmation: Confirmation | None  # None if the two evals were not asked again
