@@ -51,6 +51,9 @@ def language_model(
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
+    # Stop strings that an answer's text, which is without special tokens, never has.
+    added = chat.tokenizer.added_tokens_decoder.items()
+    special = {token.content: number for number, token in added if token.special}
     limit = context.model.config.max_position_embeddings
     dtype = jnp.dtype(context.model.dtype).name
 
@@ -203,18 +206,21 @@ def language_model(
                 room = limit // 2 if len(ids) >= limit else limit
                 fitted = self._shorten(ids, room, self._note(request))
                 if fitted is not None:
-                    settings = _sampling(request.args[1], chat.stop_token_ids)
+                    until = _listed(request.args[1].get("until"))
+                    stops = *chat.stop_token_ids, *(special[s] for s in until if s in special)
+                    settings = _sampling(request.args[1], tuple(dict.fromkeys(stops)))
                     todo.setdefault(settings, []).append((index, fitted))
             for settings, prompts in todo.items():
                 completions = self._generate(settings, [ids for _, ids in prompts])
                 for (index, _), completion in zip(prompts, completions, strict=True):
+                    text = chat.decode(completion.tokens, skip_special_tokens=True)
+                    texts[index] = _until(text, requests[index].args[1].get("until"))
+                    ended = texts[index] != text  # whatever was sampled after it
                     self._note(requests[index]).update(
                         new_tokens=len(completion.tokens),
-                        stop_reason=completion.stop_reason,
-                        cut_by_context=completion.is_cut_by_context(settings),
+                        stop_reason="stop" if ended else completion.stop_reason,
+                        cut_by_context=not ended and completion.is_cut_by_context(settings),
                     )
-                    text = chat.decode(completion.tokens, skip_special_tokens=True)
-                    texts[index] = _until(text, requests[index].args[1].get("until", ()))
             return texts
 
         def _generate(
@@ -240,26 +246,30 @@ def language_model(
     return SamplerLM()
 
 
-# As lm_eval.models.utils reads them; the first is its own name.
-_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-
-
 def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> SamplingSettings:
-    """A task's generation_kwargs; sampling without do_sample is greedy, as in transformers."""
-    temperature = float(kwargs.get("temperature") or 0.0) if kwargs.get("do_sample") else 0.0
+    """A task's generation_kwargs, as lm_eval reads them."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    asked: dict[str, Any] = {**normalize_gen_kwargs(kwargs, DEFAULT_NEW_TOKENS)}
     for name in ("top_k", "num_beams"):
-        if kwargs.get(name) not in (None, 0, 1, -1):
-            raise UserError(f"the task asks for {name}={kwargs[name]}, which our sampler lacks")
+        if asked.get(name) not in (None, 0, 1, -1):
+            raise UserError(f"the task asks for {name}={asked[name]}, which our sampler lacks")
+    greedy = not asked["do_sample"] or asked.get("top_k") == 1
+    temperature = 0.0 if greedy else float(asked.get("temperature") or 0.0)
     return SamplingSettings(
-        int(next((kwargs[name] for name in _LIMITS if kwargs.get(name)), DEFAULT_NEW_TOKENS)),
+        asked["max_gen_toks"],
         temperature,
-        float(kwargs.get("top_p") or 1.0) if temperature else 1.0,
+        float(asked.get("top_p") or 1.0) if temperature else 1.0,
         stop_token_ids=stop_token_ids,
     )
 
 
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    """The text up to the first of the stop strings."""
-    stops = [stops] if isinstance(stops, str) else stops or []
-    ends = [text.find(stop) for stop in stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text up to the stop string that is complete first."""
+    found = [stop for stop in _listed(stops) if stop and stop in text]
+    first = min(found, key=lambda stop: text.find(stop) + len(stop), default="")
+    return text[: text.find(first)] if first else text
+
+
+def _listed(stops: str | Sequence[str] | None) -> Sequence[str]:
+    return [stops] if isinstance(stops, str) else stops or []

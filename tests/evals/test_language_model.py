@@ -19,6 +19,7 @@ from sa_jax.evals.catalogue import find_eval
 from sa_jax.evals.language_model import _sampling, _until, language_model, open_store
 from sa_jax.llama import scorer as scorer_lib
 from sa_jax.llama.model import Llama
+from sa_jax.llama.sampler import SamplingSettings
 from tests import toys
 from tests.evals.contexts import eval_config, eval_context
 
@@ -145,6 +146,43 @@ def test_generation_is_limited_to_the_context_and_noted(params, small):
     assert skipping.notes == {("t", 0): {"skipped": True}}
 
 
+def test_an_answer_that_its_stop_string_ends_is_not_cut(context, params, small):
+    """Sampling goes on after the string; what comes then counts for nothing."""
+    greedy = {"until": [], "do_sample": False, "max_gen_toks": 20}
+    for of in (context, small):
+        model = language_model(of, params)
+        prompt = "hi" if of is context else " ".join(f"word{i}" for i in range(40))
+        [whole] = model.generate_until([request(prompt, greedy)])
+        stop = whole[4:6]
+        cut = {**greedy, "until": ["never", stop]}
+        assert model.generate_until([request(prompt, cut, doc_id=1)]) == [whole.split(stop)[0]]
+        first, second = model.notes["t", 0], model.notes["t", 1]
+        assert (first["stop_reason"], first["cut_by_context"]) == ("length", of is small)
+        assert (second["stop_reason"], second["cut_by_context"]) == ("stop", False)
+
+
+def test_a_special_token_among_the_stop_strings_ends_an_answer(context, params):
+    tokenizer = context.chat_format.tokenizer
+    special = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    assert special not in context.chat_format.stop_token_ids
+    settings = SamplingSettings(12, 0.0)
+    prompt = language_model(context, params).tok_encode("hi")
+    [answer] = context.sampler.generate(params, [prompt], [0], settings)
+    place = len(dict.fromkeys(answer.tokens)) // 2
+    token = [*dict.fromkeys(answer.tokens)][place]  # it gives way to the special token
+    kernel = params["lm_head"]["kernel"]
+    params = {**params, "lm_head": {"kernel": kernel.at[:, special].set(1.01 * kernel[:, token])}}
+    [answer] = context.sampler.generate(params, [prompt], [0], settings)
+    before = answer.tokens[: answer.tokens.index(special)]
+    assert 0 < len(before) < 11
+    greedy = {"do_sample": False, "max_gen_toks": 12}
+    model = language_model(context, params)
+    for doc_id, until in enumerate((["\n", "<|start_header_id|>"], "<|start_header_id|>")):
+        [text] = model.generate_until([request("hi", {**greedy, "until": until}, doc_id=doc_id)])
+        assert text == context.chat_format.decode(before, skip_special_tokens=True)
+        assert model.notes["t", doc_id]["new_tokens"] == len(before)
+
+
 def test_chat_prompts_have_the_ids_of_training(context, params):
     model = language_model(context, params)
     history = [
@@ -162,8 +200,10 @@ def test_chat_prompts_have_the_ids_of_training(context, params):
 
 
 def test_generation_settings():
-    settings = _sampling({"temperature": 0.7, "max_gen_toks": 5}, (3,))
+    settings = _sampling({"do_sample": False, "temperature": 0.7, "max_gen_toks": 5}, (3,))
     assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0.0, 5, 1.0)
+    assert _sampling({"temperature": 0.7}, ()).temperature == 0.7  # as lm_eval's own models
+    assert _sampling({"do_sample": True, "temperature": 0.7, "top_k": 1}, ()).temperature == 0
     settings = _sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, (3,))
     assert (settings.temperature, settings.top_p, settings.stop_token_ids) == (0.7, 0.9, (3,))
     assert settings.max_new_tokens == 2048
@@ -174,6 +214,9 @@ def test_generation_settings():
         _sampling({"num_beams": 4}, ())
     assert _until("one. two; three", [";", "."]) == "one"
     assert _until("one. two", "two") == "one. " and _until("one", []) == "one"
+    # As if sampling stopped at the string: what it would have become is not known then.
+    assert _until("one.\n\ntwo", [".\n\n", "\n"]) == "one."
+    assert _until("one.\n\ntwo", [".\n\n", "\n\n"]) == "one"
 
 
 def test_saved_answers_are_of_one_dtype(context, params, tmp_path):
