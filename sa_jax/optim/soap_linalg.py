@@ -1,6 +1,7 @@
 """Products with block-diagonal bases, and those bases by QR iterations; batched over matrices."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -142,12 +143,25 @@ def three_passes(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     )
 
 
-def orthonormal(y: jax.Array) -> jax.Array:
-    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n].
+def loops_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A function of a matrix, of which `jax.vmap` makes a loop over the batch on CPU.
 
-    On CPU one matrix after the other, which takes as long as the batch. For a batch, jaxlib waits
-    in a thread of XLA's pool for tasks of that same pool: as many devices as cores wait for ever.
+    That takes as long as the batch. For a batch, jaxlib's LAPACK waits in a thread of XLA's pool
+    for tasks of that same pool: as many devices as the pool has threads wait for ever.
     """
+    looping = jax.custom_batching.custom_vmap(function)
+
+    @looping.def_vmap
+    def of_batch(_: int, __: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+        loop = functools.partial(jax.lax.map, looping)
+        return jax.lax.platform_dependent(x, cpu=loop, default=jax.vmap(function)), True
+
+    return looping
+
+
+def orthonormal(y: jax.Array) -> jax.Array:
+    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n]; on CPU one
+    matrix after the other, as `loops_on_cpu` says."""
     return jax.lax.platform_dependent(y, cpu=_one_by_one, default=_orthonormal)
 
 

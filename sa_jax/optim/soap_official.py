@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from sa_jax.optim.soap_linalg import loops_on_cpu
 from sa_jax.optim.soap_shared import (
     Settings,
     adam_moments,
@@ -157,10 +158,16 @@ def _moved_factors(g: jax.Array, gg: Sides, beta: float) -> Sides:
     return tuple(None if a is None else moved(axis, a) for axis, a in enumerate(gg))
 
 
+@loops_on_cpu
 def _eigenvectors(factor: jax.Array) -> jax.Array:
     """Columns, largest eigenvalue first."""
     jitter = 1e-30 * jnp.eye(factor.shape[0], dtype=factor.dtype)
     return jnp.linalg.eigh(factor + jitter)[1][:, ::-1]
+
+
+@loops_on_cpu
+def _orthonormal(y: jax.Array) -> jax.Array:
+    return jnp.linalg.qr(y)[0]
 
 
 def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
@@ -173,5 +180,5 @@ def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
         power = jnp.matmul(factor, basis, precision=_HIGHEST)
         order = jnp.argsort(-jnp.sum(basis * power, axis=0))
         nu = jnp.take(nu, order, axis=axis)
-        bases.append(jnp.linalg.qr(power[:, order])[0])
+        bases.append(_orthonormal(power[:, order]))
     return nu, tuple(bases)
