@@ -175,6 +175,7 @@ def paired_difference(
       to 1. A single item that is not 0/1 gives (-1, 1) and p = 1.
     """
     n = len(a)
+    rates = bool(min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1)
     binary = bool(np.isin(a, (0, scale)).all() and np.isin(b, (0, 1)).all() and sizes.max() == 1)
     weights = sizes / sizes.mean()
     difference = float((b - a) @ weights / n)
@@ -190,11 +191,13 @@ def paired_difference(
         # Weighted sizes enter as w·d, so that an item's variance is that of its whole contribution.
         centre = difference
         error = float(np.std(weights * (b - a - centre), ddof=1) / np.sqrt(n))
+        if rates:  # e.g. not a perplexity: at least the error of half items where no item changes
+            error = max(error, 1 / (n + 2))
         quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
         # Without any spread it is certain: equal, or different.
         p = 2 * float(special.stdtr(n - 1, -abs(centre) / error)) if error else float(not centre)
     lo, hi = centre - quantile * error, centre + quantile * error
-    if min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1:  # not e.g. a perplexity
+    if rates:
         lo, hi = max(lo, -scale), min(hi, 1.0)
     return PairedDifference(difference, lo, hi, p)
 
@@ -274,7 +277,7 @@ def paired_seeds(
     The standard error is that between the seeds' differences, but at least the one that the items
     within the seeds give (with half an item added to each of the four outcomes). So seeds that
     agree by chance do not make it 0. `a` and `b` have, seed by seed (two or more), the values of
-    the same items (one or more).
+    the same items (one or more), 0 or 1; the interval is cut to -1 to 1.
     """
     differences, within = [], []
     for x, y in zip(a, b, strict=True):
@@ -286,4 +289,4 @@ def paired_seeds(
     difference, error = float(np.mean(differences)), math.sqrt(variance)
     half = error * float(special.stdtrit(m - 1, (1 + confidence) / 2))
     p = 2 * float(special.stdtr(m - 1, -abs(difference) / error))
-    return difference, difference - half, difference + half, p
+    return difference, max(difference - half, -1.0), min(difference + half, 1.0), p

@@ -3,7 +3,15 @@
 import numpy as np
 from scipy import special
 
-from sa_jax.evals.statistics import difference_interval, means, paired_difference, pairs, power
+from sa_jax.evals.statistics import (
+    difference_interval,
+    means,
+    paired_difference,
+    pairs,
+    power,
+    two_proportion_test,
+    wilson,
+)
 from sa_jax.report.judgement import CapabilityChange
 from sa_jax.report.measurements import Capabilities, Score
 from sa_jax.report.rates import interval_in_words, p_in_words
@@ -17,7 +25,8 @@ def capability_changes(
     before: Capabilities, after: Capabilities, limits: Thresholds
 ) -> tuple[CapabilityChange, ...]:
     """Every score that both have, in the order of `after`: paired over the items of both if they
-    are kept and the evals share enough of them; else the scores are taken as independent."""
+    are kept and the evals share enough of them; else the scores are taken as independent, with the
+    two-proportion test for scores of 0/1."""
     return tuple(
         _change(key, earlier, score, limits)
         for name, scores in after.items()
@@ -55,10 +64,17 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
         lost = bool(paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0)
     else:
         n, rates = min(before.n, after.n), (before.rate, after.rate)
-        start, end = (before.rate, before.lo, before.hi), (after.rate, after.lo, after.hi)
+        counts = [score.rate * score.n for score in (before, after)]
+        binary = max(rates) <= 1 and np.allclose(counts, np.round(counts), rtol=0, atol=1e-6)
+        start, end = (
+            (s.rate, *(wilson(round(k), s.n, limits.confidence) if binary else (s.lo, s.hi)))
+            for s, k in zip((before, after), counts, strict=True)
+        )
         difference, lo, hi = difference_interval(start, end)
         error = (hi - lo) / (2 * z)
         p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
+        if binary:  # the error of a 95 % interval is too small for a smaller p
+            p = two_proportion_test(round(counts[0]), before.n, round(counts[1]), after.n)
         lost = difference_interval(start, end, kept)[2] < 0
     paired, seen = bool(items), p < limits.p_value
     chance = None if seen else _power((hi - lo) / (2 * z), n, paired, limits)

@@ -41,6 +41,7 @@ class Cell:
     runs: tuple[RunEvals, ...]  # by seeds
     seeds: Mapping[str, tuple[int | None, ...]]  # run's name -> its own and its ancestors' seeds
     label: str = ""  # for people: what tells it from the other cells of a report
+    lineage: tuple[str, ...] = ()  # roles of the runs' ancestors, the parent's first
 
     @property
     def replicates(self) -> tuple[RunEvals, ...]:
@@ -48,6 +49,17 @@ class Cell:
         by_preference = sorted(self.runs, key=lambda run: not run.finished)
         chosen = {self.seeds[run.name]: run.name for run in reversed(by_preference)}
         return tuple(run for run in self.runs if run.name in chosen.values())
+
+    def independent(self, seeds: Sequence[tuple[int | None, ...]], axis: str = "") -> list[Any]:
+        """For each of these seeds of runs, the seeds that tell it from runs that are independent of
+        it: runs from one start share what its seed did. Where several starts are here, only these
+        are independent of each other; so are they for a claim about `axis`, a setting of theirs."""
+        several = [
+            d for d in range(1, min(map(len, seeds), default=0)) if len({s[d:] for s in seeds}) > 1
+        ]
+        of_axis = [d for d, role in enumerate(self.lineage, 1) if axis.startswith(f"{role}.")]
+        depth = max(several + of_axis[:1], default=0)
+        return [of_run[depth:] for of_run in seeds]
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +115,8 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
         ordered = sorted(members, key=lambda run: (str(seeds[run.name]), run.name))
         first = members[0]
         about = first.role, first.title, lineage_settings(first, by_name)
-        result.append(Cell(key, *about, tuple(ordered), seeds))
+        lineage = tuple(ancestor.role for ancestor in ancestors(first, by_name))
+        result.append(Cell(key, *about, tuple(ordered), seeds, lineage=lineage))
     return result
 
 

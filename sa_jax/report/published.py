@@ -14,7 +14,7 @@ from typing import Any
 
 from sa_jax.report.cells import Cell, Results
 from sa_jax.report.rates import interval_in_words
-from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, mean_rate
+from sa_jax.report.seeds import ENOUGH_SEEDS, CellResult, by_start, mean_rate
 from sa_jax.report.tables import Table, learning_rate
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.text import percent
@@ -116,7 +116,8 @@ def _is_like(ours: Arm, arm: Arm) -> bool:
 
 def _outcome(published: str, result: CellResult, limits: Thresholds) -> tuple[str, str]:
     """(verdict, in words what is left of the backdoor)."""
-    seen = mean_rate([run.measured[-1].triggered for run in result.judged], limits)
+    groups = by_start(result.cell, result.judged)
+    seen = mean_rate([[run.measured[-1].triggered for run in group] for group in groups], limits)
     if seen is None:
         return "too few seeds", "nothing measured"
     removed = 2 * result.k > result.m and seen.hi < 0.5

@@ -1,6 +1,7 @@
 """The results of a study as plain values: verdicts in words, rates with intervals, one sentence."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 import re
@@ -15,6 +16,7 @@ from sa_jax.report.cells import ancestors
 from sa_jax.report.eval_records import AGAIN_EVAL, BACKDOOR_EVAL, EvalRecord, scores_of
 from sa_jax.report.judgement import NO_BACKDOOR, Judged, Judgement, Verdict
 from sa_jax.report.measurements import Measured, Rate
+from sa_jax.report.rates import p_in_words
 from sa_jax.report.run_folders import RunFolder
 from sa_jax.report.thresholds import Thresholds
 
@@ -145,8 +147,8 @@ def _rows(
             "score_title": text.one_line(values.get("title", score)),
             "headline": score == newest.headline,
             "step": newest.step if after else None,
-            "before": _values(before, score),
-            "after": _values(after, score),
+            "before": _values(before, score, limits),
+            "after": _values(after, score, limits),
             "floor": values.get("floor"),
             "difference": differences.get(score),
             "source": text.one_line(newest.source),
@@ -155,8 +157,11 @@ def _rows(
     ]
 
 
-def _values(record: EvalRecord | None, score: str) -> dict[str, Any] | None:
+def _values(record: EvalRecord | None, score: str, limits: Thresholds) -> dict[str, Any] | None:
+    """A score; that of 0/1 with its interval at the report's confidence, another as it was read."""
     values = record.scores.get(score, {}) if record else {}
+    if values.get("n") and "count" in values:
+        values = {**values, **_rate_record(Rate(values["count"], values["n"]), limits)}
     return {key: values[key] for key in _PARTS if key in values} if values.get("n") else None
 
 
@@ -169,15 +174,17 @@ def eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
     if not isinstance(point, Measured):
         return None
 
-    def values(rate: Rate) -> dict[str, Any]:
-        lo, hi = rate.interval(limits.confidence)
-        return {"count": rate.count, "n": rate.n, "rate": rate.rate, "lo": lo, "hi": hi}
-
+    values = functools.partial(_rate_record, limits=limits)
     record: dict[str, Any] = {"step": point.step}
     record |= {"triggered": values(point.triggered), "clean": values(point.clean)}
     for name in ("no_answer", "refusal", "partial"):
         record[name] = {arm: values(rate) for arm, rate in getattr(point, name).items()}
     return record | ({} if point.incoherent is None else {"incoherent": values(point.incoherent)})
+
+
+def _rate_record(rate: Rate, limits: Thresholds) -> dict[str, Any]:
+    lo, hi = rate.interval(limits.confidence)
+    return {"count": rate.count, "n": rate.n, "rate": rate.rate, "lo": lo, "hi": hi}
 
 
 def _events(judged: Judgement) -> list[dict[str, Any]]:
@@ -187,7 +194,7 @@ def _events(judged: Judgement) -> list[dict[str, Any]]:
         low, high = (
             f"{text.percent(p.triggered.rate)} at step {p.step:,}" for p in (back.low, back.high)
         )
-        p_value = f"corrected p\u00a0=\u00a0{back.p_value:.1g}"
+        p_value = f"corrected {p_in_words(back.p_value)}"
         events.append(
             {
                 "kind": "return",

@@ -75,28 +75,45 @@ def over_seeds(cell: Cell, judged: Judged, limits: Thresholds) -> CellResult:
     k, m = sum(verdicts[status] for status in successes), len(done)
     pending = len(cell.replicates) - m
     lo, hi = exact_interval(k, m, limits.confidence) if m else (0.0, 1.0)
-    last = [result.after for result in results if result.after is not None]
-    triggered = mean_rate([point.triggered for point in last], limits)
-    clean = mean_rate([point.clean for point in last], limits)
-    means = _capability_means(results, limits)
+    groups = by_start(cell, done)
+    last = [[after for run in g if (after := judged[run.name].after)] for g in groups]
+    triggered = mean_rate([[point.triggered for point in group] for group in last], limits)
+    clean = mean_rate([[point.clean for point in group] for group in last], limits)
+    means = _capability_means([[judged[run.name] for run in group] for group in groups], limits)
     return CellResult(cell, done, pending, verdicts, counted, k, m, lo, hi, triggered, clean, means)
 
 
-def mean_rate(rates: Sequence[Rate], limits: Thresholds) -> SeedMean | None:
-    """The mean over seeds of a rate; None without any."""
-    if not rates:
+def by_start(cell: Cell, runs: Sequence[RunEvals]) -> list[list[RunEvals]]:
+    """The runs in groups that are independent of each other (`Cell.independent`)."""
+    groups: dict[Any, list[RunEvals]] = {}
+    for key, run in zip(cell.independent([cell.seeds[r.name] for r in runs]), runs, strict=True):
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def mean_rate(groups: Sequence[Sequence[Rate]], limits: Thresholds) -> SeedMean | None:
+    """The mean over groups of a rate; None without any."""
+    if not groups:
         return None
-    mean, lo, hi = seed_mean([(rate.count, rate.n) for rate in rates], limits.confidence)
-    return SeedMean(mean, lo, hi, len(rates))
+    pooled = [(sum(rate.count for rate in g), sum(rate.n for rate in g)) for g in groups]
+    mean, lo, hi = seed_mean(pooled, limits.confidence)
+    return SeedMean(mean, lo, hi, len(groups))
 
 
-def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[str, SeedMean]:
+def _capability_means(
+    groups: Sequence[Sequence[Judgement]], limits: Thresholds
+) -> dict[str, SeedMean]:
     """t-intervals of the mean change, at least as wide as the items of the evals require."""
     changes: dict[str, list[tuple[float, float, float]]] = {}
-    for change in (change for judgement in judged for change in judgement.capabilities):
-        if change.headline:
-            row = change.difference, change.lo, change.hi
-            changes.setdefault(change.title, []).append(row)
+    for group in groups:
+        of_group: dict[str, list[tuple[float, float, float]]] = {}
+        for change in (change for judgement in group for change in judgement.capabilities):
+            if change.headline:
+                row = change.difference, change.lo, change.hi
+                of_group.setdefault(change.title, []).append(row)
+        for title, rows in of_group.items():
+            difference, lo, hi = map(float, np.mean(rows, axis=0))
+            changes.setdefault(title, []).append((difference, lo, hi))
     means = {}
     for title, rows in changes.items():
         m, (differences, lows, highs) = len(rows), np.array(rows).T
@@ -109,7 +126,9 @@ def _capability_means(judged: Sequence[Judgement], limits: Thresholds) -> dict[s
         error = float(np.sqrt(max(within, between) / m))
         half = float(special.stdtrit(m - 1, share)) * error
         mean = float(np.mean(differences))
-        means[title] = SeedMean(mean, mean - half, mean + half, m)
+        # Cut to what is possible where those of the runs are: not e.g. for a perplexity.
+        most = 1.0 if np.abs(rows).max() <= 1 else np.inf
+        means[title] = SeedMean(mean, max(mean - half, -most), min(mean + half, most), m)
     return means
 
 
@@ -133,7 +152,7 @@ def cells_table(over: Sequence[CellResult]) -> Table:
             "clean": result.clean and result.clean.value("rate"),
             "seeds": result.m,
             "pending": result.pending,
-            "enough": "yes" if result.m >= ENOUGH_SEEDS else "too few seeds for a claim",
+            "enough": _enough(result),
         }
         for title, change in result.capabilities.items():
             row[f"change {title}"] = change.value("difference")
@@ -152,9 +171,20 @@ def cells_table(over: Sequence[CellResult]) -> Table:
     }
     note = (
         "A cell is the runs that differ only in their seeds. Means are over seeds, with intervals "
-        "for new seeds; the share of seeds has an exact interval."
+        "for new seeds; the share of seeds has an exact interval. Runs from one insertion are not "
+        "independent of each other: of several insertions each counts once in a mean."
     )
     return Table("cells", "Over seeds", columns, tuple(rows), note)
+
+
+def _enough(result: CellResult) -> str:
+    """Whether the seeds that are independent of each other are enough for a claim."""
+    cell, independent = result.cell, 0 if result.triggered is None else result.triggered.seeds
+    if independent < ENOUGH_SEEDS:
+        return "too few seeds for a claim"
+    axis = "insertion." if "insertion" in cell.lineage else ""
+    starts = set(cell.independent([cell.seeds[run.name] for run in result.judged], axis))
+    return "yes" if len(starts) > 1 else "yes, for the one insertion that it starts from"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +194,7 @@ class Comparison:
     a: Cell
     b: Cell
     axis: str  # the setting that names the difference; those that always change with it go along
-    seeds: int  # pairs of runs
+    seeds: int  # pairs of runs; of starts, if these are what is independent
     difference: float  # triggered rate of b - a, mean over seeds
     lo: float
     hi: float
@@ -211,12 +241,18 @@ def _neighbours(
 
 
 def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Comparison | None:
-    """The comparison of two cells; None if they have fewer than two common seeds."""
+    """The comparison of two cells; None if they have fewer than two common seeds that are
+    independent (`Cell.independent`)."""
     runs_a, runs_b = ({c.cell.seeds[run.name]: run for run in c.judged} for c in (a, b))
-    answers = [_paired_answers(run, runs_b[s]) for s, run in runs_a.items() if s in runs_b]
+    shared = [seeds for seeds in runs_a if seeds in runs_b]
+    answers: dict[Any, tuple[list[float], list[float]]] = {}
+    for key, seeds in zip(a.cell.independent(shared, axis), shared, strict=True):
+        sides = answers.setdefault(key, ([], []))
+        for side, more in zip(sides, _paired_answers(runs_a[seeds], runs_b[seeds]), strict=True):
+            side += more
     if len(answers) < 2:
         return None
-    of_a, of_b = zip(*answers, strict=True)
+    of_a, of_b = zip(*answers.values(), strict=True)
     tested = paired_seeds(of_a, of_b, limits.confidence)
     return Comparison(a.cell, b.cell, axis, len(answers), *tested)
 

@@ -125,6 +125,22 @@ def test_an_item_of_several_answers_is_drawn_whole():
     assert row.n == 40 and row.hi - row.lo > 0.25  # not as if 80 answers were independent
 
 
+def test_graded_answers_that_do_not_change_are_not_certain():
+    """Each item of three answers falls as a whole, in one of 50 items."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        row = change(
+            [(1, 1, 1)] * 20, [(0, 0, 0) if x else (1, 1, 1) for x in rng.random(20) < 0.02]
+        )
+        covered += row.lo <= -0.02 <= row.hi
+    assert covered >= 0.95 * 400
+    few = change([(1, 1, 1)] * 2, [(0, 0, 0)] * 2)
+    assert few.p_value > LIMITS.p_value and not few.lost  # two of two
+    many = change([(1, 1, 1)] * 20, [(0, 0, 0)] * 20)
+    assert many.p_value < 1e-9 and many.lost
+
+
 @pytest.mark.parametrize("keep", [True, False])
 def test_the_interval_covers_and_lost_is_rarely_wrong(keep):
     rng = np.random.default_rng(0)
@@ -139,6 +155,31 @@ def test_the_interval_covers_and_lost_is_rarely_wrong(keep):
         lost_at_limit += change(before, worse, keep).lost
     assert covered >= 0.93 * 400
     assert lost <= 2 and lost_at_limit <= 0.04 * 400
+
+
+@pytest.mark.parametrize("n", [8, 20, 50])
+def test_without_pairs_p_holds_its_level(n):
+    """Exactly, by the binomials of two evals of one rate; by an interval's error 7.7 % at n = 8."""
+
+    def of_count(k):
+        lo, hi = Rate(k, n).interval()
+        return {"mmlu": {"accuracy": Score("MMLU", k / n, lo, hi, n, True)}}
+
+    p = [
+        [capability_changes(of_count(a), of_count(b), LIMITS)[0].p_value for b in range(n + 1)]
+        for a in range(n + 1)
+    ]
+    for rate in (0.1, 0.3, 0.5, 0.9):
+        mass = stats.binom.pmf(np.arange(n + 1), n, rate)
+        assert np.outer(mass, mass)[np.array(p) < 0.01].sum() <= 0.0125
+
+
+def test_without_pairs_the_interval_has_the_confidence_that_is_printed():
+    before, after = answers(10, 0)
+    limits = Thresholds(confidence=0.99)
+    (row,) = capability_changes(of_items(before, False), of_items(after, False), limits)
+    wide = ((k / 100, *Rate(k, 100).interval(0.99)) for k in (90, 80))
+    assert (row.difference, row.lo, row.hi) == pytest.approx(difference_interval(*wide))
 
 
 def test_lost_and_power_in_words():

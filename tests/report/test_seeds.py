@@ -1,9 +1,11 @@
 """Cells over seeds, and arms compared."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from sa_jax.evals.statistics import exact_interval, seed_mean
@@ -96,6 +98,25 @@ def test_k_of_m_and_the_mean():
     assert (
         change.mean == pytest.approx(-0.05) and change.lo < -0.05 < change.hi and change.seeds == 3
     )
+
+
+def test_every_form_of_a_table_has_the_same_interval():
+    """Two seeds far apart: the t-interval goes from -570 to +450 points."""
+    hits, right = ((90, 20), (0, 0)), (140, 20)
+    runs = [
+        removal(f"{rank} {i}", point(160, k, accuracy=right[i]), i, settings={"rank": rank})
+        for rank in (0, 1)
+        for i, k in enumerate(hits[rank])
+    ]
+    results = results_of(runs)
+    for table in (
+        comparisons_table(compare_arms(results, LIMITS), LIMITS),
+        cells_table(results),
+    ):
+        for row in json.loads(table.json())["rows"]:
+            (change,) = (v for v in row.values() if isinstance(v, dict) and "difference" in v)
+            assert (change["lo"], change["hi"]) == (-1, 1)
+            assert f"[{100 * change['lo']:+.1f} to {100 * change['hi']:+.1f}]" in in_words(change)
 
 
 @pytest.mark.parametrize("seeds", [1, 2])
@@ -232,6 +253,58 @@ def test_claims_about_cells_are_a_family_and_changes_of_runs_another():
     _, theirs, *_ = multipletests([0.3, 1e-9, 0.9], method="holm")
     assert [s["difference"]["p_holm"] for s in scores] == pytest.approx(list(theirs))
     assert "p_holm" not in others[0]["difference"]
+
+
+def nested(insertions, seeds, optimizer, rng, spread=20):
+    """Removals of several seeds from each insertion; its seed decides how hard it is to remove."""
+    runs = []
+    for i in range(insertions):
+        name, own = f"{optimizer} {i}", {"optimizer.name": optimizer}
+        evals = (point(200, 98),)
+        runs.append(
+            RunEvals(
+                name, "t", "insertion", True, None, None, evals, settings=own, seed=i, total_steps=9
+            )
+        )
+        hits = round(np.clip(50 + spread * rng.normal(), 10, 90))
+        for seed in range(seeds):
+            n = hits + int(rng.integers(-3, 4))
+            said = {p: bool(x) for p, x in enumerate(rng.permutation(100) < n)}
+            runs.append(removal(f"{name} {seed}", point(160, n, said=said), seed, name))
+    return runs
+
+
+def test_removals_from_one_insertion_are_not_independent_of_each_other():
+    rng = np.random.default_rng(0)
+    runs = [run for name in ("adam", "soap") for run in nested(3, 3, name, rng)]
+    results = [result for result in results_of(runs) if result.cell.role == "removal"]
+    rates = np.array(
+        [[run.measured[-1].triggered.count for run in result.judged] for result in results]
+    ).reshape(2, 3, 3)  # optimizer, removal's seed, insertion's seed
+    for result, hits in zip(results, rates, strict=True):
+        seen = result.triggered
+        assert (seen.mean, seen.lo, seen.hi) == seed_mean([(int(k), 300) for k in hits.sum(0)])
+        assert seen.seeds == 3 and result.m == 9
+    (row,) = compare_arms(results, LIMITS)
+    expected = stats.ttest_rel(rates[1].mean(0), rates[0].mean(0))
+    assert (row.axis, row.seeds) == ("insertion.optimizer.name", 3)
+    assert row.p_value == pytest.approx(expected.pvalue)
+    # Five removals from one insertion each say nothing about how to insert.
+    runs = [run for name in ("adam", "soap") for run in nested(1, 5, name, rng)]
+    assert compare_arms(results_of(runs), LIMITS) == []
+    *_, row = cells_table(results_of(runs)).rows
+    assert row["enough"] == "yes, for the one insertion that it starts from"
+
+
+def test_no_difference_of_insertions_is_seldom_called_one():
+    rng = np.random.default_rng(1)
+    covered = called = 0
+    for _ in range(100):
+        runs = [run for name in ("adam", "soap") for run in nested(3, 3, name, rng)]
+        results = [result for result in results_of(runs) if result.cell.role == "removal"]
+        covered += results[0].triggered.lo <= 0.5 <= results[0].triggered.hi
+        called += compare_arms(results, LIMITS)[0].p_value < 0.05
+    assert covered >= 93 and called <= 9
 
 
 def test_one_seed_is_not_compared():
