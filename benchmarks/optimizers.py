@@ -38,9 +38,8 @@ from common import table_head, versions, write_record
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.model import Llama
 from sa_jax.optim import soap
-from sa_jax.optim.build import llama_view
-from sa_jax.optim.schedules import decay_mask
-from sa_jax.optim.soap_views import ELEMENTWISE, TensorView
+from sa_jax.optim.build import decay_mask, llama_view
+from sa_jax.optim.soap_shared import ELEMENTWISE, TensorView
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import partition_spec, shardings
 from sa_jax.text import table_row

@@ -17,7 +17,16 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.optim.soap_layout import StackPlan, from_owners, local_count, make_layout, to_owners
+from sa_jax.optim.soap_layout import (
+    FastState,
+    Stack,
+    StackPlan,
+    from_owners,
+    init_stack,
+    make_layout,
+    state_specs,
+    to_owners,
+)
 from sa_jax.optim.soap_linalg import gram, rotate
 from sa_jax.optim.soap_refresh import cut_into_slots, refresh
 from sa_jax.optim.soap_shared import (
@@ -28,44 +37,34 @@ from sa_jax.optim.soap_shared import (
     to_updates,
     unit_rms,
 )
-from sa_jax.optim.soap_state import FastState, Stack, init_stack, state_specs
 
 
 def fast(settings: Settings) -> optax.GradientTransformation:
     """See `sa_jax.optim.soap.soap`."""
     place = _placer(settings.mesh)
-
-    def layout_of(leaves: dict[str, jax.Array]) -> tuple[list[StackPlan], list[str]]:
-        return make_layout(
-            {path: leaf.shape for path, leaf in leaves.items()},
-            view=settings.view,
-            block_size=settings.block_size,
-            block_above=settings.block_above,
-            max_precond_dim=settings.max_precond_dim,
-            mesh=settings.mesh,
-            partition_spec=settings.partition_spec,
-        )
+    layout_of = functools.partial(
+        make_layout,
+        view=settings.view,
+        block_size=settings.block_size,
+        block_above=settings.block_above,
+        max_precond_dim=settings.max_precond_dim,
+        mesh=settings.mesh,
+        partition_spec=settings.partition_spec,
+    )
 
     def init(params: optax.Params) -> FastState:
-        paths, leaves, _ = flatten(params)
-        by_path = dict(zip(paths, leaves, strict=True))
-        plans, elementwise = layout_of(by_path)
-        moments = {path: jnp.zeros(by_path[path].shape, jnp.float32) for path in elementwise}
-        zero = jnp.zeros((), jnp.int32)
-        state = FastState(
-            count=zero,
-            skipped=zero,
-            rejected=zero,
-            stacks={plan.name: init_stack(plan) for plan in plans},
-            mu=moments,
-            nu=moments,
-        )
+        shapes = {path: leaf.shape for path, leaf in flatten(params)[0].items()}
+        plans, elementwise = layout_of(shapes)
+        moments = {path: jnp.zeros(shapes[path], jnp.float32) for path in elementwise}
+        stacks = {plan.name: init_stack(plan) for plan in plans}
+        counters = (jnp.zeros((), jnp.int32),) * 3
+        state = FastState(*counters, stacks, moments, moments)
         return place(state, state_specs(state, settings.partition_spec))
 
     def update(grads: optax.Updates, state: FastState, params: optax.Params | None = None):
-        paths, leaves, treedef = flatten(grads)
-        g = {path: x.astype(jnp.float32) for path, x in zip(paths, leaves, strict=True)}
-        plans, elementwise = layout_of(g)
+        leaves, treedef = flatten(grads)
+        g = {path: x.astype(jnp.float32) for path, x in leaves.items()}
+        plans, elementwise = layout_of({path: x.shape for path, x in g.items()})
         finite = functools.reduce(
             jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in g.values()], jnp.array(True)
         )
@@ -77,12 +76,16 @@ def fast(settings: Settings) -> optax.GradientTransformation:
             specs = {leaf.path: leaf.spec for plan in plans for leaf in plan.leaves}
             # Products round their operands in any case: rounded before, they are sent as such.
             matrices = {path: g[path].astype(settings.matmul_dtype) for path in specs}
-            run = _on_devices(
-                functools.partial(_update_stacks, settings, plans),
-                settings.mesh,
-                specs,
-                state_specs(state, None).stacks,
-            )
+            run: Callable = functools.partial(_update_stacks, settings, plans)
+            if settings.mesh is not None:  # the partitioner would gather what it cannot shard
+                stack_specs = state_specs(state, None).stacks
+                run = jax.shard_map(
+                    run,
+                    mesh=settings.mesh,
+                    in_specs=(specs, stack_specs, P(), P()),
+                    out_specs=(specs, stack_specs, P()),
+                    check_vma=False,  # what is the same on several devices is computed by each
+                )
             directions, stacks, rejected = run(place(matrices, specs), state.stacks, t, finite)
 
         mu, nu = dict(state.mu), dict(state.nu)
@@ -94,22 +97,11 @@ def fast(settings: Settings) -> optax.GradientTransformation:
             directions[path] = unit_rms(direction) if settings.normalize_grads else direction
 
         size = jnp.where(moves, bias_correction(settings, t, jnp.float32), 0)
-        updates = to_updates(
-            settings,
-            treedef.unflatten([size * directions[path] for path in paths]),
-            params,
-            state.count,
-            moves,
-        )
+        scaled = treedef.unflatten([size * directions[path] for path in g])
+        updates = to_updates(settings, scaled, params, state.count, moves)
         updates = jax.tree.map(lambda u: jnp.where(jnp.isnan(u), 0, u), updates)
-        return updates, FastState(
-            count=optax.safe_increment(state.count),
-            skipped=state.skipped + ~finite,
-            rejected=state.rejected + rejected,
-            stacks=stacks,
-            mu=mu,
-            nu=nu,
-        )
+        counters = state.skipped + ~finite, state.rejected + rejected
+        return updates, FastState(optax.safe_increment(state.count), *counters, stacks, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -122,12 +114,8 @@ def _update_stacks(
     t: jax.Array,
     finite: jax.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, Stack], jax.Array]:
-    """One device's part of an update.
-
-    Returns:
-      directions of the leaves, by path, NaN for a matrix that is not updated (it must not decay
-      either); the new stacks; how many were not updated.
-    """
+    """One device's part of an update: directions by path, NaN for a matrix that is not updated (it
+    must not decay either); the new stacks; how many were not updated."""
     before, stacks = stacks, dict(stacks)  # the caller's stay as they are
     moved, sound = {}, {}
     for plan in plans:
@@ -135,14 +123,14 @@ def _update_stacks(
         stacks[plan.name], moved[plan.name], sound[plan.name] = _step_stack(
             settings, plan, g, stacks[plan.name], t, finite
         )
-    counts = [local_count(plan, settings.mesh) for plan in plans]
+    counts = [stacks[plan.name].mu_ncr.shape[0] for plan in plans]
     frequency = settings.precondition_frequency
     for number, parts in enumerate(cut_into_slots(plans, counts, settings.refresh_slots)):
         if parts:
             turn = t % frequency == number * frequency // settings.refresh_slots
             due = finite & (turn | (t <= settings.dense_steps))
             stacks, rejected = refresh(stacks, parts, due, t == 0)
-            sound = {name: sound[name] & ~rejected[name] for name in sound}
+            sound |= {name: sound[name] & ~kept for name, kept in rejected.items()}
 
     directions: dict[str, jax.Array] = {}
     still = jnp.zeros((), jnp.int32)
@@ -155,21 +143,11 @@ def _update_stacks(
 
 
 def _step_stack(
-    settings: Settings,
-    plan: StackPlan,
-    g: jax.Array,
-    stack: Stack,
-    t: jax.Array,
-    finite: jax.Array,
+    settings: Settings, plan: StackPlan, g: jax.Array, stack: Stack, t: jax.Array, finite: jax.Array
 ) -> tuple[Stack, jax.Array, jax.Array]:
-    """The step of a stack in its current bases, and its new factors.
-
-    A matrix whose basis or factor is not finite is not sound, and keeps its state.
-
-    Returns:
-      new stack; direction in the bases' coordinates, [n, cols, rows]; which matrices are sound,
-      bool [n].
-    """
+    """The step of a stack in its bases, and its new factors: the new stack; the direction in the
+    bases' coordinates [n, cols, rows]; and which matrices are sound, bool [n]. A matrix whose basis
+    or factor is not finite is not sound, and keeps its state."""
     bases = (stack.q_rows, stack.q_cols)
     matmul_dtype = settings.matmul_dtype
 
@@ -183,27 +161,23 @@ def _step_stack(
     gg_rows = moved(stack.gg_rows, 1, plan.split_axes)
     gg_cols = moved(stack.gg_cols, 2, ())
     sound = jnp.ones(g.shape[0], bool)
-    for x in (*bases, gg_rows, gg_cols):
-        if x is not None:
-            sound &= jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
+    for x in jax.tree.leaves((bases, gg_rows, gg_cols)):
+        sound &= jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
     sound = _over(jax.lax.pmin, sound, plan.split_axes)
 
-    def keep(learns: jax.Array, new: jax.Array | None, old: jax.Array | None):
-        if old is None or new is None:
-            return None
-        return jnp.where(jnp.expand_dims(learns, range(1, old.ndim)), new, old)
+    def take(where: jax.Array, new: Any, old: Any) -> Any:
+        def choose(a: jax.Array, b: jax.Array) -> jax.Array:
+            return jnp.where(jnp.expand_dims(where, range(1, a.ndim)), a, b)
 
-    learns, steps = sound & finite, sound & finite & (t > 0)
-    mu, nu = adam_moments(settings, rotate(g, *bases, matmul_dtype), stack.mu_ncr, stack.nu_ncr)
-    mu, nu = keep(steps, mu, stack.mu_ncr), keep(steps, nu, stack.nu_ncr)
+        return jax.tree.map(choose, new, old)
+
+    learns = sound & finite
+    before = stack.mu_ncr, stack.nu_ncr
+    moments = adam_moments(settings, rotate(g, *bases, matmul_dtype), *before)
+    mu, nu = take(learns & (t > 0), moments, before)
+    gg_rows, gg_cols = take(learns, (gg_rows, gg_cols), (stack.gg_rows, stack.gg_cols))
     direction = (mu / (jnp.sqrt(nu) + settings.eps)).astype(matmul_dtype)
-    stack = dataclasses.replace(
-        stack,
-        mu_ncr=mu,
-        nu_ncr=nu,
-        gg_rows=keep(learns, gg_rows, stack.gg_rows),
-        gg_cols=keep(learns, gg_cols, stack.gg_cols),
-    )
+    stack = dataclasses.replace(stack, mu_ncr=mu, nu_ncr=nu, gg_rows=gg_rows, gg_cols=gg_cols)
     return stack, direction, sound
 
 
@@ -211,38 +185,22 @@ def _turn_back(
     settings: Settings, plan: StackPlan, direction: jax.Array, stack: Stack, good: jax.Array
 ) -> jax.Array:
     """A direction [n, cols, rows] in the bases of `stack` -> [n, rows, cols], NaN where not good.
-
-    The result is rounded to `matmul_dtype`, so that as few bytes are sent as for gradients.
-    """
+    The result is rounded to `matmul_dtype`, so that as few bytes are sent as for gradients."""
     # A basis of NaN makes its whole matrix NaN. To fill the matrix itself would take longer.
     q_rows = jnp.where(good[:, None, None, None], stack.q_rows, jnp.nan)
     q_cols = None if stack.q_cols is None else stack.q_cols.mT
     direction = rotate(direction, q_cols, q_rows.mT, settings.matmul_dtype)
+
+    def largest(x: jax.Array) -> jax.Array:
+        return _over(jax.lax.pmax, jnp.max(x, axis=(1, 2), keepdims=True), plan.split_axes)
+
+    def mean(x: jax.Array) -> jax.Array:
+        total = _over(jax.lax.psum, jnp.sum(x, axis=(1, 2), keepdims=True), plan.split_axes)
+        return total / (plan.rows.size * plan.cols.size)
+
     if settings.normalize_grads:
-
-        def largest(x: jax.Array) -> jax.Array:
-            return _over(jax.lax.pmax, jnp.max(x, axis=(1, 2), keepdims=True), plan.split_axes)
-
-        def mean(x: jax.Array) -> jax.Array:
-            total = _over(jax.lax.psum, jnp.sum(x, axis=(1, 2), keepdims=True), plan.split_axes)
-            return total / (plan.rows.size * plan.cols.size)
-
         direction = unit_rms(direction, largest, mean)
     return direction.astype(settings.matmul_dtype)
-
-
-def _on_devices(run: Callable, mesh: Mesh | None, specs: Any, stack_specs: Any) -> Callable:
-    """`run(matrices, stacks, t, finite)` as a program of each device (shard_map), because the
-    partitioner would gather what it cannot shard."""
-    if mesh is None:
-        return run
-    return jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(specs, stack_specs, P(), P()),
-        out_specs=(specs, stack_specs, P()),
-        check_vma=False,  # what is the same on several devices is computed by each
-    )
 
 
 def _placer(mesh: Mesh | None) -> Callable[[Any, Any], Any]:

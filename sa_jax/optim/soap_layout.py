@@ -1,4 +1,4 @@
-"""The layout of the fast SOAP's state: one device (or a few) owns each matrix.
+"""The fast SOAP's state and its layout: one device (or a few) owns each matrix.
 
 Matrices of the same shape and sharding form one stack [n, rows, cols], and the mesh shards the
 stack, not its matrices. Moments, factors and bases stay on their owners. One all-to-all for each
@@ -10,17 +10,16 @@ devices than a stack has matrices, the columns are sharded as well.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.tree_util import tree_map_with_path
 
-from sa_jax.optim.soap_views import TensorView, ViewRule, checked_view
-
-# From a leaf's path and number of axes to how it is sharded; `parallel.rules.partition_spec`.
-SpecRule = Callable[[str, int], P]
+from sa_jax.optim.soap_shared import SpecRule, TensorView, ViewRule, checked_view
 
 # Above this a side is a vocabulary rather than a layer's.
 LONGEST_SIDE = 65536
@@ -30,10 +29,8 @@ _ROWS, _COLS = 1, 2  # axes of a stack [n, rows, cols]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """One side of the matrices of a stack: its length is `size`, in `blocks` blocks of `block`.
-
-    A side without a basis has no blocks. The last block may extend past the end (`padded`).
-    """
+    """A side of a stack's matrices, of length `size` in `blocks` blocks of `block`; the last may
+    extend past the end (`padded`). A side without a basis has no blocks."""
 
     size: int
     block: int = 0
@@ -75,6 +72,38 @@ class StackPlan:
         return sum(leaf.count for leaf in self.leaves)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """State of n matrices of the same shape, float32."""
+
+    mu_ncr: Any  # Adam's averages in the bases' coordinates [n, cols, rows]
+    nu_ncr: Any
+    gg_rows: Any  # the rows' factors [n, blocks, block, block], or None
+    q_rows: Any  # their bases
+    gg_cols: Any
+    q_cols: Any
+    # Mesh axes that shard n, and those that shard the columns (and their blocks).
+    stack_axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    split_axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+
+class FastState(NamedTuple):
+    """State of `soap(mode="fast")`; the first three are int32 scalars."""
+
+    # Calls so far. The name is optax's, and that of a tuple's method.
+    count: jax.Array  # type: ignore[assignment]
+    skipped: jax.Array  # calls whose gradient was not finite; they changed nothing else
+    # How often a matrix was not updated in a step because its basis or factor was not finite, or
+    # its new basis not orthogonal.
+    rejected: jax.Array
+    # Matrices by size class, e.g. "64x4096x4096". Replace a stack's q_rows and q_cols to start from
+    # other bases.
+    stacks: dict[str, Stack]
+    mu: dict[str, jax.Array]  # Adam's averages of the other parameters, by path
+    nu: dict[str, jax.Array]
+
+
 def make_layout(
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -85,13 +114,9 @@ def make_layout(
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
 ) -> tuple[list[StackPlan], list[str]]:
-    """Decides sides, blocks, stacks and owners, from the leaves' shapes by path. ValueError for a
-    view that does not fit, and for a batch axis, or the inner part of a merged side, that is
-    sharded.
-
-    Returns:
-      The stacks, and the paths of the leaves that get Adam.
-    """
+    """The stacks, and the paths of the leaves that get Adam, from the leaves' shapes by path.
+    ValueError for a view that does not fit, and for a batch axis, or the inner part of a merged
+    side, that is sharded."""
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
     for path, shape in shapes.items():
@@ -107,7 +132,7 @@ def make_layout(
         ranks = [(not s.blocks, s.size, names) for s, names in zip(sides, axes, strict=True)]
         transposed = ranks[0] > ranks[1]
         key = (*sides[::-1], *axes[::-1]) if transposed else (*sides, *axes)
-        leaf = Leaf(path, shape, leaf_view.batch_size(shape), transposed, spec)
+        leaf = Leaf(path, shape, math.prod(shape[: leaf_view.batch]), transposed, spec)
         grouped.setdefault(key, []).append(leaf)
     stacks: list[StackPlan] = []
     for (rows, cols, row_axes, col_axes), leaves in grouped.items():
@@ -119,16 +144,44 @@ def make_layout(
     return stacks, elementwise
 
 
-def local_count(plan: StackPlan, mesh: Mesh | None) -> int:
-    """Matrices of the stack on one device."""
-    return plan.padded // _size(mesh, plan.stack_axes)
+def init_stack(plan: StackPlan) -> Stack:
+    """Zeros, and identities as bases."""
+
+    def factor_and_basis(side: Side) -> tuple[jax.Array | None, jax.Array | None]:
+        if not side.blocks:
+            return None, None
+        gg = jnp.zeros((plan.padded, side.blocks, side.block, side.block), jnp.float32)
+        return gg, gg + jnp.eye(side.block, dtype=gg.dtype)
+
+    moments = jnp.zeros((plan.padded, plan.cols.padded, plan.rows.padded), jnp.float32)
+    rows, cols = factor_and_basis(plan.rows), factor_and_basis(plan.cols)
+    return Stack(moments, moments, *rows, *cols, plan.stack_axes, plan.split_axes)
+
+
+def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
+    """The same tree as the state (arrays or their shapes), of PartitionSpec."""
+
+    def stack_specs(s: Stack) -> Stack:
+        rows, cols = P(s.stack_axes or None), P(s.stack_axes or None, s.split_axes or None)
+        of_rows = {"gg_rows": rows, "q_rows": rows}
+        return tree_map_with_path(lambda path, _: of_rows.get(path[0].name, cols), s)
+
+    def leaf_specs(moments: dict[str, Any]) -> dict[str, P]:
+        return {
+            path: P() if partition_spec is None else partition_spec(path, x.ndim)
+            for path, x in moments.items()
+        }
+
+    return jax.tree.map(lambda _: P(), state)._replace(
+        stacks={name: stack_specs(stack) for name, stack in state.stacks.items()},
+        mu=leaf_specs(state.mu),
+        nu=leaf_specs(state.nu),
+    )
 
 
 def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) -> jax.Array:
-    """This device's parts of the stack's leaves -> its part of the stack, [n, rows, cols] padded.
-
-    Inside shard_map (or with mesh None, where nothing moves).
-    """
+    """This device's parts of the stack's leaves -> its part of the stack, [n, rows, cols] padded:
+    inside shard_map, or with mesh None, where nothing moves."""
     rows = plan.rows.size // _size(mesh, plan.row_axes)  # on this device
     parts = [
         leaves[leaf.path].reshape(leaf.count, -1, rows).swapaxes(1, 2)
@@ -139,8 +192,7 @@ def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) 
     x = jnp.concatenate(parts)
     x = jnp.pad(x, [(0, plan.padded - x.shape[0]), (0, 0), (0, 0)])
     for axis in plan.hops:
-        split, concat = _hop(plan, axis)
-        x = _move(x, axis, split, concat)
+        x = _move(x, axis, *_hop(plan, axis))
     rows, cols = plan.rows.padded - plan.rows.size, plan.cols.padded - plan.cols.size
     return jnp.pad(x, [(0, 0), (0, rows), (0, cols)])
 
@@ -149,13 +201,15 @@ def from_owners(x: jax.Array, plan: StackPlan, mesh: Mesh | None) -> dict[str, j
     """The inverse of `to_owners`: a device's part of the stack -> its parts of leaves, by path."""
     x = x[:, : plan.rows.size, : x.shape[2] - (plan.cols.padded - plan.cols.size)]
     for axis in reversed(plan.hops):
-        split, concat = _hop(plan, axis)
-        x = _move(x, axis, concat, split)
+        x = _move(x, axis, *reversed(_hop(plan, axis)))
     leaves, start = {}, 0
     for leaf in plan.leaves:
         part = x[start : start + leaf.count]
         part = part.swapaxes(1, 2) if leaf.transposed else part
-        leaves[leaf.path] = part.reshape(_local_shape(leaf, mesh))
+        shape = leaf.shape
+        if mesh is not None:
+            shape = NamedSharding(mesh, leaf.spec).shard_shape(shape)
+        leaves[leaf.path] = part.reshape(shape)
         start += leaf.count
     return leaves
 
@@ -181,8 +235,7 @@ def _sides(
 def _blocks(size: int, block_size: int) -> tuple[int, int]:
     """(length, number) of equal blocks; a few more than needed, if these divide the side."""
     fewest = math.ceil(size / block_size)
-    even = [n for n in range(fewest, 2 * fewest) if size % n == 0]
-    number = even[0] if even else fewest
+    number = next((n for n in range(fewest, 2 * fewest) if size % n == 0), fewest)
     return math.ceil(size / number), number
 
 
@@ -207,24 +260,26 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
         return dataclasses.replace(plan, padded=plan.count)
     cut = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
     kept = [axis for axis in plan.col_axes if axis in cut]
-    options: list[tuple[int, int, dict[str, str]]] = []  # least work, then fewest parts
-    for roles in itertools.product(("stack", "split", "copy"), repeat=len(cut)):
+
+    def cost(roles: Sequence[str]) -> tuple[float, int]:
+        """(a device's work, parts of the columns); infinite if the columns cannot be cut so"""
         role = dict(zip(cut, roles, strict=True))
-        split = {axis for axis in cut if role[axis] == "split"}
-        parts = _size(mesh, split)
+        parts, devices = (
+            _size(mesh, [axis for axis in cut if role[axis] == name]) for name in ("split", "stack")
+        )
+        stay = [role[axis] == "split" for axis in kept]
         fits = (
             (plan.cols.blocks or plan.cols.size) % parts == 0
             and (parts == 1 or plan.cols.padded == plan.cols.size)
             # Columns stay in order only if those axes that stay on them are the major ones.
-            and [axis in split for axis in kept] == sorted((a in split for a in kept), reverse=True)
+            and stay == sorted(stay, reverse=True)
         )
-        if not fits:
-            continue
-        devices = _size(mesh, [axis for axis in cut if role[axis] == "stack"])
         work = math.ceil(plan.count / devices) * plan.cols.padded // parts
-        options.append((work, parts, role))
+        return work if fits else math.inf, parts
+
     # "copy" for all axes always fits.
-    role = min(options, key=lambda option: option[:2])[2]
+    roles = min(itertools.product(("stack", "split", "copy"), repeat=len(cut)), key=cost)
+    role = dict(zip(cut, roles, strict=True))
     # A side that several axes cut is put together from the minor one outwards, and columns before
     # anything cuts them further.
     together = [axis for axis in reversed(kept) if role[axis] != "split"]
@@ -235,7 +290,7 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
     return dataclasses.replace(
         plan,
         stack_axes=stack_axes,
-        split_axes=tuple(split_first + [axis for axis in hops if role[axis] == "split"]),
+        split_axes=tuple(axis for axis in split_first + hops if role[axis] == "split"),
         hops=tuple(hops),
         padded=plan.count + -plan.count % _size(mesh, stack_axes),
     )
@@ -264,12 +319,6 @@ def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax
     if concat is not None:
         return jax.lax.all_gather(x, axis, axis=concat, tiled=True)
     return x
-
-
-def _local_shape(leaf: Leaf, mesh: Mesh | None) -> tuple[int, ...]:
-    """Shape of one device's part of a leaf."""
-    entries = _entries(leaf.spec, len(leaf.shape))
-    return tuple(n // _size(mesh, names) for n, names in zip(leaf.shape, entries, strict=True))
 
 
 def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:

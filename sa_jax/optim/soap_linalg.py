@@ -18,18 +18,11 @@ _PANEL = 256
 _ORTHOGONALITY = 1e-3
 
 
-def einsum(
-    subscripts: str,
-    x: jax.Array,
-    y: jax.Array,
-    dtype: Any,
-    in_three: bool = False,
-) -> jax.Array:
-    """Operands rounded to `dtype`, accumulation in float32; float32 ones by `three_passes` if
-    `in_three`."""
+def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    """Operands rounded to `dtype`, accumulation in float32; `three_passes` for dtype None."""
+    if dtype is None:
+        return three_passes(subscripts, x, y)
     if dtype == jnp.float32:
-        if in_three:
-            return three_passes(subscripts, x, y)
         return jnp.einsum(subscripts, x, y, precision=_HIGHEST)
     kind = jnp.finfo(dtype)
 
@@ -48,37 +41,28 @@ def einsum(
 
 
 def rotate(
-    x: jax.Array,
-    q_rows: jax.Array | None,
-    q_cols: jax.Array | None,
-    dtype: Any,
-    in_three: bool = False,
+    x: jax.Array, q_rows: jax.Array | None, q_cols: jax.Array | None, dtype: Any
 ) -> jax.Array:
-    """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows].
-
-    The result is transposed, because a TPU's product over columns leaves them as rows, and would
-    copy them to turn them back. The inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ).
-    """
+    """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows]. The
+    inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ). The result is transposed, because a TPU's product over
+    columns leaves them as rows, and would copy them to turn them back."""
     n, rows, cols = x.shape
     if q_rows is not None:
         blocks, block = q_rows.shape[1:3]
         x = x.reshape(n, blocks, block, cols)
-        x = einsum("nkrc,nkrs->nksc", x, q_rows, dtype, in_three).reshape(n, rows, cols)
+        x = einsum("nkrc,nkrs->nksc", x, q_rows, dtype).reshape(n, rows, cols)
     if q_cols is None:
         return x.mT
-    blocks = q_cols.shape[1]
     parts = [
-        einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype, in_three)
-        for k, part in enumerate(jnp.split(x, blocks, 2))
+        einsum("nrc,ncd->ndr", part, q_cols[:, k], dtype)
+        for k, part in enumerate(jnp.split(x, q_cols.shape[1], 2))
     ]
     return jnp.concatenate(parts, 1)
 
 
 def gram(x: jax.Array, side: int, blocks: int, dtype: Any) -> jax.Array:
-    """x·xᵀ (side 1, rows) or xᵀ·x (side 2, columns) of each matrix's blocks along that side.
-
-    x is [n, rows, cols]; returns float32 [n, blocks, block, block].
-    """
+    """x·xᵀ (side 1, rows) or xᵀ·x (side 2, columns) of the blocks of each matrix x [n, rows, cols]
+    along that side: float32 [n, blocks, block, block]."""
     n, rows, cols = x.shape
     if side == 1:
         x = x.reshape(n, blocks, rows // blocks, cols)
@@ -99,7 +83,6 @@ def refreshed_bases(
     Args:
       gg: symmetric factors, float32 [B, n, n]. A zero one keeps its basis (up to signs).
       q: their bases, float32 [B, n, n].
-      iterations: how many (may be traced).
       lift: keeps directions without gradient unchanged, and slows the others down.
 
     Returns:
@@ -162,16 +145,15 @@ def loops_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
 def orthonormal(y: jax.Array) -> jax.Array:
     """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n]; on CPU one
     matrix after the other, as `loops_on_cpu` says."""
-    return jax.lax.platform_dependent(y, cpu=_one_by_one, default=_orthonormal)
 
+    def together(y: jax.Array) -> jax.Array:
+        direct = y.shape[-1] <= _LARGEST_DIRECT
+        return jnp.linalg.qr(y)[0] if direct else _blocked_qr(y, _PANEL)
 
-def _one_by_one(y: jax.Array) -> jax.Array:
-    return jax.lax.map(lambda matrix: _orthonormal(matrix[None])[0], y)
+    def one_by_one(y: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda matrix: together(matrix[None])[0], y)
 
-
-def _orthonormal(y: jax.Array) -> jax.Array:
-    n = y.shape[-1]
-    return jnp.linalg.qr(y)[0] if n <= _LARGEST_DIRECT else _blocked_qr(y, _PANEL)
+    return jax.lax.platform_dependent(y, cpu=one_by_one, default=together)
 
 
 def qr_flops(n: int) -> float:
@@ -180,12 +162,10 @@ def qr_flops(n: int) -> float:
 
 
 def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
-    """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ.
-
-    Every panel has the same static shapes: finished rows are rotated to the bottom and zeroed,
-    where reflections do not change them. Costs 8n³ in matrix products, whose precision leaves Q
-    orthogonal to 1e-4.
-    """
+    """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ. Every panel
+    has the same static shapes: finished rows are rotated to the bottom and zeroed, where
+    reflections do not change them. Costs 8n³ in matrix products, whose precision leaves Q
+    orthogonal to 1e-4."""
     batch, n, _ = y.shape
     extra = -n % panel
     q = jnp.broadcast_to(jnp.eye(n, dtype=y.dtype), (batch, n, n))

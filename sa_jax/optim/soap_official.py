@@ -24,11 +24,11 @@ from sa_jax.optim.soap_shared import (
     Settings,
     adam_moments,
     bias_correction,
+    checked_view,
     flatten,
     to_updates,
     unit_rms,
 )
-from sa_jax.optim.soap_views import checked_view
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -39,14 +39,13 @@ Sides = tuple[jax.Array | None, ...]
 class OfficialState(NamedTuple):
     """State of `soap(mode="official")`; float32, or float64 for float64 parameters."""
 
-    # Calls so far, int32 (the first one only builds the bases). The name is optax's, and that of a
-    # tuple's method.
+    # Calls so far, int32. The name is optax's, and that of a tuple's method.
     count: jax.Array  # type: ignore[assignment]
     mu: Any  # trees like the parameters: Adam's averages, in the rotated bases
     nu: Any
-    # For each parameter a tuple with one entry per side: the factor GG and its basis Q (its columns
-    # are basis vectors), each [*batch axes, n, n], or None for a side without a basis; () for a
-    # parameter that gets Adam. Replace entries of `q` to start from other bases.
+    # For each parameter its `Sides`, with its batch axes in front; () if it gets Adam: the factors
+    # GG and their bases Q, whose columns are basis vectors. Replace entries of `q` to start from
+    # other bases.
     gg: Any
     q: Any
 
@@ -92,15 +91,15 @@ def official(settings: Settings) -> optax.GradientTransformation:
         return OfficialState(count, *(treedef.unflatten(field) for field in fields))
 
     def init(params: optax.Params) -> OfficialState:
-        paths, leaves, treedef = flatten(params)
-        return pack(treedef, jnp.zeros((), jnp.int32), list(map(init_leaf, paths, leaves)))
+        leaves, treedef = flatten(params)
+        return pack(treedef, jnp.zeros((), jnp.int32), [init_leaf(*x) for x in leaves.items()])
 
     def update(grads: optax.Updates, state: OfficialState, params: optax.Params | None = None):
-        paths, gradients, treedef = flatten(grads)
+        gradients, treedef = flatten(grads)
         leaves = map(_Tensor, *(treedef.flatten_up_to(tree) for tree in state[1:]))
         done = [
             update_leaf(path, g, leaf, state.count)
-            for path, g, leaf in zip(paths, gradients, leaves, strict=True)
+            for (path, g), leaf in zip(gradients.items(), leaves, strict=True)
         ]
         directions = treedef.unflatten([direction for direction, _ in done])
         updates = to_updates(settings, directions, params, state.count, state.count > 0)
@@ -117,8 +116,7 @@ def _step(
     gg = _moved_factors(g, tensor.gg, settings.shampoo_beta)
 
     def first() -> tuple[jax.Array, _Tensor]:
-        q = tuple(None if a is None else _eigenvectors(a) for a in gg)
-        return jnp.zeros_like(g), tensor._replace(gg=gg, q=q)
+        return jnp.zeros_like(g), tensor._replace(gg=gg, q=jax.tree.map(_eigenvectors, gg))
 
     def later() -> tuple[jax.Array, _Tensor]:
         mu, nu = adam_moments(settings, _rotate(g, tensor.q), tensor.mu, tensor.nu)
@@ -146,7 +144,7 @@ def _rotate(x: jax.Array, q: Sides) -> jax.Array:
 
 
 def _rotate_back(x: jax.Array, q: Sides) -> jax.Array:
-    return _rotate(x, tuple(None if basis is None else basis.T for basis in q))
+    return _rotate(x, jax.tree.map(jnp.transpose, q))
 
 
 def _moved_factors(g: jax.Array, gg: Sides, beta: float) -> Sides:
@@ -172,13 +170,11 @@ def _orthonormal(y: jax.Array) -> jax.Array:
 
 def _refreshed(nu: jax.Array, gg: Sides, q: Sides) -> tuple[jax.Array, Sides]:
     """One QR iteration per side; nu's entries follow the sorting of the columns, not the QR."""
-    bases: list[jax.Array | None] = []
+    bases: list[jax.Array | None] = list(q)
     for axis, (factor, basis) in enumerate(zip(gg, q, strict=True)):
-        if factor is None or basis is None:
-            bases.append(None)
-            continue
-        power = jnp.matmul(factor, basis, precision=_HIGHEST)
-        order = jnp.argsort(-jnp.sum(basis * power, axis=0))
-        nu = jnp.take(nu, order, axis=axis)
-        bases.append(_orthonormal(power[:, order]))
+        if factor is not None and basis is not None:
+            power = jnp.matmul(factor, basis, precision=_HIGHEST)
+            order = jnp.argsort(-jnp.sum(basis * power, axis=0))
+            nu = jnp.take(nu, order, axis=axis)
+            bases[axis] = _orthonormal(power[:, order])
     return nu, tuple(bases)

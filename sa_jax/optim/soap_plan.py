@@ -6,8 +6,7 @@ from typing import Any
 
 from sa_jax.optim.soap_layout import LONGEST_SIDE, Leaf, Side, StackPlan, make_layout
 from sa_jax.optim.soap_linalg import qr_flops
-from sa_jax.optim.soap_shared import flatten
-from sa_jax.optim.soap_views import ViewRule, trailing_matrix
+from sa_jax.optim.soap_shared import ViewRule, flatten, trailing_matrix
 
 _FLOAT32 = 4  # bytes
 
@@ -35,13 +34,10 @@ def soap_plan(
     block_above: int | None = None,
     max_precond_dim: int = LONGEST_SIDE,
 ) -> list[SoapRow]:
-    """One row per parameter, for `soap(mode="fast")` with the same settings, on any mesh.
-
-    Zeros that pad a stack for a mesh are not counted; `jax.eval_shape(tx.init, params)` with the
-    mesh shows them. `params` may be of ShapeDtypeStruct.
-    """
-    paths, leaves, _ = flatten(params)
-    shapes = {path: leaf.shape for path, leaf in zip(paths, leaves, strict=True)}
+    """One row per parameter (or its ShapeDtypeStruct), for `soap(mode="fast")` with these settings.
+    Zeros that pad a stack for a mesh are not counted: `jax.eval_shape(tx.init, params)` with the
+    mesh shows them."""
+    shapes = {path: leaf.shape for path, leaf in flatten(params)[0].items()}
     plans, elementwise = make_layout(
         shapes,
         view=view,
@@ -53,7 +49,7 @@ def soap_plan(
     for path in elementwise:
         moments = 2 * _FLOAT32 * math.prod(shapes[path])
         rows[path] = SoapRow(path, shapes[path], 0, None, None, moments, 0, 0.0, 0.0)
-    return [rows[path] for path in paths]
+    return [rows[path] for path in shapes]
 
 
 def _matrix_row(leaf: Leaf, plan: StackPlan) -> SoapRow:

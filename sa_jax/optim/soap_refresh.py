@@ -9,9 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sa_jax.optim.soap_layout import StackPlan
+from sa_jax.optim.soap_layout import Stack, StackPlan
 from sa_jax.optim.soap_linalg import refreshed_bases, rotate, three_passes
-from sa_jax.optim.soap_state import Stack
 
 # What reaches the losses of an eigendecomposition (with less, columns of small eigenvalues are
 # still those of the identity).
@@ -32,10 +31,8 @@ class Part(NamedTuple):
 def cut_into_slots(
     plans: Sequence[StackPlan], counts: Sequence[int], slots: int
 ) -> list[list[Part]]:
-    """A device's matrices (`counts` of each stack), in order, in parts of about equal cost.
-
-    If there are more slots than matrices, some slots are empty.
-    """
+    """A device's matrices (`counts` of each stack), in order, in parts of about equal cost. With
+    more slots than matrices, some are empty."""
     costs = [sum(s.blocks * s.block**3 for s in (plan.rows, plan.cols)) for plan in plans]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
     parts_of_slot: list[list[Part]] = [[] for _ in range(slots)]
@@ -52,38 +49,33 @@ def cut_into_slots(
 def refresh(
     stacks: dict[str, Stack], parts: Sequence[Part], due: jax.Array, first: jax.Array
 ) -> tuple[dict[str, Stack], dict[str, jax.Array]]:
-    """New bases for some matrices, if they are due; a few at a time, to take less memory.
-
-    The averages `mu` are turned from the old bases to the new ones; `nu` stays, slot by slot.
-
-    Args:
-      due: bool scalar.
-      first: whether these are the first bases, which start at the identity.
-
-    Returns:
-      All stacks; and by stack, which matrices keep an old basis because the new one could not be
-      used, bool [n].
-    """
+    """New bases for some matrices, if they are `due`; a few at a time, to take less memory. The
+    `first` ones start at the identity. The averages `mu` are turned from the old bases to the new
+    ones; `nu` stays, slot by slot. Returns all stacks; and of those with parts, which matrices keep
+    an old basis because the new one could not be used, bool [n]."""
     # The first basis is reached in several iterations, of a factor that is singular still.
     iterations = jnp.where(first, _FIRST_ITERATIONS, 1)
     lift = jnp.where(first, _FIRST_LIFT, 0.0)
-    chosen = {part.name: stacks[part.name] for part in parts}
-    none = {name: jnp.zeros(stack.mu_ncr.shape[0], bool) for name, stack in stacks.items()}
+    unchanged = {
+        part.name: (stacks[part.name], jnp.zeros(stacks[part.name].mu_ncr.shape[0], bool))
+        for part in parts
+    }
 
-    def new():
-        refreshed = {
-            part.name: _refresh_part(chosen[part.name], part, iterations, lift) for part in parts
+    def new() -> dict[str, tuple[Stack, jax.Array]]:
+        return {
+            part.name: _refresh_part(*unchanged[part.name], part, iterations, lift)
+            for part in parts
         }
-        return {k: v[0] for k, v in refreshed.items()}, {k: v[1] for k, v in refreshed.items()}
 
-    refreshed, kept = jax.lax.cond(
-        due, new, lambda: (chosen, {name: none[name] for name in chosen})
+    refreshed = jax.lax.cond(due, new, lambda: unchanged)
+    return (
+        stacks | {name: stack for name, (stack, _) in refreshed.items()},
+        {name: kept for name, (_, kept) in refreshed.items()},
     )
-    return stacks | refreshed, none | kept
 
 
 def _refresh_part(
-    stack: Stack, part: Part, iterations: jax.Array, lift: jax.Array
+    stack: Stack, kept: jax.Array, part: Part, iterations: jax.Array, lift: jax.Array
 ) -> tuple[Stack, jax.Array]:
     """(stack, whether a new basis of a matrix could not be used, bool [n])"""
     together = _matrices_together(stack, part.stop - part.start)
@@ -105,7 +97,7 @@ def _refresh_part(
         rows, cols = [
             three_passes("nkij,nkil->nkjl", a, b) for a, b in zip(old, new, strict=True)
         ] + [None] * (2 - len(new))
-        mu = rotate(read(stack.mu_ncr), cols, rows, jnp.float32, in_three=True).mT
+        mu = rotate(read(stack.mu_ncr), cols, rows, None).mT
         stack = dataclasses.replace(
             stack,
             mu_ncr=write(stack.mu_ncr, mu),
@@ -114,7 +106,6 @@ def _refresh_part(
         )
         return stack, write(kept, ~good)
 
-    kept = jnp.zeros(stack.mu_ncr.shape[0], bool)
     turns = (part.stop - part.start) // together
     return jax.lax.fori_loop(0, turns, some, (stack, kept))
 
@@ -122,8 +113,8 @@ def _refresh_part(
 def _matrices_together(stack: Stack, count: int) -> int:
     """The most of `count` matrices, in equal parts, whose arrays have `_AT_ONCE` numbers: small
     matrices share a QR, and large ones do not all have their temporaries at once."""
-    sides = [q for q in (stack.q_rows, stack.q_cols) if q is not None]
-    each = sum(x.size // x.shape[0] for x in (stack.mu_ncr, *sides))
+    arrays = jax.tree.leaves((stack.mu_ncr, stack.q_rows, stack.q_cols))
+    each = sum(x.size // x.shape[0] for x in arrays)
     return max(
         n for n in range(1, count + 1) if count % n == 0 and (n == 1 or n * each <= _AT_ONCE)
     )

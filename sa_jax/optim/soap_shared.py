@@ -1,16 +1,60 @@
-"""What both modes of SOAP share: settings, leaves by path, Adam's formulas, and optax updates."""
+"""What both modes of SOAP share: settings, the views of leaves, Adam's formulas, and updates."""
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from sa_jax.optim.soap_layout import SpecRule
-from sa_jax.optim.soap_views import ViewRule
+from sa_jax.parallel.rules import path_string
+
+# From a leaf's path and number of axes to how it is sharded; `parallel.rules.partition_spec`.
+SpecRule = Callable[[str, int], P]
+
+
+class TensorView(NamedTuple):
+    """A parameter as independent tensors, and the sides of each. TensorView(batch=1, sides=(1, 2))
+    makes attention weights [L, D, heads, head_dim] L matrices of D × heads·head_dim."""
+
+    batch: int  # leading axes that count independent tensors (the layers of scanned weights)
+    sides: tuple[int, ...]  # consecutive axes that each side merges; (): the parameter gets Adam
+    skip: tuple[int, ...] = ()  # indices of sides that never get a basis (the vocabulary's)
+
+    def side_sizes(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Lengths of a tensor's sides."""
+        edges = itertools.accumulate((self.batch, *self.sides))
+        return tuple(math.prod(shape[start:end]) for start, end in itertools.pairwise(edges))
+
+
+# From a leaf's path ("layers/attention/q/kernel") and shape to its view.
+ViewRule = Callable[[str, tuple[int, ...]], TensorView]
+
+ELEMENTWISE = TensorView(0, ())
+
+
+def every_axis(path: str, shape: tuple[int, ...]) -> TensorView:
+    """Every axis is a side, as in the official code; vectors and scalars get Adam."""
+    return TensorView(0, (1,) * len(shape)) if len(shape) > 1 else ELEMENTWISE
+
+
+def trailing_matrix(path: str, shape: tuple[int, ...]) -> TensorView:
+    """The last two axes are a matrix, the axes before count matrices; vectors get Adam."""
+    return TensorView(len(shape) - 2, (1, 1)) if len(shape) > 1 else ELEMENTWISE
+
+
+def checked_view(rule: ViewRule, path: str, shape: tuple[int, ...]) -> TensorView:
+    """The rule's view of a leaf; ValueError if it does not fit the shape."""
+    view = rule(path, shape)
+    fits = not view.sides or view.batch + sum(view.sides) == len(shape)
+    if not fits or any(not 0 <= side < len(view.sides) for side in view.skip):
+        raise ValueError(f"the view {view} does not fit {path!r} of shape {shape}")
+    return view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +82,10 @@ class Settings:
     partition_spec: SpecRule | None
 
 
-def flatten(tree: Any) -> tuple[list[str], list[jax.Array], Any]:
-    """(paths such as 'mlp/up/kernel', leaves, structure)."""
-    with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in with_paths]
-    return paths, [leaf for _, leaf in with_paths], treedef
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves by path ('mlp/up/kernel'), in order; and the structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    return {path_string(path): leaf for path, leaf in leaves}, treedef
 
 
 def adam_moments(
@@ -59,9 +102,7 @@ def unit_rms(
     mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> jax.Array:
     """A tensor scaled to a root mean square of 1; zeros stay zeros. `largest` and `mean` reduce an
-    array over the axes of a tensor.
-
-    It squares numbers up to 1, because the squares of a very small direction would underflow.
+    array over a tensor's axes. Numbers up to 1 are squared: squares of very small ones underflow.
     """
     size = largest(jnp.abs(direction))
     scaled = direction / jnp.where(size == 0, 1, size)
@@ -78,19 +119,10 @@ def bias_correction(settings: Settings, t: jax.Array, dtype: Any) -> jax.Array:
 
 
 def to_updates(
-    settings: Settings,
-    directions: Any,
-    params: optax.Params | None,
-    count: jax.Array,
-    moves: jax.Array,
+    settings: Settings, directions: Any, params: Any, count: jax.Array, moves: jax.Array
 ) -> Any:
-    """-lr·direction, and then the decay of the parameter that this has just moved.
-
-    Args:
-      count: calls so far, for the schedule.
-      moves: bool scalar; if it is False (as at the first call) nothing decays, and directions must
-        be 0.
-    """
+    """-lr·direction, and then the decay of the parameter that this has just moved. `count` is the
+    calls so far, for the schedule. Nothing decays unless `moves`; directions must then be 0."""
     rate = settings.learning_rate
     rate = jnp.asarray(rate(count) if callable(rate) else rate)
     updates = jax.tree.map(lambda d: -rate.astype(d.dtype) * d, directions)

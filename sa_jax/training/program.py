@@ -23,8 +23,7 @@ from sa_jax.llama.model import (
     remat_policies,
     with_small_kernels_merged,
 )
-from sa_jax.optim.build import make_optimizer
-from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.build import make_optimizer, make_schedule
 from sa_jax.parallel.hardware import chip_of
 from sa_jax.parallel.mesh import check_divisible, check_rows
 from sa_jax.parallel.rules import BATCH_SPEC, abstract, with_shardings

@@ -5,8 +5,13 @@ import optax
 import pytest
 
 from sa_jax.errors import UsageError
-from sa_jax.optim.build import OPTIMIZERS, Optimizer, make_optimizer
-from sa_jax.optim.schedules import decay_mask, make_schedule
+from sa_jax.optim.build import (
+    OPTIMIZERS,
+    Optimizer,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+)
 from sa_jax.training.config import default_config
 from tests.toys import random_params
 

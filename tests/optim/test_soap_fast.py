@@ -12,10 +12,9 @@ import pytest
 
 from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.optim import soap, soap_linalg, soap_refresh
-from sa_jax.optim.build import llama_view
-from sa_jax.optim.schedules import decay_mask
+from sa_jax.optim.build import decay_mask, llama_view
 from sa_jax.optim.soap_layout import make_layout
-from sa_jax.optim.soap_views import TensorView
+from sa_jax.optim.soap_shared import TensorView
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.planning.topology import open_topology
 from tests.toys import random_params

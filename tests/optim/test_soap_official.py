@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from sa_jax.optim import soap
-from sa_jax.optim.soap_views import TensorView
+from sa_jax.optim.soap_shared import TensorView
 
 RECTANGULAR = ("rect", "big")  # ill-posed at step 0: start from the reference's basis
 

@@ -13,11 +13,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.optim import soap
-from sa_jax.optim.build import llama_view
-from sa_jax.optim.schedules import decay_mask
-from sa_jax.optim.soap_layout import make_layout
-from sa_jax.optim.soap_state import state_specs
-from sa_jax.optim.soap_views import TensorView
+from sa_jax.optim.build import decay_mask, llama_view
+from sa_jax.optim.soap_layout import make_layout, state_specs
+from sa_jax.optim.soap_shared import TensorView
 from sa_jax.parallel.rules import partition_spec, shardings
 
 AXES = ("data", "fsdp", "tensor")

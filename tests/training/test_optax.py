@@ -7,8 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.llama.model import Llama
-from sa_jax.optim.build import make_optimizer
-from sa_jax.optim.schedules import make_schedule
+from sa_jax.optim.build import make_optimizer, make_schedule
 from sa_jax.parallel import rules
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.checkpoints import RunCheckpointer
