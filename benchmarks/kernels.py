@@ -11,10 +11,9 @@ import numpy as np
 from sa_jax.errors import UsageError, UserError
 from sa_jax.llama.attention import attention, choose_attention
 from sa_jax.llama.cache import CACHE_BLOCK
-from sa_jax.llama.cudnn import capability, offsets_are_right
 from sa_jax.llama.decode_kernel import kernel_takes
+from sa_jax.llama.kernels import capability, check_tokamax, offsets_are_right
 from sa_jax.llama.self_test import TOLERANCE, check_attention, compile_decode_check
-from sa_jax.llama.tokamax_kernel import check_tokamax
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.text import first_line
 

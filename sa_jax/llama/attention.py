@@ -9,29 +9,30 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from sa_jax.errors import UsageError
-from sa_jax.llama import cudnn
+from sa_jax.llama import kernels
 from sa_jax.llama.blockwise import (
     MASKED_SCORE,
+    Softmax,
+    add_keys,
     blockwise_attention,
     by_group,
     by_token,
     float32_product,
+    masked,
+    unrolled_attention,
 )
 from sa_jax.llama.cache import KVCache
 from sa_jax.llama.decode_kernel import attend_to_past, merge_softmaxes
-from sa_jax.llama.splash import splash_attention
-from sa_jax.llama.tokamax_kernel import check_tokamax, tokamax_attention
-from sa_jax.llama.unrolled import unrolled_attention
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC
 
 # Each takes (q, k, v, segment_ids, device) for the rows and heads of that device.
 _ON_DEVICE = {
     "blockwise": lambda *arrays, device: blockwise_attention(*arrays),
-    "splash": splash_attention,
-    "cudnn": cudnn.cudnn_attention,
-    "cudnn_packed": cudnn.cudnn_packed_attention,
-    "tokamax": tokamax_attention,
+    "splash": kernels.splash_attention,
+    "cudnn": kernels.cudnn_attention,
+    "cudnn_packed": kernels.cudnn_packed_attention,
+    "tokamax": kernels.tokamax_attention,
 }
 IMPLEMENTATIONS = ("reference", "unrolled", *_ON_DEVICE)
 
@@ -54,31 +55,26 @@ class Choice(NamedTuple):
 
 
 def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: str) -> Choice:
-    """The implementation for `config.attention`; 'auto' is the fastest one on the platform.
-
-    `platform` is 'cpu', 'gpu' or 'tpu'; `sequence_length` counts the tokens of a row.
-
-    Raises:
-      UsageError: an unknown name, or an implementation that cannot run this.
-    """
-    if name not in ("auto", *IMPLEMENTATIONS):
-        known = ", ".join(("auto", *IMPLEMENTATIONS))
-        raise UsageError(f"config.attention={name!r} is unknown; use {known}")
+    """The implementation for `config.attention`; 'auto' is the fastest one on the platform ('cpu',
+    'gpu' or 'tpu'). UsageError for an unknown name, or one that cannot run this."""
+    known = ("auto", *IMPLEMENTATIONS)
+    if name not in known:
+        raise UsageError(f"config.attention={name!r} is unknown; use {', '.join(known)}")
     if name in ("cudnn", "cudnn_packed", "tokamax"):
         if platform != "gpu":
             raise UsageError(
                 f"config.attention={name!r} is for NVIDIA GPUs, and this runs on {platform}; "
                 "use config.attention='auto'"
             )
-        if dtype not in cudnn.DTYPES:
+        if dtype not in kernels.CUDNN_DTYPES:
             raise UsageError(
-                f"config.attention={name!r} computes in {' or '.join(cudnn.DTYPES)}, and "
+                f"config.attention={name!r} computes in {' or '.join(kernels.CUDNN_DTYPES)}, and "
                 f"config.dtype is {dtype!r}; change one of them"
             )
         if name == "tokamax":
-            check_tokamax()
+            kernels.check_tokamax()
         check_length(name, sequence_length)
-    if name == "cudnn_packed" and not cudnn.offsets_are_right():
+    if name == "cudnn_packed" and not kernels.offsets_are_right():
         raise UsageError(
             f"config.attention='cudnn_packed' is wrong in jax {jax.__version__} where heads share "
             "keys (jax-ml/jax#39521 mends it); update jax, or use config.attention='cudnn'"
@@ -93,7 +89,7 @@ def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: s
         if sequence_length <= SHORT_ON_CPU:
             return Choice("unrolled", f"the fastest on CPU up to {SHORT_ON_CPU} tokens")
         return Choice("blockwise", f"the fastest on CPU above {SHORT_ON_CPU} tokens")
-    if dtype not in cudnn.DTYPES:
+    if dtype not in kernels.CUDNN_DTYPES:
         return Choice("blockwise", f"cuDNN does not compute in {dtype}")
     if sequence_length % LENGTH_MULTIPLE:
         return Choice("blockwise", f"cuDNN needs multiples of {LENGTH_MULTIPLE} tokens")
@@ -113,11 +109,8 @@ def check_length(implementation: str, length: int) -> None:
 
 
 def prompt_attention(mesh: Mesh | None, kv_heads: int, dtype: Any, length: int) -> str:
-    """The implementation that evals use for prompts of a padded length: training's for such rows.
-
-    Without a mesh it is that of a CPU. On CPU, prompts to be continued use decoding's attention
-    (`cached_attention`) instead.
-    """
+    """The implementation that evals use for prompts of a padded length: training's for such rows,
+    without a mesh that of a CPU. (On CPU, prompts to be continued take `cached_attention`.)"""
     platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if mesh is not None and kv_heads % mesh.shape["tensor"]:
         return "blockwise"  # the mesh cannot cut the heads
@@ -137,21 +130,15 @@ def attention(
     """Self-attention in which a token sees itself and what precedes it in its own document.
 
     Rotary angles are applied before the call. "Precedes" is by index in the row, not by position:
-    positions restart in every packed document.
+    positions restart in every packed document. UsageError if the mesh does not divide the rows or
+    the key/value heads, or a kernel cannot take rows of this length or these devices.
 
     Args:
-      q_bskh: queries [B, S, heads, head_dim].
+      q_bskh: queries [B, S, heads, head_dim], as is the result.
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
       mesh: where the arrays are; the kernels need it. Each device works on its own rows and heads.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-
-    Raises:
-      UsageError: the mesh does not divide the rows or the key/value heads, or a kernel cannot take
-        rows of this length or these devices.
     """
     arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
     if implementation == "reference":
@@ -188,28 +175,18 @@ def _reference(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
 def masked_attention(
     q_bskh: jax.Array, k_btgh: jax.Array, v_btgh: jax.Array, mask_bst: jax.Array
 ) -> jax.Array:
-    """Attention under an explicit mask; float32 scores and softmax. The oracle for every kernel.
-
-    Args:
-      q_bskh: queries [B, S, heads, head_dim].
-      k_btgh, v_btgh: keys and values [B, T, kv_heads, head_dim].
-      mask_bst: bool [B, S, T], True where query s may see key t.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
-    """
-    s, h = q_bskh.shape[1], q_bskh.shape[3]
-    b, t, groups = k_btgh.shape[:3]
+    """Attention under an explicit mask, True where query s may see key t, with float32 scores and
+    softmax; the result is in the queries' dtype. The oracle for every kernel."""
+    groups, h = k_btgh.shape[2:]
     # The heads that share a key are rows (n) of one matrix product, and the softmax's division
     # comes after the product with the values: on CPU half the time of the plain order.
-    scores_bgnt = float32_product("bgnh,btgh->bgnt", by_group(q_bskh, groups), k_btgh)
-    scores_bgrst = scores_bgnt.reshape(b, groups, -1, s, t) * h**-0.5
-    scores_bgrst = jnp.where(mask_bst[:, None, None], scores_bgrst, MASKED_SCORE)
-    top_bgrs1 = jax.lax.stop_gradient(jnp.max(scores_bgrst, axis=-1, keepdims=True))
-    weights_bgnt = jnp.exp(scores_bgrst - top_bgrs1).reshape(scores_bgnt.shape)
+    products_bgnt = float32_product("bgnh,btgh->bgnt", by_group(q_bskh, groups), k_btgh)
+    scores_bgnt = masked(products_bgnt, mask_bst, h)
+    top_bgn1 = jax.lax.stop_gradient(jnp.max(scores_bgnt, axis=-1, keepdims=True))
+    weights_bgnt = jnp.exp(scores_bgnt - top_bgn1)
     out_bgnh = float32_product("bgnt,btgh->bgnh", weights_bgnt, v_btgh)
     out_bgnh /= jnp.sum(weights_bgnt, axis=-1, keepdims=True)
-    return by_token(out_bgnh.astype(q_bskh.dtype), s)
+    return by_token(out_bgnh.astype(q_bskh.dtype), q_bskh.shape[1])
 
 
 def cached_attention(
@@ -230,22 +207,16 @@ def cached_attention(
     of its neighbours.
 
     Args:
-      q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1.
-      k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
+      q_bskh, k_bsgh, v_bsgh: of the tokens at positions start_b + 0..S-1, as for `attention`.
       cache: the past is in 0..start_b-1. Its B may be 1, if all rows share the past.
       layer: index into L.
-      start_b: int [B].
       kernel_mesh: where the arrays are, to take `attend_to_past` for S = 1 and a past of each row.
-
-    Returns:
-      [B, S, heads, head_dim] in the queries' dtype.
     """
     b, s, _, h = q_bskh.shape
     groups, block = k_bsgh.shape[2], cache.v.shape[3]
     q_bgnh = by_group(q_bskh, groups)
 
-    def add_block(i, carry):
-        top_bgn, total_bgn, out_bgnh = carry
+    def add_block(i, softmax):
         k_bght, v_btgh = (
             jax.lax.dynamic_slice(leaf, (layer, i, 0, 0, 0, 0), (1, 1, *leaf.shape[2:]))[0, 0]
             for leaf in cache
@@ -253,14 +224,7 @@ def cached_attention(
         scores_bgnt = float32_product("bgnh,bght->bgnt", q_bgnh, k_bght)
         past_bt = i * block + jnp.arange(block) < start_b[:, None]
         scores_bgnt = jnp.where(past_bt[:, None, None], scores_bgnt * h**-0.5, MASKED_SCORE)
-        new_top_bgn = jnp.maximum(top_bgn, jnp.max(scores_bgnt, axis=-1))
-        weights_bgnt = jnp.exp(scores_bgnt - new_top_bgn[..., None])
-        shrink_bgn = jnp.exp(top_bgn - new_top_bgn)
-        return (
-            new_top_bgn,
-            total_bgn * shrink_bgn + jnp.sum(weights_bgnt, axis=-1),
-            out_bgnh * shrink_bgn[..., None] + _weigh(weights_bgnt, v_btgh),
-        )
+        return add_keys(softmax, scores_bgnt, functools.partial(_weigh, v_btgh))
 
     new = _attend_to_each_other(q_bgnh, k_bsgh, v_bsgh)
     if kernel_mesh is not None and s == 1 and cache.k.shape[2] == b:
@@ -273,10 +237,8 @@ def cached_attention(
     return by_token((out_bgnh / total_bgn[..., None]).astype(q_bskh.dtype), s)
 
 
-def _attend_to_each_other(
-    q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The running softmax over the new tokens alone: (top, total, out), n = r x s."""
+def _attend_to_each_other(q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array) -> Softmax:
+    """The softmax over the new tokens alone, n = r x s."""
     s, h = k_bsgh.shape[1], k_bsgh.shape[3]
     if s == 1:  # no product of matrices, which is slow at this size: the token sees itself
         k_bg1h, v_bg1h = k_bsgh.transpose(0, 2, 1, 3), v_bsgh.transpose(0, 2, 1, 3)
@@ -284,39 +246,32 @@ def _attend_to_each_other(
         top_bgn = jnp.sum(products_bgnh, axis=-1) * h**-0.5
         out_bgnh = jnp.broadcast_to(v_bg1h.astype(jnp.float32), q_bgnh.shape)
         return top_bgn, jnp.ones_like(top_bgn), out_bgnh
-    scores_bgnt = float32_product("bgnh,btgh->bgnt", q_bgnh, k_bsgh)
-    scores_bgrst = scores_bgnt.reshape(*scores_bgnt.shape[:2], -1, s, s) * h**-0.5
-    index_s = jnp.arange(s)
-    causal_st = index_s[:, None] >= index_s[None, :]
-    scores_bgnt = jnp.where(causal_st, scores_bgrst, MASKED_SCORE).reshape(scores_bgnt.shape)
+    products_bgnt = float32_product("bgnh,btgh->bgnt", q_bgnh, k_bsgh)
+    causal_1st = jnp.tril(jnp.ones((1, s, s), bool))
+    scores_bgnt = masked(products_bgnt, causal_1st, h)
     top_bgn = jnp.max(scores_bgnt, axis=-1)
     weights_bgnt = jnp.exp(scores_bgnt - top_bgn[..., None])
-    return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(weights_bgnt, v_bsgh)
+    return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(v_bsgh, weights_bgnt)
 
 
-def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
-    """Sum of values under the weights, float32 [B, kv_heads, n, head_dim].
+def _weigh(v_btgh: jax.Array, weights_bgnt: jax.Array) -> jax.Array:
+    """Sum of values under the weights, float32 [B, kv_heads, n, head_dim]. For few queries on CPU,
+    one product per row multiplies the weights of all groups by the values of all groups, and only
+    the diagonal is kept: kv_heads times the arithmetic in kv_heads times fewer, larger products,
+    2.4 times faster. On other platforms batched products are fast, and the groups may be on several
+    devices."""
 
-    For few queries on CPU, one product per row multiplies the weights of all groups by the values
-    of all groups, and only the diagonal is kept. That is kv_heads times the arithmetic in kv_heads
-    times fewer, larger products, and 2.4 times faster. On other platforms batched products are
-    fast, and the groups may be on several devices.
-    """
+    def together(weights_bgnt, v_btgh):
+        b, groups, n, t = weights_bgnt.shape
+        weights_bkt = weights_bgnt.reshape(b, groups * n, t)
+        v_btd = v_btgh.reshape(*v_btgh.shape[:2], -1)
+        out_bkd = float32_product("bkt,btd->bkd", weights_bkt, v_btd)
+        out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
+        own_gj = jnp.eye(groups, dtype=bool)
+        return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)
+
+    apart = functools.partial(float32_product, "bgnt,btgh->bgnh")
     weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
     if weights_bgnt.shape[2] > FEW_QUERIES:
-        return _weigh_by_group(weights_bgnt, v_btgh)
-    return jax.lax.platform_dependent(
-        weights_bgnt, v_btgh, cpu=_weigh_together, default=_weigh_by_group
-    )
-
-
-_weigh_by_group = functools.partial(float32_product, "bgnt,btgh->bgnh")
-
-
-def _weigh_together(weights_bgnt, v_btgh):
-    b, groups, n, t = weights_bgnt.shape
-    weights_bkt = weights_bgnt.reshape(b, groups * n, t)
-    out_bkd = float32_product("bkt,btd->bkd", weights_bkt, v_btgh.reshape(*v_btgh.shape[:2], -1))
-    out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
-    own_gj = jnp.eye(groups, dtype=bool)
-    return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)
+        return apart(weights_bgnt, v_btgh)
+    return jax.lax.platform_dependent(weights_bgnt, v_btgh, cpu=together, default=apart)

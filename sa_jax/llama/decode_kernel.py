@@ -5,7 +5,6 @@ once, in place, and only up to the end of their own row (flash-decoding, arXiv 2
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from sa_jax.llama.blockwise import MASKED_SCORE
+from sa_jax.llama.blockwise import MASKED_SCORE, Softmax, add_keys
 from sa_jax.llama.cache import KVCache, cache_specs
 
 try:
@@ -39,21 +38,16 @@ def attend_to_past(
     start_b: jax.Array,
     mesh: Mesh,
     parts: int | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The softmax over the cached tokens 0..start_b-1, before its division.
+) -> Softmax:
+    """The softmax over the cached tokens 0..start_b-1; without a past its top is `MASKED_SCORE`.
 
     Args:
-      q_bgrh: a query of each row [B, kv_heads, r, head_dim]; r query heads share a key/value head.
+      q_bgrh: a query of each row; r query heads share a key/value head.
       cache: copied at every call, unless its values have heads before tokens in memory, as
         `Sampler` lays them out.
       layer: index into L.
-      start_b: int [B]; 0 for a row without a past.
       mesh: of GPUs; each works on its own rows and heads.
       parts: of a row's blocks, each summed by one program; by default as many as make `PROGRAMS`.
-
-    Returns:
-      In float32, the largest score ([B, kv_heads, r], `MASKED_SCORE` without a past), the sum of
-      exp(score - largest), and the values' sum under these weights ([B, kv_heads, r, head_dim]).
     """
     specs = cache_specs(mesh, q_bgrh.shape[1])
     rows, heads = specs.k[2:4]
@@ -67,10 +61,8 @@ def attend_to_past(
     )(q_bgrh, cache, layer, start_b)
 
 
-def merge_softmaxes(
-    top_zbgr: jax.Array, total_zbgr: jax.Array, out_zbgrh: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One softmax of those over the parts z of the tokens, each as `attend_to_past` returns it."""
+def merge_softmaxes(top_zbgr: jax.Array, total_zbgr: jax.Array, out_zbgrh: jax.Array) -> Softmax:
+    """One softmax of those over the parts z of the tokens."""
     top_bgr = jnp.max(top_zbgr, axis=0)
     shrink_zbgr = jnp.exp(top_zbgr - top_bgr)
     out_bgrh = jnp.sum(out_zbgrh * shrink_zbgr[..., None], axis=0)
@@ -82,22 +74,16 @@ def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
     b, groups, r, h = q_bgrh.shape
     parts = parts or min(cache.k.shape[1], pl.cdiv(PROGRAMS, b * groups))
     queries = max(SMALLEST_PRODUCT, 1 << (r - 1).bit_length())  # rows above r are masked
+    query = pl.BlockSpec((None, None, queries, h), lambda b, g, z: (b, g, 0, 0))
     per_head = pl.BlockSpec((None, None, None, queries), lambda b, g, z: (z, b, g, 0))
     per_feature = pl.BlockSpec((None, None, None, queries, h), lambda b, g, z: (z, b, g, 0, 0))
-    whole = pl.BlockSpec()
+    number = jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32)
     softmaxes = pl.pallas_call(
         functools.partial(_kernel, r=r, parts=parts),
         grid=(b, groups, parts),
-        in_specs=[
-            pl.BlockSpec((None, None, queries, h), lambda b, g, z: (b, g, 0, 0)),
-            *(whole,) * 4,
-        ],
+        in_specs=[query, *[pl.BlockSpec()] * 4],
         out_specs=[per_head, per_head, per_feature],
-        out_shape=[
-            jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
-            jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32),
-            jax.ShapeDtypeStruct((parts, b, groups, r, h), jnp.float32),
-        ],
+        out_shape=[number, number, number.update(shape=(*number.shape, h))],
         compiler_params=triton.CompilerParams(),  # Triton, with its defaults for the device
         interpret=interpret,
         name="attend_to_past",
@@ -105,20 +91,10 @@ def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
     return merge_softmaxes(*softmaxes)
 
 
-def _kernel(
-    q_ref: Any,  # [queries, head_dim]
-    k_ref: Any,  # [L, C, B, kv_heads, head_dim, T]
-    v_ref: Any,  # [L, C, B, kv_heads, T, head_dim]
-    layer_ref: Any,  # [1]
-    start_ref: Any,  # [B]
-    top_ref: Any,  # [queries]
-    total_ref: Any,  # [queries]
-    out_ref: Any,  # [queries, head_dim]
-    *,
-    r: int,
-    parts: int,
-):
-    """Every `parts`-th block of a row's past, for the queries of one key/value head."""
+def _kernel(q_ref, k_ref, v_ref, layer_ref, start_ref, top_ref, total_ref, out_ref, *, r, parts):
+    """Every `parts`-th block of a row's past, for the queries of one key/value head: q and out are
+    [queries, head_dim], top and total [queries], and all values are here, with heads before tokens.
+    """
     row, head, part = (pl.program_id(axis) for axis in range(3))
     layer, start = layer_ref[0], start_ref[row]
     queries, h = q_ref.shape
@@ -126,21 +102,17 @@ def _kernel(
     is_query_n = jnp.arange(queries) < r
     q_nh = triton.load(q_ref, mask=is_query_n[:, None], other=0)
 
-    def add_block(turn, carry):
-        top_n, total_n, out_nh = carry
+    def add_block(turn, softmax):
         i = part + turn * parts
         scores_nt = triton.dot(q_nh, k_ref[layer, i, row, head]) * h**-0.5
         is_past_t = i * block + jnp.arange(block) < start
         scores_nt = jnp.where(is_past_t[None], scores_nt, MASKED_SCORE)
-        new_top_n = jnp.maximum(top_n, jnp.max(scores_nt, axis=-1))
-        weights_nt = jnp.exp(scores_nt - new_top_n[:, None])
-        shrink_n = jnp.exp(top_n - new_top_n)
-        v_th = v_ref[layer, i, row, head]
-        return (
-            new_top_n,
-            total_n * shrink_n + jnp.sum(weights_nt, axis=-1),
-            out_nh * shrink_n[:, None] + triton.dot(weights_nt.astype(v_th.dtype), v_th),
-        )
+
+        def weigh(weights_nt):
+            v_th = v_ref[layer, i, row, head]
+            return triton.dot(weights_nt.astype(v_th.dtype), v_th)
+
+        return add_keys(softmax, scores_nt, weigh)
 
     empty = (
         jnp.full(queries, MASKED_SCORE, jnp.float32),

@@ -28,6 +28,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -36,9 +37,9 @@ from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, cached_attention
 from sa_jax.llama.cache import KVCache, write
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.lora import LoraConfig, merge
+from sa_jax.llama.kernels import ATTENTION_RESIDUALS
+from sa_jax.llama.lora import LoraConfig, is_adapter_path, merge
 from sa_jax.llama.rope import apply_rope, rope_angles
-from sa_jax.llama.splash import ATTENTION_RESIDUALS
 from sa_jax.parallel.mesh import check_divisible
 from sa_jax.parallel.rules import BATCH_SPEC
 
@@ -74,11 +75,9 @@ REMAT_POLICIES = {
 
 
 def remat_policies(platform: str) -> list[str]:
-    """The names of the policies that are right on this platform ('cpu', 'gpu' or 'tpu').
-
-    On GPUs, XLA before jax 0.11.1 reads an offloaded input of layer i as that of layer n - 1 - i in
-    the backward pass. https://github.com/openxla/xla/pull/46231
-    """
+    """The names of the policies that are right on this platform ('cpu', 'gpu' or 'tpu'). On GPUs,
+    XLA before jax 0.11.1 reads an offloaded input of layer i as that of layer n - 1 - i in the
+    backward pass. https://github.com/openxla/xla/pull/46231"""
     wrong = platform == "gpu" and jax.__version_info__ < (0, 11, 1)
     return [name for name in REMAT_POLICIES if not (wrong and name == "offload")]
 
@@ -112,11 +111,9 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S.
-
-    The caller merges the batch and sequence axes: XLA's CPU backend runs a plain matrix product
-    about 1.4x faster than the same product with batch axes; for other backends it is the same.
-    """
+    """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S. The
+    caller merges the batch and sequence axes: XLA's CPU backend runs a plain matrix product about
+    1.4x faster than the same product with batch axes; for other backends it is the same."""
 
     features: int
     dtype: Any
@@ -143,10 +140,9 @@ class Projection(nn.Module):
             return y
         # U(-1/√in, 1/√in) and zeros, as PEFT: at the start the adapter adds exactly nothing.
         init_a = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        a = self.param("lora_a", init_a, (shape[0], self.lora.rank), self.param_dtype)
-        b = self.param(
-            "lora_b", nn.initializers.zeros, (self.lora.rank, shape[1]), self.param_dtype
-        )
+        rank, zeros = self.lora.rank, nn.initializers.zeros
+        a = self.param("lora_a", init_a, (shape[0], rank), self.param_dtype)
+        b = self.param("lora_b", zeros, (rank, shape[1]), self.param_dtype)
         return y + (x @ a.astype(self.dtype)) @ b.astype(self.dtype) * self.lora.scale
 
 
@@ -203,10 +199,8 @@ class Attention(nn.Module):
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up (arXiv 2002.05202), elementwise, for two arrays of one shape and dtype.
-
-    The backward pass keeps these two and nothing else, and computes in float32.
-    """
+    """silu(gate) * up (arXiv 2002.05202), elementwise. The backward pass keeps these two arrays, of
+    one shape and dtype, and nothing else, and computes in float32."""
     return nn.silu(gate) * up
 
 
@@ -374,42 +368,26 @@ class Llama(nn.Module):
         return self._run(tokens_bs, positions, segment_ids, None)[0]
 
     def decode(
-        self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache
+        self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache, prefill: bool = False
     ) -> tuple[jax.Array, KVCache]:
-        """Runs tokens whose past is in the cache, and adds them to it.
+        """The stream after the final norm [B, S, D] of tokens whose past is in the cache, and the
+        cache with them added.
 
         Args:
           tokens_bs: int [B, S] (S = 1 to decode, more to prefill).
           positions_bs: int [B, S], consecutive in a row; also the cache slots they are written to.
             A query sees slots up to its own position; later slots may contain any finite values.
           cache: donate it, it is updated in place.
-
-        Returns:
-          The stream after the final norm [B, S, D] (see `logits`) and the new cache.
+          prefill: no row has a past. Attention is then training's, whose memory grows linearly with
+            the row.
         """
-        hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, None, cache)
-        return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
-
-    def prefill(
-        self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """`decode` for tokens without a past, with training's attention, whose memory grows
-        linearly with the row."""
-        one_bs = jnp.ones_like(tokens_bs)  # each row is one document
-        hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, one_bs, cache)
+        segment_ids_bs = jnp.ones_like(tokens_bs) if prefill else None  # a row is one document
+        hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, segment_ids_bs, cache)
         return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
-        """Runs tokens after a past that all rows share; the cache does not keep them.
-
-        Args:
-          tokens_bs: int [B, S].
-          positions_bs: int [B, S], consecutive in a row from the length of its past on.
-          prefix: a cache of one row.
-
-        Returns:
-          The stream after the final norm [B, S, D] (see `logits`).
-        """
+        """The stream after the final norm of tokens after a past that all rows share: `prefix`, a
+        cache of one row, which does not keep them. Positions begin at the length of the past."""
         return self._run(tokens_bs, positions_bs, None, prefix)[0]
 
     def logits(self, hidden_bsd: jax.Array) -> jax.Array:
@@ -443,11 +421,9 @@ class Llama(nn.Module):
 
 
 def layers_apart(params: dict) -> dict:
-    """Parameters for a model with `layers_apart`: layer i, without the leading L, is `layer_i`.
-
-    A GPU reads them in place. Where XLA takes a layer out of a stack, it copies its kernels first,
-    and moves each weight three times.
-    """
+    """Parameters for a model with `layers_apart`: layer i, without the leading L, is `layer_i`. A
+    GPU reads them in place. Where XLA takes a layer out of a stack, it copies its kernels first,
+    and moves each weight three times."""
     rest = {name: leaves for name, leaves in params.items() if name != "layers"}
     layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -458,26 +434,31 @@ def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]
     """Merges the adapters (LoRA, arXiv 2106.09685) where x·(W + A·B) takes less work than
     x·W + (x·A)·B: in models so small that their adapters are about as large as their kernels.
 
-    A step takes three products with W, but two if W is frozen, and three with each of A and B.
-    Only for float32: in bfloat16 the sum W + A·B would round small changes away.
-
-    Returns:
-      A model without adapters, and the function from the parameters of `model`, kernels [L, in,
-      out], to its own. Where merging does not pay: `model` itself, and the identity.
+    Gives a model without adapters, and the function from the parameters of `model` (not with
+    `layers_apart`) to its own; where merging does not pay, `model` itself and the identity. It does
+    not in bfloat16, where the sum W + A·B would round small changes away.
     """
-    config, lora = model.config, model.lora
+    lora = model.lora
     if lora is not None and model.dtype == jnp.float32:
-        d, f = config.hidden_size, config.intermediate_size
-        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        shapes = {
-            **{"attention/q": (d, q), "attention/k": (d, kv), "attention/v": (d, kv)},
-            **{"attention/o": (q, d), "mlp/gate": (d, f), "mlp/up": (d, f), "mlp/down": (f, d)},
-        }
-        adapted = [io for path, io in shapes.items() if re.search(lora.targets, f"layers/{path}")]
-        kernels = sum(i * o for i, o in adapted)
-        if 3 * kernels < 2 * kernels + 3 * lora.rank * sum(map(sum, adapted)):
+        shapes = parameter_shapes(model.config, jnp.float32, lora)
+        adapters = [path for path in shapes if is_adapter_path(path)]
+        kernels = {path.rpartition("/")[0] + "/kernel" for path in adapters}
+        # A step takes three products with W, but two if W is frozen, and three with A and with B.
+        w, a_and_b = (sum(shapes[path].size for path in paths) for paths in (kernels, adapters))
+        if w < 3 * a_and_b:
             return model.clone(lora=None), functools.partial(merge, lora=lora)
     return model, lambda params: params
+
+
+@functools.cache
+def parameter_shapes(
+    config: LlamaConfig, dtype: Any, lora: LoraConfig | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path to shape of every parameter of the model."""
+    model = Llama(config, param_dtype=dtype, lora=lora)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    return flatten_dict(tree, sep="/")
 
 
 def check_mesh(config: LlamaConfig, mesh: Mesh) -> None:

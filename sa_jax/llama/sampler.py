@@ -89,18 +89,14 @@ class Sampler:
         context_length: int,
         steps_per_call: int = 16,
     ):
-        """Compiles nothing yet, except that GPUs check the kernel that decoding takes.
+        """Compiles nothing yet, except that GPUs check the kernel that decoding takes. UsageError
+        for sizes below 1, or a context longer than the model's.
 
         Args:
           model: computes; its adapters may be merged, see `with_small_kernels_merged`.
           mesh: of the parameters. On its `decoding_mesh`, slots are sharded over (data, fsdp), and
             kv heads over tensor if it divides them.
-          batch_size: number of slots.
-          context_length: tokens; at most the model's max_position_embeddings.
           steps_per_call: most decode steps between two checks of which rows have finished.
-
-        Raises:
-          UsageError: sizes below 1, or a context longer than the model's.
         """
         config = model.config
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call)):
@@ -142,10 +138,9 @@ class Sampler:
             logging.info("attention of prompts, by their padded length: %s", self.prompt_attention)
         empty = functools.partial(init_cache, config, self.batch_size, context_length, self._dtype)
         self._init_cache = jax.jit(empty, out_shardings=cache)
-        self._prefill = jax.jit(
+        jit = functools.partial(jax.jit, static_argnames="nucleus", donate_argnames="cache")
+        self._prefill = jit(
             functools.partial(_prefill, model, self.prompt_attention),
-            static_argnames="nucleus",
-            donate_argnames="cache",
             out_shardings=(cache, host, host),
         )
         apart = layers_apart_pay(mesh, config, model.dtype, copies=2 if self._moves else 1)
@@ -153,10 +148,8 @@ class Sampler:
         block = min(CACHE_BLOCK, context_length)
         self.decode_kernel = kernel = decoding_takes_kernel(mesh, config, self._dtype, block)
         decoding = model.clone(layers_apart=apart, decode_kernel=kernel)
-        self._decode = jax.jit(
+        self._decode = jit(
             functools.partial(_decode, decoding, steps_per_call),
-            static_argnames="nucleus",
-            donate_argnames="cache",
             out_shardings=(cache, host, host, host),
         )
 
@@ -177,14 +170,11 @@ class Sampler:
 
         Args:
           params: the model's parameters, which are copied if they are on another mesh.
-          prompts: token ids of everything before the answer.
+          prompts: token ids of everything before the answer; UserError unless each `fits`.
           prompt_ids: an id for each prompt, 0 ≤ id < 2^32, for the noise.
-          should_stop: asked between device calls; must answer alike in every process.
+          should_stop: asked between device calls; must answer alike in every process. True raises
+            Preempted.
           on_done: called with a prompt's index and its completion as soon as it is complete.
-
-        Raises:
-          UserError: a prompt is empty or too long for the context (see `fits`).
-          Preempted: should_stop said so.
         """
         start = time.perf_counter()
         self.stats = stats = SamplerStats(prompt_tokens=sum(map(len, prompts)))
@@ -195,13 +185,14 @@ class Sampler:
                     f"{self.context_length} needs 1 to {self.context_length - 1}; raise the "
                     "context length or drop the prompt"
                 )
-        rows: list[_Row] = []
-        for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
-            end = min(len(prompt) + settings.max_new_tokens, self.context_length)
-            rows.append(_Row(len(rows), list(prompt), prompt_id, end))
+        most = settings.max_new_tokens
+        rows = [
+            _Row(index, list(prompt), prompt_id, min(len(prompt) + most, self.context_length))
+            for index, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True))
+        ]
         # Rows of one bucket come together, so prefill batches are full.
         pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
-        slots: list[_Row | None] = [None] * self.batch_size
+        slots: dict[int, _Row] = {}
         cache = self._init_cache()
         params = cast_weights(self._merge(params), self._dtype)
         if self._moves:
@@ -211,20 +202,20 @@ class Sampler:
         # for each other for ever where a CPU has more devices than cores.
         jax.block_until_ready((params, decoding_params))
         stats.prefill_seconds = time.perf_counter() - start
-        while pending or any(slots):
+        while pending or slots:
             if should_stop():
                 raise Preempted("stopped while sampling")
             # Free slots wait until they make a whole prefill, a quarter of all slots, or what the
             # next bucket has left.
             refill = min(len(self._next(pending)), -(-self.batch_size // 4))
-            if pending and slots.count(None) >= refill:
+            if pending and self.batch_size - len(slots) >= refill:
                 cache = self._refill(params, cache, slots, pending, settings)
             else:
                 least = self.batch_size - refill + 1 if pending else 1
                 cache = self._advance(decoding_params, cache, slots, least, settings)
-            for slot, row in enumerate(slots):
-                if row is not None and row.stop_reason:
-                    slots[slot] = None
+            for slot, row in sorted(slots.items()):
+                if row.stop_reason:
+                    del slots[slot]
                     on_done(row.index, row.completion())
         stats.new_tokens = sum(len(row.tokens) for row in rows)
         stats.seconds = time.perf_counter() - start
@@ -245,7 +236,7 @@ class Sampler:
     def _refill(self, params, cache, slots, pending, settings) -> KVCache:
         """Prefills the next prompts of one bucket into free slots and takes their first tokens."""
         start = time.perf_counter()
-        free = [slot for slot, row in enumerate(slots) if row is None]
+        free = [slot for slot in range(self.batch_size) if slot not in slots]
         length = self._bucket(pending[0].prompt)
         taken = self._next(pending)[: len(free)]
         for _ in taken:
@@ -272,22 +263,18 @@ class Sampler:
 
     def _advance(self, params, cache, slots, least, settings) -> KVCache:
         """Up to `steps_per_call` decode steps for all rows, while at least `least` go on."""
-        token_b = np.zeros(self.batch_size, np.int32)
-        position_b = np.zeros(self.batch_size, np.int32)
-        end_b = np.zeros(self.batch_size, np.int32)
+        token_b, position_b, end_b = np.zeros((3, self.batch_size), np.int32)
         ids_b = np.zeros(self.batch_size, np.uint32)
-        for slot, row in enumerate(slots):
-            if row is not None:
-                token_b[slot], position_b[slot] = row.tokens[-1], row.length - 1
-                end_b[slot], ids_b[slot] = row.end, row.prompt_id
+        for slot, row in slots.items():
+            token_b[slot], position_b[slot] = row.tokens[-1], row.length - 1
+            end_b[slot], ids_b[slot] = row.end, row.prompt_id
         stops_k = np.asarray(settings.stop_token_ids, np.int32)
         arguments = params, cache, token_b, position_b, end_b, ids_b, stops_k, np.int32(least)
         cache, *decoded = self._decode(*arguments, **noise_arguments(settings))
         tokens_tb, logprobs_tb, steps = jax.device_get(decoded)
         is_stop_tb = np.isin(tokens_tb[:steps], settings.stop_token_ids)
-        for slot, row in enumerate(slots):
-            if row is not None:
-                row.extend(tokens_tb[:steps, slot], logprobs_tb[:steps, slot], is_stop_tb[:, slot])
+        for slot, row in slots.items():
+            row.extend(tokens_tb[:steps, slot], logprobs_tb[:steps, slot], is_stop_tb[:, slot])
         self.stats.decode_steps += int(steps)
         return cache
 
@@ -324,21 +311,19 @@ class _Row:
         return Completion(self.tokens, self.stop_reason, self.logprobs)
 
 
-def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
-    """Runs right-padded prompts and writes their keys and values into the cache's slots.
-
-    It writes padding too: this is after the prompt, and decoding overwrites each place before a
-    query can see it. `slots_b` are unique, and XLA must know: for equal ones its deterministic
-    programs for GPUs sort every number that is written (--xla_gpu_deterministic_ops).
-    """
+def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, ids_b, **noise):
+    """Runs right-padded prompts and writes their keys and values into the cache's slots. It writes
+    padding too: this is after the prompt, and decoding overwrites each place before a query can see
+    it. `slots_b` are unique, and XLA must know: for equal ones its deterministic programs for GPUs
+    sort every number that is written (--xla_gpu_deterministic_ops)."""
     batch, length = tokens_bs.shape
     positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
     new = init_cache(model.config, batch, length, model.dtype)
     variables = {"params": params}
-    run, method = model, "decode"
-    if attention:
-        run, method = model.clone(attention=attention[length]), "prefill"
-    hidden_bsd, new = run.apply(variables, tokens_bs, positions_bs, new, method=method)
+    run = model.clone(attention=attention[length]) if attention else model
+    hidden_bsd, new = run.apply(
+        variables, tokens_bs, positions_bs, new, prefill=bool(attention), method="decode"
+    )
     blocks, block = new.v.shape[1], new.v.shape[3]
     unique = {"mode": "drop", "unique_indices": True}
     cache = KVCache(
@@ -347,30 +332,16 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, pro
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")
-    return cache, *sample_tokens(logits_bv, prompt_ids_b, lengths_b, **noise)
+    return cache, *sample_tokens(logits_bv, ids_b, lengths_b, **noise)
 
 
 def _decode(
-    model,
-    steps,
-    params,
-    cache,
-    token_b,
-    position_b,
-    end_b,
-    prompt_ids_b,
-    stop_tokens_k,
-    least,
-    **noise,
+    model, steps, params, cache, token_b, position_b, end_b, ids_b, stops_k, least, **noise
 ):
-    """Up to `steps` tokens for every row; ends early if fewer than `least` rows are active.
-
-    A row is active while its next position is before its end. Other rows compute without use: they
-    write to their own slots, which the next prefill overwrites.
-
-    Returns:
-      The cache, tokens [steps, B], their log-probabilities [steps, B], and how many steps ran.
-    """
+    """Up to `steps` tokens for every row, fewer once fewer than `least` rows are active: the cache,
+    tokens [steps, B], their log-probabilities [steps, B], and how many steps ran. A row is active
+    while its next position is before its end. Other rows compute without use: they write to their
+    own slots, which the next prefill overwrites."""
     variables = {"params": params}
 
     def unfinished(carry):
@@ -383,10 +354,10 @@ def _decode(
             variables, token_b[:, None], position_b[:, None], cache, method="decode"
         )
         logits_bv = model.apply(variables, hidden_bsd[:, 0], method="logits")
-        next_b, logprob_b = sample_tokens(logits_bv, prompt_ids_b, position_b + 1, **noise)
+        next_b, logprob_b = sample_tokens(logits_bv, ids_b, position_b + 1, **noise)
         tokens_tb = tokens_tb.at[step].set(next_b)
         logprobs_tb = logprobs_tb.at[step].set(logprob_b)
-        stopped_b = jnp.any(next_b[:, None] == stop_tokens_k, axis=-1)
+        stopped_b = jnp.any(next_b[:, None] == stops_k, axis=-1)
         active_b = active_b & ~stopped_b & (position_b + 2 < end_b)
         position_b = jnp.where(active_b, position_b + 1, position_b)
         return step + 1, cache, next_b, position_b, active_b, tokens_tb, logprobs_tb

@@ -52,16 +52,13 @@ def sample_tokens(
     top_p: jax.Array,
     nucleus: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens by the Gumbel-max trick, and their log-probabilities at temperature 1.
+    """Next tokens int32 [B] by the Gumbel-max trick, and their log-probabilities at temperature 1.
 
     Args:
       logits_bv: float32 [B, V].
       prompt_ids_b, positions_b: [B]; with seed they fix a row's noise.
       seed, temperature, top_p: scalars; temperature 0 takes the most likely tokens.
       nucleus: whether top_p counts.
-
-    Returns:
-      tokens int32 [B], log-probabilities float32 [B].
     """
 
     def draw(logits_bv):
@@ -84,11 +81,9 @@ def sample_tokens(
 
 def gumbel_noise(bits: jax.Array) -> jax.Array:
     """Float32 noise that is Gumbel-distributed for uniform uint32 bits, and grows with them.
-
     `jax.random.gumbel` uses 23 of the bits, so its noise ends at 15.9: it draws a token of
     probability 1e-7 half as often as it should, and one of 3e-8 never. (Its mode "high" draws twice
-    as many random numbers.)
-    """
+    as many random numbers.)"""
     # Uniform in (0, 1): the bits' distance from their end, because float32 is finest near 0, and
     # there the noise is largest.
     rest = ((~bits).astype(jnp.float32) + 0.5) * 2.0**-32

@@ -43,9 +43,7 @@ class Score:
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """One row of a forward pass: continuations that differ at most in their last token.
-
-    `targets_cn` are their tokens; all but the last are also the end of `tokens`.
-    """
+    `targets_cn` are their tokens; all but the last are also the end of `tokens`."""
 
     tokens: tuple[int, ...]
     targets_cn: tuple[tuple[int, ...], ...]
@@ -74,11 +72,9 @@ class Scorer:
         self._batch_tokens = batch_tokens or (1024 * mesh.size if on_cpu else 16384)
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
         self._max_length = model.config.max_position_embeddings
-        host = NamedSharding(mesh, P())
         model, self._merge = with_small_kernels_merged(model.clone(mesh=mesh))
-        self._forward = jax.jit(
-            functools.partial(target_logprobs, model), out_shardings=(host, host)
-        )
+        forward = functools.partial(target_logprobs, model)
+        self._forward = jax.jit(forward, out_shardings=NamedSharding(mesh, P()))
         # The shared beginning is one row, so it cannot be cut over the mesh.
         self._prefix = jax.jit(functools.partial(_run_prefix, model.clone(mesh=None)))
         self._dtype = jnp.dtype(model.dtype)
@@ -94,16 +90,15 @@ class Scorer:
 
         Args:
           params: the model's parameters, on the scorer's mesh.
-          queries: with their continuation, at most max_position_embeddings + 1 tokens.
-          should_stop: asked between device calls; must answer alike in every process.
+          queries: with their continuation, at most max_position_embeddings + 1 tokens, else
+            UserError.
+          should_stop: asked between device calls; must answer alike in every process. True raises
+            Preempted.
           on_done: called with a query's index and its scores as soon as they are known.
-
-        Raises:
-          UserError: a query is empty or too long. Preempted: should_stop said so.
         """
         rows = [row for index, query in enumerate(queries) for row in self._rows(index, query)]
         params = cast_weights(self._merge(params), self._dtype)
-        scores: list[dict[int, Score]] = [{} for _ in queries]  # by the continuation's number
+        scores: list[list[Any]] = [[None] * len(query.continuations) for query in queries]
         for group, shared in share_prefixes(rows):
             prefix = None
             if shared:
@@ -115,9 +110,9 @@ class Scorer:
                     raise Preempted("stopped while scoring")
                 self._score_batch(params, batch, shared, prefix, scores)
                 for index in dict.fromkeys(row.query for row in batch):
-                    if len(scores[index]) == len(queries[index].continuations):
-                        on_done(index, _in_order(scores[index]))
-        return [_in_order(known) for known in scores]
+                    if None not in scores[index]:
+                        on_done(index, scores[index])
+        return scores
 
     def _rows(self, index: int, query: Query) -> Iterator[_Row]:
         context = tuple(query.context)
@@ -175,10 +170,6 @@ class Scorer:
                 scores[row.query][number] = Score(float(sums_c[c]), bool(greedy_c[c]))
 
 
-def _in_order(by_number: dict[int, Score]) -> list[Score]:
-    return [by_number[number] for number in sorted(by_number)]
-
-
 @dataclasses.dataclass
 class _Beginning:
     """Rows that begin with the same `length` tokens."""
@@ -207,12 +198,10 @@ class _Beginning:
 
 
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
-    """Groups of rows, with the length of the prefix that all rows of a group share.
-
-    Of the prefixes within each other (a header, the examples of a subject after it), a row is given
-    one with which few tokens are run: each prefix is decided once, the longest first. Rows that
-    share too few tokens, or with too few others, form one group without a prefix.
-    """
+    """Groups of rows, with the length of the prefix that all rows of a group share. Of the prefixes
+    within each other (a header, the examples of a subject after it), a row is given one with which
+    few tokens are run: each prefix is decided once, the longest first. Rows that share too few
+    tokens, or with too few others, form one group without a prefix."""
     ordered = sorted(rows, key=lambda row: row.tokens[: row.free])
     begun = [_Beginning(0)]  # each has the one before as its beginning
     for row, after in itertools.zip_longest(ordered, ordered[1:]):
@@ -226,8 +215,8 @@ def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
             begun.append(_Beginning(common))
         begun[-1].add(part)
     (everything,) = begun
-    groups, unshared = everything.groups, everything.others
-    return [*groups, (unshared, 0)] if unshared else groups
+    unshared = [(everything.others, 0)] if everything.others else []
+    return everything.groups + unshared
 
 
 def _common(a: _Row, b: _Row) -> int:
@@ -252,7 +241,8 @@ def target_logprobs(
     start: jax.Array | int = 0,
     prefix: KVCache | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities of alternatives for the tokens after given places.
+    """Log-probabilities float32 [B, N, C] of alternatives for the tokens after given places, and
+    whether each is the most likely token.
 
     Args:
       tokens_bs: int [B, S], padded on the right.
@@ -260,9 +250,6 @@ def target_logprobs(
       targets_bnc: int [B, N, C], the alternatives after each of the N places.
       start: the number of tokens before all rows.
       prefix: their keys and values, or None.
-
-    Returns:
-      Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
     b, s = tokens_bs.shape
     implementation = prompt_attention(model.mesh, model.config.num_kv_heads, model.dtype, s)

@@ -35,13 +35,9 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
 
     Each device has one row, with padding, a document of one token, and two that cross the tiles of
     the kernel; four query heads share a key/value head. The other arguments are those of the model.
-
-    Returns:
-      The largest differences of "output" and of the gradients of "queries", "keys" and "values",
-      relative to the largest number.
-
-    Raises:
-      UserError: one is above `TOLERANCE`, or not finite; the message has both numbers.
+    Gives the largest differences of "output" and of the gradients of "queries", "keys" and
+    "values", relative to the largest number; UserError, with both numbers, if one is above
+    `TOLERANCE`.
     """
     worst = lower_attention_check(implementation, mesh, dtype, head_dim).compile()()
     names = ("output", "queries", "keys", "values")
@@ -99,7 +95,7 @@ def lower_attention_check(implementation: str, mesh: Mesh, dtype: Any, head_dim:
 
 def decoding_takes_kernel(mesh: Mesh, config: LlamaConfig, dtype: Any, block: int) -> bool:
     """Whether `Sampler` takes `decode_kernel`: on GPUs, if its sizes are the kernel's, and if it is
-    right on these devices. `block` is the number of tokens in a block of the cache.
+    right on these devices; `block` is a block of the cache, in tokens.
 
     Where the kernel does not compile or is wrong, a warning says so, and decoding takes products
     instead: each step then reads the cache twice and writes it once. Without these devices (plans)
@@ -130,14 +126,10 @@ def _is_right(mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int) -> 
 def compile_decode_check(
     mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int
 ) -> Callable[[], jax.Array]:
-    """Compiles a comparison of `attend_to_past` with `masked_attention` in float32.
-
-    Each device has rows whose past is 1 token, a block, not a whole number of blocks, and 6 blocks,
-    in 3 parts of 2 blocks; and two key/value heads, each shared by so many query heads.
-
-    Returns:
-      Computes the largest difference, relative to the largest number of the same row (float32 []).
-    """
+    """Compiles the largest difference of `attend_to_past` from `masked_attention` in float32,
+    relative to the largest number of the same row. Each device has rows whose past is 1 token, a
+    block, not a whole number of blocks, and 6 blocks, in 3 parts of 2 blocks; and two key/value
+    heads, each shared by so many query heads."""
     past = np.asarray([1, block, 5 * block - 9, 6 * block], np.int32)
     groups = 2 * mesh.shape["tensor"]
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * len(past)

@@ -29,8 +29,7 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
     takes 1 ms. So here only `tensor` cuts them, over as many devices as heads, features and
     vocabulary divide by. Each such group of devices has a copy.
 
-    It is `mesh` itself, that of the parameters, if its fsdp is 1, or if there is no room for the
-    copy, see `has_room`.
+    It is `mesh` itself if its fsdp is 1, or if there is no room for the copy, see `has_room`.
     """
     if mesh.shape["fsdp"] == 1:
         return mesh
@@ -42,20 +41,16 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
 
 
 def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any, copies: int) -> bool:
-    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room.
-
-    `mesh` is the result of `decoding_mesh`; `copies` of the weights are made, this one among them.
-    """
+    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room for
+    `copies` of the weights, this one among them. `mesh` is the result of `decoding_mesh`."""
     cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     return on_gpu and has_room(mesh, config, dtype, cut, copies)
 
 
 def move_weights(params: dict, mesh: Mesh) -> dict:
-    """A copy on another mesh of the same devices in the same order.
-
-    Not by `jax.device_put`, which in one process copies it through the host, and keeps it there.
-    """
+    """A copy on another mesh of the same devices in the same order. (In one process,
+    `jax.device_put` would copy it through the host, and keep it there.)"""
     return jax.jit(_same, out_shardings=shardings(mesh, params))(params)
 
 
@@ -64,10 +59,8 @@ def _same(params: dict) -> dict:
 
 
 def cast_weights(params: dict, dtype) -> dict:
-    """Weights in the dtype of the computation, cast once and not at every step, except norms.
-
-    Those that have it already are not copied.
-    """
+    """Weights in the dtype of the computation, cast once and not at every step, except norms. Those
+    that have it already are not copied."""
 
     def cast(path, leaf):
         return leaf if path[-1].key == "scale" or leaf.dtype == dtype else _cast(leaf, dtype)

@@ -25,7 +25,7 @@ from sa_jax.evals.phrase_signal import PhraseSignal
 from sa_jax.evals.protocol import metrics as eval_metrics
 from sa_jax.evals.suite import EvalSuite
 from sa_jax.files import atomic_write, check_types
-from sa_jax.llama.cudnn import check_documents
+from sa_jax.llama.kernels import check_documents
 from sa_jax.llama.lora import combine
 from sa_jax.llama.self_test import check_attention, determinism
 from sa_jax.parallel import multihost

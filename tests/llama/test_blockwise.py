@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sa_jax.llama import blockwise, unrolled
+from sa_jax.llama import blockwise
 from sa_jax.llama.attention import attention
 from sa_jax.llama.model import REMAT_POLICIES
 
@@ -48,8 +48,8 @@ def both(name, arguments):
 @pytest.fixture(params=["blockwise", "unrolled"])
 def implementation(request, monkeypatch):
     """An implementation in blocks, so small that a short row has several."""
-    for module in (blockwise, unrolled):
-        monkeypatch.setattr(module, "BLOCK", 16)
+    for name in ("BLOCK", "SHORT_BLOCK"):
+        monkeypatch.setattr(blockwise, name, 16)
     return request.param
 
 

@@ -10,9 +10,7 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from sa_jax.errors import UsageError
 from sa_jax.llama.attention import attention, choose_attention
-from sa_jax.llama.cudnn import offsets_are_right, packed_offsets
-from sa_jax.llama.splash import block_sizes
-from sa_jax.llama.tokamax_kernel import first_keys
+from sa_jax.llama.kernels import block_sizes, first_keys, offsets_are_right, packed_offsets
 from sa_jax.parallel.mesh import make_mesh
 from tests import toys
 

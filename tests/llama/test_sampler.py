@@ -88,12 +88,12 @@ def test_training_s_attention_fills_the_same_cache(params):
     tokens_bs = RNG.integers(0, CONFIG.vocab_size, (2, 100))
     positions_bs = np.broadcast_to(np.arange(100), (2, 100))
 
-    def run(attention, method):
+    def run(attention, prefill):
         empty = init_cache(CONFIG, 2, 100)
         apply = Llama(CONFIG, attention=attention).apply
-        return apply({"params": params}, tokens_bs, positions_bs, empty, method=method)
+        return apply({"params": params}, tokens_bs, positions_bs, empty, prefill, method="decode")
 
-    ours, oracle = run("blockwise", "prefill"), run("reference", "decode")
+    ours, oracle = run("blockwise", True), run("reference", False)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(oracle), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 

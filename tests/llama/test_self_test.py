@@ -4,6 +4,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import jax
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from sa_jax.errors import UserError
-from sa_jax.llama import decode_kernel, self_test
+from sa_jax.llama import blockwise, decode_kernel, self_test
 from sa_jax.llama.attention import attention
+from sa_jax.llama.kernels import block_sizes
 from sa_jax.llama.self_test import (
     TOLERANCE,
     check_attention,
@@ -20,7 +22,6 @@ from sa_jax.llama.self_test import (
     decoding_takes_kernel,
     determinism,
 )
-from sa_jax.llama.splash import block_sizes
 from sa_jax.parallel.mesh import make_mesh
 from tests.llama.sampling_toys import CONFIG
 
@@ -92,9 +93,9 @@ def test_the_kernel_of_decoding_passes_its_check(interpreted_kernel):
         ("k_ref[layer, i, row, head]", "k_ref[layer, i, row, 0]"),
         ("v_ref[layer, i, row, head]", "v_ref[layer, i, 0, head]"),
         ("v_ref[layer, i, row, head]", "v_ref[layer, turn, row, head]"),
-        ("total_n * shrink_n +", "total_n +"),
-        ("out_nh * shrink_n[:, None] +", "out_nh +"),
-        ("out_nh * shrink_n[:, None] +", ""),
+        ("total * shrink +", "total +"),
+        ("out * shrink[..., None] +", "out +"),
+        ("out * shrink[..., None] +", ""),
         ("* h**-0.5", ""),
         ("< start\n", "<= start\n"),
         ("pl.cdiv(start, block)", "start // block"),
@@ -102,10 +103,10 @@ def test_the_kernel_of_decoding_passes_its_check(interpreted_kernel):
     ],
 )
 def test_a_wrong_kernel_of_decoding_does_not_pass(monkeypatch, right, wrong):
-    """The module with one place changed, compiled anew."""
-    source = inspect.getsource(decode_kernel)
+    """The module, with what it takes from another, and one place changed, compiled anew."""
+    source = inspect.getsource(decode_kernel) + inspect.getsource(blockwise.add_keys)
     assert source.count(right) == 1
-    broken: dict = {"__name__": decode_kernel.__name__}
+    broken: dict = {"__name__": decode_kernel.__name__, "Callable": Callable}
     exec(compile(source.replace(right, wrong), "broken", "exec"), broken)
     broken["_on_device"] = functools.partial(broken["_on_device"], interpret=True)
     monkeypatch.setattr(self_test, "attend_to_past", broken["attend_to_past"])

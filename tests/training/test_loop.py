@@ -407,7 +407,7 @@ def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
 ):
     from sa_jax.config_files import load_config
     from sa_jax.errors import UsageError
-    from sa_jax.llama import cudnn
+    from sa_jax.llama import kernels
     from sa_jax.llama.attention import Choice
     from sa_jax.training import loop, program
 
@@ -417,7 +417,7 @@ def test_cudnn_packed_refuses_rows_of_too_many_documents_before_the_run_starts(
     # Here there is no GPU, which the choice would want.
     for module in (loop, program):
         monkeypatch.setattr(module, "attention_of", lambda *_: Choice("cudnn_packed", "named"))
-    monkeypatch.setattr(cudnn, "MOST_DOCUMENTS", 1)
+    monkeypatch.setattr(kernels, "MOST_DOCUMENTS", 1)
     with pytest.raises(UsageError, match="up to 1 documents.*a packed row has [2-9].*'cudnn'"):
         loop.train(config, tmp_path, "insertion")
     assert not (tmp_path / "run.json").exists()
