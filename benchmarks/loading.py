@@ -50,8 +50,8 @@ def generate(folder: Path) -> int:
     import jax.numpy as jnp
 
     from sa_jax.llama.config import LlamaConfig
-    from sa_jax.llama.hf import parameter_shapes
     from sa_jax.llama.hf_tensors import output_tensors
+    from sa_jax.llama.model import parameter_shapes
     from sa_jax.llama.safetensors_io import write_json, write_tensors
 
     config = LlamaConfig(**SHAPE)

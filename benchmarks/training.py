@@ -45,8 +45,7 @@ from common import table_head, versions, write_record
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.hf import save_hf
-from sa_jax.llama.peft import write_peft
+from sa_jax.llama.hf import save_hf, write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.text import table_row

@@ -28,7 +28,6 @@ from sa_jax.data.sources import load_rows
 from sa_jax.evals import results
 from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.peft import load_peft
 from sa_jax.optim.build import make_optimizer
 from sa_jax.planning.topology import parse_topology
 from sa_jax.report import report as report_lib
@@ -189,7 +188,7 @@ def test_safetensors_headers_and_indices(tmp_path, monkeypatch, header, index, s
 def test_adapter_configs(tmp_path, config):
     given_ = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
     (tmp_path / "adapter_config.json").write_text(json.dumps(given_))
-    read_or_refused(load_peft, tmp_path, LlamaConfig.from_hf(BASE))
+    read_or_refused(hf.load_peft, tmp_path, LlamaConfig.from_hf(BASE))
 
 
 PIECES = st.sampled_from(

@@ -26,17 +26,11 @@ class Family:
 
 
 _LLAMA_DEFAULTS = {
-    "num_key_value_heads": None,
-    "head_dim": None,
     "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
     "tie_word_embeddings": False,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "sliding_window": None,
-    "layer_types": None,
-    "rope_parameters": None,
-    "rope_scaling": None,
 }
 _WHOLE_HEADS = {"partial_rotary_factor": 1}  # rope turns all of a head
 _QWEN_DEFAULTS = {
@@ -62,6 +56,14 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN_DEFAULTS, "head_dim": 128},
         only={"attention_bias": False},
     ),
+}
+
+
+# The names of config.json where ours are others.
+_HF_NAMES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
 }
 
 
@@ -138,9 +140,8 @@ class LlamaConfig:
         """Floating-point operations of one training step per token slot, causal attention.
 
         Each matrix parameter costs 2 in the forward pass, 2 for input gradients, and 2 for its own
-        gradient if it trains. `trainable` is how many parameters do, such as those of LoRA.
-        Attention counts only the lower triangle. Recomputation by remat is not counted (so this
-        gives MFU, not HFU).
+        gradient if it trains; `trainable` is how many parameters do. Attention counts only the
+        lower triangle. Recomputation by remat is not counted (this gives MFU, not HFU).
         """
         embedding = self.vocab_size * self.hidden_size
         norms = (2 * self.num_layers + 1) * self.hidden_size
@@ -152,15 +153,13 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Reads the fields of a Hugging Face config of one of `FAMILIES`; `source` is for messages.
+        """Reads a Hugging Face config of one of `FAMILIES`; `source` is for messages. UserError if
+        a field is missing, has another type, or asks for something that this model does not
+        support.
 
         The fields of rope are read as transformers 5 reads them: `rope_scaling`, if it is not
         empty, replaces `rope_parameters`, and both may contain `rope_theta`. Missing optional
         fields get transformers' defaults.
-
-        Raises:
-          UserError: a field is missing or has another type, or asks for something that this model
-            does not support.
         """
         fields = _Fields(hf, source)
         kind = hf.get("model_type")
@@ -219,30 +218,19 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 both read back to the same model."""
-        scaling = None
+        values = dataclasses.asdict(self)
         if self.rope_scaling is not None:
-            scaling = {"rope_type": "llama3", **dataclasses.asdict(self.rope_scaling)}
-        eos = list(self.eos_token_ids)
-        family = FAMILIES[self.family]
+            values["rope_scaling"] = {"rope_type": "llama3", **values["rope_scaling"]}
+        bos, eos = values.pop("bos_token_id"), list(values.pop("eos_token_ids"))
+        family = FAMILIES[values.pop("family")]
         return {
             "architectures": [family.architecture],
             "model_type": self.family,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": scaling,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
+            **{_HF_NAMES.get(name, name): value for name, value in values.items()},
             "hidden_act": "silu",
             **family.only,
             **({} if self.family == "llama" else {"sliding_window": None}),
-            "bos_token_id": self.bos_token_id,
+            "bos_token_id": bos,
             "eos_token_id": eos[0] if len(eos) == 1 else (eos or None),
         }
 
@@ -267,7 +255,7 @@ class _Fields:
 
     def get(self, name: str, kind: Any, words: str, *, null: bool = False) -> Any:
         """The value, or the default of a field that is left out; None only where `null`."""
-        if name not in self.values and name not in self.defaults:
+        if not null and name not in self.values and name not in self.defaults:
             raise UserError(f"{self.source}: field {name!r} is missing")
         value = self.values.get(name, self.defaults.get(name))
         bad = isinstance(value, bool) and kind is not bool
@@ -277,17 +265,16 @@ class _Fields:
 
     def size(self, name: str, default: int | None = None) -> int:
         """`default` stands in for null."""
-        words = "a whole number above 0"
-        given = self.get(name, int, words, null=default is not None)
-        value: Any = default if given is None else given
-        if not 0 < value < 2**31:
-            raise UserError(f"{self.source}: {name}={value} must be {words}")
-        return value
+        return self._positive(name, int, "a whole number above 0", 2**31, default)
 
     def number(self, name: str) -> float:
-        value = self.get(name, int | float, "a number above 0")
-        if not 0 < value < float("inf"):
-            raise UserError(f"{self.source}: {name}={value} must be a number above 0")
+        return self._positive(name, int | float, "a number above 0", math.inf)
+
+    def _positive(self, name: str, kind: Any, words: str, end: float, default: Any = None) -> Any:
+        given = self.get(name, kind, words, null=default is not None)
+        value = default if given is None else given
+        if not 0 < value < end:
+            raise UserError(f"{self.source}: {name}={value} must be {words}")
         return value
 
 

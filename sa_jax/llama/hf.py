@@ -1,4 +1,5 @@
-"""Hugging Face model folders in and out: no torch, no pickle, no second copy of the model."""
+"""Folders of Hugging Face models, and of adapters for the package `peft`, in and out: no torch, no
+pickle, no second copy of the model."""
 
 import functools
 import hashlib
@@ -15,11 +16,11 @@ from jax.sharding import Mesh
 
 from sa_jax.buckets import as_path, size_and_time
 from sa_jax.errors import UserError
-from sa_jax.files import explained
+from sa_jax.files import check_types, explained
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.llama.hf_tensors import load_leaves, output_tensors
-from sa_jax.llama.lora import LoraConfig
-from sa_jax.llama.model import Llama, check_mesh
+from sa_jax.llama.hf_tensors import MODULES, load_leaves, output_tensors
+from sa_jax.llama.lora import LoraConfig, is_adapter_path
+from sa_jax.llama.model import check_mesh, parameter_shapes
 from sa_jax.llama.safetensors_io import (
     Folder,
     OutputTensor,
@@ -41,7 +42,15 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
-_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTERS = "adapter_model"
+_PEFT_PREFIX = "base_model.model."
+# Projections by their name in transformers: q_proj -> attention/q.
+_PROJECTIONS = {
+    name.rpartition(".")[2]: path.removeprefix("layers/")
+    for path, name in MODULES.items()
+    if name.endswith("_proj")
+}
+
 _HASHED_WHOLE_BYTES = 2 << 30
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
 
@@ -52,15 +61,13 @@ _PLAIN_TAG = {"generation": "if true", "endgeneration": "endif"}
 def load_hf(
     path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[LlamaConfig, dict]:
-    """Reads a Hugging Face Llama folder, local or `gs://`, onto a mesh.
+    """Reads a Hugging Face Llama folder, local or `gs://`, onto a mesh: the architecture and the
+    parameters (see `llama.model`).
 
     Args:
       path: a folder with config.json and model.safetensors, or shards and their index.
       mesh: where to lay the parameters out, by `parallel.rules`; by default the first device.
       dtype: of the parameters, whatever the file's.
-
-    Returns:
-      The architecture and the parameters (see `llama.model`).
 
     Raises:
       UserError: a tensor or file is missing, damaged, not finite, of a wrong shape, or too much.
@@ -88,19 +95,16 @@ def load_params(
 
 
 def weights_digest(path: str | Path) -> str:
-    """A digest that identifies the weights in a folder of a model or of adapters.
+    """A digest that identifies the weights in a folder of a model or of adapters; UserError if
+    there are no such files, or one cannot be read.
 
-    Returns:
-      'sha256:…' of names and all bytes of its weight files. Above 2 GiB 'sampled-sha256:…', of
-      their names, sizes, headers and 64 evenly spread pieces of 64 KiB of each file. The latter
-      detects another model, but may miss a change of single weights.
-
-    Raises:
-      UserError: there are no such files, or one cannot be read.
+    'sha256:…' of names and all bytes of its weight files. Above 2 GiB 'sampled-sha256:…', of their
+    names, sizes, headers and 64 evenly spread pieces of 64 KiB of each file, which detects another
+    model, but may miss a change of single weights.
     """
     folder = as_path(path)
     adapters = not (folder / "config.json").exists()
-    names = [_ADAPTER_FILE] if adapters else _weight_files(Folder(path))
+    names = [f"{_ADAPTERS}.safetensors"] if adapters else _weight_files(Folder(path))
     for name in names:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing: download the folder again")
@@ -166,10 +170,10 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers and vLLM load; it appears whole or not at all.
 
-    Every process must call it; the first one writes.
+    Every process must call it; the first one writes. UserError if the disk is full.
 
     Args:
-      path: a folder that does not exist, or is empty.
+      path: a folder that does not exist, or is empty, else UserError.
       params: the parameters, adapters merged (see `lora.merge`).
       dtype: of the tensors written; by default that of the parameters.
       extra_config: further fields of config.json, such as a run id.
@@ -179,9 +183,6 @@ def save_hf(
         `config`, which config.json always has.
       files: text files to add, by name, such as a README.md.
       max_shard_bytes: a larger model is written in several files and an index.
-
-    Raises:
-      UserError: `path` is not empty, or the disk is full.
     """
     leaves = flatten_dict(params, sep="/")
     expected = parameter_shapes(config, jnp.float32)
@@ -194,7 +195,8 @@ def save_hf(
         tensors = [
             out for name, leaf in leaves.items() for out in output_tensors(name, leaf, dtype)
         ]
-        write_tensors(folder, "model", _in_model_order(tensors), max_shard_bytes)
+        tensors.sort(key=_place_in_model)
+        write_tensors(folder, "model", tensors, max_shard_bytes)
         if folder is None:
             return
         hf = {
@@ -234,41 +236,120 @@ def write_prompt_files(
         # does not change the white space around it.
         text = _GENERATION_TAG.sub(lambda tag: tag[1] + _PLAIN_TAG[tag[2]] + tag[3], chat_template)
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        _write_tokenizer_config(folder, text)
+        if (tokenizer := Folder(folder).read_json("tokenizer_config.json")) is not None:
+            # Transformers 5 saves a class and a field that 4 does not know. This class takes
+            # tokenizer.json as it is, as the run did.
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+            if isinstance(tokenizer.get("extra_special_tokens"), list):
+                tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+            # Transformers before 4.48, and text-generation-inference, read no chat_template.jinja.
+            tokenizer["chat_template"] = text
+            write_json(folder / "tokenizer_config.json", tokenizer)
 
 
-def _write_tokenizer_config(folder: Path, chat_template: str) -> None:
-    """Makes tokenizer_config.json one that transformers 4 and 5, and servers on either, read."""
-    tokenizer = Folder(folder).read_json("tokenizer_config.json")
-    if tokenizer is None:
+def write_peft(
+    folder: Path | None,
+    lora: LoraConfig,
+    adapter: dict,
+    *,
+    base_model: str,
+    files: Mapping[str, str],
+) -> None:
+    """Writes files that `peft.PeftModel.from_pretrained` and vLLM load. Every process calls it.
+
+    Args:
+      folder: as `new_folder` gives it: None in all processes but the first.
+      adapter: its parameters, as `lora.split` gives them.
+      base_model: folder or Hub name; peft resolves a relative folder from its own working
+        directory.
+      files: text files to add, by name, such as a README.md.
+    """
+    leaves = flatten_dict(adapter, sep="/")
+    adapted = {path.rpartition("/")[0].removeprefix("layers/") for path in leaves}
+    tensors = [
+        tensor
+        for path, leaf in leaves.items()
+        for tensor in output_tensors(path, leaf, prefix=_PEFT_PREFIX)
+    ]
+    write_tensors(folder, _ADAPTERS, sorted(tensors, key=lambda t: t.name), float("inf"))
+    if folder is None:
         return
-    # Transformers 5 saves a class and a field that 4 does not know. This class takes tokenizer.json
-    # as it is, as the run did.
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(extra := tokenizer.get("extra_special_tokens"), list):
-        del tokenizer["extra_special_tokens"]
-        tokenizer["additional_special_tokens"] = extra
-    # Transformers before 4.48, and text-generation-inference, read no chat_template.jinja.
-    tokenizer["chat_template"] = chat_template
-    write_json(folder / "tokenizer_config.json", tokenizer)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(n for n, module in _PROJECTIONS.items() if module in adapted),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-@functools.cache
-def parameter_shapes(
-    config: LlamaConfig, dtype: Any, lora: LoraConfig | None = None
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path to shape of every parameter of the model."""
-    model = Llama(config, param_dtype=dtype, lora=lora)
-    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    tree = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    return flatten_dict(tree, sep="/")
+def load_peft(
+    path: str | Path, config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
+) -> tuple[LoraConfig, dict]:
+    """Reads an adapter folder for the model of `config` onto a mesh, as `load_hf` reads a model:
+    its configuration, and its parameters for `lora.combine`. UserError if it is not a plain LoRA of
+    this model's projections, or its files are damaged."""
+    mesh = one_device_mesh() if mesh is None else mesh
+    check_mesh(config, mesh)
+    folder = Folder(path)
+    lora = _read_peft_config(folder)
+    shapes = parameter_shapes(config, dtype, lora)
+    adapter_shapes = {path: leaf for path, leaf in shapes.items() if is_adapter_path(path)}
+    entries = read_headers(folder, [f"{_ADAPTERS}.safetensors"])
+    return lora, load_leaves(folder, entries, adapter_shapes, mesh, prefix=_PEFT_PREFIX)
+
+
+def _read_peft_config(folder: Folder) -> LoraConfig:
+    name = folder.name("adapter_config.json")
+    peft = folder.read_json("adapter_config.json")
+    if peft is None:
+        raise UserError(f"{name} not found: an adapter folder in PEFT format is needed")
+    # What would change the function and is not computed here.
+    for field, plain in (
+        ("peft_type", "LORA"),
+        ("bias", "none"),
+        ("use_dora", False),
+        ("use_rslora", False),
+        ("fan_in_fan_out", False),
+        ("rank_pattern", {}),
+        ("alpha_pattern", {}),
+        ("modules_to_save", []),
+        ("layers_to_transform", []),
+        ("alora_invocation_tokens", []),
+    ):
+        if (peft.get(field) or plain) != plain:
+            raise UserError(f"{name}: {field}={peft[field]!r} is not supported (only {plain!r})")
+    start = peft.get("init_lora_weights", True)
+    if start not in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
+        raise UserError(
+            f"{name}: init_lora_weights={start!r} changes the base model too, which is not "
+            "supported (of pissa, corda and olora PEFT makes plain adapters: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+        )
+    targets = peft.get("target_modules")
+    if not isinstance(targets, list) or not all(target in [*_PROJECTIONS] for target in targets):
+        known = ", ".join(_PROJECTIONS)
+        raise UserError(f"{name}: target_modules={targets!r} must be a list of some of {known}")
+    check_types(peft, {"r": 1, "lora_alpha": 1.0}, name, whole=True)
+    if not 0 < peft["r"] < 2**31:
+        raise UserError(f"{name}: r={peft['r']} must be a whole number above 0")
+    regex = "|".join(sorted(f"{_PROJECTIONS[target]}$" for target in targets))
+    return LoraConfig(rank=peft["r"], alpha=peft["lora_alpha"], targets=regex)
 
 
 def _weight_files(folder: Folder) -> list[str]:
     """The safetensors files of a model folder, checked against the index if there is one."""
     single, index_name = "model.safetensors", "model.safetensors.index.json"
     # Asking for no more than the length word tells whether the file is there.
-    if folder.finish_read(single, folder.start_read(single, slice(0, 1))) is not None:
+    if folder.read(single, slice(0, 1)) is not None:
         return [single]
     index = folder.read_json(index_name)
     if index is None:
@@ -285,13 +366,8 @@ def _weight_files(folder: Folder) -> list[str]:
     return sorted(set(files))
 
 
-def _in_model_order(tensors: list[OutputTensor]) -> list[OutputTensor]:
-    """Embedding, layer 0, layer 1, ..., final norm, head; so a shard holds whole layers."""
-
-    def order(tensor: OutputTensor):
-        parts = tensor.name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            return (1, int(parts[2]), tensor.name)
-        return (0 if "embed_tokens" in parts else 2, 0, tensor.name)
-
-    return sorted(tensors, key=order)
+def _place_in_model(tensor: OutputTensor) -> tuple[int, int, str]:
+    """Sorts embedding, layer 0, layer 1, ..., final norm, head; so a shard holds whole layers."""
+    if layer := re.match(r"model\.layers\.(\d+)\.", tensor.name):
+        return 1, int(layer[1]), tensor.name
+    return (0 if "embed_tokens" in tensor.name else 2), 0, tensor.name

@@ -53,7 +53,7 @@ _GROUP_BYTES = 256 << 20
 _COPY_THREADS = min(8, os.cpu_count() or 1)
 
 
-def _layer_names(path: str, num_layers: int, prefix: str = "") -> list[str]:
+def _layer_names(path: str, num_layers: int, prefix: str) -> list[str]:
     """The Hugging Face names of a parameter's tensors, one a layer if it is stacked."""
     module, _, parameter = path.rpartition("/")
     suffix = f"{MODULES[module]}.{_PARAMETERS.get(parameter, 'weight')}"
@@ -79,66 +79,60 @@ def load_leaves(
     ignored: Iterable[str] = (),
     prefix: str = "",
 ) -> dict:
-    """Reads parameters onto a mesh, laid out by `parallel.rules`.
+    """Reads parameters onto a mesh, laid out by `parallel.rules`; UserError if a tensor is missing,
+    unexpected, not finite, or of another shape or dtype.
 
     Args:
-      folder, entries: the tensors at hand, as `read_headers` gives them.
+      entries: the tensors at hand, as `read_headers` gives them.
       shapes: path to shape and dtype of every parameter wanted.
       ignored: names that may be there and are not read.
       prefix: what every name in the files starts with.
-
-    Raises:
-      UserError: a tensor is missing, unexpected, not finite, or of another shape or dtype.
     """
     names = {path: _layer_names(path, leaf.shape[0], prefix) for path, leaf in shapes.items()}
     _check_tensors(folder, entries, shapes, names, ignored)
-    final = flatten_dict(rules.shardings(mesh, unflatten_dict(shapes, sep="/")), sep="/")
-    sources = {
-        path: _source_sharding(path, leaf.shape, final[path]) for path, leaf in shapes.items()
-    }
-    parts = {path: _local_parts(path, sources[path], leaf.shape) for path, leaf in shapes.items()}
-    groups = {path: _layer_groups(shapes[path], sources[path]) for path in shapes}
+    finals = flatten_dict(rules.shardings(mesh, unflatten_dict(shapes, sep="/")), sep="/")
+    plans = []
+    for path, leaf in shapes.items():
+        source = _source_sharding(path, leaf.shape, finals[path])
+        parts = _local_parts(path, source, leaf.shape)
+        plans += [(path, layers, source, parts) for layers in _layer_groups(leaf, source)]
     requests = (
         (entries[name], first, last)
-        for path in shapes
-        for layers in groups[path]
-        for first, last in parts[path]
+        for path, layers, _, parts in plans
+        for first, last in parts
         for name in names[path][layers]
     )
     pieces = read_rows(folder, requests)
-    total = sum(entries[name].stop - entries[name].start for path in shapes for name in names[path])
+    total = sum(entries[name].nbytes for path in shapes for name in names[path])
     quiet = None if is_primary() else True  # None: shown if stderr is a terminal
     leaves: dict[str, jax.Array] = {}
     damaged: list[str] = []
     progress = tqdm(total=total, unit="B", unit_scale=True, desc="loading", disable=quiet)
     with progress, ThreadPoolExecutor(_COPY_THREADS) as pool:
-        for path, leaf in shapes.items():
-            for layers in groups[path]:
-                count = layers.stop - layers.start
-                group = leaf.update(shape=(count, *leaf.shape[1:])) if _is_stacked(path) else leaf
-                arrays = []
-                for (first, last), shares in parts[path].items():
-                    buffers, bad = _read_rows(path, group, last - first, list(shares), pieces, pool)
-                    damaged += [names[path][layers][layer] for layer in bad]
-                    for buffer, devices in zip(buffers, shares.values(), strict=True):
-                        arrays += [jax.device_put(buffer, device) for device in devices]
-                    jax.block_until_ready(arrays)
-                    del buffers, buffer  # before the next ones are made
-                array: jax.Array = jax.make_array_from_single_device_arrays(
-                    group.shape, sources[path], arrays
-                )
-                del arrays
-                if not array.sharding.is_equivalent_to(final[path], array.ndim):
-                    array = _redistributor(array.sharding, final[path])(array)
-                if group.shape != leaf.shape:
-                    into = leaves.pop(path, None)
-                    if into is None:
-                        into = _zeros(leaf.shape, leaf.dtype, final[path])()
-                    array = _inserter(final[path])(into, array, np.int32(layers.start))
-                # Waiting keeps at most one group in both layouts.
-                leaves[path] = jax.block_until_ready(array)
-                read = [entries[name] for name in names[path][layers]]
-                progress.update(sum(entry.stop - entry.start for entry in read))
+        for path, layers, source, parts in plans:
+            leaf, final = shapes[path], finals[path]
+            count = layers.stop - layers.start
+            group = leaf.update(shape=(count, *leaf.shape[1:])) if _is_stacked(path) else leaf
+            arrays = []
+            for (first, last), shares in parts.items():
+                buffers, bad = _read_rows(path, group, last - first, list(shares), pieces, pool)
+                damaged += [names[path][layers][layer] for layer in bad]
+                for buffer, devices in zip(buffers, shares.values(), strict=True):
+                    arrays += [jax.device_put(buffer, device) for device in devices]
+                jax.block_until_ready(arrays)
+                del buffers, buffer  # before the next ones are made
+            array: jax.Array = jax.make_array_from_single_device_arrays(group.shape, source, arrays)
+            del arrays
+            if not source.is_equivalent_to(final, array.ndim):
+                array = _redistributor(source, final)(array)
+            if group.shape != leaf.shape:
+                into = leaves.pop(path, None)
+                if into is None:
+                    into = _zeros(leaf.shape, leaf.dtype, final)()
+                array = _inserter(final)(into, array, np.int32(layers.start))
+            # Waiting keeps at most one group in both layouts.
+            leaves[path] = jax.block_until_ready(array)
+            progress.update(sum(entries[name].nbytes for name in names[path][layers]))
     _agree_undamaged(folder, entries, damaged)
     logging.info("loaded %.2f GB of weights from %s", total / 1e9, folder.path)
     return unflatten_dict(leaves, sep="/")
@@ -174,16 +168,11 @@ def _check_tensors(folder, entries, shapes, names, ignored) -> None:
             )
 
 
-def _file_axis(path: str, ndim: int) -> int | None:
-    """The axis of a parameter that has the rows of its matrices in the file; None for vectors."""
+def _file_axes(path: str, ndim: int) -> tuple[int, int] | None:
+    """The axes with rows and columns of a parameter's matrices in the file; None for vectors."""
     if ndim - _is_stacked(path) < 2:
         return None
-    return ndim - 1 if _is_transposed(path) else ndim - 2
-
-
-def _other_axis(axis: int, ndim: int) -> int:
-    """The one of a matrix's two axes that is not `axis`."""
-    return 2 * ndim - 3 - axis
+    return (ndim - 1, ndim - 2) if _is_transposed(path) else (ndim - 2, ndim - 1)
 
 
 def _axes(part: Any) -> tuple[str, ...]:
@@ -212,9 +201,10 @@ def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) ->
     """
     if _one_process() and (len(shape) == 3 or _on_host(final)):
         return final
-    axis = _file_axis(path, len(shape))
-    if axis is None:
+    file_axes = _file_axes(path, len(shape))
+    if file_axes is None:
         return NamedSharding(final.mesh, P())
+    axis = file_axes[0]
     spec = [_axes(part) for part in (*final.spec, *(None,) * (len(shape) - len(final.spec)))]
     used = spec.pop(axis) + sum(spec, ())
     axes = used + tuple(name for name in final.mesh.axis_names if name not in used)
@@ -230,23 +220,19 @@ def _local_parts(
     path: str, sharding: NamedSharding, shape: tuple[int, ...]
 ) -> dict[_Range, dict[_Range, list[jax.Device]]]:
     """The file's rows that this process reads, the column ranges, and the devices of each."""
-    axis = _file_axis(path, len(shape))
+    axes = _file_axes(path, len(shape))
     parts: dict[_Range, dict[_Range, list[jax.Device]]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None  # the device holds a part
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        rows, columns = ranges[-1], (0, 1)
-        if axis is not None:
-            rows, columns = ranges[axis], ranges[_other_axis(axis, len(shape))]
+        rows, columns = (ranges[axis] for axis in axes) if axes else (ranges[-1], (0, 1))
         parts.setdefault(rows, {}).setdefault(columns, []).append(device)
     return parts
 
 
 def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[slice]:
-    """Which of a parameter's tensors are read together.
-
-    All of them if the host's buffers become the arrays: with one process, on CPU.
-    """
+    """Which of a parameter's tensors are read together. All of them if the host's buffers become
+    the arrays: with one process, on CPU."""
     layers = leaf.shape[0]
     if leaf.ndim < 3 or (_one_process() and _on_host(source)):
         return [slice(0, layers)]
@@ -262,10 +248,7 @@ def _zeros(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding):
 @functools.lru_cache(maxsize=64)
 def _inserter(sharding: NamedSharding):
     """Puts a group of layers into the whole parameter, in place."""
-
-    def insert(whole, group, first):
-        return jax.lax.dynamic_update_slice_in_dim(whole, group, first, 0)
-
+    insert = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     return jax.jit(insert, donate_argnums=0, out_shardings=sharding)
 
 
@@ -277,14 +260,14 @@ def _read_rows(
     pieces: Iterator[Rows],
     pool: ThreadPoolExecutor,
 ) -> tuple[list[np.ndarray], set[int]]:
-    """Rows of a parameter's matrices, with a buffer for each range of their columns; and the
-    layers that contain NaN or Inf."""
-    axis = _file_axis(path, leaf.ndim)
+    """A buffer for each range of columns, with these rows of a parameter's matrices; and the layers
+    that contain NaN or Inf."""
+    axes = _file_axes(path, leaf.ndim)
     buffers = []
     for first, last in columns:
         shape = list(leaf.shape)
-        if axis is not None:
-            shape[axis], shape[_other_axis(axis, leaf.ndim)] = rows, last - first
+        if axes:
+            shape[axes[0]], shape[axes[1]] = rows, last - first
         buffers.append(_aligned(shape, leaf.dtype))
     copies: deque[tuple[int, Future[bool]]] = deque()
     bad = set()
@@ -296,11 +279,8 @@ def _read_rows(
                 bad.add(layer)
 
     for layer in range(leaf.shape[0] if _is_stacked(path) else 1):
-        matrices = [buffer[layer] if _is_stacked(path) else buffer for buffer in buffers]
-        targets = [
-            matrix.T if _is_transposed(path) else matrix.reshape(len(matrix), -1)
-            for matrix in matrices
-        ]
+        targets = [buffer[layer] if _is_stacked(path) else buffer for buffer in buffers]
+        targets = [x.T if _is_transposed(path) else x.reshape(len(x), -1) for x in targets]
         at = 0
         while at < len(targets[0]):
             piece = next(pieces)
@@ -346,10 +326,8 @@ def _turned(rows: np.ndarray) -> np.ndarray:
 
 def _all_finite(block: np.ndarray) -> bool:
     """np.isfinite(block).all() for any float dtype, twenty times as fast, without a second array.
-
-    Read as integers, the bits of infinity are the smallest that are not a finite number: as signed
-    integers among positive numbers, as unsigned integers among negative ones.
-    """
+    Read as integers, the bits of infinity are the smallest that are not a finite number: among
+    positive numbers as signed integers, among negative ones as unsigned integers."""
     size = block.dtype.itemsize
     infinity, minus = np.asarray([np.inf, -np.inf], block.dtype).view(f"u{size}")
     signed, unsigned = block.view(f"i{size}"), block.view(f"u{size}")
@@ -358,26 +336,22 @@ def _all_finite(block: np.ndarray) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _redistributor(source: NamedSharding, final: NamedSharding):
-    """A jitted identity from one layout to the other, over the interconnect.
-
-    In two steps, first gathering over the axes of `source` that `final` does not have: asked for
-    both at once, the partitioner replicates the whole array.
-    """
+    """A jitted identity from one layout to the other, over the interconnect. In two steps, first
+    gathering over the axes of `source` that `final` does not have: asked for both at once, the
+    partitioner replicates the whole array."""
     kept = {name for part in final.spec for name in _axes(part)}
     spec = P(*[tuple(name for name in _axes(part) if name in kept) for part in source.spec])
-
-    def identity(x):
-        return jax.lax.with_sharding_constraint(x, NamedSharding(final.mesh, spec))
-
-    return jax.jit(identity, out_shardings=final)
+    gather = functools.partial(
+        jax.lax.with_sharding_constraint, shardings=NamedSharding(final.mesh, spec)
+    )
+    return jax.jit(gather, out_shardings=final)
 
 
 def _agree_undamaged(
     folder: Folder, entries: Mapping[str, TensorEntry], damaged: list[str]
 ) -> None:
     """UserError in every process if one of them has read NaN or Inf."""
-    name = next(filter(None, exchange(damaged[0] if damaged else "")), None)
-    if name is not None:
+    if name := next(filter(None, exchange(damaged[0] if damaged else "")), None):
         raise UserError(
             f"{folder.name(entries[name].file)}: {name} contains NaN or Inf; the weights are "
             "damaged, download or export them again"
@@ -409,9 +383,7 @@ def output_tensors(
 @functools.lru_cache(maxsize=64)
 def _extractor(dtype: Any, transposed: bool, sharding: NamedSharding | None):
     def extract(leaf, layer):
-        block = leaf
-        if layer is not None:
-            block = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
+        block = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, False)
         return (block.T if transposed else block).astype(dtype)
 
     return jax.jit(extract, out_shardings=sharding)

@@ -43,20 +43,16 @@ def combine(adapter: dict, base: dict) -> dict:
 
 
 def merge(params: dict, lora: LoraConfig) -> dict:
-    """Adds every adapter to its kernel and drops it: the same function in fewer parameters.
-
-    The sum is taken in float32 and cast back to the kernel's dtype; shardings are kept.
-    """
+    """Adds every adapter to its kernel and drops it: the same function in fewer parameters. The sum
+    is taken in float32 and cast back to the kernel's dtype; shardings are kept."""
     leaves = flatten_dict(params, sep="/")
-    merged = {}
-    for path, leaf in leaves.items():
-        module = path.removesuffix("/kernel")
-        if is_adapter_path(path):
-            continue
-        if path != module and f"{module}/lora_a" in leaves:
-            add = _adder(lora.scale, getattr(leaf, "sharding", None))
-            leaf = add(leaf, leaves[f"{module}/lora_a"], leaves[f"{module}/lora_b"])
-        merged[path] = leaf
+    merged = {path: leaf for path, leaf in leaves.items() if not is_adapter_path(path)}
+    for path, a in leaves.items():
+        module, _, part = path.rpartition("/")
+        if part == "lora_a":
+            kernel = merged[f"{module}/kernel"]
+            add = _adder(lora.scale, getattr(kernel, "sharding", None))
+            merged[f"{module}/kernel"] = add(kernel, a, leaves[f"{module}/lora_b"])
     return unflatten_dict(merged, sep="/")
 
 

@@ -6,6 +6,7 @@ offsets), then the tensors' bytes. https://github.com/huggingface/safetensors#fo
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -44,8 +45,7 @@ _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 # The format's own limit: a longer header is garbage read as a length.
 _MAX_HEADER_BYTES = 100_000_000
-# One ranged read: small enough for a cache, large enough that a turned piece is written in long
-# runs.
+# One ranged read: it fits a cache, and a piece that is turned is written in long runs.
 _PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 256 << 20  # in flight at a time, which hides an object store's latency
 _WRITERS = 4  # tensors that are written at a time
@@ -59,13 +59,9 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        spec = (
-            f"{self.path}/"
-            if self.remote
-            else {"driver": "file", "path": f"{os.path.realpath(path)}/"}
-        )
+        local = {"driver": "file", "path": f"{os.path.realpath(path)}/"}
         try:
-            self._store = ts.KvStore.open(spec).result()
+            self._store = ts.KvStore.open(f"{self.path}/" if self.remote else local).result()
         except ValueError as error:
             raise UserError(f"{self.path} cannot be opened: {first_line(error)}") from None
 
@@ -73,7 +69,7 @@ class Folder:
         """The file's full name, for messages."""
         return f"{self.path}/{file}"
 
-    def start_read(self, file: str, byte_range: slice = slice(0, None)) -> ts.Future:
+    def start_read(self, file: str, byte_range: slice) -> ts.Future:
         """Starts reading [start, stop) of a file; `finish_read` waits for it."""
         return self._store.read(file, byte_range=byte_range)
 
@@ -104,9 +100,9 @@ class Folder:
         """The error for a file that no longer agrees with its header."""
         return _broken(self.name(file), "changed while it was read")
 
-    def read(self, file: str) -> bytes | None:
-        """All bytes of a file, or None where there is no such file."""
-        return self.finish_read(file, self.start_read(file))
+    def read(self, file: str, byte_range: slice = slice(0, None)) -> bytes | None:
+        """Bytes of a file, or None where there is no such file."""
+        return self.finish_read(file, self.start_read(file, byte_range))
 
     def read_json(self, file: str) -> dict[str, Any] | None:
         """A JSON object, or None where there is no such file."""
@@ -131,13 +127,14 @@ class TensorEntry(NamedTuple):
     start: int
     stop: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
 
 def read_headers(folder: Folder, files: Iterable[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the files; all headers are read at the same time.
-
-    Raises:
-      UserError: a file is missing, truncated or malformed, or two files hold one tensor.
-    """
+    """Every tensor of the files; all headers are read at the same time. UserError if a file is
+    missing, truncated or malformed, or two files hold one tensor."""
     files = list(files)
     lengths = {}
     for file, content in _read_all(folder, [(file, slice(0, 8)) for file in files]):
@@ -187,10 +184,8 @@ def _parse_header(name: str, file: str, content: bytes) -> dict[str, TensorEntry
         if entry.dtype not in _ITEM_BYTES:
             raise UserError(f"{name}: {tensor} has the unknown dtype {entry.dtype!r}")
         size = math.prod(entry.shape) * _ITEM_BYTES[entry.dtype]
-        if min(entry.shape, default=0) < 0 or entry.stop - entry.start != size:
-            raise _broken(
-                name, f"gives {tensor} {entry.stop - entry.start} bytes, its shape needs {size}"
-            )
+        if min(entry.shape, default=0) < 0 or entry.nbytes != size:
+            raise _broken(name, f"gives {tensor} {entry.nbytes} bytes, its shape needs {size}")
         if entry.start != position:
             raise _broken(name, f"has overlapping or missing bytes before {tensor}")
         position = entry.stop
@@ -213,11 +208,8 @@ class Rows:
     content: bytes | None = None  # None: not read yet
 
     def fetch(self) -> np.ndarray:
-        """The rows, in a buffer that is valid until the same thread fetches again.
-
-        Raises:
-          UserError: the file cannot be read, or has changed.
-        """
+        """The rows, in a buffer that is valid until the same thread fetches again; UserError if the
+        file cannot be read, or has changed."""
         content: bytes | memoryview | None = self.content
         if content is None:
             if len(getattr(_threads_own, "buffer", b"")) < self.nbytes:
@@ -229,18 +221,12 @@ class Rows:
 
 
 def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
-    """Row ranges of tensors in order, about 4 MiB each, to be fetched in several threads.
+    """Whole rows of tensors in order, about 4 MiB each, to be fetched in several threads.
 
     Rows of an object store have arrived when they are yielded, while the next 256 MiB are being
     read. Rows of a local folder are read by the thread that fetches them, into a buffer that it
     reuses: KvStore would allocate new memory twice for each read, which is half of a load's time.
-
-    Args:
-      folder: where the files are.
-      requests: tensors, each with the [first, last) of its leading axis that is wanted.
-
-    Yields:
-      Consecutive whole rows; none crosses the end of a request.
+    `requests` are tensors, each with the [first, last) of its leading axis that is wanted.
     """
     if not folder.remote:
         yield from _pieces(folder, requests)
@@ -260,7 +246,7 @@ def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) 
 
 def _pieces(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
     for entry, first, last in requests:
-        row_bytes = (entry.stop - entry.start) // entry.shape[0]
+        row_bytes = entry.nbytes // entry.shape[0]
         step = max(1, _PIECE_BYTES // row_bytes)
         for row in range(first, last, step):
             count = min(step, last - row)
@@ -294,10 +280,8 @@ def write_tensors(
 
     The bytes depend only on names, order, shapes, dtypes and values. Several tensors are written at
     the same time, each to its place in its file; host memory holds `_WRITERS` + 2 of them. Every
-    process must call this; those with `folder` None only take part in the fetches.
-
-    Raises:
-      OSError: the disk refused, raised in the writing process once all fetches are done.
+    process must call this; those with `folder` None only take part in the fetches. If the disk
+    refuses, the writing process raises OSError once all fetches are done.
     """
     shards: list[list[OutputTensor]] = [[]]
     filled = 0
@@ -312,17 +296,17 @@ def write_tensors(
     names = names if count > 1 else [f"{stem}.safetensors"]
     failure: BaseException | None = None
     writes: deque[Future[None]] = deque()
+    begun: list[tuple[BinaryIO, list[int]]] = []
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(_WRITERS))
-        places: Iterator[tuple[BinaryIO, int]] = iter(())
         try:
             if folder is not None:
-                begun = [_begin_file(folder / n, s) for n, s in zip(names, shards, strict=True)]
-                for file, _ in begun:
-                    stack.enter_context(file)
-                places = iter([(file, at) for file, offsets in begun for at in offsets])
+                for name, shard in zip(names, shards, strict=True):
+                    begun.append(_begin_file(folder / name, shard))
+                    stack.enter_context(begun[-1][0])
         except OSError as error:
             failure = error
+        places = ((file, at) for file, offsets in begun for at in offsets)
         quiet = None if folder is not None else True  # None: shown if stderr is a terminal
         total = sum(tensor.nbytes for tensor in tensors)
         with tqdm(total=total, unit="B", unit_scale=True, desc="writing", disable=quiet) as bar:
@@ -338,9 +322,8 @@ def write_tensors(
                 failure = failure or write.exception()
         if failure is not None:
             raise failure
-        if folder is not None:
-            for file, _ in begun:
-                os.fsync(file.fileno())
+        for file, _ in begun:
+            os.fsync(file.fileno())
     if folder is not None and count > 1:
         index = {
             "metadata": {"total_size": total},
@@ -355,34 +338,30 @@ def write_tensors(
 
 def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
     """Each tensor, while the next one is already being copied from the devices."""
-    pending: deque[jax.Array] = deque()
+    before: list[jax.Array] = []
     for tensor in tensors:
         array = tensor.fetch()
         array.copy_to_host_async()
-        pending.append(array)
-        if len(pending) > 1:
-            yield pending.popleft()
-    yield from pending
+        yield from before
+        before = [array]
+    yield from before
 
 
 def _begin_file(path: Path, tensors: list[OutputTensor]) -> tuple[BinaryIO, list[int]]:
     """A new file with its header, and where in it each tensor's bytes go."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    offsets = []
-    for tensor in tensors:
-        offsets.append(position)
-        position += tensor.nbytes
+    offsets = [0, *itertools.accumulate(tensor.nbytes for tensor in tensors)]
+    for tensor, span in zip(tensors, itertools.pairwise(offsets), strict=True):
         header[tensor.name] = {
             "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [offsets[-1], position],
+            "data_offsets": list(span),
         }
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     file = open(path, "wb", buffering=0)
     file.write(len(encoded).to_bytes(8, "little") + encoded)
-    return file, [8 + len(encoded) + offset for offset in offsets]
+    return file, [8 + len(encoded) + offset for offset in offsets[:-1]]
 
 
 def _write_at(file: BinaryIO, position: int, content: jax.Array) -> None:
@@ -401,19 +380,21 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def new_folder(path: str | Path) -> Iterator[Path | None]:
     """A temporary folder that becomes `path` when the block succeeds, and is removed otherwise.
 
-    For a bucket, the temporary folder is on this machine, and is uploaded at the end, config.json
-    last. A signal that stops the process raises KeyboardInterrupt in the block, so that the folder
-    is removed then too. Yields None in all processes but the first. If the first process fails, all
-    fail.
-
-    Raises:
-      UserError: `path` is not empty, is in a store other than gs://, or cannot be written.
+    Yields None in all processes but the first; if that fails, all fail. For a bucket, the folder is
+    on this machine, and is uploaded at the end, config.json last. A signal that stops the process
+    raises KeyboardInterrupt in the block, so that the folder is removed then too. UserError:
+    `path` is not empty, is in a store other than gs://, or cannot be written.
     """
     name = str(path)
     target, temporary = as_path(absolute(path)), None
     with _primary_only(name) as primary:
         if primary:
-            _refuse_used(name)
+            if "://" in name and not in_bucket(target):
+                raise UserError(f"{name}: exports go to a local folder or to gs://")
+            if target.is_file() or (target.is_dir() and any(target.iterdir())):
+                raise UserError(
+                    f"{name} exists and is not empty: remove it or export to another folder"
+                )
             parent = None if in_bucket(target) else target.parent
             if parent:
                 parent.mkdir(parents=True, exist_ok=True)
@@ -446,14 +427,6 @@ def _interrupted_by_signals() -> Iterator[None]:
             # and would end the process before anything is removed.
             restore.pop_all()
             raise
-
-
-def _refuse_used(path: str) -> None:
-    place = as_path(path)
-    if "://" in path and not in_bucket(place):
-        raise UserError(f"{path}: exports go to a local folder or to gs://")
-    if place.is_file() or (place.is_dir() and any(place.iterdir())):
-        raise UserError(f"{path} exists and is not empty: remove it or export to another folder")
 
 
 @contextlib.contextmanager

@@ -18,10 +18,9 @@ from sa_jax.errors import UsageError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import headline
 from sa_jax.evals.suite import step_folder
-from sa_jax.llama.hf import save_hf, write_prompt_files
+from sa_jax.llama.hf import save_hf, write_peft, write_prompt_files
 from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import Llama
-from sa_jax.llama.peft import write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh

@@ -28,7 +28,6 @@ from sa_jax.llama import hf
 from sa_jax.llama.config import LlamaConfig
 from sa_jax.llama.lora import LoraConfig, combine, merge, split
 from sa_jax.llama.model import Llama
-from sa_jax.llama.peft import load_peft
 from sa_jax.parallel.rules import abstract as abstract_on
 from sa_jax.parallel.rules import shardings
 from sa_jax.text import first_line
@@ -269,7 +268,7 @@ def load_params(
     if start.kind == "hf":
         if not start.base:
             return hf.load_hf(start.path, mesh, dtype)[1]
-        lora, adapter = load_peft(start.path, start.config, mesh, dtype)
+        lora, adapter = hf.load_peft(start.path, start.config, mesh, dtype)
         base = load_params(open_start(start.base), mesh, base_dtype or dtype)
         return merge(combine(adapter, base), lora)
     model = Llama(start.config, param_dtype=dtype, lora=start.lora)

@@ -16,10 +16,9 @@ from flax.traverse_util import flatten_dict
 
 from sa_jax.errors import UserError
 from sa_jax.llama import lora as lora_lib
-from sa_jax.llama.hf import save_hf
+from sa_jax.llama.hf import load_peft, save_hf, write_peft
 from sa_jax.llama.lora import LoraConfig
 from sa_jax.llama.model import Llama, with_small_kernels_merged
-from sa_jax.llama.peft import load_peft, write_peft
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel.mesh import make_mesh
 from sa_jax.parallel.rules import shardings
