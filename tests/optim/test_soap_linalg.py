@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from sa_jax.optim import soap
-from sa_jax.optim.soap_views import trailing_matrix
+from sa_jax.optim.soap_shared import trailing_matrix
 
 jax.config.update("jax_enable_x64", True)
 mesh = Mesh(np.array(jax.devices()), "x")
