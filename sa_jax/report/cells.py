@@ -107,8 +107,8 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
     grouped: dict[str, list[RunEvals]] = {}
     for run in runs:
         settings = [run.role, lineage_settings(run, by_name)]
-        lineage = json.dumps(settings, sort_keys=True, default=str).encode()
-        grouped.setdefault(hashlib.sha256(lineage).hexdigest()[:12], []).append(run)
+        described = json.dumps(settings, sort_keys=True, default=str).encode()
+        grouped.setdefault(hashlib.sha256(described).hexdigest()[:12], []).append(run)
     result = []
     for key, members in grouped.items():
         seeds = {r.name: tuple(a.seed for a in (r, *ancestors(r, by_name))) for r in members}

@@ -40,10 +40,12 @@ EVAL_PROMPTS_FILE = "eval_prompts.json"
 # an export may have, and those that every run has.
 _INHERITED = {"run_id": "", "task": "", "config": STUDY_DEFAULTS}
 _LORA = {"rank": 0, "alpha": 0.0, "targets": ""}
-_STUDY = {key: {} if isinstance(value, dict) else value for key, value in STUDY_DEFAULTS.items()}
 _RUN = {
     "task": "",
-    "config": {**_STUDY, "param_dtype": "", "lora": _LORA},
+    "config": {
+        **{key: {} if isinstance(value, dict) else value for key, value in STUDY_DEFAULTS.items()},
+        **{"param_dtype": "", "lora": _LORA},
+    },
     "architecture": {},
     "start": {"path": "", "kind": "", "step": None},
     "chat": {"template": "", "stop_token_ids": []},
