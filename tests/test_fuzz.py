@@ -352,7 +352,8 @@ def test_study_files(tmp_path, axes, stages, odd):
         cells = grid.expand(ConfigDict(parts, allow_dotted_keys=True))
         folder.check_folder(tmp_path, cells)
         for cell in cells:
-            run_record.config_difference({}, commands.record(cell))
+            record = commands.record(cell, commands.resolved(cell))
+            run_record.config_difference({}, record)
             commands.command(cell, tmp_path)
 
     read_or_refused(read)

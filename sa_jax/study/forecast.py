@@ -19,7 +19,7 @@ from sa_jax.planning.memory import checkpoint_bytes, estimated_bytes
 from sa_jax.planning.roofline import Workload, step_time
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.claims import Latest
-from sa_jax.study.commands import resolved
+from sa_jax.study.commands import Configs
 from sa_jax.study.devices import divide, visible_devices
 from sa_jax.study.grid import Cell, by_stage
 from sa_jax.study.progress import DONE
@@ -31,6 +31,16 @@ _COSTLY = (
     *("architecture", "optimizer", "lora", "mesh", "batch_size", "sequence_length"),
     *("accumulation", "remat", "dtype", "param_dtype", "attention"),
 )
+
+_SHOWN: dict[str, Callable[[float], str]] = {  # how a table shows the fields of a `Forecast`
+    "tokens": tqdm.format_sizeof,
+    "chip_hours": "{:,.1f}".format,
+    "bytes": lambda size: tqdm.format_sizeof(size, "B"),
+}
+_NOTES = """
+For the cells that are not done. Tokens are slots, padding included. Chip-hours are
+arithmetic, nothing was compiled: a lower bound for training, without sampling for
+evals and a teacher's answers. Disk is that of checkpoints. '-': not known here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,25 +55,27 @@ class Forecast:
 class Forecaster:
     """Forecasts the cells of a study, once for each shape."""
 
-    def __init__(self, cells: Sequence[Cell]):
+    def __init__(self, cells: Sequence[Cell], configs: Configs):
         self._cells = {cell.name: cell for cell in cells}
-        self._configs = {cell.name: resolved(cell) for cell in cells if cell.is_training}
+        self._configs = configs
         self._work: dict[str, Workload] = {}
 
     def check_fits(self, cell: Cell, devices: int | None = None) -> None:
         """UsageError if the cell's mesh is impossible, on its topology or on this many devices;
         UserError if the memory of its topology is too small."""
-        if cell.is_training and cell.stage.topology:
-            self._check_fits_topology(cell, parse_topology(cell.stage.topology))
-        if cell.is_training and devices is not None:
+        config = self._configs[cell.name]
+        if config is None:
+            return
+        if cell.stage.topology:
+            self._check_fits_topology(cell, config, parse_topology(cell.stage.topology))
+        if devices is not None:
             try:
-                mesh_sizes(cell, self._configs[cell.name], devices)
+                mesh_sizes(cell, config, devices)
             except UsageError as error:
                 each = f"{error}; each of the --workers has {devices} devices of this machine"
                 raise UsageError(f"{each}: use fewer, or another machine") from None
 
-    def _check_fits_topology(self, cell: Cell, topology: Topology) -> None:
-        config = self._configs[cell.name]
+    def _check_fits_topology(self, cell: Cell, config: ConfigDict, topology: Topology) -> None:
         sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
         architecture = self._architecture(cell)
         if architecture is None:
@@ -73,7 +85,7 @@ class Forecaster:
                 f"cell {cell.name} cannot fit its mesh: tensor={sizes['tensor']} does not divide "
                 f"{architecture.num_kv_heads} key/value heads"
             )
-        work = self._workload(config, architecture, sizes, topology)
+        work = self._workload(config, architecture, sizes, topology.platform)
         needed = estimated_bytes(work, topology.chip)
         if needed > topology.chip.hbm_bytes:
             remat = "" if config.remat in ("full", "offload") else " config.remat=full,"
@@ -84,31 +96,33 @@ class Forecaster:
             )
 
     def forecast(self, cell: Cell) -> Forecast:
-        if not cell.is_training:
+        config = self._configs[cell.name]
+        if config is None:
             return Forecast()
-        config, architecture = self._configs[cell.name], self._architecture(cell)
         a_step = config.batch_size * config.sequence_length
         tokens = config.steps * a_step if config.steps else cell.stage.tokens or None
+        architecture = self._architecture(cell)
         if tokens is None or architecture is None:
             return Forecast(tokens)
-        topology = parse_topology(cell.stage.topology) if cell.stage.topology else None
-        sizes = {"data": 1, "fsdp": 1, "tensor": 1}
-        if topology is not None:
+        steps, hours = math.ceil(tokens / a_step), None
+        if cell.stage.topology:
+            topology = parse_topology(cell.stage.topology)
             sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
-        work = self._workload(config, architecture, sizes, topology)
-        steps = math.ceil(tokens / a_step)
-        hours = None
-        if topology is not None:
+            work = self._workload(config, architecture, sizes, topology.platform)
             step_s = step_time(work, topology.chip, topology.shape).step
             hours = steps * step_s * topology.chips / 3600
+        else:
+            work = self._workload(config, architecture, {"data": 1, "fsdp": 1, "tensor": 1}, "cpu")
         return Forecast(tokens, hours, checkpoint_bytes(config, steps, work)["total"])
 
     def _architecture(self, cell: Cell) -> LlamaConfig | None:
         """The architecture of the model, from the config or from the cell's start; None if the
         model cannot be read here."""
-        config = self._configs[cell.name]
-        if cell.start_cell:
+        if cell.start:
             return self._architecture(self._cells[cell.start_cell])
+        config = self._configs[cell.name]
+        if config is None:
+            return None
         if config.architecture:
             return fresh_architecture(config)
         if config.model and Path(split_step(config.model)[0]).is_dir():
@@ -116,16 +130,12 @@ class Forecaster:
         return None
 
     def _workload(
-        self,
-        config: ConfigDict,
-        architecture: LlamaConfig,
-        sizes: Mapping[str, int],
-        topology: Topology | None,
+        self, config: ConfigDict, architecture: LlamaConfig, sizes: dict[str, int], platform: str
     ) -> Workload:
-        platform = "cpu" if topology is None else topology.platform
-        costly = {name: config.to_dict()[name] for name in _COSTLY}
+        values = config.to_dict()
+        costly = {name: values[name] for name in _COSTLY}
         costly["optimizer"] = {k: v for k, v in costly["optimizer"].items() if "rate" not in k}
-        key = json.dumps([costly, architecture.to_hf(), dict(sizes), platform], default=str)
+        key = json.dumps([costly, architecture.to_hf(), sizes, platform], default=str)
         if key not in self._work:
             self._work[key] = workload(config, architecture, sizes, platform)
         return self._work[key]
@@ -166,7 +176,11 @@ def format_forecast(
 
     def row(name: str, machine: str, of: Sequence[Cell]) -> tuple[str, ...]:
         left = [forecasts[cell.name] for cell in of if states[cell.name] not in DONE]
-        return name, str(len(of)), str(len(of) - len(left)), machine, *_sums(left)
+        sums = (
+            _sum([getattr(forecast, field) for forecast in left], shown)
+            for field, shown in _SHOWN.items()
+        )
+        return name, str(len(of)), str(len(of) - len(left)), machine, *sums
 
     rows = [
         ("stage", "cells", "done", "machine", "tokens", "chip-hours", "disk"),
@@ -174,34 +188,13 @@ def format_forecast(
         row("sum", "", cells),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            text.ljust(width) if i in (0, 3) else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "For the cells that are not done. Tokens are slots, padding included. Chip-hours are",
-            "arithmetic, nothing was compiled: a lower bound for training, without sampling for",
-            "evals and a teacher's answers. Disk is that of checkpoints. '-': not known here.",
-        ]
-    )
+    formats = [f"{{:{'<' if i in (0, 3) else '>'}{width}}}" for i, width in enumerate(widths)]
+    return "\n".join([*("  ".join(formats).format(*row).rstrip() for row in rows), _NOTES])
 
 
-def _sums(forecasts: Sequence[Forecast]) -> tuple[str, str, str]:
-    def total(name: str, shown: Callable[[float], str]) -> str:
-        known = [value for f in forecasts if (value := getattr(f, name)) is not None]
-        return shown(sum(known)) if known else "-"
-
-    return (
-        total("tokens", tqdm.format_sizeof),
-        total("chip_hours", lambda hours: f"{hours:,.1f}"),
-        total("bytes", lambda size: tqdm.format_sizeof(size, "B")),
-    )
+def _sum(values: Sequence[float | None], shown: Callable[[float], str]) -> str:
+    known = [value for value in values if value is not None]
+    return shown(sum(known)) if known else "-"
 
 
 def format_list(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) -> str:

@@ -104,7 +104,7 @@ class Cell:
     values: Mapping[str, str]  # axis -> name of its value
     config: str  # for a training task, its config file with argument
     settings: Overrides  # the changes of the config, or the flags of a tool
-    start: str  # the folder that it trains from or evaluates, of a cell or another; '' for none
+    start: str  # the folder of the cell that it trains from or evaluates; '' for none
     start_step: int | None  # the start's checkpoint; None for its newest
     parents: tuple[str, ...]  # names of the cells that must be done before
 
@@ -114,8 +114,8 @@ class Cell:
 
     @property
     def start_cell(self) -> str:
-        """The name of the cell that it starts from; '' if it starts from no cell of the study."""
-        return self.start.removeprefix(f"{STUDY}/") if self.start.startswith(STUDY) else ""
+        """The name of the cell that it starts from; '' for none."""
+        return self.start.removeprefix(f"{STUDY}/")
 
 
 def learning_rates(*rates: float) -> dict[str, Overrides]:
@@ -159,7 +159,10 @@ def expand(study: ConfigDict) -> list[Cell]:
     settings = {k: str(v) for k, v in study.items() if isinstance(v, str | int | float)}
     _check_names(study, axes, settings)
     cells: dict[str, Cell] = {}
-    axes_of: dict[str, tuple[str, ...]] = {}  # of a stage's cells, in the study's order
+    axes_of: dict[str, dict[str, Axis]] = {}  # of a stage's cells, in the study's order
+    # Of a cell: the folders of all its ancestors, by their stage, so that a text may name the data
+    # of the data's base model.
+    folders: dict[str, dict[str, str]] = {}
     for stage in study.stages:
         before = [name for name in (stage.start, *stage.needs) if name]
         for name in before:
@@ -169,21 +172,25 @@ def expand(study: ConfigDict) -> list[Cell]:
             if name not in axes:
                 raise UsageError(f"stage {stage.name!r}: unknown axis {name!r}; {_known(axes)}")
         used = {*stage.axes, *(axis for name in before for axis in axes_of[name])}
-        axes_of[stage.name] = tuple(name for name in axes if name in used)
-        for values in _assignments(stage, [axes[name] for name in axes_of[stage.name]]):
+        axes_of[stage.name] = {name: axis for name, axis in axes.items() if name in used}
+        for values in _assignments(stage, axes_of[stage.name]):
             parents = {
                 name: _name(name, {axis: values[axis] for axis in axes_of[name]}) for name in before
             }
             if not cells.keys() >= {*parents.values()}:
                 continue  # a stage before it has no cell with these values
-            cell = _cell(stage, values, parents, axes, settings, cells)
+            earlier: dict[str, str] = {}
+            for name, parent in parents.items():
+                earlier |= folders[parent] | {name: f"{STUDY}/{parent}"}
+            words = {**settings, **values, **earlier, "study": STUDY}
+            cell = _cell(stage, axes, values, parents, words)
             if cell.name in cells:
                 other = cells[cell.name]
                 raise UsageError(
                     f"two cells would share the folder {cell.name}: {_described(other)}, and "
                     f"{_described(cell)}; give their axis values or stages other names"
                 )
-            cells[cell.name] = cell
+            cells[cell.name], folders[cell.name] = cell, earlier
     if not cells:
         raise UsageError("the study has no cells: give it stages, and every axis a value")
     return list(cells.values())
@@ -216,24 +223,26 @@ def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[
             )
 
 
-def _assignments(stage: Stage, axes: Sequence[Axis]) -> Iterator[dict[str, str]]:
+def _assignments(stage: Stage, axes: Mapping[str, Axis]) -> Iterator[dict[str, str]]:
     """Every combination of values that `stage.when` names."""
-    conditions = [stage.when] if isinstance(stage.when, Mapping) else list(stage.when)
-    known = {axis.name: axis.values for axis in axes}
-    for condition in conditions:
-        for name, wanted in condition.items():
-            if name not in known:
-                raise UsageError(f"stage {stage.name!r}: `when` names {name!r}; {_known(known)}")
-            for value in _several(wanted):
-                if value not in known[name]:
-                    raise UsageError(
-                        f"stage {stage.name!r}: `when` names the value {value!r} of the axis "
-                        f"{name!r}; {_known(known[name])}"
-                    )
-    for combination in itertools.product(*(axis.values for axis in axes)):
-        values = dict(zip(known, combination, strict=True))
+    union = [stage.when] if isinstance(stage.when, Mapping) else stage.when
+    conditions = [
+        {axis: of if isinstance(of, list | tuple) else (of,) for axis, of in condition.items()}
+        for condition in union
+    ]
+    for name, wanted in (item for condition in conditions for item in condition.items()):
+        if name not in axes:
+            raise UsageError(f"stage {stage.name!r}: `when` names {name!r}; {_known(axes)}")
+        for value in wanted:
+            if value not in axes[name].values:
+                raise UsageError(
+                    f"stage {stage.name!r}: `when` names the value {value!r} of the axis "
+                    f"{name!r}; {_known(axes[name].values)}"
+                )
+    for combination in itertools.product(*(axis.values for axis in axes.values())):
+        values = dict(zip(axes, combination, strict=True))
         if not conditions or any(
-            all(values[name] in _several(wanted) for name, wanted in condition.items())
+            all(values[name] in wanted for name, wanted in condition.items())
             for condition in conditions
         ):
             yield values
@@ -241,18 +250,13 @@ def _assignments(stage: Stage, axes: Sequence[Axis]) -> Iterator[dict[str, str]]
 
 def _cell(
     stage: Stage,
+    axes: Mapping[str, Axis],
     values: Mapping[str, str],
     parents: Mapping[str, str],
-    axes: Mapping[str, Axis],
-    settings: Mapping[str, str],
-    cells: Mapping[str, Cell],
+    words: Mapping[str, str],
 ) -> Cell:
-    """The stage's cell with these values; `parents`: the names of those that it needs, by stage."""
-    earlier = {  # every ancestor, so that a text may name the data of the data's base model
-        ancestor.stage.name: f"{STUDY}/{ancestor.name}"
-        for ancestor in _ancestors(parents.values(), cells)
-    }
-    words = {**settings, **values, **earlier, "study": STUDY}
+    """The stage's cell with these values; `parents`: the names of those that it needs, by stage;
+    `words`: what its texts may name."""
 
     def written(value: Any, key: str) -> Any:
         if not isinstance(value, str):
@@ -264,37 +268,26 @@ def _cell(
                 f"stage {stage.name!r}: {key}={value!r} names {error}; {_known(words)}"
             ) from None
 
-    changes: dict[str, Any] = dict(stage.set)
-    for axis in axes.values():
-        if axis.name in stage.axes:
-            changes |= axis.values[values[axis.name]]
-    start_step = changes.pop(START_STEP, None)
-    start = f"{STUDY}/{parents[stage.start]}" if stage.start else ""
+    settings: dict[str, Any] = dict(stage.set)
+    for name, axis in axes.items():
+        if name in stage.axes:
+            settings |= axis.values[values[name]]
+    start_step = settings.pop(START_STEP, None)
     return Cell(
         name=_name(stage.name, values),
         stage=stage,
         run=written(stage.run, "run"),
         values=values,
         config=written(stage.config, "config"),
-        settings={key: written(value, key) for key, value in changes.items()},
-        start=start,
+        settings={key: written(value, key) for key, value in settings.items()},
+        start=f"{STUDY}/{parents[stage.start]}" if stage.start else "",
         start_step=start_step,
         parents=tuple(dict.fromkeys(parents.values())),
     )
 
 
-def _ancestors(names: Any, cells: Mapping[str, Cell]) -> Iterator[Cell]:
-    for name in names:
-        yield from _ancestors(cells[name].parents, cells)
-        yield cells[name]
-
-
 def _name(stage: str, values: Mapping[str, str]) -> str:
     return f"{stage}/{'_'.join(values.values())}" if values else stage
-
-
-def _several(wanted: Any) -> tuple[Any, ...]:
-    return tuple(wanted) if isinstance(wanted, list | tuple) else (wanted,)
 
 
 def _known(names: Any) -> str:

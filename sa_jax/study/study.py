@@ -55,7 +55,8 @@ def run_study(
     workdir = Path(workdir).absolute()
     cells = expand(study)
     folder.check_folder(workdir, cells)
-    records = {cell.name: commands.record(cell) for cell in cells}
+    configs = {cell.name: commands.resolved(cell) for cell in cells}
+    records = {cell.name: commands.record(cell, configs[cell.name]) for cell in cells}
     claims = Claims(workdir / folder.CLAIMS_FOLDER, takeover_s)
     with explained(workdir, "reading the claims of its cells"):
         latest = {cell.name: claims.latest(cell.name) for cell in cells}
@@ -64,7 +65,7 @@ def run_study(
     names = choose(cells, only, shard)
     chosen = [cell for cell in cells if cell.name in names]
     states = states_of(cells, latest, removed)
-    forecaster = Forecaster(cells)
+    forecaster = Forecaster(cells, configs)
     here = None if launch or list_cells or emit else local_devices(workers)
     for cell in chosen:
         is_elsewhere = states[cell.name] in DONE or (dry_run and cell.stage.topology)
@@ -79,10 +80,10 @@ def run_study(
         files, submit = write_files(emit, chosen, workdir, config_flags)
         print(*files, f"submit: {submit}", sep="\n")
     else:
-        commands.check_models(cell for cell in chosen if states[cell.name] not in DONE)
+        commands.check_models((c for c in chosen if states[c.name] not in DONE), configs)
         slots = divide(workers, launched=bool(launch))
         for cell in chosen:
-            for missing in commands.missing_files(cell):
+            for missing in commands.missing_files(configs[cell.name]):
                 logging.warning("%s will fail: %s: no such file", cell.name, missing)
         folder.open_folder(workdir)
         with StopSignals() as stop, contextlib.closing(Server()) as server:

@@ -231,18 +231,19 @@ def _check_whole(config: Mapping[str, Any], default: Mapping[str, Any], at: str 
 
 def check_config(config: ConfigDict) -> None:
     """UsageError that names the first key with an impossible value."""
+    values = config.to_dict()
 
     def require(key: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise UsageError(f"config.{key}={value_of(key)!r}: must be {wanted}")
 
     def value_of(key: str) -> Any:
-        return functools.reduce(operator.getitem, key.split("."), config.to_dict())
+        return functools.reduce(operator.getitem, key.split("."), values)
 
-    _check_whole(config.to_dict(), default_config().to_dict())
-    check_places("config", config.to_dict(), TRAINING_PLACES)
-    for key, values in CHOICES.items():
-        require(key, value_of(key) in values, f"one of {', '.join(values)}")
+    _check_whole(values, default_config().to_dict())
+    check_places("config", values, TRAINING_PLACES)
+    for key, choices in CHOICES.items():
+        require(key, value_of(key) in choices, f"one of {', '.join(choices)}")
     require("sinks", all(sink in [*SINKS] for sink in config.sinks), f"some of {', '.join(SINKS)}")
     check_arms(config.eval.arms)
     for axis, size in config.mesh.items():

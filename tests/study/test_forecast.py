@@ -17,6 +17,10 @@ from sa_jax.training.plan import plan_architecture, workload
 from tests.study.test_export import write_run
 
 
+def configs(*cells):
+    return {cell.name: resolved(cell) for cell in cells}
+
+
 def forecaster(topology="", **settings):
     study = ConfigDict()
     stage = Stage(
@@ -28,13 +32,13 @@ def forecaster(topology="", **settings):
     )
     study.stages = (stage,)
     (cell,) = grid.expand(study)
-    return Forecaster([cell]), cell
+    return Forecaster([cell], configs(cell)), cell
 
 
 def test_a_study_of_70b_in_a_minute_without_a_tpu():
     began = time.process_time()
     cells = grid.expand(load_config("configs/llama33_70b_study.py"))
-    known = Forecaster(cells)
+    known = Forecaster(cells, configs(*cells))
     for cell in cells:
         known.check_fits(cell)
     forecasts = {cell.name: known.forecast(cell) for cell in cells}
@@ -95,7 +99,7 @@ def test_the_shapes_of_a_start_at_a_step_are_those_of_its_run(toy_world, tmp_pat
         )
         study.stages = (removal,)
         (cell,) = grid.expand(study)
-        architecture = Forecaster([cell])._architecture(cell)
+        architecture = Forecaster([cell], configs(cell))._architecture(cell)
         assert (architecture and architecture.num_layers) == layers
 
 

@@ -43,6 +43,10 @@ def expand(*stages, **settings):
     return {cell.name: cell for cell in grid.expand(study(*stages, **settings))}
 
 
+def record(cell):
+    return commands.record(cell, commands.resolved(cell))
+
+
 def test_cells_are_the_product_and_share_their_ancestors():
     cells = expand(insertion(), removal())
     inserted = [name for name in cells if name.startswith("insertion/")]
@@ -110,7 +114,7 @@ def test_a_registered_insertion_is_trained_as_itself(monkeypatch):
     task = dataclasses.replace(TASKS["insertion"], name="stealthy")
     monkeypatch.setitem(TASKS._items, "stealthy", task)
     cell = expand(insertion(axes=(), run="stealthy"))["insertion"]
-    assert commands.record(cell)["run"] == "stealthy"
+    assert record(cell)["run"] == "stealthy"
     script, *flags = commands.command(cell, "w")
     assert script == "scripts/insert_backdoor.py" and "--task=stealthy" in flags
     assert check_task("stealthy", "insertion") == "stealthy"
@@ -124,16 +128,15 @@ def test_removal_starts_from_an_earlier_checkpoint_of_the_insertion():
     cells = {c.name: c for c in grid.expand(study(*stages, axes=(axis,)))}
     assert "--init_from=w/insertion@400" in commands.command(cells["removal/at400"], "w")
     assert "--init_from=w/insertion" in commands.command(cells["removal/last"], "w")
-    assert commands.record(cells["removal/at400"])["start"] == "{study}/insertion@400"
+    assert record(cells["removal/at400"])["start"] == "{study}/insertion@400"
 
 
 def test_the_record_is_what_decides_the_result_and_nothing_else():
-    def record(**changes):
-        cells = expand(insertion(set=changes, axes=()))
-        return commands.record(cells["insertion"])
+    def of(**changes):
+        return record(expand(insertion(set=changes, axes=()))["insertion"])
 
-    same, other = record(log_every=7, remat="full"), record(steps=7)
-    assert record() == same
+    same, other = of(log_every=7, remat="full"), of(steps=7)
+    assert of() == same
     assert {key for key in other if other[key] != same.get(key)} == {"steps"}
 
 
@@ -177,7 +180,7 @@ def test_a_changed_extension_makes_another_cell_of_those_that_use_it(tmp_path, m
         fields = {"axes": (), "config": f"{file}:insertion"}
         losses = {"mine": "mine", "theirs": "cross_entropy"}
         return [
-            commands.record(expand(insertion(**fields, set={"loss": loss}))["insertion"])
+            record(expand(insertion(**fields, set={"loss": loss}))["insertion"])
             for loss in losses.values()
         ]
 
@@ -186,7 +189,7 @@ def test_a_changed_extension_makes_another_cell_of_those_that_use_it(tmp_path, m
     assert changed == {"extension.loss.mine"} and before[1] == after[1]
     tool = Stage("arms", run="generate_data", set={"config": str(file)})
     with pytest.raises(UsageError, match="cell arms: .*mine.py needs a name after a colon"):
-        commands.record(expand(tool)["arms"])
+        record(expand(tool)["arms"])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +252,7 @@ def test_a_name_that_is_no_folder_is_refused():
 def test_a_value_that_no_config_has_is_named(changes, words):
     cell = expand(insertion(axes=(), **changes))["insertion"]
     with pytest.raises(UsageError) as error:
-        commands.record(cell)
+        record(cell)
     for word in words:
         assert word in str(error.value), str(error.value)
 
@@ -273,7 +276,7 @@ def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeyp
     cells = expand(trained)["insertion"], expand(insertion(axes=()), card)["card"]
     for cell, name in zip(cells, ("even", "odd_numberz"), strict=True):
         with pytest.raises(UsageError, match=f"cell {cell.name}: unknown eval '{name}'; known:"):
-            commands.record(cell)
+            record(cell)
 
 
 def test_a_config_file_that_raises_is_named(tmp_path):
@@ -283,7 +286,7 @@ def test_a_config_file_that_raises_is_named(tmp_path):
     with pytest.raises(
         UsageError, match="cell insertion: .*broken.py, line 1: ModuleNotFoundError: No mod"
     ):
-        commands.record(cell)
+        record(cell)
 
 
 STUDIES = [
@@ -303,7 +306,7 @@ def test_the_studies_of_the_project_work_as_far_as_can_be_seen_before(path):
         if shape in checked:
             continue
         checked.add(shape)
-        commands.record(cell)
+        record(cell)
         script, *flags = commands.command(cell, "runs/x")
         defined = re.findall(r'DEFINE_\w+\(\s*"(\w+)"', scripts[script])
         for flag in flags:
