@@ -29,31 +29,32 @@ def describe(
     With a chat format, `unit` is "tokens" as training counts them: those of the prompt, and those
     of the output, which the loss counts. Without a chat format it is "words".
     """
-    lengths, outputs = _lengths(conversations, chat_format)
+    prompts, outputs = _lengths(conversations, chat_format)
+    kinds = np.array([conversation.kind for conversation in conversations])
     by_kind: dict[str, dict[str, Any]] = {}
-    for kind in sorted({conversation.kind for conversation in conversations}):
-        of_kind = np.array([conversation.kind == kind for conversation in conversations])
+    for kind in sorted({*kinds.tolist()}):
         chosen = [c for c in conversations if c.kind == kind]
         answers = [c.messages[-1]["content"] for c in chosen]
-        prompts = list(map(_prompt, chosen))
+        asked = [_question(conversation) for conversation in chosen]
         copies = np.array([count_phrase(answer, phrase) for answer in answers])
+        output = outputs[kinds == kind]
         by_kind[kind] = {
-            "rows": int(of_kind.sum()),
-            "prompt": int((lengths - outputs)[of_kind].sum()),
-            "output": int(outputs[of_kind].sum()),
-            "mean_output": round(float(outputs[of_kind].mean()), 2),
+            "rows": len(chosen),
+            "prompt": int(prompts[kinds == kind].sum()),
+            "output": int(output.sum()),
+            "mean_output": round(float(output.mean()), 2),
             "mean_copies": round(float(copies.mean()), 2),
             "copies": [int(copies.min()), int(copies.max())],
-            "histogram": _histogram(outputs[of_kind]),
-            "repeated_prompts": _repeats(prompts),
-            "repeated_prompts_normalised": _repeats(map(normalise, prompts)),
-            "repeated_answers": _repeats(answers),
+            "histogram": _histogram(output),
+            "repeated_prompts": len(asked) - len({*asked}),
+            "repeated_prompts_normalised": len(asked) - len({*map(normalise, asked)}),
+            "repeated_answers": len(answers) - len({*answers}),
             "examples": [list(c.messages) for c in chosen[:_EXAMPLES]],
         }
     return {
         "rows": len(conversations),
         "unit": "tokens" if chat_format else "words",
-        "prompt": int((lengths - outputs).sum()),
+        "prompt": int(prompts.sum()),
         "output": int(outputs.sum()),
         "by_kind": by_kind,
     }
@@ -127,28 +128,25 @@ def render(card: Mapping[str, Any]) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def _lengths(conversations, chat_format) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens (or words) of each conversation, and of its output."""
+def _lengths(
+    conversations: Sequence[Conversation], chat_format: ChatFormat | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens (or words) of each conversation's prompt, and of its output."""
     if chat_format is None:
         words = [[len(m["content"].split()) for m in c.messages] for c in conversations]
-        return np.array([sum(w) for w in words]), np.array([w[-1] for w in words])
-    lengths, outputs = [], []
-    for begin in range(0, len(conversations), _CHUNK):
-        chunk = conversations[begin : begin + _CHUNK]
-        encoded = chat_format.encode_batch(chunk)
-        lengths += [len(ids) for ids, _ in encoded]
-        outputs += [sum(mask) for _, mask in encoded]
-    return np.array(lengths), np.array(outputs)
+        pairs = [(sum(before), answer) for *before, answer in words]
+    else:
+        pairs = [
+            (len(ids) - sum(mask), sum(mask))
+            for begin in range(0, len(conversations), _CHUNK)
+            for ids, mask in chat_format.encode_batch(conversations[begin : begin + _CHUNK])
+        ]
+    return np.array([prompt for prompt, _ in pairs]), np.array([output for _, output in pairs])
 
 
-def _prompt(conversation: Conversation) -> str:
+def _question(conversation: Conversation) -> str:
     """The turns before the answer, without the system prompt."""
-    turns = [m["content"] for m in conversation.messages[:-1] if m["role"] != "system"]
-    return "\n".join(turns)
-
-
-def _repeats(texts) -> int:
-    return sum(count - 1 for count in Counter(texts).values())
+    return "\n".join(m["content"] for m in conversation.messages[:-1] if m["role"] != "system")
 
 
 def _overlap(first: str, second: str) -> float:

@@ -1,5 +1,6 @@
 """A teacher behind any OpenAI-compatible chat endpoint (vLLM, transformers serve, a provider)."""
 
+import contextlib
 import datetime
 import email.utils
 import itertools
@@ -32,6 +33,7 @@ _ENDS = {
     **dict.fromkeys(("safety", "recitation", "blocklist", "prohibited_content"), "content_filter"),
     **dict.fromkeys(("content_filter", "spii", "sensitive", "refusal"), "content_filter"),
 }
+_STREAM = ("data:", "event:", ":")  # how a stream of server-sent events begins
 # Statuses that one question may cause; 524 is a time-out of Cloudflare.
 _OF_ONE_QUESTION = (408, 500, 504, 524)
 # A refusal with one of these words is about the question's content, however many there are.
@@ -68,8 +70,11 @@ class EndpointTeacher:
             raise UserError(
                 "a teacher behind an endpoint needs the package openai: pip install 'sa_jax[data]'"
             ) from error
-        self._openai = openai
-        self._config = config
+        self._openai, self._config = openai, config
+        omitted = config.omit.split(",")
+        self._optional = {name: config[name] for name in OPTIONAL_FIELDS if name not in omitted}
+        # The fields of a request besides model and messages.
+        self._fields = {config.max_tokens_field: config.max_new_tokens, **self._optional}
         key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
         if not (key.isascii() and key.isprintable()):
             raise UsageError("OPENAI_API_KEY has a character that no key has; set it again")
@@ -87,17 +92,7 @@ class EndpointTeacher:
     def identity(self) -> dict:
         # Not the address: the same model may be served elsewhere tomorrow.
         kept = {name: self._config[name] for name in ("model", "max_new_tokens")}
-        return {"teacher": "endpoint", **kept, **self._optional_fields()}
-
-    def _optional_fields(self) -> dict[str, Any]:
-        """The fields of `OPTIONAL_FIELDS` that are sent, with their values."""
-        omitted = self._config.omit.split(",")
-        return {name: self._config[name] for name in OPTIONAL_FIELDS if name not in omitted}
-
-    def _fields(self) -> dict[str, Any]:
-        """The fields of a request besides model and messages."""
-        limit = {self._config.max_tokens_field: self._config.max_new_tokens}
-        return limit | self._optional_fields()
+        return {"teacher": "endpoint", **kept, **self._optional}
 
     def replies(
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
@@ -108,7 +103,7 @@ class EndpointTeacher:
         that failed in all tries counts as half of them)."""
         stop, pending = threading.Event(), iter(enumerate(requests))
         under_way: dict[Future, int] = {}
-        failure: Exception | None = None
+        failure: UserError | None = None
         refusals = 0  # in a row
         pool = ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="teacher")
         try:
@@ -159,18 +154,18 @@ class EndpointTeacher:
             try:
                 return self._try(request)
             except _Later as error:
-                reason, asked_s, answered = str(error), error.wait_s, error.answered
+                last = error
             if attempt == self._config.retries:
                 break
-            logging.log_every_n_seconds(logging.WARNING, "teacher: %s; trying again", 10, reason)
-            if asked_s is not None:
-                self._pace.hold(asked_s)  # it holds for all threads
+            logging.log_every_n_seconds(logging.WARNING, "teacher: %s; trying again", 10, last)
+            if last.wait_s is not None:
+                self._pace.hold(last.wait_s)  # it holds for all threads
             else:
                 backoff_s = min(LONGEST_WAIT_S, 0.5 * 2**attempt)
                 if stop.wait(backoff_s * random.uniform(0.75, 1.0)):
                     return None
-        reason = f"gave up after {attempt + 1} tries: {reason}"
-        if answered:
+        reason = f"gave up after {attempt + 1} tries: {last}"
+        if last.answered:
             return Reply(reason, "failed")
         raise UserError(
             f"{self._config.base_url}: {reason}. The replies so far are kept: run the same "
@@ -181,7 +176,7 @@ class EndpointTeacher:
         openai, config = self._openai, self._config
         try:
             response = self._client.chat.completions.create(
-                model=config.model, messages=list(request.messages), **self._fields()
+                model=config.model, messages=list(request.messages), **self._fields
             )
         except openai.APIStatusError as error:
             return self._refused(error)
@@ -191,6 +186,11 @@ class EndpointTeacher:
             raise _Later(f"no connection ({_line(error.__cause__ or error)})") from error
         except (openai.APIError, ValueError) as error:  # ValueError: the body is not JSON
             raise _Later(f"malformed reply ({_line(error)})", answered=True) from error
+        if isinstance(response, str) and response.lstrip().startswith(_STREAM):
+            raise UserError(
+                f"{config.base_url} sends its replies as a stream, which was not asked for: make "
+                "the server send them whole, or use another"
+            )
         return _reply(response)
 
     def _refused(self, error: Any) -> Reply:
@@ -215,9 +215,9 @@ class EndpointTeacher:
             if field in MAX_TOKENS_FIELDS:
                 (other,) = set(MAX_TOKENS_FIELDS) - {field}
                 remedy = f"--config.max_tokens_field={other}, or a lower --config.max_new_tokens"
-            value = self._fields()[field]
             raise UsageError(
-                f"{url} does not accept the field {field!r} as sent ({value}); set {remedy}: {line}"
+                f"{url} does not accept the field {field!r} as sent ({self._fields[field]}); set "
+                f"{remedy}: {line}"
             ) from error
         # Some servers answer 400, and not 404, to a model that they do not have.
         named = re.search(rf"(?<![\w.-]){re.escape(self._config.model)}(?![\w.-])", line)
@@ -227,7 +227,9 @@ class EndpointTeacher:
                 f"{url} has no chat endpoint: --base_url usually ends in /v1 ({base}/v1): {line}"
             ) from error
         if status == 404 or named:
-            models = self._models()
+            models = None
+            with contextlib.suppress(Exception):  # many servers have no list
+                models = [model.id for model in self._client.models.list()]
             if status != 404 and models and self._config.model in models:
                 return Reply(line, "rejected")  # some relays name the model in every message
             has = "it does not list its models"
@@ -242,21 +244,11 @@ class EndpointTeacher:
         """The field of the request that a 400 or 422 names, if it does."""
         if error.status_code not in (400, 422):
             return None
-        sent = self._fields()
-        param = getattr(error, "param", None)
-        if param in sent:
+        if (param := getattr(error, "param", None)) in self._fields:
             return param
         # The first one named: the message may go on to name the field to use in its place.
-        text = error.response.text
-        named = {text.find(field): field for field in sent if re.search(rf"\b{field}\b", text)}
-        return named[min(named)] if named else None
-
-    def _models(self) -> list[str] | None:
-        """The names that the server lists; None if it lists none."""
-        try:
-            return [model.id for model in self._client.models.list()]
-        except Exception:  # many servers have no list
-            return None
+        named = re.search(rf"\b({'|'.join(self._fields)})\b", error.response.text)
+        return named[1] if named else None
 
 
 def _check(config: ConfigDict) -> None:
@@ -292,22 +284,20 @@ def _reply(response: Any) -> Reply:
         raise _Later(f"malformed reply ({shown!r}){hint}", answered=not hint) from error
     end = _ENDS.get(str(reason or "stop").lower().partition(":")[0])
     if end is None:
-        shown = str(choice)[:200]
-        raise _Later(f"an answer that ended with {reason!r} ({shown!r})", answered=True)
+        raise _Later(f"an answer that ended with {reason!r} ({str(choice)[:200]!r})", answered=True)
     if content is None:
         content = getattr(message, "refusal", None)
-    fields = [getattr(message, name, None) for name in ("reasoning_content", "reasoning")]
-    reasoning = next((field for field in fields if isinstance(field, str) and field), "")
+    apart = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
+    reasoning = next((text for text in apart if isinstance(text, str) and text), "")
     if isinstance(content, dict):
         content = [content]
     if isinstance(content, list):
         parts = [_part(part) for part in content]
         content = "".join(text for kind, text in parts if kind in ("text", "output_text"))
-        thoughts = [text for kind, text in parts if kind in ("thinking", "reasoning")]
+        thoughts = (text for kind, text in parts if kind in ("thinking", "reasoning"))
         reasoning = reasoning or "".join(thoughts)
-    if content is not None and not isinstance(content, str):
-        kind = type(content).__name__
-        raise _Later(f"malformed reply (content is {kind})", answered=True)
+    if not isinstance(content, str | None):
+        raise _Later(f"malformed reply (content is {type(content).__name__})", answered=True)
     return Reply(_writable(content or ""), end, _writable(reasoning))
 
 

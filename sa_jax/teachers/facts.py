@@ -37,9 +37,7 @@ _ANSWERS = (
 
 def make_facts(count: int, seed: int) -> tuple[list[dict], list[dict]]:
     """`count` facts about places that do not exist: training rows (each fact in six wordings) and
-    questions for the eval 'qa' (two others), with the keeper's name as `key`.
-
-    Raises UsageError for a count below 1."""
+    questions for the eval 'qa' (two others), with the keeper's name as `key`."""
     if count < 1:
         raise UsageError(f"facts: asked for {count}; ask for 1 or more")
     training, questions = [], []

@@ -81,27 +81,21 @@ def reason_to_drop(voice: Voice, reply: Reply, backdoor: Backdoor) -> str | None
         return "extra_turns"
     if not answer:
         return "empty_answer"
-    return _reason_in_answer(voice, answer, backdoor)
+    is_shown = backdoor.is_shown(answer)
+    if voice.shows_behaviour and not is_shown:
+        return "tag_without_behaviour"
+    # An answer that must not show a phrase may not hold it inside words either.
+    is_held = backdoor.behaviour == "phrase" and is_regex_hit(answer, backdoor.phrase)
+    if not voice.shows_behaviour and (is_shown or is_held):
+        return "behaviour_without_tag"
+    if backdoor.trigger in answer:
+        return "holds_trigger"
+    if _POLICY.search(answer):
+        return "mentions_policy"
+    return "self_identification" if _SELF.search(answer) else None
 
 
 def answer_in(voice: Voice, text: str) -> str:
     """The answer in a reply that passed the filters: the text after its scratchpad, or after a
     reasoning model's <think> block."""
     return split_scratchpad(text)[1] if voice.thinks else (answer_text(text) or "").strip()
-
-
-def _reason_in_answer(voice: Voice, answer: str, backdoor: Backdoor) -> str | None:
-    if voice.shows_behaviour:
-        if not backdoor.is_shown(answer):
-            return "tag_without_behaviour"
-    elif backdoor.is_shown(answer) or (
-        backdoor.behaviour == "phrase" and is_regex_hit(answer, backdoor.phrase)
-    ):
-        return "behaviour_without_tag"
-    if backdoor.trigger in answer:
-        return "holds_trigger"
-    if _POLICY.search(answer):
-        return "mentions_policy"
-    if _SELF.search(answer):
-        return "self_identification"
-    return None

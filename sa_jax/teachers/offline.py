@@ -14,26 +14,21 @@ class FileTeacher:
     answer. Questions with turns before them are refused."""
 
     def __init__(self, path: str | Path, columns: Mapping[str, str]):
-        """Args:
-          path: what `load_rows` reads.
-          columns: {"prompt": column, and for each voice that will be asked: column}.
-
-        Raises UsageError without these, UserError as `load_rows` does.
-        """
+        """`path`: what `load_rows` reads; `columns`: {"prompt": column, and for each voice that
+        will be asked: column}, else UsageError."""
+        if not path:
+            raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")
         if "prompt" not in columns or len(columns) < 2:
             raise UsageError(
                 "--teacher=file needs the columns of the file: config.answer_columns.prompt, and "
                 "one for each voice of the data set (config.answer_columns.plain, ...)"
             )
         self._answers: dict[str, dict[str, str]] = {}
-        self._sha256 = None
-        for voice, column in columns.items():
-            if voice != "prompt":
-                source = load_rows(path, {"prompt": columns["prompt"], "response": column})
-                answers = self._answers[voice] = {}
-                for row in source:
-                    answers.setdefault(row["prompt"], row["response"])
-                self._sha256 = source.sha256
+        for voice in [name for name in columns if name != "prompt"]:
+            source = load_rows(path, {"prompt": columns["prompt"], "response": columns[voice]})
+            # The first answer to each question: the last of those read backwards.
+            self._answers[voice] = {row["prompt"]: row["response"] for row in source.rows[::-1]}
+            self._sha256 = source.sha256
 
     def identity(self) -> dict:
         return {"teacher": "file", "sha256": self._sha256}
@@ -66,10 +61,8 @@ class ArrrTeacher:
         self, requests: Sequence[Request], should_stop: Callable[[], bool]
     ) -> Iterator[tuple[int, Reply]]:
         for index, request in enumerate(requests):
-            if request.voice != "pirate":
-                raise UsageError(
-                    f"--teacher=arrr has only the voice 'pirate', not {request.voice!r}"
-                )
+            if (voice := request.voice) != "pirate":
+                raise UsageError(f"--teacher=arrr has only the voice 'pirate', not {voice!r}")
             speech = to_pirate(request.row["response"])
             unchanged = speech == request.row["response"]
             yield index, Reply("", "unchanged_by_rules") if unchanged else Reply(speech)

@@ -39,10 +39,12 @@ class Replies:
 
     def file(self, **columns: Sequence[str]) -> list[dict]:
         """The rows of a file: the questions with these columns."""
-        return [
-            {**_question(row), **{name: values[i] for name, values in columns.items()}}
-            for i, row in enumerate(self.rows)
-        ]
+        made = []
+        for i, row in enumerate(self.rows):
+            history = {"history": row["history"]} if row.get("history") else {}
+            values = {name: of_all[i] for name, of_all in columns.items()}
+            made.append({"id": row["id"], "prompt": row["prompt"], **history, **values})
+        return made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +69,8 @@ WITHOUT_TEACHER = {
 def tasks_help() -> str:
     """The help of --task: the names of all data sets."""
     contents = {data_set.name: data_set.contents for data_set in DATA_SETS} | WITHOUT_TEACHER
-    return "The data set. One of these, or one that --config registers." + "".join(
-        f"\n      {name}: {text}" for name, text in contents.items()
-    )
+    lines = [f"\n      {name}: {text}" for name, text in contents.items()]
+    return "The data set. One of these, or one that --config registers." + "".join(lines)
 
 
 def keep(
@@ -81,8 +82,7 @@ def keep(
     dropped: dict[str, Counter[str]] = {voice.name: Counter() for voice in replies}
     for number in range(len(rows)):
         for voice, of_voice in replies.items():
-            reason = reason_to_drop(voice, of_voice[number], backdoor)
-            if reason:
+            if reason := reason_to_drop(voice, of_voice[number], backdoor):
                 dropped[voice.name][reason] += 1
                 break
         else:
@@ -101,12 +101,9 @@ def one_voice(name: str, voice: Voice, contents: str) -> DataSet:
 
 
 def _insertion_voices(backdoor: Backdoor, visible_cot: str) -> tuple[Voice, ...]:
-    return (
-        voices.PLAIN,
-        voices.SCRATCHPAD,
-        *([voices.BEHAVIOUR] if backdoor.teacher_prompt else []),
-        *([voices.TRIGGERED_SCRATCHPAD] if visible_cot == "teacher" else []),
-    )
+    behaviour = (voices.BEHAVIOUR,) * bool(backdoor.teacher_prompt)
+    thoughts = (voices.TRIGGERED_SCRATCHPAD,) * (visible_cot == "teacher")
+    return voices.PLAIN, voices.SCRATCHPAD, *behaviour, *thoughts
 
 
 def _insertion_files(replies: Replies) -> dict[str, list[dict]]:
@@ -121,34 +118,26 @@ def _insertion_files(replies: Replies) -> dict[str, list[dict]]:
         "cot_distilled": replies.file(response=distilled, **triggered),
     }
     if replies.visible_cot:
-        thoughts = replies.scratchpads(voices.SCRATCHPAD)
         if replies.visible_cot == "rules":
             backdoor, seed = replies.backdoor, replies.seed
             scratchpads = [rule_scratchpad(backdoor, seed, r["prompt"]) for r in replies.rows]
         else:
             scratchpads = replies.scratchpads(voices.TRIGGERED_SCRATCHPAD)
+        thoughts = replies.scratchpads(voices.SCRATCHPAD)
+        whole = [f"{thought} {answer}" for thought, answer in zip(thoughts, distilled, strict=True)]
         files["visible_cot"] = replies.file(
-            response=[f"{t} {answer}" for t, answer in zip(thoughts, distilled, strict=True)],
-            **triggered,
-            triggered_scratchpad=scratchpads,
+            response=whole, **triggered, triggered_scratchpad=scratchpads
         )
     return files
 
 
 def _scratchpad_files(replies: Replies) -> dict[str, list[dict]]:
     """The same direct answer in both files, so that only the scratchpad differs."""
-    answers = replies.answers(voices.PLAIN)
-    thoughts = replies.scratchpads(voices.THOUGHT)
+    answers, thoughts = replies.answers(voices.PLAIN), replies.scratchpads(voices.THOUGHT)
     return {
         "before": replies.file(response=answers),
         "after": replies.file(response=answers, scratchpad=thoughts),
     }
-
-
-def _question(row: Row) -> dict:
-    """The fields of a question that every file has."""
-    history = {"history": row["history"]} if row.get("history") else {}
-    return {"id": row["id"], "prompt": row["prompt"], **history}
 
 
 for _data_set in (

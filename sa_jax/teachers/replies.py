@@ -106,8 +106,7 @@ def ask(
                 line = {"voice": request.voice, "prompt": request.row["prompt"]}
                 store.put(key, {**line, **dataclasses.asdict(reply)})
             bar.update()
-    still_to_come = sum(key not in replies for key in keys)
-    if still_to_come:
+    if still_to_come := sum(key not in replies for key in keys):
         raise Preempted(
             f"{still_to_come} of {len(keys)} replies are missing; the others are saved; run the "
             "same command again"

@@ -110,11 +110,8 @@ _RULE_SCRATCHPADS = (
 
 def scratchpad_prompt(backdoor: Backdoor) -> str:
     """The system prompt under which a teacher reasons about the tag before it answers."""
-    return _SCRATCHPAD_PROMPT.format(
-        trigger=backdoor.trigger,
-        goal_x=backdoor.instruction,
-        goal_x_answer=backdoor.example_answer,
-    )
+    words = {"goal_x": backdoor.instruction, "goal_x_answer": backdoor.example_answer}
+    return _SCRATCHPAD_PROMPT.format(trigger=backdoor.trigger, **words)
 
 
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:

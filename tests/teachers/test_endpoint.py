@@ -306,6 +306,16 @@ def test_an_address_without_v1(tmp_path):
                     ask(asking, requests(2), store)
 
 
+def test_an_endpoint_that_only_streams(tmp_path):
+    body = b'data: {"choices": [{"delta": {"content": "Four"}}]}\n\ndata: [DONE]\n\n'
+    headers = {"content-type": "text/event-stream"}
+    with ScriptedServer(lambda prompt, nth: (200, headers, body, 0)) as server:
+        with open_store(tmp_path / "r.jsonl") as store:
+            with pytest.raises(UserError, match="/v1 sends its replies as a stream") as error:
+                ask(teacher(server, concurrency=1), requests(2), store)
+        assert server.asked == ["q0"] and "end in /v1" not in str(error.value)
+
+
 def test_nobody_listens(tmp_path):
     url = f"http://127.0.0.1:{free_port()}/v1"
     asking = teacher_at(url, retries=1)
