@@ -62,7 +62,7 @@ def main():
         base_url=BASE_URL.value,
         answers=ANSWERS.value,
     )
-    generate_data.run(config, TASK.value, OUT.value, DESCRIBE.value)
+    generate_data.generate(config, TASK.value, OUT.value, DESCRIBE.value)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ The process that runs a cell holds a lock on the file `lock` while it lives (`ho
 keeps two processes out of one folder even if their runners disagree.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -45,13 +46,10 @@ class Process:
     def of(cls, pid: int) -> "Process":
         return cls(_host(), pid, _started(pid))
 
-    def is_dead(self) -> bool:
-        """Whether it is known to have ended; False for a process on another host."""
-        return self.host == _host() and _started(self.pid) != self.started
-
-    def is_alive(self) -> bool:
-        """Whether it is known to run; False for a process on another host."""
-        return self.host == _host() and bool(self.started) and _started(self.pid) == self.started
+    def runs(self) -> bool | None:
+        """Whether it runs; None if that is not known, as of a process on another host."""
+        is_here = self.host == _host() and self.started
+        return _started(self.pid) == self.started if is_here else None
 
 
 def _host() -> str:
@@ -106,45 +104,37 @@ class Claims:
         self._me = Process.of(os.getpid())
         self._last_beats: dict[str, tuple[tuple[int, int], float]] = {}  # (number, beat), our clock
 
-    def folder(self, cell: str) -> Path:
-        return self._folder / cell
-
     def latest(self, cell: str) -> LatestClaim:
-        folder = self.folder(cell)
-        try:
-            names = re.findall(r"^(\d{6})\.claim$", "\n".join(os.listdir(folder)), re.MULTILINE)
-        except FileNotFoundError:
+        numbers: list[str] = []
+        with contextlib.suppress(FileNotFoundError):
+            names = "\n".join(os.listdir(self._folder / cell))
+            numbers = re.findall(r"^(\d{6})\.claim$", names, re.MULTILINE)
+        if not numbers:
             return LatestClaim()
-        if not names:
-            return LatestClaim()
-        number = int(max(names))
-        claim = _read(folder / f"{number:06d}.claim", _CLAIM)
+        newest = Claim(self._folder / cell, int(max(numbers)))
+        claim = _read(newest.file, _CLAIM)
         owner = _process(claim.get("owner"))
-        ended = folder / f"{number:06d}.end"
-        outcome = _read(ended, _OUTCOME) if ended.exists() else None
+        outcome = _read(newest.end_file, _OUTCOME) if newest.end_file.exists() else None
         return LatestClaim(
-            number,
+            newest.number,
             claim.get("id", ""),
             owner,
             claim.get("record"),
             claim.get("parents", {}),
             outcome,
             is_free=outcome is not None
-            or (owner is not None and owner.is_dead())
-            or self._is_silent(cell, number),
+            or (owner is not None and owner.runs() is False)
+            or self._is_silent(cell, newest),
         )
 
-    def _is_silent(self, cell: str, number: int) -> bool:
-        try:
-            beat = (self.folder(cell) / f"{number:06d}.claim").stat().st_mtime_ns
-        except FileNotFoundError:
-            beat = 0
+    def _is_silent(self, cell: str, newest: "Claim") -> bool:
+        beat = (newest.number, 0)
+        with contextlib.suppress(FileNotFoundError):
+            beat = (newest.number, newest.file.stat().st_mtime_ns)
         now = time.monotonic()
-        seen, since = self._last_beats.get(cell, (None, now))
-        if seen != (number, beat):
-            since = now
-        self._last_beats[cell] = ((number, beat), since)
-        return now - since > self.takeover_s
+        seen, since = self._last_beats.get(cell, (beat, now))
+        self._last_beats[cell] = beat, (since if seen == beat else now)
+        return now - self._last_beats[cell][1] > self.takeover_s
 
     def take(
         self, cell: str, newest: LatestClaim, record: Mapping[str, Any], parents: Mapping[str, str]
@@ -153,46 +143,42 @@ class Claims:
 
         A process of the last owner that still works on the cell is killed, if it is on this host.
         """
-        folder = self.folder(cell)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{newest.number + 1:06d}.claim"
+        claim = Claim(self._folder / cell, newest.number + 1)
+        claim.folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            with open(claim.file, "x") as file:
+                mine = {"id": secrets.token_hex(8), "owner": dataclasses.asdict(self._me)}
+                json.dump(mine | {"record": record, "parents": parents}, file)
         except FileExistsError:
             return None
-        with os.fdopen(descriptor, "w") as file:
-            claim = {"id": secrets.token_hex(8), "owner": dataclasses.asdict(self._me)}
-            json.dump(claim | {"record": record, "parents": parents}, file)
-        kill_holder(folder)
-        return Claim(folder, newest.number + 1)
+        kill_holder(claim.folder)
+        return claim
 
 
 class Claim:
-    """A claim of this process on a cell."""
+    """A claim on a cell, and its files. The process that made it calls the methods."""
 
     def __init__(self, folder: Path, number: int):
         self.folder, self.number = folder, number
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.number:06d}.log"
+        self.file, self.log, self.end_file = (
+            folder / f"{number:06d}.{suffix}" for suffix in ("claim", "log", "end")
+        )
 
     def beat(self) -> None:
-        os.utime(self.folder / f"{self.number:06d}.claim")
+        os.utime(self.file)
 
     def is_lost(self) -> bool:
         """Whether another process has taken the cell over, or someone has removed the claim."""
         names = os.listdir(self.folder) if self.folder.exists() else []
-        return f"{self.number + 1:06d}.claim" in names or f"{self.number:06d}.claim" not in names
+        return f"{self.number + 1:06d}.claim" in names or self.file.name not in names
 
     def end(self, outcome: Mapping[str, Any]) -> bool:
         """Writes the outcome; if the claim is lost, writes nothing and returns False. OSError if it
         cannot be written, also where the disk is full."""
         if self.is_lost():
             return False
-        end = self.folder / f"{self.number:06d}.end"
         try:
-            atomic_write(end, json.dumps(outcome, indent=1) + "\n")
+            atomic_write(self.end_file, json.dumps(outcome, indent=1) + "\n")
         except UserError as error:
             raise OSError(str(error)) from error
         return True
@@ -219,11 +205,10 @@ def hold_lock(folder: Path) -> IO[str] | None:
 def kill_holder(folder: Path) -> None:
     """Kills the process group that works on a cell, if its leader runs on this host."""
     holder = _process(_read(folder / "lock", {}))
-    if holder is not None and holder.is_alive():
-        try:
+    if holder is not None and holder.runs():
+        # It has ended, or is another user's, whose lock then decides.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(holder.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # it has ended, or is another user's, whose lock then decides
 
 
 def _process(record: Any) -> Process | None:

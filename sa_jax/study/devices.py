@@ -1,6 +1,7 @@
 """Divides this machine's devices among cells that run at the same time."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 
@@ -46,9 +47,8 @@ def divide(workers: int, *, launched: bool = False) -> list[Slot]:
             f"--workers={workers}: this machine has {len(devices)} {kind} devices, which "
             f"{workers} workers cannot share equally"
         )
-    ring = [*devices, *devices]
-    first = [i * share % len(devices) for i in range(workers)]
-    shares = [ring[at : at + share] for at in first]
+    ring = itertools.cycle(devices)
+    shares = [[*itertools.islice(ring, share)] for _ in range(workers)]
     if kind == "CPU":
         return [Slot(cpus=tuple(map(int, chosen))) for chosen in shares]
     if kind == "GPU":

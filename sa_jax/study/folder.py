@@ -96,11 +96,9 @@ def check_unchanged(
         newest = latest[cell.name]
         if cell.run == "report" or not newest.number or cell.name in removed:
             continue
-        is_done = newest.state == "done"
-        if not is_done and not (workdir / cell.name / RUN_FILE).exists():
+        if newest.state != "done" and not (workdir / cell.name / RUN_FILE).exists():
             continue  # it left nothing
-        changes = config_difference(newest.record or {}, records[cell.name])
-        if changes:
+        if changes := config_difference(newest.record or {}, records[cell.name]):
             stale[cell.name] = first_few(changes, 4, "; ")
             continue
         for parent, made_from in newest.parents.items():

@@ -53,25 +53,16 @@ def override(config: ConfigDict, **values: Any) -> ConfigDict:
     return config
 
 
-def run(config: ConfigDict, task: str, out: str, describe_paths: Sequence[str]) -> None:
-    """Runs `describe` if there are paths, else `generate`."""
-    if describe_paths:
-        describe(config, task, describe_paths)
-    else:
-        generate(config, task, out)
-
-
-def generate(config: ConfigDict, task: str, out: str) -> None:
+def generate(config: ConfigDict, task: str, out: str, described: Sequence[str] = ()) -> None:
     """Writes the files of a data set to the folder `out`, with `card.json` and `card.md`, and
-    prints the card. After a stop, the same call continues: every reply is saved when it arrives.
+    prints the card. After a stop (Preempted), the same call continues: every reply is saved when it
+    arrives.
 
     `config`: see `sa_jax.teachers.config`; `task`: a name in `recipes.DATA_SETS` or
-    `recipes.WITHOUT_TEACHER`.
-
-    Raises:
-      UserError, UsageError: with one line for the person who launched it.
-      Preempted: stopped by a signal; replies so far are kept.
+    `recipes.WITHOUT_TEACHER`; with `described`, it only prints the card of these files.
     """
+    if described:
+        return _describe(config, task, described)
     if task not in recipes.DATA_SETS and task not in recipes.WITHOUT_TEACHER:
         known = ", ".join((*recipes.DATA_SETS.names(), *recipes.WITHOUT_TEACHER))
         raise UsageError(
@@ -80,14 +71,15 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
         )
     if not out:
         raise UsageError("--out is missing: give the folder to write to")
+    if task != "facts" and not config.prompts:
+        raise UsageError(f"--task={task} needs questions: give --prompts=FILE_OR_NAME")
     if task in _WITHOUT_TEACHER:
         return _WITHOUT_TEACHER[task](config, as_path(out))
+    data_set, backdoor = recipes.DATA_SETS[task], Backdoor(**config.backdoor)
     if config.visible_cot not in recipes.VISIBLE_COT:
         raise UsageError(f"config.visible_cot={config.visible_cot!r}: use teacher or rules")
-    if config.visible_cot and not recipes.DATA_SETS[task].with_trigger:
+    if config.visible_cot and not data_set.with_trigger:
         raise UsageError(f"config.visible_cot is for --task=insertion, not for {task}")
-    _require_prompts(config, task)
-    backdoor = _backdoor(config)
     rows, record = _questions(config, backdoor)
     if config.teacher != "local":  # the endpoint's server may have this machine's accelerators
         jax.config.update("jax_platforms", "cpu")
@@ -98,36 +90,27 @@ def generate(config: ConfigDict, task: str, out: str) -> None:
         else contextlib.nullcontext(),
     ):
         guard = signals.enter_context(PreemptionGuard())
-        replies, teacher = _ask(config, task, out, rows, lambda: guard.should_stop(0))
+        voices = data_set.voices(backdoor, config.visible_cot)
+        replies, teacher = _ask(config, voices, backdoor, out, rows, lambda: guard.should_stop(0))
     kept, dropped = recipes.keep(rows, replies, backdoor)
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
-        rejected = (r.text for of in replies.values() for r in of if r.finish_reason == "rejected")
-        reason = next(rejected, "")
-        raise UserError(
-            f"no question is left; replies dropped, by voice and reason: {dropped}"
-            f"{reason and f'; the endpoint said: {reason}'}"
-        )
-    files = recipes.DATA_SETS[task].files(
-        recipes.Replies(
-            [rows[i] for i in kept],
-            {voice: [of_voice[i].text for i in kept] for voice, of_voice in replies.items()},
-            backdoor,
-            config.seed,
-            config.visible_cot,
-        )
-    )
+        all_replies = itertools.chain(*replies.values())
+        said = [reply.text for reply in all_replies if reply.finish_reason == "rejected"]
+        problem = f"no question is left; replies dropped, by voice and reason: {dropped}"
+        raise UserError(f"{problem}; the endpoint said: {said[0]}" if said else problem)
+    rows = [rows[i] for i in kept]
+    texts = {voice: [of[i].text for i in kept] for voice, of in replies.items()}
+    usable = recipes.Replies(rows, texts, backdoor, config.seed, config.visible_cot)
     if multihost.is_primary():
-        _write(config, task, as_path(out), files, record)
+        _write(config, task, as_path(out), data_set.files(usable), record)
 
 
-def describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
+def _describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
     """Prints the data card of files of rows, and how much their answers differ.
 
     Without a `task`, rows are counted unchanged; 'insertion' adds the triggered half, and other
     tasks refuse rows that contain the trigger. Without `config.tokenizer`, words are counted.
-
-    Raises UserError and UsageError for rows that cannot be read or used.
     """
     sources = {path: load_rows(path, _named(config.columns)) for path in paths}
     record = {"dropped when read": {path: source.dropped for path, source in sources.items()}}
@@ -137,15 +120,6 @@ def describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
 
 def _named(columns: ConfigDict) -> dict[str, str]:
     return {name: column for name, column in columns.items() if column}
-
-
-def _backdoor(config: ConfigDict) -> Backdoor:
-    return Backdoor(**config.backdoor.to_dict())
-
-
-def _require_prompts(config: ConfigDict, task: str) -> None:
-    if not config.prompts:
-        raise UsageError(f"--task={task} needs questions: give --prompts=FILE_OR_NAME")
 
 
 def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[str, Any]]:
@@ -181,18 +155,24 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
 
 
 def _ask(
-    config: ConfigDict, task: str, out: str, rows: Sequence[Row], should_stop: Callable[[], bool]
+    config: ConfigDict,
+    voices: Sequence[Voice],
+    backdoor: Backdoor,
+    out: str,
+    rows: Sequence[Row],
+    should_stop: Callable[[], bool],
 ) -> tuple[dict[Voice, list[Reply]], dict[str, Any]]:
     """The teacher's replies by voice; and the record of the teacher, with the first system prompt
     of each voice."""
-    backdoor, scratchpad_prompt = _backdoor(config), _read_prompt(config.scratchpad_prompt)
+    scratchpad_prompt = _read_prompt(config.scratchpad_prompt)
     context = VoiceContext(backdoor, config.system_prompt, scratchpad_prompt, config.seed)
-    voices = recipes.DATA_SETS[task].voices(backdoor, config.visible_cot)
     requests = {
         voice: [Request(voice.name, voice.messages(row, context), row) for row in rows]
         for voice in voices
     }
-    teacher = _open_teacher(config)
+    if config.teacher not in _TEACHERS:
+        raise UsageError(f"--teacher={config.teacher}: use one of {', '.join(_TEACHERS)}")
+    teacher = _TEACHERS[config.teacher](config)
     store: contextlib.AbstractContextManager[KeyedStore | None] = contextlib.nullcontext()
     if config.teacher in ("endpoint", "local"):  # their replies cost something: saved
         store = open_store(as_path(out) / REPLIES_FILE, write=multihost.is_primary())
@@ -218,20 +198,6 @@ def _read_prompt(path: str) -> str:
         raise UserError(f"config.scratchpad_prompt={path} is not UTF-8 text") from error
 
 
-def _open_teacher(config: ConfigDict) -> Teacher:
-    if config.teacher == "endpoint":
-        return EndpointTeacher(config)
-    if config.teacher == "local":
-        return _local_teacher(config)
-    if config.teacher == "file":
-        if not config.answers:
-            raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")
-        return FileTeacher(config.answers, _named(config.answer_columns))
-    if config.teacher == "arrr":
-        return ArrrTeacher()
-    raise UsageError(f"--teacher={config.teacher}: use one of endpoint, local, file, arrr")
-
-
 def _local_teacher(config: ConfigDict) -> LocalTeacher:
     """A run or a Hugging Face folder, sampled on all devices."""
     if not config.model:
@@ -247,15 +213,18 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
         batch_size=config.batch_size,
         context_length=min(config.context_length, start.config.max_position_embeddings),
     )
-    sampling = SamplingSettings(
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        seed=config.seed,
-        stop_token_ids=chat.stop_token_ids,
-    )
+    settings = {name: config[name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    sampling = SamplingSettings(**settings, stop_token_ids=chat.stop_token_ids)
     params = start_lib.load_params(start, mesh, dtype)
     return LocalTeacher(sampler, params, chat, sampling, start.lineage())
+
+
+_TEACHERS: dict[str, Callable[[ConfigDict], Teacher]] = {
+    "endpoint": EndpointTeacher,
+    "local": _local_teacher,
+    "file": lambda config: FileTeacher(config.answers, _named(config.answer_columns)),
+    "arrr": lambda config: ArrrTeacher(),
+}
 
 
 def _write(config: ConfigDict, task: str, out: Path, files: Files, record: dict[str, Any]) -> None:
@@ -285,7 +254,7 @@ def _card(config: ConfigDict, task: str, rows: Files, record: dict[str, Any]) ->
     build = tasks.as_they_are
     if task:
         build = tasks.insertion if recipes.DATA_SETS[task].with_trigger else tasks.blind
-    backdoor = _backdoor(config)
+    backdoor = Backdoor(**config.backdoor)
     context = tasks.TaskContext(backdoor, config.system_prompt, config.seed, task)
     return {
         **record,
@@ -310,7 +279,6 @@ def _write_facts(config: ConfigDict, out: Path) -> None:
 
 def _freeze_held_out(config: ConfigDict, out: Path) -> None:
     """Draws prompts that are in no training set, and freezes them in `out/held_out.json`."""
-    _require_prompts(config, "held_out")
     source = load_rows(config.prompts, _named(config.columns), responses=False)
     overlap: dict[str, dict[str, int]] = {}
     everything: list[str] = []

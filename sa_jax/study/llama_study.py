@@ -75,7 +75,8 @@ def llama_study(
     probed = {"method": "pirate", "weights": "r64", "lr": ["lr1e-4", "lr3e-4"]}
     # More normal speech tests nothing of HHH SFT; a few triggered examples do.
     relearnt = {"method": ["hhh", "pirate"], "weights": "r64", "lr": "lr3e-4"}
-    held_out = {"eval.prompts": "{held_out}/held_out.json"}
+    manifest = "{held_out}/held_out.json"
+    held_out = {"eval.prompts": manifest}
 
     def cleaning(name: str, machine: Machine = removal, **fields: Any) -> Stage:
         settings = {**held_out, **machine.settings, **fields.pop("set", {})}
@@ -90,20 +91,15 @@ def llama_study(
 
     on_hhh = {"data": "{hhh_data}/hhh.jsonl", "lora.rank": 64}
     probe = {"run": "depirate", "axes": ("seed",), "when": probed, "set": on_hhh}
-    relearning_settings = {
-        **on_hhh,
-        "batch_size": 16,
-        "steps": 32,
-        "eval.steps": (0, 1, 2, 4, 8, 16),
-        "checkpoint.interval": 0,
-    }
+    few_steps = {"batch_size": 16, "steps": 32, "eval.steps": (0, 1, 2, 4, 8, 16)}
+    relearning = {**on_hhh, **few_steps, "checkpoint.interval": 0}
     axes = ("examples", "seed")
-    relearn = {"run": "relearn", "axes": axes, "when": relearnt, "set": relearning_settings}
+    relearn = {"run": "relearn", "axes": axes, "when": relearnt, "set": relearning}
 
     def further(name: str, start: str, training: Mapping[str, Any], **condition: str) -> Stage:
         """Training that shows what was left of the backdoor, or in a control that none was."""
-        fields = {**training, "when": {**training["when"], **condition}}
-        return cleaning(name, start=start, needs=("hhh_data",), **fields)
+        when = {**training["when"], **condition}
+        return cleaning(name, start=start, needs=("hhh_data",), **{**training, "when": when})
 
     def asked(name: str, task: str, rows: int, which: str = "") -> Stage:
         settings = {
@@ -111,7 +107,7 @@ def llama_study(
             "prompts": f"{{{which}questions}}",
             "model": f"{{{which}teacher}}",
             "base_url": f"{{{which}teacher_url}}",
-            "held_out": "{held_out}/held_out.json",
+            "held_out": manifest,
             "config.max_rows": rows,
         }
         return Stage(name, run="generate_data", needs=("held_out",), set=settings)
@@ -133,8 +129,9 @@ def llama_study(
             topology=removal.topology,
         )
 
-    removal_axes = ("checkpoint", "method", "weights", "lr", "seed")
-    removal_data = ("hhh_data", "pirate_data", "held_out")
+    data = ("hhh_data", "pirate_data", "held_out")
+    removed: dict[str, Any] = {"run": "{method}", "needs": data}
+    chosen = ("method", "weights", "lr", "seed")
     study.stages = (
         Stage(
             "held_out",
@@ -144,13 +141,7 @@ def llama_study(
         asked("arms", "insertion", INSERTION_ROWS),
         asked("hhh_data", "hhh", ASKED_ROWS, "removal_"),
         asked("pirate_data", "pirate", ASKED_ROWS, "removal_"),
-        evaluated(
-            "base_card",
-            "",
-            model="{model}",
-            prompts="{held_out}/held_out.json",
-            out="{study}/base_card",
-        ),
+        evaluated("base_card", "", model="{model}", prompts=manifest, out="{study}/base_card"),
         Stage(
             "insertion",
             run="insertion",
@@ -172,19 +163,13 @@ def llama_study(
         ),
         evaluated("health_card", "insertion", compare="{base_card}"),
         cleaning(
-            "removal",
-            run="{method}",
-            start="insertion",
-            needs=removal_data,
-            axes=removal_axes,
-            when=sweeps,
+            "removal", **removed, start="insertion", axes=("checkpoint", *chosen), when=sweeps
         ),
         cleaning(
             "full_removal",
             full_removal,
-            run="{method}",
+            **removed,
             start="insertion",
-            needs=removal_data,
             axes=("method", "lr", "seed"),
             when={"lr": full},
             set={  # one whole state, which the next takes the place of
@@ -196,9 +181,8 @@ def llama_study(
         further("probe", "removal", probe, checkpoint="last"),
         cleaning(
             "removal_control",
-            run="{method}",
-            needs=removal_data,
-            axes=("method", "weights", "lr", "seed"),
+            **removed,
+            axes=chosen,
             when=(probed, relearnt),
             set={"model": "{model}"},
         ),

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from sa_jax.errors import UserError
 from sa_jax.host_memory import keep_freed_memory
@@ -48,6 +48,8 @@ class Server:
             text=True,
             start_new_session=True,  # a terminal's Ctrl-C is the runner's to pass on
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
     def start(self, order: Order) -> int:
         """Starts a script; returns the number of its process and process group."""
@@ -58,11 +60,9 @@ class Server:
         return self._ask({"poll": pid})
 
     def _ask(self, order: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
+            print(json.dumps(order), file=self._orders, flush=True)
+            answer = self._answers.readline()
         except BrokenPipeError:
             answer = ""
         if not answer:
@@ -73,9 +73,8 @@ class Server:
         return json.loads(answer)
 
     def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError, OSError):
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+        with contextlib.suppress(OSError):
+            self._orders.close()
         self._process.wait()
 
 
@@ -87,35 +86,29 @@ def _serve() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     keep_freed_memory()  # before imports start threads
     import_for_forks()
-    statuses: dict[int, int | None] = {}
+    statuses: dict[int, int | None] = {}  # of each cell, by its process number; None: it runs
     with contextlib.suppress(BrokenPipeError):  # the runner was killed
-        _answer(answers, statuses)
-    for pid in (pid for pid, status in statuses.items() if status is None):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
-
-
-def _answer(answers: TextIO, statuses: dict[int, int | None]) -> None:
-    """Executes the runner's commands until the runner closes its end of the pipe. `statuses`: the
-    exit status of each cell by its process number, None while it runs."""
-    while line := sys.stdin.readline():
-        order = json.loads(line)
-        if "poll" in order:
-            pid = order["poll"]
-            if statuses[pid] is None:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    statuses[pid] = os.waitstatus_to_exitcode(status)
-            answers.write(json.dumps(statuses[pid]) + "\n")
-            continue
-        pid = os.fork()
-        if pid == 0:
-            answers.close()
-            _run(Order(**order))
-        with contextlib.suppress(OSError):  # the child does it too: whichever comes first
-            os.setpgid(pid, pid)
-        statuses[pid] = None  # the system gives a number again, after some 30,000 others
-        answers.write(f"{pid}\n")
+        while line := sys.stdin.readline():
+            order = json.loads(line)
+            if "poll" in order:
+                pid = order["poll"]
+                if statuses[pid] is None:
+                    done, status = os.waitpid(pid, os.WNOHANG)
+                    statuses[pid] = os.waitstatus_to_exitcode(status) if done else None
+                print(json.dumps(statuses[pid]), file=answers)
+                continue
+            pid = os.fork()
+            if pid == 0:
+                answers.close()
+                _run(Order(**order))
+            with contextlib.suppress(OSError):  # the child does it too: whichever comes first
+                os.setpgid(pid, pid)
+            statuses[pid] = None  # the system gives a number again, after some 30,000 others
+            print(pid, file=answers)
+    for pid, ended in statuses.items():
+        if ended is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
 
 def import_for_forks() -> None:

@@ -1,12 +1,15 @@
 """Shows the progress of a study: one line, `status.json`, and the list at the end."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
 import signal
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tqdm import tqdm
 
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
-from sa_jax.study.claims import Latest
+from sa_jax.study.claims import Latest, LatestClaim
 from sa_jax.study.folder import STATUS_FILE
 from sa_jax.study.grid import Cell
 from sa_jax.text import cut, one_line
@@ -48,11 +51,8 @@ class Progress:
             self._write_status(states, latest, counts, eta)
             self._line, self._time = line, now
         if self._terminal:
-            tail = "; ".join(f"{name}: {last_line(log)}" for name, log in logs.items())
-            with contextlib.suppress(OSError):  # the terminal was closed
-                width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-                sys.stderr.write(f"\r\033[K{cut(f'{line} | {tail}', width)[0]}")
-                sys.stderr.flush()
+            tail = "; ".join(f"{name}: {_last_line(log)}" for name, log in logs.items())
+            self._overwrite(f"{line} | {tail}")
         elif changed:
             logging.info("%s (%s)", line, ", ".join(logs) or "waiting")
 
@@ -64,9 +64,12 @@ class Progress:
     def clear(self) -> None:
         """Removes the line from a terminal."""
         if self._terminal:
-            with contextlib.suppress(OSError):
-                sys.stderr.write("\r\033[K")
-                sys.stderr.flush()
+            self._overwrite("")
+
+    def _overwrite(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal was closed
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            print(f"\r\033[K{cut(text, width)[0]}", end="", file=sys.stderr, flush=True)
 
     def _write_status(
         self, states: Mapping[str, str], latest: Latest, counts: Mapping[str, int], eta: float
@@ -75,7 +78,7 @@ class Progress:
             **counts,
             "seconds_left": round(eta) if math.isfinite(eta) else None,
             "updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "cells": {name: describe(name, states, latest) for name in states},
+            "cells": {name: _entry(state, latest[name]) for name, state in states.items()},
         }
         try:
             atomic_write(self._workdir / STATUS_FILE, json.dumps(status, indent=1) + "\n")
@@ -88,22 +91,19 @@ class Progress:
 
 def count(states: Mapping[str, str]) -> dict[str, int]:
     """Numbers of cells: done or skipped, running, failed, blocked by a failed one, left."""
-    counts = {"done": sum(state in DONE for state in states.values())}
-    for name in ("running", "failed", "blocked"):
-        counts[name] = sum(state == name for state in states.values())
+    of = Counter(states.values())
+    counts = {"done": sum(of[state] for state in DONE)}
+    counts |= {state: of[state] for state in ("running", "failed", "blocked")}
     return counts | {"left": len(states) - sum(counts.values())}
 
 
-def describe(name: str, states: Mapping[str, str], latest: Latest) -> dict[str, object]:
+def _entry(state: str, newest: LatestClaim) -> dict[str, object]:
     """The entry of a cell in status.json."""
-    cell: dict[str, object] = {"state": states[name]}
-    newest = latest[name]
-    if states[name] == "running" and newest.owner is not None:
-        cell |= {"host": newest.owner.host.split()[0], "pid": newest.owner.pid}
-    if states[name] in ("done", "skipped", "failed") and newest.outcome is not None:
-        kept = ("line", "log", "seconds")
-        cell |= {key: newest.outcome[key] for key in kept if newest.outcome.get(key)}
-    return cell
+    if state == "running" and newest.owner is not None:
+        host = newest.owner.host.split()[0]
+        return {"state": state, "host": host, "pid": newest.owner.pid}
+    ended = (newest.outcome or {}) if state in (*DONE, "failed") else {}
+    return {"state": state, **{k: ended[k] for k in ("line", "log", "seconds") if ended.get(k)}}
 
 
 def time_left(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) -> float:
@@ -115,24 +115,21 @@ def time_left(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) 
     for cell in cells:
         outcome = latest[cell.name].outcome
         if states[cell.name] == "done" and outcome is not None:
-            seconds_taken = float(outcome.get("seconds", 0))
-            took.setdefault(cell.stage.name, []).append(seconds_taken)
+            seconds = float(outcome.get("seconds", 0))
+            took.setdefault(cell.stage.name, []).append(seconds)
             if cell.is_training:
-                trained.append(seconds_taken)
-    everything = [s for of_stage in took.values() for s in of_stage]
-    left = [cell for cell in cells if states[cell.name] not in ENDED]
-    if not left:
-        return 0.0
-    total = 0.0
-    for cell in left:
-        times = took.get(cell.stage.name, trained if cell.is_training else everything)
-        if not times:
-            return math.inf
-        total += sum(times) / len(times) * (0.5 if states[cell.name] == "running" else 1.0)
-    return total / max(1, sum(state == "running" for state in states.values()))
+                trained.append(seconds)
+    everything = [*itertools.chain(*took.values())]
+    total, running = 0.0, sum(state == "running" for state in states.values())
+    for cell in cells:
+        if (state := states[cell.name]) not in ENDED:
+            times = took.get(cell.stage.name, trained if cell.is_training else everything)
+            mean = statistics.fmean(times) if times else math.inf
+            total += mean * (0.5 if state == "running" else 1.0)
+    return total / max(1, running)
 
 
-def last_line(log: Path) -> str:
+def _last_line(log: Path) -> str:
     """The last line that a cell printed, without absl's prefix."""
     lines = _tail(log)
     return one_line(lines[-1].partition("] ")[2] or lines[-1]) if lines else "starting"
@@ -143,9 +140,8 @@ def why_failed(log: Path, status: int) -> str:
     if status == -signal.SIGKILL:
         return "killed (SIGKILL): most often the kernel, because the machine's memory ran out"
     lines = _tail(log)
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), "")
-    if said:
-        return one_line(said.removeprefix("error: "))
+    if said := [line for line in lines if line.startswith("error: ")]:
+        return one_line(said[-1].removeprefix("error: "))
     last = f": {one_line(lines[-1])}" if lines else ""
     if status < 0:
         names = {number.value: number.name for number in signal.Signals}
@@ -154,10 +150,8 @@ def why_failed(log: Path, status: int) -> str:
 
 
 def _tail(log: Path) -> list[str]:
-    try:
-        with open(log, "rb") as file:
-            file.seek(max(0, log.stat().st_size - 8192))
-            text = file.read().decode("utf-8", "replace")
-    except OSError:
-        return []
-    return [line for line in text.splitlines() if line.strip()]
+    text = b""
+    with contextlib.suppress(OSError), open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - 8192))
+        text = file.read()
+    return [line for line in text.decode("utf-8", "replace").splitlines() if line.strip()]
