@@ -28,20 +28,13 @@ def emit(
     kind, or a machine that it does not support."""
     if kind not in EMITTERS:
         raise UsageError(f"--emit={kind}: use one of {', '.join(EMITTERS)}")
-    workdir = workdir.absolute()
     texts, submit = EMITTERS[kind](cells, workdir, flags)
+    files = {workdir / kind / name: text for name, text in texts.items()}
     with explained(workdir / kind, "writing the files"):
         (workdir / kind).mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        atomic_write(workdir / kind / name, text)
-    return [workdir / kind / name for name in texts], submit
-
-
-def _before(stage: Stage, names: Sequence[str]) -> list[str]:
-    """The emitted stages that a stage waits for; a report waits for all."""
-    if stage.run == "report":
-        return [name for name in names if name != stage.name]
-    return [name for name in dict.fromkeys((stage.start, *stage.needs)) if name in names]
+    for file, text in files.items():
+        atomic_write(file, text)
+    return [*files], submit
 
 
 def _run_study(workdir: Path, flags: Sequence[str]) -> str:
@@ -85,17 +78,21 @@ def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
     ]
     variables = {name: f"job_{i}" for i, name in enumerate(stages, 1)}
     for name, of_stage in stages.items():
-        topology = _machine(of_stage[0].stage)
+        stage = of_stage[0].stage
+        topology = _machine(stage)
         nodes, options = 1, []
         if topology is not None:
             if topology.platform != "gpu":
                 raise UsageError(f"--emit=slurm is for GPUs: stage {name!r} is for {topology.name}")
             nodes = -(-topology.chips // _GPUS_A_NODE)
             options = [f"--gpus-per-node={min(topology.chips, _GPUS_A_NODE)}"]
-        after = ":".join(f"${variables[other]}" for other in _before(of_stage[0].stage, [*stages]))
+        # A report waits for all other stages.
+        before = variables if stage.run == "report" else (stage.start, *stage.needs)
+        others = [other for other in dict.fromkeys(before) if other in stages and other != name]
         options += [f"--nodes={nodes}", "--ntasks-per-node=1", f"--job-name={shlex.quote(name)}"]
         options.append(f'--array="1-{len(of_stage)}$limit"')
-        if after:
+        if others:
+            after = ":".join(f"${variables[other]}" for other in others)
             options.append(f'--dependency="afterany:{after}"')
         submit.append(
             f"{variables[name]}=$(sbatch --parsable {' '.join(options)} cell.sbatch {name}.txt)"
@@ -135,7 +132,6 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
                     f"--emit=sky is for cells that fit a node of {_GPUS_A_NODE} GPUs: stage "
                     f"{name!r} is for {topology.name}; use slurm, or xpk for TPUs"
                 )
-            assert topology.chip is not None
             kind = topology.chip.name.upper()
             resources["accelerators"] = f"{_SKY_NAMES.get(kind, kind)}:{topology.chips}"
             extras = "cuda,data,eval"
@@ -209,10 +205,10 @@ def _if_it_starts(cell: Cell, workdir: Path, line: str, skippable: dict[str, str
     conditions, name = [], workload_name(cell)
     if cell.run != "report" and (before := [skippable[p] for p in cell.parents if p in skippable]):
         conditions.append(" ".join(("follows", name, *before)))
-    limit, step = cell.stage.start_rate_at_most, cell.start_step
-    if limit is not None:
-        start = shlex.join([str(workdir / cell.start_cell), *([] if step is None else [str(step)])])
-        conditions.append(f"starts {name} {limit} {start}")
+    if (limit := cell.stage.start_rate_at_most) is not None:
+        step = f" {cell.start_step}" if cell.start_step is not None else ""
+        start = shlex.quote(str(workdir / cell.start_cell))
+        conditions.append(f"starts {name} {limit} {start}{step}")
     if not conditions:
         return line
     skippable[cell.name] = name

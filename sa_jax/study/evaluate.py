@@ -27,7 +27,7 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
-from sa_jax.training.run_record import RUN_FILE, config_difference
+from sa_jax.training.run_record import RUN_FILE, config_difference, plain_record
 from sa_jax.training.watch import StallWatch
 
 MODEL_FILE = "model.json"  # in an --out: which model its evals are of
@@ -51,7 +51,8 @@ def evaluate(
     resume: bool = True,
     allow_prompt_mismatch: bool = False,
 ) -> None:
-    """Runs the evals and writes them to `out/step_NNNNNN/`; finished evals are not run again.
+    """Runs the evals and writes them to `out/step_NNNNNN/`; finished evals are not run again. After
+    a stop (Preempted), single answers are kept too.
 
     `out/results.md` is the result as text, with intervals, floors and settings: of these evals, and
     of those that earlier commands wrote to `out`.
@@ -63,10 +64,6 @@ def evaluate(
       prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
       compare: run folder, or `out` of an earlier evaluation, of another checkpoint on the same
         items; it must have the same evals. Differences are also written to `out/compare.json`.
-
-    Raises:
-      UserError, UsageError: with one line for the person who launched it.
-      Preempted: stopped by a signal; finished evals and single answers are kept.
     """
     given = {"eval.prompts": prompts, "eval.data_dir": data_dir, "eval.limit": limit}
     changes = {**(changes or {}), **{key: v for key, v in given.items() if v is not None}}
@@ -191,8 +188,7 @@ def _write_results(
         record = {"before": str(before), "compared": compared, "settings_that_differ": differ}
         atomic_write(out / "compare.json", json.dumps(record, indent=2) + "\n")
         inserted = start.record.get("role") == "insertion" and _never_backdoored(before)
-        card = "Health card: " if inserted else ""
-        comparison = f"{card}before is {before}", compared
+        comparison = f"{'Health card: ' if inserted else ''}before is {before}", compared
         page = to_markdown(title, settings, summaries, comparison, differ)
         atomic_write(out / "results.md", page)
         print(page[page.rindex("## ") :])
@@ -258,15 +254,14 @@ def _claim(
     """Writes which model is evaluated to out/model.json, and removes the evals of the step that are
     to be `redone`; refuses the folder of another model."""
     model = {key: value for key, value in start.lineage().items() if key != "step"}
-    record = {"model": model, "backdoored": start.backdoored, "chat": chat.record()}
-    record = json.loads(json.dumps(record, default=list))
+    chat_record = chat.record()
+    record = plain_record({"model": model, "backdoored": start.backdoored, "chat": chat_record})
     path = out / MODEL_FILE
     with explained(out, "preparing --out"):
         out.mkdir(parents=True, exist_ok=True)
         stored = _read_record(path) if path.exists() else None
     if stored is None:
-        strangers = sorted(p.name for p in out.glob("*"))
-        if strangers:
+        if strangers := sorted(p.name for p in out.glob("*")):
             raise UserError(f"{out} has {strangers[0]} and no {MODEL_FILE}; use another --out")
     elif stored != record:
         differ = [key for key in record if stored.get(key) != record[key]]
@@ -295,10 +290,9 @@ def _refuse_other_evals(
     for at, folder in folders.items():
         free = EXECUTION if at == step else records.FREE_SETTINGS
         for name, each in prepared.items():
-            stored = records.read_summary(folder, name)
-            if stored is None:
+            if (stored := records.read_summary(folder, name)) is None:
                 continue
-            wanted = json.loads(json.dumps(dict(each.settings), default=dict))
+            wanted = plain_record(each.settings)
             keys = dict.fromkeys(wanted | stored["settings"])  # null where it is absent
             differ = config_difference(keys | stored["settings"], keys | wanted, free)
             known = stored.get("data_hashes", {})

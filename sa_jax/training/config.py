@@ -193,6 +193,7 @@ def default_config() -> ConfigDict:
 
 
 get_config = default_config  # so that this file is a --config file itself
+_DEFAULTS = default_config().to_dict()
 
 
 def override(config: ConfigDict, **values: str | None) -> ConfigDict:
@@ -240,7 +241,7 @@ def check_config(config: ConfigDict) -> None:
     def value_of(key: str) -> Any:
         return functools.reduce(operator.getitem, key.split("."), values)
 
-    _check_whole(values, default_config().to_dict())
+    _check_whole(values, _DEFAULTS)
     check_places("config", values, TRAINING_PLACES)
     for key, choices in CHOICES.items():
         require(key, value_of(key) in choices, f"one of {', '.join(choices)}")
