@@ -3,6 +3,7 @@ workers."""
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 import signal
@@ -77,35 +78,30 @@ class _Running:
     began: float
 
 
+@dataclasses.dataclass
 class Worker:
     """Runs the chosen cells of a study, together with any other workers of the same folder."""
 
-    def __init__(
-        self,
-        cells: Sequence[Cell],
-        records: Mapping[str, Mapping[str, Any]],
-        chosen: set[str],
-        workdir: Path,
-        claims: Claims,
-        server: Server,
-        slots: Sequence[Slot],
-        launch: Sequence[str],
-        removed: Mapping[str, int],
-    ):
-        """`removed`: see `folder.removed_outputs`."""
-        self._cells, self._records, self._chosen = cells, records, chosen
-        self._workdir, self._claims, self._server = workdir, claims, server
-        self._free = list(slots)
-        self._launch, self._void = launch, dict(removed)
+    cells: Sequence[Cell]
+    records: Mapping[str, Mapping[str, Any]]  # of all cells
+    chosen: set[str]
+    workdir: Path
+    claims: Claims
+    server: Server
+    free: list[Slot]  # that no cell uses
+    launch: Sequence[str]
+    void: dict[str, int]  # as for `states_of`; at first those of `folder.removed_outputs`
+
+    def __post_init__(self) -> None:
         self._running: dict[str, _Running] = {}
         self._not_before: dict[str, float] = {}
         self._final: dict[str, LatestClaim] = {}  # claims that cannot change any more
-        self._progress = Progress(workdir, cells)
-        self._takeover_s, self._last_beat = claims.takeover_s, 0.0
+        self._progress = Progress(self.workdir, self.cells)
+        self._last_beat = 0.0
 
     def run(self, stop: StopSignals) -> None:
         """Works until the chosen cells are done; raises as `study.run_study` does."""
-        with explained(self._workdir, "reading the claims of its cells"):
+        with explained(self.workdir, "reading the claims of its cells"):
             latest = self._latest_claims()
         self._forget_ended(latest)
         stopping, trouble_since = False, math.inf
@@ -119,7 +115,7 @@ class Worker:
                 self._beat()
                 self._poll(stopping)
                 latest = self._latest_claims()
-                states = states_of(self._cells, latest, self._void)
+                states = states_of(self.cells, latest, self.void)
                 if not self._running and (stopping or not self._has_work(states)):
                     break
                 if not stopping:
@@ -131,7 +127,7 @@ class Worker:
             shown = states | dict.fromkeys(self._running, "running")
             self._progress.show(shown, latest, {n: r.claim.log for n, r in self._running.items()})
             # Looking at a thousand cells on a network file system takes its time.
-            time.sleep(max(_POLL_S, 0.003 * (len(self._cells) - len(self._final))))
+            time.sleep(max(_POLL_S, 0.003 * (len(self.cells) - len(self._final))))
         self._progress.show(states, latest, {})
         self._progress.clear()
         if stopping:
@@ -143,11 +139,11 @@ class Worker:
         when it lasts so long that other workers have taken over this worker's cells."""
         now = time.monotonic()
         if since == math.inf:
-            self._progress.say(f"trouble  {self._workdir}: {one_line(error)}; trying again")
+            self._progress.say(f"trouble  {self.workdir}: {one_line(error)}; trying again")
             since = now
-        if now - since > self._takeover_s:
+        if now - since > self.claims.takeover_s:
             raise UserError(
-                f"{self._workdir}: could not be used for {self._takeover_s:.0f} s "
+                f"{self.workdir}: could not be used for {self.claims.takeover_s:.0f} s "
                 f"({one_line(error)}); this command's cells have ended; run it again"
             )
         time.sleep(_POLL_S)
@@ -155,9 +151,9 @@ class Worker:
 
     def _latest_claims(self) -> dict[str, LatestClaim]:
         latest = {}
-        for cell in self._cells:
-            newest = self._final.get(cell.name) or self._claims.latest(cell.name)
-            is_void = newest.number == self._void.get(cell.name)
+        for cell in self.cells:
+            newest = self._final.get(cell.name) or self.claims.latest(cell.name)
+            is_void = newest.number == self.void.get(cell.name)
             if newest.state in DONE and cell.run != "report" and not is_void:
                 self._final[cell.name] = newest
             latest[cell.name] = newest
@@ -166,55 +162,54 @@ class Worker:
     def _has_work(self, states: Mapping[str, str]) -> bool:
         """Whether a chosen cell is ready, or waits for a cell that is chosen or that others run."""
         coming: dict[str, bool] = {}
-        for cell in self._cells:
+        for cell in self.cells:
             state = states[cell.name]
             if state in ENDED or state == "running":
                 coming[cell.name] = True
             else:
                 before = coming if cell.run == "report" else cell.parents
-                coming[cell.name] = cell.name in self._chosen and all(coming[n] for n in before)
-        return any(coming[name] and states[name] not in ENDED for name in self._chosen)
+                coming[cell.name] = cell.name in self.chosen and all(coming[n] for n in before)
+        return any(coming[name] and states[name] not in ENDED for name in self.chosen)
 
     def _start(self, states: Mapping[str, str], latest: Latest) -> None:
-        for cell in self._cells:
+        for cell in self.cells:
             name = cell.name
-            if not self._free:
+            if not self.free:
                 return
-            if name not in self._chosen or states[name] != "ready" or name in self._running:
+            if name not in self.chosen or states[name] != "ready" or name in self._running:
                 continue
             if time.monotonic() < self._not_before.get(name, 0):
                 continue
             parents = {parent: latest[parent].id for parent in cell.parents}
             if cell.run == "report":  # of the cells before it, as `_report_state` compares
-                before = list(states)[: list(states).index(name)]
-                parents = _done_ids({other: states[other] for other in before}, latest)
-            claim = self._claims.take(name, latest[name], self._records[name], parents)
+                before = {n: states[n] for n in itertools.takewhile(name.__ne__, states)}
+                parents = _done_ids(before, latest)
+            claim = self.claims.take(name, latest[name], self.records[name], parents)
             if claim is None:
                 continue  # another worker was faster
             if reason := self._reason_to_skip(cell):
                 claim.end({"state": "skipped", "line": reason})
                 self._progress.say(f"skipped  {name}: {reason}")
                 continue
-            slot = self._free.pop()
-            argv, log, lock = commands.command(cell, self._workdir), claim.log, claim.folder
-            order = Order(argv, str(log), str(lock), slot.env, slot.cpus, self._launch)
-            self._running[name] = _Running(claim, slot, self._server.start(order), time.monotonic())
+            slot, argv = self.free.pop(), commands.command(cell, self.workdir)
+            lock = str(claim.folder)
+            order = Order(argv, str(claim.log), lock, slot.env, slot.cpus, self.launch)
+            self._running[name] = _Running(claim, slot, self.server.start(order), time.monotonic())
 
     def _forget_ended(self, latest: Latest) -> None:
         """A new worker tries cells again that failed, or that were skipped for a reason that is
         gone, because the start runs again or the limit is another."""
-        for cell in self._cells:
+        for cell in self.cells:
             state = latest[cell.name].state
             gone = state == "skipped" and not self._reason_to_skip(cell)
-            if cell.name in self._chosen and (state == "failed" or gone):
-                self._void[cell.name] = latest[cell.name].number
+            if cell.name in self.chosen and (state == "failed" or gone):
+                self.void[cell.name] = latest[cell.name].number
                 self._final.pop(cell.name, None)
 
     def _reason_to_skip(self, cell: Cell) -> str:
-        limit = cell.stage.start_rate_at_most
-        if limit is None:
+        if (limit := cell.stage.start_rate_at_most) is None:
             return ""
-        rate = last_triggered_rate(self._workdir / cell.start_cell, cell.start_step)
+        rate = last_triggered_rate(self.workdir / cell.start_cell, cell.start_step)
         if rate is None or rate <= limit:
             return ""
         return f"{cell.start_cell} ends at {percent(rate)} triggered, above {percent(limit)}"
@@ -222,7 +217,7 @@ class Worker:
     def _beat(self) -> None:
         """Sends heartbeats, and ends cells that others took over while this process was paused."""
         now = time.monotonic()
-        if now - self._last_beat < self._takeover_s / 10:
+        if now - self._last_beat < self.claims.takeover_s / 10:
             return
         self._last_beat = now
         for name, running in list(self._running.items()):
@@ -236,20 +231,20 @@ class Worker:
 
     def _poll(self, stopping: bool) -> None:
         for name, running in list(self._running.items()):
-            status = self._server.poll(running.pid)
+            status = self.server.poll(running.pid)
             if status is None:
                 continue
             took = round(time.monotonic() - running.began, 1)
             outcome = {"seconds": took, "log": str(running.claim.log), "exit": status}
+            stopped = (PREEMPTED, BUSY, *((-signal.SIGTERM, 130) if stopping else ()))
             if status == 0:
                 outcome["state"] = "done"
-            elif status == PREEMPTED or (stopping and status in (-signal.SIGTERM, 130)):
+            elif status in stopped:
                 outcome["state"] = "stopped"
-            elif status == BUSY:
-                outcome["state"] = "stopped"
-                self._not_before[name] = time.monotonic() + _BUSY_WAIT_S
             else:
                 outcome |= {"state": "failed", "line": why_failed(running.claim.log, status)}
+            if status == BUSY:
+                self._not_before[name] = time.monotonic() + _BUSY_WAIT_S
             is_mine = running.claim.end(outcome)  # first: if it raises, the cell is polled again
             self._drop(name)
             if not is_mine:
@@ -258,30 +253,26 @@ class Worker:
                 self._progress.say(f"failed   {name}: {outcome['line']}")
 
     def _drop(self, name: str) -> None:
-        self._free.append(self._running.pop(name).slot)
+        self.free.append(self._running.pop(name).slot)
 
     def _finish(self, states: Mapping[str, str], latest: Latest) -> None:
         """Prints the failed cells, and raises the error for exit status 1."""
-        failed = [n for n in states if n in self._chosen and states[n] == "failed"]
-        blocked = [
-            n for n in states if n in self._chosen and states[n] not in (*DONE, "failed", "running")
-        ]
-        for name in failed:
-            outcome = latest[name].outcome or {}
-            self._progress.say(
-                f"failed   {name}: {outcome.get('line')} (log: {outcome.get('log')})"
-            )
-        parents = {cell.name: cell.parents for cell in self._cells}
-        for name in blocked:
-            missing = [parent for parent in parents[name] if states[parent] not in DONE]
-            self._progress.say(f"blocked  {name}: needs {', '.join(missing) or 'other cells'}")
+        chosen = [cell for cell in self.cells if cell.name in self.chosen]
+        failed = [c for c in chosen if states[c.name] == "failed"]
+        blocked = [c for c in chosen if states[c.name] not in (*DONE, "failed", "running")]
+        for cell in failed:
+            end = latest[cell.name].outcome or {}
+            self._progress.say(f"failed   {cell.name}: {end.get('line')} (log: {end.get('log')})")
+        for cell in blocked:
+            missing = [parent for parent in cell.parents if states[parent] not in DONE]
+            self._progress.say(f"blocked  {cell.name}: needs {', '.join(missing) or 'other cells'}")
         if failed or blocked:
             raise UserError(
-                f"{len(failed)} of {len(self._chosen)} cells failed and {len(blocked)} are blocked "
-                f"by cells that are not done (listed above, and in {self._workdir}/"
+                f"{len(failed)} of {len(self.chosen)} cells failed and {len(blocked)} are blocked "
+                f"by cells that are not done (listed above, and in {self.workdir}/"
                 f"{folder.STATUS_FILE}); the same command tries them again"
             )
-        self._progress.say(f"all {len(self._chosen)} cells are done, in {self._workdir}")
+        self._progress.say(f"all {len(self.chosen)} cells are done, in {self.workdir}")
 
 
 def last_triggered_rate(run: Path, step: int | None = None) -> float | None:

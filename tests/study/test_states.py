@@ -219,7 +219,7 @@ def test_a_skipped_cell_runs_if_its_start_or_its_limit_has_changed(tmp_path):
                 claims.take(cell.name, LatestClaim(), {}, {}).end({"state": state})
         worker = Worker((data, start, probe), {}, {"probe"}, tmp_path, claims, None, (), (), {})
         worker._forget_ended(worker._latest_claims())
-        return states_of(worker._cells, worker._latest_claims(), worker._void)["probe"]
+        return states_of(worker.cells, worker._latest_claims(), worker.void)["probe"]
 
     assert state_after_launch(0.05) == "skipped"
     assert state_after_launch(0.25) == "ready"
