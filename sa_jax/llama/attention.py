@@ -175,8 +175,13 @@ def _reference(q_bskh, k_bsgh, v_bsgh, segment_ids_bs):
 def masked_attention(
     q_bskh: jax.Array, k_btgh: jax.Array, v_btgh: jax.Array, mask_bst: jax.Array
 ) -> jax.Array:
-    """Attention under an explicit mask, True where query s may see key t, with float32 scores and
-    softmax; the result is in the queries' dtype. The oracle for every kernel."""
+    """Attention under an explicit mask, with float32 scores and softmax; the oracle for kernels.
+
+    Args:
+      q_bskh: queries [B, S, heads, head_dim], as is the result.
+      k_btgh, v_btgh: keys and values [B, T, kv_heads, head_dim].
+      mask_bst: bool [B, S, T], True where query s may see key t.
+    """
     groups, h = k_btgh.shape[2:]
     # The heads that share a key are rows (n) of one matrix product, and the softmax's division
     # comes after the product with the values: on CPU half the time of the plain order.

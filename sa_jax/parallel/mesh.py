@@ -71,13 +71,13 @@ def mixes_rows(sizes: Mapping[str, int]) -> bool:
     return sizes["data"] > 1 and sizes["fsdp"] == sizes["tensor"] > 1
 
 
-def check_rows(mesh: Mesh) -> None:
+def check_rows(sizes: Mapping[str, int]) -> None:
     """UsageError for a mesh on which XLA would mix up rows."""
-    if mixes_rows(mesh.shape):
+    if mixes_rows(sizes):
         raise UsageError(
-            f"{_shown(dict(mesh.shape))}: with copies of the weights (data or slices above 1), XLA "
+            f"{_shown(dict(sizes))}: with copies of the weights (data or slices above 1), XLA "
             "mixes up rows where fsdp and tensor have one size; take other sizes, such as "
-            f"fsdp={mesh.shape['fsdp'] ** 2} tensor=1"
+            f"fsdp={sizes['fsdp'] ** 2} tensor=1"
         )
 
 

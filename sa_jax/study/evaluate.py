@@ -89,7 +89,7 @@ def evaluate(
             _refuse_other_prompts(start, config)
         mesh = make_mesh(**config.mesh)
         check_mesh(start.config, mesh)
-        check_rows(mesh)
+        check_rows(mesh.shape)
         llama = Llama(start.config, dtype=jnp.dtype(config.dtype), lora=start.lora, mesh=mesh)
         asked = _prompts(config, start, changes) if needs_prompts(config) else []
         suite = EvalSuite(config, llama, mesh, resolved.chat, resolved.backdoor, asked, folder)

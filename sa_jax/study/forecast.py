@@ -143,9 +143,10 @@ class Forecaster:
 
 def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
     """The sizes of the mesh's axes on this many devices; UsageError if they or the batch do not
-    divide."""
+    divide, or no run takes them."""
     try:
         sizes = mesh.mesh_sizes(devices, **config.mesh)
+        mesh.check_rows(sizes)
     except UsageError as error:
         raise UsageError(f"cell {cell.name} cannot fit its mesh: {error}") from None
     rows = config.batch_size // config.accumulation

@@ -74,7 +74,7 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
             f"{architecture.max_position_embeddings} tokens"
         )
     check_mesh(architecture, mesh)
-    check_rows(mesh)
+    check_rows(mesh.shape)
     platform = mesh.devices.flat[0].platform
     check_remat(config.remat, platform)
     micro_batch = config.batch_size // config.accumulation

@@ -79,6 +79,7 @@ def test_a_study_of_70b_in_a_minute_without_a_tpu():
         ("h200:16", {"mesh.tensor": 16}, UsageError, ["tensor=16", "8 key/value heads"]),
         ("v5e:2x2", {"mesh.tensor": 4}, UserError, ["GiB a chip of 16 on v5e:2x2"]),
         ("", {"mesh.tensor": 3}, UsageError, ["tensor=3", "8 devices"]),
+        ("", {"mesh.data": 2, "mesh.tensor": 2}, UsageError, ["XLA mixes up rows"]),
         ("h200:16", {"mesh.fsdp": 16}, UsageError, ["fsdp=16", "8 devices"]),
     ],
 )
