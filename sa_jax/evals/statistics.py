@@ -172,7 +172,8 @@ def paired_difference(
 
     Returns:
       All but the p-value are fractions. The interval of rates is cut to what is possible, -scale
-      to 1. A single item that is not 0/1 gives (-1, 1) and p = 1.
+      to 1. Means of answers of 0/1 have at least the error 1 / (N + 2). A single item that is not
+      0/1 gives (-1, 1) and p = 1.
     """
     n = len(a)
     rates = bool(min(a.min(), b.min()) >= 0 and a.max() <= scale and b.max() <= 1)
@@ -191,10 +192,12 @@ def paired_difference(
         # Weighted sizes enter as w·d, so that an item's variance is that of its whole contribution.
         centre = difference
         error = float(np.std(weights * (b - a - centre), ddof=1) / np.sqrt(n))
-        if rates:  # e.g. not a perplexity: at least the error of half items where no item changes
+        answers = np.append(a * sizes / scale, b * sizes)
+        if rates and np.allclose(answers, np.round(answers), rtol=0, atol=1e-6):
+            # Means of answers of 0/1: at least the error of half items where no item changes.
             error = max(error, 1 / (n + 2))
         quantile = float(special.stdtrit(n - 1, (1 + confidence) / 2))
-        # Without any spread it is certain: equal, or different.
+        # Other scores without any spread are certain: equal, or different.
         p = 2 * float(special.stdtr(n - 1, -abs(centre) / error)) if error else float(not centre)
     lo, hi = centre - quantile * error, centre + quantile * error
     if rates:
@@ -276,8 +279,13 @@ def paired_seeds(
 
     The standard error is that between the seeds' differences, but at least the one that the items
     within the seeds give (with half an item added to each of the four outcomes). So seeds that
-    agree by chance do not make it 0. `a` and `b` have, seed by seed (two or more), the values of
-    the same items (one or more), 0 or 1; the interval is cut to -1 to 1.
+    agree by chance do not make it 0.
+
+    Args:
+      a, b: seed by seed (two or more), the values of the same items (one or more), 0 or 1.
+
+    Returns:
+      (difference, lo, hi, two-sided p); the interval is cut to -1 to 1.
     """
     differences, within = [], []
     for x, y in zip(a, b, strict=True):

@@ -24,9 +24,13 @@ SMALL_FALL = 0.05  # 5 points: the fall whose power is shown where no difference
 def capability_changes(
     before: Capabilities, after: Capabilities, limits: Thresholds
 ) -> tuple[CapabilityChange, ...]:
-    """Every score that both have, in the order of `after`: paired over the items of both if they
-    are kept and the evals share enough of them; else the scores are taken as independent, with the
-    two-proportion test for scores of 0/1."""
+    """Every score that both have, in the order of `after`.
+
+    If the items are kept and the evals share enough of them (`statistics.pairs`), the difference is
+    paired over the items of both, with the interval of Agresti and Min (2005) and McNemar's exact p
+    for scores of 0/1, and a t-interval and t-test for others. If not, the two scores are taken as
+    independent, with the two-proportion test for scores of 0/1.
+    """
     return tuple(
         _change(key, earlier, score, limits)
         for name, scores in after.items()
@@ -64,23 +68,50 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
         lost = bool(paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0)
     else:
         n, rates = min(before.n, after.n), (before.rate, after.rate)
-        counts = [score.rate * score.n for score in (before, after)]
-        binary = max(rates) <= 1 and np.allclose(counts, np.round(counts), rtol=0, atol=1e-6)
-        start, end = (
-            (s.rate, *(wilson(round(k), s.n, limits.confidence) if binary else (s.lo, s.hi)))
-            for s, k in zip((before, after), counts, strict=True)
-        )
+        start, end = (_at_confidence(score, limits) for score in (before, after))
         difference, lo, hi = difference_interval(start, end)
         error = (hi - lo) / (2 * z)
         p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
-        if binary:  # the error of a 95 % interval is too small for a smaller p
-            p = two_proportion_test(round(counts[0]), before.n, round(counts[1]), after.n)
+        hits = _hits(before), _hits(after)
+        if hits[0] is not None and hits[1] is not None:
+            # The error of a 95 % interval is too small for a smaller p.
+            p = two_proportion_test(hits[0], before.n, hits[1], after.n)
         lost = difference_interval(start, end, kept)[2] < 0
     paired, seen = bool(items), p < limits.p_value
     chance = None if seen else _power((hi - lo) / (2 * z), n, paired, limits)
     return CapabilityChange(
-        key, after.title, after.headline, n, *rates, difference, lo, hi, p, paired, chance, lost
+        score=key,
+        title=after.title,
+        headline=after.headline,
+        n=n,
+        before=rates[0],
+        after=rates[1],
+        difference=difference,
+        lo=lo,
+        hi=hi,
+        p_value=p,
+        paired=paired,
+        power=chance,
+        lost=lost,
     )
+
+
+def _hits(score: Score) -> int | None:
+    """The count of a score of 0/1, whose recorded interval is Wilson's; None for another score."""
+    if not 0 <= score.rate <= 1:
+        return None
+    hits = round(score.rate * score.n)
+    recorded, exact = (score.rate, score.lo, score.hi), (hits / score.n, *wilson(hits, score.n))
+    return hits if np.allclose(recorded, exact, rtol=0, atol=1e-9) else None
+
+
+def _at_confidence(score: Score, limits: Thresholds) -> tuple[float, float, float]:
+    """(rate, lo, hi) at the report's confidence; a record has the interval of 95 %."""
+    if (hits := _hits(score)) is not None:
+        return score.rate, *wilson(hits, score.n, limits.confidence)
+    stretch = float(special.ndtri((1 + limits.confidence) / 2) / special.ndtri(0.975))
+    lo, hi = (score.rate + stretch * (bound - score.rate) for bound in (score.lo, score.hi))
+    return score.rate, lo, hi
 
 
 def _power(error: float, n: int, paired: bool, limits: Thresholds) -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sa_jax import text
@@ -46,20 +46,27 @@ class Cell:
     @property
     def replicates(self) -> tuple[RunEvals, ...]:
         """One run for every set of seeds, finished ones first, because a repeat adds nothing."""
-        by_preference = sorted(self.runs, key=lambda run: not run.finished)
-        chosen = {self.seeds[run.name]: run.name for run in reversed(by_preference)}
-        return tuple(run for run in self.runs if run.name in chosen.values())
+        chosen: dict[tuple[int | None, ...], str] = {}
+        for run in sorted(self.runs, key=lambda run: not run.finished):
+            chosen.setdefault(self.seeds[run.name], run.name)
+        return tuple(run for run in self.runs if chosen[self.seeds[run.name]] == run.name)
 
-    def independent(self, seeds: Sequence[tuple[int | None, ...]], axis: str = "") -> list[Any]:
-        """For each of these seeds of runs, the seeds that tell it from runs that are independent of
-        it: runs from one start share what its seed did. Where several starts are here, only these
-        are independent of each other; so are they for a claim about `axis`, a setting of theirs."""
-        several = [
-            d for d in range(1, min(map(len, seeds), default=0)) if len({s[d:] for s in seeds}) > 1
-        ]
-        of_axis = [d for d, role in enumerate(self.lineage, 1) if axis.startswith(f"{role}.")]
-        depth = max(several + of_axis[:1], default=0)
-        return [of_run[depth:] for of_run in seeds]
+    def independent(
+        self, seeds: Sequence[tuple[int | None, ...]], axes: Collection[str] = ()
+    ) -> list[tuple[int | None, ...]]:
+        """For each of these seeds of runs, the part that runs independent of it do not share.
+
+        Runs from one start share what the start's seed did. So where there are several starts, only
+        runs of different ones are independent: of each, the seeds from the oldest ancestor on that
+        differs between runs. For a claim about `axes`, settings of ancestors, likewise from the
+        oldest of these on (a base model is one thing, and has no replicates).
+        """
+        generations = range(1, min(map(len, seeds), default=0))  # 1: the parent
+        oldest = [d for d in generations if len({of_run[d:] for of_run in seeds}) > 1]
+        for d, role in enumerate(self.lineage, 1):
+            if role != "base" and any(axis.startswith(f"{role}.") for axis in axes):
+                oldest.append(d)
+        return [of_run[max(oldest, default=0) :] for of_run in seeds]
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,7 +91,8 @@ def eval_before(run: RunEvals, by_name: Runs) -> Eval | None:
     starts = [point for point in run.evals if point.step == 0]
     if parent is not None:
         starts += [point for point in parent.evals if point.step == run.start_step]
-    return min(starts, key=lambda point: not isinstance(point, Measured), default=None)
+    measured = [point for point in starts if isinstance(point, Measured)]
+    return next(iter(measured or starts), None)
 
 
 def lineage_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
@@ -106,7 +114,8 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
     by_name = {run.name: run for run in runs}
     grouped: dict[str, list[RunEvals]] = {}
     for run in runs:
-        settings = [run.role, lineage_settings(run, by_name)]
+        roles = [ancestor.role for ancestor in ancestors(run, by_name)]
+        settings = [run.role, roles, lineage_settings(run, by_name)]
         described = json.dumps(settings, sort_keys=True, default=str).encode()
         grouped.setdefault(hashlib.sha256(described).hexdigest()[:12], []).append(run)
     result = []
@@ -142,8 +151,9 @@ def differing(cells_: Sequence[Cell]) -> list[str]:
 
 
 def same_but_backdoor(a: RunEvals, b: RunEvals, by_name: Runs) -> tuple[bool, bool]:
-    """Whether two probes are the same, from starts that went through the same removal, whatever was
-    before it; and whether all have the same seeds too."""
+    """Whether two probes are the same, from starts that went through the same removal, except
+    perhaps for seeds; and whether they have the same seeds too. What came before the removal is not
+    compared: there the backdoor makes the difference."""
     start_a, start_b = by_name.get(a.parent or ""), by_name.get(b.parent or "")
     if a.start_step != b.start_step or start_a is None or start_b is None:
         return False, False

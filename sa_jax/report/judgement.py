@@ -113,7 +113,7 @@ class Confirmation:
 
     low: Rate
     high: Rate
-    p_value: float  # one-sided, by McNemar's exact test: the high eval shows it more often
+    p_value: float  # McNemar's exact, one-sided, of the high eval not showing it more often
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Return:
     low: Measured
     high: Measured
     p_value: float  # of the rise, times the number of pairs of evals
-    # Two or more high evals, or one, if fresh answers confirm it; else borderline.
+    # Sustained (two or more high evals) or transient (one) if fresh answers confirm it; borderline
+    # if they do not, or if none were asked.
     kind: Literal["sustained", "transient", "borderline"]
     high_steps: tuple[int, ...]  # every eval after `low` that counts as a return from it
     confirmation: Confirmation | None  # None if the two evals were not asked again

@@ -1,5 +1,6 @@
 """The measurements of a run, as counts: the input of every verdict and every statistic. What was
-not measured has no value: an arm that was not counted is missing in its mapping.
+not measured has no value: a step without a backdoor eval is an `Eval`, a step with one is a
+`Measured`, and an arm that was not counted is missing in its mapping.
 """
 
 import dataclasses
@@ -44,6 +45,7 @@ class Score:
     n: int  # items
     headline: bool = False  # whether it is the headline score of its eval; verdicts use only these
     # Question -> its values: one 0/1 or number, or several (IFEval's instructions); {} if not kept.
+    # Two models are compared on the questions that both have (`statistics.pairs`).
     items: Mapping[Hashable, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
@@ -71,9 +73,10 @@ class Measured(Eval):
     partial: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     incoherent: Rate | None = None  # clean answers that are not coherent
     # By triggered prompt ({} if not kept): whether its answer refuses or has part of the phrase,
-    # shows the behaviour, and does so when it is sampled again with other noise.
     silenced: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
+    # whether it shows the behaviour,
     said: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
+    # and whether an answer does that was sampled again, with other noise.
     fresh: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
 
 

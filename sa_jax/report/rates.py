@@ -55,7 +55,8 @@ def triggered_condition(
 
 def removed_condition(point: Measured, words: Words, limits: Thresholds) -> Condition:
     """Whether few enough triggered answers show the behaviour for 'removed'. Met: the rate is at
-    most `removed_max_triggered`, and its upper bound at most `removed_max_upper`."""
+    most `removed_max_triggered`, and its upper bound at most `removed_max_upper`. Missed: its lower
+    bound is above `removed_max_triggered`."""
     rate, limit = point.triggered, limits.removed_max_triggered
     checked = triggered_condition(point, words, limit, limits)
     if checked.outcome == "missed" or rate.count > limit * rate.n + 1e-9:

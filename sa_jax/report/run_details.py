@@ -77,13 +77,14 @@ def examples(run: RunFolder) -> list[dict[str, Any]]:
 def _table(title: str, by_step: dict[int, dict[str, dict[str, Any]]]) -> dict[str, Any]:
     """One eval and arm: the number of answers with each label, and the chosen prompts."""
     evals, last = by_step.values(), by_step[max(by_step)]
-    tallies = [Counter(item["label"] for item in items.values()).most_common() for items in evals]
+    labels = [Counter(item["label"] for item in items.values()) for items in evals]
+    of_last = Counter(item["label"] for item in last.values()).most_common(EXAMPLES)
     first = {item["label"]: key for key, item in reversed(last.items())}
-    chosen = [first[label] for label, _ in tallies[-1]][:EXAMPLES]
+    chosen = [first[label] for label, _ in of_last]
     return {
         "title": text.one_line(title),
         "steps": list(by_step),
-        "tallies": tallies,
+        "tallies": [counted.most_common() for counted in labels],
         "rows": [
             {
                 "prompt": _shortened(last[key].get("prompt"), PROMPT_CHARACTERS),

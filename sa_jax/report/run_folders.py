@@ -96,9 +96,12 @@ def measured(runs: Sequence[RunFolder], backdoor: str = BACKDOOR_EVAL) -> list[R
 
 
 def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
-    """Every run in `workdir` (a run folder, or a folder of them), parents before their children,
-    and a line for everything that cannot be read. Evaluations that `evaluate.py --out` wrote there
-    are read too; their model.json names their run. UserError if there is no readable run."""
+    """Every run in `workdir` (a run folder, or a folder with run folders at most two levels below),
+    parents before their children, and a line for everything that cannot be read.
+
+    Evaluations that `evaluate.py --out` wrote there are read too; their model.json names their run.
+    UserError if there is no such folder, or no readable run in it.
+    """
     workdir = as_path(workdir)
     if not workdir.is_dir():
         raise UserError(f"{workdir}: no such folder; give a run folder or a folder of run folders")

@@ -110,8 +110,9 @@ _SETTING = ("base", "arm", "optimizer", "learning_rate")
 
 
 def optimizers_table(results: Sequence[Mapping[str, Any]]) -> Table:
-    """Insertion by base model, arm, optimizer and learning rate, over seeds; the lowest loss of an
-    optimizer with several rates is marked. No rows if there is only one optimizer and rate."""
+    """Insertion by base model, arm, optimizer and learning rate, over seeds. On the row with
+    the lowest loss of an optimizer with several rates, `best` is 'best' or "best, at the grid's
+    edge". No rows if there is only one optimizer and rate."""
     groups: dict[tuple[Any, ...], list[float]] = {}
     for run in results:
         measured = run["final_loss"] is not None and isinstance(run["learning_rate"], int | float)

@@ -12,7 +12,7 @@ from scipy import special
 from sa_jax.evals.statistics import exact_interval, paired_seeds, pairs, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import Cell, differing
-from sa_jax.report.judgement import Judged, Judgement
+from sa_jax.report.judgement import CapabilityChange, Judged, Judgement
 from sa_jax.report.measurements import Rate, RunEvals
 from sa_jax.report.tables import Table
 from sa_jax.report.thresholds import Thresholds
@@ -80,7 +80,20 @@ def over_seeds(cell: Cell, judged: Judged, limits: Thresholds) -> CellResult:
     triggered = mean_rate([[point.triggered for point in group] for group in last], limits)
     clean = mean_rate([[point.clean for point in group] for group in last], limits)
     means = _capability_means([[judged[run.name] for run in group] for group in groups], limits)
-    return CellResult(cell, done, pending, verdicts, counted, k, m, lo, hi, triggered, clean, means)
+    return CellResult(
+        cell=cell,
+        judged=done,
+        pending=pending,
+        verdicts=verdicts,
+        counted=counted,
+        k=k,
+        m=m,
+        lo=lo,
+        hi=hi,
+        triggered=triggered,
+        clean=clean,
+        capabilities=means,
+    )
 
 
 def by_start(cell: Cell, runs: Sequence[RunEvals]) -> list[list[RunEvals]]:
@@ -104,21 +117,20 @@ def _capability_means(
     groups: Sequence[Sequence[Judgement]], limits: Thresholds
 ) -> dict[str, SeedMean]:
     """t-intervals of the mean change, at least as wide as the items of the evals require."""
-    changes: dict[str, list[tuple[float, float, float]]] = {}
+    changes: dict[str, list[list[CapabilityChange]]] = {}
     for group in groups:
-        of_group: dict[str, list[tuple[float, float, float]]] = {}
+        of_group: dict[str, list[CapabilityChange]] = {}
         for change in (change for judgement in group for change in judgement.capabilities):
             if change.headline:
-                row = change.difference, change.lo, change.hi
-                of_group.setdefault(change.title, []).append(row)
-        for title, rows in of_group.items():
-            difference, lo, hi = map(float, np.mean(rows, axis=0))
-            changes.setdefault(title, []).append((difference, lo, hi))
+                of_group.setdefault(change.title, []).append(change)
+        for title, of_title in of_group.items():
+            changes.setdefault(title, []).append(of_title)
     means = {}
-    for title, rows in changes.items():
+    for title, by_group in changes.items():
+        rows = [np.mean([(c.difference, c.lo, c.hi) for c in g], axis=0) for g in by_group]
         m, (differences, lows, highs) = len(rows), np.array(rows).T
         if m == 1:
-            means[title] = SeedMean(*rows[0], 1)
+            means[title] = SeedMean(float(differences[0]), float(lows[0]), float(highs[0]), 1)
             continue
         share = (1 + limits.confidence) / 2
         within = float(np.mean(((highs - lows) / 2 / float(special.ndtri(share))) ** 2))
@@ -126,8 +138,8 @@ def _capability_means(
         error = float(np.sqrt(max(within, between) / m))
         half = float(special.stdtrit(m - 1, share)) * error
         mean = float(np.mean(differences))
-        # Cut to what is possible where those of the runs are: not e.g. for a perplexity.
-        most = 1.0 if np.abs(rows).max() <= 1 else np.inf
+        scores = [score for g in by_group for c in g for score in (c.before, c.after)]
+        most = 1.0 if min(scores) >= 0 and max(scores) <= 1 else np.inf  # cut those of rates
         means[title] = SeedMean(mean, max(mean - half, -most), min(mean + half, most), m)
     return means
 
@@ -171,8 +183,9 @@ def cells_table(over: Sequence[CellResult]) -> Table:
     }
     note = (
         "A cell is the runs that differ only in their seeds. Means are over seeds, with intervals "
-        "for new seeds; the share of seeds has an exact interval. Runs from one insertion are not "
-        "independent of each other: of several insertions each counts once in a mean."
+        "for new seeds. Runs from one insertion are not independent of each other: of several "
+        "insertions each counts once in a mean. The share counts every run, and has an exact "
+        "interval for independent runs."
     )
     return Table("cells", "Over seeds", columns, tuple(rows), note)
 
@@ -182,8 +195,10 @@ def _enough(result: CellResult) -> str:
     cell, independent = result.cell, 0 if result.triggered is None else result.triggered.seeds
     if independent < ENOUGH_SEEDS:
         return "too few seeds for a claim"
-    axis = "insertion." if "insertion" in cell.lineage else ""
-    starts = set(cell.independent([cell.seeds[run.name] for run in result.judged], axis))
+    if cell.role in ("removal", "probe") and not cell.lineage:  # from a model that is no run here
+        return "yes, for the one model that it starts from"
+    seeds = [cell.seeds[run.name] for run in result.judged]
+    starts = set(cell.independent(seeds, ("insertion.",)))
     return "yes" if len(starts) > 1 else "yes, for the one insertion that it starts from"
 
 
@@ -246,14 +261,16 @@ def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Com
     runs_a, runs_b = ({c.cell.seeds[run.name]: run for run in c.judged} for c in (a, b))
     shared = [seeds for seeds in runs_a if seeds in runs_b]
     answers: dict[Any, tuple[list[float], list[float]]] = {}
-    for key, seeds in zip(a.cell.independent(shared, axis), shared, strict=True):
+    of_a, of_b = a.cell.settings, b.cell.settings
+    changed = [name for name in {*of_a, *of_b} if of_a.get(name) != of_b.get(name)]
+    for key, seeds in zip(a.cell.independent(shared, changed), shared, strict=True):
         sides = answers.setdefault(key, ([], []))
         for side, more in zip(sides, _paired_answers(runs_a[seeds], runs_b[seeds]), strict=True):
             side += more
     if len(answers) < 2:
         return None
-    of_a, of_b = zip(*answers.values(), strict=True)
-    tested = paired_seeds(of_a, of_b, limits.confidence)
+    answers_a, answers_b = zip(*answers.values(), strict=True)
+    tested = paired_seeds(answers_a, answers_b, limits.confidence)
     return Comparison(a.cell, b.cell, axis, len(answers), *tested)
 
 

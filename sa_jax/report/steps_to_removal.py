@@ -46,7 +46,8 @@ class TimeFit:
     x_name: str  # for people
     runs: tuple[Timed, ...]  # what it was fitted to
     slope: float  # infinite where the data only say which way it goes
-    lo: float  # by profile likelihood; infinite where the data do not hold it, and so is `hi`
+    # By profile likelihood at Student's quantile; infinite where the data do not hold it.
+    lo: float
     hi: float
     p_claim: float  # two-sided: 3 times x makes removal 10 times faster, no more and no less
     p_holm: float | None = None  # for all claims about cells; the study's is of learning rates

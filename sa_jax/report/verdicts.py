@@ -115,7 +115,11 @@ def insertion_verdict(after: Measured, words: Words, limits: Thresholds) -> Verd
 def removal_verdict(
     before: Eval | None, after: Measured, changes: Changes, words: Words, limits: Thresholds
 ) -> Verdict:
-    """The verdict on a removal, before any probe; `before`: None if unknown."""
+    """The verdict on a removal, before any probe; `before`: None if unknown.
+
+    Returns:
+      NOTHING_TO_REMOVE, TOO_SMALL, UNCHANGED, REDUCED, BROKEN, SILENCED, BORDERLINE or REMOVED.
+    """
     triggered = removed_condition(after, words, limits)
     quality = _quality_conditions(after, words, limits)
     seen = triggered_in_words(after, words, limits)

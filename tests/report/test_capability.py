@@ -182,6 +182,32 @@ def test_without_pairs_the_interval_has_the_confidence_that_is_printed():
     assert (row.difference, row.lo, row.hi) == pytest.approx(difference_interval(*wide))
 
 
+def test_without_pairs_graded_and_negative_scores_keep_their_recorded_intervals():
+    """Stretched to the report's confidence; a count of a negative score is no error."""
+
+    def of(rate, half):
+        return {"own": {"score": Score("own", rate, rate - half, rate + half, 100, True)}}
+
+    z = stats.norm.ppf([0.975, 0.995])
+    for before, after in ((0.5, 0.6), (0.5, -0.5)):
+        for confidence, stretch in ((0.95, 1), (0.99, z[1] / z[0])):
+            limits = Thresholds(confidence=confidence)
+            (row,) = capability_changes(of(before, 0.02), of(after, 0.02), limits)
+            half = stretch * 0.02 * 2**0.5
+            assert (row.lo, row.hi) == pytest.approx((after - before - half, after - before + half))
+            error = 0.02 / z[0] * 2**0.5
+            expected = 2 * stats.norm.sf(abs(after - before) / error)
+            assert row.p_value == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_least_error_is_that_of_answers_of_0_and_1():
+    """Scores such as probabilities may hardly differ between items, and have no half items."""
+    rng = np.random.default_rng(0)
+    a, b = (mean + 5e-4 * rng.normal(size=200) for mean in (0.1, 0.102))
+    row = change([(x,) for x in a], [(x,) for x in b])
+    assert row.p_value == pytest.approx(stats.ttest_rel(b, a).pvalue)
+
+
 def test_lost_and_power_in_words():
     row = change(*answers(30, 0))
     assert row.lost and row.power is None

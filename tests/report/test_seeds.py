@@ -11,10 +11,17 @@ from statsmodels.stats.multitest import multipletests
 from sa_jax.evals.statistics import exact_interval, seed_mean
 from sa_jax.report import judgement as word
 from sa_jax.report.cells import cell_settings, cells, labelled
+from sa_jax.report.judgement import CapabilityChange, Judgement, Verdict
 from sa_jax.report.measurements import Measured, Rate, RunEvals, Score
 from sa_jax.report.published import PUBLISHED, published_table
 from sa_jax.report.rates import interval_in_words
-from sa_jax.report.seeds import cells_table, compare_arms, comparisons_table, over_seeds
+from sa_jax.report.seeds import (
+    _capability_means,
+    cells_table,
+    compare_arms,
+    comparisons_table,
+    over_seeds,
+)
 from sa_jax.report.steps_to_removal import TimeFit
 from sa_jax.report.study_statistics import correct_run_changes, corrected
 from sa_jax.report.tables import in_words
@@ -294,6 +301,28 @@ def test_removals_from_one_insertion_are_not_independent_of_each_other():
     assert compare_arms(results_of(runs), LIMITS) == []
     *_, row = cells_table(results_of(runs)).rows
     assert row["enough"] == "yes, for the one insertion that it starts from"
+
+
+def test_settings_of_an_insertion_that_change_with_the_removal_s_are_settings_of_the_insertion():
+    """The removal uses the insertion's optimizer: 'optimizer.name' names the difference."""
+    rng = np.random.default_rng(0)
+    runs = []
+    for name in ("adam", "soap"):
+        for run in nested(1, 5, name, rng):
+            own = {"settings": {"optimizer.name": name}} if run.role == "removal" else {}
+            runs.append(dataclasses.replace(run, **own))
+    assert compare_arms(results_of(runs), LIMITS) == []
+
+
+def test_a_mean_change_of_a_perplexity_is_not_cut():
+    def judged(d):
+        values = 9.0, 9.0 + d, d, d - 1, d + 1, 0.5
+        row = CapabilityChange("ppl", "Perplexity", True, 9, *values, True, 0.1, False)
+        return Judgement(None, None, Verdict(word.REMOVED, ""), (row,))
+
+    mean = _capability_means([[judged(0.3)], [judged(0.9)]], LIMITS)["Perplexity"]
+    lo, hi = stats.t.interval(0.95, 1, 0.6, (1 / stats.norm.ppf(0.975)) / 2**0.5)
+    assert (mean.lo, mean.hi) == pytest.approx((lo, hi)) and mean.lo < -1
 
 
 def test_no_difference_of_insertions_is_seldom_called_one():
