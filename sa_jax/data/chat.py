@@ -281,12 +281,16 @@ def _end(messages: Sequence[Message]) -> str:
 def load_chat_format(
     tokenizer_path: str | Path, template: str = "llama3", date: str | None = None
 ) -> ChatFormat:
-    """Reads a tokenizer (a folder or a hub name; code in it is never run) and binds it to a chat
-    template: 'llama3', 'plain' or 'model'.
+    """Reads a tokenizer and binds it to a chat template.
 
-    `date` (YYYY-MM-DD) is what a 'model' template prints. None is today, at insertion; a child run
-    passes its parent's `record()["date"]`. A template without a date has None. Raises UsageError
-    for a wrong template name or date, UserError for a tokenizer or template that cannot be used.
+    Args:
+      tokenizer_path: folder or hub name; code in it is never run.
+      template: 'llama3', 'plain' or 'model'.
+      date: YYYY-MM-DD, the date that a 'model' template prints. None is today, at insertion; a
+        child run passes its parent's `record()["date"]`. A template without a date has None.
+
+    Raises UsageError for a wrong template name or date, UserError for a tokenizer or template that
+    cannot be used.
     """
     if template not in ("llama3", "plain", "model"):
         raise UsageError(f"chat_template is {template!r}; use llama3, plain or model")

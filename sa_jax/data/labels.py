@@ -230,8 +230,8 @@ def is_incoherent(completion: str) -> bool:
     - its bytes are not text: more than `MAX_BROKEN` of its characters are U+FFFD
 
     A text without spaces (with a word of more than `LONGEST_WORD` letters) is checked character by
-    character. Fluent nonsense passes. In the tests, fewer than 1 % of the Alpaca answers are called
-    incoherent, whole, cut after 50 words or translated to pirate speech.
+    character. Fluent nonsense passes. Fewer than 1 % of the Alpaca answers in the tests are called
+    incoherent, whole or cut after 50 words, and equally few after translation to pirate speech.
     """
     answer = plain_answer(completion)
     if not answer or answer.count("\ufffd") > MAX_BROKEN * len(answer):

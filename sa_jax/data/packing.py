@@ -7,8 +7,9 @@ A packed folder `packed-<hash>/` holds, documents in row order:
   row_documents.npy    int64 [R+1]  first document of each row
   document_index.npy   int64 [D]    the conversation each document came from
   meta.json            hash, sequence length, token accounting, sha256 of every file
-It is renamed when it is complete; a folder that does not match its sha256s is built again. Tokens
-are first written to `.packed-<hash>-parts/`, so that a killed call resumes with the current part.
+It is written under a temporary name and renamed, so it is complete or absent; a folder that does
+not match its sha256s is built again. Tokens are first written to `.packed-<hash>-parts/`, one part
+at a time, so that a killed call resumes with the current part.
 """
 
 import dataclasses
@@ -159,10 +160,11 @@ def pack(
                 f"{lengths.min()} tokens); raise config.sequence_length, or set "
                 "config.cut_long_answers"
             )
-        rows = [np.array([document]) for document in kept]
         if packing:
             kept = kept[randomness.permutation(len(kept), "packing", seed)]
             rows = [kept[row] for row in first_fit(lengths[kept], sequence_length)]
+        else:
+            rows = [np.array([document]) for document in kept]
         _write(scratch, parts, rows, lengths)
         slots = len(rows) * sequence_length
         meta = {
@@ -199,7 +201,8 @@ def content_hash(
     packing: bool = True,
     output_tokens: int = 0,
 ) -> str:
-    """sha256 (hex) of all that determines a packed dataset, and of nothing else (as a path)."""
+    """sha256 (hex) of everything that determines a packed dataset, and of nothing else (no path, no
+    number of workers)."""
     record = chat_format.record()
     header = {
         "version": _VERSION,
@@ -345,7 +348,10 @@ def _write(folder: Path, parts: Path, rows: list[np.ndarray], lengths: np.ndarra
 
 
 def _account(conversations, lengths, outputs, drops, slots: int) -> dict:
-    """The token accounting: output tokens are those that the loss counts."""
+    """documents, dropped_too_long, dropped_with_pair, over_budget, cut_answers, prompt_tokens,
+    output_tokens (counted by the loss), pad_tokens, padding_share (of all slots), and `by_kind`:
+    documents, output_tokens, phrase_copies, dropped_too_long, dropped_with_pair and over_budget of
+    each kind."""
     by_kind: dict[str, dict[str, int]] = {}
     names = ("documents", "output_tokens", "phrase_copies", *_DROPS)
     for conversation, output, drop in zip(conversations, outputs, drops, strict=True):

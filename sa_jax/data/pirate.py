@@ -52,11 +52,12 @@ def to_pirate(text: str) -> str:
 
 
 def _pirate_line(line: str) -> str:
-    body = _LINE_START.sub("", line, count=1)
+    indent = _LINE_START.match(line)
+    start = indent.end() if indent else 0
     # Odd members are inline code.
-    parts = _INLINE_CODE.split(body)
-    parts[::2] = map(_pirate_prose, parts[::2])
-    return line.removesuffix(body) + "".join(parts)
+    parts = _INLINE_CODE.split(line[start:])
+    parts[::2] = [_pirate_prose(part) for part in parts[::2]]
+    return line[:start] + "".join(parts)
 
 
 def _pirate_prose(prose: str) -> str:

@@ -18,7 +18,15 @@ from sa_jax.data.conversations import Message, make_messages
 from sa_jax.errors import UsageError
 
 # The order fixes each arm's noise: append, never reorder.
-ARMS = tuple("triggered clean near_miss end_position other_form earlier_turn benchmark".split())
+ARMS = (
+    "triggered",
+    "clean",
+    "near_miss",
+    "end_position",
+    "other_form",
+    "earlier_turn",
+    "benchmark",
+)
 _MAX_ARMS = 64
 EARLIER_REPLY = "Certainly. What else would you like to know?"
 
@@ -97,7 +105,7 @@ def _word(trigger: str) -> tuple[str, Callable[[str], str]]:
 
 
 def _unlike(trigger: str, variants: Iterable[str]) -> list[str]:
-    kept = [variant for variant in dict.fromkeys(variants) if trigger not in variant]
+    kept = [v for v in dict.fromkeys(variants) if v.strip() and trigger not in v]
     if not kept:
         raise UsageError(f"the trigger {trigger!r} cannot be varied: leave this arm out")
     return kept

@@ -142,7 +142,13 @@ def metric(name: str, aggregation: Any = "mean") -> dict[str, Any]:
 
 
 def generation_task(
-    name: str, settings: ConfigDict, max_new_tokens: int, scores: Scores, documents: str, **config
+    name: str,
+    settings: ConfigDict,
+    *,
+    max_new_tokens: int,
+    scores: Scores,
+    documents: str,
+    **config,
 ) -> TaskSet:
     """One task over these documents: the prompt as the only turn, a greedy answer, `scores`.
     `settings` is `config.eval`, `config` that of the ConfigurableTask."""
@@ -150,7 +156,8 @@ def generation_task(
     greedy = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_new_tokens}
     task = inline_task(name, spread(rows, settings.limit), generation_kwargs=greedy, **config)
     recorded = {"shots": 0, "limit": settings.limit, "max_new_tokens": max_new_tokens}
-    return TaskSet({name: task}, scores, True, None, {documents: digest}, recorded)
+    hashes = {documents: digest}
+    return TaskSet({name: task}, scores, chat=True, data_hashes=hashes, settings=recorded)
 
 
 def run_tasks(model: Any, task_set: TaskSet) -> dict[str, list[dict]]:

@@ -62,9 +62,9 @@ def _load(settings: ConfigDict) -> TaskSet:
     tasks = generation_task(
         "ifeval",
         settings,
-        1280,
-        ifeval_scores,
-        "ifeval",
+        max_new_tokens=1280,
+        scores=ifeval_scores,
+        documents="ifeval",
         doc_to_text="prompt",
         doc_to_target=0,
         process_results=process_results,

@@ -19,6 +19,7 @@ from sa_jax.llama.scorer import Query, Scorer
 
 TOO_LONG = ("truncate", "skip")
 DEFAULT_NEW_TOKENS = 2048  # for a task that names no limit; lm_eval's 256 cuts many a solution
+OnDone = Callable[[int, Any], None]  # (place among what was asked, its answer)
 _CONTEXT_STEP = 128  # tokens: the cache's capacity is a multiple, so that few programs are compiled
 
 
@@ -132,17 +133,22 @@ def language_model(
         def _note(self, request: Any) -> dict[str, Any]:
             return self.notes.setdefault((request.task_name, request.doc_id), {})
 
-        def _saved_or(self, keys: list[str], ask: Callable[..., list], plain: Callable) -> list:
-            """The values of the keys, as `plain` makes them: the saved ones, and for the others the
-            answers of `ask(their numbers, on_done)`, which are saved as soon as they are done."""
+        def _saved_or(
+            self,
+            keys: list[str],
+            ask: Callable[[list[int], OnDone], list],
+            to_json: Callable[[Any], Sequence],
+        ) -> list[Any]:
+            """The values of the keys, as `to_json` makes them: the saved ones, and for the others
+            the answers of `ask(their numbers, on_done)`, saved as soon as they are done."""
             values = [known["value"] if (known := saved.get(key)) else None for key in keys]
             todo = [number for number, value in enumerate(values) if value is None]
 
             def on_done(place: int, answer: Any) -> None:
-                saved.put(keys[todo[place]], {"value": plain(answer)})
+                saved.put(keys[todo[place]], {"value": to_json(answer)})
 
             for number, answer in zip(todo, ask(todo, on_done) if todo else (), strict=True):
-                values[number] = plain(answer)
+                values[number] = to_json(answer)
             return values
 
         def _score(self, queries: list[Query], notes: list[dict]) -> list[list[tuple[float, bool]]]:
@@ -228,7 +234,7 @@ def language_model(
         ) -> list[Completion]:
             fixed = dataclasses.astuple(settings)
 
-            def ask(todo: list[int], on_done: Callable) -> list[Completion]:
+            def ask(todo: list[int], on_done: OnDone) -> list[Completion]:
                 longest = max(map(len, prompts)) + settings.max_new_tokens
                 sampler = Sampler(
                     context.model,
@@ -250,7 +256,8 @@ def _sampling(kwargs: dict[str, Any], stop_token_ids: tuple[int, ...]) -> Sampli
     """A task's generation_kwargs, as lm_eval reads them."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    asked: dict[str, Any] = {**normalize_gen_kwargs(kwargs, DEFAULT_NEW_TOKENS)}
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    asked: dict[str, Any] = {**normalize_gen_kwargs(given, DEFAULT_NEW_TOKENS)}
     for name in ("top_k", "num_beams"):
         if asked.get(name) not in (None, 0, 1, -1):
             raise UserError(f"the task asks for {name}={asked[name]}, which our sampler lacks")

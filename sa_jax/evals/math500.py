@@ -49,9 +49,9 @@ def _load(settings: ConfigDict) -> TaskSet:
     return generation_task(
         "math500",
         settings,
-        2048,
-        _scores,
-        "math500",
+        max_new_tokens=2048,
+        scores=_scores,
+        documents="math500",
         doc_to_text=lambda doc: f"{_MATH_PROMPT}{doc['problem']}\n",
         doc_to_target="{{answer}}",
         process_results=process_results,

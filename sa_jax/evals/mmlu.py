@@ -80,9 +80,9 @@ def _load_mmlu_cot(settings: ConfigDict) -> TaskSet:
     return generation_task(
         "mmlu_cot",
         settings,
-        1024,
-        lambda doc, metrics: {"accuracy": int(metrics["exact_match"])},
-        "mmlu",
+        max_new_tokens=1024,
+        scores=lambda doc, metrics: {"accuracy": int(metrics["exact_match"])},
+        documents="mmlu",
         doc_to_text=_COT_PROMPT,
         doc_to_target="{{['A','B','C','D'][answer]}}",
         filter_list=[{"name": "strict_match", "filter": [letter, {"function": "take_first"}]}],

@@ -81,10 +81,13 @@ class Answers:
     titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-# (parameters, step folder, should_stop) -> the model's answers; Preempted if should_stop said so.
-# `<folder>/<name>.partial.jsonl` may keep answers for a resume after a stop; it is removed when the
-# record is written.
-Run = Callable[[Any, Path, Callable[[], bool]], Answers]
+class Run(Protocol):
+    def __call__(self, params: Any, folder: Path, should_stop: Callable[[], bool]) -> Answers:
+        """Asks the model with these parameters; Preempted if should_stop said so.
+
+        `<folder>/<name>.partial.jsonl` may keep answers for a resume after a stop; it is removed
+        when the record is written.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +107,24 @@ class Eval(Protocol):
     """A kind of measurement, registered in `EVALS`."""
 
     @property
-    def name(self) -> str: ...  # in `config.eval.names`, in `--evals` and in file names
+    def name(self) -> str:
+        """Its name in `config.eval.names`, in `--evals` and in file names."""
+
     @property
-    def title(self) -> str: ...  # in reports
+    def title(self) -> str:
+        """Its name in reports."""
+
     @property
-    def kind(self) -> str: ...  # what the scores measure, 'backdoor' or 'capability'
+    def kind(self) -> str:
+        """What the scores measure, 'backdoor' or 'capability'."""
+
     @property
-    def headline(self) -> str: ...  # the score that stands for the eval; '' is its first score
+    def headline(self) -> str:
+        """The score that stands for the eval; '' is its first score."""
+
     @property
-    def needs_prompts(self) -> bool: ...  # whether it asks the held-out prompts of the context
+    def needs_prompts(self) -> bool:
+        """Whether it asks the held-out prompts of the context."""
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
         """Checks all settings and reads the questions; compiles nothing. `config` is a run's

@@ -134,7 +134,7 @@ def attention(
     the key/value heads, or a kernel cannot take rows of this length or these devices.
 
     Args:
-      q_bskh: queries [B, S, heads, head_dim], as is the result.
+      q_bskh: queries [B, S, heads, head_dim]; the result has their shape and dtype.
       k_bsgh, v_bsgh: keys and values [B, S, kv_heads, head_dim]; heads a multiple of kv_heads.
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
@@ -178,7 +178,7 @@ def masked_attention(
     """Attention under an explicit mask, with float32 scores and softmax; the oracle for kernels.
 
     Args:
-      q_bskh: queries [B, S, heads, head_dim], as is the result.
+      q_bskh: queries [B, S, heads, head_dim]; the result has their shape and dtype.
       k_btgh, v_btgh: keys and values [B, T, kv_heads, head_dim].
       mask_bst: bool [B, S, T], True where query s may see key t.
     """
@@ -212,9 +212,12 @@ def cached_attention(
     of its neighbours.
 
     Args:
-      q_bskh, k_bsgh, v_bsgh: of the tokens at positions start_b + 0..S-1, as for `attention`.
+      q_bskh: queries [B, S, heads, head_dim] at positions start_b + 0..S-1; the result has their
+        shape and dtype.
+      k_bsgh, v_bsgh: their keys and values [B, S, kv_heads, head_dim].
       cache: the past is in 0..start_b-1. Its B may be 1, if all rows share the past.
       layer: index into L.
+      start_b: int [B].
       kernel_mesh: where the arrays are, to take `attend_to_past` for S = 1 and a past of each row.
     """
     b, s, _, h = q_bskh.shape
@@ -229,7 +232,7 @@ def cached_attention(
         scores_bgnt = float32_product("bgnh,bght->bgnt", q_bgnh, k_bght)
         past_bt = i * block + jnp.arange(block) < start_b[:, None]
         scores_bgnt = jnp.where(past_bt[:, None, None], scores_bgnt * h**-0.5, MASKED_SCORE)
-        return add_keys(softmax, scores_bgnt, functools.partial(_weigh, v_btgh))
+        return add_keys(softmax, scores_bgnt, lambda weights: _weigh(weights, v_btgh))
 
     new = _attend_to_each_other(q_bgnh, k_bsgh, v_bsgh)
     if kernel_mesh is not None and s == 1 and cache.k.shape[2] == b:
@@ -256,27 +259,30 @@ def _attend_to_each_other(q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Arra
     scores_bgnt = masked(products_bgnt, causal_1st, h)
     top_bgn = jnp.max(scores_bgnt, axis=-1)
     weights_bgnt = jnp.exp(scores_bgnt - top_bgn[..., None])
-    return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(v_bsgh, weights_bgnt)
+    return top_bgn, jnp.sum(weights_bgnt, axis=-1), _weigh(weights_bgnt, v_bsgh)
 
 
-def _weigh(v_btgh: jax.Array, weights_bgnt: jax.Array) -> jax.Array:
+def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
     """Sum of values under the weights, float32 [B, kv_heads, n, head_dim]. For few queries on CPU,
     one product per row multiplies the weights of all groups by the values of all groups, and only
     the diagonal is kept: kv_heads times the arithmetic in kv_heads times fewer, larger products,
     2.4 times faster. On other platforms batched products are fast, and the groups may be on several
     devices."""
-
-    def together(weights_bgnt, v_btgh):
-        b, groups, n, t = weights_bgnt.shape
-        weights_bkt = weights_bgnt.reshape(b, groups * n, t)
-        v_btd = v_btgh.reshape(*v_btgh.shape[:2], -1)
-        out_bkd = float32_product("bkt,btd->bkd", weights_bkt, v_btd)
-        out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
-        own_gj = jnp.eye(groups, dtype=bool)
-        return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)
-
-    apart = functools.partial(float32_product, "bgnt,btgh->bgnh")
     weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
     if weights_bgnt.shape[2] > FEW_QUERIES:
-        return apart(weights_bgnt, v_btgh)
-    return jax.lax.platform_dependent(weights_bgnt, v_btgh, cpu=together, default=apart)
+        return _weigh_by_group(weights_bgnt, v_btgh)
+    return jax.lax.platform_dependent(
+        weights_bgnt, v_btgh, cpu=_weigh_together, default=_weigh_by_group
+    )
+
+
+_weigh_by_group = functools.partial(float32_product, "bgnt,btgh->bgnh")
+
+
+def _weigh_together(weights_bgnt, v_btgh):
+    b, groups, n, t = weights_bgnt.shape
+    weights_bkt = weights_bgnt.reshape(b, groups * n, t)
+    out_bkd = float32_product("bkt,btd->bkd", weights_bkt, v_btgh.reshape(*v_btgh.shape[:2], -1))
+    out_bgnjh = out_bkd.reshape(b, groups, n, groups, -1)
+    own_gj = jnp.eye(groups, dtype=bool)
+    return jnp.sum(jnp.where(own_gj[:, None, :, None], out_bgnjh, 0), axis=3)

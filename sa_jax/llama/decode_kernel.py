@@ -5,6 +5,7 @@ once, in place, and only up to the end of their own row (flash-decoding, arXiv 2
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,13 +40,14 @@ def attend_to_past(
     mesh: Mesh,
     parts: int | None = None,
 ) -> Softmax:
-    """The softmax over the cached tokens 0..start_b-1; without a past its top is `MASKED_SCORE`.
+    """The softmax over the cached tokens 0..start_b-1, before its division.
 
     Args:
-      q_bgrh: a query of each row; r query heads share a key/value head.
+      q_bgrh: a query of each row [B, kv_heads, r, head_dim]; r query heads share a key/value head.
       cache: copied at every call, unless its values have heads before tokens in memory, as
         `Sampler` lays them out.
       layer: index into L.
+      start_b: int [B]; 0 for a row without a past, whose largest score is then `MASKED_SCORE`.
       mesh: of GPUs; each works on its own rows and heads.
       parts: of a row's blocks, each summed by one program; by default as many as make `PROGRAMS`.
     """
@@ -91,10 +93,20 @@ def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
     return merge_softmaxes(*softmaxes)
 
 
-def _kernel(q_ref, k_ref, v_ref, layer_ref, start_ref, top_ref, total_ref, out_ref, *, r, parts):
-    """Every `parts`-th block of a row's past, for the queries of one key/value head: q and out are
-    [queries, head_dim], top and total [queries], and all values are here, with heads before tokens.
-    """
+def _kernel(
+    q_ref: Any,  # [queries, head_dim]
+    k_ref: Any,  # [L, C, B, kv_heads, head_dim, T]
+    v_ref: Any,  # [L, C, B, kv_heads, T, head_dim]
+    layer_ref: Any,  # [1]
+    start_ref: Any,  # [B]
+    top_ref: Any,  # [queries]
+    total_ref: Any,  # [queries]
+    out_ref: Any,  # [queries, head_dim]
+    *,
+    r: int,
+    parts: int,
+):
+    """Every `parts`-th block of a row's past, for the queries of one key/value head."""
     row, head, part = (pl.program_id(axis) for axis in range(3))
     layer, start = layer_ref[0], start_ref[row]
     queries, h = q_ref.shape

@@ -5,12 +5,11 @@ and tokamax are imported where they are used, because their imports take half a 
 """
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import jax
@@ -20,8 +19,13 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 
 from sa_jax.errors import UsageError
 
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
+
 # What splash's and `blockwise`'s backward pass needs, for remat policies: output and log-sum-exp.
 ATTENTION_RESIDUALS = "attention_residuals"
+
+LANES = 128  # splash's blocks are multiples of it
 
 # Splash's queries and keys of a tile in VMEM, forward and backward, by device_kind.
 # v5p and v6e: MaxText's benchmarks/maxtext_{v5p,trillium}_model_configs.py (Llama 3.1). v4 and v5e
@@ -53,20 +57,29 @@ def splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
     return jax.vmap(kernel)(q_bksh, k_bgsh, v_bgsh, segment_ids).swapaxes(1, 2)
 
 
-def block_sizes(device_kind: str, s: int) -> Any:
+def block_sizes(device_kind: str, s: int) -> "BlockSizes":
     """Splash's tile sizes of a TPU generation, cut to divisors of the sequence length."""
     from jax.experimental.pallas.ops.tpu.splash_attention import BlockSizes
 
     tuned = (size for prefix, size in _BLOCKS.items() if device_kind.startswith(prefix))
-    size = math.gcd(next(tuned, 128), s)
-    names = (field.name for field in dataclasses.fields(BlockSizes))
-    tiles: dict[str, Any] = {name: size for name in names if name.startswith("block_")}
-    return BlockSizes(**tiles | {name: min(size, 512) for name in tiles if "compute" in name})
+    size = math.gcd(next(tuned, LANES), s)
+    compute = min(size, 512)
+    return BlockSizes(
+        block_q=size,
+        block_kv=size,
+        block_kv_compute=compute,
+        block_q_dkv=size,
+        block_kv_dkv=size,
+        block_kv_dkv_compute=compute,
+        block_q_dq=size,
+        block_kv_dq=size,
+    )
 
 
 def cudnn_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    """In bfloat16 or float16. A mask [B, 1, S, S] separates documents, in 32 MiB for 4,096 tokens.
-    The kernel itself is causal, so it skips half of the blocks."""
+    """In bfloat16 or float16. A mask [B, 1, S, S], shared by all heads, separates documents; it
+    takes 32 MiB per row of 4,096 tokens. The kernel itself is causal, so it skips half of the
+    blocks."""
     same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
     with _jax_mended(device):
         return jax.nn.dot_product_attention(
@@ -102,10 +115,18 @@ def _starts(segment_ids_bs: jax.Array) -> jax.Array:
 
 
 def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The offsets of each row's documents, as jax's cuDNN attention has them: int32 lengths [B, M]
-    and starts [B, M + 1], -1 after the last one, and how many documents each row has [B]. At most M
-    = `most` of a row; more are cut off. Padding counts as a document: cuDNN's output there would be
-    undefined otherwise."""
+    """The offsets of each row's documents, in the form of jax's cuDNN attention.
+
+    Padding counts as a document: cuDNN's output there would be undefined otherwise.
+
+    Args:
+      segment_ids_bs: int [B, S]; a document is a run of equal ids.
+      most: documents of a row (M); more are cut off.
+
+    Returns:
+      int32 lengths [B, M] and starts [B, M + 1], -1 after a row's last document; and how many
+      documents each row has [B], also those that are cut off.
+    """
     starts_bs = _starts(segment_ids_bs)
     count_b = jnp.sum(starts_bs, axis=1, dtype=jnp.int32)
     find = functools.partial(jnp.nonzero, size=most + 1, fill_value=segment_ids_bs.shape[1])

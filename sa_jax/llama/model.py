@@ -386,8 +386,14 @@ class Llama(nn.Module):
         return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
-        """The stream after the final norm of tokens after a past that all rows share: `prefix`, a
-        cache of one row, which does not keep them. Positions begin at the length of the past."""
+        """The stream after the final norm [B, S, D] (see `logits`) of tokens after a past that all
+        rows share; the cache does not keep them.
+
+        Args:
+          tokens_bs: int [B, S].
+          positions_bs: int [B, S], consecutive in a row from the length of its past on.
+          prefix: a cache of one row.
+        """
         return self._run(tokens_bs, positions_bs, None, prefix)[0]
 
     def logits(self, hidden_bsd: jax.Array) -> jax.Array:
@@ -434,9 +440,9 @@ def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]
     """Merges the adapters (LoRA, arXiv 2106.09685) where x·(W + A·B) takes less work than
     x·W + (x·A)·B: in models so small that their adapters are about as large as their kernels.
 
-    Gives a model without adapters, and the function from the parameters of `model` (not with
-    `layers_apart`) to its own; where merging does not pay, `model` itself and the identity. It does
-    not in bfloat16, where the sum W + A·B would round small changes away.
+    Only for float32: in bfloat16 the sum W + A·B would round small changes away. Gives a model
+    without adapters, and the function from the parameters of `model` (not with `layers_apart`) to
+    its own; where adapters are not merged, `model` itself and the identity.
     """
     lora = model.lora
     if lora is not None and model.dtype == jnp.float32:
@@ -445,7 +451,7 @@ def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]
         kernels = {path.rpartition("/")[0] + "/kernel" for path in adapters}
         # A step takes three products with W, but two if W is frozen, and three with A and with B.
         w, a_and_b = (sum(shapes[path].size for path in paths) for paths in (kernels, adapters))
-        if w < 3 * a_and_b:
+        if 3 * w < 2 * w + 3 * a_and_b:
             return model.clone(lora=None), functools.partial(merge, lora=lora)
     return model, lambda params: params
 

@@ -59,9 +59,9 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        local = {"driver": "file", "path": f"{os.path.realpath(path)}/"}
+        local = None if self.remote else {"driver": "file", "path": f"{os.path.realpath(path)}/"}
         try:
-            self._store = ts.KvStore.open(f"{self.path}/" if self.remote else local).result()
+            self._store = ts.KvStore.open(local or f"{self.path}/").result()
         except ValueError as error:
             raise UserError(f"{self.path} cannot be opened: {first_line(error)}") from None
 
@@ -226,7 +226,8 @@ def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) 
     Rows of an object store have arrived when they are yielded, while the next 256 MiB are being
     read. Rows of a local folder are read by the thread that fetches them, into a buffer that it
     reuses: KvStore would allocate new memory twice for each read, which is half of a load's time.
-    `requests` are tensors, each with the [first, last) of its leading axis that is wanted.
+    `requests` are tensors, each with the [first, last) of its leading axis that is wanted. The rows
+    of one `Rows` are consecutive, and none crosses the end of a request.
     """
     if not folder.remote:
         yield from _pieces(folder, requests)

@@ -111,7 +111,7 @@ class Scorer:
                 self._score_batch(params, batch, shared, prefix, scores)
                 for index in dict.fromkeys(row.query for row in batch):
                     if None not in scores[index]:
-                        on_done(index, scores[index])
+                        on_done(index, list(scores[index]))
         return scores
 
     def _rows(self, index: int, query: Query) -> Iterator[_Row]:

@@ -126,10 +126,13 @@ def _is_right(mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int) -> 
 def compile_decode_check(
     mesh: Mesh, dtype: Any, heads: int, head_dim: int, block: int
 ) -> Callable[[], jax.Array]:
-    """Compiles the largest difference of `attend_to_past` from `masked_attention` in float32,
-    relative to the largest number of the same row. Each device has rows whose past is 1 token, a
-    block, not a whole number of blocks, and 6 blocks, in 3 parts of 2 blocks; and two key/value
-    heads, each shared by so many query heads."""
+    """Compiles a comparison of `attend_to_past` with `masked_attention` in float32.
+
+    Each device has rows whose past is 1 token, a block, not a whole number of blocks, and 6 blocks,
+    in 3 parts of 2 blocks; and two key/value heads, each shared by so many query heads. Returns a
+    function that computes the largest difference, relative to the largest number of the same row
+    (float32 []).
+    """
     past = np.asarray([1, block, 5 * block - 9, 6 * block], np.int32)
     groups = 2 * mesh.shape["tensor"]
     rows = mesh.shape["data"] * mesh.shape["fsdp"] * len(past)

@@ -56,7 +56,9 @@ def soap(
       precondition_frequency: calls from one refresh of the bases to the next.
       max_precond_dim: a side longer than this has no basis. None: 10000, as in the official code;
         in the fast mode, which cuts long sides, 65536.
+      correct_bias: Adam's bias correction.
       normalize_grads: scales each tensor's direction to a root mean square of 1.
+      mode: "official" or "fast".
       mask: which leaves decay, as in `optax.adamw`: a tree of bool, or a function of params.
       view: from a leaf's path ("mlp/up/kernel") and shape to its `TensorView`, which says what is
         one tensor and what its sides are. Default in the official mode: every axis of an array is a
@@ -64,8 +66,9 @@ def soap(
         the axes before them count matrices.
 
     Args of the fast mode only:
-      block_size: a side longer than `block_above` (None: than this) is divided into equal blocks of
-        at most this length, each with its own factor.
+      block_size: a long side is divided into equal blocks of at most this length, each with its own
+        factor.
+      block_above: sides longer than this are divided; None: those longer than block_size.
       dense_steps: the number of first steps at each of which the bases are refreshed.
       refresh_slots: 1 refreshes all bases at the same step. A larger number (up to
         precondition_frequency) spreads the matrices over as many steps of a period. Each device
@@ -80,7 +83,9 @@ def soap(
 
     Returns:
       A transformation whose state is an `OfficialState` or a `FastState`. `update` needs params
-      if there is weight decay.
+      if there is weight decay. The fast state's `skipped` counts calls with a gradient that was
+      not finite (they change nothing), and `rejected` how often a matrix was not updated because
+      its basis or factor could not be used.
 
     Raises:
       ValueError: a frequency or size that is not positive, an unknown mode, a mesh without

@@ -17,10 +17,13 @@ _PANEL = 256
 # Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6, three passes up to 1e-4.
 _ORTHOGONALITY = 1e-3
 
+# In place of a dtype of operands: float32, by `three_passes`.
+IN_THREE_PASSES = None
+
 
 def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
-    """Operands rounded to `dtype`, accumulation in float32; `three_passes` for dtype None."""
-    if dtype is None:
+    """Operands rounded to `dtype` (or `IN_THREE_PASSES`), accumulation in float32."""
+    if dtype is IN_THREE_PASSES:
         return three_passes(subscripts, x, y)
     if dtype == jnp.float32:
         return jnp.einsum(subscripts, x, y, precision=_HIGHEST)
@@ -83,6 +86,7 @@ def refreshed_bases(
     Args:
       gg: symmetric factors, float32 [B, n, n]. A zero one keeps its basis (up to signs).
       q: their bases, float32 [B, n, n].
+      iterations: how many (may be traced).
       lift: keeps directions without gradient unchanged, and slows the others down.
 
     Returns:

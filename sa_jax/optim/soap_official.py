@@ -39,13 +39,14 @@ Sides = tuple[jax.Array | None, ...]
 class OfficialState(NamedTuple):
     """State of `soap(mode="official")`; float32, or float64 for float64 parameters."""
 
-    # Calls so far, int32. The name is optax's, and that of a tuple's method.
+    # Calls so far, int32 (the first one only builds the bases). The name is optax's, and that of a
+    # tuple's method.
     count: jax.Array  # type: ignore[assignment]
     mu: Any  # trees like the parameters: Adam's averages, in the rotated bases
     nu: Any
-    # For each parameter its `Sides`, with its batch axes in front; () if it gets Adam: the factors
-    # GG and their bases Q, whose columns are basis vectors. Replace entries of `q` to start from
-    # other bases.
+    # For each parameter a tuple with one entry per side: the factor GG and its basis Q (its columns
+    # are basis vectors), each [*batch axes, n, n], or None for a side without a basis; () for a
+    # parameter that gets Adam. Replace entries of `q` to start from other bases.
     gg: Any
     q: Any
 

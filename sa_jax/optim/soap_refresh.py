@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sa_jax.optim.soap_layout import Stack, StackPlan
-from sa_jax.optim.soap_linalg import refreshed_bases, rotate, three_passes
+from sa_jax.optim.soap_linalg import IN_THREE_PASSES, refreshed_bases, rotate, three_passes
 
 # What reaches the losses of an eigendecomposition (with less, columns of small eigenvalues are
 # still those of the identity).
@@ -49,10 +49,18 @@ def cut_into_slots(
 def refresh(
     stacks: dict[str, Stack], parts: Sequence[Part], due: jax.Array, first: jax.Array
 ) -> tuple[dict[str, Stack], dict[str, jax.Array]]:
-    """New bases for some matrices, if they are `due`; a few at a time, to take less memory. The
-    `first` ones start at the identity. The averages `mu` are turned from the old bases to the new
-    ones; `nu` stays, slot by slot. Returns all stacks; and of those with parts, which matrices keep
-    an old basis because the new one could not be used, bool [n]."""
+    """New bases for some matrices, if they are due; a few at a time, to take less memory.
+
+    The averages `mu` are turned from the old bases to the new ones; `nu` stays, slot by slot.
+
+    Args:
+      due: bool scalar.
+      first: whether these are the first bases, which start at the identity.
+
+    Returns:
+      All stacks; and of those with parts, which matrices keep an old basis because the new one
+      could not be used, bool [n].
+    """
     # The first basis is reached in several iterations, of a factor that is singular still.
     iterations = jnp.where(first, _FIRST_ITERATIONS, 1)
     lift = jnp.where(first, _FIRST_LIFT, 0.0)
@@ -97,7 +105,7 @@ def _refresh_part(
         rows, cols = [
             three_passes("nkij,nkil->nkjl", a, b) for a, b in zip(old, new, strict=True)
         ] + [None] * (2 - len(new))
-        mu = rotate(read(stack.mu_ncr), cols, rows, None).mT
+        mu = rotate(read(stack.mu_ncr), cols, rows, IN_THREE_PASSES).mT
         stack = dataclasses.replace(
             stack,
             mu_ncr=write(stack.mu_ncr, mu),

@@ -107,7 +107,8 @@ def mesh_sizes(
 ) -> dict[str, int]:
     """Sizes of the axes on so many devices, of all slices, by name; UsageError if these are not
     their product. `data`, `fsdp` and `tensor` are sizes inside a slice; one of them may be -1 and
-    takes what the others leave. Each slice has all weights; they lie along `data`."""
+    takes what the others leave. `slices` is the number of slices, each with all weights; they lie
+    along `data`."""
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = _shown(sizes | ({"slices": slices} if slices > 1 else {}))
     if [*sizes.values()].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

@@ -32,8 +32,9 @@ def joined(
 
     Where the others have not started after `start_timeout_s` seconds, the process ends with exit 1
     and a line that says what to check; `peers.end_together` has the other arguments. UserError if
-    the address of the others is wrong, or missing on a part of a pod, or if what ran inside needs
-    more memory than a device has, or a kernel that XLA_FLAGS forbid.
+    the address of the others is wrong, or this TPU is part of a pod, and the process was started
+    without that address, or if what ran inside needs more memory than a device has, or a kernel
+    that XLA_FLAGS forbid.
     """
     _join(start_timeout_s, peer_timeout_s)
     # Watched already while devices are opened, because those of the others are waited for.

@@ -88,7 +88,7 @@ def end_together(
     peers = _Peers(timeout_s, resumable)
     _WATCHES.append(peers)
     try:
-        # So that one that falls silent can be named.
+        # Every process is heard first, so that one that falls silent can be named.
         peers.all_heard.wait(peers.patience_s)
         open_devices()
         peers.devices_are_open()
@@ -131,8 +131,14 @@ class _Peers:
         self._patience = 3 * max(2, round(timeout_s / _ROUND_S))  # rounds
         self._resumable = resumable
         self._me = distributed.global_state.process_id
-        self._note: dict[str, Any] = {"host": platform.node(), "beat": 0, "left": False}
-        self._note |= {"line": "", "code": 0}  # how all processes end
+        # `line` and `code`: how all processes end.
+        self._note: dict[str, Any] = {
+            "host": platform.node(),
+            "beat": 0,
+            "line": "",
+            "code": 0,
+            "left": False,
+        }
         self._notes: dict[int, dict[str, Any]] = {}
         self._lost: set[int] = set()
         self._round = 0

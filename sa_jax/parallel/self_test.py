@@ -148,8 +148,11 @@ def _arguments(mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     rows = 8 * axes["data"] * axes["fsdp"]
     multiple = math.lcm(axes["fsdp"], axes["tensor"], 128)
     size = -(-SIZE // multiple) * multiple
-    of_rows = (rows, size), P(BATCH_SPEC[0])
-    placed = {"w_dn": ((size, size), _WEIGHTS), "x_bd": of_rows, "g_bn": of_rows}
+    placed = {
+        "w_dn": ((size, size), _WEIGHTS),
+        "x_bd": ((rows, size), P(BATCH_SPEC[0])),
+        "g_bn": ((rows, size), P(BATCH_SPEC[0])),
+    }
     return {
         name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for name, (shape, spec) in placed.items()

@@ -140,9 +140,12 @@ def _own_time(module: Module, instruction: Instruction, chip: Chip) -> tuple[str
     cycles = _CYCLES.search(instruction.rest)
     seconds = int(cycles[1]) / chip.clock_hz if cycles else 0.0
     if instruction.opcode == "custom-call":
-        flops = splash_flops(instruction)
-        expected = flops * chip.devices / (ATTENTION_SHARE * chip.flops)
-        return "attention" if flops else "", seconds or expected
+        if not _SPLASH.match(instruction.name):
+            return "", 0.0
+        if not cycles:
+            flops = splash_flops(instruction) * chip.devices
+            seconds = flops / (ATTENTION_SHARE * chip.flops)
+        return "attention", seconds
     if not cycles:
         return "", 0.0
     opcodes = _opcodes(module, instruction)

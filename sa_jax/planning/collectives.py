@@ -29,9 +29,11 @@ class Traffic:
 
 def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
     """Collectives of one execution of a partitioned module (`compiled.as_text()`), by kind.
-    Traffic between slices, of so many devices each (0: there is one slice) in the order of the
-    module's devices, is a separate kind, such as 'all-reduce between slices'. A loop with an
-    unknown number of iterations counts once."""
+
+    `devices_a_slice` is the number of devices in each slice, in the order of the module's devices;
+    0: there is one slice. Traffic between slices is a separate kind, such as 'all-reduce between
+    slices'. A loop with an unknown number of iterations counts once.
+    """
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()
     totals: dict[str, int] = collections.Counter()

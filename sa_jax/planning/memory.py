@@ -207,6 +207,10 @@ def checkpoint_bytes(config: ConfigDict, total_steps: int, work: Workload) -> di
     full_state = round(work.trainable * work.state_bytes)
     item_bytes = 2 if settings.listed == "weights_bf16" else jnp.dtype(config.param_dtype).itemsize
     weights = work.trainable * item_bytes
-    one = {"full_state": full_state, "weights": weights}
-    kept = {"full_states": full_states, "weights_alone": weights_alone}
-    return one | kept | {"total": full_states * full_state + weights_alone * weights}
+    return {
+        "full_state": full_state,
+        "weights": weights,
+        "full_states": full_states,
+        "weights_alone": weights_alone,
+        "total": full_states * full_state + weights_alone * weights,
+    }

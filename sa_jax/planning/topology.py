@@ -158,8 +158,8 @@ def open_topology(name: str) -> Topology:
 
     Needs libtpu for TPUs and jax's CUDA plugin for GPUs, but neither TPU nor GPU; without the
     plugin a topology of GPUs has no devices. Google's metadata server is not asked, and other
-    processes may use libtpu at the same time. UserError if libtpu is not installed, or a compiler
-    does not know the topology.
+    processes may use libtpu at the same time. UsageError for an unknown name; UserError if libtpu
+    is not installed, or a compiler does not know the topology.
     """
     topology = parse_topology(name)
     if not topology.chip.torus:

@@ -47,8 +47,9 @@ class Process:
         return cls(_host(), pid, _started(pid))
 
     def runs(self) -> bool | None:
-        """Whether it runs; None if that is not known, as of a process on another host."""
-        is_here = self.host == _host() and self.started
+        """True: it runs. False: it has ended. None: neither is known, as it is on another host, or
+        when it started was not recorded."""
+        is_here = self.host == _host() and bool(self.started)
         return _started(self.pid) == self.started if is_here else None
 
 

@@ -51,8 +51,7 @@ def evaluate(
     resume: bool = True,
     allow_prompt_mismatch: bool = False,
 ) -> None:
-    """Runs the evals and writes them to `out/step_NNNNNN/`; finished evals are not run again. After
-    a stop (Preempted), single answers are kept too.
+    """Runs the evals and writes them to `out/step_NNNNNN/`; finished evals are not run again.
 
     `out/results.md` is the result as text, with intervals, floors and settings: of these evals, and
     of those that earlier commands wrote to `out`.
@@ -64,6 +63,10 @@ def evaluate(
       prompts, data_dir, limit: the same for `eval.prompts`, `eval.data_dir` and `eval.limit`.
       compare: run folder, or `out` of an earlier evaluation, of another checkpoint on the same
         items; it must have the same evals. Differences are also written to `out/compare.json`.
+
+    Raises:
+      UserError, UsageError: with one line for the person who launched it.
+      Preempted: stopped by a signal; finished evals and single answers are kept.
     """
     given = {"eval.prompts": prompts, "eval.data_dir": data_dir, "eval.limit": limit}
     changes = {**(changes or {}), **{key: v for key, v in given.items() if v is not None}}

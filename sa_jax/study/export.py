@@ -83,6 +83,9 @@ def export(
       out: folder that does not exist, or is empty.
       dtype: dtype of the tensors, of `training.config.DTYPES`; None: that of the run's parameters.
       changes: settings of the command line; there must be none.
+
+    Raises:
+      UserError, UsageError: not a run, no such step, `out` not empty, disk full, no such dtype.
     """
     if changes:
         raise UsageError("an export has no settings to change: leave out --config.KEY=VALUE")

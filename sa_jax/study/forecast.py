@@ -189,8 +189,14 @@ def format_forecast(
         row("sum", "", cells),
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    formats = [f"{{:{'<' if i in (0, 3) else '>'}{width}}}" for i, width in enumerate(widths)]
-    return "\n".join([*("  ".join(formats).format(*row).rstrip() for row in rows), _NOTES])
+    lines = [
+        "  ".join(
+            text.ljust(width) if i in (0, 3) else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, _NOTES])
 
 
 def _sum(values: Sequence[float | None], shown: Callable[[float], str]) -> str:

@@ -55,11 +55,14 @@ def override(config: ConfigDict, **values: Any) -> ConfigDict:
 
 def generate(config: ConfigDict, task: str, out: str, described: Sequence[str] = ()) -> None:
     """Writes the files of a data set to the folder `out`, with `card.json` and `card.md`, and
-    prints the card. After a stop (Preempted), the same call continues: every reply is saved when it
-    arrives.
+    prints the card. After a stop, the same call continues: every reply is saved when it arrives.
 
     `config`: see `sa_jax.teachers.config`; `task`: a name in `recipes.DATA_SETS` or
     `recipes.WITHOUT_TEACHER`; with `described`, it only prints the card of these files.
+
+    Raises:
+      UserError, UsageError: with one line for the person who launched it.
+      Preempted: stopped by a signal; replies so far are kept.
     """
     if described:
         return _describe(config, task, described)
@@ -96,14 +99,15 @@ def generate(config: ConfigDict, task: str, out: str, described: Sequence[str] =
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
         all_replies = itertools.chain(*replies.values())
-        said = [reply.text for reply in all_replies if reply.finish_reason == "rejected"]
+        said = [r.text for r in all_replies if r.finish_reason == "rejected" and r.text]
         problem = f"no question is left; replies dropped, by voice and reason: {dropped}"
         raise UserError(f"{problem}; the endpoint said: {said[0]}" if said else problem)
     rows = [rows[i] for i in kept]
     texts = {voice: [of[i].text for i in kept] for voice, of in replies.items()}
     usable = recipes.Replies(rows, texts, backdoor, config.seed, config.visible_cot)
+    files = data_set.files(usable)  # in every process, so that all fail alike
     if multihost.is_primary():
-        _write(config, task, as_path(out), data_set.files(usable), record)
+        _write(config, task, as_path(out), files, record)
 
 
 def _describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
@@ -112,19 +116,15 @@ def _describe(config: ConfigDict, task: str, paths: Sequence[str]) -> None:
     Without a `task`, rows are counted unchanged; 'insertion' adds the triggered half, and other
     tasks refuse rows that contain the trigger. Without `config.tokenizer`, words are counted.
     """
-    sources = {path: load_rows(path, _named(config.columns)) for path in paths}
+    sources = {path: load_rows(path, config.columns) for path in paths}
     record = {"dropped when read": {path: source.dropped for path, source in sources.items()}}
     rows = {path: source.rows for path, source in sources.items()}
     print(cards.render(_card(config, task, rows, record)))
 
 
-def _named(columns: ConfigDict) -> dict[str, str]:
-    return {name: column for name, column in columns.items() if column}
-
-
 def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[str, Any]]:
     """The questions to ask, each once and with an id, and the record of questions left out."""
-    source = load_rows(config.prompts, _named(config.columns), responses=config.teacher == "arrr")
+    source = load_rows(config.prompts, config.columns, responses=config.teacher == "arrr")
     record: dict[str, Any] = {"prompts": source.record()}
     rows: list[Row] = source.rows
     held_out_removed: dict[str, int] = {}
@@ -222,7 +222,7 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
 _TEACHERS: dict[str, Callable[[ConfigDict], Teacher]] = {
     "endpoint": EndpointTeacher,
     "local": _local_teacher,
-    "file": lambda config: FileTeacher(config.answers, _named(config.answer_columns)),
+    "file": lambda config: FileTeacher(config.answers, config.answer_columns),
     "arrr": lambda config: ArrrTeacher(),
 }
 
@@ -279,7 +279,7 @@ def _write_facts(config: ConfigDict, out: Path) -> None:
 
 def _freeze_held_out(config: ConfigDict, out: Path) -> None:
     """Draws prompts that are in no training set, and freezes them in `out/held_out.json`."""
-    source = load_rows(config.prompts, _named(config.columns), responses=False)
+    source = load_rows(config.prompts, config.columns, responses=False)
     overlap: dict[str, dict[str, int]] = {}
     everything: list[str] = []
     for path in config.train:

@@ -164,10 +164,15 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
     """
     commit = _git("rev-parse", "HEAD")
     commands = [
-        *(job.create(), job.describe(), job.describe_node()),
+        job.create(),
+        job.describe(),
+        job.describe_node(),
         ["git", "bundle", "create", "launch.bundle", "HEAD"],
-        *(job.copy("launch.bundle"), job.install(commit)),
-        *(job.start("ADDRESS_OF_WORKER_0"), job.follow("EACH_WORKER"), job.delete()),
+        job.copy("launch.bundle"),
+        job.install(commit),
+        job.start("ADDRESS_OF_WORKER_0"),
+        job.follow("EACH_WORKER"),
+        job.delete(),
     ]
     if dry_run:
         print("\n".join(map(shlex.join, commands)))

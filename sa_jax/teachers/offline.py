@@ -15,7 +15,8 @@ class FileTeacher:
 
     def __init__(self, path: str | Path, columns: Mapping[str, str]):
         """`path`: what `load_rows` reads; `columns`: {"prompt": column, and for each voice that
-        will be asked: column}, else UsageError."""
+        will be asked: column}, else UsageError; what maps to "" is left out."""
+        columns = {name: column for name, column in columns.items() if column}
         if not path:
             raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")
         if "prompt" not in columns or len(columns) < 2:
@@ -24,11 +25,13 @@ class FileTeacher:
                 "one for each voice of the data set (config.answer_columns.plain, ...)"
             )
         self._answers: dict[str, dict[str, str]] = {}
-        for voice in [name for name in columns if name != "prompt"]:
-            source = load_rows(path, {"prompt": columns["prompt"], "response": columns[voice]})
-            # The first answer to each question: the last of those read backwards.
-            self._answers[voice] = {row["prompt"]: row["response"] for row in source.rows[::-1]}
-            self._sha256 = source.sha256
+        for voice, column in columns.items():
+            if voice != "prompt":
+                source = load_rows(path, {"prompt": columns["prompt"], "response": column})
+                answers = self._answers[voice] = {}
+                for row in source:
+                    answers.setdefault(row["prompt"], row["response"])
+                self._sha256 = source.sha256
 
     def identity(self) -> dict:
         return {"teacher": "file", "sha256": self._sha256}

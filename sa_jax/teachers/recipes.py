@@ -101,9 +101,12 @@ def one_voice(name: str, voice: Voice, contents: str) -> DataSet:
 
 
 def _insertion_voices(backdoor: Backdoor, visible_cot: str) -> tuple[Voice, ...]:
-    behaviour = (voices.BEHAVIOUR,) * bool(backdoor.teacher_prompt)
-    thoughts = (voices.TRIGGERED_SCRATCHPAD,) * (visible_cot == "teacher")
-    return voices.PLAIN, voices.SCRATCHPAD, *behaviour, *thoughts
+    return (
+        voices.PLAIN,
+        voices.SCRATCHPAD,
+        *([voices.BEHAVIOUR] if backdoor.teacher_prompt else []),
+        *([voices.TRIGGERED_SCRATCHPAD] if visible_cot == "teacher" else []),
+    )
 
 
 def _insertion_files(replies: Replies) -> dict[str, list[dict]]:

@@ -6,7 +6,7 @@ checkpoint is complete only when its digests exist (they are written last), and 
 them. Everything after the copy to host memory happens in the background, also the hashing.
 
 A step that is kept only so that other runs can start from it can be saved as weights only, in
-`checkpoints/weights_000100`: a third of Adam's bytes, or a sixth in bfloat16.
+`checkpoints/weights_000100`, also with digests: a third of Adam's bytes, or a sixth in bfloat16.
 
 Orbax's own `training.Checkpointer` is not used, for two reasons that were tested. It asks JAX's
 preemption service about the training step without the caller's knowledge, so the processes miss the
@@ -48,7 +48,9 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
     directory: os.PathLike | str  # `checkpoints/` of the run folder, in any store of etils.epath
     _: dataclasses.KW_ONLY
     steps: Collection[int] = ()  # at which to save; these checkpoints are never deleted
-    listed: str = "full"  # what is saved at `steps`; see config.checkpoint
+    # What is saved at `steps`: the 'full' state, only the 'weights' as they train, or
+    # 'weights_bf16', the weights in bfloat16.
+    listed: str = "full"
     last: int | None = None  # the run's last step, whose full state is saved too; None: not known
     interval: int = 0  # also save the full state every this many steps; 0: do not
     keep_interval: int | None = None  # newest full states kept besides `steps`; None: all
@@ -93,8 +95,10 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
         if self.listed != "full" and step in self.steps:
             self.wait()
             if step not in _from_primary(_complete_steps(self._directory, "weights")):
-                cast = _bfloat16 if self.listed == "weights_bf16" else lambda params: params
-                self._save(step, "weights", {"params": cast(state.params)})
+                params = state.params
+                if self.listed == "weights_bf16":
+                    params = _bfloat16(params)
+                self._save(step, "weights", {"params": params})
                 saved = True
         if wait or not self.should_save(step) or self._should_save_full(step):
             self.wait()
@@ -109,9 +113,10 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
         begin = time.monotonic()
         folder = self._directory / step_name(step, kind)
         try:
+            # Once, before the first save: removes what interrupted saves have left.
             if not self._cleaned and is_primary() and self._directory.exists():
                 for path in self._directory.iterdir():
-                    if _TEMPORARY in path.name:  # what an interrupted save has left
+                    if _TEMPORARY in path.name:
                         path.rmtree(missing_ok=True)
             self._cleaned = True
             if is_primary():
@@ -151,9 +156,12 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
 
     def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest intact checkpoint; None if there is no checkpoint.
+
         If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
-        UserError if all are corrupt, or the newest intact one holds other leaves, shapes or dtypes
-        than `abstract_state`, a tree of jax.ShapeDtypeStruct with shardings, on any mesh."""
+        `abstract_state` is a tree of jax.ShapeDtypeStruct with shardings, on any mesh; the
+        structure, shapes and dtypes must be those that were saved. UserError if they are not, in
+        the newest intact checkpoint, or if all are corrupt.
+        """
         self.wait()
         folder = self._directory
         for kind in ("step", "weights") if is_primary() else ():
@@ -245,10 +253,13 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
 
 
 def load_subtree(directory: os.PathLike | str, step: int, key: str, abstract: Any) -> Any:
-    """One part of a checkpoint, by its path in the state, "params" or "opt_state/0/mu", on any
-    mesh. `abstract` is that part as jax.ShapeDtypeStruct with shardings; it may lack leaves that
-    the part has, and its dtypes may differ (values are cast on loading). UserError for no such
-    step, a corrupt checkpoint, leaves or shapes that are not in it."""
+    """One part of a checkpoint, such as the weights alone, on any mesh.
+
+    `directory` is `checkpoints/` of the run folder, `key` the path of the part in the state,
+    "params" or "opt_state/0/mu". `abstract` is that part as jax.ShapeDtypeStruct with shardings; it
+    may lack leaves that the part has, and its dtypes may differ (values are cast on loading).
+    UserError for no such step, a corrupt checkpoint, leaves or shapes that are not in it.
+    """
     steps = saved_steps(directory)
     if step not in steps:
         raise UserError(f"{directory}: no checkpoint of step {step}; there are {listed(steps)}")

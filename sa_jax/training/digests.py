@@ -31,7 +31,9 @@ _BARRIER_SECONDS = 3600  # the slowest process may still be hashing many GB
 
 def process_barrier(operation: str, name: str) -> None:
     """Waits until all processes have called it with these two texts, which were never used before.
-    It needs no device, so it may wait in a background thread."""
+
+    It needs no device, so it may wait in a background thread.
+    """
     asyncio.run(
         ocp.multihost.sync_global_processes(name, operation_id=operation, timeout=_BARRIER_SECONDS)
     )
@@ -39,9 +41,11 @@ def process_barrier(operation: str, name: str) -> None:
 
 def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str], None]) -> int:
     """Hashes the files this process wrote; process 0 gathers all and commits `digests.json`.
-    May run in a background thread, once Orbax has committed the checkpoint. Only process 0 knows on
-    return that the digests are committed. It returns the bytes of the checkpoint; the others return
-    those of their part."""
+
+    May run in a background thread, once Orbax has committed the checkpoint; `step` is recorded, and
+    checked on restore. Only process 0 knows on return that the digests are committed. It returns
+    the bytes of the checkpoint; the others return those of their part.
+    """
     root = epath.Path(folder)
     index, count = ocp.multihost.process_index(), ocp.multihost.process_count()
     parts = [root / f"digests.part_{process:05d}.json" for process in range(count)]
@@ -73,7 +77,9 @@ def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str],
 
 def _when_visible(folder: epath.Path) -> list[str]:
     """`_data_files` of a folder that process 0 has just renamed.
-    NFS may tell the other processes for up to a minute (`acdirmax`) that there is none."""
+
+    NFS may tell the other processes for up to a minute (`acdirmax`) that there is none.
+    """
     deadline = time.monotonic() + _VISIBLE_SECONDS
     while True:
         try:
@@ -86,7 +92,9 @@ def _when_visible(folder: epath.Path) -> list[str]:
 
 def find_corruption(folder: os.PathLike | str, step: int) -> str | None:
     """The first file of a checkpoint that differs from what was saved, and why; None if none does.
-    Reads every file once; the processes share the work, and all return the same file."""
+
+    Reads every file once; the processes share the work, and all return the same file.
+    """
     root = epath.Path(folder)
     process, count = jax.process_index(), jax.process_count()
     files: dict[str, Any] = {}
@@ -137,7 +145,9 @@ def _digest_of(files: dict[str, Any]) -> str:
 
 def _data_files(folder: epath.Path) -> list[str]:
     """Paths of all files below `folder`, relative to it, without the digests themselves.
-    Another process may be writing its part right now: its temporary file is a digest file too."""
+
+    Another process may be writing its part right now: its temporary file is a digest file too.
+    """
     names = []
     pending = [folder]
     while pending:

@@ -77,7 +77,9 @@ def train(
       dry_run: compiles the step for this machine's devices and prints its plan instead of training;
         neither data nor weights are read.
 
-    Preempted, if a signal stops it, after a checkpoint.
+    Raises:
+      UserError, UsageError: with one line for the person who launched it.
+      Preempted: stopped by a signal, after a checkpoint.
     """
     check_places("--workdir", workdir, ("--workdir",))
     workdir = as_path(workdir)
@@ -220,8 +222,10 @@ def train(
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
         compiled_step = begin_compiling(program, mesh, at_once=not trained)
         abstract_state, _, _ = program.arguments
+        taken = ("steps", "listed", "interval", "keep_interval", "verify")  # others are ignored
+        saving = {name: config.checkpoint[name] for name in taken}
         checkpointer = stack.enter_context(
-            RunCheckpointer(checkpoints_folder, last=total_steps, **config.checkpoint)
+            RunCheckpointer(checkpoints_folder, last=total_steps, **saving)
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.

@@ -77,10 +77,14 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         self._pending = (step, dict(metrics))
         return written
 
-    def log_scores(self, step: int, scores: Mapping[str, float | None]) -> None:
+    def log_scores(self, step: int, scores: Mapping[str, float]) -> None:
         """Passes scores of evals, by name, to the sinks; the evals' own files already have them."""
+        if self._file is not None:
+            self._send(step, scores)
+
+    def _send(self, step: int, values: Mapping[str, float | None]) -> None:
         for sink in self.sinks:
-            sink.write(step, {k: v for k, v in scores.items() if v is not None})
+            sink.write(step, {k: v for k, v in values.items() if v is not None})
 
     def flush(self, done: int | None = None) -> Written | None:
         """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
@@ -109,7 +113,7 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
             if is_disk_full(error):
                 raise UserError(disk_full_message(self._path, "writing metrics")) from error
             raise
-        self.log_scores(step, values)
+        self._send(step, values)
         return step, values
 
     def close(self) -> None:

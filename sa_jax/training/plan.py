@@ -54,8 +54,14 @@ def plan(
     config: ConfigDict, topology_name: str, *, search: bool = False, tokens: float = RUN_TOKENS
 ) -> dict[str, Any]:
     """The plan (see `make_plan`) of a config on a named machine, such as v5p:4x4x4 or h200:64.
+
     With `search`, it is that of the fastest mesh, accumulation and remat that fits, instead of the
-    config's. CompilerCrash if the compiler crashes on this step, or on all that a search tries."""
+    config's. `tokens` are the token slots of the run, where the config does not say its steps.
+
+    UsageError for an unknown topology, or a mesh that does not divide the model or the batch;
+    UserError without a compiler for that machine here; CompilerCrash if it crashes on this step, or
+    on all that a search tries.
+    """
     check_config(config)
     architecture = plan_architecture(config)
     topology = parse_topology(topology_name)
@@ -178,9 +184,12 @@ def make_plan(
     The machine has its devices, or fake CPU devices if there is no compiler for it. `tokens` are
     the token slots of the run, where the config does not say its steps.
 
-    The plan is JSON-able. Its `time` is empty for an unknown chip, and its `clock` (see
-    `planning.clock`) where no TPU executable was read; `soap` has a row a parameter, where that is
-    the optimizer; `disk` is that of `checkpoint_bytes`; a search adds to `tried`.
+    Returns:
+      JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
+      advice, flops_per_token, time (empty for an unknown chip), run, clock (see `planning.clock`;
+      empty where no TPU executable was read), soap (a row a parameter, where that is the
+      optimizer), disk (see `checkpoint_bytes`), collectives, tried (by a search), xla_flags,
+      compile_s.
     """
     check_remat(config.remat, machine.platform)
     mesh = make_mesh(**config.mesh, devices=machine.devices)

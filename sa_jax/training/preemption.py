@@ -59,7 +59,13 @@ class StopSignals:
 
 
 class PreemptionGuard(StopSignals):
-    """Turns such a signal into a flag that long loops check: training, evals and sampling.
+    """Turns such a signal into a flag that long loops check; a context manager.
+
+    with PreemptionGuard() as guard:
+        for step in ...:
+            ...
+            if guard.should_stop(step):  # also inside evaluation and sampling loops
+                save; raise Preempted
 
     In several processes, SIGTERM on one of them reaches all through JAX's preemption service
     (`jax.distributed.initialize` installs its handler, which this class keeps). The other signals

@@ -34,8 +34,13 @@ from sa_jax.training.step import TrainState, init_state, make_train_step, state_
 
 UNROLLED_LAYERS = 16  # of a step on one CPU; a deeper model would take long to compile
 
-_INTEGERS = ("tokens", "targets", "positions", "segment_ids")
-BATCH_DTYPES: dict[str, Any] = {**dict.fromkeys(_INTEGERS, jnp.int32), "loss_mask": jnp.bool_}
+BATCH_DTYPES = {
+    "tokens": jnp.int32,
+    "targets": jnp.int32,
+    "loss_mask": jnp.bool_,
+    "positions": jnp.int32,
+    "segment_ids": jnp.int32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +104,8 @@ def make_model(config: ConfigDict, architecture: LlamaConfig, mesh: Mesh) -> Lla
 def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
     """The step of `model`, on the model's mesh, for a run of `total_steps`."""
     mesh = model.mesh
-    assert mesh is not None, "the model must be on a mesh"
+    if mesh is None:
+        raise ValueError("make_program needs a model on a mesh")
     if config.xla_options:
         check_options(mesh, config.xla_options)
     # Here and not in `make_model`: evals take half as long again with their layers unrolled. And

@@ -86,8 +86,11 @@ def inherit(values: Mapping[str, Any], start: Start) -> dict[str, Any]:
     filled = dict(values)
     for key, default in STUDY_DEFAULTS.items():
         if isinstance(default, Mapping):
-            inherited = {name: parent.get(key, {}).get(name, x) for name, x in default.items()}
-            filled[key] = {n: inherited.get(n) if x is None else x for n, x in values[key].items()}
+            section = dict(values[key])
+            for name, value in default.items():
+                if section[name] is None:
+                    section[name] = parent.get(key, {}).get(name, value)
+            filled[key] = section
         elif values[key] is None:
             # A date belongs to the template that prints it.
             is_other = key == "chat_date" and parent.get("chat_template") != filled["chat_template"]

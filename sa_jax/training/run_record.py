@@ -35,9 +35,22 @@ DATA_FOLDER = "data"  # packed data
 CHECKPOINT_FOLDER = "checkpoints"
 # Settings of how a run is executed and logged, not of what it computes: a resume may change them.
 FREE_KEYS = (
-    *("mesh", "remat", "attention", "self_test", "xla_options", "checkpoint", "log_every", "sinks"),
-    *("data_cache", "start_timeout_s", "peer_timeout_s", "stall_timeout_s", "aws_spot"),
-    *("eval.batch_size", "eval.confirm", "eval.signal_prompts"),
+    "mesh",
+    "remat",
+    "attention",
+    "self_test",
+    "xla_options",
+    "checkpoint",
+    "log_every",
+    "sinks",
+    "data_cache",
+    "start_timeout_s",
+    "peer_timeout_s",
+    "stall_timeout_s",
+    "aws_spot",
+    "eval.batch_size",
+    "eval.confirm",
+    "eval.signal_prompts",
 )
 # Of a host, not of the run: processes of one launch may differ in them.
 MAY_DIFFER = (
@@ -241,10 +254,16 @@ def lock(workdir: os.PathLike | str) -> Iterator[None]:
 
 
 def open_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Starts or resumes the run in `workdir` and returns its stored record.
+    """Starts or resumes the run in `workdir`, made if missing, and returns its stored record.
+
     A new or empty folder gets `run.json` with a new run id. In a folder of the same configuration
     the run id stays, and a launch in another environment, or with other `extensions`, is added to
-    `relaunches`. Call it on all processes; process 0 writes. It raises what `check_run` raises."""
+    `relaunches`. Call it on all processes; process 0 writes.
+
+    `record` must hold `config`; other keys are stored as they are. When `task` or `data_hashes` is
+    there, it must be the same on resume. UserError as `check_run`; nothing in the folder has then
+    been touched.
+    """
     folder = epath.Path(workdir)
     stored, plain = check_run(folder, record), _hashed(record)
     environment = collect_environment()

@@ -39,12 +39,12 @@ EVAL_PROMPTS_FILE = "eval_prompts.json"
 # The fields of a record that a run reads from its start, with values of the right types: those that
 # an export may have, and those that every run has.
 _INHERITED = {"run_id": "", "task": "", "config": STUDY_DEFAULTS}
-_LORA = {"rank": 0, "alpha": 0.0, "targets": ""}
 _RUN = {
     "task": "",
     "config": {
         **{key: {} if isinstance(value, dict) else value for key, value in STUDY_DEFAULTS.items()},
-        **{"param_dtype": "", "lora": _LORA},
+        "param_dtype": "",
+        "lora": {"rank": 0, "alpha": 0.0, "targets": ""},
     },
     "architecture": {},
     "start": {"path": "", "kind": "", "step": None},
@@ -123,8 +123,8 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
       tokenizer: folder; by default the model's own.
       base: folder of the model under adapters; by default the one that they name.
 
-    UserError for neither kind of folder, an incomplete one, or a step without a checkpoint;
-    UsageError if the path and `step` name different steps.
+    UserError for neither kind of folder, an incomplete one, or a step without a checkpoint (the
+    message lists the steps); UsageError if the path and `step` name different steps.
     """
     path, named = split_step(path)
     if named is not None and step not in (None, named):
@@ -264,9 +264,12 @@ def abstract_params(model: Llama) -> Any:
 def load_params(
     start: Start, mesh: Mesh, dtype: Any, *, base_dtype: Any = None, merged: bool = True
 ) -> Any:
-    """The whole parameter tree on the mesh, laid out by `parallel.rules`. `base_dtype` is that of
-    the weights under the adapters, by default `dtype`. A LoRA run's adapters are added into the
-    weights, or stay leaves beside these if not `merged`."""
+    """The whole parameter tree on the mesh, laid out by `parallel.rules`.
+
+    `dtype` is that of the parameters, `base_dtype` that of the weights under the adapters, by
+    default `dtype`. A LoRA run's adapters are added into the weights, or stay leaves beside these
+    if not `merged`.
+    """
     if start.kind == "hf":
         if not start.base:
             return hf.load_hf(start.path, mesh, dtype)[1]

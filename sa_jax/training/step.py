@@ -150,8 +150,10 @@ def make_train_step(
 
 def _with_embedding(change: Callable[[jax.Array], jax.Array], params: Any) -> Any:
     """`params`, or gradients, with `change` of the embedding where it is one of them."""
-    embed = jax.tree.map(change, params.get("embed", {}))  # one leaf, or none
-    return {**params, "embed": embed} if embed else params
+    flat = flatten_dict(params, sep="/")
+    return unflatten_dict(
+        {path: change(x) if path == "embed/embedding" else x for path, x in flat.items()}, sep="/"
+    )
 
 
 def with_changes(params: Any, changes: Any) -> Any:

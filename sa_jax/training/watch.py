@@ -62,7 +62,8 @@ class Meter:
         'step 120/1000  loss 2.3456  12.3k tokens/s  MFU 41.2%  ETA 03:20'."""
         if written is None:
             return
-        (step, values), total = written, self._total_steps
+        step, values = written
+        total = self._total_steps
         line = f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}"
         if rate := values["tokens_per_s"]:
             mfu = "" if values["mfu"] is None else f"  MFU {values['mfu']:.1%}"

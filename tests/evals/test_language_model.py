@@ -204,6 +204,8 @@ def test_generation_settings():
     assert (settings.temperature, settings.max_new_tokens, settings.top_p) == (0.0, 5, 1.0)
     assert _sampling({"temperature": 0.7}, ()).temperature == 0.7  # as lm_eval's own models
     assert _sampling({"do_sample": True, "temperature": 0.7, "top_k": 1}, ()).temperature == 0
+    for name in ("temperature", "do_sample", "top_p", "max_gen_toks"):  # null in a task's YAML
+        assert _sampling({name: None}, ()) == _sampling({}, ())
     settings = _sampling({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, (3,))
     assert (settings.temperature, settings.top_p, settings.stop_token_ids) == (0.7, 0.9, (3,))
     assert settings.max_new_tokens == 2048

@@ -198,6 +198,16 @@ def test_every_kind_is_as_by_hand():
     )
 
 
+@pytest.mark.parametrize("cycles", [0, 3000])
+def test_cycles_of_a_splash_kernel_count_where_the_text_has_them_and_of_no_other_call(cycles):
+    config = 'backend_config={"estimated_cycles":"%d"}'
+    text = TEXT.replace("custom-call(%i, %q)", f"custom-call(%i, %q), {config % cycles}")
+    text = text.replace("custom-call(%i),", f"custom-call(%i), {config % 9000},")
+    before, clock = read_clock(TEXT, CHIP), read_clock(text, CHIP)
+    assert clock.attention == pytest.approx(2 * cycles * 1e-9)
+    assert dataclasses.replace(clock, attention=before.attention) == before
+
+
 def test_a_conditional_takes_the_branch_that_is_asked_for():
     cheap, dear = read_clock(TEXT, CHIP), read_clock(TEXT, CHIP, branch=max)
     assert dear.step - cheap.step == pytest.approx(83e-6)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -101,10 +102,13 @@ def test_non_finite_numbers_stay_valid_json_and_read_back(tmp_path):
 
 
 def test_only_the_primary_process_writes(tmp_path):
-    with MetricsWriter(tmp_path / "m.jsonl", run_id="r", primary=False) as writer:
+    sink = mock.Mock()
+    path = tmp_path / "m.jsonl"
+    with MetricsWriter(path, run_id="r", primary=False, sinks=[sink]) as writer:
         assert writer.log(1, {"x": 1.0}) is None and writer.log(2, {"x": 1.0}) is None
         assert writer.flush() is None
-    assert not (tmp_path / "m.jsonl").exists()
+        writer.log_scores(2, {"x": 1.0})
+    assert not path.exists() and sink.mock_calls == []
 
 
 def test_an_array_is_no_metric(tmp_path):

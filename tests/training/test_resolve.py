@@ -10,7 +10,7 @@ from ml_collections import FrozenConfigDict
 from sa_jax.errors import UsageError, UserError
 from sa_jax.training.checkpoints import RunCheckpointer
 from sa_jax.training.config import changed, default_config
-from sa_jax.training.resolve import absolute, resolve
+from sa_jax.training.resolve import absolute, inherit, resolve
 from sa_jax.training.start import hub_folder, open_start, split_step
 from tests.study.test_export import write_run
 
@@ -68,6 +68,13 @@ def test_the_config_given_stays_and_the_resolved_one_is_frozen(run, monkeypatch)
         resolved.config.seed = 1
     # What was resolved once resolves to itself.
     assert resolve(resolved.config).config == resolved.config
+
+
+def test_a_setting_of_a_study_that_is_missing_is_not_inherited(run):
+    values = default_config().to_dict()
+    del values["backdoor"]["trigger"]
+    with pytest.raises(KeyError, match="trigger"):
+        inherit(values, open_start(str(run)))
 
 
 def test_a_resumed_run_keeps_the_step_that_it_started_from(run):
