@@ -21,10 +21,6 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-# jaxlib's QR on CPU shares a batch out in the thread pool that the devices run in, and waits:
-# eight devices that do so at once need more threads than there are devices, or wait for ever.
-os.environ.setdefault("NPROC", "32")
-
 # The CPU's QR is OpenBLAS's, whose threads wait for each other in loops: with other work on the
 # machine, matrices of 128 take it a thousand times longer than one thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
