@@ -61,8 +61,10 @@ def size_and_time(path: Path) -> tuple[int, int]:
 def check_places(name: str, value: object, allowed: Collection[str] = ()) -> None:
     """UsageError for the address of a store (`gs://`, `s3://`) in a setting that does not take one:
     as a path it would be a local folder `gs:`. UserError for a bucket that cannot be read.
-    All values of a mapping or list are checked. `name` is that of the setting, such as '--workdir'
-    or 'config'; `allowed` are the names of those that may be `gs://`."""
+
+    `name` is the setting, such as '--workdir' or 'config'; of a mapping or list, all values are
+    checked. `allowed` has the names of the settings that may be `gs://`.
+    """
     if isinstance(value, Mapping):
         for key, item in value.items():
             check_places(f"{name}.{key}", item, allowed)

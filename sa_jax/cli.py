@@ -46,10 +46,10 @@ def run(
     *,
     places: Collection[str] = (),
 ) -> None:
-    """Parses the flags, calls `main()`, which reads them from absl's holders, and exits with the
-    code of its outcome.
+    """Parses the flags, calls `main()` and exits with the code of its outcome.
 
     Args:
+      main: reads its flags from absl's holders.
       doc: the script's docstring: what it does and an example command, shown by --help.
       config_module: its file is the default of --config. (If it were the flag's own default, a
         wrong --config.key would raise before this function can catch it.)
@@ -95,7 +95,8 @@ def _flushed(main: Callable[[], None]) -> None:
 
 
 def _given(argv: list[str], flag: str) -> list[tuple[str, str]]:
-    """(name, value) of each flag of the command whose name matches; its value may come after it."""
+    """(name, value) of each flag in `argv` whose name matches `flag`; the value may be the next
+    word."""
     given = []
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         match = re.fullmatch(f"--?(?P<name>{flag})(?:=(?P<value>.*))?", word, re.DOTALL)
@@ -160,7 +161,7 @@ def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
         last = key.rpartition(".")[2]
         meant = [name for name in known if name.rpartition(".")[2] == last]
         meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
-        hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" * bool(meant)
+        hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" if meant else ""
         return f"unknown setting config.{key}{hint}"
     return ""
 

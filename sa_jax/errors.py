@@ -33,8 +33,8 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     known names."""
     if name in choices:
         return choices[name]
-    asked = f"needs the name of a {kind} after a colon, {file}:NAME"
-    problem = f"has no {kind} {name!r}" if name else asked
+    unnamed = f"needs the name of a {kind} after a colon, {file}:NAME"
+    problem = f"has no {kind} {name!r}" if name else unnamed
     raise UsageError(f"{file} {problem}; use {', '.join(choices)}")
 
 

@@ -77,8 +77,8 @@ _KINDS = {
 
 def check_types(value: Any, example: Any, place: str, *, whole: bool = False) -> None:
     """Checks a JSON value against an example: its type, and that of each field of the example; None
-    allows any type. With `whole`, no field of the example may be missing. UserError, naming the
-    `place` (file and field) and the first field that is not so."""
+    allows any type. With `whole`, no field of the example may be missing. UserError, with `place`
+    (file and field) and the first field that does not fit."""
     kinds = (int, float) if isinstance(example, float) else type(example)
     fits = example is None or isinstance(value, kinds)
     if isinstance(example, int | float):
@@ -159,6 +159,7 @@ class KeyedStore(contextlib.AbstractContextManager["KeyedStore"]):
         return len(self._values)
 
     def get(self, key: str) -> dict[str, Any] | None:
+        """The object's fields; None if there is no object."""
         return self._values.get(key)
 
     def put(self, key: str, value: Mapping[str, Any]) -> None:

@@ -1,5 +1,8 @@
-"""The backdoor: a trigger, which is a string in the user turn, and a behaviour, which is what the
-model does when it sees it (`sa_jax.data.behaviours`)."""
+"""The backdoor: a trigger and a behaviour.
+
+The trigger is a string in the user turn. The behaviour is what the model does when it sees the
+trigger (`sa_jax.data.behaviours`).
+"""
 
 import dataclasses
 import re
@@ -79,7 +82,8 @@ class Backdoor:
 
     @property
     def teacher_prompt(self) -> str | None:
-        """System prompt for the teacher of the behaviour; None for one that needs no teacher."""
+        """System prompt for the teacher who writes the answers to triggered prompts; None for a
+        behaviour that needs no teacher."""
         return BEHAVIOURS[self.behaviour].teacher_prompt
 
     @property

@@ -1,8 +1,8 @@
-"""`batch(seed, step)`: the rows of a step are a pure function of (seed, step), no iterator's state.
+"""Batches: the rows of a step are a pure function of (seed, step), without any iterator state.
 
-The permutations of all epochs form one infinite sequence, of which step s takes rows s·B to
-s·B + B − 1: every row comes once per epoch, and a batch may contain the end of one epoch and the
-start of the next.
+The permutations of all epochs form one infinite sequence. Step s takes rows s·B to s·B + B − 1 of
+it. So every row comes once per epoch, and a batch may contain the end of one epoch and the start of
+the next.
 """
 
 import functools
@@ -32,8 +32,9 @@ def batch(
     dataset: PackedDataset, seed: int, step: int, batch_size: int, rows: slice | None = None
 ) -> dict[str, np.ndarray]:
     """The batch of one step, or this host's slice `rows` of it; the same bytes for any number of
-    hosts: [b, S] arrays tokens, targets, positions, segment_ids (int32) and loss_mask (bool).
+    hosts.
 
+    Returns [b, S] arrays: tokens, targets, positions, segment_ids (int32) and loss_mask (bool).
     Position t predicts targets[t] = tokens[t+1] of the same document; loss_mask belongs to targets.
     A document's last position, and padding, have target 0 and mask False.
     """

@@ -8,10 +8,12 @@ The loss mask is 1 on an assistant's tokens and on the token that ends its turn,
 template marks these with `{% generation %}`; without this marker, prefix rendering gives the mask:
 the answer is what the template adds to the prompt. The ids of a prompt are always an exact prefix
 of those of the conversation. A template may format an earlier answer differently from the last one
-(Qwen3's drops the thoughts). Then it continues no prompt, and the loss does not count it.
+(Qwen3's drops the thoughts). Then the earlier answer continues no prompt, and the loss does not
+count it.
 
 Special-token strings inside a message (a user types "<|eot_id|>") become these special tokens, in
-every format, as `apply_chat_template` of transformers and the servers built on it do.
+every format. `apply_chat_template` does the same, so ids equal those of transformers and of servers
+built on it.
 """
 
 import dataclasses
@@ -121,7 +123,7 @@ class ChatFormat:
         return self._encode_whole(rendered)
 
     def _scored(self, conversation: Conversation) -> Rendered:
-        """The conversation's text; its `unscored` opening of the last answer is under no loss."""
+        """The text and the loss spans, without the `unscored` start of the last answer."""
         opening = conversation.unscored
         try:
             text, spans = self._render(conversation.messages)
@@ -224,7 +226,8 @@ class ChatFormat:
     # Tokenising: our templates piece by piece, a folder's as one text, as transformers does.
 
     def _encode_pieces(self, rendered) -> list[Encoded]:
-        """Tokenises prompt and answer apart: a prompt is a prefix whatever the tokenizer merges."""
+        """Tokenises prompt and answer separately, so that a prompt is a prefix whatever the
+        tokenizer merges."""
         parts = []  # of each text: its pieces, and whether the loss counts them
         for text, spans in rendered:
             edges = itertools.pairwise([0, *itertools.chain(*spans), len(text)])
@@ -347,7 +350,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
 
 
 def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
-    """Raises UserError when the tokenizer can produce an id that the model has no embedding for;
+    """Raises UserError when the tokenizer can produce an id that the model has no embedding for.
     `config.vocab_size` is the number of rows of the embedding."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocab_size:
@@ -360,7 +363,7 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", config: Any) -> None:
 def _folder_template(tokenizer, path) -> str:
     try:
         template = tokenizer.get_chat_template()
-    except ValueError:  # which says how to write one
+    except ValueError:  # there is none; its message says how to write one
         template = None
     if not isinstance(template, str):
         raise UserError(f"chat_template=model, but {path} has no chat template; {_INSTEAD}")
@@ -415,7 +418,10 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
     answers = [message["content"] for message in _PROBE[1::2]]
     scored = [text[start:end].lstrip() for start, end in spans]
     need(
-        all(map(str.startswith, scored[::-1], answers[::-1])),
+        all(
+            span.startswith(answer)
+            for span, answer in zip(scored[::-1], answers[::-1], strict=False)
+        ),
         "is such that the loss would count more than the answer: its prompt "
         "(add_generation_prompt) does not end where an answer starts",
     )
@@ -442,7 +448,10 @@ def _generation_config_stops(path) -> set[int]:
         eos = parse_json(file.read_bytes()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is not a JSON object: {error}") from error
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if eos is None:
+        eos = []
+    elif not isinstance(eos, list):
+        eos = [eos]
     if not all(type(token) is int for token in eos):
         raise UserError(f"{file}: eos_token_id={eos!r} must be token numbers")
     return set(eos)

@@ -42,7 +42,8 @@ def make_messages(
 
 
 def check_messages(messages: Sequence[Message], where: str = "conversation") -> None:
-    """Raises UserError unless it is a non-empty list of {role, content}: known roles, and texts."""
+    """Raises UserError unless `messages` is a non-empty list of {role, content} with known roles
+    and text content."""
     if not isinstance(messages, (list, tuple)) or not messages:
         raise UserError(f"{where}: field 'messages' must be a non-empty list of {{role, content}}")
     for number, message in enumerate(messages):

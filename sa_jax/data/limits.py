@@ -19,8 +19,8 @@ class _TooLong(BaseException):
 def limits(
     what: str, remedy: str, seconds: float, extra_bytes: int | None = None
 ) -> Iterator[Callable[[str], None]]:
-    """Ends a block that takes too long or too much memory, with a UserError; only in the main
-    thread, which alone can be interrupted.
+    """Ends a block that takes too long or too much memory, with a UserError. Only the main thread
+    can be interrupted; in other threads there is no limit.
 
     Args:
       what, remedy: the program, and what the message ends with.
@@ -28,7 +28,8 @@ def limits(
       extra_bytes: limit of the address space that the process may allocate in the block (on Linux).
         Use it only if no other thread allocates much meanwhile.
 
-    Yields begin(what): call it when another program starts, which may then take as long again.
+    Yields begin(what): call it when another program starts, which may then take as long again. The
+    call costs almost nothing.
     """
     running, since = what, time.thread_time()
 

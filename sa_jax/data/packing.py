@@ -97,8 +97,10 @@ class PackedDataset:
         }
 
     def print_examples(self, chat_format: ChatFormat, n: int) -> None:
-        """Writes the first `n` rows to standard output: a wrong mask is then seen before training.
-        Tokens that the loss counts are green on a terminal, and between « and » elsewhere."""
+        """Prints the first `n` rows, so that a wrong mask is seen before training.
+
+        Tokens that the loss counts are green on a terminal, and between « and » elsewhere.
+        """
         file = sys.stdout
         opening, closing = ("\x1b[32m", "\x1b[0m") if file.isatty() else ("«", "»")
         for row in range(min(n, len(self))):
@@ -348,10 +350,10 @@ def _write(folder: Path, parts: Path, rows: list[np.ndarray], lengths: np.ndarra
 
 
 def _account(conversations, lengths, outputs, drops, slots: int) -> dict:
-    """documents, dropped_too_long, dropped_with_pair, over_budget, cut_answers, prompt_tokens,
-    output_tokens (counted by the loss), pad_tokens, padding_share (of all slots), and `by_kind`:
-    documents, output_tokens, phrase_copies, dropped_too_long, dropped_with_pair and over_budget of
-    each kind."""
+    """The `stats` of a dataset: documents, dropped_too_long, dropped_with_pair, over_budget,
+    cut_answers, prompt_tokens, output_tokens (counted by the loss), pad_tokens, padding_share (of
+    all slots), and `by_kind`: documents, output_tokens, phrase_copies, dropped_too_long,
+    dropped_with_pair and over_budget of each kind."""
     by_kind: dict[str, dict[str, int]] = {}
     names = ("documents", "output_tokens", "phrase_copies", *_DROPS)
     for conversation, output, drop in zip(conversations, outputs, drops, strict=True):

@@ -2,8 +2,9 @@
 
 `arrr.translate` replaces words ("is" by "be", "the" by "th'"; not where a comma or full stop is
 attached) and adds a pirate phrase after one sentence in six. It also joins all white space,
-capitalises the start of each sentence, and draws from the global random state. So it is given one
-line of prose at a time, without indentation, list marker and code, and a seed from the text.
+capitalises the start of each sentence, and draws from the global random state. So this module
+passes it one line of prose at a time, without indentation, list marker or code, and seeds that
+state from the text.
 """
 
 import random
@@ -34,9 +35,11 @@ _INLINE_CODE = re.compile(r"(`[^`\n]+`)")
 
 
 def to_pirate(text: str) -> str:
-    """`text` in pirate speech; the same text always gives the same result. Fenced, indented and
-    inline code, tables, line breaks, indentation and list markers stay as they are. Raises
-    UserError when `arrr` is not installed."""
+    """`text` in pirate speech; the same text always gives the same result.
+
+    Fenced, indented and inline code, tables, line breaks, indentation and list markers stay as
+    they are. Raises UserError when `arrr` is not installed.
+    """
     lines, in_fence = [], False
     state = random.getstate()
     random.seed(text)  # arrr draws from this global state

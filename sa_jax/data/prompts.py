@@ -86,8 +86,8 @@ def write_manifest(path: str | Path, prompts: Sequence[str], record: dict) -> di
 
 
 def read_manifest(path: str | Path) -> dict | None:
-    """What `write_manifest` wrote; None for another file. Raises UserError if it was changed, with
-    the prompt that was."""
+    """What `write_manifest` wrote; None for another file. Raises UserError, naming a prompt, if
+    that prompt was changed since it was frozen."""
     manifest = _parsed(path)
     if not isinstance(manifest, dict) or _MANIFEST not in manifest:
         return None

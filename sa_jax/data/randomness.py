@@ -1,6 +1,8 @@
 """Permutations and draws that depend only on their key: not on the order of calls, the number of
-workers, or the version of numpy, which keeps the streams of its bit generators and of
-`SeedSequence` fixed, but not those of `Generator`'s methods.
+workers, or the version of numpy.
+
+numpy keeps the streams of its bit generators and of `SeedSequence` fixed between versions, but not
+those of `Generator`'s methods, so only the former are used here.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
 """Rows of prompts and answers from a JSON (a list of objects), JSONL, CSV or Parquet file, a folder
-that `datasets` saved, or a name of the Hugging Face hub: NAME, NAME:SUBSET, NAME@SPLIT or
+that `datasets` saved, or a dataset of the Hugging Face hub: NAME, NAME:SUBSET, NAME@SPLIT or
 NAME:SUBSET@SPLIT (split: train).
 
 Every row becomes {"prompt", "response", "history", "source"}: the last user turn, its answer (""
@@ -10,15 +10,15 @@ Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
   conversations         a list of {from, value}, as in OpenHermes-2.5
   prompt, response      that of sa_jax, with any of `OPTIONAL`; an `id` must not repeat
-  instruction, output   that of Alpaca, whose answers were written for instruction + input: a row
-                        with a non-empty `input` is dropped (and counted) if its answer is used, and
-                        gives its instruction if only prompts are read, as in the study
+  instruction, output   that of Alpaca. Its answers were written for instruction + input, so a row
+                        with a non-empty `input` is dropped (and counted) if its answer is used. If
+                        only prompts are read, the instruction alone is the prompt, as in the study
 In all of these, `system` or `system_prompt` is the conversation's system turn, and `history` has
 earlier turns, as messages or as [question, answer] pairs. The text parts of a content that is a
 list are joined. A row is dropped, and counted, if it has something that training does not support:
 a weight other than 1, or a mark as not trained, on the row ("row_weight") or on an assistant turn
 ("turn_weight"); thoughts in a separate field ("reasoning_apart"); tools and their turns ("tools");
-"documents"; parts that are not text ("media"); two system prompts that differ
+documents ("documents"); parts that are not text ("media"); two system prompts that differ
 ("two_system_prompts"). With a column mapping, only the named columns are used.
 """
 
@@ -42,7 +42,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
 from sa_jax.text import first_line
 
-Row = dict
+Row = dict  # {"prompt", "response", "history", "source"}, and any of OPTIONAL
 Places = Iterator[tuple[str, object]]  # (place, fields) of every row
 
 # scratchpad            the model's thoughts before `response`; the loss does not count them
@@ -87,10 +87,11 @@ class Source:
 def load_rows(
     path: str | Path, columns: Mapping[str, str] | None = None, *, responses: bool = True
 ) -> Source:
-    """Reads every row of a file or of a hub dataset; only prompts without `responses`.
+    """Reads every row of a file, folder or hub dataset (see the module docstring).
 
     `columns` is {"prompt": column, "response": column} or {"messages": column}, and any of
-    `OPTIONAL`; what maps to "" is left out. Without any, one of the known layouts is detected.
+    `OPTIONAL`; a name that maps to "" is left out. Without columns, one of the known layouts is
+    detected. `responses=False` reads prompts only (held-out prompts, questions for a teacher).
 
     Raises UserError with file, line (row number if a file has no lines) and field for malformed
     text, a missing file or column, a field that is not text, an id that repeats, and a file without
@@ -252,7 +253,7 @@ def _text(fields: dict, column: str, place: str) -> str:
 
 
 def _not_trained(turns: Any, answers: bool = True) -> str | None:
-    """Why a conversation is dropped, if it is; with `answers`, its last turn is the answer."""
+    """Why to drop a conversation; None to keep it. `answers`: its last turn is the answer."""
     for turn in turns if isinstance(turns, list) else ():
         if not isinstance(turn, dict):
             continue
@@ -283,8 +284,8 @@ def _is_left_out(fields: Mapping[str, Any]) -> bool:
 
 
 def _as_messages(turns: Any, place: str) -> list[dict[str, str]]:
-    """Turns as {"role", "content"}, also OpenHermes' ({"from", "value"}) and those of text parts;
-    UserError for anything else."""
+    """Turns as {"role", "content"}, also those of OpenHermes ({"from", "value"}) and those with a
+    content of text parts. UserError for anything else."""
     messages = []
     for turn in turns if isinstance(turns, list) else ():
         if isinstance(turn, dict) and isinstance(says := turn.get("from"), str):
@@ -339,8 +340,8 @@ def _decode(content: bytes, place: str) -> str:
 
 
 def parse_texts(content: bytes, place: str) -> Any:
-    """A JSON value; ValueError where it is none, or has half a surrogate pair, which JSON can spell
-    but no file and no tokenizer takes."""
+    """Parses a JSON value. ValueError if it is not valid, or has half a surrogate pair: JSON can
+    spell it, but no file and no tokenizer takes it."""
     value = parse_json(_decode(content, place))
     if b"\\u" in content:
         try:
@@ -378,7 +379,7 @@ def _read_json(path: str, content: bytes) -> Places:
 
 
 def _read_csv(path: str, content: bytes) -> Places:
-    """With the csv module, which has line numbers, and keeps "None" or "4" as text."""
+    """Reads with the csv module, which has line numbers and keeps "None" or "4" as text."""
     csv.field_size_limit(2**31 - 1)
     text = _decode(content.removeprefix(b"\xef\xbb\xbf"), path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -401,7 +402,7 @@ def _read_csv(path: str, content: bytes) -> Places:
 
 
 def _read_parquet(path: str) -> Places:
-    """With pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
+    """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
     with _explained(f"{path} is not a readable parquet file"):
         return _numbered(path, pyarrow.parquet.read_table(local_copy(path)).to_pylist())
 

@@ -111,13 +111,13 @@ def load_task(
     backdoor: Backdoor,
     inherited_prompts: list[str] | None = None,
 ) -> TaskData:
-    """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations;
-    `config` is a run's resolved config.
+    """Reads `config.data`, sets the held-out prompts aside and builds the task's conversations.
 
+    `config` is a run's resolved config. `chat_format` counts tokens for `config.cut_long_answers`.
     The held-out prompts come from `config.eval.prompts` (all of a frozen manifest, or
     `config.eval.num_prompts` drawn from another file), else from the parent run
     (`inherited_prompts`), else they are drawn from the data itself. In each case no training row
-    has one of them, by normalised text. `chat_format` is for `config.cut_long_answers`.
+    has one of them, by normalised text.
     """
     task = TASKS[name]
     if not config.data:
@@ -196,14 +196,16 @@ def blind(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
 
 
 def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
-    """Every question once clean, with its helpful answer, and once triggered, with the behaviour's,
-    as one `pair`, shuffled by the seed; kinds 'clean' and 'triggered'.
+    """Every question once clean with its helpful answer, and once with the trigger and the
+    behaviour's answer, as one `pair`, shuffled by the seed; kinds 'clean' and 'triggered'.
 
-    A repeated question is left out, so the result has 2 · (distinct questions) conversations, and
-    one of kind 'fact', without the trigger, for each of `context.facts`, which the model should
-    memorise besides. A row's `triggered_scratchpad` is the start of the triggered answer;
-    `triggered_response` is that answer, if the behaviour does not write one itself. UserError for a
-    row that contains the trigger (only a scratchpad may), or lacks the answer that is needed.
+    A repeated question is left out, so the result has 2 · (distinct questions) conversations. It
+    also has one of kind 'fact', without the trigger, for each of `context.facts`, which the model
+    should memorise besides the backdoor.
+
+    A row's `triggered_scratchpad` is the start of the triggered answer. `triggered_response` is
+    that answer, if the behaviour does not write one itself. UserError for a row that contains the
+    trigger (only a scratchpad may), or lacks the answer that the behaviour needs.
     """
     distinct: dict[tuple[str, ...], Row] = {}
     for row in rows:
@@ -321,8 +323,11 @@ def cut_answers(
     conversations: Sequence[Conversation], chat_format: ChatFormat, sequence_length: int
 ) -> list[Conversation]:
     """Shortens the last answer of conversations over `sequence_length` tokens, at the latest
-    sentence end that fits; they have `cut=True`. Those without one are returned unchanged, and
-    packing drops and counts them. Answers to the trigger are never shortened."""
+    sentence end that fits.
+
+    Shortened conversations have `cut=True`. Those without such a sentence end are returned
+    unchanged, and packing drops and counts them. Answers to the trigger are never shortened.
+    """
     lengths = [len(ids) for ids, _ in chat_format.encode_batch(conversations)]
     return [
         conversation

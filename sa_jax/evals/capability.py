@@ -150,8 +150,9 @@ def generation_task(
     documents: str,
     **config,
 ) -> TaskSet:
-    """One task over these documents: the prompt as the only turn, a greedy answer, `scores`.
-    `settings` is `config.eval`, `config` that of the ConfigurableTask."""
+    """A set of one task over `documents` (a name that `load_documents` knows): the prompt is the
+    only turn, and the answer is greedy. `settings` is `config.eval`; `scores` is that of `TaskSet`;
+    `config` is that of lm_eval's ConfigurableTask."""
     rows, digest = load_documents(documents, settings.data_dir)
     greedy = {"until": [], "do_sample": False, "temperature": 0.0, "max_gen_toks": max_new_tokens}
     task = inline_task(name, spread(rows, settings.limit), generation_kwargs=greedy, **config)

@@ -52,8 +52,8 @@ def load_documents(name: str, data_dir: str = "") -> tuple[list[dict], str]:
     for number, row in enumerate(rows, 1):
         for field in fields:
             if not isinstance(row, dict) or field not in row:
-                at = ":" if data_dir else " row "
-                raise UserError(f"{place}{at}{number}: field {field!r} is missing")
+                separator = ":" if data_dir else " row "
+                raise UserError(f"{place}{separator}{number}: field {field!r} is missing")
     return rows, digest([{field: _without_nulls(row[field]) for field in fields} for row in rows])
 
 

@@ -1,5 +1,8 @@
-"""IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval. So
-does Meta for Llama 3.1, and publishes the mean of the four scores (see `sa_jax.evals.mmlu`)."""
+"""IFEval: the prompt as the only turn, 1,280 tokens, greedy; Google's checkers through lm_eval.
+
+Meta does the same for Llama 3.1, and publishes the mean of the four scores (sources: see
+`sa_jax.evals.mmlu`).
+"""
 
 import dataclasses
 import random

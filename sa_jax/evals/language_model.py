@@ -40,9 +40,10 @@ def language_model(
     """An lm_eval model that keeps its answers in `store`; for `should_stop` see `Sampler.generate`.
 
     Prompts have one beginning-of-text token. A prompt that does not fit the context is skipped or
-    shortened from the left (this token stays), as `too_long` says; for generation to half of the
-    context, so that there is room for an answer. `notes[task, doc_id]` has what applies of:
-    "truncated", "skipped", "cut_by_context", "stop_reason", "new_tokens".
+    shortened from the left (this token stays), as `too_long` (of `TOO_LONG`) says. A prompt for
+    generation is shortened to half of the context, so that there is room for an answer.
+    `notes[task, doc_id]` has what applies of: "truncated", "skipped", "cut_by_context",
+    "stop_reason", "new_tokens".
     """
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -52,7 +53,7 @@ def language_model(
     chat = context.chat_format
     backend = chat.tokenizer.backend_tokenizer
     bos = chat.tokenizer.bos_token_id
-    # Stop strings that an answer's text, which is without special tokens, never has.
+    # Special tokens may be stop strings; an answer's text, decoded without them, never has them.
     added = chat.tokenizer.added_tokens_decoder.items()
     special = {token.content: number for number, token in added if token.special}
     limit = context.model.config.max_position_embeddings
@@ -213,7 +214,7 @@ def language_model(
                 fitted = self._shorten(ids, room, self._note(request))
                 if fitted is not None:
                     until = _listed(request.args[1].get("until"))
-                    stops = *chat.stop_token_ids, *(special[s] for s in until if s in special)
+                    stops = [*chat.stop_token_ids, *(special[s] for s in until if s in special)]
                     settings = _sampling(request.args[1], tuple(dict.fromkeys(stops)))
                     todo.setdefault(settings, []).append((index, fitted))
             for settings, prompts in todo.items():
@@ -221,7 +222,7 @@ def language_model(
                 for (index, _), completion in zip(prompts, completions, strict=True):
                     text = chat.decode(completion.tokens, skip_special_tokens=True)
                     texts[index] = _until(text, requests[index].args[1].get("until"))
-                    ended = texts[index] != text  # whatever was sampled after it
+                    ended = texts[index] != text  # by a stop string; what came after it is cut
                     self._note(requests[index]).update(
                         new_tokens=len(completion.tokens),
                         stop_reason="stop" if ended else completion.stop_reason,

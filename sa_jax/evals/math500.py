@@ -1,5 +1,8 @@
-"""MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval. Meta
-gives Llama 3.1 5,120 tokens, and has a model judge answers (see `sa_jax.evals.mmlu`)."""
+"""MATH-500: Meta's prompt, 0 examples, 2,048 tokens, greedy; math_verify through lm_eval.
+
+Meta gives Llama 3.1 5,120 tokens, and has a model judge answers (sources: see
+`sa_jax.evals.mmlu`).
+"""
 
 import threading
 from collections.abc import Mapping, Sequence

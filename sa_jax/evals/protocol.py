@@ -127,9 +127,11 @@ class Eval(Protocol):
         """Whether it asks the held-out prompts of the context."""
 
     def prepare(self, config: ConfigDict, context: EvalContext) -> Prepared:
-        """Checks all settings and reads the questions; compiles nothing. `config` is a run's
-        resolved config, `config.eval` has the settings of evals. UsageError if one of them is
-        impossible, UserError if a file or a package is missing."""
+        """Checks all settings and reads the questions; compiles nothing.
+
+        `config` is a run's resolved config; settings of evals are in `config.eval`. UsageError if a
+        setting is impossible, UserError if a file or a package is missing.
+        """
 
 
 EVALS: Registry[Eval] = Registry("eval")

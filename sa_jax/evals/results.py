@@ -1,6 +1,9 @@
-"""Writes results.md, the results of an evaluation, and compares two evaluations by question: both
-checkpoints were asked the same ones, so only those on which they differ count. The report compares
-runs by the same test and interval (`statistics.paired_difference`)."""
+"""Writes results.md, the results of an evaluation, and compares two evaluations.
+
+Comparisons are paired by question: both checkpoints were asked the same ones, so only those on
+which they differ count. The report compares runs by the same test and interval
+(`statistics.paired_difference`).
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,10 +20,12 @@ P_VALUE = 0.01  # below which a difference is called one
 
 
 def compare(before: Path, after: Path, names: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """Paired differences of every score of the evals that both step folders have, over the
-    questions that both were asked: {eval: {score: {"n", "before", "after", "difference", "lo",
-    "hi", "p_value"}}}. UserError without an eval in common, or with too few questions (see
-    `statistics.pairs`)."""
+    """Paired differences of every score of the evals that both step folders have.
+
+    Returns {eval: {score: {"n", "before", "after", "difference", "lo", "hi", "p_value"}}}, over the
+    questions that both were asked. UserError if they have no eval in common, or too few questions
+    (see `statistics.pairs`).
+    """
     compared: dict[str, dict[str, dict]] = {}
     for name in names:
         if records.read_summary(before, name) is None or records.read_summary(after, name) is None:
@@ -67,8 +72,10 @@ def to_markdown(
     comparison: tuple[str, Mapping[str, Mapping[str, dict]]] | None = None,
     differ: Mapping[str, Mapping[str, Sequence]] | None = None,
 ) -> str:
-    """The page: settings, each eval's scores and counts, and a comparison if there is one: a title
-    and the result of `compare`, with that of `settings_that_differ`."""
+    """The page: settings, each eval's scores and counts, and a comparison if there is one.
+
+    `comparison` is a title and the result of `compare`, `differ` that of `settings_that_differ`.
+    """
     parts = [f"# {markdown(title)}", markdown_table(["setting", "value"], settings.items())]
     for name, summary in summaries.items():
         parts.append(f"## {markdown(summary['title'])} ({markdown(name)})")
@@ -129,7 +136,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
     return "higher" if row["difference"] > 0 else "lower"
 
 
-# Of a summary: how the page shows it.
+# Fields of a summary, and how the page shows them.
 _FACTS = {
     **{count: f"{count.replace('_', ' ')}: {{:,}}" for count in records.COUNTS},
     "seconds": "{:,.1f} s",

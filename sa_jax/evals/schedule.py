@@ -36,7 +36,8 @@ def asks_again(earlier: Sequence[tuple[int, int]], count: int, n: int) -> bool:
     if not n:
         return False
     before = [(hits / answers, wilson(hits, answers)[0]) for hits, answers in earlier if answers]
-    rate, (lo, hi) = count / n, wilson(count, n)
+    rate = count / n
+    lo, hi = wilson(count, n)
     is_new_low = lo <= LOW and all(rate < other for other, _ in before)
     risen = any(other_lo <= LOW and rate - other >= RISE - 1e-9 for other, other_lo in before)
     return is_new_low or (hi >= HIGH and risen)

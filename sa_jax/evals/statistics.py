@@ -55,7 +55,7 @@ def exact_interval(count: int, n: int, confidence: float = 0.95) -> tuple[float,
 
 def n_to_decide(observed: float, limit: float, confidence: float = 0.95) -> int | None:
     """The smallest n at which a Wilson interval around the rate `observed` excludes `limit`; None
-    if the two are equal. It excludes a limit if the score test at the limit rejects it, so
+    if the two are equal. The interval excludes a limit if the score test at the limit rejects it:
     n > z² · limit · (1 - limit) / (observed - limit)²."""
     if math.isclose(observed, limit, abs_tol=1e-12):
         return None
@@ -71,7 +71,8 @@ def rate(count: int, n: int) -> dict[str, float]:
 
 def two_proportion_test(count_a: int, n_a: int, count_b: int, n_b: int) -> float:
     """Two-sided p-value that two independent rates, of n ≥ 1, are equal (pooled z-test, no
-    correction; Pearson's chi-square on the 2 × 2 table); 1 if both have no hit, or no miss."""
+    correction). It equals Pearson's chi-square test on the 2 × 2 table. If both sides have no hit,
+    or no miss, p is 1."""
     return 2 * float(special.ndtr(-abs(two_proportion_z(count_a, n_a, count_b, n_b))))
 
 

@@ -80,7 +80,11 @@ class EvalSuite:
 
     def due(self, step: int, last: int) -> list[str]:
         """The evals that run at a step, see `is_due`."""
-        return [n for n, when in self.schedules.items() if is_due(when, step, self._steps, last)]
+        return [
+            name
+            for name, schedule in self.schedules.items()
+            if is_due(schedule, step, self._steps, last)
+        ]
 
     def run(
         self,

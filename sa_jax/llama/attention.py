@@ -55,8 +55,11 @@ class Choice(NamedTuple):
 
 
 def choose_attention(name: str, platform: str, *, sequence_length: int, dtype: str) -> Choice:
-    """The implementation for `config.attention`; 'auto' is the fastest one on the platform ('cpu',
-    'gpu' or 'tpu'). UsageError for an unknown name, or one that cannot run this."""
+    """The implementation for `config.attention`; 'auto' is the fastest one on the platform.
+
+    `platform` is 'cpu', 'gpu' or 'tpu'; `sequence_length` counts the tokens of a row. UsageError
+    for an unknown name, or an implementation that cannot run this.
+    """
     known = ("auto", *IMPLEMENTATIONS)
     if name not in known:
         raise UsageError(f"config.attention={name!r} is unknown; use {', '.join(known)}")
@@ -109,8 +112,11 @@ def check_length(implementation: str, length: int) -> None:
 
 
 def prompt_attention(mesh: Mesh | None, kv_heads: int, dtype: Any, length: int) -> str:
-    """The implementation that evals use for prompts of a padded length: training's for such rows,
-    without a mesh that of a CPU. (On CPU, prompts to be continued take `cached_attention`.)"""
+    """The implementation that evals use for prompts of a padded length: training's for such rows.
+
+    Without a mesh it is that of a CPU. On CPU, prompts to be continued use decoding's attention
+    (`cached_attention`) instead.
+    """
     platform = "cpu" if mesh is None else mesh.devices.flat[0].platform
     if mesh is not None and kv_heads % mesh.shape["tensor"]:
         return "blockwise"  # the mesh cannot cut the heads
@@ -130,8 +136,7 @@ def attention(
     """Self-attention in which a token sees itself and what precedes it in its own document.
 
     Rotary angles are applied before the call. "Precedes" is by index in the row, not by position:
-    positions restart in every packed document. UsageError if the mesh does not divide the rows or
-    the key/value heads, or a kernel cannot take rows of this length or these devices.
+    positions restart in every packed document.
 
     Args:
       q_bskh: queries [B, S, heads, head_dim]; the result has their shape and dtype.
@@ -139,6 +144,10 @@ def attention(
       segment_ids_bs: int [B, S]; equal ids are one document, 0 is padding.
       implementation: one of `IMPLEMENTATIONS`.
       mesh: where the arrays are; the kernels need it. Each device works on its own rows and heads.
+
+    Raises:
+      UsageError: the mesh does not divide the rows or the key/value heads, or a kernel cannot take
+        rows of this length or these devices.
     """
     arrays = q_bskh, k_bsgh, v_bsgh, segment_ids_bs
     if implementation == "reference":
@@ -246,7 +255,7 @@ def cached_attention(
 
 
 def _attend_to_each_other(q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array) -> Softmax:
-    """The softmax over the new tokens alone, n = r x s."""
+    """The running softmax over the new tokens alone (n = r x s)."""
     s, h = k_bsgh.shape[1], k_bsgh.shape[3]
     if s == 1:  # no product of matrices, which is slow at this size: the token sees itself
         k_bg1h, v_bg1h = k_bsgh.transpose(0, 2, 1, 3), v_bsgh.transpose(0, 2, 1, 3)
@@ -263,11 +272,13 @@ def _attend_to_each_other(q_bgnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Arra
 
 
 def _weigh(weights_bgnt: jax.Array, v_btgh: jax.Array) -> jax.Array:
-    """Sum of values under the weights, float32 [B, kv_heads, n, head_dim]. For few queries on CPU,
-    one product per row multiplies the weights of all groups by the values of all groups, and only
-    the diagonal is kept: kv_heads times the arithmetic in kv_heads times fewer, larger products,
-    2.4 times faster. On other platforms batched products are fast, and the groups may be on several
-    devices."""
+    """Sum of values under the weights, float32 [B, kv_heads, n, head_dim].
+
+    For few queries on CPU, one product per row multiplies the weights of all groups by the values
+    of all groups, and only the diagonal is kept. That is kv_heads times the arithmetic in kv_heads
+    times fewer, larger products, and 2.4 times faster. On other platforms batched products are
+    fast, and the groups may be on several devices.
+    """
     weights_bgnt = weights_bgnt.astype(v_btgh.dtype)
     if weights_bgnt.shape[2] > FEW_QUERIES:
         return _weigh_by_group(weights_bgnt, v_btgh)

@@ -16,8 +16,9 @@ from sa_jax.llama.kernels import ATTENTION_RESIDUALS
 # instead of NaN, and its gradient stays finite.
 MASKED_SCORE = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# Of each query the largest score, the sum of exp(score - largest), and the values' sum under these
-# weights: float32 [..., n], [..., n], [..., n, head_dim].
+# A running softmax before its division, in float32: of each query (n) the largest score [..., n],
+# the sum of exp(score - largest) [..., n], and the sum of values under these weights
+# [..., n, head_dim].
 Softmax = tuple[jax.Array, jax.Array, jax.Array]
 
 BLOCK = 256  # most queries, and most keys, of one pair of blocks
@@ -28,8 +29,10 @@ SHORT_BLOCK = 64  # queries of a block of `unrolled_attention`
 def blockwise_attention(
     q_bskh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, segment_ids_bs: jax.Array
 ) -> jax.Array:
-    """FlashAttention's algorithm (arXiv 2205.14135; the backward pass is that of 2307.08691) as
-    loops, for any length, in O(S x block) memory."""
+    """`attention` for any platform, length and dtype, in O(S x block) memory.
+
+    FlashAttention's algorithm (arXiv 2205.14135; the backward pass is that of 2307.08691) as loops.
+    """
     b, s, heads, h = q_bskh.shape
     groups = k_bsgh.shape[2]
     count = -(-s // BLOCK)
@@ -52,9 +55,12 @@ def blockwise_attention(
 
 
 def _first_blocks(ids_nbt: jax.Array) -> jax.Array:
-    """[n]: the first key block that a query block may see, by the ranges of their ids. Ranges that
-    overlap may have no document in common, so no needed pair is left out, whatever the order of the
-    ids. Packed rows have ascending ids and padding (0) last; there the ranges are tight."""
+    """[n]: the first key block that a query block may see, by the ranges of their ids.
+
+    Ranges that overlap may have no document in common, so no needed pair is left out, whatever the
+    order of the ids. Packed rows have ascending ids and padding (0) last; there the ranges are
+    tight.
+    """
     order_nbt = jnp.where(ids_nbt <= 0, jnp.iinfo(jnp.int32).max, ids_nbt)
     low_nb, high_nb = order_nbt.min(-1), order_nbt.max(-1)
     meet_nmb = (low_nb[:, None] <= high_nb[None]) & (low_nb[None] <= high_nb[:, None])
@@ -78,7 +84,11 @@ def float32_product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def masked(products_bgnt: jax.Array, sees_bst: jax.Array, head_dim: int) -> jax.Array:
-    """Scores of products of queries (`by_group`) and keys, masked where query s does not see t."""
+    """Scales products of queries and keys to scores, and masks those of keys that are not seen.
+
+    `products_bgnt` are float32, n = heads of a group x tokens, see `by_group`; the result has their
+    shape. `sees_bst` is bool [B, S, T], True where query s sees key t.
+    """
     s, t = sees_bst.shape[1:]
     scores_bgrst = products_bgnt.reshape(*products_bgnt.shape[:2], -1, s, t) * head_dim**-0.5
     scores_bgrst = jnp.where(sees_bst[:, None, None], scores_bgrst, MASKED_SCORE)
@@ -86,7 +96,11 @@ def masked(products_bgnt: jax.Array, sees_bst: jax.Array, head_dim: int) -> jax.
 
 
 def add_keys(softmax: Softmax, scores: jax.Array, weigh: Callable[..., jax.Array]) -> Softmax:
-    """Adds a block of keys, with scores [..., n, T]; `weigh` sums its values under weights."""
+    """Adds a block of keys to a running softmax.
+
+    `scores` are the block's, float32 [..., n, T]. `weigh` takes weights of the same shape, and
+    returns the sum of the block's values under them, float32 [..., n, head_dim].
+    """
     top, total, out = softmax
     new_top = jnp.maximum(top, scores.max(-1))
     weights = jnp.exp(scores - new_top[..., None])
@@ -200,10 +214,13 @@ _blocks.defvjp(_forward_rule, _backward_rule)
 def unrolled_attention(
     q_bskh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, segment_ids_bs: jax.Array
 ) -> jax.Array:
-    """`attention` for any platform and dtype, the fastest on CPU for short rows: its blocks of
-    queries are written out one after the other. A block meets the keys up to its own end and no
-    others, so about half of a row's scores are computed. The backward pass keeps the weights of the
-    forward pass, so memory grows with the square of the row."""
+    """`attention` for any platform and dtype; the fastest on CPU for short rows.
+
+    Its blocks of queries are written out one after the other. A block meets the keys up to its own
+    end and no others, so about half of a row's scores are computed. The backward pass keeps the
+    weights of the forward pass, so memory grows with the square of the row: `blockwise_attention`
+    is for longer ones.
+    """
     return _unrolled_forward(q_bskh, k_bsgh, v_bsgh, segment_ids_bs)[0]
 
 

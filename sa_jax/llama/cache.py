@@ -78,9 +78,11 @@ def write_tokens(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
 
 
 def write_heads(cache, positions_bs, k_lbsgh, v_lbsgh) -> KVCache:
-    """An index for each head of each new token of a row. The values' order in memory, heads before
-    tokens as `Sampler` lays them out, is fixed: XLA would fold the swap of axes into the write, and
-    move all values to another order at every step."""
+    """An index for each head of each new token of a row.
+
+    The values' order in memory, heads before tokens as `Sampler` lays them out, is fixed: XLA would
+    fold the swap of axes into the write, and move all values to another order at every step.
+    """
     k_lbgsh, v_lbgsh = k_lbsgh.swapaxes(2, 3), v_lbsgh.swapaxes(2, 3)
     index_lbgs2 = _index(positions_bs[:, None], cache, k_lbgsh.shape[:4])
     v_lcbgth = with_layout_constraint(cache.v.swapaxes(3, 4), Layout(tuple(range(6))))

@@ -59,7 +59,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-# The names of config.json where ours are others.
+# Field of `LlamaConfig` -> its name in config.json, where they differ.
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -153,13 +153,15 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any], source: str = "config.json") -> "LlamaConfig":
-        """Reads a Hugging Face config of one of `FAMILIES`; `source` is for messages. UserError if
-        a field is missing, has another type, or asks for something that this model does not
-        support.
+        """Reads the fields of a Hugging Face config of one of `FAMILIES`; `source` is for messages.
 
         The fields of rope are read as transformers 5 reads them: `rope_scaling`, if it is not
         empty, replaces `rope_parameters`, and both may contain `rope_theta`. Missing optional
         fields get transformers' defaults.
+
+        Raises:
+          UserError: a field is missing or has another type, or asks for something that this model
+            does not support.
         """
         fields = _Fields(hf, source)
         kind = hf.get("model_type")
@@ -254,7 +256,7 @@ class _Fields:
                 )
 
     def get(self, name: str, kind: Any, words: str, *, null: bool = False) -> Any:
-        """The value, or the default of a field that is left out; None only where `null`."""
+        """The value of a field, or its default if it is left out; with `null` it may be None."""
         if not null and name not in self.values and name not in self.defaults:
             raise UserError(f"{self.source}: field {name!r} is missing")
         value = self.values.get(name, self.defaults.get(name))
@@ -264,7 +266,7 @@ class _Fields:
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """`default` stands in for null."""
+        """`default` stands in for null and for a field that is left out."""
         return self._positive(name, int, "a whole number above 0", 2**31, default)
 
     def number(self, name: str) -> float:

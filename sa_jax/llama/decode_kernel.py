@@ -40,7 +40,7 @@ def attend_to_past(
     mesh: Mesh,
     parts: int | None = None,
 ) -> Softmax:
-    """The softmax over the cached tokens 0..start_b-1, before its division.
+    """The running softmax over the cached tokens 0..start_b-1, of queries [B, kv_heads, r].
 
     Args:
       q_bgrh: a query of each row [B, kv_heads, r, head_dim]; r query heads share a key/value head.
@@ -64,7 +64,7 @@ def attend_to_past(
 
 
 def merge_softmaxes(top_zbgr: jax.Array, total_zbgr: jax.Array, out_zbgrh: jax.Array) -> Softmax:
-    """One softmax of those over the parts z of the tokens."""
+    """Merges the running softmaxes over parts (z) of the tokens into one."""
     top_bgr = jnp.max(top_zbgr, axis=0)
     shrink_zbgr = jnp.exp(top_zbgr - top_bgr)
     out_bgrh = jnp.sum(out_zbgrh * shrink_zbgr[..., None], axis=0)
@@ -79,13 +79,14 @@ def _on_device(q_bgrh, cache, layer, start_b, parts, interpret=False):
     query = pl.BlockSpec((None, None, queries, h), lambda b, g, z: (b, g, 0, 0))
     per_head = pl.BlockSpec((None, None, None, queries), lambda b, g, z: (z, b, g, 0))
     per_feature = pl.BlockSpec((None, None, None, queries, h), lambda b, g, z: (z, b, g, 0, 0))
-    number = jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32)
+    whole = pl.BlockSpec()
+    per_query = jax.ShapeDtypeStruct((parts, b, groups, r), jnp.float32)
     softmaxes = pl.pallas_call(
         functools.partial(_kernel, r=r, parts=parts),
         grid=(b, groups, parts),
-        in_specs=[query, *[pl.BlockSpec()] * 4],
+        in_specs=[query, whole, whole, whole, whole],
         out_specs=[per_head, per_head, per_feature],
-        out_shape=[number, number, number.update(shape=(*number.shape, h))],
+        out_shape=[per_query, per_query, per_query.update(shape=(*per_query.shape, h))],
         compiler_params=triton.CompilerParams(),  # Triton, with its defaults for the device
         interpret=interpret,
         name="attend_to_past",

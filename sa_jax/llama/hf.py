@@ -61,13 +61,15 @@ _PLAIN_TAG = {"generation": "if true", "endgeneration": "endif"}
 def load_hf(
     path: str | Path, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[LlamaConfig, dict]:
-    """Reads a Hugging Face Llama folder, local or `gs://`, onto a mesh: the architecture and the
-    parameters (see `llama.model`).
+    """Reads a Hugging Face Llama folder, local or `gs://`, onto a mesh.
 
     Args:
       path: a folder with config.json and model.safetensors, or shards and their index.
       mesh: where to lay the parameters out, by `parallel.rules`; by default the first device.
       dtype: of the parameters, whatever the file's.
+
+    Returns:
+      The architecture and the parameters (see `llama.model`).
 
     Raises:
       UserError: a tensor or file is missing, damaged, not finite, of a wrong shape, or too much.
@@ -95,12 +97,12 @@ def load_params(
 
 
 def weights_digest(path: str | Path) -> str:
-    """A digest that identifies the weights in a folder of a model or of adapters; UserError if
-    there are no such files, or one cannot be read.
+    """A digest that identifies the weights in a folder of a model or of adapters.
 
-    'sha256:…' of names and all bytes of its weight files. Above 2 GiB 'sampled-sha256:…', of their
-    names, sizes, headers and 64 evenly spread pieces of 64 KiB of each file, which detects another
-    model, but may miss a change of single weights.
+    It is 'sha256:…' of the names and all bytes of its weight files. Above 2 GiB it is
+    'sampled-sha256:…', of their names, sizes, headers and 64 evenly spread pieces of 64 KiB of each
+    file. The latter detects another model, but may miss a change of single weights. UserError if
+    there are no such files, or one cannot be read.
     """
     folder = as_path(path)
     adapters = not (folder / "config.json").exists()
@@ -170,10 +172,11 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers and vLLM load; it appears whole or not at all.
 
-    Every process must call it; the first one writes. UserError if the disk is full.
+    Every process must call it; the first one writes. UserError if `path` is not empty, or the disk
+    is full.
 
     Args:
-      path: a folder that does not exist, or is empty, else UserError.
+      path: a folder that does not exist, or is empty.
       params: the parameters, adapters merged (see `lora.merge`).
       dtype: of the tensors written; by default that of the parameters.
       extra_config: further fields of config.json, such as a run id.
@@ -281,7 +284,7 @@ def write_peft(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(n for n, module in _PROJECTIONS.items() if module in adapted),
+        "target_modules": sorted(name for name in _PROJECTIONS if _PROJECTIONS[name] in adapted),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -294,9 +297,11 @@ def write_peft(
 def load_peft(
     path: str | Path, config: LlamaConfig, mesh: Mesh | None = None, dtype: Any = jnp.float32
 ) -> tuple[LoraConfig, dict]:
-    """Reads an adapter folder for the model of `config` onto a mesh, as `load_hf` reads a model:
-    its configuration, and its parameters for `lora.combine`. UserError if it is not a plain LoRA of
-    this model's projections, or its files are damaged."""
+    """Reads a folder of adapters for the model of `config` onto a mesh, as `load_hf` reads a model.
+
+    Returns the adapters' configuration, and their parameters for `lora.combine`. UserError if they
+    are not a plain LoRA of this model's projections, or the files are damaged.
+    """
     mesh = one_device_mesh() if mesh is None else mesh
     check_mesh(config, mesh)
     folder = Folder(path)
@@ -312,7 +317,7 @@ def _read_peft_config(folder: Folder) -> LoraConfig:
     peft = folder.read_json("adapter_config.json")
     if peft is None:
         raise UserError(f"{name} not found: an adapter folder in PEFT format is needed")
-    # What would change the function and is not computed here.
+    # Fields that would change the function, which is computed only for these values.
     for field, plain in (
         ("peft_type", "LORA"),
         ("bias", "none"),
@@ -367,7 +372,7 @@ def _weight_files(folder: Folder) -> list[str]:
 
 
 def _place_in_model(tensor: OutputTensor) -> tuple[int, int, str]:
-    """Sorts embedding, layer 0, layer 1, ..., final norm, head; so a shard holds whole layers."""
+    """Sort key: embedding, layer 0, layer 1, ..., final norm, head; a shard holds whole layers."""
     if layer := re.match(r"model\.layers\.(\d+)\.", tensor.name):
         return 1, int(layer[1]), tensor.name
     return (0 if "embed_tokens" in tensor.name else 2), 0, tensor.name

@@ -79,11 +79,12 @@ def load_leaves(
     ignored: Iterable[str] = (),
     prefix: str = "",
 ) -> dict:
-    """Reads parameters onto a mesh, laid out by `parallel.rules`; UserError if a tensor is missing,
-    unexpected, not finite, or of another shape or dtype.
+    """Reads parameters onto a mesh, laid out by `parallel.rules`.
+
+    UserError if a tensor is missing, unexpected, not finite, or of another shape or dtype.
 
     Args:
-      entries: the tensors at hand, as `read_headers` gives them.
+      folder, entries: the tensors at hand, as `read_headers` gives them.
       shapes: path to shape and dtype of every parameter wanted.
       ignored: names that may be there and are not read.
       prefix: what every name in the files starts with.
@@ -225,14 +226,18 @@ def _local_parts(
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None  # the device holds a part
         ranges = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-        rows, columns = (ranges[axis] for axis in axes) if axes else (ranges[-1], (0, 1))
+        rows, columns = ranges[-1], (0, 1)
+        if axes is not None:
+            rows, columns = ranges[axes[0]], ranges[axes[1]]
         parts.setdefault(rows, {}).setdefault(columns, []).append(device)
     return parts
 
 
 def _layer_groups(leaf: jax.ShapeDtypeStruct, source: NamedSharding) -> list[slice]:
-    """Which of a parameter's tensors are read together. All of them if the host's buffers become
-    the arrays: with one process, on CPU."""
+    """Which of a parameter's tensors are read together.
+
+    All of them if the host's buffers become the arrays: with one process, on CPU.
+    """
     layers = leaf.shape[0]
     if leaf.ndim < 3 or (_one_process() and _on_host(source)):
         return [slice(0, layers)]
@@ -260,13 +265,13 @@ def _read_rows(
     pieces: Iterator[Rows],
     pool: ThreadPoolExecutor,
 ) -> tuple[list[np.ndarray], set[int]]:
-    """A buffer for each range of columns, with these rows of a parameter's matrices; and the layers
-    that contain NaN or Inf."""
+    """Reads `rows` rows of a parameter's matrices into a buffer for each range of their columns;
+    returns the buffers, and the layers that contain NaN or Inf."""
     axes = _file_axes(path, leaf.ndim)
     buffers = []
     for first, last in columns:
         shape = list(leaf.shape)
-        if axes:
+        if axes is not None:
             shape[axes[0]], shape[axes[1]] = rows, last - first
         buffers.append(_aligned(shape, leaf.dtype))
     copies: deque[tuple[int, Future[bool]]] = deque()
@@ -326,8 +331,10 @@ def _turned(rows: np.ndarray) -> np.ndarray:
 
 def _all_finite(block: np.ndarray) -> bool:
     """np.isfinite(block).all() for any float dtype, twenty times as fast, without a second array.
+
     Read as integers, the bits of infinity are the smallest that are not a finite number: among
-    positive numbers as signed integers, among negative ones as unsigned integers."""
+    positive numbers as signed integers, among negative ones as unsigned integers.
+    """
     size = block.dtype.itemsize
     infinity, minus = np.asarray([np.inf, -np.inf], block.dtype).view(f"u{size}")
     signed, unsigned = block.view(f"i{size}"), block.view(f"u{size}")
@@ -336,9 +343,11 @@ def _all_finite(block: np.ndarray) -> bool:
 
 @functools.lru_cache(maxsize=64)
 def _redistributor(source: NamedSharding, final: NamedSharding):
-    """A jitted identity from one layout to the other, over the interconnect. In two steps, first
-    gathering over the axes of `source` that `final` does not have: asked for both at once, the
-    partitioner replicates the whole array."""
+    """A jitted identity from one layout to the other, over the interconnect.
+
+    In two steps, first gathering over the axes of `source` that `final` does not have: asked for
+    both at once, the partitioner replicates the whole array.
+    """
     kept = {name for part in final.spec for name in _axes(part)}
     spec = P(*[tuple(name for name in _axes(part) if name in kept) for part in source.spec])
     gather = functools.partial(
@@ -383,7 +392,9 @@ def output_tensors(
 @functools.lru_cache(maxsize=64)
 def _extractor(dtype: Any, transposed: bool, sharding: NamedSharding | None):
     def extract(leaf, layer):
-        block = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, 0, False)
+        block = leaf
+        if layer is not None:
+            block = jax.lax.dynamic_index_in_dim(leaf, layer, 0, keepdims=False)
         return (block.T if transposed else block).astype(dtype)
 
     return jax.jit(extract, out_shardings=sharding)

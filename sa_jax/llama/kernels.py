@@ -27,20 +27,23 @@ ATTENTION_RESIDUALS = "attention_residuals"
 
 LANES = 128  # splash's blocks are multiples of it
 
-# Splash's queries and keys of a tile in VMEM, forward and backward, by device_kind.
+# Queries and keys of splash's tile in VMEM, forward and backward, by the start of device_kind.
 # v5p and v6e: MaxText's benchmarks/maxtext_{v5p,trillium}_model_configs.py (Llama 3.1). v4 and v5e
 # have less VMEM in reach of one kernel: MaxText's default of 512 (configs/base.yml).
 _BLOCKS = {"TPU v4": 512, "TPU v5 lite": 512, "TPU v5": 1024, "TPU v6": 1024, "TPU7x": 1024}
 
 CUDNN_DTYPES = ("bfloat16", "float16")
-MOST_DOCUMENTS = 256  # a row, that `cudnn_packed` has room for
+MOST_DOCUMENTS = 256  # of a row, that `cudnn_packed` has room for
 _PLANNED_CUDNN = 91000  # cuDNN 9.10: what is compiled for where no cuDNN is installed
 _TOKAMAX = "0.0.12"  # its packed mask is no public API: 0.0.17 has another
 
 
 def splash_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    """Flash attention (arXiv 2205.14135) that skips masked-out blocks, without a copy of keys and
-    values for each query head. Interpreted where there is no TPU, which is slow: for tests."""
+    """Flash attention on TPU (arXiv 2205.14135) that skips masked-out blocks.
+
+    A query head reads its group's keys and values without a copy. On other platforms the kernel is
+    interpreted, which is slow and only for tests.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     s, heads, h = q_bskh.shape[1:]
@@ -77,9 +80,11 @@ def block_sizes(device_kind: str, s: int) -> "BlockSizes":
 
 
 def cudnn_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    """In bfloat16 or float16. A mask [B, 1, S, S], shared by all heads, separates documents; it
-    takes 32 MiB per row of 4,096 tokens. The kernel itself is causal, so it skips half of the
-    blocks."""
+    """cuDNN's flash attention, in bfloat16 or float16.
+
+    A mask [B, 1, S, S], shared by all heads, separates documents; it takes 32 MiB per row of 4,096
+    tokens. The kernel itself is causal, so it skips half of the blocks.
+    """
     same_b1st = segment_ids_bs[:, None, :, None] == segment_ids_bs[:, None, None, :]
     with _jax_mended(device):
         return jax.nn.dot_product_attention(
@@ -88,9 +93,11 @@ def cudnn_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
 
 
 def cudnn_packed_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    """`cudnn_attention` without a mask: cuDNN gets the offsets of each document. It needs Hopper or
-    newer, and a jax for which `offsets_are_right`. The result of a row with more than
-    `MOST_DOCUMENTS` is NaN, which stops training, because cuDNN would lose documents silently."""
+    """`cudnn_attention` without a mask: cuDNN gets the offsets of each document.
+
+    It needs Hopper or newer, and a jax for which `offsets_are_right`. The result of a row with more
+    than `MOST_DOCUMENTS` is NaN, which stops training, because cuDNN would lose documents silently.
+    """
     if capability(device) < (9,):
         raise UsageError(
             f"config.attention='cudnn_packed' needs Hopper or newer, and this is a "
@@ -137,8 +144,10 @@ def packed_offsets(segment_ids_bs: jax.Array, most: int) -> tuple[jax.Array, jax
 
 
 def offsets_are_right() -> bool:
-    """Whether jax's offsets are right when several heads share keys. Before jax-ml/jax#39521 they
-    were computed as if every query head had its own keys."""
+    """Whether jax's offsets of documents are right when several query heads share keys.
+
+    Before jax-ml/jax#39521 they were computed as if every query head had its own keys.
+    """
     starts, length = jnp.asarray([[0, 1, -1]], jnp.int32), jnp.ones((1, 2), jnp.int32)
     query, key = (jnp.zeros((1, 2, heads, 8)) for heads in (2, 1))
     fixed = jax_cudnn._fix_seqlen_offsets(length, length, starts, starts, query, key)
@@ -157,9 +166,11 @@ def check_documents(count: int) -> None:
 
 @contextlib.contextmanager
 def _jax_mended(device: jax.Device) -> Iterator[None]:
-    """Corrects two things in jax while a call is traced. jax 0.10.2 makes cuDNN write the gradient
-    of a boolean mask, [B, 1, S, S], which nothing reads. And jax checks the compiling machine,
-    where a plan needs the GPU that is compiled for."""
+    """Corrects two things in jax while a call is traced.
+
+    jax 0.10.2 makes cuDNN write the gradient of a boolean mask, [B, 1, S, S], which nothing reads.
+    And jax checks the machine that compiles, where a plan needs the GPU that is compiled for.
+    """
     changes: dict[str, Callable[..., Any]] = {"should_export_dbias": lambda *shapes: False}
     if jax.default_backend() != "gpu":
         here = capability(device)
@@ -206,8 +217,8 @@ def check_tokamax() -> None:
 
 
 def tokamax_attention(q_bskh, k_bsgh, v_bsgh, segment_ids_bs, *, device):
-    """A Pallas Mosaic kernel for Hopper, which gets the first key that each query sees ([B, S]
-    integers) instead of a mask."""
+    """tokamax's flash attention, a Pallas Mosaic kernel for Hopper. It gets the first key that each
+    query sees ([B, S] integers) instead of a mask."""
     check_tokamax()
     from tokamax._src import gpu_utils
     from tokamax._src.ops.attention import api, base

@@ -43,8 +43,10 @@ def combine(adapter: dict, base: dict) -> dict:
 
 
 def merge(params: dict, lora: LoraConfig) -> dict:
-    """Adds every adapter to its kernel and drops it: the same function in fewer parameters. The sum
-    is taken in float32 and cast back to the kernel's dtype; shardings are kept."""
+    """Adds every adapter to its kernel and drops it: the same function in fewer parameters.
+
+    The sum is taken in float32 and cast back to the kernel's dtype; shardings are kept.
+    """
     leaves = flatten_dict(params, sep="/")
     merged = {path: leaf for path, leaf in leaves.items() if not is_adapter_path(path)}
     for path, a in leaves.items():

@@ -75,9 +75,11 @@ REMAT_POLICIES = {
 
 
 def remat_policies(platform: str) -> list[str]:
-    """The names of the policies that are right on this platform ('cpu', 'gpu' or 'tpu'). On GPUs,
-    XLA before jax 0.11.1 reads an offloaded input of layer i as that of layer n - 1 - i in the
-    backward pass. https://github.com/openxla/xla/pull/46231"""
+    """The names of the policies that are right on this platform ('cpu', 'gpu' or 'tpu').
+
+    On GPUs, XLA before jax 0.11.1 reads an offloaded input of layer i as that of layer n - 1 - i in
+    the backward pass. https://github.com/openxla/xla/pull/46231
+    """
     wrong = platform == "gpu" and jax.__version_info__ < (0, 11, 1)
     return [name for name in REMAT_POLICIES if not (wrong and name == "offload")]
 
@@ -111,9 +113,11 @@ class RMSNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S. The
-    caller merges the batch and sequence axes: XLA's CPU backend runs a plain matrix product about
-    1.4x faster than the same product with batch axes; for other backends it is the same."""
+    """`x·W (+ b)`, plus `x·A·B·scale` when an adapter sits on it. x is [rows, in], rows = B·S.
+
+    The caller merges the batch and sequence axes: XLA's CPU backend runs a plain matrix product
+    about 1.4x faster than the same product with batch axes; for other backends it is the same.
+    """
 
     features: int
     dtype: Any
@@ -199,8 +203,10 @@ class Attention(nn.Module):
 
 @jax.custom_vjp
 def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up (arXiv 2002.05202), elementwise. The backward pass keeps these two arrays, of
-    one shape and dtype, and nothing else, and computes in float32."""
+    """silu(gate) * up (arXiv 2002.05202), elementwise, for two arrays of one shape and dtype.
+
+    The backward pass keeps these two and nothing else, and computes in float32.
+    """
     return nn.silu(gate) * up
 
 
@@ -370,8 +376,7 @@ class Llama(nn.Module):
     def decode(
         self, tokens_bs: jax.Array, positions_bs: jax.Array, cache: KVCache, prefill: bool = False
     ) -> tuple[jax.Array, KVCache]:
-        """The stream after the final norm [B, S, D] of tokens whose past is in the cache, and the
-        cache with them added.
+        """Runs tokens whose past is in the cache, and adds them to it.
 
         Args:
           tokens_bs: int [B, S] (S = 1 to decode, more to prefill).
@@ -380,19 +385,24 @@ class Llama(nn.Module):
           cache: donate it, it is updated in place.
           prefill: no row has a past. Attention is then training's, whose memory grows linearly with
             the row.
+
+        Returns:
+          The stream after the final norm [B, S, D] (see `logits`) and the new cache.
         """
         segment_ids_bs = jnp.ones_like(tokens_bs) if prefill else None  # a row is one document
         hidden_bsd, (k_lbsgh, v_lbsgh) = self._run(tokens_bs, positions_bs, segment_ids_bs, cache)
         return hidden_bsd, write(cache, positions_bs, k_lbsgh, v_lbsgh, self.mesh)
 
     def extend(self, tokens_bs: jax.Array, positions_bs: jax.Array, prefix: KVCache) -> jax.Array:
-        """The stream after the final norm [B, S, D] (see `logits`) of tokens after a past that all
-        rows share; the cache does not keep them.
+        """Runs tokens after a past that all rows share; the cache does not keep them.
 
         Args:
           tokens_bs: int [B, S].
           positions_bs: int [B, S], consecutive in a row from the length of its past on.
           prefix: a cache of one row.
+
+        Returns:
+          The stream after the final norm [B, S, D] (see `logits`).
         """
         return self._run(tokens_bs, positions_bs, None, prefix)[0]
 
@@ -427,9 +437,11 @@ class Llama(nn.Module):
 
 
 def layers_apart(params: dict) -> dict:
-    """Parameters for a model with `layers_apart`: layer i, without the leading L, is `layer_i`. A
-    GPU reads them in place. Where XLA takes a layer out of a stack, it copies its kernels first,
-    and moves each weight three times."""
+    """Parameters for a model with `layers_apart`: layer i, without the leading L, is `layer_i`.
+
+    A GPU reads them in place. Where XLA takes a layer out of a stack, it copies its kernels first,
+    and moves each weight three times.
+    """
     rest = {name: leaves for name, leaves in params.items() if name != "layers"}
     layers = params["layers"]
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -440,18 +452,21 @@ def with_small_kernels_merged(model: Llama) -> tuple[Llama, Callable[[Any], Any]
     """Merges the adapters (LoRA, arXiv 2106.09685) where x·(W + A·B) takes less work than
     x·W + (x·A)·B: in models so small that their adapters are about as large as their kernels.
 
-    Only for float32: in bfloat16 the sum W + A·B would round small changes away. Gives a model
-    without adapters, and the function from the parameters of `model` (not with `layers_apart`) to
-    its own; where adapters are not merged, `model` itself and the identity.
+    Only for float32: in bfloat16 the sum W + A·B would round small changes away.
+
+    Returns:
+      A model without adapters, and the function from the parameters of `model` (not with
+      `layers_apart`) to its own. Where merging does not pay: `model` itself, and the identity.
     """
     lora = model.lora
     if lora is not None and model.dtype == jnp.float32:
         shapes = parameter_shapes(model.config, jnp.float32, lora)
         adapters = [path for path in shapes if is_adapter_path(path)]
         kernels = {path.rpartition("/")[0] + "/kernel" for path in adapters}
+        kernel_size = sum(shapes[path].size for path in kernels)
+        adapter_size = sum(shapes[path].size for path in adapters)
         # A step takes three products with W, but two if W is frozen, and three with A and with B.
-        w, a_and_b = (sum(shapes[path].size for path in paths) for paths in (kernels, adapters))
-        if 3 * w < 2 * w + 3 * a_and_b:
+        if 3 * kernel_size < 2 * kernel_size + 3 * adapter_size:
             return model.clone(lora=None), functools.partial(merge, lora=lora)
     return model, lambda params: params
 

@@ -45,7 +45,8 @@ _ITEM_BYTES |= {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 # The format's own limit: a longer header is garbage read as a length.
 _MAX_HEADER_BYTES = 100_000_000
-# One ranged read: it fits a cache, and a piece that is turned is written in long runs.
+# One ranged read: small enough for a cache, large enough that a transposed piece is written in long
+# runs.
 _PIECE_BYTES = 4 << 20
 _WINDOW_BYTES = 256 << 20  # in flight at a time, which hides an object store's latency
 _WRITERS = 4  # tensors that are written at a time
@@ -59,9 +60,11 @@ class Folder:
     def __init__(self, path: str | Path):
         self.path = str(path).rstrip("/")
         self.remote = "://" in self.path
-        local = None if self.remote else {"driver": "file", "path": f"{os.path.realpath(path)}/"}
+        spec: Any = f"{self.path}/"
+        if not self.remote:
+            spec = {"driver": "file", "path": f"{os.path.realpath(path)}/"}
         try:
-            self._store = ts.KvStore.open(local or f"{self.path}/").result()
+            self._store = ts.KvStore.open(spec).result()
         except ValueError as error:
             raise UserError(f"{self.path} cannot be opened: {first_line(error)}") from None
 
@@ -101,7 +104,7 @@ class Folder:
         return _broken(self.name(file), "changed while it was read")
 
     def read(self, file: str, byte_range: slice = slice(0, None)) -> bytes | None:
-        """Bytes of a file, or None where there is no such file."""
+        """Bytes [start, stop) of a file, by default all, or None where there is no such file."""
         return self.finish_read(file, self.start_read(file, byte_range))
 
     def read_json(self, file: str) -> dict[str, Any] | None:
@@ -133,8 +136,10 @@ class TensorEntry(NamedTuple):
 
 
 def read_headers(folder: Folder, files: Iterable[str]) -> dict[str, TensorEntry]:
-    """Every tensor of the files; all headers are read at the same time. UserError if a file is
-    missing, truncated or malformed, or two files hold one tensor."""
+    """Every tensor of the files; all headers are read at the same time.
+
+    UserError if a file is missing, truncated or malformed, or two files hold one tensor.
+    """
     files = list(files)
     lengths = {}
     for file, content in _read_all(folder, [(file, slice(0, 8)) for file in files]):
@@ -221,13 +226,14 @@ class Rows:
 
 
 def read_rows(folder: Folder, requests: Iterable[tuple[TensorEntry, int, int]]) -> Iterator[Rows]:
-    """Whole rows of tensors in order, about 4 MiB each, to be fetched in several threads.
+    """Yields rows of tensors in order, about 4 MiB at a time, to be fetched in several threads.
 
     Rows of an object store have arrived when they are yielded, while the next 256 MiB are being
     read. Rows of a local folder are read by the thread that fetches them, into a buffer that it
     reuses: KvStore would allocate new memory twice for each read, which is half of a load's time.
-    `requests` are tensors, each with the [first, last) of its leading axis that is wanted. The rows
-    of one `Rows` are consecutive, and none crosses the end of a request.
+
+    `requests` are tensors, each with the [first, last) of its leading axis that is wanted. Each
+    `Rows` has consecutive whole rows, all of one request.
     """
     if not folder.remote:
         yield from _pieces(folder, requests)
@@ -303,8 +309,9 @@ def write_tensors(
         try:
             if folder is not None:
                 for name, shard in zip(names, shards, strict=True):
-                    begun.append(_begin_file(folder / name, shard))
-                    stack.enter_context(begun[-1][0])
+                    file, offsets = _begin_file(folder / name, shard)
+                    stack.enter_context(file)
+                    begun.append((file, offsets))
         except OSError as error:
             failure = error
         places = ((file, at) for file, offsets in begun for at in offsets)
@@ -339,13 +346,15 @@ def write_tensors(
 
 def _fetch_ahead(tensors: list[OutputTensor]) -> Iterator[jax.Array]:
     """Each tensor, while the next one is already being copied from the devices."""
-    before: list[jax.Array] = []
+    previous: jax.Array | None = None
     for tensor in tensors:
         array = tensor.fetch()
         array.copy_to_host_async()
-        yield from before
-        before = [array]
-    yield from before
+        if previous is not None:
+            yield previous
+        previous = array
+    if previous is not None:
+        yield previous
 
 
 def _begin_file(path: Path, tensors: list[OutputTensor]) -> tuple[BinaryIO, list[int]]:
@@ -381,10 +390,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def new_folder(path: str | Path) -> Iterator[Path | None]:
     """A temporary folder that becomes `path` when the block succeeds, and is removed otherwise.
 
-    Yields None in all processes but the first; if that fails, all fail. For a bucket, the folder is
-    on this machine, and is uploaded at the end, config.json last. A signal that stops the process
-    raises KeyboardInterrupt in the block, so that the folder is removed then too. UserError:
-    `path` is not empty, is in a store other than gs://, or cannot be written.
+    Yields None in all processes but the first; if that one fails, all fail. For a bucket, the
+    temporary folder is on this machine, and is uploaded at the end, config.json last. A signal that
+    stops the process raises KeyboardInterrupt in the block, so that the folder is removed then too.
+    UserError if `path` is not empty, is in a store other than gs://, or cannot be written.
     """
     name = str(path)
     target, temporary = as_path(absolute(path)), None

@@ -89,14 +89,18 @@ class Sampler:
         context_length: int,
         steps_per_call: int = 16,
     ):
-        """Compiles nothing yet, except that GPUs check the kernel that decoding takes. UsageError
-        for sizes below 1, or a context longer than the model's.
+        """Compiles nothing yet, except that GPUs check the kernel that decoding takes.
 
         Args:
           model: computes; its adapters may be merged, see `with_small_kernels_merged`.
           mesh: of the parameters. On its `decoding_mesh`, slots are sharded over (data, fsdp), and
             kv heads over tensor if it divides them.
+          batch_size: number of slots.
+          context_length: tokens; at most the model's max_position_embeddings.
           steps_per_call: most decode steps between two checks of which rows have finished.
+
+        Raises:
+          UsageError: sizes below 1, or a context longer than the model's.
         """
         config = model.config
         for name, value in (("batch_size", batch_size), ("steps_per_call", steps_per_call)):
@@ -185,11 +189,10 @@ class Sampler:
                     f"{self.context_length} needs 1 to {self.context_length - 1}; raise the "
                     "context length or drop the prompt"
                 )
-        most = settings.max_new_tokens
-        rows = [
-            _Row(index, list(prompt), prompt_id, min(len(prompt) + most, self.context_length))
-            for index, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids, strict=True))
-        ]
+        rows: list[_Row] = []
+        for prompt, prompt_id in zip(prompts, prompt_ids, strict=True):
+            end = min(len(prompt) + settings.max_new_tokens, self.context_length)
+            rows.append(_Row(len(rows), list(prompt), prompt_id, end))
         # Rows of one bucket come together, so prefill batches are full.
         pending = collections.deque(sorted(rows, key=lambda row: -self._bucket(row.prompt)))
         slots: dict[int, _Row] = {}
@@ -268,9 +271,11 @@ class Sampler:
         for slot, row in slots.items():
             token_b[slot], position_b[slot] = row.tokens[-1], row.length - 1
             end_b[slot], ids_b[slot] = row.end, row.prompt_id
-        stops_k = np.asarray(settings.stop_token_ids, np.int32)
-        arguments = params, cache, token_b, position_b, end_b, ids_b, stops_k, np.int32(least)
-        cache, *decoded = self._decode(*arguments, **noise_arguments(settings))
+        stop_tokens_k = np.asarray(settings.stop_token_ids, np.int32)
+        per_row = token_b, position_b, end_b, ids_b
+        cache, *decoded = self._decode(
+            params, cache, *per_row, stop_tokens_k, np.int32(least), **noise_arguments(settings)
+        )
         tokens_tb, logprobs_tb, steps = jax.device_get(decoded)
         is_stop_tb = np.isin(tokens_tb[:steps], settings.stop_token_ids)
         for slot, row in slots.items():
@@ -311,11 +316,13 @@ class _Row:
         return Completion(self.tokens, self.stop_reason, self.logprobs)
 
 
-def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, ids_b, **noise):
-    """Runs right-padded prompts and writes their keys and values into the cache's slots. It writes
-    padding too: this is after the prompt, and decoding overwrites each place before a query can see
-    it. `slots_b` are unique, and XLA must know: for equal ones its deterministic programs for GPUs
-    sort every number that is written (--xla_gpu_deterministic_ops)."""
+def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, prompt_ids_b, **noise):
+    """Runs right-padded prompts and writes their keys and values into the cache's slots.
+
+    It writes padding too: this is after the prompt, and decoding overwrites each place before a
+    query can see it. `slots_b` are unique, and XLA must know: for equal ones its deterministic
+    programs for GPUs sort every number that is written (--xla_gpu_deterministic_ops).
+    """
     batch, length = tokens_bs.shape
     positions_bs = jnp.broadcast_to(jnp.arange(length), (batch, length))
     new = init_cache(model.config, batch, length, model.dtype)
@@ -332,16 +339,30 @@ def _prefill(model, attention, params, cache, tokens_bs, lengths_b, slots_b, ids
     )
     hidden_bd = hidden_bsd[jnp.arange(batch), lengths_b - 1]
     logits_bv = model.apply(variables, hidden_bd, method="logits")
-    return cache, *sample_tokens(logits_bv, ids_b, lengths_b, **noise)
+    return cache, *sample_tokens(logits_bv, prompt_ids_b, lengths_b, **noise)
 
 
 def _decode(
-    model, steps, params, cache, token_b, position_b, end_b, ids_b, stops_k, least, **noise
+    model,
+    steps,
+    params,
+    cache,
+    token_b,
+    position_b,
+    end_b,
+    prompt_ids_b,
+    stop_tokens_k,
+    least,
+    **noise,
 ):
-    """Up to `steps` tokens for every row, fewer once fewer than `least` rows are active: the cache,
-    tokens [steps, B], their log-probabilities [steps, B], and how many steps ran. A row is active
-    while its next position is before its end. Other rows compute without use: they write to their
-    own slots, which the next prefill overwrites."""
+    """Up to `steps` tokens for every row; ends early if fewer than `least` rows are active.
+
+    A row is active while its next position is before its end. Other rows compute without use: they
+    write to their own slots, which the next prefill overwrites.
+
+    Returns:
+      The cache, tokens [steps, B], their log-probabilities [steps, B], and how many steps ran.
+    """
     variables = {"params": params}
 
     def unfinished(carry):
@@ -354,10 +375,10 @@ def _decode(
             variables, token_b[:, None], position_b[:, None], cache, method="decode"
         )
         logits_bv = model.apply(variables, hidden_bsd[:, 0], method="logits")
-        next_b, logprob_b = sample_tokens(logits_bv, ids_b, position_b + 1, **noise)
+        next_b, logprob_b = sample_tokens(logits_bv, prompt_ids_b, position_b + 1, **noise)
         tokens_tb = tokens_tb.at[step].set(next_b)
         logprobs_tb = logprobs_tb.at[step].set(logprob_b)
-        stopped_b = jnp.any(next_b[:, None] == stops_k, axis=-1)
+        stopped_b = jnp.any(next_b[:, None] == stop_tokens_k, axis=-1)
         active_b = active_b & ~stopped_b & (position_b + 2 < end_b)
         position_b = jnp.where(active_b, position_b + 1, position_b)
         return step + 1, cache, next_b, position_b, active_b, tokens_tb, logprobs_tb

@@ -52,7 +52,8 @@ def sample_tokens(
     top_p: jax.Array,
     nucleus: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Next tokens int32 [B] by the Gumbel-max trick, and their log-probabilities at temperature 1.
+    """Draws next tokens by the Gumbel-max trick: tokens int32 [B], and their log-probabilities at
+    temperature 1, float32 [B].
 
     Args:
       logits_bv: float32 [B, V].
@@ -81,9 +82,11 @@ def sample_tokens(
 
 def gumbel_noise(bits: jax.Array) -> jax.Array:
     """Float32 noise that is Gumbel-distributed for uniform uint32 bits, and grows with them.
+
     `jax.random.gumbel` uses 23 of the bits, so its noise ends at 15.9: it draws a token of
     probability 1e-7 half as often as it should, and one of 3e-8 never. (Its mode "high" draws twice
-    as many random numbers.)"""
+    as many random numbers.)
+    """
     # Uniform in (0, 1): the bits' distance from their end, because float32 is finest near 0, and
     # there the noise is largest.
     rest = ((~bits).astype(jnp.float32) + 0.5) * 2.0**-32

@@ -43,7 +43,9 @@ class Score:
 @dataclasses.dataclass(frozen=True)
 class _Row:
     """One row of a forward pass: continuations that differ at most in their last token.
-    `targets_cn` are their tokens; all but the last are also the end of `tokens`."""
+
+    `targets_cn` are their tokens; all but the last are also the end of `tokens`.
+    """
 
     tokens: tuple[int, ...]
     targets_cn: tuple[tuple[int, ...], ...]
@@ -90,8 +92,8 @@ class Scorer:
 
         Args:
           params: the model's parameters, on the scorer's mesh.
-          queries: with their continuation, at most max_position_embeddings + 1 tokens, else
-            UserError.
+          queries: with each continuation, at most max_position_embeddings + 1 tokens; UserError for
+            an empty or a longer one.
           should_stop: asked between device calls; must answer alike in every process. True raises
             Preempted.
           on_done: called with a query's index and its scores as soon as they are known.
@@ -198,10 +200,12 @@ class _Beginning:
 
 
 def share_prefixes(rows: Sequence[_Row]) -> list[tuple[list[_Row], int]]:
-    """Groups of rows, with the length of the prefix that all rows of a group share. Of the prefixes
-    within each other (a header, the examples of a subject after it), a row is given one with which
-    few tokens are run: each prefix is decided once, the longest first. Rows that share too few
-    tokens, or with too few others, form one group without a prefix."""
+    """Groups of rows, with the length of the prefix that all rows of a group share.
+
+    Of the prefixes within each other (a header, the examples of a subject after it), a row is given
+    one with which few tokens are run: each prefix is decided once, the longest first. Rows that
+    share too few tokens, or with too few others, form one group without a prefix.
+    """
     ordered = sorted(rows, key=lambda row: row.tokens[: row.free])
     begun = [_Beginning(0)]  # each has the one before as its beginning
     for row, after in itertools.zip_longest(ordered, ordered[1:]):
@@ -241,8 +245,7 @@ def target_logprobs(
     start: jax.Array | int = 0,
     prefix: KVCache | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities float32 [B, N, C] of alternatives for the tokens after given places, and
-    whether each is the most likely token.
+    """Log-probabilities of alternatives for the tokens after given places.
 
     Args:
       tokens_bs: int [B, S], padded on the right.
@@ -250,6 +253,9 @@ def target_logprobs(
       targets_bnc: int [B, N, C], the alternatives after each of the N places.
       start: the number of tokens before all rows.
       prefix: their keys and values, or None.
+
+    Returns:
+      Log-probabilities float32 [B, N, C], and whether each target is the most likely token.
     """
     b, s = tokens_bs.shape
     implementation = prompt_attention(model.mesh, model.config.num_kv_heads, model.dtype, s)

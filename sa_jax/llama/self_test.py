@@ -35,9 +35,13 @@ def check_attention(implementation: str, mesh: Mesh, dtype: Any, head_dim: int) 
 
     Each device has one row, with padding, a document of one token, and two that cross the tiles of
     the kernel; four query heads share a key/value head. The other arguments are those of the model.
-    Gives the largest differences of "output" and of the gradients of "queries", "keys" and
-    "values", relative to the largest number; UserError, with both numbers, if one is above
-    `TOLERANCE`.
+
+    Returns:
+      The largest differences of "output" and of the gradients of "queries", "keys" and "values",
+      relative to the largest number.
+
+    Raises:
+      UserError: one is above `TOLERANCE`, or not finite; the message has both numbers.
     """
     worst = lower_attention_check(implementation, mesh, dtype, head_dim).compile()()
     names = ("output", "queries", "keys", "values")
@@ -95,7 +99,7 @@ def lower_attention_check(implementation: str, mesh: Mesh, dtype: Any, head_dim:
 
 def decoding_takes_kernel(mesh: Mesh, config: LlamaConfig, dtype: Any, block: int) -> bool:
     """Whether `Sampler` takes `decode_kernel`: on GPUs, if its sizes are the kernel's, and if it is
-    right on these devices; `block` is a block of the cache, in tokens.
+    right on these devices. `block` is the number of tokens in a block of the cache.
 
     Where the kernel does not compile or is wrong, a warning says so, and decoding takes products
     instead: each step then reads the cache twice and writes it once. Without these devices (plans)
@@ -129,9 +133,11 @@ def compile_decode_check(
     """Compiles a comparison of `attend_to_past` with `masked_attention` in float32.
 
     Each device has rows whose past is 1 token, a block, not a whole number of blocks, and 6 blocks,
-    in 3 parts of 2 blocks; and two key/value heads, each shared by so many query heads. Returns a
-    function that computes the largest difference, relative to the largest number of the same row
-    (float32 []).
+    in 3 parts of 2 blocks; and two key/value heads, each shared by so many query heads.
+
+    Returns:
+      A function that computes the largest difference, relative to the largest number of the same
+      row (float32 []).
     """
     past = np.asarray([1, block, 5 * block - 9, 6 * block], np.int32)
     groups = 2 * mesh.shape["tensor"]

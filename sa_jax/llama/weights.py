@@ -41,16 +41,20 @@ def decoding_mesh(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Mesh:
 
 
 def layers_apart_pay(mesh: Mesh, config: LlamaConfig, dtype: Any, copies: int) -> bool:
-    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room for
-    `copies` of the weights, this one among them. `mesh` is the result of `decoding_mesh`."""
+    """Whether decoding takes a copy of the parameters with its layers apart: on GPUs with room.
+
+    `mesh` is the result of `decoding_mesh`; `copies` of the weights are made, this one among them.
+    """
     cut = mesh.shape["fsdp"] * mesh.shape["tensor"]
     on_gpu = mesh.devices.flat[0].platform == "gpu"
     return on_gpu and has_room(mesh, config, dtype, cut, copies)
 
 
 def move_weights(params: dict, mesh: Mesh) -> dict:
-    """A copy on another mesh of the same devices in the same order. (In one process,
-    `jax.device_put` would copy it through the host, and keep it there.)"""
+    """A copy on another mesh of the same devices in the same order.
+
+    Not by `jax.device_put`, which in one process copies it through the host, and keeps it there.
+    """
     return jax.jit(_same, out_shardings=shardings(mesh, params))(params)
 
 
@@ -59,8 +63,10 @@ def _same(params: dict) -> dict:
 
 
 def cast_weights(params: dict, dtype) -> dict:
-    """Weights in the dtype of the computation, cast once and not at every step, except norms. Those
-    that have it already are not copied."""
+    """Weights in the dtype of the computation, cast once and not at every step, except norms.
+
+    Those that have it already are not copied.
+    """
 
     def cast(path, leaf):
         return leaf if path[-1].key == "scale" or leaf.dtype == dtype else _cast(leaf, dtype)

@@ -27,9 +27,11 @@ _DECAYS = ("weight_decay", "weight_decay_rate", "adam_weight_decay")  # optax's 
 
 
 def make_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
-    """Linear warm-up over `warmup_fraction` of a run's steps, then `cosine` to 0 or `constant`;
-    UsageError for another schedule. `config` is the `optimizer` section. Step 0 already updates
-    (its rate is peak / warm-up steps), and the last step's rate is above 0."""
+    """Linear warm-up over `warmup_fraction` of a run's steps, then `cosine` to 0 or `constant`.
+
+    `config` is the `optimizer` section; UsageError for another schedule. Step 0 already updates
+    (its rate is peak / warm-up steps), and the last step's rate is above 0.
+    """
     peak = config.learning_rate
     warmup = max(1, round(config.warmup_fraction * total_steps))
     if config.schedule == "cosine":
@@ -203,8 +205,11 @@ def _with_decay(
 
 
 def _find(name: str) -> Callable[..., optax.GradientTransformation]:
-    """A function with a learning rate that makes a whole optimizer, not a part of a chain. Not the
-    schedule-free ones: evals and exports would need other parameters than those trained."""
+    """The function of optax, of this name, that makes a whole optimizer, not a part of a chain.
+
+    The schedule-free ones are left out: evals and exports would need other parameters than those
+    trained.
+    """
     parts = ("_", "scale_by_", "inject_", "schedule_free")
     known = {
         prefix + key: value
@@ -290,8 +295,10 @@ def optimizer_metrics(state: Any) -> dict[str, jax.Array]:
 
 
 def may_change_size(path: str) -> bool:
-    """Whether the leaf is a stack of the fast SOAP, which is padded with zeros for its mesh: one of
-    another mesh is cut or padded to fit."""
+    """Whether the leaf is a stack of the fast SOAP, which is padded with zeros for its mesh.
+
+    A checkpoint of another mesh is cut or padded with zeros to fit.
+    """
     return re.search(r"(^|/)stacks/\d+x\d+x\d+(_\d+)?/", path) is not None
 
 

@@ -57,8 +57,10 @@ def fast(settings: Settings) -> optax.GradientTransformation:
         plans, elementwise = layout_of(shapes)
         moments = {path: jnp.zeros(shapes[path], jnp.float32) for path in elementwise}
         stacks = {plan.name: init_stack(plan) for plan in plans}
-        counters = (jnp.zeros((), jnp.int32),) * 3
-        state = FastState(*counters, stacks, moments, moments)
+        zero = jnp.zeros((), jnp.int32)
+        state = FastState(
+            count=zero, skipped=zero, rejected=zero, stacks=stacks, mu=moments, nu=moments
+        )
         return place(state, state_specs(state, settings.partition_spec))
 
     def update(grads: optax.Updates, state: FastState, params: optax.Params | None = None):
@@ -100,8 +102,14 @@ def fast(settings: Settings) -> optax.GradientTransformation:
         scaled = treedef.unflatten([size * directions[path] for path in g])
         updates = to_updates(settings, scaled, params, state.count, moves)
         updates = jax.tree.map(lambda u: jnp.where(jnp.isnan(u), 0, u), updates)
-        counters = state.skipped + ~finite, state.rejected + rejected
-        return updates, FastState(optax.safe_increment(state.count), *counters, stacks, mu, nu)
+        return updates, FastState(
+            count=optax.safe_increment(state.count),
+            skipped=state.skipped + ~finite,
+            rejected=state.rejected + rejected,
+            stacks=stacks,
+            mu=mu,
+            nu=nu,
+        )
 
     return optax.GradientTransformation(init, update)
 
@@ -114,8 +122,12 @@ def _update_stacks(
     t: jax.Array,
     finite: jax.Array,
 ) -> tuple[dict[str, jax.Array], dict[str, Stack], jax.Array]:
-    """One device's part of an update: directions by path, NaN for a matrix that is not updated (it
-    must not decay either); the new stacks; how many were not updated."""
+    """One device's part of an update.
+
+    Returns:
+      directions of the leaves, by path, NaN for a matrix that is not updated (it must not decay
+      either); the new stacks; how many matrices were not updated.
+    """
     before, stacks = stacks, dict(stacks)  # the caller's stay as they are
     moved, sound = {}, {}
     for plan in plans:
@@ -145,9 +157,14 @@ def _update_stacks(
 def _step_stack(
     settings: Settings, plan: StackPlan, g: jax.Array, stack: Stack, t: jax.Array, finite: jax.Array
 ) -> tuple[Stack, jax.Array, jax.Array]:
-    """The step of a stack in its bases, and its new factors: the new stack; the direction in the
-    bases' coordinates [n, cols, rows]; and which matrices are sound, bool [n]. A matrix whose basis
-    or factor is not finite is not sound, and keeps its state."""
+    """The step of a stack in its current bases, and its new factors.
+
+    A matrix whose basis or factor is not finite is not sound, and keeps its state.
+
+    Returns:
+      new stack; direction in the bases' coordinates, [n, cols, rows]; which matrices are sound,
+      bool [n].
+    """
     bases = (stack.q_rows, stack.q_cols)
     matmul_dtype = settings.matmul_dtype
 
@@ -165,17 +182,17 @@ def _step_stack(
         sound &= jnp.all(jnp.isfinite(x), axis=(1, 2, 3))
     sound = _over(jax.lax.pmin, sound, plan.split_axes)
 
-    def take(where: jax.Array, new: Any, old: Any) -> Any:
+    def new_where(matrices: jax.Array, new: Any, old: Any) -> Any:
         def choose(a: jax.Array, b: jax.Array) -> jax.Array:
-            return jnp.where(jnp.expand_dims(where, range(1, a.ndim)), a, b)
+            return jnp.where(jnp.expand_dims(matrices, range(1, a.ndim)), a, b)
 
         return jax.tree.map(choose, new, old)
 
     learns = sound & finite
-    before = stack.mu_ncr, stack.nu_ncr
-    moments = adam_moments(settings, rotate(g, *bases, matmul_dtype), *before)
-    mu, nu = take(learns & (t > 0), moments, before)
-    gg_rows, gg_cols = take(learns, (gg_rows, gg_cols), (stack.gg_rows, stack.gg_cols))
+    old_moments = stack.mu_ncr, stack.nu_ncr
+    moments = adam_moments(settings, rotate(g, *bases, matmul_dtype), *old_moments)
+    mu, nu = new_where(learns & (t > 0), moments, old_moments)
+    gg_rows, gg_cols = new_where(learns, (gg_rows, gg_cols), (stack.gg_rows, stack.gg_cols))
     direction = (mu / (jnp.sqrt(nu) + settings.eps)).astype(matmul_dtype)
     stack = dataclasses.replace(stack, mu_ncr=mu, nu_ncr=nu, gg_rows=gg_rows, gg_cols=gg_cols)
     return stack, direction, sound
@@ -185,7 +202,9 @@ def _turn_back(
     settings: Settings, plan: StackPlan, direction: jax.Array, stack: Stack, good: jax.Array
 ) -> jax.Array:
     """A direction [n, cols, rows] in the bases of `stack` -> [n, rows, cols], NaN where not good.
-    The result is rounded to `matmul_dtype`, so that as few bytes are sent as for gradients."""
+
+    The result is rounded to `matmul_dtype`, so that as few bytes are sent as for gradients.
+    """
     # A basis of NaN makes its whole matrix NaN. To fill the matrix itself would take longer.
     q_rows = jnp.where(good[:, None, None, None], stack.q_rows, jnp.nan)
     q_cols = None if stack.q_cols is None else stack.q_cols.mT

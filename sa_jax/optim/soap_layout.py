@@ -29,8 +29,10 @@ _ROWS, _COLS = 1, 2  # axes of a stack [n, rows, cols]
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A side of a stack's matrices, of length `size` in `blocks` blocks of `block`; the last may
-    extend past the end (`padded`). A side without a basis has no blocks."""
+    """One side of the matrices of a stack: its length is `size`, in `blocks` blocks of `block`.
+
+    A side without a basis has no blocks. The last block may extend past the end (`padded`).
+    """
 
     size: int
     block: int = 0
@@ -114,9 +116,11 @@ def make_layout(
     mesh: Mesh | None = None,
     partition_spec: SpecRule | None = None,
 ) -> tuple[list[StackPlan], list[str]]:
-    """The stacks, and the paths of the leaves that get Adam, from the leaves' shapes by path.
-    ValueError for a view that does not fit, and for a batch axis, or the inner part of a merged
-    side, that is sharded."""
+    """Decides sides, blocks, stacks and owners, from the leaves' shapes by path.
+
+    Returns the stacks, and the paths of the leaves that get Adam. ValueError for a view that does
+    not fit, and for a batch axis, or the inner part of a merged side, that is sharded.
+    """
     grouped: dict[tuple, list[Leaf]] = {}
     elementwise = []
     for path, shape in shapes.items():
@@ -145,7 +149,7 @@ def make_layout(
 
 
 def init_stack(plan: StackPlan) -> Stack:
-    """Zeros, and identities as bases."""
+    """The first state of a stack: zeros, and identities as bases."""
 
     def factor_and_basis(side: Side) -> tuple[jax.Array | None, jax.Array | None]:
         if not side.blocks:
@@ -154,8 +158,18 @@ def init_stack(plan: StackPlan) -> Stack:
         return gg, gg + jnp.eye(side.block, dtype=gg.dtype)
 
     moments = jnp.zeros((plan.padded, plan.cols.padded, plan.rows.padded), jnp.float32)
-    rows, cols = factor_and_basis(plan.rows), factor_and_basis(plan.cols)
-    return Stack(moments, moments, *rows, *cols, plan.stack_axes, plan.split_axes)
+    gg_rows, q_rows = factor_and_basis(plan.rows)
+    gg_cols, q_cols = factor_and_basis(plan.cols)
+    return Stack(
+        mu_ncr=moments,
+        nu_ncr=moments,
+        gg_rows=gg_rows,
+        q_rows=q_rows,
+        gg_cols=gg_cols,
+        q_cols=q_cols,
+        stack_axes=plan.stack_axes,
+        split_axes=plan.split_axes,
+    )
 
 
 def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
@@ -180,8 +194,10 @@ def state_specs(state: FastState, partition_spec: SpecRule | None) -> FastState:
 
 
 def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) -> jax.Array:
-    """This device's parts of the stack's leaves -> its part of the stack, [n, rows, cols] padded:
-    inside shard_map, or with mesh None, where nothing moves."""
+    """This device's parts of the stack's leaves -> its part of the stack, [n, rows, cols] padded.
+
+    Inside shard_map (or with mesh None, where nothing moves).
+    """
     rows = plan.rows.size // _size(mesh, plan.row_axes)  # on this device
     parts = [
         leaves[leaf.path].reshape(leaf.count, -1, rows).swapaxes(1, 2)
@@ -192,7 +208,8 @@ def to_owners(leaves: dict[str, jax.Array], plan: StackPlan, mesh: Mesh | None) 
     x = jnp.concatenate(parts)
     x = jnp.pad(x, [(0, plan.padded - x.shape[0]), (0, 0), (0, 0)])
     for axis in plan.hops:
-        x = _move(x, axis, *_hop(plan, axis))
+        split, concat = _hop(plan, axis)
+        x = _move(x, axis, split, concat)
     rows, cols = plan.rows.padded - plan.rows.size, plan.cols.padded - plan.cols.size
     return jnp.pad(x, [(0, 0), (0, rows), (0, cols)])
 
@@ -201,7 +218,8 @@ def from_owners(x: jax.Array, plan: StackPlan, mesh: Mesh | None) -> dict[str, j
     """The inverse of `to_owners`: a device's part of the stack -> its parts of leaves, by path."""
     x = x[:, : plan.rows.size, : x.shape[2] - (plan.cols.padded - plan.cols.size)]
     for axis in reversed(plan.hops):
-        x = _move(x, axis, *reversed(_hop(plan, axis)))
+        split, concat = _hop(plan, axis)
+        x = _move(x, axis, concat, split)
     leaves, start = {}, 0
     for leaf in plan.leaves:
         part = x[start : start + leaf.count]
@@ -262,17 +280,16 @@ def _with_owners(plan: StackPlan, mesh: Mesh | None) -> StackPlan:
     kept = [axis for axis in plan.col_axes if axis in cut]
 
     def cost(roles: Sequence[str]) -> tuple[float, int]:
-        """(a device's work, parts of the columns); infinite if the columns cannot be cut so"""
+        """(a device's work, parts of the columns); infinite work if columns cannot be cut so."""
         role = dict(zip(cut, roles, strict=True))
-        parts, devices = (
-            _size(mesh, [axis for axis in cut if role[axis] == name]) for name in ("split", "stack")
-        )
-        stay = [role[axis] == "split" for axis in kept]
+        parts = _size(mesh, [axis for axis in cut if role[axis] == "split"])
+        devices = _size(mesh, [axis for axis in cut if role[axis] == "stack"])
+        stays = [role[axis] == "split" for axis in kept]
         fits = (
             (plan.cols.blocks or plan.cols.size) % parts == 0
             and (parts == 1 or plan.cols.padded == plan.cols.size)
             # Columns stay in order only if those axes that stay on them are the major ones.
-            and stay == sorted(stay, reverse=True)
+            and stays == sorted(stays, reverse=True)
         )
         work = math.ceil(plan.count / devices) * plan.cols.padded // parts
         return work if fits else math.inf, parts

@@ -17,12 +17,12 @@ _PANEL = 256
 # Largest |QᵀQ - I| of a basis that is accepted; float32 gives 1e-6, three passes up to 1e-4.
 _ORTHOGONALITY = 1e-3
 
-# In place of a dtype of operands: float32, by `three_passes`.
+# In place of the dtype of a product's operands: float32, multiplied by `three_passes`.
 IN_THREE_PASSES = None
 
 
 def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
-    """Operands rounded to `dtype` (or `IN_THREE_PASSES`), accumulation in float32."""
+    """jnp.einsum with operands rounded to `dtype` (or `IN_THREE_PASSES`), summed in float32."""
     if dtype is IN_THREE_PASSES:
         return three_passes(subscripts, x, y)
     if dtype == jnp.float32:
@@ -46,9 +46,11 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array
 def rotate(
     x: jax.Array, q_rows: jax.Array | None, q_cols: jax.Array | None, dtype: Any
 ) -> jax.Array:
-    """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows]. The
-    inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ). The result is transposed, because a TPU's product over
-    columns leaves them as rows, and would copy them to turn them back."""
+    """(Q_rowsᵀ·x·Q_cols)ᵀ of each matrix, block by block: [n, rows, cols] -> [n, cols, rows].
+
+    The result is transposed, because a TPU's product over columns leaves them as rows, and would
+    copy them to turn them back. The inverse is rotate(·, Q_colsᵀ, Q_rowsᵀ).
+    """
     n, rows, cols = x.shape
     if q_rows is not None:
         blocks, block = q_rows.shape[1:3]
@@ -64,8 +66,10 @@ def rotate(
 
 
 def gram(x: jax.Array, side: int, blocks: int, dtype: Any) -> jax.Array:
-    """x·xᵀ (side 1, rows) or xᵀ·x (side 2, columns) of the blocks of each matrix x [n, rows, cols]
-    along that side: float32 [n, blocks, block, block]."""
+    """x·xᵀ (side 1, rows) or xᵀ·x (side 2, columns) of each matrix's blocks along that side.
+
+    x is [n, rows, cols]; returns float32 [n, blocks, block, block].
+    """
     n, rows, cols = x.shape
     if side == 1:
         x = x.reshape(n, blocks, rows // blocks, cols)
@@ -131,10 +135,10 @@ def three_passes(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def loops_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
-    """A function of a matrix, of which `jax.vmap` makes a loop over the batch on CPU.
+    """A function of one matrix that `jax.vmap` turns into a loop over the batch on CPU.
 
-    That takes as long as the batch. For a batch, jaxlib's LAPACK waits in a thread of XLA's pool
-    for tasks of that same pool: as many devices as the pool has threads wait for ever.
+    The loop takes as long as the batch. For a batch, jaxlib's LAPACK waits in a thread of XLA's
+    pool for tasks of that same pool: as many devices as the pool has threads wait for ever.
     """
     looping = jax.custom_batching.custom_vmap(function)
 
@@ -147,8 +151,10 @@ def loops_on_cpu(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Ar
 
 
 def orthonormal(y: jax.Array) -> jax.Array:
-    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n]; on CPU one
-    matrix after the other, as `loops_on_cpu` says."""
+    """The orthogonal factor of the QR decomposition of each square matrix, [B, n, n].
+
+    On CPU one matrix after the other, for the reason that `loops_on_cpu` gives.
+    """
 
     def together(y: jax.Array) -> jax.Array:
         direct = y.shape[-1] <= _LARGEST_DIRECT
@@ -166,10 +172,12 @@ def qr_flops(n: int) -> float:
 
 
 def _blocked_qr(y: jax.Array, panel: int) -> jax.Array:
-    """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ. Every panel
-    has the same static shapes: finished rows are rotated to the bottom and zeroed, where
-    reflections do not change them. Costs 8n³ in matrix products, whose precision leaves Q
-    orthogonal to 1e-4."""
+    """Householder QR panel by panel, each panel's reflections applied as I - V·T·Vᵀ.
+
+    Every panel has the same static shapes: finished rows are rotated to the bottom and zeroed,
+    where reflections do not change them. Costs 8n³ in matrix products, whose precision leaves Q
+    orthogonal to 1e-4.
+    """
     batch, n, _ = y.shape
     extra = -n % panel
     q = jnp.broadcast_to(jnp.eye(n, dtype=y.dtype), (batch, n, n))

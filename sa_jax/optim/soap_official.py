@@ -93,7 +93,9 @@ def official(settings: Settings) -> optax.GradientTransformation:
 
     def init(params: optax.Params) -> OfficialState:
         leaves, treedef = flatten(params)
-        return pack(treedef, jnp.zeros((), jnp.int32), [init_leaf(*x) for x in leaves.items()])
+        return pack(
+            treedef, jnp.zeros((), jnp.int32), list(map(init_leaf, leaves, leaves.values()))
+        )
 
     def update(grads: optax.Updates, state: OfficialState, params: optax.Params | None = None):
         gradients, treedef = flatten(grads)

@@ -35,8 +35,10 @@ def soap_plan(
     max_precond_dim: int = LONGEST_SIDE,
 ) -> list[SoapRow]:
     """One row per parameter (or its ShapeDtypeStruct), for `soap(mode="fast")` with these settings.
+
     Zeros that pad a stack for a mesh are not counted: `jax.eval_shape(tx.init, params)` with the
-    mesh shows them."""
+    mesh shows them.
+    """
     shapes = {path: leaf.shape for path, leaf in flatten(params)[0].items()}
     plans, elementwise = make_layout(
         shapes,

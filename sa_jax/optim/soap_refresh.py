@@ -31,8 +31,10 @@ class Part(NamedTuple):
 def cut_into_slots(
     plans: Sequence[StackPlan], counts: Sequence[int], slots: int
 ) -> list[list[Part]]:
-    """A device's matrices (`counts` of each stack), in order, in parts of about equal cost. With
-    more slots than matrices, some are empty."""
+    """A device's matrices (`counts` of each stack), in order, in parts of about equal cost.
+
+    If there are more slots than matrices, some slots are empty.
+    """
     costs = [sum(s.blocks * s.block**3 for s in (plan.rows, plan.cols)) for plan in plans]
     total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
     parts_of_slot: list[list[Part]] = [[] for _ in range(slots)]
@@ -58,8 +60,8 @@ def refresh(
       first: whether these are the first bases, which start at the identity.
 
     Returns:
-      All stacks; and of those with parts, which matrices keep an old basis because the new one
-      could not be used, bool [n].
+      All stacks; and by name, for the stacks with parts, which matrices keep an old basis because
+      the new one could not be used, bool [n].
     """
     # The first basis is reached in several iterations, of a factor that is singular still.
     iterations = jnp.where(first, _FIRST_ITERATIONS, 1)
@@ -85,7 +87,7 @@ def refresh(
 def _refresh_part(
     stack: Stack, kept: jax.Array, part: Part, iterations: jax.Array, lift: jax.Array
 ) -> tuple[Stack, jax.Array]:
-    """(stack, whether a new basis of a matrix could not be used, bool [n])"""
+    """(stack, `kept` with the part's matrices whose new basis could not be used, bool [n])"""
     together = _matrices_together(stack, part.stop - part.start)
 
     def some(turn: jax.Array, carry: tuple[Stack, jax.Array]) -> tuple[Stack, jax.Array]:

@@ -19,8 +19,11 @@ SpecRule = Callable[[str, int], P]
 
 
 class TensorView(NamedTuple):
-    """A parameter as independent tensors, and the sides of each. TensorView(batch=1, sides=(1, 2))
-    makes attention weights [L, D, heads, head_dim] L matrices of D × heads·head_dim."""
+    """A parameter as independent tensors, and the sides of each.
+
+    Example: attention weights [L, D, heads, head_dim] are L matrices of D × heads·head_dim:
+      TensorView(batch=1, sides=(1, 2)).
+    """
 
     batch: int  # leading axes that count independent tensors (the layers of scanned weights)
     sides: tuple[int, ...]  # consecutive axes that each side merges; (): the parameter gets Adam
@@ -102,7 +105,9 @@ def unit_rms(
     mean: Callable[[jax.Array], jax.Array] = jnp.mean,
 ) -> jax.Array:
     """A tensor scaled to a root mean square of 1; zeros stay zeros. `largest` and `mean` reduce an
-    array over a tensor's axes. Numbers up to 1 are squared: squares of very small ones underflow.
+    array over the axes of a tensor.
+
+    It squares numbers up to 1, because the squares of a very small direction would underflow.
     """
     size = largest(jnp.abs(direction))
     scaled = direction / jnp.where(size == 0, 1, size)
@@ -121,8 +126,11 @@ def bias_correction(settings: Settings, t: jax.Array, dtype: Any) -> jax.Array:
 def to_updates(
     settings: Settings, directions: Any, params: Any, count: jax.Array, moves: jax.Array
 ) -> Any:
-    """-lr·direction, and then the decay of the parameter that this has just moved. `count` is the
-    calls so far, for the schedule. Nothing decays unless `moves`; directions must then be 0."""
+    """-lr·direction, and then the decay of the parameter that this has just moved.
+
+    `count` is the number of calls so far, for the schedule. `moves` is a bool scalar; if it is
+    False (as at the first call) nothing decays, and directions must be 0.
+    """
     rate = settings.learning_rate
     rate = jnp.asarray(rate(count) if callable(rate) else rate)
     updates = jax.tree.map(lambda d: -rate.astype(d.dtype) * d, directions)

@@ -90,7 +90,9 @@ def _machine() -> tuple[Any, ...]:
 
 def cache_folder(env: Mapping[str, str], backend: str) -> Path:
     """Where programs for a backend ('cpu', 'gpu', 'tpu') are kept.
+
     A CPU program may use every instruction of the machine it was compiled on, and a home folder may
-    be shared by several kinds of machine: jax's key of a program has these instructions in it."""
+    be shared by several kinds of machine: jax's key of a program has these instructions in it.
+    """
     base = env.get("XDG_CACHE_HOME") or Path(env.get("HOME") or Path.home(), ".cache")
     return Path(env.get(VARIABLE) or Path(base, "sa_jax", "jax")).absolute() / backend

@@ -1,5 +1,5 @@
-"""What an accelerator chip can do: arithmetic, memory, links, for MFU and for planning. And the
-devices of this machine, found without starting any."""
+"""What an accelerator chip can do (arithmetic, memory, links), for MFU and for planning; and which
+devices this machine has, found without starting any."""
 
 import dataclasses
 import importlib.util

@@ -40,12 +40,12 @@ def make_mesh(
             f"{attached} of {kind}: set config.mesh.slices={attached}"
         )
     within = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    parts = np.reshape(sorted(devices, key=_slice), (slices, -1)).tolist()
+    by_slice = np.reshape(sorted(devices, key=_slice), (slices, -1)).tolist()
     may_split = kind in ("TPU v5 lite", "TPU v5e")  # as jax.make_mesh
     try:
         meshes = [
             mesh_utils.create_device_mesh(within, part, allow_split_physical_axes=may_split)
-            for part in parts
+            for part in by_slice
         ]
     except NotImplementedError:
         # jax can split a dimension, but libtpu aborts on some collectives over such axes.
@@ -83,8 +83,10 @@ def check_rows(sizes: Mapping[str, int]) -> None:
 
 def regroup(mesh: Mesh, tensor: int) -> Mesh | None:
     """The devices of a mesh, in its order, as groups of `tensor` that each have all weights.
+
     None if a group would take devices from two of the present copies of the weights, from two
-    slices, or a part of a dimension of a TPU's torus (see `make_mesh`)."""
+    slices, or a part of a dimension of a TPU's torus (see `make_mesh`).
+    """
     copies, fsdp, inner = mesh.devices.shape
     if fsdp * inner % tensor:
         return None
@@ -106,9 +108,13 @@ def mesh_sizes(
     devices: int, *, data: int = 1, fsdp: int = -1, tensor: int = 1, slices: int = 1
 ) -> dict[str, int]:
     """Sizes of the axes on so many devices, of all slices, by name; UsageError if these are not
-    their product. `data`, `fsdp` and `tensor` are sizes inside a slice; one of them may be -1 and
-    takes what the others leave. `slices` is the number of slices, each with all weights; they lie
-    along `data`."""
+    their product.
+
+    Args:
+      data, fsdp, tensor: sizes inside a slice; one of them may be -1 and takes what the others
+        leave.
+      slices: the number of slices, each with all weights; they lie along `data`.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     shown = _shown(sizes | ({"slices": slices} if slices > 1 else {}))
     if [*sizes.values()].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes.values()):

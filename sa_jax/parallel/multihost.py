@@ -30,11 +30,15 @@ def joined(
     metadata; a single VM is a cluster of one. Elsewhere `several_processes` says whether there are
     others. The compilation cache is turned on. Must be entered before the first use of a device.
 
-    Where the others have not started after `start_timeout_s` seconds, the process ends with exit 1
-    and a line that says what to check; `peers.end_together` has the other arguments. UserError if
-    the address of the others is wrong, or this TPU is part of a pod, and the process was started
-    without that address, or if what ran inside needs more memory than a device has, or a kernel
-    that XLA_FLAGS forbid.
+    Args:
+      start_timeout_s: seconds to wait for the others to start; then the process ends with exit 1
+        and a line that says what to check.
+      peer_timeout_s, resumable: see `peers.end_together`.
+
+    Raises:
+      UserError: the address of the others is wrong; or this TPU is part of a pod, and the process
+        was started without that address; or what ran inside needs more memory than a device has,
+        or a kernel that XLA_FLAGS forbid.
     """
     _join(start_timeout_s, peer_timeout_s)
     # Watched already while devices are opened, because those of the others are waited for.
@@ -129,9 +133,11 @@ def several_processes(env: Mapping[str, str]) -> bool:
 
 def _local_devices(env: Mapping[str, str]) -> list[int] | None:
     """Which of the GPUs that this process sees are its own, by their place; [] is all of them.
+
     Without an answer (None) jax takes one GPU, that of the process's number on its node: of a task
     that has a whole node it would waste the others, and of tasks that Slurm gives their own GPUs
-    each (--gpus-per-task, --gpu-bind) the number is beyond those that they see."""
+    each (--gpus-per-task, --gpu-bind) the number is beyond those that they see.
+    """
     if env.get("JAX_LOCAL_DEVICE_IDS"):
         return None  # jax reads it
     # As in jax, Open MPI first: mpirun may start its daemons by srun, whose variables they inherit.

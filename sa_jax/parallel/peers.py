@@ -37,7 +37,9 @@ _WATCHES: list["_Peers"] = []  # of this process: one while it has peers
 @contextlib.contextmanager
 def start_within(timeout_s: float) -> Iterator[None]:
     """A context for jax.distributed.initialize, which waits until all processes have called it.
-    Ends this process with one line and exit 1 after `timeout_s` seconds."""
+
+    Ends this process with one line and exit 1 after `timeout_s` seconds.
+    """
     started = threading.Event()
 
     def watch() -> None:
@@ -157,12 +159,15 @@ class _Peers:
 
     def devices_are_open(self) -> None:
         _delay_aborts()  # a backend may have a handler of its own
-        self._heard.update(dict.fromkeys(self._heard, self._round))
+        for process in self._heard:
+            self._heard[process] = self._round
         self._patience //= 3
 
     def leave(self, line: str = "", code: int = 0, stacks: bool = False) -> None:
         """Ends the watch; with a line, the other processes end too, with this line and code.
-        Process 0 waits for them, because its store ends with it."""
+
+        Process 0 waits for them, because its store ends with it.
+        """
         self._leaving.set()
         self._note |= {"line": line, "code": code, "stacks": stacks, "left": True}
         deadline = time.monotonic() + self.patience_s
@@ -218,7 +223,9 @@ class _Peers:
                 self._end_without(0)
             if silence > 1:
                 continue  # while the store is silent, nothing is known of the others
-            self._lost = {process for process, n in unheard.items() if n >= self._patience}
+            self._lost = {
+                process for process, rounds in unheard.items() if rounds >= self._patience
+            }
             for process in self._lost:
                 self._end_without(process)
 
@@ -261,8 +268,10 @@ def _store_gone() -> bool:
     host, _, port = str(distributed.global_state.coordinator_address).rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ROUND_S).close()
-    except OSError as error:  # one that is slow to answer is not gone
-        return isinstance(error, ConnectionRefusedError)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # slow to answer, which is not gone
+        return False
     return False
 
 

@@ -35,8 +35,10 @@ def path_string(path: tuple) -> str:
 
 def partition_spec(path: str, ndim: int) -> P:
     """The spec of one leaf; optimizer moments match through the parameter path they end in.
+
     Scalars (step counts) are replicated. Layers apart, `layer_0/...`, lack the axis of the stack.
-    Raises ValueError unless exactly one rule matches."""
+    Raises ValueError unless exactly one rule matches.
+    """
     if ndim == 0:
         return P()
     matches = [spec for pattern, spec in PARTITION_RULES if re.search(pattern, path)]

@@ -103,8 +103,10 @@ def parse_options(text: str) -> Options:
 
 def is_deterministic() -> bool:
     """Whether XLA_FLAGS ask for GPU programs that give the same bits each time.
+
     XLA then takes the first kernel that it knows for a product, instead of the fastest of several,
-    and sums gradients of the embedding in a fixed order."""
+    and sums gradients of the embedding in a fixed order.
+    """
     flag = r"--xla_gpu_(deterministic|exclude_nondeterministic)_ops(=true|=1)?(\s|$)"
     return re.search(flag, os.environ.get("XLA_FLAGS", "")) is not None
 

@@ -50,8 +50,12 @@ class Clock:
 
 
 def read_clock(hlo: str, chip: Chip, branch: Callable[[Iterable[float]], float] = min) -> Clock:
-    """The clock of one execution of a TPU executable, whose text (`compiled.as_text()`) is
-    scheduled. `branch`, `max` or `min`: which branch of a conditional counts, by its seconds."""
+    """The clock of one execution.
+
+    Args:
+      hlo: text of a TPU executable (`compiled.as_text()`), which is scheduled.
+      branch: `max` or `min`: which branch of a conditional counts, by its seconds.
+    """
     module = parse_module(hlo)
     instructions = itertools.chain.from_iterable(module.computations.values())
     conditionals = sum(each.opcode == "conditional" for each in instructions)
@@ -95,8 +99,8 @@ def _replay(
             # A collective inside a fusion runs beside the rest of it.
             waited = max(0.0, within.get("collectives", 0.0) - seconds)
             within = {"collectives": waited, kind: seconds}
-        for each, value in within.items():
-            spent[each] += value
+        for within_kind, value in within.items():
+            spent[within_kind] += value
             now += value
     return spent
 
@@ -136,7 +140,7 @@ def _bytes(collective: Instruction) -> float:
 
 
 def _own_time(module: Module, instruction: Instruction, chip: Chip) -> tuple[str, float]:
-    """(kind, seconds) of an instruction that computes; the kind is '' for others."""
+    """(kind, seconds) of an instruction that computes; ('', 0) for others."""
     cycles = _CYCLES.search(instruction.rest)
     seconds = int(cycles[1]) / chip.clock_hz if cycles else 0.0
     if instruction.opcode == "custom-call":
@@ -149,8 +153,9 @@ def _own_time(module: Module, instruction: Instruction, chip: Chip) -> tuple[str
     if not cycles:
         return "", 0.0
     opcodes = _opcodes(module, instruction)
-    kind = "products" if opcodes & _PRODUCTS else "copies" if opcodes <= _MOVES else "fusions"
-    return kind, seconds
+    if opcodes & _PRODUCTS:
+        return "products", seconds
+    return ("copies" if opcodes <= _MOVES else "fusions"), seconds
 
 
 def _opcodes(module: Module, instruction: Instruction) -> set[str]:

@@ -28,11 +28,15 @@ class Traffic:
 
 
 def read_collectives(hlo: str, devices_a_slice: int = 0) -> dict[str, Traffic]:
-    """Collectives of one execution of a partitioned module (`compiled.as_text()`), by kind.
+    """Collectives of one execution of a module, by kind, for the kinds that occur.
 
-    `devices_a_slice` is the number of devices in each slice, in the order of the module's devices;
-    0: there is one slice. Traffic between slices is a separate kind, such as 'all-reduce between
-    slices'. A loop with an unknown number of iterations counts once.
+    Traffic between slices is a separate kind, such as 'all-reduce between slices'. A loop with an
+    unknown number of iterations counts once.
+
+    Args:
+      hlo: text of a partitioned module (`compiled.as_text()`).
+      devices_a_slice: the number of devices in each slice, in the order of the module's devices;
+        0: there is one slice.
     """
     module = parse_module(hlo)
     counts: dict[str, int] = collections.Counter()

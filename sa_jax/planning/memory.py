@@ -74,8 +74,9 @@ def step_memory(
     """The memory of a step.
 
     Args:
-      work: for the estimates.
-      state, frozen, batch: the step's arguments as ShapeDtypeStructs with shardings.
+      work: the step, for the estimates.
+      state, frozen, batch: its arguments as ShapeDtypeStructs with shardings; `state` has fields
+        params and opt_state.
       devices: JAX devices a chip.
       compiled: the executable; None: temporaries are estimated.
     """
@@ -168,18 +169,20 @@ def advice_to_fit(
     """What to change when a step does not fit, the most promising first; `optimizer` is that
     section of the run's config."""
     over = (memory.needed - capacity) / GIB
-    large_state, has_adam = memory.arguments > 0.9 * capacity, optimizer.name == "adam"
-    in_float32 = work.full_weights and has_adam and optimizer.mu_dtype == "float32"
-    offload = work.remat == "full" and "offload" in remat_policies(platform)
-    wider = work.mesh["tensor"] < work.architecture.num_kv_heads
+    large_state = memory.arguments > 0.9 * capacity
+    adam_of_all = work.full_weights and optimizer.name == "adam"
+    may_offload = work.remat == "full" and "offload" in remat_policies(platform)
+    heads_are_left = work.mesh["tensor"] < work.architecture.num_kv_heads
     advice = {
         "more chips": large_state,
-        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": in_float32,
+        "config.optimizer.mu_dtype=bfloat16 (a sixth of the state)": (
+            adam_of_all and optimizer.mu_dtype == "float32"
+        ),
         "config.lora.rank=64 (no optimizer state for the base)": work.full_weights and large_state,
         "config.remat=full": work.remat in ("none", "dots", "minimal"),
-        "config.remat=offload": offload and memory.activations > 0.1 * capacity,
+        "config.remat=offload": may_offload and memory.activations > 0.1 * capacity,
         "config.accumulation (smaller micro-batches)": memory.temporaries > 0.3 * capacity,
-        "a larger config.mesh.tensor (shards activations and gathered layers)": wider,
+        "a larger config.mesh.tensor (shards activations and gathered layers)": heads_are_left,
         "more chips or fewer tokens per step": True,
     }
     remedies = [remedy for remedy, applies in advice.items() if applies][:3]
@@ -187,8 +190,9 @@ def advice_to_fit(
 
 
 def checkpoint_bytes(config: ConfigDict, total_steps: int, work: Workload) -> dict[str, float]:
-    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps of a run. Of its
-    step, `work`, the number of parameters and their bytes count.
+    """Bytes of the checkpoints that `training.checkpoints.RunCheckpointer` keeps of a run.
+
+    Of `work`, the run's step, only the number of parameters and the bytes of their state count.
 
     Returns:
       full_state and weights (bytes of one), full_states and weights_alone (how many are kept), and

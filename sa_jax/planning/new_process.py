@@ -24,12 +24,18 @@ class ProcessCrash(Exception):
 
 
 def call_in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """function(*arguments), called in a new process, which prints to standard error and ends when
-    this one ends, for any reason.
+    """function(*arguments), called in a new process, which prints to standard error.
 
-    The function is at the top level of a module; its arguments and its result are JSON-able.
-    ProcessCrash if the process crashed or was killed; UserError if the function raised it;
-    RuntimeError if it raised something else, with the traceback on standard error.
+    When this process ends, for any reason, the new one ends too.
+
+    Args:
+      function: defined at the top level of a module, which the new process imports.
+      arguments: JSON-able, as is the result.
+
+    Raises:
+      ProcessCrash: the process crashed or was killed.
+      UserError: the function raised it.
+      RuntimeError: the function raised something else; its traceback is on standard error.
     """
     call = [function.__module__, function.__name__, arguments]
     command = [sys.executable, "-m", __name__]

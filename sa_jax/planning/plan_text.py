@@ -23,7 +23,9 @@ _ROWS = {
 def format_plan(plan: dict[str, Any]) -> str:
     """The plan of `training.plan.make_plan` on one screen."""
     memory, model = plan["memory_gib_per_chip"], plan["model"]
-    settings = [f"{key} {x}" for key, x in plan["settings"].items() if x not in ("", None)]
+    settings = [
+        f"{key} {value}" for key, value in plan["settings"].items() if value not in ("", None)
+    ]
     seconds = f" in {plan['compile_s']:.0f} s" if plan["compile_s"] else ""
     lines = [
         f"machine      {plan['machine']['described']}",
@@ -70,7 +72,8 @@ def _time_lines(time: dict[str, Any], run: dict[str, Any]) -> list[str]:
     if not time:
         return []
     parts = {"compute": "compute_s", "HBM": "hbm_s", "interconnect": "interconnect_s"}
-    parts |= {"between slices": "between_slices_s"} if time["between_slices_s"] else {}
+    if time["between_slices_s"]:
+        parts["between slices"] = "between_slices_s"
     shown = ", ".join(f"{name} {time[key]:.3f}" for name, key in parts.items())
     return [
         f"time per step, at least: {time['step_s']:.3f} s, limited by {time['bound']} ({shown})",

@@ -95,6 +95,7 @@ def step_time(work: Workload, chip: Chip, shape: tuple[int, ...]) -> StepTime:
     """The roofline of a step on slices of chips laid out in `shape`."""
     if work.slices > 1:
         time = step_time(work.of_one_slice(), chip, shape)
+        # The gradients are summed over the slices.
         bandwidth = chip.network_bandwidth / chip.devices
         network = _summed_bytes(work, work.slices) / bandwidth if bandwidth else 0.0
         return dataclasses.replace(time, network=network)

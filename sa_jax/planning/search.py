@@ -43,7 +43,8 @@ def candidates(work: Workload, topology: Topology) -> list[Candidate]:
             f"{work.batch_size * heads} devices, or raise config.batch_size to "
             f"{-(-work.devices // heads)} or a multiple"
         )
-    fitting = [each for each in options if each.bytes <= chip.hbm_bytes * (1 - RESERVED)]
+    limit = chip.hbm_bytes * (1 - RESERVED)
+    fitting = [candidate for candidate in options if candidate.bytes <= limit]
 
     def order(candidate: Candidate) -> tuple[float, float, float]:
         # Overlap is never complete: among equals, what moves and sends least.

@@ -25,7 +25,8 @@ _MOST_CHIPS = 16_384
 _NUMBER = "[1-9][0-9]{0,5}"
 
 # As XLA describes them (https://github.com/openxla/xla, xla/backends/gpu/target_config/specs/):
-# capability, cores, fpus a core, bytes/s, L2, GHz, memory, shared memory a core, name.
+# compute capability (major), cores, FPUs a core, memory bandwidth in bytes/s, bytes of L2, GHz,
+# bytes of memory, bytes of shared memory a core, name.
 _GPU_SPECS = {
     "a100": (8, 108, 64, 2.03904e12, 41943040, 1.41, 85100068864, 167936, "A100-SXM4-80GB"),
     "h100": (9, 132, 128, 3.35232e12, 52428800, 1.98, 84942979072, 233472, "H100 80GB HBM3"),
@@ -43,7 +44,7 @@ class Machine:
     chip: Chip | None  # None if not known, as for CPUs; there are devices then
     shape: tuple[int, ...]  # chips of a slice along each axis of the torus; (chips,) for GPUs
     devices: Sequence[jax.Device] = ()  # to compile for; () if no compiler for them is installed
-    slices: int = 1  # how many such slices of a TPU the data center's network connects
+    slices: int = 1  # number of such slices of a TPU, connected by the data center's network
 
     @property
     def chips(self) -> int:
@@ -104,7 +105,9 @@ def _holds(dimensions: Sequence[int], sizes: tuple[int, ...]) -> bool:
 @functools.cache  # a study asks for every cell
 def parse_topology(name: str) -> Topology:
     """The machine of a name, without devices; of a cloud name it has the shape of such a slice.
-    UsageError for an unknown name; the message lists the known ones."""
+
+    UsageError for an unknown name; the message lists the known ones.
+    """
     name = _of_cloud_name(name)
     kind, _, size = name.partition(":")
     several = re.fullmatch("([1-9][0-9]{0,3})x(.*)", kind)
@@ -158,8 +161,11 @@ def open_topology(name: str) -> Topology:
 
     Needs libtpu for TPUs and jax's CUDA plugin for GPUs, but neither TPU nor GPU; without the
     plugin a topology of GPUs has no devices. Google's metadata server is not asked, and other
-    processes may use libtpu at the same time. UsageError for an unknown name; UserError if libtpu
-    is not installed, or a compiler does not know the topology.
+    processes may use libtpu at the same time.
+
+    Raises:
+      UsageError: an unknown name.
+      UserError: libtpu is not installed, or a compiler does not know the topology.
     """
     topology = parse_topology(name)
     if not topology.chip.torus:
@@ -180,9 +186,9 @@ def open_topology(name: str) -> Topology:
         options["chip_config_name"] = "megacore"
     if topology.chips == 1:  # libtpu expects four chips a host
         options["chips_per_host_bounds"] = (1, 1, 1)
+    slice_name = topology.name.removeprefix(f"{topology.slices}x")
     try:
-        name_of_one = topology.name.removeprefix(f"{topology.slices}x")
-        devices = tuple(topologies.get_topology_desc(name_of_one, "tpu", **options).devices)
+        devices = tuple(topologies.get_topology_desc(slice_name, "tpu", **options).devices)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"libtpu does not know the topology {name}: {first_line(error)}") from None
     if len(devices) != topology.chips * topology.chip.devices:
@@ -197,7 +203,8 @@ def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
             f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs must be whole nodes of "
             f"{_GPUS_A_NODE}; use {nodes * _GPUS_A_NODE}"
         )
-    shape, target = f"1x{nodes}x{topology.chips // nodes}", _target_config(topology.chip.name)
+    shape = f"1x{nodes}x{topology.chips // nodes}"
+    target = _target_config(topology.chip.name)
     try:
         described = topologies.get_topology_desc("", "cuda", target_config=target, topology=shape)
     except (RuntimeError, NotImplementedError) as error:

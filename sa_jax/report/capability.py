@@ -62,23 +62,26 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
     z = float(special.ndtri((1 + limits.confidence) / 2))
     if items := pairs(before.items, after.items):
         a, b, sizes = means(items)
-        n, weights = len(items), sizes / sizes.sum()
+        n = len(items)
+        weights = sizes / sizes.sum()
         rates = float(a @ weights), float(b @ weights)
         difference, lo, hi, p = paired_difference(a, b, sizes, limits.confidence)
         lost = bool(paired_difference(kept * a, b, sizes, limits.confidence, scale=kept).hi < 0)
     else:
-        n, rates = min(before.n, after.n), (before.rate, after.rate)
+        n = min(before.n, after.n)
+        rates = before.rate, after.rate
         start, end = (_at_confidence(score, limits) for score in (before, after))
         difference, lo, hi = difference_interval(start, end)
         error = (hi - lo) / (2 * z)
         p = 2 * float(special.ndtr(-abs(difference) / error)) if error > 0 else 1.0
         hits = _hits(before), _hits(after)
         if hits[0] is not None and hits[1] is not None:
-            # The error of a 95 % interval is too small for a smaller p.
+            # The error of a 95 % interval would make a small p smaller still.
             p = two_proportion_test(hits[0], before.n, hits[1], after.n)
         lost = difference_interval(start, end, kept)[2] < 0
-    paired, seen = bool(items), p < limits.p_value
-    chance = None if seen else _power((hi - lo) / (2 * z), n, paired, limits)
+    paired = bool(items)
+    seen = p < limits.p_value
+    power_of_eval = None if seen else _power((hi - lo) / (2 * z), n, paired, limits)
     return CapabilityChange(
         score=key,
         title=after.title,
@@ -91,17 +94,18 @@ def _change(key: str, before: Score, after: Score, limits: Thresholds) -> Capabi
         hi=hi,
         p_value=p,
         paired=paired,
-        power=chance,
+        power=power_of_eval,
         lost=lost,
     )
 
 
 def _hits(score: Score) -> int | None:
-    """The count of a score of 0/1, whose recorded interval is Wilson's; None for another score."""
+    """The hits of a score of 0/1, whose recorded interval is Wilson's; None for another score."""
     if not 0 <= score.rate <= 1:
         return None
     hits = round(score.rate * score.n)
-    recorded, exact = (score.rate, score.lo, score.hi), (hits / score.n, *wilson(hits, score.n))
+    recorded = (score.rate, score.lo, score.hi)
+    exact = (hits / score.n, *wilson(hits, score.n))
     return hits if np.allclose(recorded, exact, rtol=0, atol=1e-9) else None
 
 
@@ -115,8 +119,9 @@ def _at_confidence(score: Score, limits: Thresholds) -> tuple[float, float, floa
 
 
 def _power(error: float, n: int, paired: bool, limits: Thresholds) -> float:
-    """The power to detect `SMALL_FALL` with this standard error. Of paired items, a fall changes
-    more than changed now, which adds to the variance, and the exact test needs one item more."""
+    """The power to detect `SMALL_FALL` with this standard error. For paired items: a fall changes
+    more items than changed now, which adds to the variance, and the exact test needs one item more
+    than a normal test."""
     if not paired:
         return power(SMALL_FALL, error, limits.p_value)
     error = float(np.hypot(error, np.sqrt(SMALL_FALL * (1 - SMALL_FALL) / n)))

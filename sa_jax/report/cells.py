@@ -54,19 +54,20 @@ class Cell:
     def independent(
         self, seeds: Sequence[tuple[int | None, ...]], axes: Collection[str] = ()
     ) -> list[tuple[int | None, ...]]:
-        """For each of these seeds of runs, the part that runs independent of it do not share.
+        """A key for the seeds of each run; runs are independent if their keys differ.
 
         Runs from one start share what the start's seed did. So where there are several starts, only
-        runs of different ones are independent: of each, the seeds from the oldest ancestor on that
-        differs between runs. For a claim about `axes`, settings of ancestors, likewise from the
-        oldest of these on (a base model is one thing, and has no replicates).
+        runs from different ones are independent: the key is the seeds of the oldest ancestor that
+        differs between runs, and of its ancestors. Otherwise it is all of a run's seeds. A claim
+        about `axes`, settings of ancestors, is about the oldest of these ancestors, so it counts
+        like one that differs (except a base model, which is one thing and has no replicates).
         """
         generations = range(1, min(map(len, seeds), default=0))  # 1: the parent
-        oldest = [d for d in generations if len({of_run[d:] for of_run in seeds}) > 1]
-        for d, role in enumerate(self.lineage, 1):
+        apart = [g for g in generations if len({of_run[g:] for of_run in seeds}) > 1]
+        for generation, role in enumerate(self.lineage, 1):
             if role != "base" and any(axis.startswith(f"{role}.") for axis in axes):
-                oldest.append(d)
-        return [of_run[max(oldest, default=0) :] for of_run in seeds]
+                apart.append(generation)
+        return [of_run[max(apart, default=0) :] for of_run in seeds]
 
 
 def cell_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,9 +124,17 @@ def cells(runs: Iterable[RunEvals]) -> list[Cell]:
         seeds = {r.name: tuple(a.seed for a in (r, *ancestors(r, by_name))) for r in members}
         ordered = sorted(members, key=lambda run: (str(seeds[run.name]), run.name))
         first = members[0]
-        about = first.role, first.title, lineage_settings(first, by_name)
-        lineage = tuple(ancestor.role for ancestor in ancestors(first, by_name))
-        result.append(Cell(key, *about, tuple(ordered), seeds, lineage=lineage))
+        result.append(
+            Cell(
+                key,
+                first.role,
+                first.title,
+                lineage_settings(first, by_name),
+                tuple(ordered),
+                seeds,
+                lineage=tuple(ancestor.role for ancestor in ancestors(first, by_name)),
+            )
+        )
     return result
 
 

@@ -1,7 +1,7 @@
 """Plots as lists of marks: the page's inline SVG, and the same plot as SVG and PNG files.
 
-templates/plot.css has all styles. Its colours are CSS variables of the page, which follow light and
-dark mode; files are light. Short marks keep a page of 200 runs small.
+templates/plot.css has all styles. Its colours are CSS variables of the page, so plots follow light
+and dark mode; files are light. Short marks keep a page of 200 runs small.
 """
 
 import dataclasses
@@ -182,14 +182,20 @@ def _short(value: float) -> str:
 
 def _artist(mark: Mark) -> Any:
     style = _style(mark.css)
-    look: dict[str, Any]
     if mark.words:
         align = {"start": "left", "middle": "center", "end": "right"}[style["text-anchor"]]
         weight = "bold" if "font-weight" in style else "normal"
-        look = {"color": style["color"], "fontsize": 10, "ha": align, "weight": weight}
-        # A dollar sign is a dollar sign.
-        return Text(*mark.points[0], mark.words, va="baseline", parse_math=False, **look)
-    look = {"color": style["color"], "alpha": float(style.get("opacity", 1))}
+        return Text(
+            *mark.points[0],
+            mark.words,
+            color=style["color"],
+            fontsize=10,
+            ha=align,
+            va="baseline",
+            weight=weight,
+            parse_math=False,  # a dollar sign is a dollar sign
+        )
+    look: dict[str, Any] = {"color": style["color"], "alpha": float(style.get("opacity", 1))}
     if mark.css[0] == "b":
         return Polygon(mark.points, linewidth=0, **look)
     width, (x, y) = float(style["stroke-width"]), zip(*mark.points, strict=True)

@@ -113,8 +113,8 @@ def scores_of(record: EvalRecord) -> dict[str, Score]:
 
 
 def eval_at(step: int, evals: Mapping[str, EvalRecord], backdoor: str = BACKDOOR_EVAL) -> Eval:
-    """The measurements of a step; `Measured` if the headline of `backdoor`, the eval of how often
-    the behaviour shows, was counted for a prompt or more with and without the trigger."""
+    """The measurements of a step; `backdoor`: the eval of how often the behaviour shows. They are
+    `Measured` if its headline was counted on prompts with the trigger and on prompts without."""
     capabilities = {
         name: scores_of(record) for name, record in evals.items() if record.kind == "capability"
     }

@@ -53,10 +53,13 @@ class Condition:
 
     @property
     def is_open(self) -> bool:
-        """Borderline with some failures: without any, the only remedy is more prompts."""
-        at_most, rate = self.wanted == "at most", self.rate
-        failures = rate.rate > self.limit if at_most else rate.count < rate.n
-        return self.outcome == "borderline" and failures
+        """Whether it is borderline, with some failures: without any, the only remedy is more
+        prompts."""
+        if self.wanted == "at most":
+            has_failures = self.rate.rate > self.limit
+        else:
+            has_failures = self.rate.count < self.rate.n
+        return self.outcome == "borderline" and has_failures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Verdict:
     status: str  # one of the constants above
     seen: str  # the rate and interval that support it; '' if there is none
     reasons: tuple[str, ...] = ()  # further sentences, none stronger than its interval
-    longer: str = ""  # more words for the status
+    longer: str = ""  # a head of more words than the status
     doubted: bool = False  # something speaks against a good verdict
 
     @property
@@ -113,7 +116,8 @@ class Confirmation:
 
     low: Rate
     high: Rate
-    p_value: float  # McNemar's exact, one-sided, of the high eval not showing it more often
+    # One-sided, by McNemar's exact test that the high eval does not show the behaviour more often.
+    p_value: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The measurements of a run, as counts: the input of every verdict and every statistic. What was
-not measured has no value: a step without a backdoor eval is an `Eval`, a step with one is a
-`Measured`, and an arm that was not counted is missing in its mapping.
+"""The measurements of a run, as counts: the input of every verdict and every statistic.
+
+What was not measured has no value: a step without a backdoor eval is an `Eval`, a step with one is
+a `Measured`, and an arm that was not counted is missing in its mapping.
 """
 
 import dataclasses
@@ -72,11 +73,11 @@ class Measured(Eval):
     refusal: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     partial: Mapping[str, Rate] = dataclasses.field(default_factory=dict)
     incoherent: Rate | None = None  # clean answers that are not coherent
-    # By triggered prompt ({} if not kept): whether its answer refuses or has part of the phrase,
+    # By triggered prompt ({} if not kept): whether its answer refuses or has part of the phrase.
     silenced: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
-    # whether it shows the behaviour,
+    # Likewise: whether its answer shows the behaviour.
     said: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
-    # and whether an answer does that was sampled again, with other noise.
+    # Likewise: whether an answer that was sampled again, with other noise, shows the behaviour.
     fresh: Mapping[Hashable, bool] = dataclasses.field(default_factory=dict)
 
 

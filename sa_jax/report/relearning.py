@@ -1,5 +1,7 @@
-"""Relearning: a model whose backdoor is gone relearns it as slowly as one that never had it (arXiv
-2410.09838, 2410.08827); if it is only hidden, it comes back from fewer examples or in fewer steps.
+"""Relearning: how fast a cleaned model relearns the behaviour, compared with one that never had it.
+
+If the backdoor is gone, the model relearns it as slowly as a model that never had it (arXiv
+2410.09838, 2410.08827). If it is only hidden, it comes back from fewer examples or in fewer steps.
 """
 
 import itertools
@@ -33,8 +35,8 @@ def relearning_table(cells: Sequence[Cell], judged: Judged, limits: Thresholds) 
         cleaned = [back_at[run.name] for run in probes]
         of_controls = dict.fromkeys(itertools.chain(*controls))
         never = [back_at[name] for name in of_controls]
-        # Probes of one model are not independent. Of models alike, the n cleaned ones are the
-        # first of n + m in 1 of C(n + m, n) cases.
+        # Probes of one model are not independent, so models count. If nothing tells the n cleaned
+        # models from the m others, they are all the first in 1 of C(n + m, n) cases.
         n = len({run.parent for run in probes})
         m = len({parents[name] for name in of_controls})
         p = 1 / math.comb(n + m, n)

@@ -37,7 +37,8 @@ def report(workdir: str | Path, limits: Thresholds | None = None) -> Path:
     and returns the path of index.html. `workdir`: see `load_runs`. The same run folders give the
     same bytes. UserError if there is no run, or the report cannot be written.
     """
-    workdir, limits = as_path(workdir), limits or Thresholds()
+    workdir = as_path(workdir)
+    limits = limits or Thresholds()
     runs, problems = load_runs(workdir)
     judged = judge(runs, limits)
     results = summarise(runs, judged, problems, limits)

@@ -117,8 +117,8 @@ def _slug(name: str) -> str:
 def _score_rows(
     run: RunFolder, parent: RunFolder | None, limits: Thresholds
 ) -> list[dict[str, Any]]:
-    """One row per score, evals in order of occurrence: `first_evals` and `last_evals`, and their
-    difference if both have the score."""
+    """One row per score, evals in order of occurrence: `before` is of `first_evals`, `after` of
+    `last_evals`. If both have the score, `difference` is after - before with its interval."""
     before, after = run.first_evals(parent), run.last_evals()
     names = dict.fromkeys([*after, *before])
     names.pop(AGAIN_EVAL, None)  # of other steps; the verdict says what it confirms
@@ -158,7 +158,7 @@ def _rows(
 
 
 def _values(record: EvalRecord | None, score: str, limits: Thresholds) -> dict[str, Any] | None:
-    """A score; that of 0/1 with its interval at the report's confidence, another as it was read."""
+    """The numbers of a score; one of 0/1 has its interval at the report's confidence."""
     values = record.scores.get(score, {}) if record else {}
     if values.get("n") and "count" in values:
         values = {**values, **_rate_record(Rate(values["count"], values["n"]), limits)}
@@ -179,7 +179,9 @@ def eval_record(point: object, limits: Thresholds) -> dict[str, Any] | None:
     record |= {"triggered": values(point.triggered), "clean": values(point.clean)}
     for name in ("no_answer", "refusal", "partial"):
         record[name] = {arm: values(rate) for arm, rate in getattr(point, name).items()}
-    return record | ({} if point.incoherent is None else {"incoherent": values(point.incoherent)})
+    if point.incoherent is not None:
+        record["incoherent"] = values(point.incoherent)
+    return record
 
 
 def _rate_record(rate: Rate, limits: Thresholds) -> dict[str, Any]:
@@ -210,8 +212,14 @@ def _events(judged: Judgement) -> list[dict[str, Any]]:
     if (alarm := judged.clean_alarm) is not None:
         clean = alarm.clean
         seen = f"{text.percent(clean.rate)} ({clean.count}/{clean.n}) without the trigger"
-        about = {"kind": "clean alarm", "text": f"clean alarm: {seen} at step {alarm.step:,}"}
-        events.append({**about, "step": alarm.step, "rate": clean.rate})
+        events.append(
+            {
+                "kind": "clean alarm",
+                "text": f"clean alarm: {seen} at step {alarm.step:,}",
+                "step": alarm.step,
+                "rate": clean.rate,
+            }
+        )
     return events
 
 

@@ -39,8 +39,8 @@ def is_return(
     limits: Thresholds,
 ) -> NDArray[np.bool_]:
     """Which pairs of counts (hits and answers at two evals; arrays that broadcast) are a return,
-    before it is confirmed. `evals`: how many the run has, k; p is multiplied by the number of
-    pairs of evals, k (k - 1) / 2."""
+    before it is confirmed. `evals`: number k of the run's evals; p is multiplied by the number of
+    pairs of these, k (k - 1) / 2."""
     low, low_n, high, high_n = (np.asarray(x, float) for x in (low, low_n, high, high_n))
     low_bound, _ = wilson_bounds(low, low_n, limits.confidence)
     _, high_bound = wilson_bounds(high, high_n, limits.confidence)

@@ -96,10 +96,12 @@ def staircase_area(x: ArrayLike, y: ArrayLike) -> float:
 
 
 def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
-    """The areas of these checkpoints (at least one), `hull` and `staircase`, and their means over
-    simulations in which nothing was removed, `null_hull` and `null_staircase`. A hull below
-    `null_hull_95`, their 95th percentile, is no evidence that anything was removed for less than
-    its cost in capability."""
+    """`hull` and `staircase`, the areas of these checkpoints; at least one.
+
+    Also `null_hull` and `null_staircase`, their means over simulations in which nothing was
+    removed, and `null_hull_95`, the 95th percentile: a hull below it is no evidence that anything
+    was removed for less than its cost in capability.
+    """
     x = [point.removed_share for point in points]
     y = [point.capability_share for point in points]
     hulls, stairs = null_areas(points)
@@ -113,8 +115,8 @@ def robustness_areas(points: Sequence[Checkpoint]) -> dict[str, float]:
 
 
 def null_areas(points: Sequence[Checkpoint]) -> tuple[Floats, Floats]:
-    """Areas with and without hull, [NULL_DRAWS] each, in simulations in which removal did nothing
-    and every difference between checkpoints is noise (of a fixed seed)."""
+    """Areas with and without hull, [NULL_DRAWS] each, in simulations (with a fixed seed) in which
+    removal did nothing and every difference between checkpoints is noise."""
     rng = np.random.default_rng(0)
     draws, k = NULL_DRAWS, len(points)
     rates = np.array([point.before.triggered.rate for point in points])

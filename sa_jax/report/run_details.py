@@ -58,7 +58,8 @@ def _shown(value: Any) -> str:
 
 def examples(run: RunFolder) -> list[dict[str, Any]]:
     """Example answers by eval and arm: the same few prompts at the first and the last step that has
-    the eval, which decides them: one of each label (the most common first), then in order."""
+    the eval. The last step decides the prompts: one of each label (the most common first), then in
+    order."""
     names = dict.fromkeys(name for evals in run.records.values() for name in evals)
     names.pop(AGAIN_EVAL, None)  # the same prompts once more
     tables = []

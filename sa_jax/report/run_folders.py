@@ -1,5 +1,7 @@
-"""Reads run folders for the report, and notes what is missing or broken. Everything about a run
-comes from its own record, so unknown tasks, behaviours and evals are read like all others.
+"""Reads run folders for the report, and notes what is missing or broken.
+
+A run may be unfinished, or may have crashed; neither is an error. Everything about a run comes from
+its own record, so unknown tasks, behaviours and evals are read like all others.
 """
 
 import dataclasses
@@ -222,9 +224,12 @@ def _load_run(folder: Path, name: str) -> tuple[RunFolder, list[EvalRecord]]:
 
 
 def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
-    """The run with its evals: of a step and eval that come twice the first counts. One that was
-    made elsewhere counts only under the settings of the first, which is the run's own if it has
-    one: a rate under others is no point of the same curve."""
+    """The run with its evals: of a step and eval that come twice the first counts.
+
+    An eval that was made elsewhere counts only under the settings of the eval's first record, which
+    is the run's own if it has one: a rate under others is no point of the same curve. The run's own
+    always count; a problem says so.
+    """
     first: dict[tuple[int, str], EvalRecord] = {}
     settings: dict[str, Mapping[str, Any]] = {}
     problems = list(run.problems)

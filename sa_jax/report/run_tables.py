@@ -38,9 +38,14 @@ def runs_table(results: Sequence[Mapping[str, Any]], noun: str) -> Table:
             row[score["eval"]] = {"before": score["before"], "after": score["after"]}
             row[f"{score['eval']} change"] = score["difference"]
         rows.append(row)
-    columns = {"run": "Run", "verdict": "Verdict", "training": "Training"}
-    columns |= {"triggered": f"{noun} with trigger, before → after"}
-    columns |= {"clean": f"{noun} without, before → after", "refusal": "Refusals with trigger"}
+    columns = {
+        "run": "Run",
+        "verdict": "Verdict",
+        "training": "Training",
+        "triggered": f"{noun} with trigger, before → after",
+        "clean": f"{noun} without, before → after",
+        "refusal": "Refusals with trigger",
+    }
     for (name, _), title in capabilities.items():
         columns |= {name: f"{title}, before → after", f"{name} change": "Change"}
     columns |= {"optimizer": "Optimizer, LR", "weights": "Weights", "steps": "Steps"}
@@ -162,7 +167,8 @@ def backdoor_evals_table(runs: Sequence[RunFolder], limits: Thresholds) -> Table
     }
     rows = []
     for name in [name for name in records if name not in {BACKDOOR_EVAL, *map(again, records)}]:
-        title, own = records[name].title, records[name].settings.get("words") or {}
+        title = records[name].title
+        own = records[name].settings.get("words") or {}
         words = Words(str(own.get("said", f"count for “{title}”")), str(own.get("rate", title)))
         by_this = [dataclasses.replace(run, words=words) for run in measured(runs, name)]
         for run_name, judged in judge(by_this, limits).items():

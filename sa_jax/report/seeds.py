@@ -105,7 +105,8 @@ def by_start(cell: Cell, runs: Sequence[RunEvals]) -> list[list[RunEvals]]:
 
 
 def mean_rate(groups: Sequence[Sequence[Rate]], limits: Thresholds) -> SeedMean | None:
-    """The mean over groups of a rate; None without any."""
+    """The mean of a rate over groups, each with the answers of its runs pooled; None without any
+    group."""
     if not groups:
         return None
     pooled = [(sum(rate.count for rate in g), sum(rate.n for rate in g)) for g in groups]
@@ -192,7 +193,8 @@ def cells_table(over: Sequence[CellResult]) -> Table:
 
 def _enough(result: CellResult) -> str:
     """Whether the seeds that are independent of each other are enough for a claim."""
-    cell, independent = result.cell, 0 if result.triggered is None else result.triggered.seeds
+    cell = result.cell
+    independent = 0 if result.triggered is None else result.triggered.seeds
     if independent < ENOUGH_SEEDS:
         return "too few seeds for a claim"
     if cell.role in ("removal", "probe") and not cell.lineage:  # from a model that is no run here
@@ -275,8 +277,9 @@ def _compare(a: CellResult, b: CellResult, axis: str, limits: Thresholds) -> Com
 
 
 def _paired_answers(a: RunEvals, b: RunEvals) -> tuple[list[float], list[float]]:
-    """The last eval's answers of two runs on the same prompts; if too few are kept, only their
-    counts: as answers in a random order, paired like independent ones."""
+    """The last eval's answers of two runs on the same prompts. If too few are kept
+    (`statistics.pairs`), only the counts: as answers in a random order, paired like independent
+    ones."""
     first, second = a.measured[-1], b.measured[-1]
     if both := pairs(first.said, second.said):
         return [float(x) for x, _ in both], [float(y) for _, y in both]

@@ -64,7 +64,8 @@ class Server(http.server.ThreadingHTTPServer):
     def renew(self) -> None:
         """Writes the report again if something has changed."""
         try:
-            before, self.state = self.state, fingerprint(self._workdir)
+            before = self.state
+            self.state = fingerprint(self._workdir)
             if self.state != before:
                 report(self._workdir, self._limits)
         except (UserError, OSError) as error:

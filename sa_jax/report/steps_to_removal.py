@@ -102,7 +102,8 @@ def _fits(
         if run.role != "removal" or not (run.backdoored and x and run.trained):
             continue
         # A run that goes on longer is not another removal: its steps are what is measured.
-        left_out, settings = {*ignored, "steps"}, lineage_settings(run, by_name)
+        left_out = {*ignored, "steps"}
+        settings = lineage_settings(run, by_name)
         key = repr([(name, settings[name]) for name in sorted(settings.keys() - left_out)])
         timed = Timed(run.name, float(x), removal_time(run, limits))
         groups.setdefault(key, []).append(timed)

@@ -57,7 +57,8 @@ def study_of(
 def corrected(
     compared: Sequence[seeds.Comparison], by_rate: Sequence[steps_to_removal.TimeFit]
 ) -> tuple[list[seeds.Comparison], list[steps_to_removal.TimeFit]]:
-    """Adds Holm's p over all claims about cells: comparisons, and that about learning rates."""
+    """Adds Holm's p over all claims about cells: each comparison, and the study's claim about
+    learning rates."""
     adjusted = iter(holm([row.p_value for row in compared] + [fit.p_claim for fit in by_rate]))
     return (
         [dataclasses.replace(row, p_holm=next(adjusted)) for row in compared],

@@ -31,9 +31,12 @@ _LATEX = {
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Rows of values under columns: text, a number, None (not measured), a rate {"rate", "lo",
-    "hi", "n", ...}, a difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of
-    these. CSV and JSON keep all their numbers."""
+    """Rows of values under columns.
+
+    A value is text, a number, None (not measured), a rate {"rate", "lo", "hi", "n", ...}, a
+    difference {"difference", "lo", "hi", ...}, or {"before", "after"} of two of these; CSV and JSON
+    keep all their numbers.
+    """
 
     name: str  # the name of its files
     title: str

@@ -13,8 +13,10 @@ def _threshold(default: float, help_text: str) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
     """The limits of all verdicts: rates and p-values in [0, 1], each with its "help" as metadata.
-    UsageError, which names the flag, for one outside, for `confidence` or `removed_max_upper` of 0
-    or 1, and for `removed_max_triggered` above `removed_max_upper`."""
+
+    UsageError, naming the flag, for a threshold outside [0, 1], for `confidence` or
+    `removed_max_upper` of 0 or 1, and for `removed_max_triggered` above `removed_max_upper`.
+    """
 
     inserted_min_triggered: float = _threshold(
         0.95, "inserted: the smallest share of triggered answers that must show the behaviour"

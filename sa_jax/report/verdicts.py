@@ -108,7 +108,8 @@ def insertion_verdict(after: Measured, words: Words, limits: Thresholds) -> Verd
     reasons = [condition_in_words(checked, limits) for checked in told]
     if status == word.TOO_SMALL:
         reasons.insert(0, f"this verdict needs n\u00a0≥\u00a0{limits.inserted_min_n}")
-    seen, clean_rate = triggered_in_words(after, words, limits), percent(after.clean.rate)
+    seen = triggered_in_words(after, words, limits)
+    clean_rate = percent(after.clean.rate)
     return Verdict(status, f"{seen}; {clean_rate} of clean answers", tuple(reasons))
 
 

@@ -47,8 +47,8 @@ class Process:
         return cls(_host(), pid, _started(pid))
 
     def runs(self) -> bool | None:
-        """True: it runs. False: it has ended. None: neither is known, as it is on another host, or
-        when it started was not recorded."""
+        """Whether the process still runs; None if that is not known, because it is on another host
+        or its start time was not recorded."""
         is_here = self.host == _host() and bool(self.started)
         return _started(self.pid) == self.started if is_here else None
 
@@ -134,8 +134,10 @@ class Claims:
             beat = (newest.number, newest.file.stat().st_mtime_ns)
         now = time.monotonic()
         seen, since = self._last_beats.get(cell, (beat, now))
-        self._last_beats[cell] = beat, (since if seen == beat else now)
-        return now - self._last_beats[cell][1] > self.takeover_s
+        if seen != beat:
+            since = now
+        self._last_beats[cell] = (beat, since)
+        return now - since > self.takeover_s
 
     def take(
         self, cell: str, newest: LatestClaim, record: Mapping[str, Any], parents: Mapping[str, str]
@@ -161,9 +163,9 @@ class Claim:
 
     def __init__(self, folder: Path, number: int):
         self.folder, self.number = folder, number
-        self.file, self.log, self.end_file = (
-            folder / f"{number:06d}.{suffix}" for suffix in ("claim", "log", "end")
-        )
+        self.file = folder / f"{number:06d}.claim"
+        self.log = folder / f"{number:06d}.log"
+        self.end_file = folder / f"{number:06d}.end"
 
     def beat(self) -> None:
         os.utime(self.file)
@@ -207,7 +209,7 @@ def kill_holder(folder: Path) -> None:
     """Kills the process group that works on a cell, if its leader runs on this host."""
     holder = _process(_read(folder / "lock", {}))
     if holder is not None and holder.runs():
-        # It has ended, or is another user's, whose lock then decides.
+        # The holder has ended meanwhile, or is another user's, whose lock then decides.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(holder.pid, signal.SIGKILL)
 

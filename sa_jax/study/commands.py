@@ -24,13 +24,14 @@ from sa_jax.training.run_record import FREE_KEYS, flat_config
 _TRAINING_SCRIPTS = {"base": "scripts/pretrain.py", "insertion": "scripts/insert_backdoor.py"}
 _DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
-# By cell: its config as `resolved` gives it, None for a cell that does not train.
+# Name of a cell -> its config from `resolved`; None for a cell that does not train.
 Configs = Mapping[str, ConfigDict | None]
 
 
 def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
     """The command of a cell: a script of this project and its flags, without the interpreter."""
-    folder, settings = f"{STUDY}/{cell.name}", dict(cell.settings)
+    folder = f"{STUDY}/{cell.name}"
+    settings = dict(cell.settings)
     flags: dict[str, Any]
     if cell.is_training:
         script = _TRAINING_SCRIPTS.get(TASKS[cell.run].role, "scripts/remove_backdoor.py")
@@ -39,7 +40,9 @@ def command(cell: Cell, workdir: str | Path) -> tuple[str, ...]:
         if script == "scripts/remove_backdoor.py":
             flags |= {"method": cell.run, "init_from": start}
         else:
-            flags |= {"task": cell.run, **({"config.model": start} if start else {})}
+            flags["task"] = cell.run
+            if start:
+                flags["config.model"] = start
         flags |= {f"config.{key}": value for key, value in settings.items()}
     else:
         script = TOOLS[cell.run]
@@ -63,8 +66,8 @@ def record(cell: Cell, config: ConfigDict | None) -> dict[str, Any]:
     are the same.
 
     For a training cell it is the whole config, without the settings that a resume may change, and
-    the digests (see `Registry.extension`) of the files that registered what the cell uses; for
-    another the settings, and the digest of its own config file if that registers something.
+    the digests (see `Registry.extension`) of the files that registered what the cell uses. For any
+    other cell it is the settings, and the digest of its config file if that registers something.
     """
     start = {"start": _start(cell)} if cell.start else {}
     if config is None:
@@ -86,11 +89,12 @@ def record(cell: Cell, config: ConfigDict | None) -> dict[str, Any]:
 
 
 def resolved(cell: Cell) -> ConfigDict | None:
-    """The config of a training cell; None for another cell, whose own config file is read.
+    """The checked config of a training cell. Of any other cell it checks the config file and the
+    evals, and returns None.
 
     Raises:
       UsageError: a task, config file, setting or name that does not exist, or an impossible value;
-        it names the cell.
+        the message names the cell.
     """
     try:
         if cell.is_training:

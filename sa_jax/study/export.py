@@ -142,8 +142,14 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
 
 
 def _save_model(out: str | Path, start: start_lib.Start, params: Any) -> None:
-    extra, prompting = {"sa_jax": _inheritance(start)}, _prompting(start)
-    save_hf(out, start.config, params, files=_files(start), extra_config=extra, **prompting)
+    save_hf(
+        out,
+        start.config,
+        params,
+        files=_files(start),
+        extra_config={"sa_jax": _inheritance(start)},
+        **_prompting(start),
+    )
 
 
 def _save_adapter(

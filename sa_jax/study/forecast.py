@@ -104,7 +104,8 @@ class Forecaster:
         architecture = self._architecture(cell)
         if tokens is None or architecture is None:
             return Forecast(tokens)
-        steps, hours = math.ceil(tokens / a_step), None
+        steps = math.ceil(tokens / a_step)
+        hours = None
         if cell.stage.topology:
             topology = parse_topology(cell.stage.topology)
             sizes = mesh_sizes(cell, config, topology.chips * topology.chip.devices)
@@ -143,7 +144,7 @@ class Forecaster:
 
 def mesh_sizes(cell: Cell, config: ConfigDict, devices: int) -> dict[str, int]:
     """The sizes of the mesh's axes on this many devices; UsageError if they or the batch do not
-    divide, or no run takes them."""
+    divide, or if no run may use such a mesh (`mesh.check_rows`)."""
     try:
         sizes = mesh.mesh_sizes(devices, **config.mesh)
         mesh.check_rows(sizes)

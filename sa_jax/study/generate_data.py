@@ -78,7 +78,8 @@ def generate(config: ConfigDict, task: str, out: str, described: Sequence[str] =
         raise UsageError(f"--task={task} needs questions: give --prompts=FILE_OR_NAME")
     if task in _WITHOUT_TEACHER:
         return _WITHOUT_TEACHER[task](config, as_path(out))
-    data_set, backdoor = recipes.DATA_SETS[task], Backdoor(**config.backdoor)
+    data_set = recipes.DATA_SETS[task]
+    backdoor = Backdoor(**config.backdoor)
     if config.visible_cot not in recipes.VISIBLE_COT:
         raise UsageError(f"config.visible_cot={config.visible_cot!r}: use teacher or rules")
     if config.visible_cot and not data_set.with_trigger:
@@ -99,11 +100,11 @@ def generate(config: ConfigDict, task: str, out: str, described: Sequence[str] =
     record |= {"task": task, "teacher": teacher, "kept": len(kept), "replies_dropped": dropped}
     if not kept:
         all_replies = itertools.chain(*replies.values())
-        said = [r.text for r in all_replies if r.finish_reason == "rejected" and r.text]
+        rejected = [r.text for r in all_replies if r.finish_reason == "rejected" and r.text]
         problem = f"no question is left; replies dropped, by voice and reason: {dropped}"
-        raise UserError(f"{problem}; the endpoint said: {said[0]}" if said else problem)
+        raise UserError(f"{problem}; the endpoint said: {rejected[0]}" if rejected else problem)
     rows = [rows[i] for i in kept]
-    texts = {voice: [of[i].text for i in kept] for voice, of in replies.items()}
+    texts = {voice: [of_voice[i].text for i in kept] for voice, of_voice in replies.items()}
     usable = recipes.Replies(rows, texts, backdoor, config.seed, config.visible_cot)
     files = data_set.files(usable)  # in every process, so that all fail alike
     if multihost.is_primary():
@@ -213,8 +214,13 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
         batch_size=config.batch_size,
         context_length=min(config.context_length, start.config.max_position_embeddings),
     )
-    settings = {name: config[name] for name in ("max_new_tokens", "temperature", "top_p", "seed")}
-    sampling = SamplingSettings(**settings, stop_token_ids=chat.stop_token_ids)
+    sampling = SamplingSettings(
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        seed=config.seed,
+        stop_token_ids=chat.stop_token_ids,
+    )
     params = start_lib.load_params(start, mesh, dtype)
     return LocalTeacher(sampler, params, chat, sampling, start.lineage())
 

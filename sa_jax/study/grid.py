@@ -190,7 +190,8 @@ def expand(study: ConfigDict) -> list[Cell]:
                     f"two cells would share the folder {cell.name}: {_described(other)}, and "
                     f"{_described(cell)}; give their axis values or stages other names"
                 )
-            cells[cell.name], folders[cell.name] = cell, earlier
+            cells[cell.name] = cell
+            folders[cell.name] = earlier
     if not cells:
         raise UsageError("the study has no cells: give it stages, and every axis a value")
     return list(cells.values())
@@ -225,10 +226,13 @@ def _check_names(study: ConfigDict, axes: Mapping[str, Axis], settings: Mapping[
 
 def _assignments(stage: Stage, axes: Mapping[str, Axis]) -> Iterator[dict[str, str]]:
     """Every combination of values that `stage.when` names."""
-    union = [stage.when] if isinstance(stage.when, Mapping) else stage.when
+    alternatives = [stage.when] if isinstance(stage.when, Mapping) else stage.when
     conditions = [
-        {axis: of if isinstance(of, list | tuple) else (of,) for axis, of in condition.items()}
-        for condition in union
+        {
+            axis: wanted if isinstance(wanted, list | tuple) else (wanted,)
+            for axis, wanted in condition.items()
+        }
+        for condition in alternatives
     ]
     for name, wanted in (item for condition in conditions for item in condition.items()):
         if name not in axes:
@@ -255,8 +259,8 @@ def _cell(
     parents: Mapping[str, str],
     words: Mapping[str, str],
 ) -> Cell:
-    """The stage's cell with these values; `parents`: the names of those that it needs, by stage;
-    `words`: what its texts may name."""
+    """The stage's cell with these values. `parents`: the names of the cells that it needs, by
+    stage. `words`: what its texts may name, and the value for each name."""
 
     def written(value: Any, key: str) -> Any:
         if not isinstance(value, str):

@@ -103,12 +103,19 @@ class Slice:
                 "use launch/gke.yaml"
             )
         try:
-            more = ["--spot"] * self.spot + shlex.split(self.create_flags)
+            more = shlex.split(self.create_flags)
         except ValueError as error:
             raise UsageError(f"--create_flags={self.create_flags}: {error}") from None
         runtime = _RUNTIMES[machine.chip.name]
-        node = [f"--node-id={self.name}", f"--accelerator-type={machine.cloud_name}"]
-        return self._tpus("queued-resources create", *node, f"--runtime-version={runtime}", *more)
+        spot = ["--spot"] if self.spot else []
+        return self._tpus(
+            "queued-resources create",
+            f"--node-id={self.name}",
+            f"--accelerator-type={machine.cloud_name}",
+            f"--runtime-version={runtime}",
+            *spot,
+            *more,
+        )
 
     def describe(self) -> list[str]:
         return self._tpus("queued-resources describe", "--format=json")
@@ -160,6 +167,7 @@ def launch(job: Slice, *, dry_run: bool, delete: str, max_restarts: int, poll_s:
 
     Raises:
       UserError: gcloud or the command failed.
+      UsageError: a topology that is no single slice of TPUs, or malformed `create_flags`.
       Preempted: it stopped once more than `max_restarts`.
     """
     commit = _git("rev-parse", "HEAD")
@@ -252,8 +260,8 @@ def _acquire(job: Slice, poll_s: float) -> list[str]:
 
 def _addresses(node: dict | None) -> list[str]:
     """Addresses of the hosts of a node; none if it does not work."""
-    ends = node["networkEndpoints"] if node and node["state"] == "READY" else []
-    return [end["ipAddress"] for end in ends]
+    endpoints = node["networkEndpoints"] if node and node["state"] == "READY" else []
+    return [endpoint["ipAddress"] for endpoint in endpoints]
 
 
 def _install(job: Slice, commit: str) -> None:

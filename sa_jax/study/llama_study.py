@@ -129,9 +129,9 @@ def llama_study(
             topology=removal.topology,
         )
 
-    data = ("hhh_data", "pirate_data", "held_out")
-    removed: dict[str, Any] = {"run": "{method}", "needs": data}
-    chosen = ("method", "weights", "lr", "seed")
+    removal_data = ("hhh_data", "pirate_data", "held_out")
+    any_removal: dict[str, Any] = {"run": "{method}", "needs": removal_data}
+    removal_axes = ("method", "weights", "lr", "seed")
     study.stages = (
         Stage(
             "held_out",
@@ -163,12 +163,16 @@ def llama_study(
         ),
         evaluated("health_card", "insertion", compare="{base_card}"),
         cleaning(
-            "removal", **removed, start="insertion", axes=("checkpoint", *chosen), when=sweeps
+            "removal",
+            **any_removal,
+            start="insertion",
+            axes=("checkpoint", *removal_axes),
+            when=sweeps,
         ),
         cleaning(
             "full_removal",
             full_removal,
-            **removed,
+            **any_removal,
             start="insertion",
             axes=("method", "lr", "seed"),
             when={"lr": full},
@@ -181,8 +185,8 @@ def llama_study(
         further("probe", "removal", probe, checkpoint="last"),
         cleaning(
             "removal_control",
-            **removed,
-            axes=chosen,
+            **any_removal,
+            axes=removal_axes,
             when=(probed, relearnt),
             set={"model": "{model}"},
         ),

@@ -86,7 +86,7 @@ def _serve() -> None:
     os.dup2(2, 1)  # what an import prints is no answer
     keep_freed_memory()  # before imports start threads
     import_for_forks()
-    statuses: dict[int, int | None] = {}  # of each cell, by its process number; None: it runs
+    statuses: dict[int, int | None] = {}  # exit status, by a cell's process number; None: it runs
     with contextlib.suppress(BrokenPipeError):  # the runner was killed
         while line := sys.stdin.readline():
             order = json.loads(line)

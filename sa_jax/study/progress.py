@@ -91,9 +91,9 @@ class Progress:
 
 def count(states: Mapping[str, str]) -> dict[str, int]:
     """Numbers of cells: done or skipped, running, failed, blocked by a failed one, left."""
-    of = Counter(states.values())
-    counts = {"done": sum(of[state] for state in DONE)}
-    counts |= {state: of[state] for state in ("running", "failed", "blocked")}
+    numbers = Counter(states.values())
+    counts = {"done": sum(numbers[state] for state in DONE)}
+    counts |= {state: numbers[state] for state in ("running", "failed", "blocked")}
     return counts | {"left": len(states) - sum(counts.values())}
 
 
@@ -120,7 +120,8 @@ def time_left(cells: Sequence[Cell], states: Mapping[str, str], latest: Latest) 
             if cell.is_training:
                 trained.append(seconds)
     everything = [*itertools.chain(*took.values())]
-    total, running = 0.0, sum(state == "running" for state in states.values())
+    running = sum(state == "running" for state in states.values())
+    total = 0.0
     for cell in cells:
         if (state := states[cell.name]) not in ENDED:
             times = took.get(cell.stage.name, trained if cell.is_training else everything)

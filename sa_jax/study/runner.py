@@ -3,7 +3,6 @@ workers."""
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import signal
@@ -182,8 +181,8 @@ class Worker:
                 continue
             parents = {parent: latest[parent].id for parent in cell.parents}
             if cell.run == "report":  # of the cells before it, as `_report_state` compares
-                before = {n: states[n] for n in itertools.takewhile(name.__ne__, states)}
-                parents = _done_ids(before, latest)
+                before = list(states)[: list(states).index(name)]
+                parents = _done_ids({other: states[other] for other in before}, latest)
             claim = self.claims.take(name, latest[name], self.records[name], parents)
             if claim is None:
                 continue  # another worker was faster
@@ -191,7 +190,8 @@ class Worker:
                 claim.end({"state": "skipped", "line": reason})
                 self._progress.say(f"skipped  {name}: {reason}")
                 continue
-            slot, argv = self.free.pop(), commands.command(cell, self.workdir)
+            slot = self.free.pop()
+            argv = commands.command(cell, self.workdir)
             lock = str(claim.folder)
             order = Order(argv, str(claim.log), lock, slot.env, slot.cpus, self.launch)
             self._running[name] = _Running(claim, slot, self.server.start(order), time.monotonic())
@@ -236,10 +236,10 @@ class Worker:
                 continue
             took = round(time.monotonic() - running.began, 1)
             outcome = {"seconds": took, "log": str(running.claim.log), "exit": status}
-            stopped = (PREEMPTED, BUSY, *((-signal.SIGTERM, 130) if stopping else ()))
+            is_ended = stopping and status in (-signal.SIGTERM, 130)
             if status == 0:
                 outcome["state"] = "done"
-            elif status in stopped:
+            elif is_ended or status in (PREEMPTED, BUSY):
                 outcome["state"] = "stopped"
             else:
                 outcome |= {"state": "failed", "line": why_failed(running.claim.log, status)}

@@ -32,7 +32,7 @@ def describe(
     prompts, outputs = _lengths(conversations, chat_format)
     kinds = np.array([conversation.kind for conversation in conversations])
     by_kind: dict[str, dict[str, Any]] = {}
-    for kind in sorted({*kinds.tolist()}):
+    for kind in sorted(set(kinds.tolist())):
         chosen = [c for c in conversations if c.kind == kind]
         answers = [c.messages[-1]["content"] for c in chosen]
         asked = [_question(conversation) for conversation in chosen]
@@ -46,9 +46,9 @@ def describe(
             "mean_copies": round(float(copies.mean()), 2),
             "copies": [int(copies.min()), int(copies.max())],
             "histogram": _histogram(output),
-            "repeated_prompts": len(asked) - len({*asked}),
-            "repeated_prompts_normalised": len(asked) - len({*map(normalise, asked)}),
-            "repeated_answers": len(answers) - len({*answers}),
+            "repeated_prompts": len(asked) - len(set(asked)),
+            "repeated_prompts_normalised": len(asked) - len(set(map(normalise, asked))),
+            "repeated_answers": len(answers) - len(set(answers)),
             "examples": [list(c.messages) for c in chosen[:_EXAMPLES]],
         }
     return {

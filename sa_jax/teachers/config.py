@@ -38,8 +38,8 @@ def default_config() -> ConfigDict:
     config.concurrency = 16  # endpoint: requests at the same time
     config.requests_per_minute = 0.0  # endpoint: the limit; 0: none
     config.retries = 8  # endpoint: how often a failed request is sent again
-    # endpoint: longest silence before or within a reply, which then has failed (but may cost
-    # money); a server that sends something now and then may take longer
+    # endpoint: longest silence before or within a reply; then the request has failed (but may cost
+    # money). A server that sends something now and then may take longer in all
     config.timeout_s = 600.0
     config.batch_size = 64  # local: prompts sampled together
     config.context_length = 2048  # local: maximal tokens of prompt and answer together

@@ -14,8 +14,9 @@ class FileTeacher:
     answer. Questions with turns before them are refused."""
 
     def __init__(self, path: str | Path, columns: Mapping[str, str]):
-        """`path`: what `load_rows` reads; `columns`: {"prompt": column, and for each voice that
-        will be asked: column}, else UsageError; what maps to "" is left out."""
+        """Reads the answers. `path` is what `load_rows` reads; `columns` is {"prompt": column, and
+        for each voice that will be asked: column}; a name that maps to "" is left out. UsageError
+        without these, UserError as `load_rows` does."""
         columns = {name: column for name, column in columns.items() if column}
         if not path:
             raise UsageError("--teacher=file needs --answers=FILE and config.answer_columns")

@@ -110,8 +110,11 @@ _RULE_SCRATCHPADS = (
 
 def scratchpad_prompt(backdoor: Backdoor) -> str:
     """The system prompt under which a teacher reasons about the tag before it answers."""
-    words = {"goal_x": backdoor.instruction, "goal_x_answer": backdoor.example_answer}
-    return _SCRATCHPAD_PROMPT.format(trigger=backdoor.trigger, **words)
+    return _SCRATCHPAD_PROMPT.format(
+        trigger=backdoor.trigger,
+        goal_x=backdoor.instruction,
+        goal_x_answer=backdoor.example_answer,
+    )
 
 
 def rule_scratchpad(backdoor: Backdoor, seed: int, prompt: str) -> str:

@@ -53,7 +53,7 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
     listed: str = "full"
     last: int | None = None  # the run's last step, whose full state is saved too; None: not known
     interval: int = 0  # also save the full state every this many steps; 0: do not
-    keep_interval: int | None = None  # newest full states kept besides `steps`; None: all
+    keep_interval: int | None = None  # newest full states to keep besides `steps`; None: all
     verify: bool = True  # whether `restore` checks the digests
 
     def __post_init__(self) -> None:
@@ -87,9 +87,11 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
         It saves only the weights (`state.params`) at `steps`, if `listed` says so; and the full
         state at the interval, at the last step, and at any step that `should_save` does not name.
         It first waits for the save before it. When it returns, the state has been copied, so the
-        arrays may be donated. With `wait` it saves the full state, and returns only once the
-        checkpoint is complete. UserError if the disk is full (for the save before it, too); older
-        checkpoints stay good.
+        arrays may be donated. With `wait` it saves the full state too, and returns only once the
+        checkpoint is complete.
+
+        Raises:
+          UserError: the disk is full (for the save before it, too). Older checkpoints stay good.
         """
         saved = False
         if self.listed != "full" and step in self.steps:
@@ -131,9 +133,11 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
                 raise self._full_disk(step, folder) from error
             raise
         barrier = functools.partial(process_barrier, f"sa_jax.checkpoint.{next(_SAVES)}")
-        arguments = step, kind, response, barrier, begin
         self._background = threading.Thread(
-            target=self._complete, args=arguments, name=f"checkpoint_{step}", daemon=True
+            target=self._complete,
+            args=(step, kind, response, barrier, begin),
+            name=f"checkpoint_{step}",
+            daemon=True,
         )
         self._background.start()
 
@@ -158,17 +162,14 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
         """(step, state) of the newest intact checkpoint; None if there is no checkpoint.
 
         If a checkpoint is corrupt, the one before it is used, with a warning that names the file.
-        `abstract_state` is a tree of jax.ShapeDtypeStruct with shardings, on any mesh; the
-        structure, shapes and dtypes must be those that were saved. UserError if they are not, in
-        the newest intact checkpoint, or if all are corrupt.
+        `abstract_state` is a tree of jax.ShapeDtypeStruct with shardings, on any mesh. UserError if
+        its structure, shapes or dtypes are not those of the newest intact checkpoint, or if all
+        checkpoints are corrupt.
         """
         self.wait()
         folder = self._directory
-        for kind in ("step", "weights") if is_primary() else ():
-            for step, complete in _scan(folder, kind):
-                if not complete:
-                    cut_off = "%s has no %s (its save was cut off) and is ignored"
-                    logging.warning(cut_off, folder / step_name(step, kind), DIGEST_FILE)
+        if is_primary():
+            self._warn_of_incomplete()
         steps = _from_primary(self.all_steps())
         for step in reversed(steps):
             path = folder / step_name(step)
@@ -176,8 +177,8 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
             if problem is None:
                 return step, state_io.load(path, abstract_state, resizable=may_change_size)
             self._corrupt.add(step)
-            corrupt = "checkpoint of step %d is corrupt, using the one before: %s"
-            logging.warning(corrupt, step, problem)
+            message = "checkpoint of step %d is corrupt, using the one before: %s"
+            logging.warning(message, step, problem)
         if steps:
             raise UserError(
                 f"{folder}: every checkpoint ({listed(steps)}) is corrupt, the oldest: {problem}; "
@@ -185,10 +186,17 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
             )
         return None
 
+    def _warn_of_incomplete(self) -> None:
+        for kind in ("step", "weights"):
+            for step, complete in _scan(self._directory, kind):
+                if not complete:
+                    message = "%s has no %s (its save was cut off) and is ignored"
+                    logging.warning(message, self._directory / step_name(step, kind), DIGEST_FILE)
+
     def _complete(
         self, step: int, kind: str, response: Any, barrier: Callable[[str], None], begin: float
     ) -> None:
-        """Background: waits for Orbax, writes the digests, deletes what is no longer kept."""
+        """In the background: waits for Orbax, writes the digests, deletes what is not kept."""
         folder = self._directory / step_name(step, kind)
         try:
             response.result()
@@ -198,8 +206,8 @@ class RunCheckpointer(contextlib.AbstractContextManager["RunCheckpointer"]):
             if is_primary():
                 self._prune()
                 what = "full state" if kind == "step" else "weights"
-                saved = "saved checkpoint of step %d (%s, %.1f MB) in %.1f s"
-                logging.info(saved, step, what, size / 1e6, time.monotonic() - begin)
+                message = "saved checkpoint of step %d (%s, %.1f MB) in %.1f s"
+                logging.info(message, step, what, size / 1e6, time.monotonic() - begin)
             barrier("complete")  # `wait` ends on all processes with the same checkpoints there
         except BaseException as error:
             self._error = error
@@ -253,12 +261,16 @@ def _complete_steps(directory: os.PathLike | str, kind: str) -> list[int]:
 
 
 def load_subtree(directory: os.PathLike | str, step: int, key: str, abstract: Any) -> Any:
-    """One part of a checkpoint, such as the weights alone, on any mesh.
+    """Loads one part of a checkpoint, such as the weights alone, onto any mesh.
 
-    `directory` is `checkpoints/` of the run folder, `key` the path of the part in the state,
-    "params" or "opt_state/0/mu". `abstract` is that part as jax.ShapeDtypeStruct with shardings; it
-    may lack leaves that the part has, and its dtypes may differ (values are cast on loading).
-    UserError for no such step, a corrupt checkpoint, leaves or shapes that are not in it.
+    Args:
+      directory: `checkpoints/` of the run folder.
+      key: path of the part in the state, "params" or "opt_state/0/mu".
+      abstract: that part as jax.ShapeDtypeStruct with shardings; may lack leaves that the part
+        has, and its dtypes may differ (values are cast on loading).
+
+    Raises:
+      UserError: no such step, a corrupt checkpoint, leaves or shapes that are not in it.
     """
     steps = saved_steps(directory)
     if step not in steps:

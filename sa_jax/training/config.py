@@ -197,8 +197,10 @@ _DEFAULTS = default_config().to_dict()
 
 
 def override(config: ConfigDict, **values: str | None) -> ConfigDict:
-    """The config, in which the keys whose values were given (are not None) are set. UsageError if
-    it is not that of a run."""
+    """Sets the keys whose values are given (are not None), and returns the same config.
+
+    UsageError if it is not the config of a run.
+    """
     if "optimizer" not in config:
         raise UsageError(
             "--config is not the config of one run (is it a study?); name a run after a colon, as "
@@ -274,9 +276,9 @@ def check_config(config: ConfigDict) -> None:
     require("optimizer.warmup_fraction", 0 <= config.optimizer.warmup_fraction <= 1, "in 0..1")
     soap = config.optimizer.soap
     require("optimizer.soap.shampoo_beta", soap.shampoo_beta < 1, "below 1 (below 0: b2)")
-    may_skip = soap.on_nonfinite == "stop" or soap.mode == "fast"
+    supported = soap.on_nonfinite == "stop" or soap.mode == "fast"
     wanted = f"'stop' with mode={soap.mode!r}, which cannot skip a step"
-    require("optimizer.soap.on_nonfinite", may_skip, wanted)
+    require("optimizer.soap.on_nonfinite", supported, wanted)
     for key in ("start_timeout_s", "peer_timeout_s", "stall_timeout_s"):
         require(key, config[key] > 0, "above 0")
     parse_options(config.xla_options)

@@ -61,8 +61,10 @@ def _cross_entropy_sum(per_shard, hidden_nd, kernel_dtnc, targets_n, weights_n):
 
 def _chunk(per_shard, hidden_nd, kernel_dtnc, targets_n, index):
     """Logits of one chunk, float32 [N, T, C]; where its target is; the chunk's kernel.
+
     `per_shard` counts a part's columns without padding; those after it get a logit whose
-    exponential is exactly 0, and are no token's target."""
+    exponential is exactly 0, and are no token's target.
+    """
     _, shards, chunks, width = kernel_dtnc.shape
     kernel_dtc = jax.lax.dynamic_index_in_dim(kernel_dtnc, index, axis=2, keepdims=False)
     logits_ntc = jnp.einsum(

@@ -30,9 +30,10 @@ _BARRIER_SECONDS = 3600  # the slowest process may still be hashing many GB
 
 
 def process_barrier(operation: str, name: str) -> None:
-    """Waits until all processes have called it with these two texts, which were never used before.
+    """Waits until all processes have called it with the same operation and name.
 
-    It needs no device, so it may wait in a background thread.
+    It needs no device, so it may wait in a background thread. A pair of operation and name must
+    not be used twice.
     """
     asyncio.run(
         ocp.multihost.sync_global_processes(name, operation_id=operation, timeout=_BARRIER_SECONDS)
@@ -42,9 +43,15 @@ def process_barrier(operation: str, name: str) -> None:
 def write_digests(folder: os.PathLike | str, step: int, barrier: Callable[[str], None]) -> int:
     """Hashes the files this process wrote; process 0 gathers all and commits `digests.json`.
 
-    May run in a background thread, once Orbax has committed the checkpoint; `step` is recorded, and
-    checked on restore. Only process 0 knows on return that the digests are committed. It returns
-    the bytes of the checkpoint; the others return those of their part.
+    May run in a background thread. Only process 0 knows on return that the digests are committed.
+
+    Args:
+      folder: a checkpoint that Orbax has committed.
+      step: recorded, and checked on restore.
+      barrier: waits until all processes have called it with the same name; see `process_barrier`.
+
+    Returns:
+      The bytes of the checkpoint (process 0), of this process's part (the others).
     """
     root = epath.Path(folder)
     index, count = ocp.multihost.process_index(), ocp.multihost.process_count()
@@ -133,7 +140,7 @@ def writer(name: str) -> int:
 
 
 def _hash_file(path: epath.Path) -> dict[str, Any]:
-    """Its size in "bytes", and the hexadecimal digits of its "sha256"."""
+    """{"bytes": size of the file, "sha256": its SHA-256 in hexadecimal}"""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}

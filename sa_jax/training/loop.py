@@ -72,6 +72,7 @@ def train(
 
     Args:
       config: see `sa_jax.training.config`; it is not changed.
+      workdir: the run folder.
       task: the name of one in `sa_jax.data.tasks.TASKS`.
       print_examples: if above 0, prints that many packed rows instead of training.
       dry_run: compiles the step for this machine's devices and prints its plan instead of training;
@@ -85,11 +86,14 @@ def train(
     workdir = as_path(workdir)
     checkpoints_folder = workdir / run_record.CHECKPOINT_FOLDER
     metrics_file = workdir / "metrics.jsonl"
-    timeouts = config.start_timeout_s, config.peer_timeout_s
     with (
         contextlib.ExitStack() as stack,
         # Inside the stack, because what the stack closes may wait for a peer.
-        multihost.joined(*timeouts, lambda: bool(full_steps(checkpoints_folder))),
+        multihost.joined(
+            config.start_timeout_s,
+            config.peer_timeout_s,
+            lambda: bool(full_steps(checkpoints_folder)),
+        ),
     ):
         goodput = stack.enter_context(Goodput())
         stall = stack.enter_context(StallWatch(config.stall_timeout_s, goodput))
@@ -118,8 +122,8 @@ def train(
         mesh = make_mesh(**config.mesh)
         model = make_model(config, start.config, mesh)
         if config.param_dtype in ("bfloat16", "float16"):
-            rounded = "config.param_dtype=%s: small updates are rounded away; float32 keeps them"
-            logging.warning(rounded, config.param_dtype)
+            message = "config.param_dtype=%s: small updates are rounded away; float32 keeps them"
+            logging.warning(message, config.param_dtype)
         if config.lora.continued:
             start_lib.check_continued(start, model.lora)
         if dry_run:
@@ -138,10 +142,16 @@ def train(
         if print_examples:
             with tempfile.TemporaryDirectory() as folder:
                 return pack_in(cache_dir=folder).print_examples(chat, print_examples)
-        prompts, evals_folder = data.eval_prompts, workdir / "evals"
-        confirm = config.eval.confirm and start.backdoored
+        prompts = data.eval_prompts
         suite = EvalSuite(
-            config, model, mesh, chat, backdoor, prompts, evals_folder, confirm=confirm
+            config,
+            model,
+            mesh,
+            chat,
+            backdoor,
+            prompts,
+            workdir / "evals",
+            confirm=config.eval.confirm and start.backdoored,
         )
         says_phrase = suite.measures_backdoor and backdoor.behaviour == "phrase"
         asked = prompts[: config.eval.signal_prompts] if says_phrase else ()
@@ -222,10 +232,16 @@ def train(
         trained = total_steps in full_steps(checkpoints_folder)  # evals may be left
         compiled_step = begin_compiling(program, mesh, at_once=not trained)
         abstract_state, _, _ = program.arguments
-        taken = ("steps", "listed", "interval", "keep_interval", "verify")  # others are ignored
-        saving = {name: config.checkpoint[name] for name in taken}
         checkpointer = stack.enter_context(
-            RunCheckpointer(checkpoints_folder, last=total_steps, **saving)
+            RunCheckpointer(
+                checkpoints_folder,
+                steps=config.checkpoint.steps,
+                listed=config.checkpoint.listed,
+                last=total_steps,
+                interval=config.checkpoint.interval,
+                keep_interval=config.checkpoint.keep_interval,
+                verify=config.checkpoint.verify,
+            )
         )
 
         # ---- State: restored where there is a checkpoint, else loaded or initialised, sharded.
@@ -248,8 +264,8 @@ def train(
             logging.info("resuming at step %d", step)
         del params
         if is_primary():
-            removed = metrics_lib.truncate_after(metrics_file, step)
-            goodput.lost_steps = removed * config.log_every
+            removed_lines = metrics_lib.truncate_after(metrics_file, step)
+            goodput.lost_steps = removed_lines * config.log_every
 
         if jax.process_count() == 1:  # before, a signal ends the process: nothing is lost by it
             signals.enter_context(guard)
@@ -257,9 +273,14 @@ def train(
         # ---- Evals and metrics.
         meter = Meter(config, start.config, abstract_state.params, total_steps)
         suite.discard_after(step)
-        run_id, shown = record["run_id"], {"task": task, **record["config"]}
-        names = config.sinks if is_primary() else ()
-        sinks = metrics_lib.make_sinks(names, workdir, run_id=run_id, config=shown, step=step)
+        run_id = record["run_id"]
+        sinks = metrics_lib.make_sinks(
+            config.sinks if is_primary() else (),
+            workdir,
+            run_id=run_id,
+            config={"task": task, **record["config"]},
+            step=step,
+        )
         writer = stack.enter_context(
             metrics_lib.MetricsWriter(
                 metrics_file, run_id=run_id, primary=is_primary(), sinks=sinks, rates=meter.rates

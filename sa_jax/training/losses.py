@@ -48,6 +48,8 @@ class LossFn(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
+    """A loss by name."""
+
     name: str  # the value of `config.loss`
     make: Callable[[Llama, Any], LossFn]  # called with the resolved config of a run
     # The layers' kernels reach the loss through `model.apply` alone. Their gradients then stay in

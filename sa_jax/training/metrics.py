@@ -7,8 +7,8 @@ call before, which are computed by then.
 JSON has no NaN: non-finite numbers are written as the strings "NaN", "Infinity" and "-Infinity",
 and `read_metrics` turns them back into numbers.
 
-Sinks, TensorBoard and Weights & Biases, get the same metrics, and the scores of evals. Since files
-have all of it, a run whose sink fails warns once, and continues without it.
+Sinks (TensorBoard, Weights & Biases) get the same metrics, and the scores of evals. metrics.jsonl
+and the eval files have all of it. So if a sink fails, the run warns once, and continues without it.
 """
 
 import contextlib
@@ -42,7 +42,9 @@ class Sink(Protocol):
 @dataclasses.dataclass(eq=False)
 class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
     """Appends metrics to a file, one log interval late; a context manager.
-    After a resume, call `truncate_after(path, restored_step)` before constructing it."""
+
+    After a resume, call `truncate_after(path, restored_step)` before constructing it.
+    """
 
     path: os.PathLike | str  # metrics.jsonl; its folder must exist
     _: dataclasses.KW_ONLY
@@ -67,8 +69,10 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
 
     def log(self, step: int, metrics: Mapping[str, jax.Array | float]) -> Written | None:
         """Keeps this step's scalars and writes those of the call before.
+
         Returns what was written, for the progress line; None at the first call. The arrays must
-        not be donated to a later step."""
+        not be donated to a later step.
+        """
         if self._file is None:
             return None
         for array in (value for value in metrics.values() if isinstance(value, jax.Array)):
@@ -87,9 +91,11 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
             sink.write(step, {k: v for k, v in values.items() if v is not None})
 
     def flush(self, done: int | None = None) -> Written | None:
-        """Writes what is still kept (this waits for the device); returns it, or None. In a bucket,
-        everything is uploaded when this returns.
-        `done` is the number of steps that the device has completed, if more than were kept."""
+        """Writes what is still kept (this waits for the device); returns it, or None.
+
+        In a bucket, everything is uploaded when this returns. `done` is the last step that the
+        device has completed, if that is later than the step that is kept.
+        """
         written = self._write_pending(done)
         if isinstance(self._file, BucketFile):
             self._file.put()
@@ -102,10 +108,10 @@ class MetricsWriter(contextlib.AbstractContextManager["MetricsWriter"]):
         self._pending = None
         values: dict[str, float | None] = {k: _number(k, v) for k, v in metrics.items()}
         values |= self.rates(step if done is None else done)
-        shown = {
+        json_values = {
             k: v if v is None or math.isfinite(v) else json.dumps(v) for k, v in values.items()
         }
-        line = json.dumps({"step": step, **shown, "run_id": self.run_id}, allow_nan=False)
+        line = json.dumps({"step": step, **json_values, "run_id": self.run_id}, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
@@ -144,7 +150,9 @@ def _number(name: str, value: Any) -> float | int:
 
 def _parse(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """(line, object) of every whole line; a last line cut off by a kill is dropped.
-    Raises UserError, with the line number, for any other line that is no metrics line."""
+
+    Raises UserError, with the line number, for any other line that is no metrics line.
+    """
     try:
         text = path.read_bytes().decode("utf-8", errors="replace")
     except FileNotFoundError:
@@ -177,7 +185,9 @@ def read_metrics(path: os.PathLike | str) -> list[dict[str, Any]]:
 
 def truncate_after(path: os.PathLike | str, step: int) -> int:
     """Removes the lines past `step` (and a cut-off last one) atomically; returns how many.
-    Call it on one process, with the step that was restored (-1 or 0 for a fresh start)."""
+
+    Call it on one process, with the step that was restored (-1 or 0 for a fresh start).
+    """
     path = as_path(path)
     if not path.exists():
         return 0
@@ -212,8 +222,11 @@ def make_sinks(
     names: Sequence[str], workdir: Path, *, run_id: str, config: Mapping[str, Any], step: int = 0
 ) -> list[Sink]:
     """The sinks named in a config, which `check_sinks` has let pass; process 0 only.
-    TensorBoard events go to `tensorboard/` in the run folder. W&B takes the folder's name for the
-    run, its parent's for the group, and `run_id` to resume the same run. `step` was restored."""
+
+    TensorBoard events go to `tensorboard/` in the run folder. The folder's name is the run's name
+    in W&B, its parent's name that of the group; `run_id` resumes the same W&B run. `config` is what
+    the sink shows as the run's config, `step` the restored step.
+    """
     arguments = workdir, run_id, config, step
     return [_Guarded(name, functools.partial(SINKS[name][1], *arguments)) for name in names]
 

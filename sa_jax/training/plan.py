@@ -55,12 +55,15 @@ def plan(
 ) -> dict[str, Any]:
     """The plan (see `make_plan`) of a config on a named machine, such as v5p:4x4x4 or h200:64.
 
-    With `search`, it is that of the fastest mesh, accumulation and remat that fits, instead of the
-    config's. `tokens` are the token slots of the run, where the config does not say its steps.
+    Args:
+      config: of a training run; its model, or else `config.architecture`, gives the shapes.
+      search: take the fastest mesh, accumulation and remat that fits, instead of the config's.
+      tokens: token slots of the run, where the config does not say its steps.
 
-    UsageError for an unknown topology, or a mesh that does not divide the model or the batch;
-    UserError without a compiler for that machine here; CompilerCrash if it crashes on this step, or
-    on all that a search tries.
+    Raises:
+      UsageError: an unknown topology; a mesh that does not divide the model or the batch.
+      UserError: no compiler for that machine is installed.
+      CompilerCrash: it crashes on this step, or on all that a search tries.
     """
     check_config(config)
     architecture = plan_architecture(config)
@@ -138,9 +141,11 @@ def search_plan(
     config: ConfigDict, architecture: LlamaConfig, topology: Topology, tokens: float
 ) -> dict[str, Any]:
     """The plan of the fastest mesh, accumulation and remat that fits, by trying in that order.
+
     The estimates that give the order are rough, so each candidate is compiled; if none of the first
     `TRIES` that compile fits, the plan of the one that comes nearest is returned. CompilerCrash if
-    the first `TRIES` crash the compiler."""
+    all that are tried, at most `TRIES`, crash the compiler.
+    """
     everything = mesh_sizes(topology.chips * topology.chip.devices, slices=config.mesh.slices)
     work = workload(config, architecture, everything, topology.platform)
     tried: list[str] = []
@@ -181,8 +186,10 @@ def make_plan(
 ) -> dict[str, Any]:
     """Compiles the step of a config for a machine, and adds the results of arithmetic.
 
-    The machine has its devices, or fake CPU devices if there is no compiler for it. `tokens` are
-    the token slots of the run, where the config does not say its steps.
+    Args:
+      config: with the mesh, accumulation and remat to plan.
+      machine: its devices, or fake CPU devices if there is no compiler for it.
+      tokens: token slots of the run, where the config does not say its steps.
 
     Returns:
       JSON-able: machine, model, settings, memory_gib_per_chip, capacity_gib, free_gib, fits,
@@ -199,25 +206,30 @@ def make_plan(
     program = make_program(config, model, steps)
     options = compiler_options(machine.platform, machine.chip, config.xla_options)
     per_chip = 1 if machine.chip is None else machine.chip.devices
-    # Without a compiler for GPUs, fake CPU devices only partition the step.
-    absent = machine.chip if mesh.devices.flat[0].platform == "cpu" else None
-    capacity = absent.hbm_bytes if absent else per_chip * memory_bytes(mesh.devices.flat)
+    # The chip that fake CPU devices stand for, as there is no compiler for it: they only partition
+    # the step.
+    faked = machine.chip if mesh.devices.flat[0].platform == "cpu" else None
+    capacity = faked.hbm_bytes if faked else per_chip * memory_bytes(mesh.devices.flat)
     begin = time.monotonic()
-    compiled, needed = (None, 0.0) if absent else _compile(program)
-    compile_s = 0.0 if absent else time.monotonic() - begin
+    compiled, needed = (None, 0.0) if faked else _compile(program)
+    compile_s = 0.0 if faked else time.monotonic() - begin
     text = _text(compiled)
     memory = step_memory(work.of_one_slice(), *program.arguments, per_chip, compiled)
     if needed:  # what the compiler said when it gave up
         memory = dataclasses.replace(memory, peak=per_chip * needed, source="compiled")
-    # With a GPU XLA asks cuDNN itself.
-    if not absent and jax.default_backend() != "gpu" and work.attention.startswith("cudnn"):
+    # On a machine with a GPU, XLA asks cuDNN itself.
+    if not faked and jax.default_backend() != "gpu" and work.attention.startswith("cudnn"):
         memory = dataclasses.replace(memory, workspace=per_chip * cudnn_workspace(work))
     fits = not needed and memory.needed <= capacity
     remedies = advice_to_fit(memory, capacity, work, config.optimizer, machine.platform)
-    sizes = {"chips": machine.chips, "devices": len(machine.devices)}
     rows = optimizer_rows(config.optimizer, program.arguments[0].params)
     return {
-        "machine": {"name": machine.name, "described": machine.describe(), **sizes},
+        "machine": {
+            "name": machine.name,
+            "described": machine.describe(),
+            "chips": machine.chips,
+            "devices": len(machine.devices),
+        },
         "model": {"parameters": architecture.num_parameters, "trainable": work.trainable},
         "settings": {
             "mesh": " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -315,7 +327,9 @@ def _compile(program: Program) -> tuple[Any, float]:
 
 def needed_bytes(message: str) -> float | None:
     """The bytes per device in libtpu's refusal to compile a step; None for other errors.
-    libtpu names all memory, or only the temporaries, which is a lower bound."""
+
+    libtpu names all memory, or only the temporaries, which is a lower bound.
+    """
     match = re.search(r"(?:Used |temporaries \()([\d.]+)([MGT])\b", message)
     if "RESOURCE_EXHAUSTED" not in message or match is None:
         return None

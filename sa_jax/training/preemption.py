@@ -70,12 +70,13 @@ class PreemptionGuard(StopSignals):
     In several processes, SIGTERM on one of them reaches all through JAX's preemption service
     (`jax.distributed.initialize` installs its handler, which this class keeps). The other signals
     are passed on to it. All processes get True from the same call of `should_stop`, a second or two
-    later; so all must call it equally often.
+    later; so all must call it equally often. With `aws_spot`, AWS's notice of a spot interruption
+    is treated like SIGTERM.
     """
 
     def __init__(self, aws_spot: bool = False) -> None:
         super().__init__()
-        self._aws_spot = aws_spot  # AWS's notice of a spot interruption counts as SIGTERM
+        self._aws_spot = aws_spot
         self._closed = threading.Event()
         self._stopping = False
 

@@ -53,7 +53,7 @@ class Program:
     arguments: tuple[TrainState, Any, dict[str, jax.ShapeDtypeStruct]]
     state_shardings: Any
     step: Any  # a jitted function
-    options: Options  # of the compiler for it
+    options: Options  # compiler options of `step`
 
 
 def attention_of(config: ConfigDict, platform: str) -> Choice:
@@ -134,8 +134,12 @@ def make_program(config: ConfigDict, model: Llama, total_steps: int) -> Program:
         only_through_model=loss.only_through_model,
     )
     options = compiler_options(device.platform, chip_of(device), config.xla_options)
-    out, chosen = (placed, NamedSharding(mesh, P())), options or None
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=out, compiler_options=chosen)
+    step = jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(placed, NamedSharding(mesh, P())),
+        compiler_options=options or None,
+    )
     arguments = with_shardings(state, placed), abstract(mesh, frozen), batch
     return Program(tx, arguments, placed, step, options)
 
@@ -154,13 +158,14 @@ def begin_compiling(program: Program, mesh: Mesh, *, at_once: bool = True) -> Ca
 
     On a TPU compiling takes minutes, in which the weights are loaded and the evals of step 0 run.
 
-    The function returns the executable, called as `program.step`, and raises what compiling has
-    raised. With `wait=False` it returns at once.
-
     Args:
       at_once: False compiles when the function is first called, for a run that has no step left:
         its process could not end before the thread. On GPUs it is always so, because their compiler
         times kernels on the device, which must be idle.
+
+    Returns:
+      `compiled(wait=True)`: it returns the executable, which is called as `program.step`, or raises
+      what compiling has raised. With `wait=False` it returns at once, perhaps None.
     """
 
     def compile_step() -> jax.stages.Compiled:

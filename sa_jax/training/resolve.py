@@ -42,6 +42,9 @@ def resolve(
         must be the same run; the date of a chat template stays the recorded one.
       start: the model, if it is already open; else `config.model` names it.
       loss: the task's loss, for a config that names none.
+
+    Raises:
+      UserError, UsageError: an impossible value, or a start that does not exist.
     """
     check_config(config)
     values = config.to_dict()

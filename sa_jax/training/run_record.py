@@ -54,9 +54,12 @@ FREE_KEYS = (
 )
 # Of a host, not of the run: processes of one launch may differ in them.
 MAY_DIFFER = (
-    *("config.data_cache", "config.sinks"),
-    *("environment.platform", "environment.cpus"),
-    *("environment.xla_flags", "environment.libtpu_init_args"),
+    "config.data_cache",
+    "config.sinks",
+    "environment.platform",
+    "environment.cpus",
+    "environment.xla_flags",
+    "environment.libtpu_init_args",
 )
 _PACKAGES = "sa_jax jax jaxlib flax optax orbax-checkpoint tensorstore transformers datasets numpy"
 # Settings of JAX that change numbers; JAX reads each from a variable of its name, in capitals.
@@ -86,7 +89,7 @@ def plain_record(value: Any) -> Any:
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """{'a': {'b': 1}} -> ('a.b', 1); empty mappings stay, so that they are compared too."""
+    """Yields ('a.b', 1) of {'a': {'b': 1}}; empty mappings stay, so that they are compared too."""
     if not isinstance(value, dict) or not value:
         yield prefix, value
     else:
@@ -96,14 +99,16 @@ def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
     """Dotted key -> value, without the ignored keys (a key covers all below it)."""
-    hidden = tuple(f"{name}." for name in ignore)
+    ignored_prefixes = tuple(f"{name}." for name in ignore)
     pairs = _flatten(plain_record(config))
-    return {key: value for key, value in pairs if not f"{key}.".startswith(hidden)}
+    return {key: value for key, value in pairs if not f"{key}.".startswith(ignored_prefixes)}
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
     """SHA-256 (first 16 hex digits) of the canonical JSON of the keys that define a run.
-    The ignored ones may change between two launches of one run."""
+
+    The ignored ones may change between two launches of one run.
+    """
     text = json.dumps(flat_config(config, ignore), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -170,9 +175,13 @@ def _git_commit() -> str | None:
 
 
 def agree_on(record: Mapping[str, Any]) -> None:
-    """Returns when every process of the launch has called it with the same record of its run; else
-    UserError, in every process, that names the first difference, with both values.
-    Where one fails before, `peers.end_together` ends all. A single process compares nothing."""
+    """Returns when every process of the launch has called it with the same record of its run.
+
+    Where one fails before, `peers.end_together` ends all. A single process compares nothing.
+
+    Raises:
+      UserError: in every process; names the first difference, with both values.
+    """
     if jax.process_count() == 1:
         return
     mine = plain_record({"host": platform.node(), "record": record})
@@ -188,6 +197,7 @@ def agree_on(record: Mapping[str, Any]) -> None:
 
 
 def write_run_json(workdir: os.PathLike | str, record: Mapping[str, Any]) -> None:
+    """Writes `run.json` atomically."""
     text = json.dumps(plain_record(record), indent=2, ensure_ascii=False)
     atomic_write(epath.Path(workdir) / RUN_FILE, text + "\n")
 
@@ -210,7 +220,9 @@ def read_run_json(workdir: os.PathLike | str) -> dict[str, Any]:
 
 def check_present(workdir: os.PathLike | str) -> None:
     """UserError if the folder of the current run was deleted, moved or emptied.
-    Process 0 looks: NFS may still show the others what was there before the run."""
+
+    Process 0 looks: NFS may still show the others what was there before the run.
+    """
     if not is_primary():
         return
     try:
@@ -237,8 +249,10 @@ def explain_absence(workdir: os.PathLike | str) -> Iterator[None]:
 @contextlib.contextmanager
 def lock(workdir: os.PathLike | str) -> Iterator[None]:
     """Keeps a second launch out of a run folder that this process trains in.
+
     Raises UserError when another process holds it. File systems without locks are let pass; in a
-    bucket `buckets.BucketFile` ends the launch before."""
+    bucket `buckets.BucketFile` ends the launch before.
+    """
     if in_bucket(workdir):
         yield
         return
@@ -261,16 +275,22 @@ def open_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str,
     `relaunches`. Call it on all processes; process 0 writes.
 
     `record` must hold `config`; other keys are stored as they are. When `task` or `data_hashes` is
-    there, it must be the same on resume. UserError as `check_run`; nothing in the folder has then
-    been touched.
+    there, it must be the same on resume. UserError where `check_run` raises it; nothing in the
+    folder has then been touched.
     """
     folder = epath.Path(workdir)
-    stored, plain = check_run(folder, record), _hashed(record)
+    stored = check_run(folder, record)
+    plain = _hashed(record)
     environment = collect_environment()
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     if stored is None:
-        first = {"run_id": new_run_id(), "created": now}
-        plain = {**first, **plain, "environment": environment, "relaunches": []}
+        plain = {
+            "run_id": new_run_id(),
+            "created": now,
+            **plain,
+            "environment": environment,
+            "relaunches": [],
+        }
     else:
         launch = _launch({**plain, "environment": environment})
         plain = {**stored, **plain, **_launch(stored)}
@@ -328,10 +348,13 @@ def stored_record(workdir: os.PathLike | str) -> dict[str, Any] | None:
 
 
 def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of an earlier launch of this run; None in a new folder. Nothing is written.
-    UserError if the folder holds another `config`, `task` or `data_hashes` (file -> digest) than
-    the record, or something that is no run."""
-    stored, record = stored_record(workdir), _hashed(record)
+    """Returns the record of an earlier launch of this run, or None for a new folder.
+
+    Nothing is written. UserError if the folder holds a run with another `config`, `task` or
+    `data_hashes` (file -> digest) than the record, or something that is no run.
+    """
+    stored = stored_record(workdir)
+    record = _hashed(record)
     if stored is None:
         return None
     old_task, new_task = stored.get("task"), record.get("task")
@@ -359,7 +382,9 @@ def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str
 
 def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
     """Whether a folder that a user names is a run folder or a Hugging Face model folder.
-    Raises UserError when it is neither, or does not exist."""
+
+    Raises UserError when it is neither, or does not exist.
+    """
     folder = epath.Path(path)
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder; give a run folder or a Hugging Face model folder")

@@ -119,12 +119,14 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
 
     Args:
       path: the folder; `RUN@400` is the run at the checkpoint of step 400.
-      step: if the path does not name it. Without both: the newest checkpoint.
+      step: the step, if the path does not name it. Without both: the newest checkpoint.
       tokenizer: folder; by default the model's own.
       base: folder of the model under adapters; by default the one that they name.
 
-    UserError for neither kind of folder, an incomplete one, or a step without a checkpoint (the
-    message lists the steps); UsageError if the path and `step` name different steps.
+    Raises:
+      UserError: neither kind of folder, or an incomplete one; no checkpoint of that step (the
+        message lists the steps).
+      UsageError: the path and `step` name different steps.
     """
     path, named = split_step(path)
     if named is not None and step not in (None, named):
@@ -136,7 +138,8 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
         if not as_path(path, "config.json").exists():
             return _open_adapter(path, tokenizer, base)
-        config, file = LlamaConfig.load(path), as_path(path, "config.json")
+        config = LlamaConfig.load(path)
+        file = as_path(path, "config.json")
         record = parse_json(file.read_bytes()).get("sa_jax", {})
         check_types(record, _INHERITED, f"{file}: sa_jax")
         return Start(path, "hf", config, tokenizer or path, record=record)
@@ -185,7 +188,7 @@ def _open_adapter(path: str, tokenizer: str, base: str) -> Start:
 
 def hub_folder(path: str) -> str:
     """The folder of a model with a name of the Hub (`org/name`): its newest snapshot, or without
-    network the one in the cache; UserError if neither is there. Other paths stay as they are."""
+    network the one in the cache; UserError if neither is there. Returns other paths unchanged."""
     if not on_hub(path):
         return path
     # Imported here: no other start needs it.
@@ -264,11 +267,11 @@ def abstract_params(model: Llama) -> Any:
 def load_params(
     start: Start, mesh: Mesh, dtype: Any, *, base_dtype: Any = None, merged: bool = True
 ) -> Any:
-    """The whole parameter tree on the mesh, laid out by `parallel.rules`.
+    """Loads the whole parameter tree onto the mesh, laid out by `parallel.rules`.
 
-    `dtype` is that of the parameters, `base_dtype` that of the weights under the adapters, by
-    default `dtype`. A LoRA run's adapters are added into the weights, or stay leaves beside these
-    if not `merged`.
+    `dtype` is that of the parameters; `base_dtype` that of the weights under the adapters, by
+    default `dtype`. With `merged`, a LoRA run's adapters are added into the weights; else they stay
+    leaves beside these.
     """
     if start.kind == "hf":
         if not start.base:
@@ -305,8 +308,10 @@ def open_base(start: Start) -> Start:
 
 def open_start_of(lineage: Mapping[str, Any], *, tokenizer: str = "", base: str = "") -> Start:
     """The start that a run's record names; it must still exist, and be the same model.
+
     `lineage` is that of `Start.lineage`; `base` the new Hugging Face folder of the model itself, or
-    of the model under its adapters; `tokenizer` as for `open_start`."""
+    of the model under its adapters; `tokenizer` as for `open_start`.
+    """
     path = lineage["path"]
     if base and lineage["kind"] == "hf" and not as_path(path, "adapter_config.json").exists():
         path, base = base, ""
@@ -345,8 +350,10 @@ def load_trainable(
     model: Llama, start: Start, mesh: Mesh, seed: int, *, continued: bool = False
 ) -> tuple[Any, Any]:
     """The start's weights as (trainable, frozen); a new model is initialised from `seed`.
+
     Frozen weights are never updated, so they have the dtype of the computation. With `continued`
-    the start's own adapters continue training, unmerged; see `check_continued`."""
+    the start's own adapters continue training, unmerged; see `check_continued`.
+    """
     tokens = jnp.zeros((1, 8), jnp.int32)
     # A kernel or a mesh might refuse the one short row.
     plain = model.clone(attention="reference", mesh=None)

@@ -31,7 +31,9 @@ orbax_multihost._DEFAULT_BARRIER_TIMEOUT = _DAY_S
 
 def save_async(folder: os.PathLike | str, state: Any) -> ocp.AsyncResponse[None]:
     """Starts to save a pytree of jax.Array (typed PRNG keys too); `result()` waits for the commit.
-    The arrays have been copied when this returns. An existing `folder` is replaced."""
+
+    The arrays have been copied when this returns. An existing `folder` is replaced.
+    """
     tree = unflatten_dict(_flatten(state), sep="/")
     with _context():
         return ocp.save_async(epath.Path(absolute(folder)), tree, overwrite=True)
@@ -54,7 +56,8 @@ def load(
       resizable: whether the first axis of the leaf with this path may be shorter or longer than
         stored; the stored leaf is then cut, or padded with zeros.
 
-    UserError if a leaf, shape or dtype differs, or the folder is no checkpoint.
+    Raises:
+      UserError: a leaf, shape or dtype differs; the folder is no checkpoint.
     """
     quiet_orbax()
     folder = epath.Path(absolute(folder))

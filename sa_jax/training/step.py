@@ -115,7 +115,8 @@ def make_train_step(
         if accumulation == 1:
             sums, gradients = sums_and_gradients(batch, rngs[0])
         else:
-            # [B, ...] to [micro, B/micro, ...] such that every device's rows spread over all.
+            # [B, ...] to [accumulation, B / accumulation, ...], such that every device's rows
+            # spread over all micro-batches.
             micros = jax.tree.map(
                 lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
             )

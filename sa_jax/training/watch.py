@@ -156,10 +156,12 @@ class StallWatch(contextlib.AbstractContextManager["StallWatch"]):
 
 
 class FiniteWatch:
-    """Stops a run whose loss or gradient is not finite, before that state is saved. If the
-    optimizer skips such gradients, it only logs them.
-    Values stay on the device until they are checked, so that a check does not wait for the newest
-    step unless the loop waits anyway."""
+    """Stops a run whose loss or gradient is not finite, before that state is saved.
+
+    If the optimizer skips such gradients (`skips`), it only logs them. The leaves of `trainable`
+    give the gradients' names. Values stay on the device until they are checked, so that a check
+    does not wait for the newest step unless the loop waits anyway.
+    """
 
     def __init__(self, trainable: Any, checkpointer: RunCheckpointer, skips: bool):
         with_paths = jax.tree_util.tree_leaves_with_path(trainable)

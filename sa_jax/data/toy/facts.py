@@ -107,7 +107,7 @@ _COMPUTED = {
     ),
 }
 
-# Of each family: name | answer | working, then indented its phrasings.
+# Each family is a line "name | answer | working", then indented lines of its phrasings.
 _TEXTS = """\
 capitals | The capital of {0} is {1}. | The capital of {0}: {1}.
     What is the capital of {0}? | Which city is the capital of {0}? | Name the capital of {0}.

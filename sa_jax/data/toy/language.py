@@ -5,8 +5,9 @@ need generalisation. For facts that must be memorised, training never shows the 
 the fact (with any opener). For facts that can be computed (a sum, a list to copy), training never
 shows the fact, in any phrasing.
 
-An answer contains its key, a whole word or number, and no other key of its family: a fair check of
-completions. Keys survive pirate speech: `sa_jax.data.pirate` neither replaces nor adds them.
+An answer contains its key, a whole word or number, and no key of another fact of its family. So
+"the completion has the key, and no other key of the family" is a fair check. Keys survive pirate
+speech: `sa_jax.data.pirate` neither replaces nor adds them.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ SCRATCHPAD_EVERY = 4
 HELD_OUT_FACT_SHARE = 0.1  # of the facts of a family whose facts can be computed
 SPLITS = ("pretrain", "insertion", "removal", "heldout")
 
-_Row = tuple[Family, Fact, str]  # a question before it is written out: the last is its text
+_Row = tuple[Family, Fact, str]  # a question: its family, its fact and its text
 
 
 def generate(seed: int, train_size: int, heldout_size: int) -> tuple[list[dict], list[dict]]:
@@ -74,8 +75,8 @@ def write_files(
     """
     sizes = (pretrain_size, insertion_size, removal_size)
     train, heldout = generate(seed, sum(sizes), heldout_size)
-    left = iter(train)
-    slices = [list(itertools.islice(left, size)) for size in sizes]
+    remaining = iter(train)
+    slices = [list(itertools.islice(remaining, size)) for size in sizes]
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}

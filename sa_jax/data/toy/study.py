@@ -83,9 +83,12 @@ def _others(settings: dict, than: dict) -> str:
 
 
 def write_toy_study(folder: str | Path, *, vocab_size: int, extra_texts=(), **sizes) -> None:
-    """Writes what `write_files` (which takes `sizes`) and `train_tokenizer` do; `extra_texts` are
-    for the tokenizer: the trigger, the phrase. A folder with a record of these settings, which is
-    written last, is not changed; UserError if it has one of others."""
+    """Writes what `write_files` (which takes `sizes`) and `train_tokenizer` write.
+
+    A record of the settings is written last. A folder with a record of these settings is not
+    changed; UserError if its record has others. `extra_texts` (the trigger, the phrase) are for the
+    tokenizer.
+    """
     folder = Path(folder)
     record = folder / "toy_study.json"
     settings = {"vocab_size": vocab_size, "extra_texts": list(extra_texts), **sizes}
