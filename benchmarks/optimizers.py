@@ -21,6 +21,10 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
+# The size of XLA's thread pool. It decides how sums are split: with one size, losses repeat on
+# machines with other numbers of cores.
+os.environ.setdefault("NPROC", "32")
+
 # The CPU's QR is OpenBLAS's, whose threads wait for each other in loops: with other work on the
 # machine, matrices of 128 take it a thousand times longer than one thread.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
