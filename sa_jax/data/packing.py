@@ -396,7 +396,7 @@ def _open(folder: Path, digest: str) -> PackedDataset | None:
         ):
             arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
             return PackedDataset(folder, digest, meta["sequence_length"], meta["stats"], **arrays)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 

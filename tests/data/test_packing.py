@@ -156,16 +156,18 @@ def test_order_depends_on_the_seed(byte_chat, tmp_path):
     assert sorted(orders[0]) == sorted(orders[2])
 
 
-@pytest.mark.parametrize("harm", ["flip", "truncate", "meta", "remove"])
+@pytest.mark.parametrize("harm", ["flip", "truncate", "meta", "no object", "remove"])
 def test_a_damaged_cache_is_built_again(byte_chat, tmp_path, harm):
     given = conversations(20)
     dataset = pack(given, byte_chat, 160, cache_dir=tmp_path)
     want = documents_of(dataset)
-    file = dataset.folder / ("meta.json" if harm == "meta" else "tokens.npy")
+    file = dataset.folder / ("meta.json" if harm in ("meta", "no object") else "tokens.npy")
     content = bytearray(file.read_bytes())
     if harm == "flip":
         content[-1] ^= 1
     file.write_bytes(content[: len(content) // 2] if harm in ("truncate", "meta") else content)
+    if harm == "no object":
+        file.write_text("[]")
     if harm == "remove":
         file.unlink()
     assert documents_of(pack(given, byte_chat, 160, cache_dir=tmp_path)) == want
