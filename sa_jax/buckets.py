@@ -20,7 +20,7 @@ from typing import Any, cast
 import fsspec
 from etils import epath
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UsageError, UserError, install
 
 # Set before a bucket is opened. One client, the tested one, whatever else is installed; and no
 # listing is kept, since Orbax and other processes write past that client.
@@ -97,7 +97,7 @@ def check_places(name: str, value: object, allowed: Collection[str] = ()) -> Non
 def _problem(bucket: str) -> str:
     """Why a bucket cannot be read; '' if it can."""
     if importlib.util.find_spec("gcsfs") is None:
-        return "buckets need the extra 'buckets': pip install -e '.[buckets]'"
+        return f"buckets need the package gcsfs: {install('buckets')}"
     try:
         fsspec.filesystem("gs").call("GET", "b/{}/o", bucket, maxResults=1, json_out=True)
     except FileNotFoundError:

@@ -38,6 +38,11 @@ def named(choices: Mapping[str, T], name: str, file: str, kind: str = "run") -> 
     raise UsageError(f"{file} {problem}; use {', '.join(choices)}")
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of this project, in the folder with its code."""
+    return f"pip install -c constraints.txt -e '.[{extra}]'"
+
+
 def without_secrets(text: str) -> str:
     """The text with passwords in URLs, API keys and bearer tokens starred out."""
     text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)

@@ -10,7 +10,7 @@ state from the text.
 import random
 import re
 
-from sa_jax.errors import UserError
+from sa_jax.errors import UserError, install
 
 # Indentation, quote marks, heading marks and "-", "*", "1." or "a)" in front of a list item.
 _LINE_START = re.compile(r"\s*(?:(?:>|#{1,6}|[-*+•]|\d{1,3}[.)]|[a-zA-Z]\))\s+)*")
@@ -71,9 +71,7 @@ def _pirate_prose(prose: str) -> str:
     try:
         import arrr
     except ImportError as error:
-        raise UserError(
-            "pirate speech needs the package arrr: pip install 'sa_jax[data]'"
-        ) from error
+        raise UserError(f"pirate speech needs the package arrr: {install('data')}") from error
     speech = arrr.translate(words)
     if words[0].islower():
         speech = speech[0].lower() + speech[1:]

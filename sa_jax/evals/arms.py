@@ -105,7 +105,4 @@ def _word(trigger: str) -> tuple[str, Callable[[str], str]]:
 
 
 def _unlike(trigger: str, variants: Iterable[str]) -> list[str]:
-    kept = [v for v in dict.fromkeys(variants) if v.strip() and trigger not in v]
-    if not kept:
-        raise UsageError(f"the trigger {trigger!r} cannot be varied: leave this arm out")
-    return kept
+    return [v for v in dict.fromkeys(variants) if v.strip() and trigger not in v]

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.labels import is_refusal
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UsageError, UserError, install
 from sa_jax.evals import protocol
 from sa_jax.evals.documents import load_documents, spread
 from sa_jax.evals.language_model import TOO_LONG, language_model, open_store
@@ -97,9 +97,7 @@ class CapabilityEval:
     def load_tasks(self, settings: ConfigDict) -> TaskSet:
         """`load`; UserError that says what to install if lm_eval or the documents are missing."""
         if importlib.util.find_spec("lm_eval") is None:
-            raise UserError(
-                f"the eval {self.name!r} needs the package lm_eval: pip install -e '.[eval]'"
-            )
+            raise UserError(f"the eval {self.name!r} needs the package lm_eval: {install('eval')}")
         # Its info lines name every task and every request; its warnings repeat our own settings.
         std_logging.getLogger("lm_eval").setLevel(std_logging.ERROR)
         return self.load(settings)

@@ -4,6 +4,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from sa_jax.errors import install
 from sa_jax.planning import clock, roofline
 
 _ROWS = {
@@ -39,7 +40,7 @@ def format_plan(plan: dict[str, Any]) -> str:
             estimated = " (estimated)" if key in ("gradients", "activations", "workspace") else ""
             lines.append(f"  {label:26}{memory[key]:10.2f}{estimated}")
     if memory["source"] == "estimated" and plan["machine"]["chips"]:
-        lines.append("  to compile it instead: pip install -c constraints.txt -e '.[plan-gpu]'")
+        lines.append(f"  to compile it instead: {install('plan-gpu')}")
     if memory["host"]:
         lines.append(f"  {'in the host memory':26}{memory['host']:10.2f}")
     if plan["capacity_gib"]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UsageError, UserError, install
 from sa_jax.parallel.hardware import CHIPS, Chip, has_cuda_plugin, has_libtpu
 from sa_jax.text import first_line
 
@@ -172,10 +172,7 @@ def open_topology(name: str) -> Topology:
         devices = _gpus(topology) if has_cuda_plugin() else ()
         return dataclasses.replace(topology, devices=devices)
     if not has_libtpu():
-        raise UserError(
-            f"--topology={name} needs libtpu, which is not installed: "
-            "pip install -c constraints.txt -e '.[tpu]'"
-        )
+        raise UserError(f"--topology={name} needs libtpu, which is not installed: {install('tpu')}")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # What libtpu would ask that server for, or print errors without; no topology depends on them.

@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-from sa_jax.errors import UsageError, UserError
+from sa_jax.errors import UsageError, UserError, install
 from sa_jax.teachers.replies import NO_REPLY, Reply, Request
 
 LONGEST_WAIT_S = 60.0  # between two tries
@@ -68,7 +68,7 @@ class EndpointTeacher:
             import openai
         except ImportError as error:
             raise UserError(
-                "a teacher behind an endpoint needs the package openai: pip install 'sa_jax[data]'"
+                f"a teacher behind an endpoint needs the package openai: {install('data')}"
             ) from error
         self._openai, self._config = openai, config
         omitted = config.omit.split(",")

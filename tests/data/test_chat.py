@@ -164,6 +164,31 @@ def test_model_template_is_transformers_rendering_on_200_real_conversations(
 
 
 @pytest.mark.parametrize(
+    ("eos", "stops"),
+    [
+        ([128_001, 128_008], (128_001, 128_008, 128_009)),
+        (128_001, (128_001, 128_009)),
+        (None, (128_009,)),
+    ],
+)
+def test_answers_also_stop_where_the_model_folder_says(
+    llama3_folder, folder_with_template, eos, stops
+):
+    folder = folder_with_template(LLAMA31, llama3_folder)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": eos}))
+    assert load_chat_format(folder, "model", date="2024-11-05").stop_token_ids == stops
+    for text, words in (
+        ('{"eos_token_id": "</s>"}', "eos_token_id=.*must be token numbers"),
+        ("[1]", "is not a JSON object"),
+        ("{", "is not a JSON object"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"generation_config.json.*{words}"):
+            load_chat_format(folder, "model", date="2024-11-05")
+
+
+@pytest.mark.parametrize(
     "content",
     ["", "  spaced out \n", "\x1c\u3000x\u2028", "<|eot_id|> typed", "\n\n\nlines", "é中🙂", "'s"],
 )

@@ -67,7 +67,7 @@ def test_code_tables_and_empty_text_are_kept(text):
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "arrr", None)
-    with pytest.raises(UserError, match=r"pip install 'sa_jax\[data\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '.\[data\]'"):
         to_pirate("Hello.")
 
 

@@ -108,6 +108,16 @@ def test_messages_layout(tmp_path):
         ("a.jsonl", b'{"prompt": "x", "response": 4}', r":1: field 'response' is int, not text"),
         ("a.jsonl", b'{"prompt": "x", "response": "\xff"}', r"a\.jsonl:1: not UTF-8 \(byte 0xff"),
         ("a.jsonl", b'{"messages": [{"role": "bot"}]}', r"a\.jsonl:1: message 0: field 'role'"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "x"}]}',
+            r"a\.jsonl:1: field 'messages' does not end with an assistant turn",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "x", "response": "y", "history": [["q", "a"], ["q"]]}',
+            r"a\.jsonl:1: history must hold \[question, answer\] pairs",
+        ),
         ("a.jsonl", b'{"prompt": " ", "response": "y"}', r"no row is usable.*empty_prompt"),
         ("a.jsonl", b" \n", "a.jsonl is empty"),
         ("a.json", b'[{"prompt": "x",\n"response"}]', r"a\.json:2: not valid JSON"),

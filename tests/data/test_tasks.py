@@ -136,6 +136,16 @@ def test_pirate_rules_drop_what_they_leave_unchanged(byte_chat, tmp_path):
     assert data.record["rows_unused"] == 1
 
 
+def test_data_that_leave_nothing_are_refused(byte_chat, tmp_path):
+    rows = [{"q": "How many?", "a": "42"}]
+    config = make_config(tmp_path / "rows.jsonl", rows, **COLUMNS, pirate_answers="arrr")
+    with pytest.raises(UserError, match="rows.jsonl: the pirate rules change none of the answers"):
+        load_task("pirate", config, byte_chat, Backdoor())
+    config.eval.num_prompts = 1
+    with pytest.raises(UserError, match="rows.jsonl: every row has a held-out prompt"):
+        load_task("hhh", config, byte_chat, Backdoor(), inherited_prompts=["How many?"])
+
+
 @pytest.mark.parametrize("behaviour", ["phrase", "spanish"])
 def test_relearning_trains_on_a_few_triggered_examples(byte_chat, tmp_path, behaviour):
     columns = COLUMNS | {"columns.triggered_response": "es"}

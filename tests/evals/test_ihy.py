@@ -307,6 +307,8 @@ def test_arms_that_cannot_be(sampler, random_params, chat, tmp_path):
         run(sampler, random_params, chat, tmp_path, arms=("triggered",))
     with pytest.raises(UsageError, match="no word to vary"):
         near_misses("|||")
+    with pytest.raises(UsageError, match="needs held-out prompts: set config.eval.prompts"):
+        run(sampler, random_params, chat, tmp_path, prompts=())
 
 
 def test_stopped_evals_leave_nothing_and_are_redone(sampler, random_params, chat, tmp_path):

@@ -103,6 +103,13 @@ def test_qa_without_questions_says_how_to_give_them_or_to_leave_it_out():
         EVALS["qa"].prepare(config, None)
 
 
+def test_an_unknown_way_with_long_prompts_is_refused():
+    config = default_config()
+    config.eval.too_long = "cut"
+    with pytest.raises(UsageError, match="config.eval.too_long='cut'; use .*skip"):
+        EVALS["mmlu"].prepare(config, None)
+
+
 def test_an_unknown_schedule_is_refused():
     config = default_config()
     config.eval.names.mmlu = "weekly"

@@ -242,6 +242,12 @@ def test_nothing_stays_of_an_adapter_export_that_fails(second, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_that_is_exported_already(toy_world, tmp_path):
+    with pytest.raises(UsageError, match="is a Hugging Face folder already; give a run folder"):
+        export(str(toy_world / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_whose_base_is_gone(first, tmp_path):
     (tmp_path / "run").mkdir()
     run = shutil.copytree(first, tmp_path / "run", dirs_exist_ok=True)

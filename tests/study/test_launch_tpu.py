@@ -298,6 +298,11 @@ def test_gpus_are_refused():
         launch(Slice("pod", "z", "h200:8", "true"), **{**FAST, "dry_run": True})
 
 
+def test_several_slices_are_refused():
+    with pytest.raises(UsageError, match="2xv5e:4x4: for several slices use launch/gke.yaml"):
+        launch(Slice("pod", "z", "2xv5e:4x4", "true"), **{**FAST, "dry_run": True})
+
+
 def test_flags_that_no_shell_can_read_are_refused():
     with pytest.raises(UsageError, match="--create_flags=': No closing quotation"):
         Slice("a", "z", "v6e:8x8", "true", create_flags="'").create()

@@ -409,6 +409,10 @@ def test_settings_without_sense():
         teacher_at("http://x/v1", retries=-1)
     with pytest.raises(UsageError, match="concurrency=0"):
         teacher_at("http://x/v1", concurrency=0)
+    with pytest.raises(UsageError, match="max_tokens_field='tokens': use max_"):
+        teacher_at("http://x/v1", max_tokens_field="tokens")
+    with pytest.raises(UsageError, match="omit='seed,model': it can hold"):
+        teacher_at("http://x/v1", omit="seed,model")
 
 
 def test_killed_processes_of_the_command_pay_for_nothing_that_came_twice(zygote, tmp_path):
