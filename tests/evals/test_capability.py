@@ -329,7 +329,7 @@ def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
     with pytest.raises(UsageError, match="config.eval.shots=6 must be 0 to 5"):
         load("mmlu", data_dir=str(shared_data), shots=6)
     monkeypatch.setattr(capability.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '\.\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install -c constraints.txt -e '\.\[eval\]'"):
         load("mmlu")
     with pytest.raises(UsageError, match="unknown eval 'mmlo'"):
         find_eval("mmlo")
