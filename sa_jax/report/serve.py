@@ -34,8 +34,6 @@ def write_or_serve(workdir: str, limits: Thresholds, port: int | None) -> None:
 class Server(http.server.ThreadingHTTPServer):
     """Serves WORKDIR/report; a thread writes it again when a run folder has changed."""
 
-    daemon_threads = True
-
     def __init__(self, workdir: str | Path, limits: Thresholds, port: int = 0) -> None:
         """`workdir` has a report already; port 0 is any that is free. UsageError if it is taken."""
         self._workdir, self._limits = Path(workdir), limits

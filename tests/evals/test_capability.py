@@ -374,5 +374,29 @@ def test_summaries_know_rates_from_means():
     assert "count" not in found["c"]
 
 
+def test_a_summary_counts_each_answer_that_was_cut_once():
+    """By the context or by the limit on new tokens; a skipped prompt counts for nothing else."""
+    cut = {"stop_reason": "length", "cut_by_context": False}
+    items = [
+        {"task": "t", **noted, "scores": {"right": right}}
+        for right, noted in (
+            (0, {"skipped": True}),
+            (1, {"truncated": True, **cut, "cut_by_context": True}),
+            (0, cut),
+            (1, cut),
+            (1, {**cut, "stop_reason": "stop"}),
+            (1, {}),  # its answer is no text
+        )
+    ]
+    task_set = capability.TaskSet({"t": None}, scores=None, chat=False)
+    assert capability._counts(items, task_set) == {
+        "n": 5,
+        "skipped_prompts": 1,
+        "truncated_prompts": 1,
+        "cut_by_context": 1,
+        "cut_by_length": 2,
+    }
+
+
 def test_peak_memory_is_in_megabytes():
     assert 50 < capability.peak_memory_mb() < 100_000

@@ -229,6 +229,17 @@ def test_only_neighbours_of_an_axis_of_numbers_and_one_axis_at_a_time():
     assert {row["verdict"] for row in table.rows} == {"no difference shown"}
 
 
+def test_a_cell_without_a_finished_run_does_not_stand_between_its_neighbours():
+    rates = (1e-4, 3e-4, 1e-3)
+    runs = [run for lr in rates for run in arm(str(lr), 0.5, **{"optimizer.learning_rate": lr})]
+    waiting = [
+        dataclasses.replace(run, finished=run.settings["optimizer.learning_rate"] != 3e-4)
+        for run in runs
+    ]
+    (row,) = compare_arms(results_of(waiting), LIMITS)
+    assert [c.settings[row.axis] for c in (row.a, row.b)] == [1e-4, 1e-3]
+
+
 def test_the_interval_of_a_difference_is_printed_as_far_as_it_can_be():
     wide = {"difference": -0.9, "lo": -1.4, "hi": -0.4}
     assert in_words(wide) == "-90.0 [-100.0 to -40.0] points"

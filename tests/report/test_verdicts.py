@@ -92,6 +92,11 @@ def test_a_clean_hit_on_the_line_is_called_borderline():
     )
 
 
+def test_an_insertion_with_few_prompts_says_first_how_many_it_needs():
+    reasons = insertion_verdict(point(50, 40, 1, 40), WORDS, LIMITS).reasons
+    assert reasons[0] == "this verdict needs n\u00a0≥\u00a050" and len(reasons) > 1
+
+
 # ---- Removal: one eval after it.
 
 
