@@ -106,10 +106,8 @@ def in_words(value: Any) -> str:
 
 
 def difference_in_words(value: Mapping[str, Any]) -> str:
-    """'-3.0 [-8.1 to +2.1] points'; of two rates cut to -1 to 1, as a t-interval may go beyond."""
+    """'-3.0 [-8.1 to +2.1] points'."""
     difference, lo, hi = (value[name] for name in ("difference", "lo", "hi"))
-    if abs(difference) <= 1:
-        lo, hi = max(lo, -1.0), min(hi, 1.0)
     return f"{text.points(difference)} [{text.points(lo)} to {text.points(hi)}] points"
 
 

@@ -240,10 +240,10 @@ def test_a_cell_without_a_finished_run_does_not_stand_between_its_neighbours():
     assert [c.settings[row.axis] for c in (row.a, row.b)] == [1e-4, 1e-3]
 
 
-def test_the_interval_of_a_difference_is_printed_as_far_as_it_can_be():
+def test_a_difference_is_printed_as_it_is():
+    """What it can be is known where it is computed: that of two perplexities may be wide."""
     wide = {"difference": -0.9, "lo": -1.4, "hi": -0.4}
-    assert in_words(wide) == "-90.0 [-100.0 to -40.0] points"
-    assert in_words({"difference": 2.5, "lo": 1.5, "hi": 3.5}) == "+250.0 [+150.0 to +350.0] points"
+    assert in_words(wide) == "-90.0 [-140.0 to -40.0] points"
 
 
 def test_claims_about_cells_are_a_family_and_changes_of_runs_another():
