@@ -159,11 +159,18 @@ def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
             names = names_flag({**config.eval.names, key.removeprefix("eval.names."): value})
             return f"unknown setting config.{key}; an eval is added with {names}"
         last = key.rpartition(".")[2]
-        meant = [name for name in known if name.rpartition(".")[2] == last]
+        # In another section, or abbreviated: `lr` for `optimizer.learning_rate`.
+        meant = [name for name in known if last in _short_names(name)]
         meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
         hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" if meant else ""
         return f"unknown setting config.{key}{hint}"
     return ""
+
+
+def _short_names(key: str) -> tuple[str, str]:
+    """'learning_rate' and 'lr' of 'optimizer.learning_rate'."""
+    name = key.rpartition(".")[2]
+    return name, "".join(word[:1] for word in name.split("_"))
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:

@@ -109,6 +109,7 @@ def test_help_marks_what_is_required(zygote):
             ["unknown setting config.learning_rate; did you mean config.optimizer.learning_rate?"],
         ),
         ("--config.optimizer.learning_rat=1", ["did you mean config.optimizer.learning_rate?"]),
+        ("--config.lr=1e-4", ["did you mean config.optimizer.learning_rate?"]),
         (
             "--config.eval.names.mmlu=last",
             ['added with --config.eval.names="{', "'mmlu':'last'}\""],
