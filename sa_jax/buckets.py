@@ -112,18 +112,14 @@ def _problem(bucket: str) -> str:
 
 
 @functools.cache
-def local_copy(place: str | Path) -> Path:
-    """A file or folder on this machine: the path itself, or for a bucket a copy in a temporary
-    folder, which is removed when this process ends. From a folder only a tokenizer's files are
-    copied."""
+def local_tokenizer(place: str | Path) -> Path:
+    """A tokenizer's folder on this machine: the path itself, or for a bucket a temporary folder
+    with copies of its files, which is removed when this process ends."""
     source = as_path(place)
     if not in_bucket(source):
         return source
     folder = Path(tempfile.mkdtemp(prefix="sa_jax-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    if source.is_file():
-        copy_files([source], folder)
-        return folder / source.name
     copy_files([file for pattern in _TOKENIZER_FILES for file in source.glob(pattern)], folder)
     return folder
 

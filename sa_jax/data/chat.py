@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa_jax.buckets import local_copy
+from sa_jax.buckets import local_tokenizer
 from sa_jax.data.conversations import Conversation, Message, check_messages, make_messages
 from sa_jax.data.limits import limits
 from sa_jax.errors import UsageError, UserError
@@ -334,7 +334,7 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     try:
-        folder = local_copy(path)
+        folder = local_tokenizer(path)
         # Not AutoTokenizer: the class that it takes for Llama 2 replaces a part of what
         # tokenizer.json says (https://github.com/huggingface/transformers/issues/47700).
         tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), trust_remote_code=False)
@@ -441,7 +441,7 @@ def _check_folder_template(chat: ChatFormat, path) -> set[int]:
 
 
 def _generation_config_stops(path) -> set[int]:
-    file = local_copy(path) / "generation_config.json"
+    file = local_tokenizer(path) / "generation_config.json"
     if not file.is_file():
         return set()
     try:

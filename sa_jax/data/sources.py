@@ -36,7 +36,7 @@ from typing import Any
 
 import pyarrow.parquet
 
-from sa_jax.buckets import as_path, in_bucket, local_copy
+from sa_jax.buckets import as_path, in_bucket
 from sa_jax.data.conversations import check_messages, make_messages
 from sa_jax.errors import UsageError, UserError
 from sa_jax.files import parse_json
@@ -324,8 +324,8 @@ def _read(path: str) -> tuple[Places, str | None]:
         content = file.read_bytes()
     if not content.strip():
         raise UserError(f"{path} is empty")
-    reader = {".jsonl": read_jsonl, ".json": _read_json, ".csv": _read_csv}.get(suffix)
-    rows = reader(path, content) if reader else _read_parquet(path)
+    readers = {".jsonl": read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    rows = readers.get(suffix, _read_parquet)(path, content)
     return rows, hashlib.sha256(content).hexdigest()
 
 
@@ -401,10 +401,11 @@ def _read_csv(path: str, content: bytes) -> Places:
         raise UserError(f"{path}: not valid CSV after line {line}: {error}") from error
 
 
-def _read_parquet(path: str) -> Places:
+def _read_parquet(path: str, content: bytes) -> Places:
     """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
     with _explained(f"{path} is not a readable parquet file"):
-        return _numbered(path, pyarrow.parquet.read_table(local_copy(path)).to_pylist())
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        return _numbered(path, table.to_pylist())
 
 
 def _read_saved(path: str) -> Places:
