@@ -13,6 +13,7 @@ import jax
 from sa_jax.host_memory import GPU_SHARE
 
 GIB = 2**30
+GPUS_A_NODE = 8  # as in DGX and in the clouds' machines
 
 
 @dataclasses.dataclass(frozen=True)

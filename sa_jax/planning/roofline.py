@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 
 from sa_jax.llama.config import LlamaConfig
-from sa_jax.parallel.hardware import Chip
+from sa_jax.parallel.hardware import GPUS_A_NODE, Chip
 from sa_jax.parallel.mesh import AXES
 
 ASSUMPTIONS = (
@@ -154,7 +154,7 @@ def _axis_bandwidth(work: Workload, chip: Chip, shape: tuple[int, ...], axis: st
     if not chip.torus:
         # The mesh's last axis is inside a node; an axis that spans nodes is as fast as the network.
         span = math.prod(work.mesh[name] for name in AXES[AXES.index(axis) :])
-        return chip.link_bandwidth if span <= 8 else chip.network_bandwidth
+        return chip.link_bandwidth if span <= GPUS_A_NODE else chip.network_bandwidth
     # Both directions of a ring where the torus closes, one chain of links where it does not.
     closes = 4 if chip.torus == 3 else 16
     filled, bandwidth = chip.devices, 0.0

@@ -14,13 +14,12 @@ import jax
 from jax.experimental import topologies
 
 from sa_jax.errors import UsageError, UserError, install
-from sa_jax.parallel.hardware import CHIPS, Chip, has_cuda_plugin, has_libtpu
+from sa_jax.parallel.hardware import CHIPS, GPUS_A_NODE, Chip, has_cuda_plugin, has_libtpu
 from sa_jax.text import first_line
 
 # Common slices of Google Cloud (https://cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x).
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")
-_GPUS_A_NODE = 8
 _MOST_CHIPS = 16_384
 _NUMBER = "[1-9][0-9]{0,5}"
 
@@ -51,6 +50,11 @@ class Machine:
         return self.slices * math.prod(self.shape)
 
     @property
+    def nodes(self) -> int:
+        """Of GPUs."""
+        return -(-self.chips // GPUS_A_NODE)
+
+    @property
     def platform(self) -> str:
         """As jax names it: 'tpu', 'gpu' or 'cpu'."""
         if self.chip is None:
@@ -75,8 +79,8 @@ class Machine:
         if self.chip is None:
             return self.name
         if not self.chip.torus:
-            nodes = -(-self.chips // _GPUS_A_NODE)
-            return f"{self.name}, {self.chips} GPUs on {nodes} node{'s' if nodes > 1 else ''}"
+            plural = "s" if self.nodes > 1 else ""
+            return f"{self.name}, {self.chips} GPUs on {self.nodes} node{plural}"
         devices = f", {self.chip.devices} devices each" if self.chip.devices > 1 else ""
         times = f"{self.slices} slices of " if self.slices > 1 else ""
         return f"{self.name}, {self.chips} chips{devices} ({times}cloud name {self.cloud_name})"
@@ -194,11 +198,11 @@ def open_topology(name: str) -> Topology:
 
 
 def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
-    nodes = -(-topology.chips // _GPUS_A_NODE)
+    nodes = topology.nodes
     if topology.chips % nodes:
         raise UserError(
-            f"--topology={topology.name}: more than {_GPUS_A_NODE} GPUs must be whole nodes of "
-            f"{_GPUS_A_NODE}; use {nodes * _GPUS_A_NODE}"
+            f"--topology={topology.name}: more than {GPUS_A_NODE} GPUs must be whole nodes of "
+            f"{GPUS_A_NODE}; use {nodes * GPUS_A_NODE}"
         )
     shape = f"1x{nodes}x{topology.chips // nodes}"
     target = _target_config(topology.chip.name)

@@ -20,10 +20,9 @@ from sa_jax.report.cells import cell_settings
 from sa_jax.report.eval_records import BACKDOOR_EVAL, EvalRecord, eval_at, load_evals
 from sa_jax.report.measurements import RunEvals, Words
 from sa_jax.training import metrics as metrics_lib
-from sa_jax.training.run_record import RUN_FILE, config_difference, read_run_json
+from sa_jax.training.run_record import MODEL_FILE, RUN_FILE, config_difference, read_run_json
 
 MAX_DEPTH = 2  # folders between the one that is named and a run folder
-MODEL_FILE = "model.json"  # of an evaluation made with evaluate.py --out
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
 # Of run.json, what the pages take apart.
 _SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from sa_jax.errors import UsageError
 from sa_jax.files import atomic_write, explained
+from sa_jax.parallel.hardware import GPUS_A_NODE
 from sa_jax.planning.topology import Topology, parse_topology
 from sa_jax.study.commands import command
 from sa_jax.study.grid import Cell, Stage, by_stage
 
-_GPUS_A_NODE = 8
 _SKY_NAMES = {"A100": "A100-80GB"}  # its A100 has 40 GB
 _PROJECT = Path(__file__).resolve().parents[2]
 
@@ -84,8 +84,8 @@ def slurm(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[d
         if topology is not None:
             if topology.platform != "gpu":
                 raise UsageError(f"--emit=slurm is for GPUs: stage {name!r} is for {topology.name}")
-            nodes = -(-topology.chips // _GPUS_A_NODE)
-            options = [f"--gpus-per-node={min(topology.chips, _GPUS_A_NODE)}"]
+            nodes = topology.nodes
+            options = [f"--gpus-per-node={min(topology.chips, GPUS_A_NODE)}"]
         # A report waits for all other stages.
         before = variables if stage.run == "report" else (stage.start, *stage.needs)
         others = [other for other in dict.fromkeys(before) if other in stages and other != name]
@@ -127,9 +127,9 @@ def sky(cells: Sequence[Cell], workdir: Path, flags: Sequence[str]) -> tuple[dic
         resources: dict = {"job_recovery": {"recover_on_exit_codes": [75, 130, 143]}}
         extras = "data,eval"
         if topology is not None:
-            if topology.platform != "gpu" or topology.chips > _GPUS_A_NODE:
+            if topology.platform != "gpu" or topology.chips > GPUS_A_NODE:
                 raise UsageError(
-                    f"--emit=sky is for cells that fit a node of {_GPUS_A_NODE} GPUs: stage "
+                    f"--emit=sky is for cells that fit a node of {GPUS_A_NODE} GPUs: stage "
                     f"{name!r} is for {topology.name}; use slurm, or xpk for TPUs"
                 )
             kind = topology.chip.name.upper()

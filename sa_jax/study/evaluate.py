@@ -27,10 +27,9 @@ from sa_jax.training import start as start_lib
 from sa_jax.training.config import default_config, override
 from sa_jax.training.preemption import PreemptionGuard
 from sa_jax.training.resolve import resolve
-from sa_jax.training.run_record import RUN_FILE, config_difference, plain_record
+from sa_jax.training.run_record import MODEL_FILE, RUN_FILE, config_difference, plain_record
 from sa_jax.training.watch import StallWatch
 
-MODEL_FILE = "model.json"  # in an --out: which model its evals are of
 # Settings of a record that a result does not depend on.
 EXECUTION = ("mesh", "sampling_mesh", "batch_size")
 

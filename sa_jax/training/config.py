@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -213,11 +214,7 @@ def override(config: ConfigDict, **values: str | None) -> ConfigDict:
 def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     """A copy in which dotted keys have other values; a mapping changes the keys that it has."""
     copy = ConfigDict(config.to_dict())
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            copy.update_from_flattened_dict({f"{key}.{name}": v for name, v in value.items()})
-        else:
-            copy.update_from_flattened_dict({key: value})
+    copy.update_from_flattened_dict(flatten_dict(dict(values), sep="."))
     return copy
 
 

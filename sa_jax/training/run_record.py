@@ -30,6 +30,7 @@ from sa_jax.parallel.multihost import agree, exchange, is_primary
 from sa_jax.text import first_few
 
 RUN_FILE = "run.json"
+MODEL_FILE = "model.json"  # in an --out of evaluate.py: which model its evals are of
 LOCK_FILE = ".lock"
 DATA_FOLDER = "data"  # packed data
 CHECKPOINT_FOLDER = "checkpoints"
@@ -380,7 +381,7 @@ def check_run(workdir: os.PathLike | str, record: Mapping[str, Any]) -> dict[str
     return stored
 
 
-def find_run(path: os.PathLike | str) -> Literal["run", "hf"]:
+def kind_of_folder(path: os.PathLike | str) -> Literal["run", "hf"]:
     """Whether a folder that a user names is a run folder or a Hugging Face model folder.
 
     Raises UserError when it is neither, or does not exist.

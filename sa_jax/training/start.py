@@ -133,7 +133,7 @@ def open_start(path: str, step: int | None = None, *, tokenizer: str = "", base:
         raise UsageError(f"{path}@{named} and step {step} are different; give one of them")
     step = named if step is None else step
     path = hub_folder(path)
-    if run_record.find_run(path) == "hf":
+    if run_record.kind_of_folder(path) == "hf":
         if step is not None:
             raise UserError(f"{path}: a Hugging Face folder has no step {step}; leave it out")
         if not as_path(path, "config.json").exists():
@@ -275,7 +275,7 @@ def load_params(
     """
     if start.kind == "hf":
         if not start.base:
-            return hf.load_hf(start.path, mesh, dtype)[1]
+            return hf.load_params(start.path, start.config, mesh, dtype)
         lora, adapter = hf.load_peft(start.path, start.config, mesh, dtype)
         base = load_params(open_start(start.base), mesh, base_dtype or dtype)
         return merge(combine(adapter, base), lora)

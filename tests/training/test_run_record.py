@@ -174,14 +174,14 @@ def test_what_kind_of_folder(tmp_path):
     open_run(run, {"config": CONFIG})
     model.mkdir()
     (model / "config.json").write_text("{}")
-    assert run_record.find_run(run) == "run" and run_record.find_run(model) == "hf"
+    assert run_record.kind_of_folder(run) == "run" and run_record.kind_of_folder(model) == "hf"
     with pytest.raises(UserError, match="no such folder"):
-        run_record.find_run(tmp_path / "none")
+        run_record.kind_of_folder(tmp_path / "none")
     with pytest.raises(UserError, match="neither a run folder"):
-        run_record.find_run(tmp_path)
+        run_record.kind_of_folder(tmp_path)
     (run / "checkpoints").mkdir()
     with pytest.raises(UserError, match=f"did you mean {run}"):
-        run_record.find_run(run / "checkpoints")
+        run_record.kind_of_folder(run / "checkpoints")
 
 
 def test_the_commit_is_that_of_the_checkout(tmp_path):
