@@ -16,8 +16,10 @@ from sa_jax.buckets import as_path
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, check_types, explained, parse_json
 
-# Settings of an eval under whose every value the same rate is measured.
-FREE_SETTINGS = ("mesh", "sampling_mesh", "batch_size", "prompt_attention", "decode_kernel", "seed")
+# Settings of an eval that follow from the devices and their use.
+EXECUTION = ("mesh", "sampling_mesh", "batch_size", "prompt_attention", "decode_kernel")
+# Those under whose every value the same rate is measured.
+FREE_SETTINGS = (*EXECUTION, "seed")
 # Of a summary: how often it had to do something about an item.
 COUNTS = ("skipped_prompts", "truncated_prompts", "cut_by_context", "cut_by_length")
 # Its fields, and those of its scores, with values of the right types (see `check_types`).

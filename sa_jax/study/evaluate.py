@@ -30,9 +30,6 @@ from sa_jax.training.resolve import resolve
 from sa_jax.training.run_record import MODEL_FILE, RUN_FILE, config_difference, plain_record
 from sa_jax.training.watch import StallWatch
 
-# Settings of a record that a result does not depend on.
-EXECUTION = ("mesh", "sampling_mesh", "batch_size")
-
 
 def evaluate(
     model: str,
@@ -290,7 +287,7 @@ def _refuse_other_evals(
     if whole_curve:
         folders |= records.step_folders(evals)
     for at, folder in folders.items():
-        free = EXECUTION if at == step else records.FREE_SETTINGS
+        free = records.EXECUTION if at == step else records.FREE_SETTINGS
         for name, each in prepared.items():
             if (stored := records.read_summary(folder, name)) is None:
                 continue

@@ -96,6 +96,8 @@ def test_an_eval_with_other_settings_or_data_is_refused_and_the_difference_named
         evaluate._refuse_other_evals(tmp_path, 0, asked, whole_curve=False)
 
     refuse({"mmlu": "1"})  # neither the mesh nor an eval that is not there matters
+    # Nor what the mesh and the chip decide: a mesh that cuts heads takes another attention.
+    refuse({"mmlu": "1"}, prompt_attention={"64": "splash"}, decode_kernel=True)
     with pytest.raises(
         UserError, match=r"mmlu.json exists, with other settings or data \(shots: 0 -> 5\); give"
     ):
