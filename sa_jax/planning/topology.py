@@ -122,6 +122,11 @@ def parse_topology(name: str) -> Topology:
         if slices * math.prod(shape) > _MOST_CHIPS:
             raise UsageError(f"--topology={name!r}: more than {_MOST_CHIPS:,} chips")
         are_gpus = not chip.torus and len(shape) == 1 and slices == 1
+        if are_gpus and shape[0] > GPUS_A_NODE and shape[0] % GPUS_A_NODE:
+            raise UsageError(
+                f"--topology={name}: more than {GPUS_A_NODE} GPUs must be whole nodes of "
+                f"{GPUS_A_NODE}; use {-(-shape[0] // GPUS_A_NODE) * GPUS_A_NODE}"
+            )
         if size in _shapes(chip, math.prod(shape)) or are_gpus:
             return Topology(name, chip, shape, slices=slices)
     known = [f"{c.name}:{','.join(known_shapes(c)) or 'NUMBER'}" for c in CHIPS]
@@ -198,13 +203,7 @@ def open_topology(name: str) -> Topology:
 
 
 def _gpus(topology: Topology) -> tuple[jax.Device, ...]:
-    nodes = topology.nodes
-    if topology.chips % nodes:
-        raise UserError(
-            f"--topology={topology.name}: more than {GPUS_A_NODE} GPUs must be whole nodes of "
-            f"{GPUS_A_NODE}; use {nodes * GPUS_A_NODE}"
-        )
-    shape = f"1x{nodes}x{topology.chips // nodes}"
+    shape = f"1x{topology.nodes}x{topology.chips // topology.nodes}"
     target = _target_config(topology.chip.name)
     try:
         described = topologies.get_topology_desc("", "cuda", target_config=target, topology=shape)

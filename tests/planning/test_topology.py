@@ -39,6 +39,14 @@ def test_an_unknown_topology_lists_the_known(name):
         parse_topology(name)
 
 
+def test_more_gpus_than_a_node_has_are_whole_nodes():
+    """A cluster's job gets whole nodes: with 12 GPUs its mesh would have 16"""
+    assert [parse_topology(f"h200:{n}").nodes for n in (1, 6, 8, 16, 72)] == [1, 1, 1, 2, 9]
+    for name, more in (("h200:9", 16), ("h200:12", 16), ("h100:20", 24)):
+        with pytest.raises(UsageError, match=f"{name}: more than 8 GPUs .* nodes of 8; use {more}"):
+            parse_topology(name)
+
+
 @pytest.mark.parametrize(
     ("cloud", "name"),
     [  # v4, v5p and tpu7x count TensorCores, the others chips
