@@ -176,10 +176,6 @@ def _file_axes(path: str, ndim: int) -> tuple[int, int] | None:
     return (ndim - 1, ndim - 2) if _is_transposed(path) else (ndim - 2, ndim - 1)
 
 
-def _axes(part: Any) -> tuple[str, ...]:
-    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
-
-
 def _one_process() -> bool:
     return jax.process_count() == 1
 
@@ -206,7 +202,7 @@ def _source_sharding(path: str, shape: tuple[int, ...], final: NamedSharding) ->
     if file_axes is None:
         return NamedSharding(final.mesh, P())
     axis = file_axes[0]
-    spec = [_axes(part) for part in (*final.spec, *(None,) * (len(shape) - len(final.spec)))]
+    spec = rules.spec_axes(final.spec, len(shape))
     used = spec.pop(axis) + sum(spec, ())
     axes = used + tuple(name for name in final.mesh.axis_names if name not in used)
     while shape[axis] % math.prod(final.mesh.shape[name] for name in axes):
@@ -348,8 +344,9 @@ def _redistributor(source: NamedSharding, final: NamedSharding):
     In two steps, first gathering over the axes of `source` that `final` does not have: asked for
     both at once, the partitioner replicates the whole array.
     """
-    kept = {name for part in final.spec for name in _axes(part)}
-    spec = P(*[tuple(name for name in _axes(part) if name in kept) for part in source.spec])
+    kept = {*itertools.chain(*rules.spec_axes(final.spec))}
+    parts = rules.spec_axes(source.spec)
+    spec = P(*[tuple(name for name in names if name in kept) for names in parts])
     gather = functools.partial(
         jax.lax.with_sharding_constraint, shardings=NamedSharding(final.mesh, spec)
     )

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import tree_map_with_path
 
 from sa_jax.optim.soap_shared import SpecRule, TensorView, ViewRule, checked_view
+from sa_jax.parallel.rules import spec_axes
 
 # Above this a side is a vocabulary rather than a layer's.
 LONGEST_SIDE = 65536
@@ -261,7 +262,7 @@ def _side_axes(
     path: str, view: TensorView, shape: tuple[int, ...], spec: P, mesh: Mesh | None
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mesh axes that shard each side of a leaf."""
-    entries = _entries(spec, len(shape))
+    entries = spec_axes(spec, len(shape))
     first = (view.batch, view.batch + view.sides[0])
     for axis, names in enumerate(entries):
         if axis not in first and _size(mesh, names) > 1:
@@ -336,12 +337,6 @@ def _move(x: jax.Array, axis: str, split: int | None, concat: int | None) -> jax
     if concat is not None:
         return jax.lax.all_gather(x, axis, axis=concat, tiled=True)
     return x
-
-
-def _entries(spec: P, ndim: int) -> list[tuple[str, ...]]:
-    """Mesh axes that shard each axis of an array."""
-    entries = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
-    return entries + [()] * (ndim - len(entries))
 
 
 def _size(mesh: Mesh | None, axes: Sequence[str] | set[str]) -> int:

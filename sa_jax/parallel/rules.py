@@ -47,6 +47,12 @@ def partition_spec(path: str, ndim: int) -> P:
     return P(*matches[0][1:]) if path.startswith("layer_") else matches[0]
 
 
+def spec_axes(spec: P, ndim: int = 0) -> list[tuple[str, ...]]:
+    """The mesh axes that shard each axis of an array; of `ndim` axes, where the spec has fewer."""
+    axes = [() if e is None else (e,) if isinstance(e, str) else tuple(e) for e in spec]
+    return axes + [()] * (ndim - len(axes))
+
+
 def partition_specs(tree: Any) -> Any:
     """A tree of PartitionSpec with the structure of `tree` (arrays or ShapeDtypeStruct)."""
     return jax.tree_util.tree_map_with_path(
