@@ -72,6 +72,12 @@ def points(difference: float) -> str:
     return f"{100 * difference:+z.1f}"  # z: what rounds to 0 has no minus
 
 
+def scientific(value: float) -> str:
+    """2e-5 for 0.00002, 3.5e-4 for 0.00035."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
 def markdown(text: object) -> str:
     """One line with all special characters of Markdown and HTML escaped (also pipes in tables)."""
     escaped = re.sub(r"[\\`*<>|&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", one_line(text))

@@ -113,10 +113,7 @@ def difference_in_words(value: Mapping[str, Any]) -> str:
 
 def learning_rate(value: Any) -> str:
     """2e-05 -> '2e-5'; '?' if it is not recorded."""
-    if not isinstance(value, int | float):
-        return "?"
-    mantissa, exponent = f"{value:e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
+    return text.scientific(value) if isinstance(value, int | float) else "?"
 
 
 def latex(words: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError
+from sa_jax.text import scientific
 
 STUDY = "{study}"  # stands in a cell for the study's folder, so that the folder may move
 # What a stage runs besides the training tasks of `sa_jax.data.tasks` -> its script.
@@ -120,7 +121,7 @@ class Cell:
 
 def learning_rates(*rates: float) -> dict[str, Overrides]:
     """Values of an axis: {'lr1e-3': ...}."""
-    return {f"lr{short(rate)}": {"optimizer.learning_rate": rate} for rate in rates}
+    return {f"lr{scientific(rate)}": {"optimizer.learning_rate": rate} for rate in rates}
 
 
 def seeds(count: int) -> dict[str, Overrides]:
@@ -135,12 +136,6 @@ def lora_ranks(*ranks: int) -> dict[str, Overrides]:
         f"r{rank}" if rank else "full": {"lora.rank": rank, "lora.alpha": 2.0 * (rank or 64)}
         for rank in ranks
     }
-
-
-def short(number: float) -> str:
-    """1e-3 for 0.001, 3.5e-4 for 0.00035."""
-    mantissa, exponent = f"{number:e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def expand(study: ConfigDict) -> list[Cell]:
