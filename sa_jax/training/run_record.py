@@ -22,6 +22,7 @@ from typing import Any, Literal
 import jax
 from absl import logging
 from etils import epath
+from flax.traverse_util import empty_node, flatten_dict
 
 from sa_jax.buckets import as_path, in_bucket, size_and_time
 from sa_jax.errors import UserError
@@ -89,20 +90,16 @@ def plain_record(value: Any) -> Any:
     raise TypeError(f"a run record cannot hold {value!r} of type {type(value).__name__}")
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields ('a.b', 1) of {'a': {'b': 1}}; empty mappings stay, so that they are compared too."""
-    if not isinstance(value, dict) or not value:
-        yield prefix, value
-    else:
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix}.{key}" if prefix else key)
-
-
 def flat_config(config: Any, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """Dotted key -> value, without the ignored keys (a key covers all below it)."""
+    """Dotted key -> value, without the ignored keys (a key covers all below it). Empty mappings
+    stay, so that they are compared too."""
     ignored_prefixes = tuple(f"{name}." for name in ignore)
-    pairs = _flatten(plain_record(config))
-    return {key: value for key, value in pairs if not f"{key}.".startswith(ignored_prefixes)}
+    flat = flatten_dict(plain_record(config), keep_empty_nodes=True, sep=".")
+    return {
+        key: {} if value is empty_node else value
+        for key, value in flat.items()
+        if not f"{key}.".startswith(ignored_prefixes)
+    }
 
 
 def config_hash(config: Any, ignore: Collection[str] = ()) -> str:
