@@ -97,15 +97,17 @@ def eval_before(run: RunEvals, by_name: Runs) -> Eval | None:
 
 
 def lineage_settings(run: RunEvals, by_name: Runs) -> dict[str, Any]:
-    """The settings of the run and, prefixed with the role, of its ancestors."""
+    """The settings of the run and, prefixed with the role, of its ancestors: with the role twice
+    for the second of a role."""
     settings: dict[str, Any] = {}
-    for one in (run, *ancestors(run, by_name)):
+    older = ancestors(run, by_name)
+    for place, one in enumerate((run, *older)):
         own = {**one.settings, "task": one.task, "data_hash": one.data_hash}
         own |= {"steps": one.total_steps, "start_step": one.start_step}
         if one.parent in by_name:
             own.pop(START, None)
-        for name, value in own.items():
-            settings.setdefault(name if one is run else f"{one.role}.{name}", value)
+        prefix = f"{one.role}." * sum(other.role == one.role for other in older[:place])
+        settings |= {f"{prefix}{name}": value for name, value in own.items()}
     return settings
 
 

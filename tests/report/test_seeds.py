@@ -81,6 +81,20 @@ def test_seeds_of_the_insertion_count_too():
     assert len(results_of([other, *insertions[1:], *removals])) == 4
 
 
+def test_every_ancestor_of_a_role_counts():
+    """Removals after removals: runs that differ only in the oldest are no repeats of each other"""
+    runs = []
+    for rate in (1e-3, 1e-4):
+        runs.append(removal(f"first {rate}", point(160, 50), settings={RATE: rate}))
+        for name, before in (("second", "first"), ("third", "second")):
+            runs.append(removal(f"{name} {rate}", point(160, 0), parent=f"{before} {rate}"))
+    assert [result.m for result in results_of(runs)] == [1] * 6
+    settings = cells(runs)[2].settings
+    assert (
+        settings["removal.removal.optimizer.learning_rate"] == settings[f"removal.{RATE}"] == 1e-3
+    )
+
+
 def test_a_repeat_of_a_seed_adds_nothing():
     runs = [
         removal("a", point(160, 0)),
