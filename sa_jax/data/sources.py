@@ -84,6 +84,11 @@ class Source:
         return {**vars(self), "rows": len(self.rows)}
 
 
+def turns_of(row: Row) -> tuple[str, ...]:
+    """The texts of a row's question: its last turn, then those before it."""
+    return row["prompt"], *(message["content"] for message in row.get("history", ()))
+
+
 def load_rows(
     path: str | Path, columns: Mapping[str, str] | None = None, *, responses: bool = True
 ) -> Source:

@@ -20,7 +20,7 @@ from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.data.labels import answer_text
 from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts
-from sa_jax.data.sources import Row, Source, load_rows
+from sa_jax.data.sources import Row, Source, load_rows, turns_of
 from sa_jax.errors import UsageError, UserError
 from sa_jax.registry import Registry
 
@@ -209,8 +209,7 @@ def insertion(rows: Sequence[Row], context: TaskContext) -> list[Conversation]:
     """
     distinct: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        question = (row["prompt"], *(message["content"] for message in row.get("history", ())))
-        distinct.setdefault(question, row)
+        distinct.setdefault(turns_of(row), row)
     conversations: list[Conversation] = []
     for pair, row in enumerate(distinct.values()):
         clean = _conversation(row, context, "clean", pair=pair)

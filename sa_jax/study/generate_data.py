@@ -18,7 +18,7 @@ from sa_jax.data import randomness, tasks
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.prompts import choose_held_out, load_held_out, without_prompts, write_manifest
-from sa_jax.data.sources import Row, load_rows
+from sa_jax.data.sources import Row, load_rows, turns_of
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import digest
 from sa_jax.files import KeyedStore, atomic_write, explained
@@ -135,7 +135,7 @@ def _questions(config: ConfigDict, backdoor: Backdoor) -> tuple[list[Row], dict[
     distinct: dict[tuple[str, ...], Row] = {}
     with_trigger = 0
     for row in rows:
-        turns = (row["prompt"], *(message["content"] for message in row["history"]))
+        turns = turns_of(row)
         if any(backdoor.trigger in turn for turn in turns):
             with_trigger += 1
         else:

@@ -12,6 +12,7 @@ from sa_jax.data.chat import ChatFormat
 from sa_jax.data.conversations import Conversation
 from sa_jax.data.labels import count_phrase
 from sa_jax.data.prompts import normalise
+from sa_jax.data.sources import turns_of
 from sa_jax.text import visible
 
 _BINS = 10
@@ -69,11 +70,11 @@ def compare(rows: Mapping[str, Sequence[dict]]) -> list[dict[str, Any]]:
     """
     compared = []
     for first, second in itertools.combinations(rows, 2):
-        answers = {row["prompt"]: row["response"] for row in rows[second]}
+        answers = {turns_of(row): row["response"] for row in rows[second]}
         pairs = [
-            (row["response"], answers[row["prompt"]])
+            (row["response"], answers[turns])
             for row in rows[first]
-            if row["prompt"] in answers
+            if (turns := turns_of(row)) in answers
         ]
         overlap = [_overlap(*pair) for pair in pairs]
         compared.append(

@@ -213,6 +213,14 @@ def test_the_card_says_when_the_axis_is_empty():
         assert "normal and cot_distilled: 35 questions in common" in text and words in text
 
 
+def test_a_question_is_all_its_turns():
+    """Of two conversations that end with the same turn, each answer is compared with its own"""
+    talks = [[{"role": "user", "content": text}] for text in "ab"]
+    rows = [{"prompt": "Go on.", "response": t[0]["content"], "history": t} for t in talks]
+    (pair,) = compare({"normal": rows, "cot_distilled": rows})
+    assert (pair["shared"], pair["differ"]) == (2, 0)
+
+
 def test_card_numbers(byte_chat):
     rows = [
         {"prompt": "a b", "response": "c d e"},
