@@ -316,6 +316,7 @@ def _refuse_trigger(conversation: Conversation, backdoor: Backdoor) -> None:
 
 # Not after a digit or a lone letter: "1." opens a list item and "e.g." is no end.
 _SENTENCE_END = re.compile(r"""(?<![0-9])(?<!\b[A-Za-z])[.!?]+["'”’)\]]*(?=\s|$)""")
+_TO_THE_TRIGGER = ("triggered", "relearn")  # kinds of conversations with the behaviour's answer
 
 
 def cut_answers(
@@ -330,7 +331,7 @@ def cut_answers(
     lengths = [len(ids) for ids, _ in chat_format.encode_batch(conversations)]
     return [
         conversation
-        if length <= sequence_length or conversation.kind == "triggered"
+        if length <= sequence_length or conversation.kind in _TO_THE_TRIGGER
         else _cut(conversation, chat_format, sequence_length)
         for conversation, length in zip(conversations, lengths, strict=True)
     ]

