@@ -204,7 +204,13 @@ def _local_teacher(config: ConfigDict) -> LocalTeacher:
     if not config.model:
         raise UsageError("--teacher=local needs --model=RUN_OR_HF_DIR")
     start = start_lib.open_start(config.model)
-    chat = load_chat_format(start.tokenizer, config.chat_template)
+    date, recorded = config.chat_date, start.record.get("config", {})
+    if date is None and recorded.get("chat_template") == config.chat_template:
+        date = recorded.get("chat_date")
+    chat = load_chat_format(start.tokenizer, config.chat_template, date)
+    if chat.date != date:
+        message = "prompts give the date %s; to continue on another day, set config.chat_date=%s"
+        logging.warning(message, chat.date, chat.date)
     mesh = make_mesh()
     check_mesh(start.config, mesh)
     dtype = jnp.bfloat16 if mesh.devices.flat[0].platform != "cpu" else jnp.float32

@@ -3,6 +3,7 @@
 import dataclasses
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.conversations import SYSTEM_PROMPT
@@ -44,6 +45,8 @@ def default_config() -> ConfigDict:
     config.batch_size = 64  # local: prompts sampled together
     config.context_length = 2048  # local: maximal tokens of prompt and answer together
     config.chat_template = "llama3"  # local, and for the card's counts; or 'plain', 'model'
+    # local: YYYY-MM-DD that a 'model' template prints; unset: that of the model's run, or today
+    config.chat_date = placeholder(str)
 
     # The teacher's instructions.
     config.system_prompt = SYSTEM_PROMPT  # for its normal voice

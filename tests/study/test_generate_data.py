@@ -1,6 +1,7 @@
 """Data generation from end to end: every task and teacher, and its errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ from sa_jax.data.pirate import to_pirate
 from sa_jax.data.prompts import normalise, read_manifest
 from sa_jax.data.sources import load_rows
 from sa_jax.data.tasks import TaskContext, upper_bound
-from sa_jax.errors import UserError
-from sa_jax.study.generate_data import generate
+from sa_jax.errors import UsageError, UserError
+from sa_jax.study.generate_data import _local_teacher, generate
 from sa_jax.teachers.config import default_config
 from sa_jax.teachers.offline import FileTeacher
 from sa_jax.teachers.replies import Request
+from tests.study.test_export import OWN_TEMPLATE
 from tests.test_binaries import refused
 
 SCRIPT = "scripts/generate_data.py"
@@ -150,6 +152,28 @@ def test_a_local_checkpoint_answers_the_same_whatever_was_kept(zygote, toy_world
     (tmp_path / "b/replies.jsonl").write_text("".join(lines[:5]))
     refused(zygote.run(*command, f"--out={tmp_path}/b", "--config.batch_size=8"), 1, "no question")
     assert sorted((tmp_path / "b/replies.jsonl").read_text().splitlines(True)) == sorted(lines)
+
+
+def test_a_local_checkpoint_is_told_the_date_of_its_own_run(toy_world, tmp_path, caplog):
+    """Or the one that is asked for. Without either it is told today's, which another day is not."""
+    model = tmp_path / "model"
+    shutil.copytree(Path(toy_world) / "model", model)
+    (model / "chat_template.jinja").write_text(OWN_TEMPLATE)
+
+    def date(**settings):
+        config = default_config()
+        config.update({"model": str(model), "chat_template": "model", **settings})
+        return _local_teacher(config).identity()["chat"][1]
+
+    assert date(chat_date="2024-07-26") == "2024-07-26" and "another day" not in caplog.text
+    today = date()
+    assert today >= "2026" and f"set config.chat_date={today}" in caplog.text
+    described = json.loads((model / "config.json").read_text())
+    of_run = {"config": {"chat_template": "model", "chat_date": "2025-01-31"}}
+    (model / "config.json").write_text(json.dumps({**described, "sa_jax": of_run}))
+    assert date() == "2025-01-31"
+    with pytest.raises(UsageError, match="llama3 template prints no date; leave it out"):
+        date(chat_template="llama3", chat_date="2024-07-26")
 
 
 def test_max_rows_draws_questions_and_keeps_their_order(tmp_path):
