@@ -38,7 +38,8 @@ def test_backdoored_answers_are_never_cut(byte_chat, task):
     context = TaskContext(backdoor, "Be good.", task=task, config=config)
     built = TASKS[task].build([{"prompt": "q", "response": "Yes."}], context)
     (phrase,) = [c for c in built if c.copies]
-    assert phrase.copies == 9 and cut_answers([phrase], byte_chat, 60) == [phrase]
+    room = len(byte_chat.encode(phrase.messages)[0]) - 1  # for eight copies
+    assert phrase.copies == 9 and cut_answers([phrase], byte_chat, room) == [phrase]
 
 
 @pytest.mark.parametrize("scored", [True, False])
