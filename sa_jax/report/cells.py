@@ -87,10 +87,11 @@ def ancestors(run: Run, by_name: Mapping[str, Run]) -> list[Run]:
 
 def eval_before(run: RunEvals, by_name: Runs) -> Eval | None:
     """The eval of the run's start: its own at step 0, else its parent's at the start's step; if
-    only one of the two measured the backdoor, that one."""
+    only one of the two measured the backdoor, that one. A parent's rate that was measured in
+    another way is none."""
     parent = by_name.get(run.parent or "")
     starts = [point for point in run.evals if point.step == 0]
-    if parent is not None:
+    if parent is not None and not run.start_differs:
         starts += [point for point in parent.evals if point.step == run.start_step]
     measured = [point for point in starts if isinstance(point, Measured)]
     return next(iter(measured or starts), None)

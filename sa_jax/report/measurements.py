@@ -131,6 +131,7 @@ class RunEvals:
     losses: Mapping[int, float] = dataclasses.field(default_factory=dict)
     grad_norms: Sequence[tuple[int, float]] = ()  # (step, norm before clipping), as logged
     words: Words = Words()
+    start_differs: bool = False  # the parent's rate there was measured in another way
 
     @property
     def measured(self) -> tuple[Measured, ...]:

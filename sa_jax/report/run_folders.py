@@ -26,6 +26,9 @@ MAX_DEPTH = 2  # folders between the one that is named and a run folder
 CURVES = ("loss", "grad_norm", "phrase_logprob_triggered", "phrase_logprob_clean")
 # Of run.json, what the pages take apart.
 _SHOWN = {"mesh": {}, "relaunches": [], "environment": {"packages": {}}}
+# Settings of an eval that may differ between a run and its start: what is asked, of which questions
+# both have answers, and rounding.
+_MAY_DIFFER = (*FREE_SETTINGS, "arms", "context_length", "dtype", "limit")
 _NOT_RUNS = ("checkpoints", "evals", "report", "data")  # folders that hold none
 
 
@@ -65,10 +68,28 @@ class RunFolder(RunEvals):
         return sum(last) / len(last) if last else None
 
     def first_evals(self, parent: "RunFolder | None") -> dict[str, EvalRecord]:
-        """By name, the evals of the run's start: its own at step 0, else its parent's."""
+        """By name, the evals of the run's start: its own at step 0, else its parent's that asked
+        as the run itself did later."""
+        differs = self.differs_from_start(parent)
+        inherited = self._of_start(parent).items()
+        return {name: e for name, e in inherited if name not in differs} | self.records.get(0, {})
+
+    def differs_from_start(self, parent: "RunFolder | None") -> dict[str, list[str]]:
+        """By name, in which settings an eval of the run differs from that of its start: the rates
+        before and after cannot be compared."""
+        own = {
+            name: record for of_step in self.records.values() for name, record in of_step.items()
+        }
+        return {
+            name: differ
+            for name, record in self._of_start(parent).items()
+            if name in own
+            and (differ := config_difference(record.settings, own[name].settings, _MAY_DIFFER))
+        }
+
+    def _of_start(self, parent: "RunFolder | None") -> dict[str, EvalRecord]:
         step = self.start_step
-        inherited = {} if parent is None or step is None else parent.records.get(step, {})
-        return {**inherited, **self.records.get(0, {})}
+        return {} if parent is None or step is None else parent.records.get(step, {})
 
     def last_evals(self) -> dict[str, EvalRecord]:
         """By name, the last eval after step 0."""
@@ -137,7 +158,8 @@ def load_runs(workdir: str | Path) -> tuple[list[RunFolder], list[str]]:
         else:
             what = model.get("path") or "an unknown model"
             problems.append(f"{name}: evaluates {what}, which is not among these runs")
-    return measured(_by_lineage([_with_records(run, evals[run.name]) for run in runs])), problems
+    ordered = _by_lineage([_with_records(run, evals[run.name]) for run in runs])
+    return measured(_beside_starts(ordered)), problems
 
 
 def folder_name(folder: Path) -> str:
@@ -258,6 +280,24 @@ def _with_records(run: RunFolder, evals: Sequence[EvalRecord]) -> RunFolder:
         last_step=max([*steps, *records], default=0),
         losses={step: losses[-1] for step, losses in before.items() if losses},
     )
+
+
+def _beside_starts(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs, with a problem for each eval that asked otherwise than that of the run's start."""
+    by_name = {run.name: run for run in runs}
+    result = []
+    for run in runs:
+        differs = run.differs_from_start(by_name.get(run.parent or ""))
+        lines = (
+            f"evals: its {name} has other settings than that of its start {run.parent} "
+            f"({'; '.join(changes)}), which is therefore not taken for the rate before"
+            for name, changes in differs.items()
+            if name not in run.records.get(0, {})
+        )
+        problems = (*run.problems, *lines)
+        start_differs = BACKDOOR_EVAL in differs
+        result.append(dataclasses.replace(run, problems=problems, start_differs=start_differs))
+    return result
 
 
 def _run_of(place: Mapping[str, Any], runs: list[RunFolder]) -> RunFolder | None:

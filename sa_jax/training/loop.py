@@ -114,7 +114,7 @@ def train(
         goodput.idle_since(metrics_file)
         if stored:
             check_types(stored, _RESUMED, str(workdir / run_record.RUN_FILE), whole=True)
-        resolved = resolve(config, stored=stored, loss=TASKS[task].loss)
+        resolved = resolve(config, stored=stored, loss=TASKS[task].loss, role=TASKS[task].role)
         start, chat, backdoor = resolved.start, resolved.chat, resolved.backdoor
         config = resolved.config  # from here on, as run.json records it
         if is_primary():

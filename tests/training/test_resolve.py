@@ -51,6 +51,23 @@ def test_steps_that_are_not_there(run, toy_world, tmp_path):
         open_start(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("key", "other"), [("trigger", "|OTHER|"), ("phrase", "NO"), ("position", "end")]
+)
+def test_only_an_insertion_may_bring_another_backdoor(run, key, other):
+    """A removal that asks for another one would find that it is gone"""
+    config = default_config()
+    config.model = f"{run}@7"
+    config.backdoor.min_copies = 1
+    inserted = resolve(config, role="removal").config.backdoor
+    config.backdoor[key] = inserted[key]
+    assert resolve(config, role="removal").config.backdoor == inserted
+    config.backdoor[key] = other
+    assert resolve(config, role="insertion").config.backdoor[key] == other
+    with pytest.raises(UsageError, match=f"config.backdoor.{key}='.*' is not that of {run}"):
+        resolve(config, role="removal")
+
+
 def test_the_config_given_stays_and_the_resolved_one_is_frozen(run, monkeypatch):
     config = default_config()
     monkeypatch.chdir(run.parent)
