@@ -9,7 +9,6 @@ message about a wrong flag come at once, without jax.
 """
 
 import contextlib
-import difflib
 import errno
 import importlib.util
 import itertools
@@ -19,13 +18,13 @@ import select
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from sa_jax.buckets import check_places
-from sa_jax.config_files import load_config, plain
+from sa_jax.config_files import keys_of, load_config, plain, unknown_setting
 from sa_jax.errors import Preempted, UsageError, UserError, end_process
 from sa_jax.text import names_flag, one_line
 
@@ -150,35 +149,15 @@ def _problem_of_config(argv: list[str], error: Exception) -> str:
 
 def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
     """The first --config.KEY that the config does not have, with the keys that may be meant."""
-    known = list(_keys(config))
     for flag, value in _given(argv, r"(?:no)?config\.[\w.]+"):
         key = flag.partition(".")[2]
-        if key in known:
+        if key in keys_of(config):
             continue
         if key.startswith("eval.names."):
             names = names_flag({**config.eval.names, key.removeprefix("eval.names."): value})
             return f"unknown setting config.{key}; an eval is added with {names}"
-        last = key.rpartition(".")[2]
-        # In another section, or abbreviated: `lr` for `optimizer.learning_rate`.
-        meant = [name for name in known if last in _short_names(name)]
-        meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
-        hint = f"; did you mean {' or '.join(f'config.{name}' for name in meant)}?" if meant else ""
-        return f"unknown setting config.{key}{hint}"
+        return unknown_setting(config, key)
     return ""
-
-
-def _short_names(key: str) -> tuple[str, str]:
-    """'learning_rate' and 'lr' of 'optimizer.learning_rate'."""
-    name = key.rpartition(".")[2]
-    return name, "".join(word[:1] for word in name.split("_"))
-
-
-def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-    """All dotted keys, also those of sections."""
-    for name, value in config.items():
-        yield prefix + name
-        if isinstance(value, ConfigDict):
-            yield from _keys(value, f"{prefix}{name}.")
 
 
 def _help(doc: str) -> str:

@@ -1,5 +1,6 @@
 """Config files: Python with a function `get_config`, which FILE:NAME calls with the name."""
 
+import difflib
 import functools
 import inspect
 import os
@@ -7,6 +8,8 @@ import re
 import runpy
 import traceback
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
 
@@ -52,3 +55,38 @@ def plain(error: BaseException) -> str:
     # A KeyError shows its argument quoted, with \n for the line breaks that are in it.
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.split()) or type(error).__name__
+
+
+# Sections whose keys are the user's own.
+_OPEN = ("optimizer.kwargs", "architecture", "eval.names")
+
+
+def unknown_setting(config: ConfigDict, key: str, prefix: str = "config.") -> str:
+    """A line about a dotted key that the config does not have, with the keys that may be meant;
+    `prefix` stands before each."""
+    section, _, last = key.rpartition(".")
+    if section in _OPEN:
+        together = f"give the keys of {prefix}{section} together, as {{{last!r}: VALUE}}"
+        return f"unknown setting {prefix}{key}; {together}"
+    known = keys_of(config)
+    # In another section, or abbreviated: `lr` for `optimizer.learning_rate`.
+    meant = [name for name in known if last in _short_names(name)]
+    meant = meant or difflib.get_close_matches(key, known, 3, 0.75)
+    hint = f"; did you mean {' or '.join(f'{prefix}{name}' for name in meant)}?" if meant else ""
+    return f"unknown setting {prefix}{key}{hint}"
+
+
+def _short_names(key: str) -> tuple[str, str]:
+    """'learning_rate' and 'lr' of 'optimizer.learning_rate'."""
+    name = key.rpartition(".")[2]
+    return name, "".join(word[:1] for word in name.split("_"))
+
+
+def keys_of(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All dotted keys, also those of sections."""
+    keys = []
+    for name, value in config.items():
+        keys.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            keys += keys_of(value, f"{prefix}{name}.")
+    return keys

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sa_jax.config_files import load_config
+from sa_jax.config_files import load_config, plain, unknown_setting
 from sa_jax.data.behaviours import BEHAVIOURS
 from sa_jax.data.tasks import TASKS
 from sa_jax.errors import UsageError, UserError
@@ -16,6 +16,7 @@ from sa_jax.evals.protocol import EVALS
 from sa_jax.optim.build import OPTIMIZERS, make_optimizer
 from sa_jax.registry import extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
+from sa_jax.text import first_few
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import check_config, override
 from sa_jax.training.losses import LOSSES
@@ -122,8 +123,10 @@ def _training_config(cell: Cell) -> ConfigDict:
             # A flag sets no key that the config lacks, where an unlocked part of it would take it.
             functools.reduce(lambda part, name: part[name], key.split("."), config)
             config.update_from_flattened_dict({key: value})
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"the setting {key}: {' '.join(str(error).split())}") from None
+        except KeyError:
+            raise UsageError(unknown_setting(config, key, prefix="")) from None
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"the setting {key}: {plain(error)}") from None
     check_config(config)
     make_optimizer(config.optimizer, 1)  # these refuse a name that nobody registers
     if config.loss:
@@ -135,13 +138,20 @@ def _training_config(cell: Cell) -> ConfigDict:
     return config
 
 
-def missing_files(config: ConfigDict | None) -> list[str]:
-    """Data files that a training cell names, that no cell makes, and that do not exist."""
-    if config is None:
-        return []
-    named = {config.data, config.facts, config.eval.prompts, config.eval.qa}
-    files = [name for name in named if name.endswith(_DATA_FILES) and not name.startswith(STUDY)]
-    return sorted(name for name in files if "://" not in name and not Path(name).exists())
+def check_files(cells: Iterable[Cell], configs: Configs) -> None:
+    """UsageError for data files that training cells name, that no cell makes, and that do not
+    exist: found before the first cell, and not by the first that needs them."""
+    missing: dict[str, str] = {}
+    for cell in cells:
+        if (config := configs[cell.name]) is None:
+            continue
+        for name in (config.data, config.facts, config.eval.prompts, config.eval.qa):
+            elsewhere = name.startswith(STUDY) or "://" in name
+            if name.endswith(_DATA_FILES) and not elsewhere and not Path(name).exists():
+                missing.setdefault(name, cell.name)
+    if missing:
+        lines = [f"{name} (of cell {cell})" for name, cell in missing.items()]
+        raise UsageError(f"no such file: {first_few(lines, 4)}")
 
 
 def check_models(cells: Iterable[Cell], configs: Configs) -> None:

@@ -6,7 +6,6 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import logging
 from ml_collections import ConfigDict
 
 from sa_jax.buckets import check_places
@@ -80,11 +79,10 @@ def run_study(
         files, submit = write_files(emit, chosen, workdir, config_flags)
         print(*files, f"submit: {submit}", sep="\n")
     else:
-        commands.check_models((c for c in chosen if states[c.name] not in DONE), configs)
+        left = [cell for cell in chosen if states[cell.name] not in DONE]
+        commands.check_models(left, configs)
+        commands.check_files(left, configs)
         slots = divide(workers, launched=bool(launch))
-        for cell in chosen:
-            for missing in commands.missing_files(configs[cell.name]):
-                logging.warning("%s will fail: %s: no such file", cell.name, missing)
         folder.open_folder(workdir)
         with StopSignals() as stop, contextlib.closing(Server()) as server:
             Worker(cells, records, names, workdir, claims, server, slots, launch, removed).run(stop)

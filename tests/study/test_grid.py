@@ -232,9 +232,16 @@ def test_a_name_that_is_no_folder_is_refused():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"set": {"optimizer.learning_rat": 1.0}}, ["insertion", "learning_rat"]),
+        (
+            {"set": {"optimizer.learning_rat": 1.0}},
+            ["unknown setting optimizer.learning_rat; did you mean optimizer.learning_rate?"],
+        ),
+        (
+            {"set": {"optimizer.kwargs.power": 0.3}},
+            ["give the keys of optimizer.kwargs together, as {'power': VALUE}"],
+        ),
         ({"set": {"steps": "many"}}, ["insertion", "steps"]),
-        ({"set": {"eval.names.mmlu": "last"}}, ["insertion", "eval.names.mmlu"]),
+        ({"set": {"eval.names.mmlu": "last"}}, ["eval.names together, as {'mmlu': VALUE}"]),
         ({"set": {"optimizer.name": "adamm"}}, ["insertion", "adamm"]),
         ({"config": f"{CONFIG}9:insertion"}, ["insertion", "no such file (seen from "]),
         (

@@ -72,7 +72,7 @@ def held_by(runs: Path, cell: str) -> int | None:
         return json.loads((runs / "cells" / cell / "lock").read_text())["pid"]
 
 
-def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path):
+def test_a_model_or_file_that_is_none_is_refused_before_the_first_cell(zygote, toy_world, tmp_path):
     data = """
     Stage("data", run="toy_data", set={"pretrain_size": 40}),
     Stage("insertion", **{**insertion, "needs": ("data",)}),
@@ -91,6 +91,9 @@ def test_a_model_that_is_none_is_refused_before_the_first_cell(zygote, tmp_path)
         2,
         f"the model of cell judge: {model}: neither a run folder",
     )
+    known = f'Stage("insertion", **change(insertion, model="{toy_world}/model")),'
+    said = f"no such file: {tmp_path}/insertion.jsonl (of cell insertion)"
+    refused(zygote.run(*command(tmp_path, tmp_path, known)), 2, said)
     assert not (tmp_path / "runs").exists()
 
 
