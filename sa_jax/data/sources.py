@@ -10,6 +10,7 @@ Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
   conversations         a list of {from, value}, as in OpenHermes-2.5
   prompt, response      that of sa_jax, with any of `OPTIONAL`; an `id` must not repeat
+  prompt, completion    the same
   instruction, output   that of Alpaca. Its answers were written for instruction + input, so a row
                         with a non-empty `input` is dropped (and counted) if its answer is used. If
                         only prompts are read, the instruction alone is the prompt, as in the study
@@ -147,18 +148,21 @@ def _digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
+
+
 def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
     for column in ("messages", "conversations"):
         if column in fields:
             return {"messages": column}
-    for prompt, response in (("prompt", "response"), ("instruction", "output")):
+    for prompt, response in _PAIRS:
         if prompt in fields and (response in fields or not responses):
             optional = OPTIONAL if prompt == "prompt" else ()
             return {"prompt": prompt, "response": response, **{name: name for name in optional}}
     raise UserError(
-        f"{place}: no known layout (messages; conversations; prompt + response; instruction + "
-        f"output); its columns are {', '.join(map(str, fields)) or 'none'}; name yours: "
-        "config.columns.prompt=COLUMN and config.columns.response=COLUMN"
+        f"{place}: no known layout (messages; conversations; {'; '.join(map(' + '.join, _PAIRS))});"
+        f" its columns are {', '.join(map(str, fields)) or 'none'}; name yours: "
+        "--config.columns.prompt=COLUMN --config.columns.response=COLUMN"
     )
 
 

@@ -68,6 +68,11 @@ def evaluate(
     changes = {**(changes or {}), **{key: v for key, v in given.items() if v is not None}}
     if not evals:
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
+    if dotted := [name for name in evals if "." in name]:  # no key of a config, nor a file's name
+        raise UsageError(
+            f"--evals={dotted[0]} is no name of an eval (a file is not one, and an eval of lm_eval "
+            "with a dot in its name cannot be run)"
+        )
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")
     base = override((base or default_config()).copy_and_resolve_references())

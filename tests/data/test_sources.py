@@ -271,6 +271,7 @@ S = [{"role": "system", "content": "s"}]
         ({"messages": [*S, *TURNS], "system": "s "}, S),
         ({"instruction": "q", "output": "a", "system": "s", "history": [["q", "a"]]}, [*S, *TURNS]),
         ({"prompt": "q", "response": "a", "history": [["q", "a"]]}, TURNS),
+        ({"prompt": "q", "completion": "a", "system": "s"}, S),
         ({"instruction": "q", "output": "a", "history": SHAREGPT}, TURNS),
         ({"messages": [{**TURNS[0], "weight": 0}, {**TURNS[1], "weight": 1}]}, []),
         ({"messages": [{**TURNS[0], "content": [{"type": "text", "text": "q"}]}, TURNS[1]]}, []),

