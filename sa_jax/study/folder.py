@@ -6,8 +6,9 @@ STAGE[/VALUES]/   a cell: a run folder, or a folder of data
 cells/CELL/       its claims, outcomes and logs (`sa_jax.study.claims`)
 """
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.study.claims import Latest
 from sa_jax.study.grid import Cell
 from sa_jax.text import first_few
-from sa_jax.training.run_record import RUN_FILE, config_difference
+from sa_jax.training.run_record import RUN_FILE, config_difference, read_run_json
 
 VERSION = 1
 STUDY_FILE = "study.json"
@@ -108,6 +109,30 @@ def check_unchanged(
                 stale[cell.name] = f"it was made from {parent}, whose folder was removed"
             elif parent in latest and latest[parent].id != made_from:
                 stale[cell.name] = f"it was made from a {parent} that is no longer there"
+    _refuse_stale(workdir, stale)
+
+
+def check_data(workdir: Path, cells: Iterable[Cell]) -> None:
+    """UserError if a file on which one of these finished cells was trained has other content now:
+    what is still to be trained would have other data."""
+    now: dict[str, str] = {}
+    stale: dict[str, str] = {}
+    for cell in cells:
+        if not cell.is_training:
+            continue
+        run = read_run_json(workdir / cell.name)
+        name = run["config"].get("data") or ""
+        if name in run["data_hashes"] and "://" not in name and Path(name).is_file():
+            if name not in now:
+                with explained(name, "reading it"), open(name, "rb") as file:
+                    now[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            if now[name] != run["data_hashes"][name]:
+                stale[cell.name] = f"{name} has other content"
+    _refuse_stale(workdir, stale)
+
+
+def _refuse_stale(workdir: Path, stale: Mapping[str, str]) -> None:
+    """UserError for cells that no longer agree with the study: their names, and why."""
     if stale:
         lines = [f"{name} ({why})" for name, why in stale.items()]
         example = next(iter(stale))

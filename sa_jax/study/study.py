@@ -79,6 +79,7 @@ def run_study(
         files, submit = write_files(emit, chosen, workdir, config_flags)
         print(*files, f"submit: {submit}", sep="\n")
     else:
+        folder.check_data(workdir, [cell for cell in cells if states[cell.name] == "done"])
         left = [cell for cell in chosen if states[cell.name] not in DONE]
         commands.check_models(left, configs)
         commands.check_files(left, configs)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import math
 import os
@@ -101,6 +102,22 @@ def test_a_done_cell_whose_folder_was_removed_is_made_again(tmp_path):
     (tmp_path / "data").mkdir()
     assert folder.removed_outputs(tmp_path, cells(), latest) == {}
     folder.check_unchanged(tmp_path, cells(), records, latest, {})
+
+
+def test_data_that_have_changed_since_a_cell_was_trained_are_refused(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text("{}")
+    made = [cell for cell in cells() if cell.name in ("data", "insertion/a")]
+    run = {"run_id": "r", "config": {"data": str(data)}}
+    run["data_hashes"] = {str(data): hashlib.sha256(b"{}").hexdigest(), "qa": "other"}
+    (tmp_path / "insertion/a").mkdir(parents=True)
+    (tmp_path / "insertion/a/run.json").write_text(json.dumps(run))
+    folder.check_data(tmp_path, made)
+    data.write_text("{} ")
+    with pytest.raises(UserError, match=r"insertion/a \(.*/rows.jsonl has other content\)\. Undo"):
+        folder.check_data(tmp_path, made)
+    data.unlink()  # nobody needs it any more
+    folder.check_data(tmp_path, made)
 
 
 def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
