@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sa_jax.errors import UsageError, UserError
 
 
-def load_config(path: str) -> Any:
+def load_config(path: str) -> ConfigDict:
     """`get_config()` of a config file, or `get_config(name)` for FILE:NAME; UsageError, with the
     line in the file where it has one, if that cannot be."""
     file, _, name = path.partition(":")
@@ -27,7 +27,11 @@ def load_config(path: str) -> Any:
             if name:
                 raise UsageError(f"--config={path}: {file} takes no name after a colon") from None
             raise UsageError(f"{file} needs a name after a colon, {file}:NAME") from None
-        return get_config(*names)
+        config = get_config(*names)
+        if not isinstance(config, ConfigDict):
+            found = type(config).__name__
+            raise UsageError(f"{path}: get_config() returns {found}, not a ConfigDict")
+        return config
     except UserError:
         raise
     except Exception as error:  # whatever a user's own file raises

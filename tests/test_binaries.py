@@ -162,6 +162,7 @@ def test_a_wrong_flag_key_or_value_is_exit_2(zygote, toy_world, tmp_path, argume
         ("open('nowhere')", ", line 4: FileNotFoundError: [Errno 2]"),
         ("return config(", ", line 4: SyntaxError"),
         ("", " defines no get_config()"),
+        ("return 5", ": get_config() returns int, not a ConfigDict"),
     ],
 )
 def test_an_error_in_a_users_config_file_names_the_line(zygote, tmp_path, line, said):

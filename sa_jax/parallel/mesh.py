@@ -124,10 +124,10 @@ def mesh_sizes(
     sizes = {axis: left if size == -1 else size for axis, size in sizes.items()}
     sizes["data"] *= slices
     if math.prod(sizes.values()) != devices:
-        raise UsageError(
-            f"{shown} does not use {devices} devices: "
-            f"the product must be {devices} (or set one axis to -1)"
-        )
+        wanted = f"the product must be {devices} (or set one axis to -1)"
+        if -1 in (data, fsdp, tensor):
+            wanted = f"{known} does not divide {devices}"
+        raise UsageError(f"{shown} does not use {devices} devices: {wanted}")
     return sizes
 
 

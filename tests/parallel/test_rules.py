@@ -96,6 +96,8 @@ def test_slices_lie_along_the_slowest_part_of_data():
     assert [[d.id for d in row] for row in mesh.devices[..., 0]] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(UsageError, match="fsdp=3 tensor=1 slices=2 does not use 8 devices"):
         make_mesh(fsdp=3, slices=2)
+    with pytest.raises(UsageError, match="tensor=3 does not use 8 devices: 3 does not divide 8"):
+        make_mesh(tensor=3)
     # Devices that were listed in the order of their numbers, not of their slices.
     tpus = [Tpu(number) for number in range(8)]
     slices = [[d.slice_index for d in part.flat] for part in make_mesh(1, 4, 1, tpus, 2).devices]
