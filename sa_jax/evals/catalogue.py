@@ -1,16 +1,17 @@
 """Every eval by its name: those of the package, which importing this module registers, and the
-tasks, groups and tags of lm_eval."""
+tasks, groups and tags of lm_eval, with those of a folder of one's own (`config.eval.tasks`)."""
 
 import functools
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.capability import CapabilityEval, TaskSet, seed_draws
-from sa_jax.evals.protocol import EVALS, Eval
+from sa_jax.evals.protocol import EVALS, Eval, digest
 from sa_jax.text import first_line
 
 if TYPE_CHECKING:
@@ -31,26 +32,30 @@ def find_eval(name: str) -> Eval:
     return CapabilityEval(name, name, "", functools.partial(_load, name))
 
 
-def check_eval(name: str) -> None:
-    """UsageError unless the eval is registered or lm_eval has a task of that name."""
+def check_eval(name: str, folder: str = "") -> None:
+    """UsageError unless the eval is registered, or a task of lm_eval or in the folder."""
     find_eval(name)
-    if name not in EVALS and name not in task_manager().all_tasks:
+    if name not in EVALS and name not in task_manager(folder).all_tasks:
         raise _unknown(name)
 
 
 @functools.cache
-def task_manager() -> "TaskManager":
-    """lm_eval's index of its 15,000 tasks, which takes ten seconds to read."""
+def task_manager(folder: str = "") -> "TaskManager":
+    """lm_eval's index of its 15,000 tasks, which takes ten seconds to read, and of those in a
+    folder."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager()
+    if folder and not Path(folder).is_dir():
+        raise UsageError(f"config.eval.tasks={folder}: no such folder")
+    return TaskManager(include_path=folder or None)
 
 
 def _unknown(name: str) -> UsageError:
     known = ", ".join(EVALS.names())
     return UsageError(
-        f"unknown eval {name!r}; known: {known}, and the tasks of lm_eval (lm-eval ls tasks). If "
-        "your own config file registers it, give that file as --config"
+        f"unknown eval {name!r}; known: {known}, the tasks of lm_eval (lm-eval ls tasks), and "
+        "those in the folder --config.eval.tasks. If your own config file registers it, give that "
+        "file as --config"
     )
 
 
@@ -59,11 +64,12 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
     continuations does not, as their published figures have it."""
     from lm_eval.api.metrics import mean
 
-    if name not in task_manager().all_tasks:
+    manager = task_manager(settings.tasks)
+    if name not in manager.all_tasks:
         raise _unknown(name)
     seed_draws()
     try:
-        tasks = dict(task_manager().load([name])["tasks"])
+        tasks = dict(manager.load([name])["tasks"])
     except Exception as error:  # a data set that cannot be loaded, a missing package
         raise UserError(f"lm_eval's task {name!r} cannot be loaded: {first_line(error)}") from error
     kinds = {task.OUTPUT_TYPE for task in tasks.values()}
@@ -90,5 +96,12 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
             k: v for k, v in metrics.items() if k in averaged and isinstance(v, int | float)
         },
         chat=chat,
+        data_hashes={name: _digest(Path(settings.tasks))} if settings.tasks else {},
         settings={"limit": settings.limit},
     )
+
+
+def _digest(folder: Path) -> str:
+    """Of the files in a folder of tasks that say what is asked and how it is scored."""
+    files = sorted(path for end in ("yaml", "py") for path in folder.rglob(f"*.{end}"))
+    return digest([[str(path.relative_to(folder)), path.read_text("utf-8")] for path in files])

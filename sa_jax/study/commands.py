@@ -103,7 +103,7 @@ def resolved(cell: Cell) -> ConfigDict | None:
         if path := str(cell.settings.get("config", "")):
             load_config(path)
         for name in filter(None, str(cell.settings.get("evals", "")).split(",")):
-            check_eval(name)
+            check_eval(name, str(cell.settings.get("config.eval.tasks", "")))
         return None
     except UsageError as error:
         raise UsageError(f"cell {cell.name}: {error}") from None
@@ -134,7 +134,7 @@ def _training_config(cell: Cell) -> ConfigDict:
     if config.backdoor.behaviour:
         BEHAVIOURS[config.backdoor.behaviour]
     for name in config.eval.names:
-        check_eval(name)
+        check_eval(name, config.eval.tasks)
     return config
 
 

@@ -70,8 +70,8 @@ def evaluate(
         raise UsageError(f"--evals is empty; known: {', '.join(EVALS.names())}")
     if dotted := [name for name in evals if "." in name]:  # no key of a config, nor a file's name
         raise UsageError(
-            f"--evals={dotted[0]} is no name of an eval (a file is not one, and an eval of lm_eval "
-            "with a dot in its name cannot be run)"
+            f"--evals={dotted[0]} is no name of an eval (no dot may be in one); for a YAML file "
+            "give the name of its task, and --config.eval.tasks=FOLDER"
         )
     if any(key.startswith("eval.names") for key in changes):
         raise UsageError("--config.eval.names is for training; name the evals with --evals")

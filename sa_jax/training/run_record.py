@@ -53,6 +53,7 @@ FREE_KEYS = (
     "eval.batch_size",
     "eval.confirm",
     "eval.signal_prompts",
+    "eval.tasks",  # the digest of its files is compared
 )
 # Of a host, not of the run: processes of one launch may differ in them.
 MAY_DIFFER = (

