@@ -8,6 +8,7 @@ cells/CELL/       its claims, outcomes and logs (`sa_jax.study.claims`)
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ STUDY_FILE = "study.json"
 STATUS_FILE = "status.json"
 CLAIMS_FOLDER = "cells"
 _SHOWN = 6  # of a list in one line
+_OF_A_FILE = r"^extension\.(\w+)\.(.+): \"\w+\" -> \"\w+\"$"  # a change of `Registry.extension`
+_CHANGED = r"the file that registers the \1 '\2' has changed"
 
 
 def check_folder(workdir: Path, cells: Sequence[Cell]) -> None:
@@ -100,7 +103,8 @@ def check_unchanged(
         if newest.state != "done" and not (workdir / cell.name / RUN_FILE).exists():
             continue  # it left nothing
         if changes := config_difference(newest.record or {}, records[cell.name]):
-            stale[cell.name] = first_few(changes, 4, "; ")
+            said = [re.sub(_OF_A_FILE, _CHANGED, line) for line in changes]
+            stale[cell.name] = first_few(said, 4, "; ")
             continue
         for parent, made_from in newest.parents.items():
             if parent in stale:

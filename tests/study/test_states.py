@@ -104,6 +104,17 @@ def test_a_done_cell_whose_folder_was_removed_is_made_again(tmp_path):
     folder.check_unchanged(tmp_path, cells(), records, latest, {})
 
 
+def test_the_file_of_an_extension_is_named_by_what_it_registers(tmp_path):
+    """Two digests would say nothing to a reader"""
+    own = {"steps": 9, "extension.optimizer.adamish": "e8ad"}
+    latest = {c.name: LatestClaim() for c in cells()}
+    latest["insertion/a"] = dataclasses.replace(ended("done"), record=own)
+    records = {c.name: {**own, "extension.optimizer.adamish": "6662"} for c in cells()}
+    said = r"insertion/a \(the file that registers the optimizer 'adamish' has changed\)"
+    with pytest.raises(UserError, match=said):
+        folder.check_unchanged(tmp_path, cells(), records, latest, {})
+
+
 def test_data_that_have_changed_since_a_cell_was_trained_are_refused(tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text("{}")
