@@ -149,9 +149,10 @@ def _problem_of_config(argv: list[str], error: Exception) -> str:
 
 def _unknown_setting(argv: list[str], config: ConfigDict) -> str:
     """The first --config.KEY that the config does not have, with the keys that may be meant."""
+    known = keys_of(config)
     for flag, value in _given(argv, r"(?:no)?config\.[\w.]+"):
         key = flag.partition(".")[2]
-        if key in keys_of(config):
+        if key in known:
             continue
         if key.startswith("eval.names."):
             names = names_flag({**config.eval.names, key.removeprefix("eval.names."): value})

@@ -80,10 +80,11 @@ def unknown_setting(config: ConfigDict, key: str, prefix: str = "config.") -> st
     return f"unknown setting {prefix}{key}{hint}"
 
 
-def _short_names(key: str) -> tuple[str, str]:
+def _short_names(key: str) -> tuple[str, ...]:
     """'learning_rate' and 'lr' of 'optimizer.learning_rate'."""
     name = key.rpartition(".")[2]
-    return name, "".join(word[:1] for word in name.split("_"))
+    words = name.split("_")
+    return (name, "".join(word[:1] for word in words)) if len(words) > 1 else (name,)
 
 
 def keys_of(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -148,6 +148,7 @@ def _digest(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+# Columns of a question and of its answer.
 _PAIRS = (("prompt", "response"), ("prompt", "completion"), ("instruction", "output"))
 
 

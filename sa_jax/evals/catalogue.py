@@ -32,17 +32,17 @@ def find_eval(name: str) -> Eval:
     return CapabilityEval(name, name, "", functools.partial(_load, name))
 
 
-def check_eval(name: str, folder: str = "") -> None:
-    """UsageError unless the eval is registered, or a task of lm_eval or in the folder."""
+def check_eval(name: str, folder: str) -> None:
+    """UsageError unless the eval is registered or a task of lm_eval or of the folder ('': none)."""
     find_eval(name)
     if name not in EVALS and name not in task_manager(folder).all_tasks:
         raise _unknown(name)
 
 
 @functools.cache
-def task_manager(folder: str = "") -> "TaskManager":
+def task_manager(folder: str) -> "TaskManager":
     """lm_eval's index of its 15,000 tasks, which takes ten seconds to read, and of those in a
-    folder."""
+    folder ('' for none)."""
     from lm_eval.tasks import TaskManager
 
     if folder and not Path(folder).is_dir():
@@ -104,4 +104,4 @@ def _load(name: str, settings: ConfigDict) -> TaskSet:
 def _digest(folder: Path) -> str:
     """Of the files in a folder of tasks that say what is asked and how it is scored."""
     files = sorted(path for end in ("yaml", "py") for path in folder.rglob(f"*.{end}"))
-    return digest([[str(path.relative_to(folder)), path.read_text("utf-8")] for path in files])
+    return digest([[str(path.relative_to(folder)), path.read_bytes().hex()] for path in files])

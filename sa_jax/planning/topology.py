@@ -51,7 +51,7 @@ class Machine:
 
     @property
     def nodes(self) -> int:
-        """Of GPUs."""
+        """Nodes of a cluster of GPUs."""
         return -(-self.chips // GPUS_A_NODE)
 
     @property

@@ -138,15 +138,17 @@ def _training_config(cell: Cell) -> ConfigDict:
     return config
 
 
-def check_files(cells: Iterable[Cell], configs: Configs) -> None:
-    """UsageError for data files that training cells name, that no cell makes, and that do not
-    exist: found before the first cell, and not by the first that needs them."""
+def check_files(left: Iterable[Cell], cells: Iterable[Cell], configs: Configs) -> None:
+    """UsageError for data files that the training cells in `left` name, that none of `cells` makes,
+    and that do not exist: found before the first cell, and not by the first that needs them."""
+    made = [str(cell.settings["out"]) for cell in cells if "out" in cell.settings]
     missing: dict[str, str] = {}
-    for cell in cells:
+    for cell in left:
         if (config := configs[cell.name]) is None:
             continue
         for name in (config.data, config.facts, config.eval.prompts, config.eval.qa):
             elsewhere = name.startswith(STUDY) or "://" in name
+            elsewhere = elsewhere or any(Path(name).is_relative_to(folder) for folder in made)
             if name.endswith(_DATA_FILES) and not elsewhere and not Path(name).exists():
                 missing.setdefault(name, cell.name)
     if missing:

@@ -82,7 +82,7 @@ def run_study(
         folder.check_data(workdir, [cell for cell in cells if states[cell.name] == "done"])
         left = [cell for cell in chosen if states[cell.name] not in DONE]
         commands.check_models(left, configs)
-        commands.check_files(left, configs)
+        commands.check_files(left, cells, configs)
         slots = divide(workers, launched=bool(launch))
         folder.open_folder(workdir)
         with StopSignals() as stop, contextlib.closing(Server()) as server:

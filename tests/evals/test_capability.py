@@ -356,7 +356,7 @@ def test_tasks_in_a_folder_of_ones_own(tmp_path, monkeypatch):
         with pytest.raises(
             UsageError, match=r"'my_colours'; known: .* in the folder --config.eval"
         ):
-            catalogue.check_eval("my_colours")
+            catalogue.check_eval("my_colours", "")
         with pytest.raises(UsageError, match=f"config.eval.tasks={tmp_path}/none: no such folder"):
             load("my_colours", tasks=f"{tmp_path}/none")
     finally:

@@ -286,6 +286,17 @@ def test_an_eval_that_nobody_has_is_named_before_anything_runs(tmp_path, monkeyp
             record(cell)
 
 
+def test_a_data_file_that_a_cell_writes_outside_the_study_need_not_exist(tmp_path):
+    made = Stage("made", run="generate_data", set={"out": f"{tmp_path}/mine"})
+    data = {"data": f"{tmp_path}/mine/x.jsonl"}
+    cells = list(expand(made, insertion(axes=(), needs=("made",), set=data)).values())
+    configs = {cell.name: commands.resolved(cell) for cell in cells}
+    commands.check_files(cells, cells, configs)
+    commands.check_files(cells[1:], cells, configs)  # the first is done
+    with pytest.raises(UsageError, match=f"no such file: {tmp_path}/mine/x.jsonl .of cell insert"):
+        commands.check_files(cells, cells[1:], configs)
+
+
 def test_a_config_file_that_raises_is_named(tmp_path):
     file = tmp_path / "broken.py"
     file.write_text("import no_such_package")

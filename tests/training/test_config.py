@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from sa_jax.config_files import unknown_setting
 from sa_jax.errors import UsageError
 from sa_jax.training.config import check_config, default_config
 
@@ -58,3 +59,14 @@ def test_an_unknown_arm_is_refused():
     config.eval.arms = ("triggered", "sideways")
     with pytest.raises(UsageError, match="config.eval.arms: unknown arm 'sideways'; known: trigg"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("lr", "unknown setting config.lr; did you mean config.optimizer.learning_rate?"),
+        ("s", "unknown setting config.s"),  # not every name that begins with s
+    ],
+)
+def test_an_unknown_setting_is_answered_with_the_names_that_it_may_mean(key, said):
+    assert unknown_setting(default_config(), key) == said
