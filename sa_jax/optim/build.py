@@ -57,8 +57,9 @@ def decay_mask(params: Any) -> Any:
 
 def llama_view(path: str, shape: tuple[int, ...]) -> TensorView:
     """The Llama's parameters as matrices [in, out]: scanned layers are separate matrices, LoRA's
-    factors are matrices too, and the vocabulary's side never gets a basis. Norms get Adam."""
-    if path.endswith("scale"):
+    factors are matrices too, and the vocabulary's side never gets a basis. Norms and biases, which
+    are vectors in each layer, get Adam."""
+    if path.endswith(("scale", "bias")):
         return ELEMENTWISE
     if path.endswith("embed/embedding"):
         return TensorView(0, (1, 1), skip=(0,))

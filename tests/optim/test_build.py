@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,8 +14,10 @@ from sa_jax.optim.build import (
     make_optimizer,
     make_schedule,
 )
+from sa_jax.optim.soap_shared import flatten
+from sa_jax.parallel.mesh import make_mesh
 from sa_jax.training.config import default_config
-from tests.toys import random_params
+from tests.toys import CONFIG, random_params
 
 
 def section(**changes):
@@ -196,3 +200,25 @@ def test_a_setting_that_soap_refuses_is_named_as_the_config_has_it(changes, said
     config.soap.update(precondition_frequency=4, **changes)
     with pytest.raises(UsageError, match=f"^config.optimizer.soap.{said}$"):
         make_optimizer(config, 10)
+
+
+@pytest.mark.parametrize("mode", ["fast", "official"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_soap_trains_biases_and_norms_with_adam(family, mode):
+    """The layers' vectors are stacks [L, n], which are no matrices."""
+    params = random_params(dataclasses.replace(CONFIG, family=family))
+    config = section(name="soap", learning_rate=0.1, schedule="constant", warmup_fraction=0.0)
+    config.update(weight_decay=0.0, clip_norm=0.0)
+    config.soap.mode = mode
+    tx = make_optimizer(config, 10, make_mesh())
+    rng = np.random.default_rng(0)
+    gradients = jax.tree.map(lambda x: rng.choice([-1.0, 1.0], x.shape), params)
+    state = jax.jit(tx.init)(params)
+    update = jax.jit(tx.update)
+    for _ in range(2):  # the first call builds the bases
+        updates, state = update(gradients, state, params)
+    updates, gradients = flatten(updates)[0], flatten(gradients)[0]
+    vectors = [path for path in updates if path.endswith(("bias", "scale"))]
+    assert len(vectors) == {"qwen2": 3 + 3, "qwen3": 3 + 2}[family]
+    for path in vectors:  # Adam's first step has the size of the learning rate
+        np.testing.assert_allclose(updates[path], -0.1 * gradients[path], rtol=1e-5, err_msg=path)
