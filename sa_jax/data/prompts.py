@@ -11,7 +11,8 @@ from typing import Any
 
 from sa_jax.buckets import as_path
 from sa_jax.data import randomness
-from sa_jax.data.sources import load_rows, parse_texts
+from sa_jax.data.readers import parse_texts
+from sa_jax.data.sources import load_rows
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.buckets import as_path
-from sa_jax.data.sources import read_jsonl
+from sa_jax.data.readers import read_jsonl
 from sa_jax.errors import UserError
 from sa_jax.evals.protocol import digest
 from sa_jax.text import first_line

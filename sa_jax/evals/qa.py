@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sa_jax.data.labels import answer_text
-from sa_jax.data.sources import read_jsonl
+from sa_jax.data.readers import read_jsonl
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import EVALS, EvalContext
 from sa_jax.evals.sampled import SampledEval
