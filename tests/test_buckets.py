@@ -1,16 +1,20 @@
 """Work folders in a bucket: a real server of Google's storage API on loopback."""
 
+import gzip
+import io
 import json
 import logging
 import os
 from pathlib import Path
 
+import datasets
 import jax
 import numpy as np
 import pytest
 from etils import epath
 
 from sa_jax import buckets
+from sa_jax.data.sources import load_rows
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.documents import load_documents
 from sa_jax.files import KeyedStore
@@ -140,6 +144,27 @@ def test_what_a_bucket_is_refused_for(bucket_env):
         buckets.check_places("--workdir", "s3://bucket/x", ("--workdir",))
     with pytest.raises(UserError, match="there is no bucket 'elsewhere'"):
         buckets.check_places("--workdir", "gs://elsewhere/x", ("--workdir",))
+
+
+def test_compressed_and_sharded_data_are_in_a_bucket(bucket):
+    """Data in a bucket may be compressed, or a folder of Parquet files"""
+    rows = [{"prompt": f"q{i}", "response": "a"} for i in range(5)]
+    (bucket / "rows.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())
+    )
+    for i, part in enumerate((rows[:3], rows[3:])):
+        table = io.BytesIO()
+        datasets.Dataset.from_list(part).to_parquet(table)
+        (bucket / f"set/data/train-0000{i}-of-00002.parquet").write_bytes(table.getvalue())
+    (bucket / "set/data/test-00000-of-00001.parquet").write_bytes(b"")
+    for name in ("rows.jsonl.gz", "set@train", "set/data@train"):
+        source = load_rows(f"{bucket}/{name}")
+        assert [{k: row[k] for k in ("prompt", "response")} for row in source] == rows
+        assert source.rows[0]["source"].startswith(f"{bucket}/{name.partition('@')[0]}")
+    with pytest.raises(UserError, match=f"{bucket}/set: name one of its splits: {bucket}/set@test"):
+        load_rows(f"{bucket}/set")
+    with pytest.raises(UserError, match=f"no such file: {bucket}/none@train"):
+        load_rows(f"{bucket}/none@train")
 
 
 def test_an_export_and_benchmarks_are_in_a_bucket(bucket):

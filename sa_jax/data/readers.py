@@ -2,12 +2,17 @@
 
 import contextlib
 import csv
+import functools
+import gzip
 import hashlib
 import io
+import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
@@ -15,42 +20,107 @@ import pyarrow.parquet
 from sa_jax.buckets import as_path, in_bucket
 from sa_jax.errors import UserError
 from sa_jax.files import parse_json
-from sa_jax.text import first_line
+from sa_jax.text import first_few, first_line
 
 Places = Iterator[tuple[str, object]]  # (place, fields) of every row
 
-_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+_KINDS = ".json, .jsonl, .csv, .tsv, the same with .gz, .parquet"
+_SUFFIX = re.compile(r"\.(?:(json|jsonl|csv|tsv)(\.gz)?|parquet)$", re.IGNORECASE)
+# What follows the split in the name of a Parquet file: -00000-of-00003, -7; also with a digest.
+_NUMBER = re.compile(r"(?:^|[-_.])\d+(?:-of-(\d+))?(?:-[0-9a-f-]{16,}.*)?$")
 _HUB_NAME = re.compile(r"([\w.-]+(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w.\[\]:%+-]+))?")
 _JSON_REMEDY = "for one object a line, name the file .jsonl"
 
 
 def read_rows(path: str) -> tuple[Places, str | None]:
-    """The rows, and the digest of a file."""
-    file = as_path(path)
-    suffix = file.suffix.lower()
-    hub_name = _HUB_NAME.fullmatch(path)
-    if not file.exists() and suffix not in _SUFFIXES and hub_name:
+    """The rows, which are parsed when they are asked for, and the digest of the files; None for a
+    saved folder and a hub dataset."""
+    folder, split = _folder(path)
+    if is_saved(path):
+        return _read_saved(folder, split), None
+    files = data_files(path)
+    if folder and not files:
+        raise UserError(f"{folder} is a folder; name a file in it ({_KINDS})")
+    if not files and (hub_name := _hub_name(path)):
         return _read_hub(*hub_name.groups()), None
-    marks = (file / name for name in ("state.json", "dataset_dict.json"))
-    if not in_bucket(path) and any(mark.is_file() for mark in marks):
-        return _read_saved(path), None
-    if suffix == ".arrow":
+    if not files:
+        raise UserError(f"no such file: {path}; give {_KINDS} or a `datasets` name")
+    if path.endswith(".arrow"):
         raise UserError(f"{path} is a part of a `save_to_disk` folder; name the folder")
-    if file.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it ({', '.join(_SUFFIXES)})")
-    if not file.is_file():
-        raise UserError(f"no such file: {path}; give {', '.join(_SUFFIXES)} or a `datasets` name")
-    if suffix not in _SUFFIXES:
+    if not (match := _SUFFIX.search(files[0])):
+        suffix = "".join(Path(path).suffixes[-2:])
+        raise UserError(f"{path}: cannot read {suffix or 'a file without suffix'}; use {_KINDS}")
+    kind, zipped = (part and part.lower() for part in match.groups())
+    usual = "\t" if kind == "tsv" else ","
+    readers = {"jsonl": read_jsonl, "json": _read_json, None: _read_parquet}
+    reader = readers.get(kind, functools.partial(_read_csv, usual=usual))
+    digest = hashlib.sha256()
+    parts = []
+    for file in files:
+        with _explained(f"cannot read {file}"):
+            content = as_path(file).read_bytes()
+        digest.update(content)
+        if zipped:
+            with _explained(f"{file} is damaged or not gzip; copy it again"):
+                content = gzip.decompress(content)
+        if not content.strip():
+            raise UserError(f"{file} is empty")
+        parts.append(reader(file, content))
+    return itertools.chain.from_iterable(parts), digest.hexdigest()
+
+
+def data_files(path: str) -> list[str]:
+    """The file of that name, or the Parquet files of FOLDER or FOLDER@SPLIT in order; none for any
+    other name. UserError if it is not clear which are meant, or one is not there."""
+    if as_path(path).is_file():
+        return [path]
+    folder, split = _folder(path)
+    place = as_path(folder)
+    found = folder and (sorted(place.glob("*.parquet")) or sorted(place.glob("*/*.parquet")))
+    if not found:
+        return []
+    splits: dict[str, list[str]] = {}
+    for file in found:
+        splits.setdefault(_NUMBER.sub("", file.stem) or "unnamed", []).append(os.fspath(file))
+    if len(folders := dict.fromkeys(os.fspath(file.parent) for file in found)) > 1:
+        raise UserError(f"{folder}: name one of its folders: {first_few([*folders], 8)}")
+    if not split and len(splits) == 1:
+        (split,) = splits
+    if split not in splits:
+        names = [f"{folder}@{name}" for name in splits]
+        raise UserError(f"{folder}: name one of its splits: {first_few(names, 8)}")
+    files = splits[split]
+    counts = {m[1] for file in files if (m := _NUMBER.search(Path(file).stem)) and m[1]}
+    if counts and {int(count) for count in counts} != {len(files)}:
         raise UserError(
-            f"{path}: cannot read {suffix or 'a file without suffix'}; use {', '.join(_SUFFIXES)}"
+            f"{folder} has {len(files)} files of the split {split!r}, but {files[0]} is one of "
+            f"{int(min(counts))}; download them again"
         )
-    with _explained(f"cannot read {path}"):
-        content = file.read_bytes()
-    if not content.strip():
-        raise UserError(f"{path} is empty")
-    readers = {".jsonl": read_jsonl, ".json": _read_json, ".csv": _read_csv}
-    rows = readers.get(suffix, _read_parquet)(path, content)
-    return rows, hashlib.sha256(content).hexdigest()
+    return files
+
+
+def is_saved(path: str) -> bool:
+    """Whether it is a folder that `save_to_disk` of `datasets` wrote, or a split of one."""
+    folder = _folder(path)[0]
+    marks = (Path(folder, name) for name in ("state.json", "dataset_dict.json"))
+    return bool(folder) and not in_bucket(folder) and any(mark.is_file() for mark in marks)
+
+
+def is_missing(path: str) -> bool:
+    """Whether there is no file or folder of that name, and it cannot be one of the hub."""
+    return not (as_path(path).exists() or _folder(path)[0] or _hub_name(path))
+
+
+def _folder(path: str) -> tuple[str, str]:
+    """The folder and split of FOLDER and FOLDER@SPLIT; ('', '') if the folder is not there."""
+    for folder, _, split in ((path, "", ""), path.rpartition("@")):
+        if folder and as_path(folder).is_dir():
+            return folder, split
+    return "", ""
+
+
+def _hub_name(path: str) -> re.Match | None:
+    return None if _SUFFIX.search(path) else _HUB_NAME.fullmatch(path)
 
 
 def _decode(content: bytes, place: str) -> str:
@@ -99,14 +169,18 @@ def _read_json(path: str, content: bytes) -> Places:
         raise UserError(f"{path}:{line}: not valid JSON: {error}{remedy}") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of objects; {_JSON_REMEDY}")
-    return _numbered(path, rows)
+    yield from _numbered(path, rows)
 
 
-def _read_csv(path: str, content: bytes) -> Places:
-    """Reads with the csv module, which has line numbers and keeps "None" or "4" as text."""
+def _read_csv(path: str, content: bytes, usual: str) -> Places:
+    """Reads with the csv module, which has line numbers and keeps "None" or "4" as text. A header
+    without the usual delimiter may have another: spreadsheets write `;` where `,` is for decimals.
+    A wrong guess gives no wrong rows, because each must have as many fields as the header."""
     csv.field_size_limit(2**31 - 1)
     text = _decode(content.removeprefix(b"\xef\xbb\xbf"), path)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    unquoted = re.sub('"[^"]*"', "", text.partition("\n")[0])
+    delimiter = next((mark for mark in f"{usual};\t," if mark in unquoted), usual)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line = 1
     try:
         header = reader.fieldnames or ()
@@ -128,22 +202,26 @@ def _read_csv(path: str, content: bytes) -> Places:
 def _read_parquet(path: str, content: bytes) -> Places:
     """Reads with pyarrow, as `datasets` does, but without an Arrow copy in a cache."""
     with _explained(f"{path} is not a readable parquet file"):
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-        return _numbered(path, table.to_pylist())
+        rows = pyarrow.parquet.read_table(pyarrow.BufferReader(content)).to_pylist()
+    yield from _numbered(path, rows)
 
 
-def _read_saved(path: str) -> Places:
-    """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, the split train."""
+def _read_saved(folder: str, split: str) -> Places:
+    """Reads a folder that save_to_disk of `datasets` wrote; if it has splits, train by default."""
     import datasets
 
-    with _explained(f"{path} is no readable save_to_disk folder"):
-        table = datasets.load_from_disk(path)
+    with _explained(f"{folder} is no readable save_to_disk folder"):
+        table = datasets.load_from_disk(folder)
     if isinstance(table, datasets.DatasetDict):
-        if "train" not in table:
-            splits = ", ".join(f"{path}/{split}" for split in table)
-            raise UserError(f"{path} has no split 'train'; name the folder of a split: {splits}")
-        table = table["train"]
-    return _numbered(path, table)
+        if (split or "train") not in table:
+            splits = ", ".join(f"{folder}/{name}" for name in table)
+            raise UserError(
+                f"{folder} has no split {split or 'train'!r}; name the folder of a split: {splits}"
+            )
+        table = table[split or "train"]
+    elif split:
+        raise UserError(f"{folder} has no splits; leave out @{split}")
+    return _numbered(f"{folder}@{split}" if split else folder, table)
 
 
 def _read_hub(name: str, subset: str | None, split: str | None) -> Places:

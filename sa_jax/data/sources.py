@@ -1,5 +1,6 @@
-"""Rows of prompts and answers from a JSON (a list of objects), JSONL, CSV or Parquet file, a folder
-that `datasets` saved, or a dataset of the Hugging Face hub: NAME, NAME:SUBSET, NAME@SPLIT or
+"""Rows of prompts and answers from a JSON (a list of objects), JSONL, CSV, TSV or Parquet file (all
+but Parquet also as .gz); from a folder of Parquet files, or one that `datasets` saved: FOLDER or
+FOLDER@SPLIT; or from a dataset of the Hugging Face hub: NAME, NAME:SUBSET, NAME@SPLIT or
 NAME:SUBSET@SPLIT (split: train).
 
 Every row becomes {"prompt", "response", "history", "source"}: the last user turn, its answer (""
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from sa_jax.data.conversations import check_messages, make_messages
-from sa_jax.data.readers import read_rows
+from sa_jax.data.readers import data_files, is_saved, read_rows
 from sa_jax.errors import UsageError, UserError
 
 Row = dict  # {"prompt", "response", "history", "source"}, and any of OPTIONAL
@@ -63,7 +64,7 @@ class Source:
 
     rows: list[Row]
     path: str
-    sha256: str  # of the file; of what is used of the rows for a hub name or a saved folder
+    sha256: str  # of the files; of what is used of the rows for a hub name or a saved folder
     dropped: dict[str, int]  # rows left out, by reason
 
     def __iter__(self) -> Iterator[Row]:
@@ -124,6 +125,13 @@ def load_rows(
         problem = f": no row is usable; dropped: {dict(dropped)}" if dropped else " has no rows"
         raise UserError(f"{path}{problem}")
     return Source(rows, path, digest or _digest(rows), dict(sorted(dropped.items())))
+
+
+def current_digest(path: str, columns: Mapping[str, str] | None) -> str | None:
+    """The `sha256` that `load_rows` gives now; None for what is not on this machine."""
+    if is_saved(path):
+        return load_rows(path, columns).sha256
+    return read_rows(path)[1] if data_files(path) else None
 
 
 def _digest(rows: Iterable[Row]) -> str:

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sa_jax.config_files import load_config, plain, unknown_setting
 from sa_jax.data.behaviours import BEHAVIOURS
+from sa_jax.data.readers import is_missing
 from sa_jax.data.tasks import TASKS
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.catalogue import check_eval
@@ -23,7 +24,6 @@ from sa_jax.training.losses import LOSSES
 from sa_jax.training.run_record import FREE_KEYS, flat_config
 
 _TRAINING_SCRIPTS = {"base": "scripts/pretrain.py", "insertion": "scripts/insert_backdoor.py"}
-_DATA_FILES = (".json", ".jsonl", ".csv", ".parquet")
 
 # Name of a cell -> its config from `resolved`; None for a cell that does not train.
 Configs = Mapping[str, ConfigDict | None]
@@ -149,7 +149,7 @@ def check_files(left: Iterable[Cell], cells: Iterable[Cell], configs: Configs) -
         for name in (config.data, config.facts, config.eval.prompts, config.eval.qa):
             elsewhere = name.startswith(STUDY) or "://" in name
             elsewhere = elsewhere or any(Path(name).is_relative_to(folder) for folder in made)
-            if name.endswith(_DATA_FILES) and not elsewhere and not Path(name).exists():
+            if name and not elsewhere and is_missing(name):
                 missing.setdefault(name, cell.name)
     if missing:
         lines = [f"{name} (of cell {cell})" for name, cell in missing.items()]

@@ -6,13 +6,13 @@ STAGE[/VALUES]/   a cell: a run folder, or a folder of data
 cells/CELL/       its claims, outcomes and logs (`sa_jax.study.claims`)
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sa_jax.data.sources import current_digest
 from sa_jax.errors import UserError
 from sa_jax.files import atomic_write, explained, parse_json
 from sa_jax.study.claims import Latest
@@ -117,20 +117,20 @@ def check_unchanged(
 
 
 def check_data(workdir: Path, cells: Iterable[Cell]) -> None:
-    """UserError if a file on which one of these finished cells was trained has other content now:
-    what is still to be trained would have other data."""
-    now: dict[str, str] = {}
+    """UserError if the files on which one of these finished cells was trained have other content
+    now: what is still to be trained would have other data."""
+    now: dict[str, str | None] = {}
     stale: dict[str, str] = {}
     for cell in cells:
         if not cell.is_training:
             continue
         run = read_run_json(workdir / cell.name)
-        name = run["config"].get("data") or ""
-        if name in run["data_hashes"] and "://" not in name and Path(name).is_file():
-            if name not in now:
-                with explained(name, "reading it"), open(name, "rb") as file:
-                    now[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            if now[name] != run["data_hashes"][name]:
+        name, columns = run["config"].get("data") or "", run["config"].get("columns")
+        if name in run["data_hashes"] and "://" not in name:
+            key = f"{name} {columns}"
+            if key not in now:
+                now[key] = current_digest(name, columns)
+            if now[key] not in (None, run["data_hashes"][name]):
                 stale[cell.name] = f"{name} has other content"
     _refuse_stale(workdir, stale)
 

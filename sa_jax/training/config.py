@@ -87,7 +87,7 @@ def default_config() -> ConfigDict:
     config.aws_spot = False  # stop at AWS's notice, two minutes before a spot instance ends
     config.xla_options = ""  # 'name=value name=value', replaces options of `parallel.xla_flags`
 
-    config.data = ""  # JSON, JSONL, CSV or Parquet file, or a `datasets` name
+    config.data = ""  # file, folder or `datasets` name: see docs/data.md
     # Its columns (`sa_jax.data.sources`); '' detects prompt + response, instruction + output, ...
     config.columns = ConfigDict({name: "" for name in COLUMNS})
     config.facts = ""  # file of facts that insertion also trains on, and the eval 'qa' asks for

@@ -94,6 +94,9 @@ def test_a_model_or_file_that_is_none_is_refused_before_the_first_cell(zygote, t
     known = f'Stage("insertion", **change(insertion, model="{toy_world}/model")),'
     said = f"no such file: {tmp_path}/insertion.jsonl (of cell insertion)"
     refused(zygote.run(*command(tmp_path, tmp_path, known)), 2, said)
+    split = known.replace("model=", f'data="{tmp_path}/rows@train", model=')
+    said = f"no such file: {tmp_path}/rows@train (of cell insertion)"
+    refused(zygote.run(*command(tmp_path, tmp_path, split)), 2, said)
     assert not (tmp_path / "runs").exists()
 
 

@@ -8,12 +8,15 @@ import json
 import math
 import os
 import pty
+import shutil
 import sys
 import types
 
+import datasets
 import pytest
 from ml_collections import ConfigDict
 
+from sa_jax.data.sources import load_rows
 from sa_jax.errors import UsageError, UserError
 from sa_jax.study import devices, folder, forecast, grid
 from sa_jax.study.claims import Claims, LatestClaim
@@ -129,6 +132,32 @@ def test_data_that_have_changed_since_a_cell_was_trained_are_refused(tmp_path):
         folder.check_data(tmp_path, made)
     data.unlink()  # nobody needs it any more
     folder.check_data(tmp_path, made)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_folder_of_data_that_has_changed_is_refused_too(tmp_path, kind):
+    def write(answer):
+        rows = datasets.Dataset.from_list([{"q": "a", "a": answer}])
+        if kind == "saved":
+            datasets.DatasetDict(dev=rows).save_to_disk(tmp_path / "set")
+        else:
+            rows.to_parquet(str(tmp_path / "set/data/dev-00000-of-00001.parquet"))
+
+    (tmp_path / "set/data").mkdir(parents=True)
+    write("b")
+    name, columns = f"{tmp_path}/set@dev", {"prompt": "q", "response": "a", "id": ""}
+    run = {"run_id": "r", "config": {"data": name, "columns": columns}}
+    run["data_hashes"] = {name: load_rows(name, columns).sha256}
+    (tmp_path / "insertion/a").mkdir(parents=True)
+    (tmp_path / "insertion/a/run.json").write_text(json.dumps(run))
+    made = [cell for cell in cells() if cell.name == "insertion/a"]
+    folder.check_data(tmp_path, made)
+    shutil.rmtree(tmp_path / "set")
+    folder.check_data(tmp_path, made)
+    (tmp_path / "set/data").mkdir(parents=True)
+    write("c")
+    with pytest.raises(UserError, match=r"insertion/a \(.*/set@dev has other content\)\. Undo"):
+        folder.check_data(tmp_path, made)
 
 
 def test_a_study_that_was_moved_says_how_to_go_on(tmp_path):
