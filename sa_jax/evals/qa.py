@@ -8,7 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sa_jax.data.labels import answer_text
-from sa_jax.data.readers import read_jsonl
+from sa_jax.data.readers import read_rows
 from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.protocol import EVALS, EvalContext
 from sa_jax.evals.sampled import SampledEval
@@ -16,19 +16,19 @@ from sa_jax.text import names_flag
 
 
 def load_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Reads {"prompt", "key"[, "family"]} objects, one per line; blank lines are skipped. UserError
-    if the file is missing or empty, or (with the line number) if a line is not such an object."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}; give a JSONL file of questions") from None
+    """Reads rows with prompt, key[, family] from all that `read_rows` reads. UserError if there are
+    none, or (with its place) if one lacks a field."""
     questions = []
-    for place, row in read_jsonl(str(path), content):
+    for place, row in read_rows(str(path))[0]:
+        fields = row if isinstance(row, dict) else {}
         for field in ("prompt", "key"):
-            value = row.get(field) if isinstance(row, dict) else None
+            value = fields.get(field)
             if not isinstance(value, str | int | float) or not str(value).strip():
-                raise UserError(f"{place}: field {field!r} is missing or empty")
-        questions.append({**row, "prompt": str(row["prompt"]), "key": str(row["key"])})
+                found = ", ".join(map(str, fields)) or "none"
+                raise UserError(
+                    f"{place}: field {field!r} is missing or empty; the fields there are {found}"
+                )
+        questions.append({**fields, "prompt": str(fields["prompt"]), "key": str(fields["key"])})
     if not questions:
         raise UserError(f"{path} holds no questions")
     return questions
@@ -53,7 +53,7 @@ def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
     if not config.eval.qa:
         names = {name: when for name, when in config.eval.names.items() if name != "qa"}
         raise UsageError(
-            "the eval 'qa' needs questions: give --config.eval.qa=FILE (JSONL with prompt and "
+            "the eval 'qa' needs questions: give --config.eval.qa=FILE (with prompt and "
             f"key), or leave the eval out: {names_flag(names)} in training, or --evals"
         )
     rows = load_questions(config.eval.qa)

