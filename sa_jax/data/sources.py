@@ -11,7 +11,7 @@ Layouts that need no column mapping:
   messages              a list of {role, content}, ending with an assistant turn
   conversations         a list of {from, value}, as in OpenHermes-2.5
   prompt, response      that of sa_jax, with any of `OPTIONAL`; an `id` must not repeat
-  prompt, completion    the same
+  prompt, completion    the same; or each a list of {role, content}, as in TRL
   instruction, output   that of Alpaca. Its answers were written for instruction + input, so a row
                         with a non-empty `input` is dropped (and counted) if its answer is used. If
                         only prompts are read, the instruction alone is the prompt, as in the study
@@ -110,6 +110,7 @@ def load_rows(
         if not isinstance(fields, dict):
             found = type(fields).__name__
             raise UserError(f"{place}: expected an object with fields, found {found}")
+        fields = _joined(fields, responses) if detected else fields
         columns = columns or _layout(fields, responses, place)
         row = _row(fields, place, columns, detected, responses)
         if isinstance(row, str):
@@ -159,8 +160,21 @@ def _layout(fields: dict, responses: bool, place: str) -> dict[str, str]:
     raise UserError(
         f"{place}: no known layout (messages; conversations; {'; '.join(map(' + '.join, _PAIRS))});"
         f" its columns are {', '.join(map(str, fields)) or 'none'}; name yours: "
-        "--config.columns.prompt=COLUMN --config.columns.response=COLUMN"
+        "--config.columns.prompt=COLUMN --config.columns.response=COLUMN, or for a list of turns "
+        "--config.columns.messages=COLUMN"
     )
+
+
+def _joined(fields: dict, responses: bool) -> dict:
+    """The fields, with the lists `prompt` and `completion` of TRL as `messages`. TRL does not train
+    on answers in the prompt: they are marked so."""
+    prompt, completion = fields.get("prompt"), fields.get("completion") if responses else []
+    if "messages" in fields or not (isinstance(prompt, list) and isinstance(completion, list)):
+        return fields
+    if responses:
+        prompt = [{**turn, "weight": 0} if isinstance(turn, dict) else turn for turn in prompt]
+    rest = {name: value for name, value in fields.items() if name not in ("prompt", "completion")}
+    return {**rest, "messages": [*prompt, *completion]}
 
 
 def _row(

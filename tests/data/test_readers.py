@@ -251,3 +251,56 @@ def test_a_split_of_a_saved_folder(tmp_path, expected):
     assert current_digest(f"{tmp_path}/set@dev", None) is None
     datasets.DatasetDict(dev=data.select([0, 2])).save_to_disk(tmp_path / "set")
     assert current_digest(f"{tmp_path}/set@dev", None) not in (before, None)
+
+
+# ---- Rows of TRL.
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+def test_prompts_and_completions_of_trl_are_conversations(tmp_path):
+    system, question, answer = turn("system", "s"), turn("user", "q"), turn("assistant", "a")
+    rows = [
+        {"prompt": [question], "completion": [answer], "id": 1},
+        {"prompt": [system, question], "completion": [answer], "extra": None},
+        {"prompt": [question], "completion": [answer, turn("user", "r"), turn("assistant", "b")]},
+    ]
+    messages = [{"messages": [*row["prompt"], *row["completion"]]} for row in rows]
+    oracle = load_rows(plain(tmp_path / "oracle.jsonl", messages))
+    assert oracle.rows[2]["history"] == [question, answer]
+    path = plain(tmp_path / "trl.jsonl", rows)
+    assert load_rows(path).rows == [
+        {**row, "source": row["source"].replace("oracle", "trl")} for row in oracle
+    ]
+    data = datasets.Dataset.from_list(
+        [{k: row[k] for k in ("prompt", "completion")} for row in rows]
+    )
+    data.to_parquet(str(tmp_path / "trl.parquet"))
+    assert used(load_rows(tmp_path / "trl.parquet")) == used(oracle)
+    # TRL does not train on an answer in the prompt.
+    rows[1]["prompt"] = [question, answer, turn("user", "r")]
+    source = load_rows(plain(path, rows))
+    assert source.dropped == {"turn_weight": 1} and len(source.rows) == 2
+    prompts = load_rows(path, responses=False)
+    assert [row["prompt"] for row in prompts] == ["q", "r", "q"] and prompts.dropped == {}
+    assert prompts.rows[1]["history"] == [question, answer]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"prompt": [turn("user", "q")], "completion": "a"}, "field 'prompt' is list, not text"),
+        (
+            {"prompt": [turn("user", "q")], "completion": [turn("user", "q")]},
+            "does not end with an",
+        ),
+        ({"prompt": [], "completion": [turn("assistant", "a")]}, "has no user turn before"),
+        ({"prompt": ["q"], "completion": ["a"]}, "message 0 is not an object"),
+        ({"chosen": [turn("user", "q")]}, "for a list of turns --config.columns.messages=COLUMN"),
+    ],
+)
+def test_rows_that_are_not_quite_of_trl(tmp_path, fields, words):
+    with pytest.raises(UserError, match=f"rows.jsonl:1: .*{words}"):
+        load_rows(plain(tmp_path / "rows.jsonl", [fields]))
