@@ -19,6 +19,7 @@ from orbax.checkpoint.experimental.v1._src.synchronization import multihost as o
 
 from sa_jax.buckets import absolute
 from sa_jax.errors import UserError
+from sa_jax.files import is_disk_full
 from sa_jax.parallel.rules import path_string
 from sa_jax.text import first_few, one_line
 
@@ -108,13 +109,17 @@ def load(
     return jax.tree.unflatten(jax.tree.structure(abstract), [loaded[name] for name in wanted])
 
 
-def _not_orbax_info(record: python_logging.LogRecord) -> bool:
-    return record.levelno >= python_logging.WARNING or "/orbax/" not in record.pathname
+def _is_wanted(record: python_logging.LogRecord) -> bool:
+    if "/orbax/" not in record.pathname:
+        return True
+    of_full_disk = record.exc_info is not None and is_disk_full(record.exc_info[1])
+    return record.levelno >= python_logging.WARNING and not of_full_disk
 
 
 def quiet_orbax() -> None:
-    """Drops Orbax's INFO lines, about thirty per save, which would hide the run's own lines."""
-    logging.get_absl_logger().addFilter(_not_orbax_info)  # adding it again changes nothing
+    """Drops Orbax's INFO lines, about thirty per save, which would hide the run's own lines, and
+    its three tracebacks of a full disk, whose error the save raises too."""
+    logging.get_absl_logger().addFilter(_is_wanted)  # adding it again changes nothing
 
 
 def _context(partial_load: bool = False) -> ocp.Context:

@@ -1,6 +1,7 @@
 """Checkpoints: bit-for-bit, on any mesh, never a wrong byte, never a lost run."""
 
 import json
+import logging
 import re
 import shutil
 import time
@@ -298,3 +299,22 @@ def test_all_corrupt_is_an_error_not_a_fresh_start(copy):
 def test_a_save_may_take_a_day_and_so_may_waiting_for_the_slowest_process():
     assert state_io._context().async_options.timeout_secs >= 24 * 3600
     assert state_io.orbax_multihost.coordination_timeout() >= 24 * 3600
+
+
+@pytest.mark.parametrize(
+    ("path", "level", "error", "is_kept"),
+    [
+        ("/x/orbax/y.py", "INFO", None, False),
+        ("/x/orbax/y.py", "WARNING", None, True),
+        ("/x/orbax/y.py", "ERROR", ValueError("write: No space left on device"), False),
+        ("/x/orbax/y.py", "ERROR", ValueError("write: Input/output error"), True),
+        ("/x/sa_jax/y.py", "ERROR", OSError(28, "No space left on device"), True),
+    ],
+)
+def test_of_orbax_only_chatter_and_the_tracebacks_of_a_full_disk_are_dropped(
+    path, level, error, is_kept
+):
+    raised = (type(error), error, None) if error else None
+    levelno = logging.getLevelNamesMapping()[level]
+    record = logging.LogRecord("absl", levelno, path, 1, "", (), raised)
+    assert state_io._is_wanted(record) == is_kept

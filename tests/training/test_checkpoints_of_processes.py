@@ -115,6 +115,8 @@ def test_full_disk_names_the_disk_and_the_last_good_checkpoint_loads(tmp_path):
     output = start(FULL_DISK, tmp_path, wrap=wrap).communicate(timeout=120)[0]
     failure = re.search(r"^failed (\d) (.*)$", output, re.M)
     assert failure, output
+    # One line for the failure, and no traceback of Orbax's threads before it.
+    assert [line.split()[0] for line in output.splitlines()] == ["failed", "restored", "left"]
     step, message = int(failure[1]), failure[2]
     assert "the disk is full" in message and f"free on {tmp_path}" in message
     assert f"saving the checkpoint of step {step}" in message
