@@ -8,6 +8,7 @@ its digest.
 import hashlib
 import runpy
 import sys
+import tokenize
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -71,10 +72,10 @@ class Registry(Generic[T]):
         return tuple(self._items)
 
     def extension(self, name: str) -> dict[str, str]:
-        """{"extension.KIND.NAME": SHA-256 of the file that registered it}; {} for an object of the
-        package itself, and for an unknown one."""
+        """{"extension.KIND.NAME": `code_digest` of the file that registered it}; {} for an object
+        of the package itself, and for an unknown one."""
         file = self._origins.get(name, "")
-        return {f"extension.{self._kind}.{name}": _digest(file)} if file in _files else {}
+        return {f"extension.{self._kind}.{name}": code_digest(file)} if file in _files else {}
 
 
 def _in_package(file: str) -> bool:
@@ -89,6 +90,23 @@ def extension_digests() -> dict[str, str]:
 
 def _digest(file: str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if Path(file).is_file() else ""
+
+
+def code_digest(file: str) -> str:
+    """SHA-256 of a Python file without its comments and the empty lines outside of strings, so of
+    what it does; the same with every Python. '' for a source that is not a file."""
+    if not Path(file).is_file():
+        return ""
+    with tokenize.open(file) as source:
+        lines = dict(enumerate(source, 1))
+    # Not of the tokens themselves: Python 3.12 cuts an f-string into several.
+    for token in tokenize.generate_tokens(iter([*lines.values()]).__next__):
+        row, column = token.start
+        if token.type == tokenize.COMMENT:
+            lines[row] = f"{lines[row][:column].rstrip()}\n"
+        if token.type in (tokenize.COMMENT, tokenize.NL) and lines.get(row) == "\n":
+            del lines[row]
+    return hashlib.sha256("".join(lines.values()).encode()).hexdigest()
 
 
 def load_extensions(files: Iterable[str]) -> None:

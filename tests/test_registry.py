@@ -77,6 +77,46 @@ def test_what_a_notebook_registers_has_no_digest(monkeypatch):
     assert registry.extension_digests() == {"<cell 1>": ""}
 
 
+CODE = '''\
+import os
+
+
+def f(x=1):
+    """# no comment
+
+    é"""
+    return (
+        f"# {x!r:>{3}} {{}}",
+        "é🙂",
+    )
+'''
+
+
+def test_the_digest_of_code_leaves_comments_and_empty_lines_out(tmp_path):
+    """And is the same with every Python: 3.12 made other tokens of f-strings."""
+
+    def digest(text):
+        (tmp_path / "mine.py").write_text(text)
+        return registry.code_digest(str(tmp_path / "mine.py"))
+
+    assert digest(CODE) == "ad44b39a86ee35e86c46270cb659beadb59fd63d621702ec5bb32c63969d770c"
+    same = (
+        f"# one\n\n{CODE}# two",
+        CODE.replace("\n\n\n", "\n# one\n"),
+        CODE.replace('🙂",', '🙂",  # one\n\n        # two'),
+        CODE.replace("x=1):", "x=1):  # one"),
+    )
+    others = (
+        CODE.replace("x=1", "x=2"),
+        CODE.replace("# no", "# a"),
+        CODE.replace("comment\n\n", "comment\n"),
+        CODE.replace("# {x", "#{x"),
+    )
+    assert {digest(text) for text in same} == {digest(CODE)}
+    assert len({digest(text) for text in (CODE, *others)}) == 1 + len(others)
+    assert registry.code_digest("<cell 1>") == ""
+
+
 @pytest.mark.long
 def test_a_config_file_brings_a_loss_and_an_optimizer(zygote, toy_world, tmp_path):
     file = tmp_path / "mine.py"

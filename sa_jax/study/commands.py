@@ -15,7 +15,7 @@ from sa_jax.errors import UsageError, UserError
 from sa_jax.evals.catalogue import check_eval
 from sa_jax.evals.protocol import EVALS
 from sa_jax.optim.build import OPTIMIZERS, make_optimizer
-from sa_jax.registry import extension_digests
+from sa_jax.registry import code_digest, extension_digests
 from sa_jax.study.grid import STUDY, TOOLS, Cell
 from sa_jax.text import first_few
 from sa_jax.training import start as start_lib
@@ -68,13 +68,13 @@ def record(cell: Cell, config: ConfigDict | None) -> dict[str, Any]:
 
     For a training cell it is the whole config, without the settings that a resume may change, and
     the digests (see `Registry.extension`) of the files that registered what the cell uses. For any
-    other cell it is the settings, and the digest of its config file if that registers something.
+    other cell it is the settings, and such a digest of its config file if that registers something.
     """
     start = {"start": _start(cell)} if cell.start else {}
     if config is None:
         file = str(cell.settings.get("config", "")).partition(":")[0]
-        digest = extension_digests().get(file)
-        extension = {"extension.config": digest} if digest else {}
+        registers = file in extension_digests()
+        extension = {"extension.config": code_digest(file)} if registers else {}
         return {"run": cell.run, **start, **cell.settings, **extension}
     flat = flat_config(config, FREE_KEYS)
     return {

@@ -184,7 +184,8 @@ def test_a_changed_extension_makes_another_cell_of_those_that_use_it(tmp_path, m
             for loss in losses.values()
         ]
 
-    before, after = records(""), records("# changed\n")
+    before, after = records(""), records("changed = 1\n")
+    assert records("# a comment\n") == before
     changed = {key for key in before[0] if before[0][key] != after[0][key]}
     assert changed == {"extension.loss.mine"} and before[1] == after[1]
     tool = Stage("arms", run="generate_data", set={"config": str(file)})
