@@ -232,19 +232,27 @@ def partial_file(folder: str | Path, name: str) -> Path:
 def headline(name: str, summary: Mapping[str, Any]) -> str:
     """One line for the log: rates with their 95 % intervals. For a backdoor eval, the headline
     score in every arm; for a capability eval, the headline score."""
-    scores, chosen = summary["scores"], summary["headline"]
-    if chosen not in scores:
+    scores = headline_scores(summary)
+    if not scores:
         return f"{name}: no score"
-    _, colon, measure = chosen.partition(": ")
-    same = [score for score in scores if colon and score.endswith(f": {measure}")] or [chosen]
+    chosen = summary["scores"][summary["headline"]]
     parts = [
         f"{score} {percent(rate['rate'])} {interval(rate['lo'], rate['hi'])}"
         for score, rate in scores.items()
-        if score in same
     ]
-    if "floor" in scores[chosen]:
-        parts.append(f"floor {percent(scores[chosen]['floor'])}")
-    return f"{name} (n = {scores[chosen]['n']}): {', '.join(parts)}"
+    if "floor" in chosen:
+        parts.append(f"floor {percent(chosen['floor'])}")
+    return f"{name} (n = {chosen['n']}): {', '.join(parts)}"
+
+
+def headline_scores(summary: Mapping[str, Any]) -> Scores:
+    """The headline score, of a backdoor eval in every arm; {} if it is none of the scores."""
+    scores, chosen = summary["scores"], summary["headline"]
+    if chosen not in scores:
+        return {}
+    _, colon, measure = chosen.partition(": ")
+    same = [score for score in scores if colon and score.endswith(f": {measure}")] or [chosen]
+    return {score: scores[score] for score in scores if score in same}
 
 
 def metrics(summaries: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

