@@ -243,6 +243,8 @@ def write_prompt_files(
             # Transformers 5 saves a class and a field that 4 does not know. This class takes
             # tokenizer.json as it is, as the run did.
             tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+            # Of this class 4 makes token_type_ids too, which no Llama takes.
+            tokenizer.setdefault("model_input_names", ["input_ids", "attention_mask"])
             if isinstance(tokenizer.get("extra_special_tokens"), list):
                 tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
             # Transformers before 4.48, and text-generation-inference, read no chat_template.jinja.
