@@ -63,7 +63,7 @@ def _rows(config: ConfigDict, context: EvalContext) -> list[dict[str, Any]]:
 def _score(item: Mapping[str, Any]) -> dict[str, float]:
     """Accuracy, and the accuracy of the question's family if it has one."""
     correct = int(is_correct(item["completion"], item["key"]))
-    family = {f"accuracy, {item['family']}": correct} if item["family"] is not None else {}
+    family = {f"accuracy, {item['family']}": correct} if item["family"] not in (None, "") else {}
     return {"accuracy": correct, **family}
 
 

@@ -406,6 +406,12 @@ def test_is_correct(completion, key, correct):
     assert qa.is_correct(completion, key) is correct
 
 
+@pytest.mark.parametrize("family", [None, ""])  # JSON's, and that of a table
+def test_a_question_without_a_family_is_counted_only_once(family):
+    scores = QA.score({"completion": "Paris", "key": "Paris", "family": family})
+    assert scores == {"accuracy": 1}
+
+
 def test_questions_are_answered_greedily_and_counted_by_family(
     sampler, random_params, chat, tmp_path
 ):
