@@ -6,6 +6,7 @@ nothing is written outside the work folder.
 
 import csv
 import functools
+import gzip
 import io
 import json
 import os
@@ -88,9 +89,10 @@ ROWS = st.builds(
 @given(
     rows=st.lists(ROWS | JSON, min_size=1, max_size=3),
     junk=st.binary(max_size=4),
+    cut=st.integers(0, 20),
     responses=st.booleans(),
 )
-def test_json_lines_and_csv(tmp_path, rows, junk, responses):
+def test_json_lines_and_csv(tmp_path, rows, junk, cut, responses):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join(json.dumps(row).encode() for row in rows) + junk)
     read_or_refused(lambda: load_rows(file, responses=responses))
@@ -98,6 +100,9 @@ def test_json_lines_and_csv(tmp_path, rows, junk, responses):
     csv.writer(table).writerows([["prompt", "response"], *([str(row), "a"] for row in rows)])
     (tmp_path / "rows.csv").write_bytes(table.getvalue().encode("utf-8", "replace") + junk)
     read_or_refused(lambda: load_rows(tmp_path / "rows.csv", responses=responses))
+    zipped = gzip.compress(file.read_bytes())
+    (tmp_path / "rows.jsonl.gz").write_bytes(zipped[: len(zipped) - cut] + junk)
+    read_or_refused(lambda: load_rows(tmp_path / "rows.jsonl.gz", responses=responses))
 
 
 ARROW = st.sampled_from(
