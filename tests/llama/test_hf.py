@@ -309,6 +309,7 @@ def test_chat_template_and_stop_tokens_replace_the_sources(tmp_path):
         **kept,
         "chat_template": "né {{ 1 }}\n",
         "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     generation = json.loads((tmp_path / "m/generation_config.json").read_text())
     assert generation == {"bos_token_id": 1, "eos_token_id": [7, 3]}

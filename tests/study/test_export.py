@@ -139,7 +139,6 @@ def test_an_export_is_prompted_and_stopped_as_the_run_was(toy_world, tmp_path, t
     config = json.loads((out / "tokenizer_config.json").read_text())
     assert config["chat_template"] == (out / "chat_template.jinja").read_text()
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert config["additional_special_tokens"] == ["<|eot_id|>"]
     assert "extra_special_tokens" not in config
 
